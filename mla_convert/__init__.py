@@ -1,0 +1,42 @@
+"""mla_convert: retrofit Multi-head Latent Attention onto MHA and GQA checkpoints.
+
+`convert(ConvertConfig(source=..., rank=...))` is the whole job. Importing this package also lets transformers load a
+converted folder without `trust_remote_code`; neither torch nor transformers is imported for that until somebody else does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from wrapt import when_imported
+
+from mla_convert.version import __version__
+
+_PUBLIC = {
+    "convert": "mla_convert.pipeline",
+    "ConvertConfig": "mla_convert.config",
+    "Report": "mla_convert.report",
+    "MlaConvertError": "mla_convert.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]
+
+
+@when_imported("transformers.models.auto.modeling_auto")
+def _register(_module: Any) -> None:
+    """Make the converted counterparts of all supported families known to transformers' Auto classes."""
+    from mla_convert.modeling.register import register
+
+    register()
+
+
+__all__ = ["ConvertConfig", "MlaConvertError", "Report", "__version__", "convert"]

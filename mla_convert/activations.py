@@ -1,0 +1,56 @@
+"""Hidden states of a set of windows at one layer boundary, kept on the device if they are small, else in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import copy
+
+import torch
+from torch import Tensor
+
+# Above this the states of one set live in pinned host memory and travel batch by batch.
+DEVICE_BYTES = 5 << 28
+BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
+
+
+class Activations:
+    """Hidden states (N, L, hidden) of N windows, changed in place from layer to layer."""
+
+    def __init__(self, data: Tensor, device: torch.device, dtype: torch.dtype, on_host: bool = False):
+        self.device = device
+        size = data.numel() * dtype.itemsize
+        if device.type == "cuda" and (on_host or size > DEVICE_BYTES):
+            self.data = data.to(dtype).pin_memory()
+        else:
+            self.data = data.to(device, dtype, copy=True)
+        self.windows, self.length, self.hidden_size = data.shape
+
+    def empty_like(self) -> Activations:
+        """Room for as many states, where these ones live."""
+        other = copy(self)
+        other.data = torch.empty_like(self.data, pin_memory=self.data.is_pinned())
+        return other
+
+    def batches(self) -> Iterator[slice]:
+        """Slices over the windows that make batches of a size fit for the device."""
+        size = max(1, BATCH_TOKENS[self.device.type] // self.length)
+        for start in range(0, self.windows, size):
+            yield slice(start, min(start + size, self.windows))
+
+    def get(self, index: slice | Tensor) -> Tensor:
+        """Some windows on the device, float32."""
+        if isinstance(index, Tensor) and self.data.is_pinned():
+            # one copy a window: gathering them first would take them out of pinned memory
+            return torch.stack([self.data[i].to(self.device, non_blocking=True) for i in index.tolist()]).float()
+        index = index.to(self.data.device) if isinstance(index, Tensor) else index
+        return self.data[index].to(self.device, non_blocking=True).float()
+
+    def put(self, index: slice, states: Tensor) -> None:
+        """Store some windows."""
+        self.data[index] = states.to(self.data.device, self.data.dtype)
+
+    @torch.no_grad()
+    def advance(self, layer: Callable[..., Tensor]) -> None:
+        """Replace every state by the layer's output for it."""
+        for batch in self.batches():
+            self.put(batch, layer(self.get(batch)))

@@ -1,0 +1,210 @@
+"""Writes a converted checkpoint shard by shard into a staging folder, and publishes it whole.
+
+The staging folder lies beside the output and holds a journal: one line for each finished shard, with its checksum. A run
+that was killed finds its finished shards there; the output appears under its own name only when everything is in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mla_convert.checkpoint.reader import INDEX, Reader
+from mla_convert.errors import InputError, ResourceError
+
+REPORT = "report.json"
+JOURNAL = "journal.jsonl"
+MARK = "mla_convert"
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a finished output of this tool: its report says so."""
+    try:
+        return MARK in json.loads((folder / REPORT).read_text(encoding="utf-8")).get("versions", {})
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
+    """Refuse an output folder that must not be replaced, or that cannot be written.
+
+    Raises:
+        InputError: it is the source, holds the source or the working folder, or is somebody else's.
+        ResourceError: its parent cannot be written.
+    """
+    resolved = out.resolve()
+    keep = [Path.cwd().resolve(), Path.home().resolve(), *([source.resolve()] if source else [])]
+    if any(path == resolved or resolved in path.parents for path in keep):
+        raise InputError(
+            f"output folder {out} is or contains the source, the working or the home folder: choose another"
+        )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output {out} is a file: choose another name with --out")
+    if out.is_dir() and any(out.iterdir()) and not is_ours(out) and not overwrite:
+        raise InputError(
+            f"output folder {out} exists and is not a converted model: choose another, or give --overwrite"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe = out.parent / f".{out.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(f"cannot write in {out.parent} ({error.strerror}): choose another --out") from error
+
+
+class Writer:
+    """Shards in a staging folder beside `out`; a context that removes the folder on failure.
+
+    `identity` is anything that, when changed, makes finished shards useless (settings, source): a staging folder with
+    another identity is thrown away.
+    """
+
+    def __init__(self, out: Path, identity: dict):
+        self.out = out
+        self.folder = out.parent / f".{out.name}.partial"
+        self._identity = json.dumps(identity, sort_keys=True, default=str)
+        self._lock = FileLock(out.parent / f".{out.name}.lock")
+        self.finished: dict[str, dict] = {}
+
+    def __enter__(self) -> Writer:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ResourceError(
+                f"another conversion is writing {self.out}: wait for it, or choose another --out"
+            ) from None
+        self.finished = self._resume()
+        if not self.finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            self._append({"identity": self._identity})
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # An interrupted run keeps its finished layers for the next one; a failed one leaves nothing.
+        if not (kind is not None and issubclass(kind, KeyboardInterrupt) and self.finished):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            os.unlink(self._lock.lock_file)
+
+    def _resume(self) -> dict[str, dict]:
+        """Journal entries by shard, if the journal is of this conversion and the shards still match it."""
+        try:
+            lines = [json.loads(line) for line in (self.folder / JOURNAL).read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError):
+            return {}
+        if not lines or lines[0].get("identity") != self._identity:
+            return {}
+        finished = {}
+        for entry in lines[1:]:
+            file = self.folder / entry["file"]
+            if not file.is_file() or sha256(file) != entry["sha256"]:
+                break
+            finished[entry["file"]] = entry
+        return finished
+
+    def _append(self, entry: dict) -> None:
+        with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def write_shard(self, file: str, tensors: dict[str, Tensor], note: dict | None = None) -> None:
+        """Write one shard and journal it. `note` (JSON) comes back in `finished` when a later run resumes."""
+        path = self.folder / file
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+            self._seal(path)
+            entry = {
+                "file": file,
+                "sha256": sha256(path),
+                "bytes": path.stat().st_size,
+                "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
+                "note": note or {},
+            }
+            self._append(entry)
+        except (OSError, SafetensorError) as error:
+            if not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise ResourceError(
+                    f"could not write {file} in {self.out.parent} ({error}): free disk space"
+                ) from error
+            raise
+        self.finished[file] = entry
+
+    @staticmethod
+    def _seal(path: Path) -> None:
+        # safetensors writes 0600 whatever the umask says, and does not sync
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+    def load_shard(self, file: str) -> dict[str, Tensor]:
+        """Tensors of a finished shard."""
+        return load_file(self.folder / file)
+
+    def write_index(self) -> None:
+        """The index over all finished shards, in order."""
+        shards = [self.finished[file] for file in sorted(self.finished)]
+        weight_map = {name: shard["file"] for shard in shards for name in shard["tensors"]}
+        total = sum(size for shard in shards for size in shard["tensors"].values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def checksums(self) -> dict[str, str]:
+        """sha256 of every shard."""
+        return {file: self.finished[file]["sha256"] for file in sorted(self.finished)}
+
+    def publish(self) -> None:
+        """Give the finished folder its name. What stood there before is replaced only now."""
+        (self.folder / JOURNAL).unlink()
+        old = self.out.parent / f".{self.out.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if self.out.exists():
+            self.out.rename(old)
+        self.folder.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to start when the disk cannot take `needed` bytes.
+
+    Raises:
+        ResourceError: with both figures.
+    """
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise ResourceError(
+            f"{out.parent} has {free / 1e9:.1f} GB free and the converted model needs about {needed / 1e9:.1f} GB: "
+            f"free space or choose another --out"
+        )
+
+
+def stored_bytes(reader: Reader, itemsize: int | None) -> int:
+    """Bytes of all tensors of a source, in its own dtype or with `itemsize` bytes a number."""
+    total = 0
+    for name in reader.names():
+        numbers = 1
+        for dim in reader.shape(name):
+            numbers *= dim
+        total += numbers * (itemsize or reader.dtype(name).itemsize)
+    return total

@@ -1,0 +1,110 @@
+"""Versions, device, time and memory of a run, for its report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from mla_convert.errors import ResourceError, UsageError
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the result."""
+    names = ("mla_convert", "torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA if there is one.
+
+    Raises:
+        UsageError: no such device type.
+        ResourceError: a CUDA device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is not known: give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported: give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ResourceError(f"device {name!r} is not there: give --device cpu")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's architecture and thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+class Phases:
+    """Seconds and peak memory of each phase of a run.
+
+    Host memory is the process's resident set, sampled, above what it was at the start (the interpreter and libraries).
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.results: dict[str, dict[str, float]] = {}
+        self._process = psutil.Process()
+        self.baseline = self._process.memory_info().rss
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure one phase."""
+        peak, done = [0], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.02):
+                peak[0] = max(peak[0], self._process.memory_info().rss)
+
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            peak[0] = max(peak[0], self._process.memory_info().rss)
+            result = {
+                "seconds": round(time.perf_counter() - start, 2),
+                "peak_host_bytes": max(0, peak[0] - self.baseline),
+            }
+            if self.device.type == "cuda":
+                result["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            self.results[name] = result
+
+
+@contextlib.contextmanager
+def deterministic(seed: int) -> Iterator[None]:
+    """Same inputs, seed and device give the same bytes."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written before it is read
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,278 @@
+"""Closed-form factorisation of one attention layer into multi-head latent attention.
+
+The keys that keep their rotation (rope.py) are written to the cache as they are. Everything else, the content
+keys and the values, becomes one latent c = A [x; 1] of r numbers, chosen so that the expected error of the
+attention output is least. With W the metric of that error on y = [keys; values] and C = L L^T the second
+moment of y, the best rank-r estimate of y is L E E^T L^-1 y, E being the r leading eigenvectors of L^T W L.
+Tokens that nobody attends to may err freely, so C weights tokens by attention: no other ingredient matters as
+much. DESIGN.md section 2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mla_convert import rope
+
+__all__ = ["AttentionWeights", "Geometry", "MlaWeights", "Statistics", "factorise", "full_rank"]
+
+# Of the mean diagonal: any calibration leaves a Cholesky factor usable in float64, far below any signal.
+RIDGE = 1e-10
+# Keeps full rank exact for inputs that calibration never saw, at the cost of no measurable energy.
+COST_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One layer of the source: H query heads, G kv heads, head size d_h, hidden size d; any float dtype."""
+
+    q: Tensor  # (H*d_h, d)
+    k: Tensor  # (G*d_h, d)
+    v: Tensor  # (G*d_h, d)
+    o: Tensor  # (d, H*d_h)
+    q_bias: Tensor | None = None  # (H*d_h,)
+    k_bias: Tensor | None = None  # (G*d_h,)
+    v_bias: Tensor | None = None  # (G*d_h,)
+    o_bias: Tensor | None = None  # (d,)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Head counts and scales of the source's attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float  # factor of the logits before softmax
+    rope_scale: float = 1.0  # factor of cos and sin (yarn, longrope); rotary logits get it squared
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration measured at one layer's attention."""
+
+    second_moment: Tensor  # (d+1, d+1) E[x~ x~^T], x~ = [x; 1], x the input of the q, k and v projections
+    distance: Tensor  # (H, T) attention probability by distance from query to key, rows sum to one
+    inv_freq: Tensor  # (d_h/2,) radians per position, half-split layout
+    # (d+1, d+1) sum_t a_t x~_t x~_t^T, where a_t = sum over heads and queries of the squared attention
+    # probability that token t receives. Only its shape matters: it is scaled to a unit weight.
+    key_moment: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MlaWeights:
+    """The converted layer in float64, rows in DeepSeek's order; rope: m real parts, then m imaginary ones."""
+
+    q_proj: Tensor  # (H*(nope+2m), d): per head nope rows, then rope rows
+    kv_a: Tensor  # (r+2m, d): latent rows, then k_rope rows
+    kv_b: Tensor  # (H*(nope+d_h), r): per head k_nope rows, then value rows
+    o_proj: Tensor  # (d, H*d_h)
+    q_bias: Tensor | None  # present when the source has a q bias
+    kv_a_bias: Tensor | None  # present when the source has a k or v bias
+    o_bias: Tensor | None  # present when the source has an o bias
+    freq_index: Tensor  # (m,) int64, frequency of each rotary plane
+    energy: dict[str, float]  # what the approximation loses, see factorise
+
+
+def full_rank(geometry: Geometry, hidden_size: int, rope_dim: int, has_kv_bias: bool) -> int:
+    """Largest useful kv_lora_rank: the rank of [content keys; values] as a function of the input."""
+    rows = 2 * geometry.num_kv_heads * geometry.head_dim - rope_dim
+    return min(rows, hidden_size + int(has_kv_bias))
+
+
+def _affine(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[weight, bias] (n, d+1) in float64, a missing bias being zero."""
+    column = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return torch.cat((weight, column.to(weight)[:, None]), 1).double()
+
+
+def _ridged(moment: Tensor, ridge: float) -> Tensor:
+    """Symmetric (..., n, n) matrices plus `ridge` times their mean diagonal on the diagonal."""
+    floor = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny) * ridge
+    return (moment + moment.mT) / 2 + floor[..., None, None] * torch.eye(moment.shape[-1]).to(moment)
+
+
+def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor) -> Tensor:
+    """(H, d_h, d_h) output error caused by an error of each head's key, at a softmax scale of one.
+
+    A logit error of head h moves the output by about W_o,h (v - E v): that energy times E[q_h q_h^T].
+
+    :param q: (H, d_h, d+1), :param v: (G, d_h, d+1), :param o_heads: (H, d, d_h), :param moment: (d+1, d+1).
+    """
+    mean = moment[:, -1]
+    spread = v @ (moment - torch.outer(mean, mean)) @ v.mT
+    spread = spread.repeat_interleave(len(o_heads) // len(v), 0)
+    weight = ((o_heads @ spread) * o_heads).sum((1, 2))
+    return _ridged(q @ moment @ q.mT, COST_RIDGE) * weight[:, None, None]
+
+
+def _choose(k: Tensor, tokens: Tensor, key_cost: Tensor, rho: Tensor, count: int, planes: str) -> rope.Planes:
+    """Rotary planes of a layer from its affine key rows (G*d_h, d+1) and key costs (H, d_h, d_h)."""
+    keys = rope.complex_rows(k, 2 * rho.shape[1])
+    key_cov = keys @ tokens.to(keys.dtype) @ keys.mH
+    query_energy = key_cost.diagonal(dim1=-2, dim2=-1).view(len(rho), 2, -1).sum(1)
+    choose = {"loss": rope.choose_planes, "even": rope.even_planes}[planes]
+    return choose(key_cov, query_energy, rho, count)
+
+
+def _rope_rows(planes: rope.Planes, k: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """k_rope rows (2m, d+1) and q_rope rows (H, 2m, d+1) of equal mean square, real parts first."""
+    n_f = planes.write.shape[1]
+    keys, queries = rope.complex_rows(k, 2 * n_f), rope.complex_rows(q, 2 * n_f)
+    key = torch.einsum("jfg,fgn->jn", planes.write, keys)
+    query = torch.einsum("jfh,fhn->hjn", planes.read.conj(), queries)
+    size = _balance(query.abs().square().mean((0, 2)), key.abs().square().mean(1))[:, None]
+    key, query = key * size, query / size
+    return torch.cat((key.real, key.imag)), torch.cat((query.real, query.imag), 1)
+
+
+def _balance(up: Tensor, down: Tensor) -> Tensor:
+    """Factor that makes two sides with these mean squares equal, one where either is zero."""
+    ratio = (up / down) ** 0.25
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+
+
+def _reads(k_maps: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
+    """Maps from y = [keys; values] to the content keys (H, nope, n) and the values (H, d_h, n) of every head.
+
+    :param k_maps: (H, nope, G*d_h) from all keys to the content key of each head.
+    """
+    heads, _, width = k_maps.shape
+    picks = torch.eye(width, dtype=k_maps.dtype, device=k_maps.device).view(num_kv, -1, width)
+    picks = picks.repeat_interleave(heads // num_kv, 0)
+    return torch.cat((k_maps, torch.zeros_like(k_maps)), -1), torch.cat((torch.zeros_like(picks), picks), -1)
+
+
+def _metric(reads: Tensor, cost: Tensor) -> Tensor:
+    """Sum over heads of reads_h^T cost_h reads_h: (H, a, n) and (H, a, a) to (n, n)."""
+    flat = reads.flatten(0, 1)
+    return flat.T @ (cost @ reads).flatten(0, 1)
+
+
+def _cholesky(cov: Tensor) -> Tensor:
+    """Lower factor of a covariance; one of less than full rank, as little text gives, gets just enough of a ridge."""
+    ridge = RIDGE
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(_ridged(cov, ridge))
+        if not failed:
+            return factor
+        ridge *= 10
+
+
+def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Best rank-r latent of y under the error y^T metric y, for cov = E[y y^T] (n, n).
+
+    :return: encode (r, n), decode (n, r), and tail (n, n - r) with E[error error^T] = tail tail^T.
+    """
+    factor = _cholesky(cov)
+    vectors = torch.linalg.eigh(factor.T @ metric @ factor).eigenvectors.flip(-1)
+    lead = vectors[:, :rank]
+    encode = torch.linalg.solve_triangular(factor.T, lead, upper=True).T
+    return encode, factor @ lead, factor @ vectors[:, rank:]
+
+
+def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics: tuple) -> dict[str, float]:
+    """Shares kept by both steps, and the relative errors they leave if different keys err independently.
+
+    :param gain: of squared rotary logits; cov, tail: see _latent; metrics: of keys and of values.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    rope_lost, rope_total = float(planes.lost) * gain, max(float(planes.total) * gain, tiny)
+    key_total, value_total = (max(float((m * cov).sum()), tiny) for m in metrics)
+    key_lost, value_lost = (float((tail * (m @ tail)).sum()) for m in metrics)
+    return {
+        "rope_kept": 1 - rope_lost / rope_total,
+        "rank_kept": 1 - (key_lost + value_lost) / (key_total + value_total),
+        "logit_error": ((rope_lost + key_lost) / rope_total) ** 0.5,
+        "value_error": (value_lost / value_total) ** 0.5,
+        "output_error": ((rope_lost + key_lost + value_lost) / value_total) ** 0.5,
+    }
+
+
+def _content(
+    rows: Tensor, tokens: Tensor, reads: tuple[Tensor, Tensor], costs: tuple[Tensor, Tensor], rank: int
+) -> tuple[Tensor, Tensor, tuple]:
+    """Latent rows (r, c) and kv_b (H*(nope+d_h), r) from rows (n, c) = [keys; values] of c input columns.
+
+    :param tokens: (c, c) second moment of the input;  :param reads, costs: see _reads and _metric.
+    :return: also (cov, tail, metrics) for _energy.
+    """
+    metrics = tuple(_metric(read, cost) for read, cost in zip(reads, costs, strict=True))
+    served = torch.cat(reads, 1).flatten(0, 1)
+    if reads[0].shape[1] == 0:  # no content keys: they must not compete for directions of y
+        half = len(rows) // 2
+        rows, served, metrics = rows[half:], served[:, half:], tuple(m[half:, half:] for m in metrics)
+    if len(rows) > rows.shape[1]:  # the input is smaller than its keys and values: factorise it instead
+        served, metrics = served @ rows, tuple(rows.T @ m @ rows for m in metrics)
+        rows = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    cov = rows @ tokens @ rows.T
+    encode, decode, tail = _latent(cov, metrics[0] + metrics[1], rank)
+    down, up = encode @ rows, served @ decode
+    size = _balance(up.square().mean(0), down.square().mean(1))
+    return down * size[:, None], up / size, (cov, tail, metrics)
+
+
+def _assemble(
+    weights: AttentionWeights, q_rows: Tensor, kv_a: Tensor, kv_b: Tensor, freq_index: Tensor, energy: dict[str, float]
+) -> MlaWeights:
+    """MlaWeights from affine q rows (*, d+1) and kv_a rows (*, d), or (*, d+1) where k or v has a bias."""
+    hidden = weights.k.shape[1]
+    return MlaWeights(
+        q_proj=q_rows[:, :hidden].contiguous(),
+        kv_a=kv_a[:, :hidden].contiguous(),
+        kv_b=kv_b,
+        o_proj=weights.o.double(),
+        q_bias=None if weights.q_bias is None else q_rows[:, hidden].contiguous(),
+        kv_a_bias=kv_a[:, hidden].contiguous() if kv_a.shape[1] > hidden else None,
+        o_bias=None if weights.o_bias is None else weights.o_bias.double(),
+        freq_index=freq_index,
+        energy=energy,
+    )
+
+
+def _moments(statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """Second moments (d+1, d+1) of the inputs as queries see them, and as keys and values are looked at."""
+    moment = statistics.second_moment.double()
+    tokens = moment if statistics.key_moment is None else statistics.key_moment.double()
+    return moment, _ridged(tokens / tokens[-1, -1], RIDGE)
+
+
+def factorise(
+    weights: AttentionWeights,
+    geometry: Geometry,
+    statistics: Statistics,
+    rank: int,
+    rope_dim: int,
+    *,
+    planes: str = "loss",
+    balance: float = 1.0,
+) -> MlaWeights:
+    """Convert one layer to MLA with kv_lora_rank `rank` and qk_rope_head_dim `rope_dim`.
+
+    :param planes: "loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation;
+        "even" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
+    :param balance: factor on the cost of key errors against that of value errors.
+    :return: weights in float64 and, in `energy`, what the approximation loses.
+    """
+    heads, num_kv, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+    q, k, v = (_affine(getattr(weights, n), getattr(weights, n + "_bias")) for n in "qkv")
+    q_heads, v_heads = q.view(heads, head_dim, -1), v.view(num_kv, head_dim, -1)
+    o_heads = weights.o.double().view(-1, heads, head_dim).transpose(0, 1)
+    moment, tokens = _moments(statistics)
+    rho = rope.mean_rotation(statistics.distance.double(), statistics.inv_freq.double())
+    if planes == "even":
+        rho = torch.ones_like(rho)
+    key_cost = geometry.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment)
+    kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes)
+    nope = head_dim if rope_dim < num_kv * head_dim else 0
+    k_maps = rope.content_maps(kept, rho, num_kv)[:, :nope] * geometry.rope_scale**2
+    costs = (balance * key_cost[:, :nope, :nope], _ridged(o_heads.mT @ o_heads, COST_RIDGE))
+    # Without a source bias the result has none: constants are then part of what the latent carries.
+    columns = slice(None if weights.k_bias is not None or weights.v_bias is not None else -1)
+    rows = torch.cat((k, v))[:, columns]
+    down, up, lost = _content(rows, tokens[columns, columns], _reads(k_maps, num_kv), costs, rank)
+    k_rope, q_rope = _rope_rows(kept, k, q)
+    q_rows = torch.cat((q_heads[:, :nope], q_rope), 1).flatten(0, 1)
+    energy = _energy(kept, geometry.rope_scale**4, *lost)
+    return _assemble(weights, q_rows, torch.cat((down, k_rope[:, columns])), up, kept.freq_index, energy)

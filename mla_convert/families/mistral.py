@@ -1,0 +1,7 @@
+"""Mistral 7B and its kin."""
+
+from mla_convert.families.base import Family
+
+FAMILY = Family(
+    model_type="mistral", examples="Mistral 7B v0.1 to v0.3, Mistral-Nemo", special="sliding window in v0.1"
+)

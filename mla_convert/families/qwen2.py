@@ -1,0 +1,5 @@
+"""Qwen2 and Qwen2.5."""
+
+from mla_convert.families.base import Family
+
+FAMILY = Family(model_type="qwen2", examples="Qwen2, Qwen2.5", special="bias on query, key and value")

@@ -1,0 +1,208 @@
+"""A transformers model whose attention is Multi-head Latent Attention (MLA).
+
+`Mla<Base>ForCausalLM` is the stock `<Base>ForCausalLM` with every attention replaced by `MlaAttention`; embeddings, norms,
+MLPs and heads are the stock classes with the original's weights. What is cached per token is the latent and one rotary key,
+both shared by all heads, in the stock transformers caches: latent in the key slot, rotary key in the value slot.
+
+This file needs only torch and transformers; it is also written beside the weights of a converted model, so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere.
+"""
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_mla import PREFIX, config_class
+
+# Up to this many query tokens a step, the up-projections move to the query and output side (absorbed attention on the
+# latents); above, keys and values are expanded and the library's attention runs on them.
+MAX_ABSORBED_QUERIES = 16
+
+_classes: dict[str, type] = {}
+
+
+def rotate_planes(planes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on complex planes: `planes` (..., 2m) holds m real then m imaginary parts, `cos` and `sin` (..., m)."""
+    real, imag = planes.chunk(2, dim=-1)
+    return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
+
+
+def absorbed_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of all heads on the shared latents, which serve as keys and values.
+
+    q_latent (B, H, T, r), q_rope (B, H, T, 2m), latent (B, 1, S, r), k_rope (B, 1, S, 2m), mask broadcastable to
+    (B, 1, T, S), boolean or additive. Returns the attended latents (B, H, T, r) and, if asked for, the weights
+    (B, H, T, S).
+    """
+    batch, heads, length, rank = q_latent.shape
+    # Heads share keys and values, so they are rows of one query matrix: the latents are read once, not once a head.
+    query = torch.cat([q_latent, q_rope], dim=-1).reshape(batch, 1, heads * length, -1)
+    key = torch.cat([latent, k_rope], dim=-1)
+    if mask is not None:
+        mask = mask.expand(batch, -1, -1, -1).repeat(1, 1, heads, 1)
+    if need_weights:
+        logits = (query @ key.transpose(2, 3)) * scaling
+        if mask is not None:
+            logits = (
+                logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+            )
+        weights = F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+        attended = weights @ latent
+        return attended.view(batch, heads, length, rank), weights.view(batch, heads, length, -1)
+    attended = F.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=scaling)
+    return attended.view(batch, heads, length, rank), None
+
+
+class MlaAttention(nn.Module):
+    """Multi-head Latent Attention as DeepSeek-V2 defines it (arXiv 2405.04434, section 2.1), without its latent norm.
+
+    Differs from it in that the rotary key's frequencies are chosen per layer: `rope_freq_index` (m,) picks them from the
+    original's table, so that every RoPE scaling of the original applies unchanged.
+    """
+
+    def __init__(self, config, layer_idx: int, scaling: float):
+        nn.Module.__init__(self)  # not the stock attention's, which attention_class() puts next in line
+        self.config = config
+        self.layer_idx = layer_idx
+        self.scaling = scaling
+        self.is_causal = True
+        self.attention_dropout = config.attention_dropout
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.kv_lora_rank = config.layer_rank(layer_idx)
+        self.qk_rope_head_dim = config.layer_rope_dim(layer_idx)
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        hidden, heads = config.hidden_size, self.num_heads
+        self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.mla_q_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.mla_kv_bias)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.mla_o_bias)
+        self.register_buffer("rope_freq_index", torch.zeros(self.qk_rope_head_dim // 2, dtype=torch.int64))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, T, hidden) -> attention output (B, T, hidden) and the attention weights, if there are any."""
+        batch, length, _ = hidden_states.shape
+        query = self.q_proj(hidden_states).view(batch, length, self.num_heads, self.qk_head_dim).transpose(1, 2)
+        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        latent, k_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+
+        cos, sin = (table[..., self.rope_freq_index].unsqueeze(1) for table in position_embeddings)
+        q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+        if past_key_values is not None:
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+
+        # With several queries, only an explicit mask says which keys each one sees.
+        few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
+        if few and past_key_values is not None and not self.training:
+            output, weights = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
+        else:
+            output, weights = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _absorbed(self, q_nope, q_rope, latent, k_rope, mask) -> tuple[Tensor, Tensor | None]:
+        """Decode: queries and outputs pass through the up-projections, the cache stays as it is. Output (B, T, H, v)."""
+        up = self.kv_b_proj.weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        up_key, up_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        attended, weights = absorbed_attention(
+            q_nope @ up_key,
+            q_rope,
+            latent,
+            k_rope,
+            mask,
+            self.scaling,
+            need_weights=self.config._attn_implementation == "eager",
+        )
+        return (attended @ up_value.transpose(1, 2)).transpose(1, 2), weights
+
+    def _expanded(self, q_nope, q_rope, latent, k_rope, mask, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Prefill and training: keys and values of every head, then the library's attention. Output (B, T, H, v)."""
+        batch, _, length, _ = latent.shape
+        up = self.kv_b_proj(latent.squeeze(1)).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        k_nope, value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        key = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        query = torch.cat([q_nope, q_rope], dim=-1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+
+def eager_attention(module, query, key, value, mask, dropout=0.0, scaling=1.0, **_) -> tuple[Tensor, Tensor]:
+    """Softmax attention written out, with its weights. query, key (B, H, ., qk), value (B, H, S, v) -> (B, T, H, v)."""
+    logits = query @ key.transpose(2, 3) * scaling
+    if mask is not None:
+        logits = logits + mask
+    weights = F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2), weights
+
+
+def attention_class(base: type) -> type:
+    """MlaAttention that is also an instance of the stock attention class, as the library's output capturing expects."""
+    return type(PREFIX + base.__name__, (MlaAttention, base), {"__module__": __name__})
+
+
+def install(model) -> None:
+    """Replace every attention of a stock causal language model (built from an Mla configuration) by MLA."""
+    layers = model.model.layers
+    attention = attention_class(type(layers[0].self_attn))
+    for layer_idx, layer in enumerate(layers):
+        layer.self_attn = attention(model.config, layer_idx, scaling=layer.self_attn.scaling)
+
+
+def model_class(base: type) -> type:
+    """The converted counterpart of a stock `<Base>ForCausalLM`."""
+    name = PREFIX + base.__name__
+    if name not in _classes:
+
+        def __init__(self, config):  # noqa: N807
+            base.__init__(self, config)
+            install(self)
+            self.post_init()
+
+        _classes[name] = type(
+            name,
+            (base,),
+            {
+                "__init__": __init__,
+                "__module__": __name__,
+                "__doc__": f"{base.__name__} with Multi-head Latent Attention.",
+                "config_class": config_class(base.config_class),
+                # Both need keys and values of one width per head; MLA's differ.
+                "_supports_flash_attn": False,
+                "_supports_flex_attn": False,
+                "_tp_plan": {},
+                "_auto_class": "AutoModelForCausalLM",
+            },
+        )
+    return _classes[name]
+
+
+def __getattr__(name: str) -> type:
+    """`Mla<Base>ForCausalLM` for any `<Base>ForCausalLM` of transformers (PEP 562)."""
+    if name.startswith(PREFIX) and name.endswith("ForCausalLM"):
+        return model_class(getattr(transformers, name[len(PREFIX) :]))
+    if name.startswith(PREFIX) and name.endswith("Config"):
+        return getattr(importlib.import_module(".configuration_mla", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

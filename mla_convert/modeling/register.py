@@ -1,0 +1,19 @@
+"""Registers the converted models with transformers' Auto classes, so that they load without remote code."""
+
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mla_convert.families import FAMILIES
+from mla_convert.modeling.configuration_mla import config_class
+from mla_convert.modeling.modeling_mla import model_class
+
+
+def register() -> None:
+    """Once for every family; again is harmless."""
+    for model_type in FAMILIES:
+        config = config_class(getattr(transformers, CONFIG_MAPPING_NAMES[model_type]))
+        model = model_class(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)

@@ -1,0 +1,128 @@
+"""How large the converted cache is: rank and rotary dims from the settings and the model's shape. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mla_convert.config import Settings
+from mla_convert.errors import InputError
+
+# Kernels like multiples of 16; models too small for that get multiples of 2.
+UNIT = 16
+MAX_DEFAULT_ROPE = 64
+DEFAULT_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Shape of a source's attention. `has_kv_bias`: a bias on its key or value projection."""
+
+    layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    has_kv_bias: bool = False
+
+    @property
+    def cache_numbers(self) -> int:
+        """Numbers cached per token and layer by the source: keys and values of all kv heads."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def full_rope_dim(self) -> int:
+        """Rotary dims when every plane keeps RoPE."""
+        return self.num_kv_heads * self.head_dim
+
+    def full_rank(self, rope_dim: int) -> int:
+        """Rank at which nothing is lost: the features left, or the inputs they are linear in if those are fewer."""
+        return min(self.cache_numbers - rope_dim, self.hidden_size + self.has_kv_bias)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of the converted cache, the same in every layer."""
+
+    rank: int
+    rope_dim: int
+    shape: AttentionShape
+
+    @property
+    def cache_numbers(self) -> int:
+        """Numbers cached per token and layer after conversion."""
+        return self.rank + self.rope_dim
+
+    @property
+    def ratio(self) -> float:
+        """Share of the original's cache."""
+        return self.cache_numbers / self.shape.cache_numbers
+
+    @property
+    def exact(self) -> bool:
+        """Whether every plane keeps RoPE and no direction is dropped."""
+        return self.rope_dim == self.shape.full_rope_dim and self.rank == self.shape.full_rank(self.rope_dim)
+
+    @property
+    def qk_nope_head_dim(self) -> int:
+        """Width of a head's key part without position: none is left when every plane stays rotary."""
+        return 0 if self.rope_dim == self.shape.full_rope_dim else self.shape.head_dim
+
+
+def make_plan(settings: Settings, shape: AttentionShape) -> Plan:
+    """Rank and rotary dims of the converted cache.
+
+    Raises:
+        InputError: a rank, rope_dim or kv_ratio that this model cannot have.
+    """
+    if isinstance(settings.rank, int) and settings.rank <= 0:
+        raise InputError(f"rank {settings.rank} is not positive: give a rank of at least 1, or 'full'")
+    if settings.rank is None:
+        return _plan_from_ratio(settings, shape)
+    rope_dim = _rope_dim(settings, shape, _default_rope(shape, settings.rank))
+    full = shape.full_rank(rope_dim)
+    rank = full if settings.rank == "full" else settings.rank
+    if rank > full:
+        raise InputError(
+            f"rank {rank} is above full rank: with {rope_dim} rotary dims this model has rank {full}; "
+            f"give at most that, or 'full'"
+        )
+    return Plan(rank, rope_dim, shape)
+
+
+def _plan_from_ratio(settings: Settings, shape: AttentionShape) -> Plan:
+    ratio = DEFAULT_RATIO if settings.kv_ratio is None else settings.kv_ratio
+    if not 0 < ratio <= 1:
+        raise InputError(f"kv_ratio {ratio} is not a share: give a number above 0 and at most 1 (0.5 halves the cache)")
+    unit = UNIT if ratio * shape.cache_numbers >= 4 * UNIT else 2
+    total = int(ratio * shape.cache_numbers / unit + 1e-9) * unit
+    rope_dim = _rope_dim(settings, shape, min(_round_up(total / 4, unit), MAX_DEFAULT_ROPE, shape.full_rope_dim))
+    rank = min(total - rope_dim, shape.full_rank(rope_dim))
+    if rank <= 0:
+        raise InputError(
+            f"kv_ratio {ratio} leaves {total} numbers per token and layer, and {rope_dim} are rotary: "
+            f"give a larger kv_ratio or a smaller rope_dim"
+        )
+    return Plan(rank, rope_dim, shape)
+
+
+def _default_rope(shape: AttentionShape, rank: int | str) -> int:
+    """A third of the rank, which makes the rotary share a quarter of the cache; measured best near there."""
+    largest = min(MAX_DEFAULT_ROPE, shape.full_rope_dim)
+    if rank == "full":
+        return largest
+    unit = UNIT if rank >= 3 * UNIT else 2
+    return min(_round_up(rank / 3, unit), largest)
+
+
+def _rope_dim(settings: Settings, shape: AttentionShape, default: int) -> int:
+    full = shape.full_rope_dim
+    rope_dim = {"full": full, None: default}.get(settings.rope_dim, settings.rope_dim)
+    if rope_dim < 0 or rope_dim % 2:
+        raise InputError(f"rope_dim {rope_dim} is not an even number of at least 0: every rotary plane takes two dims")
+    if rope_dim > full:
+        raise InputError(f"rope_dim {rope_dim} is above the {full} rotary dims that this model has; give at most that")
+    return rope_dim
+
+
+def _round_up(value: float, unit: int) -> int:
+    return -int(-value // unit) * unit

@@ -1,0 +1,199 @@
+"""Per-layer refinement: gradient steps on one attention module against the original's residual stream.
+
+Layer after layer, with the converted model's own hidden states as input and the original's residual stream after
+attention as target, so that each layer also mends what the earlier ones lost. No other layer is in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mla_convert.activations import Activations
+
+WARMUP = 20
+# Steps run before a CUDA graph of one is captured; they train like all others.
+EAGER_STEPS = 3
+HELD_OUT_SHARE = 1 / 16
+HELD_OUT_MAX = 32
+# How often held-out windows are looked at during a refinement.
+CHECKS = 4
+# Below this root mean square a parameter (a zero bias, say) moves as if it had it.
+MIN_SCALE = 1e-3
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """`steps` of `batch` windows; `lr` is relative to the root mean square of each parameter."""
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """Relative error of the residual stream on held-out windows, before and after."""
+
+    error_before: float
+    error_after: float
+    steps: int
+
+
+def relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    """Mean over tokens of |found - expected|^2 / |expected|^2, for residual streams (B, L, d).
+
+    Relative to each token, because the norms that read the stream divide by its length: in plain squares the few
+    tokens with massive activations (the first one above all) would be everything.
+    """
+    return ((found - expected).square().mean(-1) / expected.square().mean(-1).clamp_min(1e-12)).mean()
+
+
+def attend(attention: nn.Module, norm: nn.Module, kwargs: dict[str, Any], autocast: Callable) -> Forward:
+    """hidden (B, L, d) -> output of an attention behind its norm, float32."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        with autocast():
+            return attention(hidden_states=norm(hidden), **kwargs)[0].float()
+
+    return forward
+
+
+@torch.no_grad()
+def residual_targets(original: Forward, states: Activations) -> Activations:
+    """The original's residual stream after attention, for all windows."""
+    targets = states.empty_like()
+    for batch in states.batches():
+        hidden = states.get(batch)
+        targets.put(batch, hidden + original(hidden))
+    return targets
+
+
+def _held_out(windows: int) -> range:
+    """Windows that are kept from training to judge it: the last ones."""
+    return range(windows - min(HELD_OUT_MAX, max(1, round(windows * HELD_OUT_SHARE))), windows)
+
+
+@torch.no_grad()
+def output_error(student: Forward, original: Forward, states: Activations) -> float:
+    """Mean square of the difference of two attention outputs on equal inputs, over the original's mean square."""
+    wrong = total = 0.0
+    for window in _held_out(states.windows):
+        hidden = states.get(slice(window, window + 1))
+        expected = original(hidden)
+        wrong += float((student(hidden) - expected).square().mean())
+        total += float(expected.square().mean())
+    return wrong / max(total, 1e-30)
+
+
+@torch.no_grad()
+def residual_error(student: Forward, inputs: Activations, targets: Activations) -> float:
+    """Relative error of the residual stream on the held-out windows."""
+    total, windows = 0.0, _held_out(inputs.windows)
+    for window in windows:
+        part = slice(window, window + 1)
+        hidden = inputs.get(part)
+        total += float(relative_error(hidden + student(hidden), targets.get(part)))
+    return total / len(windows)
+
+
+class _Step:
+    """One training step on fixed buffers; on CUDA captured as a graph, since small layers are bound by launches."""
+
+    def __init__(self, parameters: list[nn.Parameter], student: Forward, settings: RefineSettings, example: Tensor):
+        self.parameters, self.student, self.settings = parameters, student, settings
+        self.hidden, self.target = torch.empty_like(example), torch.empty_like(example)
+        self.graph, self.count = None, 0
+        # relative to each parameter's size, so that one setting is safe on models of any scale
+        self.rates = [settings.lr * float(p.detach().square().mean().sqrt().clamp_min(MIN_SCALE)) for p in parameters]
+        # a graph reads the rate from device memory
+        groups = [{"params": [p], "lr": torch.zeros((), device=p.device) if p.is_cuda else 0.0} for p in parameters]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), capturable=example.is_cuda)
+
+    def _schedule(self) -> None:
+        """Linear warm-up, cosine decay to zero."""
+        warm = min(1.0, (self.count + 1) / WARMUP)
+        factor = warm * 0.5 * (1 + math.cos(math.pi * self.count / self.settings.steps))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+
+    def _compute(self) -> None:
+        relative_error(self.hidden + self.student(self.hidden), self.target).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # a graph needs the gradients to stay where they are
+
+    def __call__(self, hidden: Tensor, target: Tensor) -> None:
+        self.hidden.copy_(hidden)
+        self.target.copy_(target)
+        self._schedule()
+        if self.hidden.is_cuda and self.count == EAGER_STEPS:
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            # capturing records the step without running it
+            with torch.cuda.graph(self.graph):
+                self._compute()
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._compute()
+        self.count += 1
+
+
+def _batches(windows: int, batch: int, steps: int, seed: int):
+    """Indices of `batch` windows for each step: every window once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = torch.cat([order, torch.randperm(windows, generator=generator)])
+        yield order[:batch]
+        order = order[batch:]
+
+
+def refine(
+    module: nn.Module,
+    student: Forward,
+    inputs: Activations,
+    targets: Activations,
+    settings: RefineSettings,
+    on_step: Callable[[], None] = lambda: None,
+) -> RefineResult:
+    """Train `module`, which `student` runs, in place; keeps the state with the least held-out error, the start included.
+
+    A step size that diverges, or a NaN, therefore costs time and never quality.
+    """
+    before = best = residual_error(student, inputs, targets)
+    if not settings.steps:
+        return RefineResult(before, before, 0)
+    parameters = [parameter.requires_grad_(True) for parameter in module.parameters()]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    train = max(1, _held_out(inputs.windows).start)
+    batch = min(settings.batch, train)
+    step = _Step(parameters, student, settings, inputs.get(slice(0, batch)))
+    every = -(-settings.steps // CHECKS)
+    for number, index in enumerate(_batches(train, batch, settings.steps, settings.seed), start=1):
+        step(inputs.get(index), targets.get(index))
+        on_step()
+        if number % every == 0 or number == settings.steps:
+            error = residual_error(student, inputs, targets)
+            if error < best:
+                best, kept = error, [parameter.detach().clone() for parameter in parameters]
+            elif not math.isfinite(error):
+                break
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.requires_grad_(False).copy_(value)
+            parameter.grad = None
+    return RefineResult(before, best, number)

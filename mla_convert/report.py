@@ -1,0 +1,122 @@
+"""The report of a conversion: report.json is the truth, everything else is made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mla_convert.checkpoint.writer import REPORT
+
+SCHEMA = 1
+CONTEXTS = (4096, 32768, 131072)
+
+
+@dataclass
+class Report:
+    """Everything measured in one conversion. `report.json` is this, field by field."""
+
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    cache: dict[str, Any]
+    evaluation: dict[str, Any]
+    calibration: dict[str, Any]
+    layers: list[dict[str, Any]]
+    phases: dict[str, dict[str, float]]
+    seconds: float
+    checksums: dict[str, str]
+    schema: int = SCHEMA
+    notes: list[str] = field(default_factory=list)
+    out: Path | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity after conversion over the original's."""
+        return self.evaluation["ratio"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As written to report.json: without the local output path, NaN and infinity as null."""
+        content = asdict(self)
+        content.pop("out")
+        return _finite(content)
+
+    def write(self, folder: Path) -> None:
+        """Write report.json."""
+        (folder / REPORT).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cache_figures(layers: int, before: int, after: int, itemsize: int, windows: list[int | None]) -> dict[str, Any]:
+    """KV-cache bytes before and after.
+
+    `before` and `after` are numbers per token and layer, `itemsize` bytes a number, `windows` each layer's sliding
+    window (None: none). A layer with a window holds at most that many tokens.
+    """
+
+    def held(context: int) -> int:
+        return sum(min(context, window) if window else context for window in windows)
+
+    contexts = {
+        str(context): {"before": held(context) * before * itemsize, "after": held(context) * after * itemsize}
+        for context in CONTEXTS
+    }
+    return {
+        "numbers_per_token_per_layer": {"before": before, "after": after},
+        "bytes_per_number": itemsize,
+        "bytes_per_token": {"before": layers * before * itemsize, "after": layers * after * itemsize},
+        "bytes_at_context": contexts,
+        "share_saved": 1 - after / before,
+    }
+
+
+def human_bytes(number: float) -> str:
+    """1234567 -> '1.2 MB' (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """The result in rows of (what, before, after, change)."""
+    cache, evaluation = report.cache, report.evaluation
+    saved = f"-{cache['share_saved']:.1%}"
+    per_token = cache["bytes_per_token"]
+    table = [("KV cache per token", human_bytes(per_token["before"]), human_bytes(per_token["after"]), saved)]
+    for context, size in cache["bytes_at_context"].items():
+        table.append((f"KV cache at {int(context) // 1024}k context", human_bytes(size["before"]),
+                      human_bytes(size["after"]), f"-{1 - size['after'] / size['before']:.1%}"))  # fmt: skip
+    before, after = evaluation["before"]["value"], evaluation["after"]["value"]
+    table.append(("perplexity", f"{before:.3f}", f"{after:.3f}", f"×{evaluation['ratio']:.4f}"))
+    return table
+
+
+def print_summary(report: Report, console: Console) -> None:
+    """The compact table at the end of a run."""
+    rank, rope = report.cache["kv_lora_rank"], report.cache["qk_rope_head_dim"]
+    table = Table(title=f"{report.source['name']} → MLA, rank {rank} + {rope} rotary", title_justify="left")
+    for column, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(column, justify=justify)
+    for row in rows(report):
+        table.add_row(*row)
+    console.print(table)
+    evaluation = report.evaluation
+    console.print(f"perplexity on {evaluation['text']}: {evaluation['protocol']}", highlight=False, soft_wrap=True)
+    console.print(
+        f"took {report.seconds:.0f} s on {report.device}; written to {report.out}", highlight=False, soft_wrap=True
+    )

@@ -1,0 +1,196 @@
+"""Opens a source (local folder, Hub id, GGUF file or packaged demo): its configuration, tokenizer and weights reader."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
+from mla_convert.config import unknown_source
+from mla_convert.errors import InputError, ResourceError
+from mla_convert.families import Family, find_family
+from mla_convert.plan import AttentionShape
+
+PACKAGE = "package:"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+# What is carried over as it is; weights, indices and anything executable are not.
+COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+          "generation_config.json", "*.model", "LICENSE*", "NOTICE*", "ATTRIBUTION*")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source. `name` identifies it in reports and never holds a local path."""
+
+    name: str
+    revision: str | None
+    folder: Path
+    gguf: str | None
+    config: PreTrainedConfig
+    family: Family
+    reader: Reader
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Shape of the attention, from the configuration and the tensors present."""
+        config = self.config
+        heads = config.num_attention_heads
+        prefix = f"{self.family.layers}.0.{self.family.attention}."
+        names = set(self.reader.names())
+        return AttentionShape(
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_heads=heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            has_kv_bias=bool({f"{prefix}{self.family.key}.bias", f"{prefix}{self.family.value}.bias"} & names),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the source's attention weights are stored in; bfloat16 for GGUF's quantised blocks."""
+        if self.gguf:
+            return torch.bfloat16
+        return self.reader.dtype(f"{self.family.layers}.0.{self.family.attention}.{self.family.query}.weight")
+
+    @property
+    def sliding_windows(self) -> list[int | None]:
+        """Each layer's attention window, None where it sees everything."""
+        layers, window = self.config.num_hidden_layers, getattr(self.config, "sliding_window", None)
+        types = (
+            getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+        )
+        return [window if kind == "sliding_attention" else None for kind in types]
+
+    def tokenizer(self) -> Any:
+        """The source's tokenizer.
+
+        Raises:
+            InputError: it has none that transformers can read.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, **({"gguf_file": self.gguf} if self.gguf else {}))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.name} has no readable tokenizer ({_line(error)})") from error
+
+    def license(self) -> str | None:
+        """Licence identifier from the source's model card, if it has one."""
+        try:
+            return ModelCard.load(self.folder / "README.md").data.license
+        except (OSError, ValueError):
+            return None
+
+    def copied_files(self) -> list[Path]:
+        """Tokenizer, generation and licence files that are carried over as they are."""
+        if self.gguf:
+            return []
+        return sorted({path for pattern in COPIED for path in self.folder.glob(pattern) if path.is_file()})
+
+    def generation_config(self) -> GenerationConfig:
+        """Generation defaults where the source has no file of its own."""
+        return GenerationConfig.from_model_config(self.config)
+
+
+def open_source(name: str, revision: str | None = None) -> Source:
+    """Open a source lazily: configuration and tensor headers are read, no weights (GGUF files excepted).
+
+    Raises:
+        InputError: not found, not a checkpoint, architecture not supported, files missing or damaged.
+        ResourceError: the Hub cannot be reached.
+    """
+    if name.startswith(PACKAGE):
+        package, _, inner = name.removeprefix(PACKAGE).partition("/")
+        return _open_folder(Path(str(resources.files(package))) / inner, label=package)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{path} not found: give an existing .gguf file")
+        return _open_gguf(path)
+    if path.is_dir():
+        return _open_folder(path, label=path.resolve().name)
+    if path.exists():
+        raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise unknown_source(name)
+    return _open_hub(name, revision)
+
+
+def _open_hub(name: str, revision: str | None) -> Source:
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        where = f" at revision {revision}" if revision else ""
+        raise InputError(f"{name}{where} is neither a local folder nor on the Hub (or it is private)") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ResourceError(
+            f"the Hub cannot be reached for {name}, which is no local folder: {_line(error)}"
+        ) from error
+    return _open_folder(folder, label=name, revision=folder.name)
+
+
+def _open_folder(folder: Path, label: str, revision: str | None = None) -> Source:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{label} has no config.json: give a folder that holds a transformers checkpoint")
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type", "none given")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"config.json of {label} is not a JSON object ({_line(error)}): fetch it again") from error
+    family = find_family(model_type)
+    reader = SafetensorsReader(folder)
+    return Source(label, revision, folder, None, _read_config(folder, label), family, reader)
+
+
+def _open_gguf(path: Path) -> Source:
+    try:
+        # transformers dequantises a GGUF file as a whole: these sources are held in memory
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path.name} cannot be read as GGUF: {_line(error)}") from error
+    family, tensors = find_family(model.config.model_type), dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return Source(path.name, None, path.parent, path.name, model.config, family, MemoryReader(tensors))
+
+
+def _read_config(folder: Path, label: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise InputError(f"configuration of {label} cannot be read: {_line(error)}") from error
+    except Exception as error:
+        # the strict configuration classes raise their own errors, which share no public base
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise InputError(f"configuration of {label} is not valid: {_line(error)}") from error
+        raise
+    if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"configuration of {label} is not valid: {config.num_hidden_layers} layers, {config.num_attention_heads} "
+            f"query heads, {config.num_key_value_heads} key/value heads"
+        )
+    return config
+
+
+def _line(error: BaseException) -> str:
+    """An error's message as one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

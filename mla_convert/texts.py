@@ -1,0 +1,141 @@
+"""Calibration and evaluation text: from a file, a `datasets` name, the default data set or the package; cut into windows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_convert.errors import InputError, ResourceError
+
+PACKAGE = "package:"
+DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
+SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
+SPLITS = {"calibration": "train", "evaluation": "test"}
+SUFFIXES = (".txt", ".md", ".jsonl", ".json")
+# Text is tokenised piece by piece, in characters; no tokenizer here packs more than this many characters into a token.
+PIECE = 1 << 18
+CHARACTERS_PER_TOKEN = 16
+
+
+def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
+    """The text that `spec` names and a label for reports. `purpose` is "calibration" or "evaluation".
+
+    `spec` is a file (.txt, .jsonl with a "text" field, either one gzipped), `package:NAME/FILE`, or a data set as
+    `NAME[:CONFIG][@SPLIT]`. None is WikiText-2 from the Hub, or the packaged text (CC BY) where the Hub cannot be reached.
+
+    Raises:
+        InputError: not found, not UTF-8, no text in it.
+        ResourceError: a data set that was asked for cannot be fetched.
+    """
+    if spec is None:
+        try:
+            return _load_dataset(f"{DEFAULT_DATASET}@{SPLITS[purpose]}")
+        except ResourceError:
+            text, label = load_text(SHIPPED[purpose], purpose)
+            return text, f"{label} (WikiText-2 could not be fetched from the Hub)"
+    if spec.startswith(PACKAGE):
+        package, _, file = spec.removeprefix(PACKAGE).partition("/")
+        return _read_file(Path(str(resources.files(package))) / file), spec.removeprefix(PACKAGE)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return _read_file(path), path.name
+    if path.name.removesuffix(".gz").endswith(SUFFIXES) or spec.startswith((".", "/", "~")):
+        raise InputError(f"{purpose} text {spec} not found: give an existing file or a data set name")
+    return _load_dataset(spec)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
+    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise InputError(f"text file {path.name} cannot be read ({error}): give UTF-8 text") from error
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        text = "\n\n".join(_jsonl_texts(text, path.name))
+    if not text.strip():
+        raise InputError(f"text file {path.name} is empty")
+    return text
+
+
+def _jsonl_texts(content: str, name: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
+            try:
+                texts.append(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f'line {number} of {name} is not a JSON object with a "text" field') from error
+    return texts
+
+
+def _load_dataset(spec: str) -> tuple[str, str]:
+    import datasets  # a second of import that local text does not need
+
+    name, _, split = spec.partition("@")
+    name, _, config = name.partition(":")
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+        raise ResourceError(
+            f"data set {spec!r} cannot be fetched: give a text file, or a name that the Hub has"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise InputError(f"data set {spec!r}: {' '.join(str(error).split())[:200]}") from error
+    if "text" not in rows.column_names:
+        raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(rows.column_names)}')
+    return "\n\n".join(rows["text"]), spec
+
+
+def evaluation_windows(text: str, tokenizer: Any, count: int, length: int, label: str) -> tuple[Tensor, str]:
+    """Non-overlapping windows (n, length) from the start of the text, tokenised as a whole; n <= count. And a note.
+
+    Raises:
+        InputError: not one window long.
+    """
+    ids = _tokenise(tokenizer, text[: count * length * CHARACTERS_PER_TOKEN], special=True)
+    found = min(count, len(ids) // length)
+    if not found:
+        raise InputError(
+            f"evaluation text {label} has {len(ids)} tokens, fewer than one window of {length}: give more text"
+        )
+    return torch.tensor(ids[: found * length]).view(found, length), f"{found} windows of {length} tokens"
+
+
+def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed: int, label: str) -> Tensor:
+    """Windows (count, length) from all over the text, in an order drawn by `seed`.
+
+    Each begins with the tokenizer's beginning-of-sequence token if it adds one: first tokens are attention sinks with
+    outlying activations, and served text has them.
+
+    Raises:
+        InputError: the text is too short for `count` windows.
+    """
+    prefix = _tokenise(tokenizer, "", special=True)[:1]
+    body = length - len(prefix)
+    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+    generator = torch.Generator().manual_seed(seed)
+    windows: list[list[int]] = []
+    for piece in torch.randperm(len(pieces), generator=generator).tolist():
+        ids = _tokenise(tokenizer, pieces[piece], special=False)
+        windows += [prefix + ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
+        if len(windows) >= count:
+            break
+    if len(windows) < count:
+        raise InputError(
+            f"calibration text {label} is too short: it holds {len(windows)} windows of {length} tokens and {count} are "
+            f"wanted; give more text, or lower --calib-samples or --calib-length"
+        )
+    order = torch.randperm(len(windows), generator=generator)[:count]
+    return torch.tensor([windows[index] for index in order.tolist()])
+
+
+def _tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:
+    # verbose=False: a warning about the model's maximum length means nothing for text that is cut into windows
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

@@ -1,0 +1,1 @@
+"""Recipes: a name for a source with the settings that suit it, one YAML file each."""
