@@ -27,10 +27,10 @@ Perplexity on {text}: {protocol}. Calibrated on {calibration}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 ```
 
-With `import mla_convert` the flag is not needed. `generate` caches {after} numbers per token and layer, in transformers'
+With `import mla_convert` neither needs the flag. `generate` caches {after} numbers per token and layer, in transformers'
 own dynamic and static caches.
 
 ## Limits

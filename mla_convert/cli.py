@@ -7,31 +7,32 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
 from mla_convert.errors import MlaConvertError
 
 EXIT_CODES = "Exit codes: 0 done, 1 a bug, 2 usage, 4 bad input, 5 resources (disk, device, network), 130 interrupted."
+# The base of all errors of the parser: click's own, or the copy of click that newer typers carry.
+ParserError = typer.BadParameter.__base__
 SIZE, TEXT, REFINE, RUN = "Cache size", "Calibration and evaluation text", "Refinement", "Output and device"
 
 
 class DefaultGroup(TyperGroup):
     """`mla-convert SOURCE …` is `mla-convert convert SOURCE …`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         """Put `convert` in front unless the first word is a command or an option of the whole."""
         own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
         """The main job's options are what a user looks for first: show them with the list of commands."""
         super().format_help(ctx, formatter)
         convert = self.commands["convert"]
-        with click.Context(convert, info_name=f"{ctx.info_name} [convert]") as inner:
+        with typer.Context(convert, info_name=f"{ctx.info_name} [convert]") as inner:
             convert.format_help(inner, formatter)
 
 
@@ -206,7 +207,14 @@ def _silence_libraries() -> None:
 def main() -> None:
     """Entry point: every expected failure is one line on stderr and its exit code."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except ParserError as error:
+        if not sys.argv[1:]:  # typer has shown the help
+            sys.exit(error.exit_code)
+        _fail(f"{error.format_message()} (--help lists the options)", error.exit_code)
     except MlaConvertError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

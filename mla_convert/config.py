@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -145,4 +146,4 @@ def build_config(options: dict[str, Any]) -> ConvertConfig:
 
 def default_name(source: str) -> str:
     """Name of the output folder when none is given."""
-    return Path(source.rstrip("/\\")).name.removesuffix(".gguf") + "-mla"
+    return Path(os.path.abspath(source)).name.removesuffix(".gguf") + "-mla"

@@ -82,7 +82,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
                 [streams.eval_original.data, streams.eval_converted.data], evaluation))  # fmt: skip
         result = report.Report(
             source={"name": source.name, "revision": source.revision, "model_type": source.config.model_type},
-            settings={**settings, "refine_steps": refine.steps, "refine_batch": refine.batch},
+            settings={**settings, "calib": config.calib and calib_label, "eval": config.eval and eval_label,
+                      "refine_steps": refine.steps, "refine_batch": refine.batch},
             versions=environment.versions(),
             device=environment.device_name(device),
             cache={"kv_lora_rank": plan.rank, "qk_rope_head_dim": plan.rope_dim, **report.cache_figures(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -16,8 +16,9 @@ from mla_convert.checkpoint.reader import check_finite
 from mla_convert.errors import InputError
 from mla_convert.source import Source
 
-# Tokens whose logits are computed at once: bounds the memory of a large vocabulary.
-LOGIT_TOKENS = 512
+# Logits computed at once, tokens by vocabulary: bounds the memory of a large vocabulary.
+LOGIT_TOKENS = 1024
+LOGIT_ROWS = 16384
 
 
 class _Recorder(nn.Module):
@@ -115,13 +116,11 @@ class Skeleton:
             yield layer
 
     @contextlib.contextmanager
-    def _filled(self, module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    def _filled(
+        self, module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> Iterator[None]:
         names = set(dict(module.named_parameters()))
-        state = {
-            name: tensor.to(self.device).to(torch.float32, copy=True)
-            for name, tensor in tensors.items()
-            if name in names
-        }
+        state = {name: t.to(self.device).to(dtype, copy=True) for name, t in tensors.items() if name in names}
         module.load_state_dict(state, strict=False, assign=True)
         try:
             yield
@@ -129,22 +128,26 @@ class Skeleton:
             module.to("meta")
 
     @contextlib.contextmanager
-    def _ends(self, *names: str) -> Iterator[None]:
-        """Embeddings, final norm or head with their weights: modules of the model by path, one stored tensor each."""
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                key = f"{name}.weight"
-                stored = key if key in self.source.reader.names() else f"{self.embedding}.weight"
-                tensors = self.source.reader.read([stored])
-                check_finite(tensors)
-                stack.enter_context(self._filled(self.model.get_submodule(name), {"weight": tensors.pop(stored)}))
+    def _weight_replaced(self, module: nn.Module, weight: Tensor) -> Iterator[None]:
+        kept = module.weight
+        module.weight = nn.Parameter(weight.to(self.device).float(), requires_grad=False)
+        try:
             yield
+        finally:
+            module.weight = kept
+
+    def _stored(self, path: str) -> str:
+        """Name of the stored tensor that a module's weight comes from: its own, or the embedding that it is tied to."""
+        own = f"{path}.weight"
+        return own if own in self.source.reader.names() else f"{self.embedding}.weight"
+
+    def _path_of(self, target: nn.Module) -> str:
+        return next(path for path, module in self.model.named_modules() if module is target)
 
     @property
     def embedding(self) -> str:
         """Path of the token embedding."""
-        target = self.model.get_input_embeddings()
-        return next(name for name, module in self.model.named_modules() if module is target)
+        return self._path_of(self.model.get_input_embeddings())
 
     @contextlib.contextmanager
     def _layers_replaced(self, layers: list[nn.Module]) -> Iterator[None]:
@@ -158,11 +161,18 @@ class Skeleton:
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Tensor:
         """Input of the first layer, float32, for token windows (N, L): (N, L, hidden), on the CPU."""
+        tensors = self.source.reader.read([f"{self.embedding}.weight"])
+        check_finite(tensors)
+        (table,) = tensors.values()
         norm, self.decoder.norm = self.decoder.norm, nn.Identity()
         try:
-            with self._ends(self.embedding), self._layers_replaced([_Recorder() for _ in self.layers]):
+            # looked up in the stored dtype: the table is the largest tensor of a small model
+            with (
+                self._filled(self.model.get_submodule(self.embedding), {"weight": table}, table.dtype),
+                self._layers_replaced([_Recorder() for _ in self.layers]),
+            ):
                 parts = [
-                    self.decoder(ids.to(self.device), use_cache=False).last_hidden_state.cpu()
+                    self.decoder(ids.to(self.device), use_cache=False).last_hidden_state.float().cpu()
                     for ids in windows.split(8)
                 ]
         finally:
@@ -195,21 +205,34 @@ class Skeleton:
     def token_losses(self, hidden_states: list[Tensor], windows: Tensor) -> list[Tensor]:
         """Negative log-likelihood (N, L-1) of each window's tokens, from outputs (N, L, hidden) of the last layer.
 
-        Several sets of hidden states share one loading of the head. Logits are float32, a slice of tokens at a time.
+        Several sets of hidden states share one loading of the head, which is read a slice of the vocabulary at a time:
+        neither the whole head nor a window's logits are ever in memory. Logits are float32.
         """
-        head = next(name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings())
-        norm = next(name for name, module in self.model.named_modules() if module is self.decoder.norm)
-        with self._ends(norm, head):
-            return [torch.stack([self._window_loss(h, ids) for h, ids in zip(hidden, windows, strict=True)])
-                    for hidden in hidden_states]  # fmt: skip
+        head, norm = self.model.get_output_embeddings(), self.decoder.norm
+        stored, norms = self._stored(self._path_of(head)), self.source.reader.read([self._stored(self._path_of(norm))])
+        check_finite(norms)
+        targets = windows[:, 1:].to(self.device)
+        sums = [torch.full(targets.shape, -torch.inf, device=self.device) for _ in hidden_states]
+        picked = [torch.zeros(targets.shape, device=self.device) for _ in hidden_states]
+        with self._filled(norm, {"weight": next(iter(norms.values()))}):
+            rows = self.source.reader.shape(stored)[0]
+            for start in range(0, rows, LOGIT_ROWS):
+                part = self.source.reader.rows(stored, start, min(start + LOGIT_ROWS, rows))
+                check_finite({stored: part})
+                with self._weight_replaced(head, part):
+                    for hidden, total, logit in zip(hidden_states, sums, picked, strict=True):
+                        self._add_logits(hidden, targets, start, total, logit)
+        return [(total - logit).cpu() for total, logit in zip(sums, picked, strict=True)]
 
-    def _window_loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        losses = []
-        for start in range(0, len(ids) - 1, LOGIT_TOKENS):
-            stop = min(start + LOGIT_TOKENS, len(ids) - 1)
-            part = hidden[None, start:stop].to(self.device, torch.float32)
-            with self._layers_replaced([_Injector(part)] * len(self.layers)), self.autocast():
-                logits = self.model(inputs_embeds=part, use_cache=False).logits
-            target = ids[start + 1 : stop + 1].to(self.device)
-            losses.append(F.cross_entropy(logits[0].float(), target, reduction="none").cpu())
-        return torch.cat(losses)
+    def _add_logits(self, hidden: Tensor, targets: Tensor, first: int, total: Tensor, picked: Tensor) -> None:
+        """Add the logits of the vocabulary from `first` on to the running log-sum-exp and to the targets' logits."""
+        for window, start in itertools.product(range(len(targets)), range(0, targets.shape[1], LOGIT_TOKENS)):
+            part = slice(start, min(start + LOGIT_TOKENS, targets.shape[1]))
+            states = hidden[None, window, part].to(self.device, torch.float32)
+            with self._layers_replaced([_Injector(states)] * len(self.layers)), self.autocast():
+                logits = self.model(inputs_embeds=states, use_cache=False).logits[0].float()
+            total[window, part] = torch.logaddexp(total[window, part], logits.logsumexp(-1))
+            local = targets[window, part] - first
+            here = (local >= 0) & (local < logits.shape[-1])
+            found = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
+            picked[window, part] = torch.where(here, found, picked[window, part])

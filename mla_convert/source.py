@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -155,7 +156,7 @@ def _open_folder(folder: Path, label: str, revision: str | None = None) -> Sourc
         model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type", "none given")
     except (ValueError, AttributeError) as error:
         raise InputError(f"config.json of {label} is not a JSON object ({_line(error)}): fetch it again") from error
-    family = find_family(model_type)
+    family = find_family(str(model_type))
     reader = SafetensorsReader(folder)
     return Source(label, revision, folder, None, _read_config(folder, label), family, reader)
 
@@ -164,7 +165,7 @@ def _open_gguf(path: Path) -> Source:
     try:
         # transformers dequantises a GGUF file as a whole: these sources are held in memory
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         raise InputError(f"{path.name} cannot be read as GGUF: {_line(error)}") from error
     family, tensors = find_family(model.config.model_type), dict(model.state_dict())
     if model.config.tie_word_embeddings:
@@ -182,10 +183,11 @@ def _read_config(folder: Path, label: str) -> PreTrainedConfig:
         if type(error).__module__.startswith("huggingface_hub"):
             raise InputError(f"configuration of {label} is not valid: {_line(error)}") from error
         raise
-    if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:
+    groups = config.num_key_value_heads
+    if config.num_hidden_layers < 1 or groups < 1 or config.num_attention_heads % groups:
         raise InputError(
             f"configuration of {label} is not valid: {config.num_hidden_layers} layers, {config.num_attention_heads} "
-            f"query heads, {config.num_key_value_heads} key/value heads"
+            f"query heads, {groups} key/value heads"
         )
     return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def _read_file(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
-    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"text file {path.name} cannot be read ({error}): give UTF-8 text") from error
     if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         text = "\n\n".join(_jsonl_texts(text, path.name))
@@ -65,10 +66,10 @@ def _read_file(path: Path) -> str:
 
 def _jsonl_texts(content: str, name: str) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             try:
-                texts.append(json.loads(line)["text"])
+                texts.append("" + json.loads(line)["text"])  # anything but a string is a TypeError
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f'line {number} of {name} is not a JSON object with a "text" field') from error
     return texts

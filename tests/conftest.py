@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import importlib.util
 import sys
@@ -34,21 +35,47 @@ def sources(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def convert_pico(sources, tmp_path_factory):
-    """Convert a pico checkpoint with small texts; remembers conversions with equal settings."""
+def convert_folder(tmp_path_factory):
+    """Convert the checkpoint in a folder that `pico.save` wrote, with its small text."""
     from mla_convert import ConvertConfig, convert
     from mla_convert.progress import Progress
 
+    def run(folder: Path, **settings):
+        text = str(folder.parent / "text.txt")
+        defaults = {"calib": text, "eval": text, "calib_samples": 16, "calib_length": 48, "eval_windows": 4, "eval_length": 48,
+                        "refine_steps": 0, "device": "cpu", "out": tmp_path_factory.mktemp("out") / folder.name}  # fmt: skip
+        return convert(ConvertConfig(source=str(folder), **{**defaults, **settings}), Progress(quiet=True))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def convert_pico(sources, convert_folder):
+    """Convert a pico checkpoint; remembers conversions with equal settings."""
     made = {}
 
     def run(name: str, **settings):
         key = (name, repr(sorted(settings.items())))
         if key not in made:
-            folder = sources(name)
-            text = str(folder.parent / "text.txt")
-            defaults = {"calib": text, "eval": text, "calib_samples": 16, "calib_length": 48, "eval_windows": 4, "eval_length": 48,
-                            "refine_steps": 0, "device": "cpu", "out": tmp_path_factory.mktemp("out") / name}  # fmt: skip
-            made[key] = convert(ConvertConfig(source=str(folder), **{**defaults, **settings}), Progress(quiet=True))
+            made[key] = convert_folder(sources(name), **settings)
         return made[key]
+
+    return run
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command line in this process: arguments -> (exit code, stdout, stderr)."""
+    from mla_convert.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mla-convert", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
 
     return run

@@ -6,6 +6,7 @@ import gzip
 from importlib import resources
 from pathlib import Path
 
+import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
@@ -79,9 +80,61 @@ def model(name: str) -> torch.nn.Module:
     return built
 
 
-def save(name: str, folder: Path, **kwargs) -> Path:
+def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **kwargs) -> Path:
     """Write the variant's checkpoint and a text to calibrate on; returns the checkpoint's folder."""
-    model(name).save_pretrained(folder, **kwargs)
+    model(name).to(dtype).save_pretrained(folder, **kwargs)
     tokenizer().save_pretrained(folder)
     (folder.parent / "text.txt").write_text(text())
     return folder
+
+
+GGUF_NAMES = {
+    "model.layers.": "blk.",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.": "attn_",
+    "mlp.": "ffn_",
+    "_proj": "",
+}
+
+
+def save_gguf(path: Path) -> Path:
+    """The llama variant as a GGUF file of F32 tensors, laid out as llama.cpp does."""
+    built, vocab = model("llama"), tokenizer().get_vocab()
+    config = built.config
+    tokens = [*sorted(vocab, key=vocab.get), "Ġt"]  # transformers wants at least one merge
+    tokens += [f"<extra {index}>" for index in range(VOCAB - len(tokens))]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["Ġ t"])
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    for add, token in ((writer.add_bos_token_id, "<s>"), (writer.add_eos_token_id, "</s>"),
+                       (writer.add_pad_token_id, "<pad>"), (writer.add_unk_token_id, "<unk>")):  # fmt: skip
+        add(vocab[token])
+    for name, tensor in built.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp interleaves the halves of a rotary head
+            tensor = tensor.view(-1, 2, config.head_dim // 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -35,6 +35,9 @@ class Reader(Protocol):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU, as stored."""
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor, on the CPU, as stored."""
+
 
 class MemoryReader:
     """A state dict that is in memory already (GGUF files, which transformers dequantises as a whole)."""
@@ -53,6 +56,9 @@ class MemoryReader:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._tensors[name] for name in names}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensors[name][start:stop]
 
 
 class SafetensorsReader:
@@ -107,6 +113,10 @@ class SafetensorsReader:
                 tensors.update({name: shard.get_tensor(name).clone() for name in held})
         return tensors
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        with self._open(self._file_of[name]) as shard:
+            return shard.get_slice(name)[start:stop].clone()
+
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name inside `folder`."""
@@ -114,7 +124,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         try:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{INDEX} in {folder} is not a shard index ({error!r}): fetch it again") from error
         for file in set(files.values()):
             if not is_plain_name(file):

@@ -55,12 +55,16 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
             f"output folder {out} exists and is not a converted model: choose another, or give --overwrite"
         )
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.parent / f".{out.name}.probe"
+        probe = existing_parent(out) / f".{out.name}.probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise ResourceError(f"cannot write in {out.parent} ({error.strerror}): choose another --out") from error
+
+
+def existing_parent(out: Path) -> Path:
+    """The nearest folder above `out` that is there: the others are made when the first shard is due."""
+    return next(path for path in out.absolute().parents if path.exists())
 
 
 class Writer:
@@ -75,9 +79,11 @@ class Writer:
         self.folder = out.parent / f".{out.name}.partial"
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._lock = FileLock(out.parent / f".{out.name}.lock")
+        self._made = [path for path in out.absolute().parents if not path.exists()]
         self.finished: dict[str, dict] = {}
 
     def __enter__(self) -> Writer:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -93,11 +99,16 @@ class Writer:
 
     def __exit__(self, kind, error, trace) -> None:
         # An interrupted run keeps its finished layers for the next one; a failed one leaves nothing.
-        if not (kind is not None and issubclass(kind, KeyboardInterrupt) and self.finished):
+        layers = any(entry["note"] for entry in self.finished.values())
+        if not (kind is not None and issubclass(kind, KeyboardInterrupt) and layers):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
         with contextlib.suppress(OSError):
             os.unlink(self._lock.lock_file)
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                for path in self._made:
+                    path.rmdir()
 
     def _resume(self) -> dict[str, dict]:
         """Journal entries by shard, if the journal is of this conversion and the shards still match it."""
@@ -191,7 +202,7 @@ def check_space(out: Path, needed: int) -> None:
     Raises:
         ResourceError: with both figures.
     """
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(existing_parent(out)).free
     if free < needed:
         raise ResourceError(
             f"{out.parent} has {free / 1e9:.1f} GB free and the converted model needs about {needed / 1e9:.1f} GB: "

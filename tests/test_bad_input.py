@@ -1,0 +1,530 @@
+"""Bad input and bad luck: the right exit code, one line that names the culprit, and nothing left behind."""
+
+import errno
+import gzip
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pico
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+from mla_convert.checkpoint import writer
+from mla_convert.environment import pick_device
+from mla_convert.progress import Progress
+from mla_convert.report import Report
+
+USAGE, INPUT, RESOURCE, INTERRUPTED = 2, 4, 5, 130
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(pico.text(4000))
+    return path
+
+
+@pytest.fixture
+def small(text, tmp_path):
+    """Options of a conversion that takes a fraction of a second."""
+    return ("--calib", text, "--eval", text, "--calib-samples", 8, "--calib-length", 32, "--eval-windows", 2,
+            "--eval-length", 32, "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out")  # fmt: skip
+
+
+@pytest.fixture
+def source(sources, tmp_path):
+    return Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    folder = pico.save("llama", tmp_path / "sharded", max_shard_size="60KB")
+    assert len(shards(folder)) > 2
+    return folder
+
+
+@pytest.fixture
+def refused(cli, tmp_path, small):
+    """Assert that a conversion ends with an exit code and one line holding `culprit`, and leaves the folder as it was."""
+
+    def check(code, culprit, source, *options):
+        before = listing(tmp_path)
+        assert_one_line(*cli(source, *small, *options), code, culprit)
+        assert listing(tmp_path) == before
+
+    return check
+
+
+def assert_one_line(code, out, err, expected, culprit):
+    assert code == expected, err
+    (line,) = err.splitlines()
+    assert line.startswith("mla-convert: ") and culprit in line
+    assert not out
+
+
+def listing(folder):
+    return {path: path.stat().st_mtime_ns if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def shards(folder):
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def change_weights(folder, name, change):
+    tensors = load_file(folder / WEIGHTS)
+    tensors[name] = change(tensors[name]) if change else None
+    save_file({key: value for key, value in tensors.items() if value is not None}, folder / WEIGHTS, {"format": "pt"})
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+# ---- which source
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "a/b/c", "./nowhere", "nowhere.gguf"])
+def test_source_not_found(refused, name):
+    refused(INPUT, Path(name).name, name)
+
+
+@pytest.mark.parametrize("typed, meant", [("llama-8bb", "llama-8b"), ("mistral7b", "mistral-7b"), ("dmeo", "demo")])
+def test_unknown_alias_suggests_the_nearest(refused, typed, meant):
+    refused(INPUT, f"did you mean '{meant}'?", typed)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "meta-llama/Llama-3.1-8B", "llama-8b"])
+def test_hub_out_of_reach(refused, name):
+    refused(RESOURCE, name if "/" in name else "meta-llama/Llama-3.1-8B", name)
+
+
+def test_source_is_some_file(refused, text):
+    refused(INPUT, "text.txt", text)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF, or not", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, "truncated"])
+def test_damaged_gguf(refused, tmp_path, content):
+    if content == "truncated":
+        content = pico.save_gguf(tmp_path / "whole.gguf").read_bytes()[:-5000]
+    (tmp_path / "model.gguf").write_bytes(content)
+    refused(INPUT, "model.gguf", tmp_path / "model.gguf")
+
+
+def test_already_converted(refused, convert_pico):
+    refused(INPUT, "converted already", convert_pico("llama").out)
+
+
+# ---- its configuration
+
+
+def test_no_config(refused, source):
+    (source / "config.json").unlink()
+    refused(INPUT, "config.json", source)
+
+
+@pytest.mark.parametrize("content", ["{not json", "[]", "null", '{"model_type": 5}', "\x00"])
+def test_config_not_usable(refused, source, content):
+    (source / "config.json").write_text(content)
+    refused(INPUT, "5" if "5" in content else "config.json", source)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama4", None])
+def test_architecture_not_supported_says_which_are(refused, source, model_type):
+    change_json(source / "config.json", model_type=model_type)
+    refused(INPUT, "supported are: llama, mistral, qwen2", source)
+
+
+@pytest.mark.parametrize("fields", [{"num_key_value_heads": 5}, {"num_key_value_heads": 0}, {"num_hidden_layers": 0},
+                                    {"num_hidden_layers": "three"}, {"hidden_size": None}])  # fmt: skip
+def test_config_makes_no_sense(refused, source, fields):
+    change_json(source / "config.json", **fields)
+    refused(INPUT, "source", source)
+
+
+# ---- its weights
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_weights_not_finite(refused, source, name, value):
+    change_weights(source, name, lambda tensor: tensor.index_fill(0, torch.tensor([1]), value))
+    refused(INPUT, name, source)
+
+
+def test_tensor_missing(refused, source):
+    change_weights(source, "model.layers.1.mlp.up_proj.weight", None)
+    refused(INPUT, "model.layers.1.mlp.up_proj.weight", source)
+
+
+def test_tensor_of_another_shape(refused, source):
+    change_weights(source, "model.layers.0.self_attn.q_proj.weight", lambda tensor: tensor[:-2].clone())
+    refused(INPUT, "model.layers.0.self_attn.q_proj.weight", source)
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 5}, {"vocab_size": 300}, {"head_dim": 12}])
+def test_config_of_another_checkpoint(refused, source, fields):
+    change_json(source / "config.json", **fields)
+    refused(INPUT, "tensor model.", source)
+
+
+def test_quantised_weights(refused, source):
+    change_weights(source, "model.layers.0.self_attn.q_proj.weight", lambda tensor: tensor.to(torch.int8))
+    refused(INPUT, "model.layers.0.self_attn.q_proj.weight", source)
+
+
+def test_single_file_truncated(refused, source):
+    truncate(source / WEIGHTS)
+    refused(INPUT, WEIGHTS, source)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"<html>not found</html>"])
+def test_single_file_is_something_else(refused, source, content):
+    (source / WEIGHTS).write_bytes(content)
+    refused(INPUT, WEIGHTS, source)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+def test_shard_missing_or_truncated(refused, sharded, damage):
+    damage(shards(sharded)[1])
+    refused(INPUT, shards(sharded)[1].name if damage is truncate else "model-00002-of", sharded)
+
+
+def test_shard_lacks_a_tensor_that_the_index_promises(refused, sharded):
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    change_json(sharded / INDEX, weight_map={**weight_map, "model.norm.weight": shards(sharded)[0].name})
+    refused(INPUT, "model.norm.weight", sharded)
+
+
+OUTSIDE = ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", "C:\\x", "", ".."]
+
+
+@pytest.mark.parametrize("file", OUTSIDE)
+def test_index_points_outside(refused, sharded, tmp_path, file):
+    shutil.copy(shards(sharded)[0], tmp_path / "x.safetensors")
+    change_json(sharded / INDEX, weight_map={"model.norm.weight": file})
+    refused(INPUT, INDEX, sharded)
+
+
+@pytest.mark.parametrize("content", ["{not json", "[]", "null", "{}", '{"weight_map": []}'])
+def test_index_not_usable(refused, sharded, content):
+    (sharded / INDEX).write_text(content)
+    refused(INPUT, INDEX, sharded)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pth", "consolidated.00.pt"])
+def test_pickles_are_not_read(refused, source, file):
+    (source / WEIGHTS).rename(source / file)
+    refused(INPUT, file, source)
+
+
+def test_no_weights(refused, source):
+    (source / WEIGHTS).unlink()
+    refused(INPUT, WEIGHTS, source)
+
+
+def test_no_tokenizer(refused, source):
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    refused(INPUT, "tokenizer", source)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    "options, code, culprit",
+    [
+        (("--rank", 0), INPUT, "rank 0"),
+        (("--rank", -3), INPUT, "rank -3"),
+        (("--rank", 25, "--rope-dim", 8), INPUT, "rank 25"),
+        (("--rank", 10**30), INPUT, "above full rank"),
+        (("--rank", "abc"), USAGE, "abc"),
+        (("--rank", "8.5"), USAGE, "8.5"),
+        (("--rank", 8, "--kv-ratio", 0.5), USAGE, "kv_ratio"),
+        (("--kv-ratio", 0), INPUT, "kv_ratio 0"),
+        (("--kv-ratio", 1.5), INPUT, "kv_ratio 1.5"),
+        (("--kv-ratio", "nan"), INPUT, "kv_ratio nan"),
+        (("--kv-ratio", 0.01), INPUT, "kv_ratio 0.01"),
+        (("--kv-ratio", 0.25, "--rope-dim", 8), INPUT, "kv_ratio 0.25"),
+        (("--kv-ratio", "half"), USAGE, "--kv-ratio"),
+        (("--rank", 8, "--rope-dim", 3), INPUT, "rope_dim 3"),
+        (("--rank", 8, "--rope-dim", -2), INPUT, "rope_dim -2"),
+        (("--rank", 8, "--rope-dim", 18), INPUT, "rope_dim 18"),
+        (("--rope-dim", "wide"), USAGE, "wide"),
+        (("--frobnicate",), USAGE, "--frobnicate"),
+        (("--rank",), USAGE, "--rank"),
+        (("another",), USAGE, "another"),
+        (("--planes", "most"), USAGE, "planes"),
+        (("--dtype", "int8"), USAGE, "dtype"),
+        (("--device", "tpu"), USAGE, "tpu"),
+        (("--device", "meta"), USAGE, "meta"),
+        (("--calib-samples", 0), USAGE, "calib_samples"),
+        (("--calib-length", 4), USAGE, "calib_length"),
+        (("--eval-windows", 0), USAGE, "eval_windows"),
+        (("--eval-length", "long"), USAGE, "--eval-length"),
+        (("--refine-steps", -1), USAGE, "refine_steps"),
+        (("--refine-lr", 0), USAGE, "refine_lr"),
+        (("--seed", -1), USAGE, "seed"),
+    ],
+    ids=lambda value: "_".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_options(refused, source, options, code, culprit):
+    refused(code, culprit, source, *options)
+
+
+def test_cuda_that_is_not_there(refused, source, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(RESOURCE, "cuda", source, "--device", "cuda:1")
+    assert pick_device("auto").type == "cpu"
+
+
+def test_no_arguments_shows_help(cli):
+    code, out, err = cli()
+    assert code == USAGE and "Usage:" in out and "--rank" in out and not err
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = """
+import contextlib, sys
+from mla_convert.cli import main
+sys.argv = ["mla-convert", "--help"]
+with contextlib.suppress(SystemExit):
+    main()
+print(sorted({"torch", "transformers", "numpy", "datasets"} & sys.modules.keys()))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--rank" in run.stdout and run.stdout.splitlines()[-1] == "[]"
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize("option", ["--calib", "--eval"])
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("missing.txt", None),
+        ("missing.jsonl.gz", None),
+        ("empty.txt", b""),
+        ("blank.txt", b" \n\n"),
+        ("latin.txt", "caf\xe9".encode("latin-1") * 999),
+        ("broken.jsonl", b'{"text": "fine"}\n{"text": \n'),
+        ("keys.jsonl", b'{"body": "no text field"}\n'),
+        ("types.jsonl", b'{"text": 5}\n'),
+        ("list.jsonl", b"[1, 2]\n"),
+        ("plain.txt.gz", b"not compressed"),
+        ("cut.txt.gz", gzip.compress(b"some text " * 999)[:-20]),
+        ("flipped.txt.gz", gzip.compress(os.urandom(2000))[:500] + b"\x00" * 500),
+    ],
+)
+def test_text_not_usable(refused, source, tmp_path, option, file, content):
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    refused(INPUT, file, source, option, tmp_path / file)
+
+
+@pytest.mark.parametrize("option, purpose", [("--calib", "calibration"), ("--eval", "evaluation")])
+def test_text_too_short(refused, source, tmp_path, option, purpose):
+    (tmp_path / "short.txt").write_text("too short")
+    refused(INPUT, f"{purpose} text short.txt", source, option, tmp_path / "short.txt")
+
+
+def test_dataset_out_of_reach(refused, source):
+    refused(RESOURCE, "owner/texts", source, "--calib", "owner/texts@train")
+
+
+# ---- where to write
+
+
+def test_output_that_is_not_ours_stays(refused, source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("precious")
+    refused(INPUT, "--overwrite", source)
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_output_is_or_holds_the_working_folder(refused, source, tmp_path, monkeypatch, place):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    refused(INPUT, f"output folder {place}", source, "--overwrite", "--out", place)
+
+
+def test_overwrite_replaces_what_is_not_ours(cli, source, small, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("no longer")
+    assert_one_line(*cli(source, *small), INPUT, "--overwrite")
+    assert cli(source, *small, "--overwrite")[0] == 0
+    assert writer.is_ours(out) and not (out / "precious.txt").exists()
+    assert cli(source, *small)[0] == 0, "what is ours needs no flag"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_overwrite_keeps_the_old_until_the_new_is_complete(refused, source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    change_weights(source, "model.layers.2.mlp.up_proj.weight", lambda tensor: tensor * float("nan"))
+    refused(INPUT, "layers.2", source, "--overwrite")
+
+
+def test_output_is_a_file(refused, source, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    refused(INPUT, "out", source, "--overwrite")
+
+
+@pytest.mark.parametrize("place", ["source", "."])
+def test_output_is_or_holds_the_source(refused, source, tmp_path, place):
+    refused(INPUT, "output folder", source, "--overwrite", "--out", tmp_path / place)
+
+
+def test_parent_is_not_writable(refused, source, tmp_path, monkeypatch):
+    def touch(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    refused(RESOURCE, "text.txt", source, "--out", tmp_path / "text.txt" / "out")
+    monkeypatch.setattr(Path, "touch", touch)
+    refused(RESOURCE, "Permission denied", source)
+
+
+@pytest.mark.parametrize("options", [("--rank", 0), ("--calib-samples", 9999)])
+def test_refused_input_leaves_no_parent_folders(refused, source, tmp_path, options):
+    refused(INPUT, "", source, *options, "--out", tmp_path / "new" / "folder" / "out")
+
+
+def test_failed_conversion_leaves_no_parent_folders(refused, source, tmp_path):
+    change_weights(source, "model.layers.2.mlp.up_proj.weight", lambda tensor: tensor * float("nan"))
+    refused(INPUT, "layers.2", source, "--out", tmp_path / "new" / "folder" / "out")
+
+
+def test_another_conversion_is_writing(cli, source, small, tmp_path):
+    with FileLock(tmp_path / ".out.lock"):
+        assert_one_line(*cli(source, *small), RESOURCE, "another conversion")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+# ---- disk full
+
+
+def test_disk_too_small(refused, source, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    refused(RESOURCE, "free space", source)
+
+
+def test_disk_full_for_real(source, small, tmp_path):
+    """The first shard is above the size that the system lets a file have."""
+    limit, before = 16 << 10, listing(tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-m", "mla_convert", *map(str, (source, *small))],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert_one_line(run.returncode, run.stdout, run.stderr, RESOURCE, "free disk space")
+    assert listing(tmp_path) == before
+
+
+def test_disk_full_at_a_layer(refused, source, monkeypatch):
+    real = writer.save_file
+
+    def save(tensors, path, metadata):
+        if path.name.startswith("model-00003"):
+            path.write_bytes(b"half a shard")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(writer, "save_file", save)
+    refused(RESOURCE, "free disk space", source)
+
+
+def test_disk_full_at_the_report(refused, source, monkeypatch):
+    def write(_, folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "report.json"))
+
+    monkeypatch.setattr(Report, "write", write)
+    refused(RESOURCE, "No space left on device", source, "--quiet")
+
+
+def test_out_of_memory(refused, source, monkeypatch):
+    def layer_done(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Progress, "layer_done", layer_done)
+    refused(RESOURCE, "out of memory", source)
+
+
+# ---- Ctrl-C
+
+
+def interrupt(monkeypatch, at, method="layer_done"):
+    """A Ctrl-C at the `at`-th call of a progress method (from 0)."""
+    calls = []
+
+    def raising(*_):
+        calls.append(1)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, method, raising)
+
+
+def test_interrupt_before_the_first_layer_leaves_nothing(refused, source, monkeypatch):
+    interrupt(monkeypatch, 0, "start")
+    refused(INTERRUPTED, "interrupted", source)
+
+
+@pytest.mark.parametrize("finished", [1, 2])
+def test_interrupted_run_is_resumed(cli, source, small, tmp_path, monkeypatch, finished):
+    options = (*small, "--refine-steps", 3, "--kv-ratio", 0.4)
+    assert cli(source, *options, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, finished - 1)
+        assert_one_line(*cli(source, *options), INTERRUPTED, "interrupted")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.lock").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in shards(tmp_path / ".out.partial")}
+    assert len(kept) == finished + 2  # and the two ends
+    assert cli(source, *options)[0] == 0
+    assert not (tmp_path / ".out.partial").exists()
+    for path in shards(tmp_path / "whole"):
+        again = tmp_path / "out" / path.name
+        assert again.read_bytes() == path.read_bytes()
+        assert kept.get(path.name, again.stat().st_mtime_ns) == again.stat().st_mtime_ns, (
+            "a kept shard is not rewritten"
+        )
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("out", "whole")]
+    assert reports[0]["evaluation"] == reports[1]["evaluation"]
+
+
+@pytest.mark.parametrize("change", [("--seed", 1), ("--kv-ratio", 0.3), "damage"])
+def test_what_no_longer_fits_is_not_resumed(cli, source, small, tmp_path, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        assert cli(source, *small)[0] == INTERRUPTED
+    if change == "damage":
+        truncate(shards(tmp_path / ".out.partial")[1])
+        change = ()
+    assert cli(source, *small, *change)[0] == 0
+    assert cli(source, *small, *change, "--out", tmp_path / "whole")[0] == 0
+    for path in shards(tmp_path / "whole"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

@@ -1,0 +1,78 @@
+"""Calibration statistics against direct computations on a pico layer."""
+
+import pico
+import pytest
+import torch
+
+from mla_convert import calibrate
+from mla_convert.activations import Activations
+from mla_convert.skeleton import Skeleton
+from mla_convert.source import open_source
+
+WINDOWS, LENGTH = 5, 20
+LAYER = 1
+
+
+@pytest.fixture(scope="module", params=["llama3-rope", "mistral-window", "qwen2"])
+def measured(request, sources):
+    """Statistics of one layer, and what they should be: its inputs x~ (N, T, d+1) and attention (N, H, T, T)."""
+    skeleton = Skeleton(open_source(str(sources(request.param))), torch.device("cpu"))
+    ids = torch.randint(3, pico.VOCAB, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    model = pico.model(request.param)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(ids, output_attentions=True, output_hidden_states=True)
+        hidden = output.hidden_states[LAYER]
+        rows = model.model.layers[LAYER].input_layernorm(hidden)
+    states = Activations(hidden, skeleton.device, torch.float32)
+    kwargs = calibrate.attention_kwargs(skeleton, LENGTH)[LAYER]
+    with skeleton.layer(LAYER, skeleton.layer_tensors(LAYER)) as layer:
+        statistics = calibrate.layer_statistics(skeleton, layer, states, kwargs)
+    x = torch.cat([rows, torch.ones(WINDOWS, LENGTH, 1)], -1).double()
+    return statistics, x, output.attentions[LAYER].double()
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_second_moment(measured):
+    statistics, x, _ = measured
+    close(statistics.second_moment, torch.einsum("nti,ntj->ij", x, x) / (WINDOWS * LENGTH))
+    assert statistics.second_moment[-1, -1] == pytest.approx(1)
+
+
+def test_distance(measured):
+    statistics, _, attention = measured
+    expected = torch.zeros(attention.shape[1], LENGTH, dtype=torch.float64)
+    for query in range(LENGTH):
+        for key in range(1, query + 1):  # not the first key
+            expected[:, query - key] += attention[:, :, query, key].sum(0)
+    close(statistics.distance, expected / expected.sum(1, keepdim=True))
+
+
+def test_key_moment(measured):
+    statistics, x, attention = measured
+    close(statistics.key_moment, torch.einsum("nt,nti,ntj->ij", attention.square().sum((1, 2)), x, x))
+
+
+def test_statistics_are_positive_and_finite(measured):
+    statistics, *_ = measured
+    for moment in (statistics.second_moment, statistics.key_moment):
+        assert moment.dtype == torch.float64 and torch.isfinite(moment).all()
+        assert torch.linalg.eigvalsh(moment).min() > -1e-6 * moment.trace()
+    assert (statistics.distance >= 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_diagonal_sums(length):
+    weights = torch.rand(3, length, length).tril()
+    expected = torch.stack([weights.diagonal(-distance, 1, 2).sum(-1) for distance in range(length)], 1)
+    torch.testing.assert_close(calibrate.diagonal_sums(weights), expected)
+
+
+def test_moments_do_not_depend_on_batches(monkeypatch):
+    states = Activations(torch.randn(WINDOWS, LENGTH, 6), torch.device("cpu"), torch.float32)
+    whole = calibrate.second_moment(states, torch.nn.Identity())
+    monkeypatch.setattr("mla_convert.activations.BATCH_TOKENS", {"cpu": 2 * LENGTH})
+    close(calibrate.second_moment(states, torch.nn.Identity()), whole)

@@ -1,0 +1,320 @@
+"""The written folder: loads anywhere, holds what it says, and nothing but the attention has changed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pico
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+
+from mla_convert import evaluate, texts
+from mla_convert.checkpoint.reader import SafetensorsReader
+from mla_convert.config import default_name
+
+PROMPT = "The people of the islands"
+RANK, ROPE_DIM = 10, 6
+
+
+@pytest.fixture(scope="module", params=["llama3-rope", "mistral-window", "qwen2"])
+def report(request, convert_pico):
+    return convert_pico(request.param, rank=RANK, rope_dim=ROPE_DIM)
+
+
+@pytest.fixture(scope="module")
+def folder(report):
+    return report.out
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def prompt(folder, size=1):
+    return AutoTokenizer.from_pretrained(folder)([PROMPT] * size, return_tensors="pt")
+
+
+def greedy(model, folder, **options):
+    return model.generate(**prompt(folder), max_new_tokens=12, do_sample=False, **options)[0].tolist()
+
+
+def tensors(folder):
+    reader = SafetensorsReader(folder)
+    return reader.read(reader.names())
+
+
+# Loads a folder with the remote code beside it, in a process that has no mla_convert; writes it again, loads that too.
+FOREIGN = """
+import json, sys
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("mla_convert", "mla_recipes", "mla_demo"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+result = []
+for source, copy in ((sys.argv[1], sys.argv[2]), (sys.argv[2], None)):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+    inputs = tokenizer([sys.argv[3]], return_tensors="pt")
+    tokens = [model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=cached)[0].tolist()
+              for cached in (True, False)]
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1].tolist()
+    result.append({"tokens": tokens, "logits": logits, "class": type(model).__name__})
+    if copy:
+        model.save_pretrained(copy)
+        tokenizer.save_pretrained(copy)
+assert not any(name.partition(".")[0] == "mla_convert" for name in sys.modules)
+print(json.dumps(result))
+"""
+OWN = """
+import sys
+import mla_convert
+assert not {"torch", "transformers"} & sys.modules.keys(), "importing the package is cheap"
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)
+"""
+
+
+def python(code, *arguments, **env):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_loads_where_mla_convert_is_not_installed(folder, model, tmp_path):
+    out = python(FOREIGN, folder, tmp_path / "copy", PROMPT, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    first, again = json.loads(out)
+    assert first == again
+    assert first["class"] == type(model).__name__
+    assert first["tokens"] == [greedy(model, folder)] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(first["logits"]), model(**prompt(folder)).logits[0, -1])
+    assert {"configuration_mla.py", "modeling_mla.py"} <= {path.name for path in (tmp_path / "copy").iterdir()}
+
+
+def test_loads_without_the_flag_after_import(convert_pico):
+    out = python(OWN, convert_pico("llama3-rope", rank=RANK, rope_dim=ROPE_DIM).out)
+    assert out.strip() == "mla_convert.modeling.modeling_mla"
+
+
+def test_save_and_load_again(folder, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**prompt(folder)).logits, model(**prompt(folder)).logits)
+    assert again.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_cache_holds_rank_and_rope_dim_numbers(folder, model, kind):
+    batch, most = 2, 10  # below the sliding window, where every kind of layer holds every token
+    cache = kind(config=model.config) if kind is DynamicCache else kind(config=model.config, max_cache_len=most)
+    inputs = {name: tensor[:, :most] for name, tensor in prompt(folder, batch).items()}
+    model(**inputs, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        stored = layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+        assert stored == batch * most * (RANK + ROPE_DIM) * model.dtype.itemsize
+    assert len(cache.layers) == model.config.num_hidden_layers
+
+
+def test_generates_the_same_with_every_cache(folder, model):
+    expected = greedy(model, folder)
+    assert greedy(model, folder, use_cache=False) == expected
+    assert greedy(model, folder, cache_implementation="static") == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name, sharded", [("llama", True), ("llama-mha-tied", True), ("qwen2", False)])
+def test_everything_but_the_attention_is_untouched(convert_folder, tmp_path, name, sharded, dtype):
+    source = pico.save(name, tmp_path / name, dtype, **({"max_shard_size": "60KB"} if sharded else {}))
+    assert (source / "model.safetensors.index.json").exists() == sharded
+    out = convert_folder(source, kv_ratio=0.5).out
+    before, after = tensors(source), tensors(out)
+    kept = {key for key in before if ".self_attn." not in key}
+    assert kept == {key for key in after if ".self_attn." not in key}
+    for key in kept:
+        assert after[key].dtype == before[key].dtype
+        assert torch.equal(after[key].view(torch.uint8), before[key].view(torch.uint8))
+    assert {t.dtype for t in after.values() if t.is_floating_point()} == {dtype}
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert model.dtype == dtype
+    assert not any(info.values())
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtype_asked_for(convert_pico, name):
+    report = convert_pico("llama", kv_ratio=0.5, dtype=name)
+    dtype = getattr(torch, name)
+    assert {t.dtype for t in tensors(report.out).values() if t.is_floating_point()} == {dtype}
+    assert report.cache["bytes_per_number"] == dtype.itemsize
+    assert AutoModelForCausalLM.from_pretrained(report.out).dtype == dtype
+
+
+def test_index_and_checksums_fit_the_files(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    held = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            held |= dict.fromkeys(shard.keys(), file.name)
+            assert shard.metadata() == {"format": "pt"}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(folder).values())
+    assert set(json.loads((folder / "report.json").read_text())["checksums"]) == set(held.values())
+
+
+def test_files_are_those_of_a_checkpoint(folder):
+    files = {path.name for path in folder.iterdir() if path.suffix != ".safetensors"}
+    assert files == {"config.json", "configuration_mla.py", "modeling_mla.py", "generation_config.json", "tokenizer.json",
+                     "tokenizer_config.json", "model.safetensors.index.json", "README.md", "report.json"}  # fmt: skip
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_follow_the_umask(convert_folder, sources, umask):
+    before = os.umask(umask)
+    try:
+        out = convert_folder(sources("llama")).out
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~umask}
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_two_runs_give_the_same_bytes(convert_folder, sources, steps):
+    first, second = (convert_folder(sources("llama"), refine_steps=steps, kv_ratio=0.4).out for _ in range(2))
+    for path in first.iterdir():
+        if path.name != "report.json":  # it holds times
+            assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def numbers(value):
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def test_report(report):
+    found = json.loads((report.out / "report.json").read_text())
+    assert found == json.loads(json.dumps(report.as_dict()))
+    assert found["schema"] == 1
+    assert found["source"]["model_type"] in ("llama", "mistral", "qwen2") and found["source"]["revision"] is None
+    assert {"mla_convert", "torch", "transformers", "python"} <= found["versions"].keys()
+    for field in ("layers", "phases", "cache", "evaluation", "seconds"):
+        assert list(numbers(found[field])) and all(map(math.isfinite, numbers(found[field]))), field
+    for phase in ("open", "text", "embed", "layers", "evaluate"):
+        assert found["phases"][phase].keys() >= {"seconds", "peak_host_bytes"}
+    assert len(found["layers"]) == pico.COMMON["num_hidden_layers"]
+    for index, layer in enumerate(found["layers"]):
+        assert (layer["layer"], layer["kv_lora_rank"], layer["qk_rope_head_dim"]) == (index, RANK, ROPE_DIM)
+        assert len(layer["plane_frequencies"]) == ROPE_DIM // 2
+        assert layer["energy"].keys() >= {"rope_kept", "rank_kept"} and layer["output_error"] > 0
+    before, after = (found["cache"]["numbers_per_token_per_layer"][key] for key in ("before", "after"))
+    assert (before, after) == (32, RANK + ROPE_DIM)
+    assert found["cache"]["share_saved"] == pytest.approx(1 - after / before)
+    per_token = found["cache"]["bytes_per_token"]
+    assert per_token == {"before": 3 * 4 * before, "after": 3 * 4 * after}
+    assert list(found["cache"]["bytes_at_context"]) == ["4096", "32768", "131072"]
+    for context, size in found["cache"]["bytes_at_context"].items():
+        tokens = 12 if found["source"]["model_type"] == "mistral" else int(context)
+        assert size == {key: tokens * value for key, value in per_token.items()}
+    evaluation = found["evaluation"]
+    assert evaluation["ratio"] == pytest.approx(evaluation["after"]["value"] / evaluation["before"]["value"])
+    assert evaluation["after"]["windows"] == 4 and evaluation["after"]["length"] == 48
+
+
+def test_streaming_perplexity_is_that_of_the_loaded_models(report, model):
+    tokenizer = AutoTokenizer.from_pretrained(report.out)
+    windows, _ = texts.evaluation_windows(pico.text(), tokenizer, 4, 48, "text")
+    name = {"llama": "llama3-rope", "mistral": "mistral-window"}.get(report.source["model_type"], "qwen2")
+    for key, loaded in (("before", pico.model(name)), ("after", model)):
+        expected = evaluate.perplexity(evaluate.model_losses(loaded, windows))
+        assert report.evaluation[key]["value"] == pytest.approx(expected.value, rel=1e-4)
+        assert report.evaluation[key]["log_error"] == pytest.approx(expected.log_error, rel=1e-3)
+
+
+def test_model_card(report):
+    card = ModelCard.load(report.out / "README.md")
+    assert card.data.library_name == "transformers" and "mla" in card.data.tags
+    (result,) = card.data.eval_results
+    assert result.metric_type == "perplexity" and result.metric_value == report.evaluation["after"]["value"]
+    assert f"×{report.ratio:.4f}" in card.text and "trust_remote_code=True" in card.text
+
+
+def test_no_local_path_is_published(report):
+    parts = {str(report.out.parent), str(report.out.parent.parent), os.path.expanduser("~") + "/"}
+    for path in report.out.iterdir():
+        content = path.read_bytes()
+        assert not [part for part in parts if part.encode() in content], path.name
+
+
+def test_json_is_all_there_is_on_stdout(cli, sources, tmp_path):
+    source = sources("llama")
+    text = source.parent / "text.txt"
+    code, out, err = cli(source, "--json", "--calib", text, "--eval", text, "--calib-samples", 8, "--calib-length", 32,
+                         "--eval-windows", 2, "--eval-length", 32, "--refine-steps", 2, "--device", "cpu",
+                         "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0
+    found = json.loads(out)
+    assert found.pop("out") == str(tmp_path / "out")
+    assert found == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "layer 3/3" in err
+
+
+def test_default_texts_offline(cli, sources, tmp_path):
+    """Without a network the packaged texts stand in for WikiText-2, and one line a text says so."""
+    code, _, err = cli(sources("llama"), "--calib-samples", 8, "--calib-length", 32, "--eval-windows", 2, "--eval-length",
+                       32, "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0
+    notes = [line for line in err.splitlines() if "could not be fetched" in line]
+    assert len(notes) == 2 and "calibration" in notes[0] and "evaluation" in notes[1]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["notes"] == notes
+
+
+def test_demo(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = cli("demo", "--refine-steps", 4, "--calib-samples", 8, "--eval-windows", 2, "--device", "cpu")
+    assert code == 0 and "perplexity" in out and "128k" in out and "demo-mla" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-mla"]
+    folder = tmp_path / "demo-mla"
+    evaluation = json.loads((folder / "report.json").read_text())["evaluation"]
+    assert evaluation["before"]["value"] < 100 and 1 < evaluation["ratio"] < 2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(greedy(model, folder)).startswith(PROMPT)
+
+
+def test_gguf_source(convert_folder, tmp_path):
+    (tmp_path / "text.txt").write_text(pico.text())
+    report = convert_folder(pico.save_gguf(tmp_path / "tiny.gguf"), rank="full", rope_dim="full", dtype="float32")
+    assert report.source["name"] == "tiny.gguf" and report.ratio == pytest.approx(1, abs=1e-5)
+    model, original = AutoModelForCausalLM.from_pretrained(report.out).eval(), pico.model("llama")
+    tokenizer = AutoTokenizer.from_pretrained(report.out)
+    assert tokenizer.decode(tokenizer(PROMPT).input_ids) == PROMPT
+    assert model.generation_config.eos_token_id == original.config.eos_token_id
+    with torch.no_grad():
+        found, expected = (m(**prompt(report.out)).logits for m in (model, original))
+    assert (found - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [("a/b/model", "model-mla"), ("a/b/model/", "model-mla"), ("owner/Name-1B", "Name-1B-mla"), ("x.gguf", "x-mla"),
+     (".", "here-mla"), ("..", "above-mla"), ("../other", "other-mla")],
+)  # fmt: skip
+def test_default_name(tmp_path, monkeypatch, source, name):
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert default_name(source) == name

@@ -1,0 +1,71 @@
+"""Sizes of the converted cache, for every way to ask for them."""
+
+import pytest
+
+from mla_convert.config import Settings
+from mla_convert.errors import InputError
+from mla_convert.plan import AttentionShape, make_plan
+
+LLAMA_8B = AttentionShape(32, 4096, 32, 8, 128)
+SMOLLM = AttentionShape(30, 576, 9, 3, 64)
+QWEN = AttentionShape(24, 896, 14, 2, 64, has_kv_bias=True)
+MHA = AttentionShape(32, 4096, 32, 32, 128)
+PICO = AttentionShape(3, 48, 6, 2, 8)
+SHAPES = [LLAMA_8B, SMOLLM, QWEN, MHA, PICO]
+
+
+def sizes(shape, **settings):
+    plan = make_plan(Settings(**settings), shape)
+    return plan.rank, plan.rope_dim
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ratio", [0.25, 1 / 3, 0.5, 0.75, 1])
+def test_ratio_is_met_from_below(shape, ratio):
+    plan = make_plan(Settings(kv_ratio=ratio), shape)
+    unit = 2 if shape is PICO else 16
+    assert plan.rank > 0 and plan.rank <= shape.full_rank(plan.rope_dim)
+    assert plan.rope_dim % 2 == 0 and 0 < plan.rope_dim <= min(64, shape.full_rope_dim)
+    assert plan.ratio <= ratio
+    if plan.rank < shape.full_rank(plan.rope_dim):
+        assert plan.ratio > ratio - unit / shape.cache_numbers
+        assert plan.rank % unit == plan.rope_dim % unit == 0
+
+
+def test_half_is_the_default():
+    assert sizes(SMOLLM) == sizes(SMOLLM, kv_ratio=0.5) == (144, 48)
+
+
+@pytest.mark.parametrize("shape, rank, rope_dim", [(LLAMA_8B, 512, 64), (SMOLLM, 96, 32), (SMOLLM, 144, 48), (PICO, 10, 4),
+                                                   (PICO, 1, 2), (PICO, 16, 6), (MHA, 4096, 64)])  # fmt: skip
+def test_rope_dim_follows_the_rank(shape, rank, rope_dim):
+    assert sizes(shape, rank=rank) == (rank, rope_dim)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_is_exact(shape):
+    plan = make_plan(Settings(rank="full", rope_dim="full"), shape)
+    assert plan.exact and plan.qk_nope_head_dim == 0
+    assert plan.rope_dim == shape.num_kv_heads * shape.head_dim
+    assert plan.rank == min(shape.num_kv_heads * shape.head_dim, shape.hidden_size + shape.has_kv_bias)
+
+
+def test_full_rank_of_wide_heads_is_the_inputs():
+    wide = AttentionShape(3, 48, 6, 6, 16)
+    assert wide.full_rank(0) == 48 and AttentionShape(3, 48, 6, 6, 16, has_kv_bias=True).full_rank(0) == 49
+
+
+@pytest.mark.parametrize("rope_dim", [0, 2, 16])
+def test_sizes_given_are_taken(rope_dim):
+    plan = make_plan(Settings(rank=9, rope_dim=rope_dim), PICO)
+    assert (plan.rank, plan.rope_dim, plan.cache_numbers) == (9, rope_dim, 9 + rope_dim)
+    assert plan.ratio == (9 + rope_dim) / 32 and not plan.exact
+    assert plan.qk_nope_head_dim == (0 if rope_dim == 16 else 8)
+
+
+@pytest.mark.parametrize("rope_dim", [0, 8, 16])
+def test_largest_rank_is_full_rank(rope_dim):
+    full = 32 - rope_dim
+    assert sizes(PICO, rank=full, rope_dim=rope_dim) == sizes(PICO, rank="full", rope_dim=rope_dim) == (full, rope_dim)
+    with pytest.raises(InputError, match=f"rank {full + 1} is above full rank: .* rank {full};"):
+        make_plan(Settings(rank=full + 1, rope_dim=rope_dim), PICO)

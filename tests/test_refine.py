@@ -1,0 +1,106 @@
+"""Refinement may only help: toy modules for its laws, pico models for its use."""
+
+import pytest
+import torch
+from torch import nn
+
+from mla_convert.activations import Activations
+from mla_convert.refine import RefineSettings, _batches, output_error, refine, relative_error, residual_error
+
+WINDOWS, LENGTH, SIZE = 20, 6, 8
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def task():
+    """A linear student some way off its teacher, inputs and targets."""
+    torch.manual_seed(0)
+    inputs = Activations(torch.randn(WINDOWS, LENGTH, SIZE), CPU, torch.float32)
+    teacher, student = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+    student.load_state_dict(
+        {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in teacher.state_dict().items()}
+    )
+    targets = Activations((inputs.data + teacher(inputs.data)).detach(), CPU, torch.float32)
+    return student, inputs, targets
+
+
+def copied(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def unchanged(module, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_refinement_lowers_the_held_out_error(task):
+    student, inputs, targets = task
+    result = refine(student, student, inputs, targets, RefineSettings(60, 4, 0.02, 0))
+    assert result.error_after < 0.5 * result.error_before and result.steps == 60
+    assert result.error_after == pytest.approx(residual_error(student, inputs, targets))
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in student.parameters())
+
+
+def test_no_steps_change_nothing(task):
+    student, inputs, targets = task
+    before = copied(student)
+    result = refine(student, student, inputs, targets, RefineSettings(0, 4, 0.02, 0))
+    assert result.error_before == result.error_after and result.steps == 0 and unchanged(student, before)
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e30, float("inf"), float("nan")])
+def test_divergence_leaves_the_start(task, lr):
+    student, inputs, targets = task
+    before = copied(student)
+    result = refine(student, student, inputs, targets, RefineSettings(12, 4, lr, 0))
+    assert result.error_after == result.error_before and unchanged(student, before)
+
+
+def test_nan_in_training_windows_leaves_the_start_and_stops_early(task):
+    student, inputs, targets = task
+    targets.data[0, 0, 0] = torch.nan
+    before = copied(student)
+    result = refine(student, student, inputs, targets, RefineSettings(80, WINDOWS, 0.02, 0))
+    assert unchanged(student, before) and result.steps < 80
+
+
+def test_same_seed_gives_the_same_parameters(task):
+    student, inputs, targets = task
+    start, results = copied(student), []
+    for seed in (0, 0, 1):
+        student.load_state_dict(start)
+        refine(student, student, inputs, targets, RefineSettings(8, 4, 0.02, seed))
+        results.append(copied(student))
+    assert unchanged(student, results[2]) and not torch.equal(results[1]["weight"], results[2]["weight"])
+    assert torch.equal(results[0]["weight"], results[1]["weight"])
+
+
+def test_held_out_windows_are_not_trained_on(task):
+    student, inputs, targets = task
+    with torch.no_grad():
+        targets.data[-1] = inputs.data[-1] + student(inputs.data[-1])  # the start is perfect on the window held out
+    before = copied(student)
+    refine(student, student, inputs, targets, RefineSettings(8, 4, 0.02, 0))
+    assert unchanged(student, before)
+
+
+def test_every_window_once_before_any_again():
+    batches = list(_batches(10, 4, 5, seed=0))
+    assert [len(batch) for batch in batches] == [4] * 5
+    assert sorted(torch.cat(batches)[:10].tolist()) == sorted(torch.cat(batches)[10:].tolist()) == list(range(10))
+
+
+def test_errors_are_relative():
+    expected = torch.randn(2, LENGTH, SIZE)
+    assert relative_error(1.1 * expected, expected).item() == pytest.approx(0.01, rel=1e-4)
+    states = Activations(expected, CPU, torch.float32)
+    assert output_error(lambda x: 1.2 * x, lambda x: x, states) == pytest.approx(0.04, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_pico_model_gets_better(convert_pico, name):
+    settings = {"kv_ratio": 0.4, "calib_samples": 64}
+    closed, refined = (convert_pico(name, refine_steps=steps, **settings) for steps in (0, 40))
+    for layer in refined.layers:
+        assert layer["residual_error"] <= layer["residual_error_closed_form"]
+    assert refined.layers[0]["residual_error"] < 0.9 * closed.layers[0]["residual_error"]
+    assert refined.layers[0]["residual_error_closed_form"] == closed.layers[0]["residual_error"]

@@ -1,0 +1,36 @@
+"""A model run one layer at a time gives what the same model gives whole."""
+
+import pytest
+import torch
+from pico import CONFIGS, VOCAB, model
+
+from mla_convert import skeleton as skeleton_module
+from mla_convert.activations import Activations
+from mla_convert.evaluate import model_losses
+from mla_convert.skeleton import Skeleton
+from mla_convert.source import open_source
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
+    # slices that divide neither the vocabulary nor the window
+    monkeypatch.setattr(skeleton_module, "LOGIT_ROWS", 100)
+    monkeypatch.setattr(skeleton_module, "LOGIT_TOKENS", 13)
+    windows = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(2))
+    skeleton = Skeleton(open_source(str(sources(name))), torch.device("cpu"))
+    states = Activations(skeleton.embed(windows), torch.device("cpu"), torch.float32)
+    kwargs = skeleton.layer_kwargs(40)
+    for index in range(len(skeleton.layers)):
+        with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
+            states.advance(lambda hidden, layer=layer, own=kwargs[index]: layer(hidden, **own))
+    (losses,) = skeleton.token_losses([states.data], windows)
+    torch.testing.assert_close(losses, model_losses(model(name), windows), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_stays_in_memory(sources):
+    skeleton = Skeleton(open_source(str(sources("llama"))), torch.device("cpu"))
+    with skeleton.layer(1, skeleton.layer_tensors(1)) as layer:
+        assert not any(parameter.is_meta for parameter in layer.parameters())
+        assert all(parameter.is_meta for parameter in skeleton.layers[0].parameters())
+    skeleton.embed(torch.zeros(1, 4, dtype=torch.int64))
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
