@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mla_convert.errors import MlaConvertError
+from mla_convert.errors import Interrupted, MlaConvertError, ResourceError
 
 EXIT_CODES = "Exit codes: 0 done, 1 a bug, 2 usage, 4 bad input, 5 resources (disk, device, network), 130 interrupted."
 # The base of all errors of the parser: click's own, or the copy of click that newer typers carry.
@@ -180,12 +180,18 @@ def run_conversion(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     config = build_config(options)
     _silence_libraries()
     from rich.console import Console
+    from torch import OutOfMemoryError
 
     from mla_convert.pipeline import convert as convert_checkpoint
     from mla_convert.progress import Progress
     from mla_convert.report import print_summary
 
-    report = convert_checkpoint(config, Progress(quiet=quiet))
+    try:
+        report = convert_checkpoint(config, Progress(quiet=quiet))
+    except KeyboardInterrupt as stop:
+        raise Interrupted(": ".join(["interrupted", *map(str, stop.args)])) from None
+    except (MemoryError, OutOfMemoryError) as error:
+        raise ResourceError("out of memory: lower --calib-samples, --calib-length or --refine-batch") from error
     if as_json:
         typer.echo(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
     else:
@@ -208,8 +214,8 @@ def main() -> None:
     """Entry point: every expected failure is one line on stderr and its exit code."""
     try:
         code = app(standalone_mode=False)
-        if code == 130:  # what typer makes of Ctrl-C
-            raise KeyboardInterrupt
+        if code == Interrupted.exit_code:  # what typer makes of Ctrl-C
+            raise Interrupted("interrupted")
         sys.exit(code)
     except ParserError as error:
         if not sys.argv[1:]:  # typer has shown the help
@@ -218,9 +224,7 @@ def main() -> None:
     except MlaConvertError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on from the last finished layer", 130)
-    except MemoryError:
-        _fail("out of memory: lower --calib-samples or --refine-batch", 5)
+        _fail("interrupted", Interrupted.exit_code)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 5)
 

@@ -23,3 +23,9 @@ class ResourceError(MlaConvertError):
     """Disk, memory, device or network did not suffice."""
 
     exit_code = 5
+
+
+class Interrupted(MlaConvertError):  # noqa: N818  (nothing went wrong)
+    """Stopped by the user."""
+
+    exit_code = 130

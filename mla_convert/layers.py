@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import ConvertConfig
-from mla_convert.modeling.configuration_mla import PREFIX
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
 from mla_convert.progress import Progress
@@ -72,20 +69,6 @@ def write_ends(job: LayerJob) -> None:
             tensors = reader.read(names)
             check_finite(tensors)
             job.writer.write_shard(job.shard(index), job.stored(tensors))
-
-
-def write_config(job: LayerJob, folder: Path) -> None:
-    """config.json, and beside it the modeling code that the weights need."""
-    config = job.mla_config
-    name = PREFIX + type(job.skeleton.model).__name__
-    config.architectures = [name]
-    config.auto_map = {
-        "AutoConfig": f"configuration_mla.{type(config).__name__}",
-        "AutoModelForCausalLM": f"modeling_mla.{name}",
-    }
-    config.save_pretrained(folder)
-    for file in ("configuration_mla.py", "modeling_mla.py"):
-        shutil.copyfile(Path(__file__).parent / "modeling" / file, folder / file)
 
 
 def open_streams(skeleton: Skeleton, calib: Tensor, evaluation: Tensor) -> Streams:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert.checkpoint.writer import REPORT
+from mla_convert.plan import Plan
 
 SCHEMA = 1
 CONTEXTS = (4096, 32768, 131072)
@@ -60,12 +61,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cache_figures(layers: int, before: int, after: int, itemsize: int, windows: list[int | None]) -> dict[str, Any]:
-    """KV-cache bytes before and after.
+def cache_figures(plan: Plan, itemsize: int, windows: list[int | None]) -> dict[str, Any]:
+    """KV-cache bytes before and after, for numbers of `itemsize` bytes.
 
-    `before` and `after` are numbers per token and layer, `itemsize` bytes a number, `windows` each layer's sliding
-    window (None: none). A layer with a window holds at most that many tokens.
+    `windows` are the layers' sliding windows (None: none). A layer with a window holds at most that many tokens.
     """
+    before, after = plan.shape.cache_numbers, plan.cache_numbers
 
     def held(context: int) -> int:
         return sum(min(context, window) if window else context for window in windows)
@@ -75,9 +76,11 @@ def cache_figures(layers: int, before: int, after: int, itemsize: int, windows: 
         for context in CONTEXTS
     }
     return {
+        "kv_lora_rank": plan.rank,
+        "qk_rope_head_dim": plan.rope_dim,
         "numbers_per_token_per_layer": {"before": before, "after": after},
         "bytes_per_number": itemsize,
-        "bytes_per_token": {"before": layers * before * itemsize, "after": layers * after * itemsize},
+        "bytes_per_token": {"before": held(1) * before * itemsize, "after": held(1) * after * itemsize},
         "bytes_at_context": contexts,
         "share_saved": 1 - after / before,
     }

@@ -96,11 +96,20 @@ class Source:
         except (OSError, ValueError):
             return None
 
+    def fingerprint(self) -> list[Any]:
+        """What changes when the weights or the configuration do: names, sizes and times of the files they come from."""
+        files = [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return [self.name, self.revision, stats, self.config.to_json_string()]
+
     def copied_files(self) -> list[Path]:
         """Tokenizer, generation and licence files that are carried over as they are."""
         if self.gguf:
             return []
-        return sorted({path for pattern in COPIED for path in self.folder.glob(pattern) if path.is_file()})
+        found = {path for pattern in COPIED for path in self.folder.glob(pattern) if path.is_file()}
+        if (self.folder.parent / "__init__.py").exists():  # a packaged checkpoint: its licence stands beside it
+            found |= {path for pattern in ("LICENSE*", "ATTRIBUTION*") for path in self.folder.parent.glob(pattern)}
+        return sorted(found)
 
     def generation_config(self) -> GenerationConfig:
         """Generation defaults where the source has no file of its own."""

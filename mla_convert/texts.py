@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_convert.config import ConvertConfig
 from mla_convert.errors import InputError, ResourceError
 
 PACKAGE = "package:"
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
 SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
 SPLITS = {"calibration": "train", "evaluation": "test"}
+# Windows and tokens in one, by whether there is a GPU.
+CALIB_DEFAULT = {True: (256, 1024), False: (32, 512)}
+EVAL_LENGTH = 2048
 SUFFIXES = (".txt", ".md", ".jsonl", ".json")
 # Text is tokenised piece by piece, in characters; no tokenizer here packs more than this many characters into a token.
 PIECE = 1 << 18
 CHARACTERS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows (N, L) of both texts, what they are in words, and notes about defaults that were fallen back on."""
+
+    calib: Tensor
+    evaluation: Tensor
+    calib_text: str
+    eval_text: str
+    notes: list[str]
+
+    @property
+    def calib_protocol(self) -> str:
+        """The calibration windows in words."""
+        return f"{self.calib_text}, {self.calib.shape[0]} windows of {self.calib.shape[1]} tokens"
+
+    @property
+    def eval_protocol(self) -> str:
+        """The evaluation windows in words."""
+        count, length = self.evaluation.shape
+        return f"{count} window{'s' if count > 1 else ''} of {length} tokens, not overlapping"
+
+
+def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: int | None) -> Windows:
+    """Both texts of a conversion, cut into windows. `longest` is the model's limit, if it has one."""
+    default_samples, default_length = CALIB_DEFAULT[on_gpu]
+    samples, length = config.calib_samples or default_samples, config.calib_length or default_length
+    eval_length = config.eval_length or min(longest or EVAL_LENGTH, EVAL_LENGTH)
+    calib_text, calib_label = load_text(config.calib, "calibration")
+    eval_text, eval_label = load_text(config.eval, "evaluation")
+    given = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
+    return Windows(
+        calib=calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label),
+        evaluation=evaluation_windows(eval_text, tokenizer, config.eval_windows, eval_length, eval_label),
+        calib_text=calib_label,
+        eval_text=eval_label,
+        notes=[f"no {purpose} text was given: using {label}" for purpose, (spec, label) in given.items() if not spec],
+    )
 
 
 def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
@@ -94,8 +138,8 @@ def _load_dataset(spec: str) -> tuple[str, str]:
     return "\n\n".join(rows["text"]), spec
 
 
-def evaluation_windows(text: str, tokenizer: Any, count: int, length: int, label: str) -> tuple[Tensor, str]:
-    """Non-overlapping windows (n, length) from the start of the text, tokenised as a whole; n <= count. And a note.
+def evaluation_windows(text: str, tokenizer: Any, count: int, length: int, label: str) -> Tensor:
+    """Non-overlapping windows (n, length) from the start of the text, tokenised as a whole; n <= count.
 
     Raises:
         InputError: not one window long.
@@ -106,7 +150,7 @@ def evaluation_windows(text: str, tokenizer: Any, count: int, length: int, label
         raise InputError(
             f"evaluation text {label} has {len(ids)} tokens, fewer than one window of {length}: give more text"
         )
-    return torch.tensor(ids[: found * length]).view(found, length), f"{found} windows of {length} tokens"
+    return torch.tensor(ids[: found * length]).view(found, length)
 
 
 def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed: int, label: str) -> Tensor:

@@ -237,7 +237,7 @@ def test_report(report):
 
 def test_streaming_perplexity_is_that_of_the_loaded_models(report, model):
     tokenizer = AutoTokenizer.from_pretrained(report.out)
-    windows, _ = texts.evaluation_windows(pico.text(), tokenizer, 4, 48, "text")
+    windows = texts.evaluation_windows(pico.text(), tokenizer, 4, 48, "text")
     name = {"llama": "llama3-rope", "mistral": "mistral-window"}.get(report.source["model_type"], "qwen2")
     for key, loaded in (("before", pico.model(name)), ("after", model)):
         expected = evaluate.perplexity(evaluate.model_losses(loaded, windows))

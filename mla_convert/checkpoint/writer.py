@@ -99,8 +99,10 @@ class Writer:
 
     def __exit__(self, kind, error, trace) -> None:
         # An interrupted run keeps its finished layers for the next one; a failed one leaves nothing.
-        layers = any(entry["note"] for entry in self.finished.values())
-        if not (kind is not None and issubclass(kind, KeyboardInterrupt) and layers):
+        layers = sum(bool(entry["note"]) for entry in self.finished.values())
+        if isinstance(error, KeyboardInterrupt) and layers:
+            error.args = (f"{layers} layers are kept in {self.folder}: run the same command to go on, or delete it",)
+        else:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
         with contextlib.suppress(OSError):

@@ -1,0 +1,53 @@
+"""What stands beside the weights in a converted folder: configuration, modeling code, tokenizer, card and report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mla_convert.card import write_card
+from mla_convert.checkpoint.writer import Writer
+from mla_convert.modeling import configuration_mla, modeling_mla
+from mla_convert.report import Report
+from mla_convert.source import Source
+
+
+def write_config(config: Any, stock_class: str, folder: Path) -> None:
+    """config.json of the converted counterpart of `stock_class`, and the code that it needs."""
+    name = configuration_mla.PREFIX + stock_class
+    config.architectures = [name]
+    config.auto_map = {
+        "AutoConfig": f"configuration_mla.{type(config).__name__}",
+        "AutoModelForCausalLM": f"modeling_mla.{name}",
+    }
+    config.save_pretrained(folder)
+    for module in (configuration_mla, modeling_mla):
+        shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
+
+
+def write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> None:
+    """The source's tokenizer, generation and licence files as they are, or new ones where it has none (GGUF)."""
+    for file in source.copied_files():
+        shutil.copyfile(file, folder / file.name)
+    own = folder / "tokenizer_config.json"
+    if not own.exists():
+        tokenizer.save_pretrained(folder)
+    # transformers may have picked the class by the source's model type, which the converted model does not have
+    content = json.loads(own.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") != type(tokenizer).__name__:
+        content["tokenizer_class"] = type(tokenizer).__name__
+        own.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not (folder / "generation_config.json").exists():
+        source.generation_config().save_pretrained(folder)
+
+
+def finish(source: Source, tokenizer: Any, config: Any, stock_class: str, writer: Writer, report: Report) -> None:
+    """Write everything but the weights, then give the folder its name."""
+    write_tokenizer(source, tokenizer, writer.folder)
+    write_config(config, stock_class, writer.folder)
+    writer.write_index()
+    write_card(report, writer.folder, source.license())
+    report.write(writer.folder)
+    writer.publish()
