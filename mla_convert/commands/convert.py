@@ -1,0 +1,141 @@
+"""`mla-convert convert`, the main job: options to settings, settings to a conversion, its report to the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mla_convert.commands.shared import rank_or_full, silence_libraries
+from mla_convert.errors import Interrupted, ResourceError
+
+EXAMPLE = "mla-convert llama-8b --rank 512 --out llama-8b-mla"
+SIZE, TEXT, REFINE, RUN = "Cache size", "Calibration and evaluation text", "Refinement", "Output and device"
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder, Hub id (owner/name), .gguf file, or recipe (demo, llama-8b, …).")
+    ],
+    rank: Annotated[
+        str | None,
+        typer.Option(help="kv_lora_rank: numbers of latent per token and layer, or 'full'.", rich_help_panel=SIZE),
+    ] = None,
+    rope_dim: Annotated[
+        str | None,
+        typer.Option(
+            help="qk_rope_head_dim: rotary dims kept in the cache (even), or 'full'. "
+            "Default: a third of the rank, at most 64.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    kv_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the original cache to keep; chooses rank and rope-dim. Default 0.5 if no rank is given.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    planes: Annotated[
+        str | None,
+        typer.Option(
+            help="Which planes stay rotary: 'loss' (those that would lose most) or 'even' (evenly spaced).",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: .txt, .jsonl (either .gz), or a data set NAME:CONFIG@SPLIT. Default: WikiText-2 "
+            "from the Hub, or the packaged text when that cannot be reached.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    calib_samples: Annotated[
+        int | None, typer.Option(help="Calibration windows. Default 256 (CPU: 32).", rich_help_panel=TEXT)
+    ] = None,
+    calib_length: Annotated[
+        int | None, typer.Option(help="Tokens in a calibration window. Default 1024 (CPU: 512).", rich_help_panel=TEXT)
+    ] = None,
+    eval_: Annotated[
+        str | None, typer.Option("--eval", help="Evaluation text, named like --calib's.", rich_help_panel=TEXT)
+    ] = None,
+    eval_windows: Annotated[
+        int | None, typer.Option(help="Evaluation windows at most. Default 40.", rich_help_panel=TEXT)
+    ] = None,
+    eval_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens in an evaluation window. Default 2048, or the model's limit.", rich_help_panel=TEXT),
+    ] = None,
+    refine_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Gradient steps a layer; 0 is closed form only. Default 300 (CPU: 30).", rich_help_panel=REFINE
+        ),
+    ] = None,
+    refine_batch: Annotated[
+        int | None,
+        typer.Option(help="Windows in a step. Default: 8192 tokens' worth (CPU: 2048).", rich_help_panel=REFINE),
+    ] = None,
+    refine_lr: Annotated[
+        float | None,
+        typer.Option(help="Step size relative to each parameter's magnitude. Default 0.02.", rich_help_panel=REFINE),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write. Default: NAME-mla here.", rich_help_panel=RUN)
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an output folder that is not a converted model.", rich_help_panel=RUN
+        ),
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub source.", rich_help_panel=RUN)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="auto (the source's), float32, bfloat16 or float16.", rich_help_panel=RUN),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto (CUDA if there), cpu, cuda, cuda:N.", rich_help_panel=RUN)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Draws calibration windows and batches.", rich_help_panel=RUN)
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON on stdout.", rich_help_panel=RUN)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUN)] = False,
+) -> None:
+    """Convert SOURCE to Multi-head Latent Attention and write it, with a report, to a folder."""
+    options = {key: value for key, value in locals().items() if key not in ("json_", "quiet", "eval_")}
+    options |= {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "eval": eval_}
+    run_conversion(options, as_json=json_, quiet=quiet)
+
+
+def run_conversion(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Options to settings, settings to a conversion, its report to the terminal."""
+    from mla_convert.config import build_config
+
+    config = build_config(options)
+    silence_libraries()
+    from rich.console import Console
+    from torch import OutOfMemoryError
+
+    from mla_convert.pipeline import convert as convert_checkpoint
+    from mla_convert.progress import Progress
+    from mla_convert.report import print_summary
+
+    try:
+        report = convert_checkpoint(config, Progress(quiet=quiet))
+    except KeyboardInterrupt as stop:
+        raise Interrupted(": ".join(["interrupted", *map(str, stop.args)])) from None
+    except (MemoryError, OutOfMemoryError) as error:
+        raise ResourceError("out of memory: lower --calib-samples, --calib-length or --refine-batch") from error
+    if as_json:
+        typer.echo(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
+    else:
+        print_summary(report, Console())
