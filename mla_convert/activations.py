@@ -47,7 +47,8 @@ class Activations:
 
     def put(self, index: slice, states: Tensor) -> None:
         """Store some windows."""
-        self.data[index] = states.to(self.data.device, self.data.dtype)
+        # cast on the device, then straight into (pinned) place
+        self.data[index].copy_(states.to(self.data.dtype))
 
     @torch.no_grad()
     def advance(self, layer: Callable[..., Tensor]) -> None:

@@ -44,14 +44,17 @@ def write_card(report: Report, folder: Path, license_name: str | None) -> None:
     """Write README.md into the folder of a converted model."""
     source, evaluation, cache = report.source, report.evaluation, report.cache
     on_hub = source["revision"] is not None
-    result = EvalResult(
-        task_type="text-generation",
-        dataset_type="text",
-        dataset_name=evaluation["text"],
-        metric_type="perplexity",
-        metric_name="perplexity",
-        metric_value=evaluation["after"]["value"],
-    )
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=evaluation["text"],
+            metric_type="perplexity",
+            metric_name=name,
+            metric_value=evaluation[key]["value"],
+        )
+        for name, key in (("perplexity", "after"), ("perplexity of the original", "before"))
+    ]
     data = ModelCardData(
         model_name=f"{source['name']} MLA",
         base_model=source["name"] if on_hub else None,
@@ -60,7 +63,7 @@ def write_card(report: Report, folder: Path, license_name: str | None) -> None:
         pipeline_tag="text-generation",
         license=license_name,
         tags=["mla", "multi-head-latent-attention", "kv-cache", "mla_convert"],
-        eval_results=[result],
+        eval_results=results,
     )
     body = BODY.format(
         name=source["name"],

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mla_convert.commands import convert
+from mla_convert.commands import convert, evaluate, gate, inspect, plan, recipes, verify
 from mla_convert.errors import Interrupted, MlaConvertError
 
-EXIT_CODES = "Exit codes: 0 done, 1 a bug, 2 usage, 4 bad input, 5 resources (disk, device, network), 130 interrupted."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a bug, 2 usage, 3 a gate failed, 4 bad input, 5 resources (disk, device, network), "
+    "130 interrupted."
+)
 # The base of all errors of the parser: click's own, or the copy of click that newer typers carry.
 ParserError = typer.BadParameter.__base__
 
@@ -61,7 +64,15 @@ def root(  # noqa: D103  (a docstring here would replace the application's help)
 
 
 # In the order in which --help lists them.
-for name, command, example in (("convert", convert.convert, convert.EXAMPLE),):
+for name, command, example in (
+    ("convert", convert.convert, convert.EXAMPLE),
+    ("plan", plan.plan, plan.EXAMPLE),
+    ("inspect", inspect.inspect, inspect.EXAMPLE),
+    ("recipes", recipes.recipes, recipes.EXAMPLE),
+    ("verify", verify.verify, verify.EXAMPLE),
+    ("eval", evaluate.evaluate, evaluate.EXAMPLE),
+    ("gate", gate.gate, gate.EXAMPLE),
+):
     app.command(name, epilog=f"Example: {example}    {EXIT_CODES}")(command)
 
 

@@ -13,6 +13,12 @@ class UsageError(MlaConvertError):
     exit_code = 2
 
 
+class GateFailed(MlaConvertError):  # noqa: N818  (a verdict, not an error)
+    """A measured figure is outside its limit, or could not be had."""
+
+    exit_code = 3
+
+
 class InputError(MlaConvertError):
     """A checkpoint, text, recipe or setting that cannot be used."""
 
@@ -29,3 +35,9 @@ class Interrupted(MlaConvertError):  # noqa: N818  (nothing went wrong)
     """Stopped by the user."""
 
     exit_code = 130
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,42 +1,275 @@
-"""Perplexity: exp of the mean negative log-likelihood over non-overlapping windows, with its standard error."""
+"""What a model is worth: `eval` loads it, and its original if asked to, and measures both on the same windows of text."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from mla_convert import environment, texts
+from mla_convert.config import Settings
+from mla_convert.errors import InputError, UsageError
+from mla_convert.figures import find_report, finite, look_up
+from mla_convert.loading import find_model, is_converted, load_model, load_tokenizer, model_config
+from mla_convert.measure import (
+    Mean,
+    Perplexity,
+    Readout,
+    cache_bytes,
+    mean,
+    original_cache_bytes,
+    perplexity,
+    score,
+)
+from mla_convert.progress import Progress
+from mla_convert.report import human_bytes
+from mla_convert.source import PACKAGE, Place
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """`value`, and the standard error of its logarithm over windows."""
+class Evaluation:
+    """Everything that `eval` measured. As a dictionary its figures lie where report.json has them."""
 
-    value: float
-    log_error: float
-    windows: int
-    length: int
+    model: str
+    converted: bool
+    against: str | None
+    text: str
+    protocol: str
+    after: Perplexity
+    bytes_after: float
+    bytes_before: float | None
+    before_is_measured: bool
+    before: Perplexity | None = None
+    ratio: Mean | None = None
+    kl: Mean | None = None
+    agreement: Mean | None = None
+    dtype: str = ""
+    device: str = ""
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict:
-        return asdict(self)
+    @property
+    def share_saved(self) -> float | None:
+        """Share of the original's cache that is saved."""
+        return None if not self.bytes_before else 1 - self.bytes_after / self.bytes_before
+
+    def as_dict(self) -> dict[str, Any]:
+        """`cache` and `evaluation` as in report.json, and more; NaN and infinity as null."""
+        return finite(
+            {
+                "model": self.model,
+                "converted": self.converted,
+                "against": self.against,
+                "cache": {
+                    "bytes_per_token": {"before": self.bytes_before, "after": self.bytes_after},
+                    "before_is_measured": self.before_is_measured,
+                    "share_saved": self.share_saved,
+                },
+                "evaluation": {
+                    "text": self.text,
+                    "protocol": self.protocol,
+                    "before": self.before and self.before.as_dict(),
+                    "after": self.after.as_dict(),
+                    "ratio": self.ratio and self.ratio.value,
+                    "ratio_log_error": self.ratio and self.ratio.error,
+                    "kl": self.kl and asdict(self.kl),
+                    "agreement": self.agreement and asdict(self.agreement),
+                },
+                "dtype": self.dtype,
+                "device": self.device,
+                "versions": environment.versions(),
+                "seconds": self.seconds,
+                "notes": self.notes,
+            }
+        )
 
 
-def perplexity(losses: Tensor) -> Perplexity:
-    """From token losses (windows, length-1) in nats."""
-    means = losses.double().mean(dim=1)
-    spread = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
-    value = math.exp(min(float(means.mean()), 700.0))
-    return Perplexity(value, spread, len(means), losses.shape[1] + 1)
+def load_eval_windows(
+    spec: str | None, tokenizer: Any, count: int | None, length: int | None, longest: int | None, report: dict[str, Any]
+) -> tuple[Tensor, str, list[str]]:
+    """Evaluation windows (n, L), the label of their text, and notes about what was chosen for the user.
+
+    What is not given is as in the model's report, so that the windows are those of its conversion, and as in a
+    conversion's defaults where there is no report. `longest` is the model's limit.
+
+    Raises:
+        InputError, ResourceError: as `texts.load_text` and `texts.evaluation_windows`.
+    """
+    count = count or look_up(report, "settings.eval_windows") or Settings.model_fields["eval_windows"].default
+    length = length or look_up(report, "settings.eval_length") or min(longest or texts.EVAL_LENGTH, texts.EVAL_LENGTH)
+    chosen, why = (spec, "") if spec else _text_of(report)
+    text, label = texts.load_text(chosen, "evaluation")
+    notes = [f"{why}: using {label}"] if why else []
+    return texts.evaluation_windows(text, tokenizer, count, length, label), label, notes
 
 
-@torch.no_grad()
-def model_losses(model: torch.nn.Module, windows: Tensor) -> Tensor:
-    """Token losses (N, L-1) of a loaded causal language model, logits in float32."""
-    device = next(model.parameters()).device
-    rows = []
-    for ids in windows.to(device):
-        logits = model(ids[None], use_cache=False).logits[0, :-1].float()
-        rows.append(F.cross_entropy(logits, ids[1:], reduction="none").cpu())
-    return torch.stack(rows)
+def _text_of(report: dict[str, Any]) -> tuple[str | None, str]:
+    """The text that a report was measured on, as `--eval` takes it, and why it was chosen. Reports hold no paths."""
+    label, why = look_up(report, "settings.eval"), "no evaluation text was given"
+    if not isinstance(label, str) or not label:
+        return None, why
+    if PACKAGE + label in texts.SHIPPED.values():
+        return PACKAGE + label, why
+    if label.removesuffix(".gz").endswith(texts.SUFFIXES) or "/" not in label:
+        return None, f"{why}, and of the conversion's only the name is known ({label})"
+    return label, why
+
+
+def evaluate_model(
+    model: str,
+    against: str | Place | None = None,
+    *,
+    text: str | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model: a folder, Hub id, `.gguf` file or recipe; with `against`, also its distance from that original.
+
+    `text`, `windows` and `length` choose the evaluation windows (see `load_eval_windows`). Both models run in one `dtype`:
+    the one that `model` is stored in unless another is given. One decoder is in memory at a time.
+
+    Raises:
+        UsageError: no such dtype or device, or windows out of range.
+        InputError: a model or text that cannot be used, or two models that do not share a tokenizer.
+        ResourceError: the Hub or the device is not there.
+    """
+    began, progress = time.perf_counter(), progress or Progress()
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if (windows is not None and windows < 1) or (length is not None and length < 2):
+        raise UsageError("at least 1 window of 2 tokens is needed: see --eval-windows and --eval-length")
+    where = environment.pick_device(device)
+    place = find_model(model)
+    origin = find_model(against) if isinstance(against, str) else against
+    config, tokenizer = model_config(place), load_tokenizer(place)
+    converted, limit = is_converted(config), getattr(config, "max_position_embeddings", None)
+    report = find_report(place.folder) if converted else {}
+    chosen, label, notes = load_eval_windows(text, tokenizer, windows, length, limit, report)
+    if int(chosen.max()) >= getattr(config, "vocab_size", math.inf):
+        raise InputError(f"the tokenizer of {place.label} has more tokens than its model: they do not belong together")
+    if origin:
+        _check_same_tokenizer(chosen, tokenizer, origin)
+    for note in notes:
+        progress.note(note)
+
+    loaded = _load(place, dtype if dtype == "auto" else getattr(torch, dtype), where, progress)
+    stored, itemsize, after = loaded.dtype, loaded.dtype.itemsize, cache_bytes(loaded, chosen[0])
+    ours = Readout(loaded, chosen, _ticker(progress, place.label))
+    del loaded
+    before, theirs = original_cache_bytes(config, itemsize) if converted else None, None
+    if origin:
+        loaded = _load(origin, stored, where, progress)
+        before = cache_bytes(loaded, chosen[0])
+        theirs = Readout(loaded, chosen, _ticker(progress, origin.label))
+        del loaded
+    scores = score(ours, chosen, theirs)
+    compared = {}
+    if origin:
+        paired = mean(scores.losses - scores.original)
+        compared = {"before": perplexity(scores.original), "kl": mean(scores.kl), "agreement": mean(scores.agreement),
+                    "ratio": Mean(math.exp(min(paired.value, 700.0)), paired.error)}  # fmt: skip
+    return Evaluation(
+        model=place.label,
+        converted=converted,
+        against=origin.label if origin else None,
+        text=label,
+        protocol=texts.evaluation_protocol(chosen),
+        after=perplexity(scores.losses),
+        bytes_after=after,
+        bytes_before=before,
+        before_is_measured=origin is not None,
+        dtype=str(stored).removeprefix("torch."),
+        device=environment.device_name(where),
+        seconds=round(time.perf_counter() - began, 2),
+        notes=notes,
+        **compared,
+    )
+
+
+def _load(place: Place, dtype: str | torch.dtype, device: torch.device, progress: Progress) -> nn.Module:
+    progress.note(f"loading {place.label}")
+    return load_model(place, dtype, device)
+
+
+def _ticker(progress: Progress, label: str) -> Callable[[int, int], None]:
+    """Says every ten seconds how many windows are done."""
+    shown = [time.perf_counter()]
+
+    def tick(done: int, count: int) -> None:
+        if time.perf_counter() - shown[0] > 10:
+            shown[0] = time.perf_counter()
+            progress.note(f"{label}: window {done}/{count}")
+
+    return tick
+
+
+def _check_same_tokenizer(windows: Tensor, tokenizer: Any, origin: Place) -> None:
+    """Perplexities compare only over the same tokens: both tokenizers must make the same of the text's beginning."""
+    size = getattr(model_config(origin), "vocab_size", math.inf)
+    if int(windows.max()) >= size:
+        raise InputError(f"{origin.label} has a vocabulary of {size} tokens, fewer than the model's: not its original")
+    sample = tokenizer.decode(windows[0][:256], skip_special_tokens=True)
+    ids = [t(sample, add_special_tokens=True, verbose=False)["input_ids"] for t in (tokenizer, load_tokenizer(origin))]
+    if ids[0] != ids[1]:
+        raise InputError(f"{origin.label} has another tokenizer than the model: it is not the model's original")
+
+
+def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    """What was measured in rows of (what, original, model, change)."""
+    found, nothing = evaluation, "–"
+    table = [
+        (
+            "perplexity",
+            _with_error(found.before.value, found.before.value * found.before.log_error, 3)
+            if found.before
+            else nothing,
+            _with_error(found.after.value, found.after.value * found.after.log_error, 3),
+            "×" + _with_error(found.ratio.value, found.ratio.value * found.ratio.error, 4) if found.ratio else nothing,
+        ),
+        (
+            "KV cache per token",
+            nothing if found.bytes_before is None else human_bytes(found.bytes_before),
+            human_bytes(found.bytes_after),
+            nothing if found.share_saved is None else f"{-found.share_saved:+.1%}",
+        ),
+    ]
+    if found.kl and found.agreement:
+        table.append(("KL divergence, nats", "", _with_error(found.kl.value, found.kl.error, 5), ""))
+        table.append(("next-token agreement", "", _with_error(found.agreement.value, found.agreement.error, 4), ""))
+    return table
+
+
+def _with_error(value: float, error: float, digits: int) -> str:
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
+
+
+def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+    """The table at the end of `eval`."""
+    title = Text(evaluation.model + (f" against {evaluation.against}" if evaluation.against else ""))
+    table = Table(title=title, title_justify="left")
+    for column, justify in (("", "left"), ("original", "right"), ("model", "right"), ("change", "right")):
+        table.add_column(column, justify=justify)
+    for row in rows(evaluation):
+        table.add_row(*row)
+    console.print(table)
+    lines = [f"on {evaluation.text}: {evaluation.protocol}; ± is one standard error over windows",
+             f"{evaluation.dtype}, logits in float32; took {evaluation.seconds:.0f} s on {evaluation.device}"]  # fmt: skip
+    if evaluation.kl:
+        lines.insert(1, "KL(original ‖ model) and the share of equal most likely next tokens are means over tokens")
+    if evaluation.bytes_before is not None and not evaluation.before_is_measured:
+        lines.insert(1, "the original's cache is computed from config.json; --against measures it")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

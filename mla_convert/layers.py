@@ -16,6 +16,7 @@ from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import ConvertConfig
+from mla_convert.environment import return_freed_memory
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
 from mla_convert.progress import Progress
@@ -69,6 +70,8 @@ def write_ends(job: LayerJob) -> None:
             tensors = reader.read(names)
             check_finite(tensors)
             job.writer.write_shard(job.shard(index), job.stored(tensors))
+            del tensors
+            return_freed_memory()
 
 
 def open_streams(skeleton: Skeleton, calib: Tensor, evaluation: Tensor) -> Streams:
@@ -103,6 +106,7 @@ def convert_layers(job: LayerJob, streams: Streams) -> list[dict[str, Any]]:
                 job.writer.write_shard(file, written, report)
             _load_written(job, index, student, written)
             _advance(job, layer, student, streams, start)
+        return_freed_memory()
         reports.append({"layer": index, **report})
         job.progress.layer_done(report)
     return reports

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from mla_convert import environment, evaluate, folder, layers, report, texts
+from mla_convert import environment, folder, layers, measure, report, texts
 from mla_convert.attention import mla_config
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
 from mla_convert.plan import make_plan
 from mla_convert.progress import Progress
+from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
 
@@ -67,7 +68,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             progress.stop()
         with phases.phase("evaluate"):
             streamed = [streams.eval_original.data, streams.eval_converted.data]
-            before, after = map(evaluate.perplexity, skeleton.token_losses(streamed, windows.evaluation))
+            before, after = map(measure.perplexity, skeleton.token_losses(streamed, windows.evaluation))
         result = report.Report(
             source={"name": source.name, "revision": source.revision, "model_type": source.config.model_type},
             # labels, not paths: a report is made to be published
@@ -85,5 +86,6 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             notes=windows.notes,
             out=out,
         )  # fmt: skip
+        write_recipe(writer.folder, config, source, plan, windows, refine, result)
         folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result)
     return result

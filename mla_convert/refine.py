@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mla_convert.activations import Activations
 
+# Steps of warm-up, or a tenth of all if that is fewer.
 WARMUP = 20
 # Steps run before a CUDA graph of one is captured; they train like all others.
 EAGER_STEPS = 3
@@ -120,7 +121,7 @@ class _Step:
 
     def _schedule(self) -> None:
         """Linear warm-up, cosine decay to zero."""
-        warm = min(1.0, (self.count + 1) / WARMUP)
+        warm = min(1.0, (self.count + 1) / min(WARMUP, max(1, self.settings.steps // 10)))
         factor = warm * 0.5 * (1 + math.cos(math.pi * self.count / self.settings.steps))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             if isinstance(group["lr"], Tensor):
@@ -140,6 +141,7 @@ class _Step:
         self._schedule()
         if self.hidden.is_cuda and self.count == EAGER_STEPS:
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # a graph allocates anew: do not hold what the first steps used beside it
             self.graph = torch.cuda.CUDAGraph()
             # capturing records the step without running it
             with torch.cuda.graph(self.graph):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert.checkpoint.writer import REPORT
+from mla_convert.figures import REPORT, finite
 from mla_convert.plan import Plan
 
 SCHEMA = 1
@@ -46,19 +45,11 @@ class Report:
         """As written to report.json: without the local output path, NaN and infinity as null."""
         content = asdict(self)
         content.pop("out")
-        return _finite(content)
+        return finite(content)
 
     def write(self, folder: Path) -> None:
         """Write report.json."""
         (folder / REPORT).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cache_figures(plan: Plan, itemsize: int, windows: list[int | None]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
 from mla_convert.config import unknown_source
-from mla_convert.errors import InputError, ResourceError
+from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.families import Family, find_family
 from mla_convert.plan import AttentionShape
 
@@ -87,7 +88,7 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.folder, **({"gguf_file": self.gguf} if self.gguf else {}))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.name} has no readable tokenizer ({_line(error)})") from error
+            raise InputError(f"{self.name} has no readable tokenizer ({one_line(error)})") from error
 
     def license(self) -> str | None:
         """Licence identifier from the source's model card, if it has one."""
@@ -116,33 +117,60 @@ class Source:
         return GenerationConfig.from_model_config(self.config)
 
 
-def open_source(name: str, revision: str | None = None) -> Source:
+def open_source(name: str, revision: str | None = None, weights: bool = True) -> Source:
     """Open a source lazily: configuration and tensor headers are read, no weights (GGUF files excepted).
+
+    Without `weights` only its configuration is read (from the Hub: config.json alone; of a GGUF file: its metadata).
+    Its tensors are then those that the configuration asks for, on the meta device.
 
     Raises:
         InputError: not found, not a checkpoint, architecture not supported, files missing or damaged.
         ResourceError: the Hub cannot be reached.
     """
+    place = locate(name, revision, HUB_FILES if weights else ["config.json"])
+    if place.gguf:
+        return _open_gguf(place.folder / place.gguf, weights)
+    return _open_folder(place.folder, place.label, place.revision, weights)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model's files lie on this machine. `label` names it in reports; `gguf` is the file, if it is one."""
+
+    folder: Path
+    label: str
+    revision: str | None = None
+    gguf: str | None = None
+
+
+def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> Place:
+    """The folder of a packaged checkpoint, a local folder, a `.gguf` file, or a Hub id, of which `files` are fetched.
+
+    Raises:
+        InputError: nothing there by that name.
+        ResourceError: the Hub cannot be reached.
+    """
     if name.startswith(PACKAGE):
         package, _, inner = name.removeprefix(PACKAGE).partition("/")
-        return _open_folder(Path(str(resources.files(package))) / inner, label=package)
+        return Place(Path(str(resources.files(package))) / inner, package)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise InputError(f"{path} not found: give an existing .gguf file")
-        return _open_gguf(path)
+        return Place(path.parent, path.name, gguf=path.name)
     if path.is_dir():
-        return _open_folder(path, label=path.resolve().name)
+        return Place(path, path.resolve().name)
     if path.exists():
         raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise unknown_source(name)
-    return _open_hub(name, revision)
+    folder = _download(name, revision, files)
+    return Place(folder, name, folder.name)
 
 
-def _open_hub(name: str, revision: str | None) -> Source:
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except GatedRepoError as error:
         raise InputError(
             f"{name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
@@ -152,46 +180,80 @@ def _open_hub(name: str, revision: str | None) -> Source:
         raise InputError(f"{name}{where} is neither a local folder nor on the Hub (or it is private)") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ResourceError(
-            f"the Hub cannot be reached for {name}, which is no local folder: {_line(error)}"
+            f"the Hub cannot be reached for {name}, which is no local folder: {one_line(error)}"
         ) from error
-    return _open_folder(folder, label=name, revision=folder.name)
 
 
-def _open_folder(folder: Path, label: str, revision: str | None = None) -> Source:
+def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) -> Source:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{label} has no config.json: give a folder that holds a transformers checkpoint")
     try:
         model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type", "none given")
     except (ValueError, AttributeError) as error:
-        raise InputError(f"config.json of {label} is not a JSON object ({_line(error)}): fetch it again") from error
+        raise InputError(f"config.json of {label} is not a JSON object ({one_line(error)}): fetch it again") from error
     family = find_family(str(model_type))
-    reader = SafetensorsReader(folder)
-    return Source(label, revision, folder, None, _read_config(folder, label), family, reader)
+    reader = SafetensorsReader(folder) if weights else None
+    config = _read_config(folder, label)
+    return Source(label, revision, folder, None, config, family, _expected(config, label) if reader is None else reader)
 
 
-def _open_gguf(path: Path) -> Source:
+def _expected(config: PreTrainedConfig, label: str) -> Reader:
+    """The tensors that a configuration asks for, on the meta device, in its dtype; a tied head is not among them."""
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{label} is quantised (its configuration says how): such checkpoints are not supported yet")
     try:
+        with init_empty_weights(include_buffers=True):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # whatever a setting that makes no sense runs into
+        raise InputError(f"configuration of {label} does not make a model: {error!r}") from error
+    return MemoryReader(parameters(model))
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A causal language model's parameters by name, without a head that is tied to the embeddings."""
+    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if model.config.tie_word_embeddings:
+        named.pop("lm_head.weight", None)
+    return named
+
+
+def _open_gguf(path: Path, weights: bool) -> Source:
+    try:
+        if not weights:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            family = find_family(config.model_type)
+            return Source(path.name, None, path.parent, path.name, config, family, _expected(config, path.name))
         # transformers dequantises a GGUF file as a whole: these sources are held in memory
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
-        raise InputError(f"{path.name} cannot be read as GGUF: {_line(error)}") from error
+        raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
     family, tensors = find_family(model.config.model_type), dict(model.state_dict())
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     return Source(path.name, None, path.parent, path.name, model.config, family, MemoryReader(tensors))
 
 
-def _read_config(folder: Path, label: str) -> PreTrainedConfig:
+def load_config(folder: Path, label: str) -> PreTrainedConfig:
+    """The configuration of a transformers folder, by a class that is installed: never by code from the folder.
+
+    Raises:
+        InputError: missing, damaged or not valid.
+    """
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise InputError(f"configuration of {label} cannot be read: {_line(error)}") from error
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"configuration of {label} cannot be read: {one_line(error)}") from error
     except Exception as error:
         # the strict configuration classes raise their own errors, which share no public base
         if type(error).__module__.startswith("huggingface_hub"):
-            raise InputError(f"configuration of {label} is not valid: {_line(error)}") from error
+            raise InputError(f"configuration of {label} is not valid: {one_line(error)}") from error
         raise
+
+
+def _read_config(folder: Path, label: str) -> PreTrainedConfig:
+    config = load_config(folder, label)
     groups = config.num_key_value_heads
     if config.num_hidden_layers < 1 or groups < 1 or config.num_attention_heads % groups:
         raise InputError(
@@ -199,9 +261,3 @@ def _read_config(folder: Path, label: str) -> PreTrainedConfig:
             f"query heads, {groups} key/value heads"
         )
     return config
-
-
-def _line(error: BaseException) -> str:
-    """An error's message as one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

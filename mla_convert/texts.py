@@ -47,8 +47,7 @@ class Windows:
     @property
     def eval_protocol(self) -> str:
         """The evaluation windows in words."""
-        count, length = self.evaluation.shape
-        return f"{count} window{'s' if count > 1 else ''} of {length} tokens, not overlapping"
+        return evaluation_protocol(self.evaluation)
 
 
 def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: int | None) -> Windows:
@@ -93,6 +92,19 @@ def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
     if path.name.removesuffix(".gz").endswith(SUFFIXES) or spec.startswith((".", "/", "~")):
         raise InputError(f"{purpose} text {spec} not found: give an existing file or a data set name")
     return _load_dataset(spec)
+
+
+def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
+    """What names again the text that `load_text(spec, purpose)` returned with `label`; whether it is a local file.
+
+    A local file is named without its folder. Where none was given it is what stood in for it.
+    """
+    if spec is None:
+        return (label if label == f"{DEFAULT_DATASET}@{SPLITS[purpose]}" else SHIPPED[purpose]), False
+    path = Path(spec).expanduser()
+    if not spec.startswith(PACKAGE) and path.is_file():
+        return path.name, True
+    return spec, False
 
 
 def _read_file(path: Path) -> str:
@@ -151,6 +163,12 @@ def evaluation_windows(text: str, tokenizer: Any, count: int, length: int, label
             f"evaluation text {label} has {len(ids)} tokens, fewer than one window of {length}: give more text"
         )
     return torch.tensor(ids[: found * length]).view(found, length)
+
+
+def evaluation_protocol(windows: Tensor) -> str:
+    """Evaluation windows (n, length) in words."""
+    count, length = windows.shape
+    return f"{count} window{'s' if count > 1 else ''} of {length} tokens, not overlapping"
 
 
 def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed: int, label: str) -> Tensor:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
-from mla_convert import evaluate, texts
+from mla_convert import measure, texts
 from mla_convert.checkpoint.reader import SafetensorsReader
 from mla_convert.config import default_name
 
@@ -176,7 +176,8 @@ def test_index_and_checksums_fit_the_files(folder):
 def test_files_are_those_of_a_checkpoint(folder):
     files = {path.name for path in folder.iterdir() if path.suffix != ".safetensors"}
     assert files == {"config.json", "configuration_mla.py", "modeling_mla.py", "generation_config.json", "tokenizer.json",
-                     "tokenizer_config.json", "model.safetensors.index.json", "README.md", "report.json"}  # fmt: skip
+                     "tokenizer_config.json", "model.safetensors.index.json", "README.md", "report.json",
+                     "recipe.yaml"}  # fmt: skip
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
@@ -240,7 +241,7 @@ def test_streaming_perplexity_is_that_of_the_loaded_models(report, model):
     windows = texts.evaluation_windows(pico.text(), tokenizer, 4, 48, "text")
     name = {"llama": "llama3-rope", "mistral": "mistral-window"}.get(report.source["model_type"], "qwen2")
     for key, loaded in (("before", pico.model(name)), ("after", model)):
-        expected = evaluate.perplexity(evaluate.model_losses(loaded, windows))
+        expected = measure.perplexity(measure.model_losses(loaded, windows))
         assert report.evaluation[key]["value"] == pytest.approx(expected.value, rel=1e-4)
         assert report.evaluation[key]["log_error"] == pytest.approx(expected.log_error, rel=1e-3)
 
@@ -248,8 +249,9 @@ def test_streaming_perplexity_is_that_of_the_loaded_models(report, model):
 def test_model_card(report):
     card = ModelCard.load(report.out / "README.md")
     assert card.data.library_name == "transformers" and "mla" in card.data.tags
-    (result,) = card.data.eval_results
-    assert result.metric_type == "perplexity" and result.metric_value == report.evaluation["after"]["value"]
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results["perplexity"] == report.evaluation["after"]["value"]
+    assert results["perplexity of the original"] == report.evaluation["before"]["value"]
     assert f"×{report.ratio:.4f}" in card.text and "trust_remote_code=True" in card.text
 
 

@@ -6,7 +6,7 @@ from pico import CONFIGS, VOCAB, model
 
 from mla_convert import skeleton as skeleton_module
 from mla_convert.activations import Activations
-from mla_convert.evaluate import model_losses
+from mla_convert.measure import model_losses
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
 

@@ -17,6 +17,8 @@ from mla_convert.errors import InputError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Numbers looked at together by check_finite.
+FINITE_CHUNK = 1 << 24
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -158,6 +160,7 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
         InputError: names the first tensor that has one.
     """
     for name, tensor in tensors.items():
-        # The sum is finite only if every element is, and it needs no temporary of the tensor's size.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        # A sum is finite only if every element is. Part by part: torch casts what it sums as a whole.
+        parts = tensor.flatten().split(FINITE_CHUNK) if tensor.is_floating_point() else ()
+        if not all(torch.isfinite(part.sum(dtype=torch.float64)) for part in parts):
             raise InputError(f"tensor {name} has NaN or infinite values: the checkpoint is damaged, fetch it again")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mla_convert.checkpoint.reader import INDEX, Reader
 from mla_convert.errors import InputError, ResourceError
+from mla_convert.figures import REPORT
 
-REPORT = "report.json"
 JOURNAL = "journal.jsonl"
 MARK = "mla_convert"
 

@@ -17,8 +17,20 @@ SIZE, TEXT, REFINE, RUN = "Cache size", "Calibration and evaluation text", "Refi
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Folder, Hub id (owner/name), .gguf file, or recipe (demo, llama-8b, …).")
-    ],
+        str | None,
+        typer.Argument(
+            help="Folder, Hub id (owner/name), .gguf file, or recipe (demo, llama-8b, …, or a .yaml file).",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings from a YAML file (recipe.yaml of an output repeats its run) or packaged recipe; "
+            "SOURCE, if given, takes the place of its source.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(help="kv_lora_rank: numbers of latent per token and layer, or 'full'.", rich_help_panel=SIZE),

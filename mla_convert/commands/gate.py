@@ -1,0 +1,157 @@
+"""`mla-convert gate`: pass or fail, for a CI job."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_convert.commands.evaluate import (
+    MEASURE,
+    OUT_OF_MEMORY,
+    Against,
+    Device,
+    Dtype,
+    Length,
+    Model,
+    Quiet,
+    Text,
+    Windows,
+)
+from mla_convert.commands.shared import silence_libraries
+from mla_convert.errors import GateFailed, InputError, ResourceError, UsageError
+
+EXAMPLE = "mla-convert gate llama-8b-mla --max-ppl-ratio 1.05 --min-kv-saving 70%"
+LIMITS, OUTPUT = "Limits", "Output"
+
+
+def gate(
+    model: Model,
+    max_ppl_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Most that perplexity may be over the original's.", rich_help_panel=LIMITS, show_default=False
+        ),
+    ] = None,
+    max_ppl: Annotated[
+        float | None,
+        typer.Option(help="Most that perplexity may be.", rich_help_panel=LIMITS, show_default=False),
+    ] = None,
+    min_kv_saving: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Least share of the KV cache to be saved: 70% or 0.7.",
+            rich_help_panel=LIMITS,
+            show_default=False,
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="report.json (or eval --json) of an earlier conversion to compare perplexity with.",
+            rich_help_panel=LIMITS,
+            show_default=False,
+        ),
+    ] = None,
+    max_regression: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Most that perplexity may be above the baseline's: 1% or 0.01. Default 1%.",
+            rich_help_panel=LIMITS,
+            show_default=False,
+        ),
+    ] = None,
+    from_report: Annotated[
+        bool,
+        typer.Option("--from-report", help="Trust MODEL's report.json instead of measuring.", rich_help_panel=MEASURE),
+    ] = False,
+    against: Against = None,
+    text: Text = None,
+    eval_windows: Windows = None,
+    eval_length: Length = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    junit: Annotated[
+        Path | None,
+        typer.Option(help="Write the outcome as JUnit XML.", rich_help_panel=OUTPUT, show_default=False),
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the outcome as JSON on stdout.", rich_help_panel=OUTPUT)
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check MODEL against limits: exit code 0 if all hold, 3 if one does not.
+
+    In GitHub Actions, failed gates become annotations and a table in the job's summary.
+    """
+    from mla_convert.gate import Limits, junit_xml, percentage, run_gate
+
+    began = time.perf_counter()
+    limits = Limits(max_ppl_ratio, max_ppl, min_kv_saving and percentage(min_kv_saving),
+                    max_regression and percentage(max_regression), baseline)  # fmt: skip
+    if junit and junit.is_dir():
+        raise InputError(f"--junit {junit} is a folder: give a file")
+    if from_report and not (against is text is eval_windows is eval_length is None):
+        raise UsageError("--from-report measures nothing: leave out --against and the --eval options, or --from-report")
+    silence_libraries()
+    measure = {}
+    if not from_report:
+        from mla_convert.progress import Progress
+
+        measure = {"text": text, "windows": eval_windows, "length": eval_length, "dtype": dtype, "device": device,
+                   "progress": Progress(quiet=quiet)}  # fmt: skip
+    try:
+        verdict = run_gate(model, limits, from_report, against, **measure)
+    except Exception as error:
+        # named so and not imported: with --from-report there is no torch
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise ResourceError(OUT_OF_MEMORY) from error
+        raise
+    if junit:
+        junit.parent.mkdir(parents=True, exist_ok=True)
+        junit.write_text(junit_xml(verdict, time.perf_counter() - began), encoding="utf-8")
+    if json_:
+        typer.echo(json.dumps(verdict.as_dict(), indent=2))
+    else:
+        _print(verdict)
+    _tell_github(verdict, to_stderr=json_)
+    if not verdict.passed:
+        raise GateFailed(verdict.summary)
+
+
+def _print(verdict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text as Plain
+
+    table = Table(title=Plain(f"gate: {verdict.model}"), title_justify="left")
+    for column, justify in (("check", "left"), ("figure", "right"), ("limit", "right"), ("", "left")):
+        table.add_column(column, justify=justify)
+    for result in verdict.results:
+        style = "green" if result.passed else "red"
+        table.add_row(
+            result.name, result.figure_text, result.limit_text, Plain("pass" if result.passed else "FAIL", style)
+        )
+    console = Console()
+    console.print(table)
+    for line in (*(f"{result.name}: {result.reason}" for result in verdict.results if not result.passed),
+                 f"figures {verdict.basis}"):  # fmt: skip
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell_github(verdict, to_stderr: bool) -> None:
+    """Annotations and a summary, where GitHub's runner asks for them by its environment variables."""
+    from mla_convert.gate import error_lines, markdown
+
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in error_lines(verdict):
+            typer.echo(line, err=to_stderr)  # the runner reads both
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(markdown(verdict))

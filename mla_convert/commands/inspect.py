@@ -1,0 +1,42 @@
+"""`mla-convert inspect`: what a checkpoint is and whether it can be converted."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from mla_convert.commands.shared import silence_libraries
+from mla_convert.errors import InputError
+
+EXAMPLE = "mla-convert inspect ./my-model"
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="Folder (source or converted), Hub id, .gguf file or recipe.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
+) -> None:
+    """What PATH is: its attention, RoPE, size and cache, and whether it can be converted (exit code 4 if not).
+
+    Of a converted folder: its rank, its source, and what its report says.
+    """
+    from mla_convert.config import build_config
+
+    config = build_config({"source": path, "revision": revision})
+    silence_libraries()
+    from rich.console import Console
+
+    from mla_convert.inspection import inspect_checkpoint, print_inspection
+
+    try:
+        found = inspect_checkpoint(config.source, config.revision)
+    except InputError as error:
+        if json_:
+            typer.echo(json.dumps({"name": path, "convertible": False, "reason": str(error)}, indent=2))
+        raise
+    if json_:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_inspection(found, Console())

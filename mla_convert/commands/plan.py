@@ -1,0 +1,43 @@
+"""`mla-convert plan`: sizes and needs of a conversion, from the configuration alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from mla_convert.commands.shared import rank_or_full, silence_libraries
+
+EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"
+
+
+def plan(
+    source: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or recipe, as for a conversion.")],
+    rank: Annotated[str | None, typer.Option(help="kv_lora_rank, or 'full'.")] = None,
+    rope_dim: Annotated[str | None, typer.Option(help="qk_rope_head_dim (even), or 'full'.")] = None,
+    kv_ratio: Annotated[
+        float | None, typer.Option(help="Share of the original cache to keep. Default 0.5 if no rank is given.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Card to fit into: h100, a100-80, 4090, l4, mi300x, …")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to fit into, instead of --gpu: 80GB, 24GiB, …")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
+) -> None:
+    """Cache, parameters, disk and memory before and after a conversion of SOURCE. Reads its configuration, no weights."""
+    from mla_convert.config import build_config
+    from mla_convert.sizing import card_memory
+
+    card = card_memory(gpu, memory)
+    sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio}
+    config = build_config({"source": source, "revision": revision, **sizes})
+    silence_libraries()
+    from rich.console import Console
+
+    from mla_convert.planning import plan_conversion, print_plan
+
+    result = plan_conversion(config, card, gpu)
+    if json_:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        print_plan(result, Console())

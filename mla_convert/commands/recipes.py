@@ -1,0 +1,65 @@
+"""`mla-convert recipes`: the packaged recipes, as a table or one by one."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from mla_convert.errors import UsageError
+
+EXAMPLE = "mla-convert recipes show llama-8b"
+
+
+def recipes(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[show] NAME", help="Recipe to print: name, alias or YAML file.", show_default=False),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """List the recipes, or print the YAML of one: the start of your own (`mla-convert ./mine.yaml`)."""
+    from mla_convert.config import Recipe, load_recipe, recipe_file, recipe_files
+
+    words = list(words or [])
+    if words[:1] == ["show"]:
+        words.pop(0)
+        if not words:
+            raise UsageError("recipes show: no NAME is given (mla-convert recipes lists them)")
+    if len(words) > 1:
+        raise UsageError(f"recipes prints one recipe at a time: {' '.join(words)!r} are {len(words)}")
+
+    def entry(name: str, recipe: Recipe) -> dict:
+        return {"name": name, **recipe.model_dump(exclude_unset=True, mode="json")}
+
+    if words:
+        file = recipe_file(words[0])
+        recipe = load_recipe(file)  # one that is not valid is not shown
+        if json_:
+            typer.echo(json.dumps(entry(file.name.rpartition(".")[0], recipe), indent=2))
+        else:
+            typer.echo(file.read_text(encoding="utf-8"), nl=False)
+        return
+    known = {name: load_recipe(file) for name, file in recipe_files().items()}
+    if json_:
+        typer.echo(json.dumps([entry(name, recipe) for name, recipe in known.items()], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="mla-convert NAME", title_justify="left", show_lines=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("source, description")
+    table.add_column("size", no_wrap=True)
+    for name, recipe in known.items():
+        table.add_row("\n".join([name, *recipe.aliases]), f"{recipe.source}\n{recipe.description}", _size(recipe))
+    Console().print(table)
+
+
+def _size(recipe: Any) -> str:
+    """Rank and rotary dims, or the share of the cache that is kept, as far as the YAML says."""
+    settings = recipe.settings
+    if settings.rank is not None:
+        return f"rank {settings.rank}" + (f" + {settings.rope_dim}" if settings.rope_dim is not None else "")
+    return f"{settings.kv_ratio:.0%} of the cache" if settings.kv_ratio is not None else "default"

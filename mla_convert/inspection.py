@@ -1,0 +1,187 @@
+"""`inspect`: what a checkpoint is and whether it can be converted, or what a converted one has become."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mla_convert.checkpoint.writer import REPORT
+from mla_convert.errors import InputError
+from mla_convert.planning import shape_figures
+from mla_convert.report import human_bytes
+from mla_convert.skeleton import Skeleton
+from mla_convert.source import Source, locate, open_source
+
+LOADED = "every tensor is there, in the shape and a dtype that the conversion reads; the tokenizer loads"
+CONFIG_ONLY = "judged by its configuration alone: no weights were read"
+
+
+def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]:
+    """What stands at `name` (folder, Hub id, `.gguf` file, packaged checkpoint), as `inspect --json` prints it.
+
+    Of a local folder the tensors' headers are read and compared with the configuration; of a Hub id and of a GGUF file
+    only the configuration.
+
+    Raises:
+        InputError: it cannot be converted, and why; or there is no such checkpoint.
+        ResourceError: the Hub cannot be reached.
+    """
+    place = locate(name, revision, ["config.json", REPORT])
+    content = {} if place.gguf else _json(place.folder / "config.json")
+    if str(content.get("model_type", "")).startswith("mla_"):
+        return _converted(place.label, place.revision, content, _json(place.folder / REPORT))
+    local = not place.gguf and place.revision is None
+    source = open_source(name, revision, weights=False)
+    if local:
+        source = open_source(name, weights=True)
+        for tensor in source.reader.names():
+            source.reader.dtype(tensor)  # refuses what is quantised
+        Skeleton(source, torch.device("cpu"))  # refuses missing and misshapen tensors
+        source.tokenizer()
+    return _source(source, LOADED if local else CONFIG_ONLY)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no such file or it is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _source(source: Source, basis: str) -> dict[str, Any]:
+    shape, config = source.shape, source.config
+    rope = dict(config.rope_parameters or {})
+    windows = [window for window in source.sliding_windows if window]
+    tied = config.tie_word_embeddings
+    stored = {name for name in source.reader.names() if not (tied and name == "lm_head.weight")}
+    first = f"{source.family.layers}.0."
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "kind": "source",
+        "convertible": True,
+        "basis": basis,
+        "model_type": config.model_type,
+        "shape": shape_figures(source),
+        "rope": {"type": rope.pop("rope_type", "default"), "base": rope.pop("rope_theta", None), "scaling": rope},
+        "sliding_window": {"tokens": windows[0], "layers": len(windows)} if windows else None,
+        "biases": sorted(
+            name.removeprefix(first).removesuffix(".bias")
+            for name in stored
+            if name.startswith(first) and name.endswith(".bias")
+        ),
+        "context_limit": getattr(config, "max_position_embeddings", None),
+        "vocabulary": config.vocab_size,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "tied_embeddings": tied,
+        "parameters": sum(prod(source.reader.shape(name)) for name in stored),
+        "cache_bytes_per_token": shape.layers * shape.cache_numbers * source.dtype.itemsize,
+    }
+
+
+def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    try:
+        rank, rope_dim, layers = (config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "num_hidden_layers"))
+        result = {
+            "name": label,
+            "revision": revision,
+            "kind": "converted",
+            "convertible": False,
+            "model_type": config["model_type"],
+            "layers": int(layers),
+            "kv_lora_rank": int(rank),
+            "qk_rope_head_dim": int(rope_dim),
+            "cache_numbers_per_token_per_layer": int(rank) + int(rope_dim),
+            "dtype": str(config.get("dtype") or "float32"),
+            "report": None,
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"config.json of {label} lacks what a converted model has ({error!r})") from error
+    try:
+        evaluation = report["evaluation"]
+        result["report"] = {
+            "source": report["source"]["name"],
+            "source_revision": report["source"]["revision"],
+            "share_saved": float(report["cache"]["share_saved"]),
+            "cache_bytes_per_token": dict(report["cache"]["bytes_per_token"]),
+            "perplexity": {side: evaluation[side]["value"] for side in ("before", "after")},
+            "perplexity_ratio": evaluation["ratio"],
+            "evaluation": f"{evaluation['text']}: {evaluation['protocol']}",
+            "calibration": report["calibration"]["protocol"],
+            "converted_by": f"mla_convert {report['versions']['mla_convert']}",
+        }
+    except (KeyError, TypeError, ValueError):
+        pass  # a folder without a whole report: what its configuration says stands
+    return result
+
+
+def print_inspection(found: dict[str, Any], console: Console) -> None:
+    """The findings in rows, the verdict last."""
+    table = Table(title=found["name"], title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for what, value in (_converted_rows if found["kind"] == "converted" else _source_rows)(found):
+        table.add_row(what, value)
+    console.print(table)
+    if found["kind"] == "source":
+        verdict = f"can be converted: {found['basis']}"
+    elif found["report"]:
+        verdict = "converted already; the figures are those of its report.json"
+    else:
+        verdict = f"converted already; it has no complete {REPORT}"
+    console.print(verdict, highlight=False, soft_wrap=True, markup=False)
+
+
+def _source_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    shape, rope, window = found["shape"], found["rope"], found["sliding_window"]
+    scaling = "".join(f", {key} {value}" for key, value in rope["scaling"].items())
+    windowed = f"{window['tokens']} tokens in {window['layers']} of {shape['layers']} layers" if window else "none"
+    return [
+        ("family", found["model_type"]),
+        ("layers", str(shape["layers"])),
+        ("hidden size", str(shape["hidden_size"])),
+        ("heads", f"{shape['attention_heads']} of {shape['head_dim']}, {shape['key_value_heads']} for keys and values"),
+        ("RoPE", f"{rope['type']}, base {rope['base']}{scaling}"),
+        ("sliding window", windowed),
+        ("biases", ", ".join(found["biases"]) or "none"),
+        ("longest context", str(found["context_limit"])),
+        ("parameters", f"{found['parameters']:,}, {found['dtype']}"),
+        ("head", "tied to the embeddings" if found["tied_embeddings"] else "its own"),
+        ("KV cache per token", human_bytes(found["cache_bytes_per_token"])),
+    ]
+
+
+def _converted_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("family", found["model_type"]),
+        ("layers", str(found["layers"])),
+        ("rank", f"{found['kv_lora_rank']} + {found['qk_rope_head_dim']} rotary, {found['dtype']}"),
+    ]
+    report = found["report"]
+    if not report:
+        return rows
+    cache, perplexity = report["cache_bytes_per_token"], report["perplexity"]
+    revision = f" at {report['source_revision']}" if report["source_revision"] else ""
+    values = [_figure(perplexity["before"]), _figure(perplexity["after"])]
+    return [
+        *rows,
+        ("source", f"{report['source']}{revision}"),
+        ("KV cache per token", f"{human_bytes(cache['before'])} → {human_bytes(cache['after'])}"),
+        ("saved", f"{report['share_saved']:.1%}"),
+        ("perplexity", f"{values[0]} → {values[1]} (×{_figure(report['perplexity_ratio'], 4)})"),
+        ("measured on", report["evaluation"]),
+        ("calibrated on", report["calibration"]),
+        ("by", report["converted_by"]),
+    ]
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"

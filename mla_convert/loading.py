@@ -1,0 +1,132 @@
+"""Loads whole models through transformers, to measure them: converted or not, and never with code from their folder."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging
+
+from mla_convert.config import find_recipe, recipe_files
+from mla_convert.errors import InputError, ResourceError, one_line
+from mla_convert.figures import look_up
+from mla_convert.source import PACKAGE, Place, load_config, locate
+
+PREFIX = "mla_"  # of a converted model's model_type
+
+
+def find_model(name: str, revision: str | None = None) -> Place:
+    """Where the model of that name lies: a folder, `.gguf` file, Hub id (which is fetched) or recipe (its source).
+
+    Raises:
+        InputError: nothing there by that name, or a folder that is no checkpoint.
+        ResourceError: the Hub cannot be reached.
+    """
+    recipe = None if Path(name).expanduser().exists() else find_recipe(name)
+    place = locate(recipe.source, recipe.revision) if recipe else locate(name, revision)
+    if not place.gguf and not (place.folder / "config.json").is_file():
+        raise InputError(f"{place.label} has no config.json: give a folder that holds a transformers checkpoint")
+    return place
+
+
+def find_original(report: dict[str, Any]) -> Place | None:
+    """The original that a report names, if it can be found from here: on the Hub, packaged, or in the working folder.
+
+    Reports hold names, not paths, so a folder of that name counts only if it is a model of the same type.
+    """
+    name, revision = look_up(report, "source.name"), look_up(report, "source.revision")
+    if not isinstance(name, str) or not name:
+        return None
+    for path in recipe_files():  # a recipe's packaged model is named after its package
+        recipe = find_recipe(path)
+        if recipe and recipe.source.startswith(f"{PACKAGE}{name}/"):
+            return find_model(recipe.source)
+    if not revision and not Path(name).exists():
+        return None
+    with contextlib.suppress(InputError, ResourceError):
+        place = find_model(name, revision if isinstance(revision, str) else None)
+        if place.gguf or model_config(place).model_type == look_up(report, "source.model_type"):
+            return place
+    return None
+
+
+def model_config(place: Place) -> PreTrainedConfig:
+    """The model's configuration. For GGUF, transformers reads it from the file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not place.gguf:
+        return load_config(place.folder, place.label)
+    with _readable(place.label):
+        return AutoConfig.from_pretrained(place.folder, gguf_file=place.gguf)
+
+
+def is_converted(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a converted model."""
+    return config.model_type.startswith(PREFIX)
+
+
+def load_tokenizer(place: Place) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: it has none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{place.label} has no readable tokenizer ({one_line(error)})") from error
+
+
+def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The causal language model on `device`, in `dtype` ("auto": as stored; GGUF: float32).
+
+    Raises:
+        InputError: its weights are missing, damaged, of other shapes than its configuration says, or pickled.
+    """
+    if place.gguf and dtype == "auto":
+        dtype = torch.float32
+    options = _gguf(place) if place.gguf else {"use_safetensors": True, "trust_remote_code": False}
+    with _readable(place.label), _no_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, **options
+        )
+    # transformers makes up what it does not find, and says so only in its log
+    if info["missing_keys"]:
+        raise InputError(
+            f"tensor {min(info['missing_keys'])} is missing from {place.label}: fetch the checkpoint again"
+        )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _gguf(place: Place) -> dict[str, str]:
+    return {"gguf_file": place.gguf} if place.gguf else {}
+
+
+@contextlib.contextmanager
+def _no_bars():
+    """Without transformers' progress bars: what to show is the caller's choice."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _readable(label: str):
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError,
+            struct.error) as error:  # fmt: skip
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{label} cannot be loaded: {one_line(error)}") from error

@@ -1,0 +1,184 @@
+"""Figures of a model on windows of text: perplexity, distance from its original, and the bytes that its cache holds.
+
+Perplexity is exp of the mean negative log-likelihood over non-overlapping windows. Every figure comes with its standard
+error over windows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from mla_convert.errors import InputError
+
+# Logits held at once, tokens by vocabulary: 128 MB in float32.
+LOGITS = 1 << 25
+# Tokens of the forward pass that fills the cache to be measured.
+CACHE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`value`, and the standard error of its logarithm over windows."""
+
+    value: float
+    log_error: float
+    windows: int
+    length: int
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tokens, and its standard error over windows (NaN for a single window)."""
+
+    value: float
+    error: float
+
+
+def perplexity(losses: Tensor) -> Perplexity:
+    """From token losses (windows, length-1) in nats."""
+    found = mean(losses)
+    return Perplexity(math.exp(min(found.value, 700.0)), found.error, losses.shape[0], losses.shape[1] + 1)
+
+
+def mean(values: Tensor) -> Mean:
+    """Of a figure per token (windows, tokens)."""
+    means = values.double().mean(dim=1)
+    spread = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
+    return Mean(float(means.mean()), spread)
+
+
+@torch.no_grad()
+def model_losses(model: nn.Module, windows: Tensor) -> Tensor:
+    """Token losses (N, L-1) of a loaded causal language model, logits in float32."""
+    return score(Readout(model, windows), windows).losses
+
+
+class _Given(nn.Module):
+    """Stands for a model's decoder: returns given hidden states (1, T, hidden) whatever comes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def forward(self, *_, **__) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+
+
+class Readout:
+    """What a model's decoder says to windows (N, L), and its head in float32, which turns parts of that into logits.
+
+    Holds no decoder: once this is made, the model itself can go, and its original can be loaded in its place.
+
+    Raises:
+        InputError: not a decoder with a head on top.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, windows: Tensor, tick: Callable[[int, int], None] | None = None):
+        decoder, head = model.base_model, model.get_output_embeddings()
+        if decoder is model or head is None:
+            raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and a head")
+        self._device, self.vocabulary = head.weight.device, head.weight.shape[0]
+        self._hidden: list[Tensor] = []
+        for index, ids in enumerate(windows):
+            states = decoder(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state[0, :-1]
+            self._hidden.append(states.cpu())
+            if tick:
+                tick(index + 1, len(windows))
+        self._given = _Given()
+        # The stock forward without its decoder, so that whatever it does to logits is done here too.
+        self._head = copy.copy(model)
+        self._head._modules = dict(model._modules)
+        setattr(self._head, model.base_model_prefix, self._given)
+        if head.weight.dtype != torch.float32:
+            self._head.set_output_embeddings(copy.deepcopy(head).float())
+
+    def logits(self, window: int, start: int, stop: int) -> Tensor:
+        """Logits (stop - start, vocabulary), float32, that predict tokens start+1 to stop of a window."""
+        self._given.hidden = self._hidden[window][None, start:stop].to(self._device, torch.float32)
+        try:
+            return self._head(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits[0].float()
+        finally:
+            self._given.hidden = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One figure a token, each (N, L-1). `kl` is KL(original || model) in nats, `agreement` is 1 where both argmax agree."""
+
+    losses: Tensor
+    original: Tensor | None = None
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+@torch.no_grad()
+def score(model: Readout, windows: Tensor, original: Readout | None = None) -> Scores:
+    """Losses of a model on windows (N, L), and, with an original, its losses and how far the two are from each other.
+
+    Raises:
+        InputError: the two have vocabularies of different sizes.
+    """
+    count, length = windows.shape[0], windows.shape[1] - 1
+    found = torch.zeros(4, count, length)
+    step = max(1, LOGITS // model.vocabulary)
+    if original and original.vocabulary != model.vocabulary:
+        raise InputError(
+            f"the model has {model.vocabulary} logits a token and the original {original.vocabulary}: "
+            f"they do not share a vocabulary"
+        )
+    for window, start in itertools.product(range(count), range(0, length, step)):
+        stop = min(start + step, length)
+        part, targets = (window, slice(start, stop)), windows[window, start + 1 : stop + 1]
+        ours = model.logits(window, start, stop).log_softmax(-1)
+        found[0][part] = F.nll_loss(ours, targets.to(ours.device), reduction="none").cpu()
+        if original:
+            theirs = original.logits(window, start, stop).log_softmax(-1)
+            found[1][part] = F.nll_loss(theirs, targets.to(theirs.device), reduction="none").cpu()
+            found[2][part] = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu()
+            found[3][part] = (ours.argmax(-1) == theirs.argmax(-1)).float().cpu()
+    return Scores(found[0], *found[1:]) if original else Scores(found[0])
+
+
+@torch.no_grad()
+def cache_bytes(model: nn.Module, ids: Tensor) -> float:
+    """Bytes a token that a DynamicCache really holds after a forward pass over some of `ids` (L,), all layers together.
+
+    Few enough tokens are used for every sliding window to hold them all.
+
+    Raises:
+        InputError: the model keeps no keys and values.
+    """
+    window = getattr(model.config, "sliding_window", None) or CACHE_TOKENS + 1
+    tokens = max(1, min(len(ids), CACHE_TOKENS, window - 1))
+    cache = DynamicCache(config=model.config)
+    held, start = {}, ids[None, :tokens].to(model.device)
+    with contextlib.suppress(TypeError):  # state-space models take no such cache
+        model(input_ids=start, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if part is not None:
+                held[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    if not sum(held.values()):
+        raise InputError(f"{type(model).__name__} keeps no KV cache: it cannot be measured here")
+    return sum(held.values()) / tokens
+
+
+def original_cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
+    """Bytes a token that the original of a converted model caches, from the fields that its configuration keeps."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers * itemsize

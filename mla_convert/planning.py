@@ -1,0 +1,227 @@
+"""`plan`: what a conversion would give and take, from the configuration alone."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from mla_convert import sizing
+from mla_convert.attention import mla_config
+from mla_convert.config import ConvertConfig
+from mla_convert.plan import Plan, make_plan
+from mla_convert.report import cache_figures, human_bytes
+from mla_convert.source import Source, open_source, parameters
+from mla_convert.texts import CALIB_DEFAULT, EVAL_LENGTH
+
+LIMIT = 1 << 20  # longest context looked for where the model names none
+
+
+def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: str | None = None) -> dict[str, Any]:
+    """Sizes before and after, as `plan --json` prints them; bytes and parameters are exact for unquantised weights.
+
+    `card_bytes` is the memory of a card to fit model and cache into, `card` its name.
+
+    Raises:
+        InputError: no such source, or sizes that it cannot have.
+        ResourceError: the Hub cannot be reached.
+    """
+    source = open_source(config.source, config.revision, weights=False)
+    plan = make_plan(config, source.shape)
+    dtype = source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    windows = source.sliding_windows
+    before = {name: prod(source.reader.shape(name)) for name in source.reader.names()}
+    after = _converted_parameters(source, plan, dtype)
+    counts = {side: _counts(source, numbers) for side, numbers in (("before", before), ("after", after))}
+    weights = {side: counted["model"] * dtype.itemsize for side, counted in counts.items()}
+    caches = {
+        "before": sizing.CacheSize(plan.shape.cache_numbers, dtype.itemsize, tuple(windows)),
+        "after": sizing.CacheSize(plan.cache_numbers, dtype.itemsize, tuple(windows)),
+    }
+    result = {
+        "source": {"name": source.name, "revision": source.revision, "model_type": source.config.model_type},
+        "shape": shape_figures(source),
+        "dtype": str(dtype).removeprefix("torch."),
+        "exact": plan.exact,
+        "cache": {
+            **cache_figures(plan, dtype.itemsize, windows),
+            "grid": [
+                {"context": context, "batch": batch, **{side: cache.bytes(context, batch) for side, cache in caches.items()}}
+                for context in sizing.CONTEXTS
+                for batch in sizing.BATCHES
+            ],
+        },
+        "parameters": {key: {side: counted[key] for side, counted in counts.items()} for key in ("attention", "model")},
+        # beside the weights each layer names its rotary planes (int64)
+        "disk_bytes": weights["after"] + plan.shape.layers * plan.rope_dim // 2 * 8,
+        "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
+        "warnings": sizing.warnings(plan),
+    }  # fmt: skip
+    if card_bytes is not None:
+        limit = getattr(source.config, "max_position_embeddings", None) or LIMIT
+        usable = int(card_bytes * sizing.USABLE)
+        result["card"] = {
+            "name": card,
+            "bytes": card_bytes,
+            "usable_bytes": usable,
+            "context_limit": limit,
+            **{
+                side: {"weights_bytes": weights[side], **sizing.fit(usable - weights[side], cache, limit)}
+                for side, cache in caches.items()
+            },
+        }
+    return result
+
+
+def shape_figures(source: Source) -> dict[str, Any]:
+    """Shape of a source's attention, for JSON."""
+    shape = source.shape
+    return {
+        "layers": shape.layers,
+        "hidden_size": shape.hidden_size,
+        "attention_heads": shape.num_heads,
+        "key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "key_value_bias": shape.has_kv_bias,
+    }
+
+
+def _converted_parameters(source: Source, plan: Plan, dtype: torch.dtype) -> dict[str, int]:
+    """Numbers of each parameter of the converted model."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(mla_config(source, plan, dtype), dtype=dtype)
+    return {name: parameter.numel() for name, parameter in parameters(model).items()}
+
+
+def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
+    """Parameters of attention and of the whole model."""
+    attention = f".{source.family.attention}."
+    return {
+        "attention": sum(count for name, count in numbers.items() if attention in name),
+        "model": sum(numbers.values()),
+    }
+
+
+def _evaluation_tokens(config: ConvertConfig, source: Source) -> int:
+    longest = getattr(source.config, "max_position_embeddings", None) or EVAL_LENGTH
+    return config.eval_windows * (config.eval_length or min(longest, EVAL_LENGTH))
+
+
+def _calibration_tokens(config: ConvertConfig) -> int:
+    """Tokens of calibration on a CPU."""
+    samples, length = CALIB_DEFAULT[False]
+    return (config.calib_samples or samples) * (config.calib_length or length)
+
+
+def _host_memory(
+    config: ConvertConfig, source: Source, plan: Plan, after: dict[str, int], itemsize: int
+) -> dict[str, Any]:
+    first = f"{source.family.layers}.0."
+    moments = sizing.peak_host_bytes(
+        table=max(count for name, count in after.items() if not name.startswith(f"{source.family.layers}.")),
+        layer=sum(count for name, count in after.items() if name.startswith(first)),
+        attention=sum(count for name, count in after.items() if name.startswith(f"{first}{source.family.attention}.")),
+        hidden=plan.shape.hidden_size,
+        itemsize=itemsize,
+        calibration_tokens=_calibration_tokens(config),
+        evaluation_tokens=_evaluation_tokens(config, source),
+    )
+    if source.gguf:  # transformers holds these whole, in float32
+        moments = {moment: size + 4 * sum(after.values()) for moment, size in moments.items()}
+    largest = max(moments, key=moments.__getitem__)
+    whole = "; on top of it comes the whole model in float32, as GGUF is read" if source.gguf else ""
+    return {"bytes": moments[largest], "moment": largest, "basis": sizing.HOST_BASIS + whole}
+
+
+def print_plan(plan: dict[str, Any], console: Console) -> None:
+    """The plan as tables and a few lines."""
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    shape, cache, source = plan["shape"], plan["cache"], plan["source"]
+    line(
+        f"{source['name']}: {source['model_type']}, {shape['layers']} layers, {shape['attention_heads']} heads of "
+        f"{shape['head_dim']}, {shape['key_value_heads']} for keys and values, {plan['dtype']}"
+    )
+    rank, rope = cache["kv_lora_rank"], cache["qk_rope_head_dim"]
+    table = _table(f"→ MLA, rank {rank} + {rope} rotary{', exact' if plan['exact'] else ''}")
+    _compare(table, "cache numbers per token and layer", cache["numbers_per_token_per_layer"], str)
+    _compare(table, "cache per token", cache["bytes_per_token"], human_bytes)
+    for what, numbers in plan["parameters"].items():
+        _compare(table, f"parameters of {'attention' if what == 'attention' else 'the model'}", numbers, _count)
+    console.print(table)
+
+    grid = Table(title="KV cache, before → after", title_justify="left")
+    grid.add_column("context")
+    for batch in sizing.BATCHES:
+        grid.add_column(f"batch {batch}", justify="right")
+    sizes = {(entry["context"], entry["batch"]): entry for entry in cache["grid"]}
+    for context in sizing.CONTEXTS:
+        cells = [sizes[context, batch] for batch in sizing.BATCHES]
+        pairs = [f"{human_bytes(cell['before'])} → {human_bytes(cell['after'])}" for cell in cells]
+        grid.add_row(_context(context), *pairs)
+    console.print(grid)
+
+    if "card" in plan:
+        _print_card(plan["card"], console)
+    memory = plan["peak_host_memory"]
+    line(f"disk: {human_bytes(plan['disk_bytes'])} of weights, and the tokenizer's files")
+    line(f"peak memory: about {human_bytes(memory['bytes'])}, for {memory['moment']} ({memory['basis']})")
+    for warning in plan["warnings"]:
+        line(f"warning: {warning}")
+
+
+def _print_card(card: dict[str, Any], console: Console) -> None:
+    name = f"{card['name']}, " if card["name"] else ""
+    table = _table(
+        f"{name}{human_bytes(card['bytes'])}, of which {sizing.USABLE:.0%} for weights and cache", change=False
+    )
+    before, after = card["before"], card["after"]
+    table.add_row("weights", human_bytes(before["weights_bytes"]), human_bytes(after["weights_bytes"]))
+    for context, batch in before["largest_batch_at_context"].items():
+        name = f"largest batch, {_context(int(context))} context"
+        if int(context) > card["context_limit"]:
+            name += " *"
+        table.add_row(name, str(batch), str(after["largest_batch_at_context"][context]))
+    for batch, context in before["largest_context_at_batch"].items():
+        row = [_limited(size, card["context_limit"]) for size in (context, after["largest_context_at_batch"][batch])]
+        table.add_row(f"longest context, batch {batch}", *row)
+    console.print(table)
+    limit = card["context_limit"]
+    star = " (*)" if any(int(context) > limit for context in before["largest_batch_at_context"]) else ""
+    console.print(f"the model's own limit is {limit} tokens{star}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _table(title: str, change: bool = True) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in ("before", "after", *(("change",) if change else ())):
+        table.add_column(column, justify="right")
+    return table
+
+
+def _compare(table: Table, what: str, sizes: dict[str, int], shown: Any) -> None:
+    before, after = sizes["before"], sizes["after"]
+    table.add_row(what, shown(before), shown(after), f"{after / before - 1:+.1%}")
+
+
+def _count(number: int) -> str:
+    """1234567 -> '1.23 M'."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def _context(tokens: int) -> str:
+    return f"{tokens // 1024}k"
+
+
+def _limited(tokens: int, limit: int) -> str:
+    return f"{tokens} (limit)" if tokens == limit else str(tokens)

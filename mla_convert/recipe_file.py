@@ -1,0 +1,65 @@
+"""recipe.yaml of a converted folder: every setting of the run, so that it can be run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from mla_convert.config import ConvertConfig, Settings
+from mla_convert.plan import Plan
+from mla_convert.refine import RefineSettings
+from mla_convert.report import Report
+from mla_convert.source import PACKAGE, Source
+from mla_convert.texts import Windows, repeatable
+
+RECIPE = "recipe.yaml"
+HEAD = """\
+# Every setting of the run that wrote this folder, on {device} with torch {torch} and transformers {transformers}.
+# `mla-convert --recipe {file}` runs it again: the same source, texts, versions and device give the same bytes.
+"""
+
+
+def write_recipe(
+    folder: Path,
+    config: ConvertConfig,
+    source: Source,
+    plan: Plan,
+    windows: Windows,
+    refine: RefineSettings,
+    report: Report,
+) -> None:
+    """Write recipe.yaml: what was given, and what stood in for what was not.
+
+    Local files and folders are written by their names alone, as a converted folder is made to be published; a comment
+    says which.
+    """
+    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio"})
+    settings |= {
+        "rank": plan.rank,
+        "rope_dim": plan.rope_dim,
+        "calib_samples": windows.calib.shape[0],
+        "calib_length": windows.calib.shape[1],
+        "eval_length": windows.evaluation.shape[1],
+        "refine_steps": refine.steps,
+        "refine_batch": refine.batch,
+    }
+    local = []
+    for key, spec, label in (("calib", config.calib, windows.calib_text), ("eval", config.eval, windows.eval_text)):
+        settings[key], is_file = repeatable(spec, label, "calibration" if key == "calib" else "evaluation")
+        if is_file:
+            local.append((f"--{key}", settings[key]))
+    packaged = config.source.startswith(PACKAGE)
+    if not packaged and source.revision is None:
+        local.insert(0, ("SOURCE", source.name))
+    content = {
+        "description": f"{source.name}, rank {plan.rank} + {plan.rope_dim} rotary.",
+        "source": config.source if packaged else source.name,
+        **({"revision": source.revision} if source.revision else {}),
+        "settings": settings,
+    }
+    text = HEAD.format(device=report.device, file=RECIPE, **report.versions)
+    for option, name in local:
+        text += f"# {name} was a local file or folder: have it in the working folder, or give its path as {option}.\n"
+    text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    (folder / RECIPE).write_text(text, encoding="utf-8")

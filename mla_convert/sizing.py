@@ -1,0 +1,118 @@
+"""Bytes before any weight is read: caches, what fits a card, what a conversion takes. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from mla_convert.errors import InputError, UsageError
+from mla_convert.plan import UNIT, Plan
+
+CONTEXTS = (4096, 32768, 131072)
+BATCHES = (1, 8, 32)
+# Memory of a card in GB as its vendor's data sheet prints it: nvidia.com/en-us/data-center/{h100,h200,a100,l4,l40s},
+# the DGX B200 data sheet (1,440 GB on 8 cards), the GeForce RTX 3090, 4090 and 5090 specifications, and AMD's Instinct
+# MI300X data sheet. Taken as powers of ten: a card reports a few percent more.
+GPUS = {"3090": 24, "4090": 24, "5090": 32, "a100-40": 40, "a100-80": 80, "b200": 180, "h100": 80, "h200": 141,
+        "l4": 24, "l40s": 48, "mi300x": 192}  # fmt: skip
+# Of a card's memory: the rest is for activations, the runtime's own memory and fragmentation.
+USABLE = 0.9
+UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """A KV cache of `numbers` per token and layer, `itemsize` bytes each; `windows`: sliding window a layer, or None."""
+
+    numbers: int
+    itemsize: int
+    windows: tuple[int | None, ...]
+
+    def bytes(self, context: int, batch: int = 1) -> int:
+        """Bytes for `batch` sequences of `context` tokens. A layer with a window holds at most that many tokens."""
+        held = sum(min(context, window) if window else context for window in self.windows)
+        return batch * held * self.numbers * self.itemsize
+
+    def largest_batch(self, room: int, context: int) -> int:
+        """Sequences of `context` tokens that fit `room` bytes."""
+        return max(0, room) // self.bytes(context)
+
+    def largest_context(self, room: int, batch: int, limit: int) -> int:
+        """Tokens to a sequence, at most `limit`, when `batch` sequences share `room` bytes."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.bytes(middle, batch) <= room else (low, middle - 1)
+        return low
+
+
+def card_memory(gpu: str | None, memory: str | None) -> int | None:
+    """Bytes of a card named (`h100`) or of a size as typed (`80GB`, `80GiB`, `80`); None if neither is given.
+
+    Raises:
+        UsageError: both are given, or the size is not one.
+        InputError: a card that is not in the table.
+    """
+    if gpu and memory:
+        raise UsageError("--gpu and --memory are two ways to say one thing: give one of them")
+    if gpu:
+        name = gpu.lower().replace("_", "-").removeprefix("rtx-").removeprefix("rtx")
+        if name not in GPUS:
+            near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"GPU {gpu!r} is not known: {hint}known are {', '.join(GPUS)}; or give --memory 80GB")
+        return int(GPUS[name] * 1e9)
+    if memory:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", memory.strip().lower())
+        if not match or match[2] not in UNITS or not float(match[1]):
+            raise UsageError(f"memory {memory!r} is no size: give a number with a unit, such as 80GB or 80GiB")
+        return int(float(match[1]) * UNITS[match[2]])
+    return None
+
+
+def fit(room: int, cache: CacheSize, limit: int) -> dict[str, dict[str, int]]:
+    """What fits `room` bytes beside the weights: largest batch by context, largest context (at most `limit`) by batch."""
+    return {
+        "largest_batch_at_context": {str(context): cache.largest_batch(room, context) for context in CONTEXTS},
+        "largest_context_at_batch": {str(batch): cache.largest_context(room, batch, limit) for batch in BATCHES},
+    }
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What about a plan its user may not have meant, a sentence each."""
+    found, shape = [], plan.shape
+    if plan.cache_numbers >= shape.cache_numbers:
+        how = "larger than" if plan.cache_numbers > shape.cache_numbers else "as large as"
+        found.append(f"the cache is {how} the original's: a smaller rank saves memory")
+    full = shape.full_rank(plan.rope_dim)
+    if plan.rank >= full:
+        found.append(f"rank {plan.rank} is full rank: the latent loses nothing, and a higher one is not possible")
+    for name, value in (("rank", plan.rank), ("rope-dim", plan.rope_dim)):
+        if value % UNIT:
+            lower = value // UNIT * UNIT
+            near = f"{lower} or {lower + UNIT}" if lower else f"{UNIT}"
+            found.append(f"{name} {value} is not a multiple of {UNIT}, which attention kernels prefer: {near} is")
+    return found
+
+
+HOST_BASIS = (
+    "on a CPU, beside about 1 GB of libraries; added up, not measured: the larger of reading the embedding table (mapped "
+    "and copied) and one layer in float32 with its statistics, its refinement and the hidden states that travel with it"
+)
+
+
+def peak_host_bytes(
+    table: int, layer: int, attention: int, hidden: int, itemsize: int, calibration_tokens: int, evaluation_tokens: int
+) -> dict[str, int]:
+    """Host memory of the two moments of a conversion on a CPU that can be its peak (`HOST_BASIS`).
+
+    `table`, `layer` and `attention` count the numbers of the largest tensor outside the layers, of one layer and of its
+    converted attention. The table is mapped and copied as it is read (measured: twice its bytes). A layer is held as
+    stored and in float32; its new attention with gradient, Adam's two moments and the best state; its statistics are
+    about six float64 matrices of hidden size. Three sets of hidden states of the calibration text (original, converted,
+    targets) and two of the evaluation text travel along in float32.
+    """
+    streams = 4 * hidden * (3 * calibration_tokens + 2 * evaluation_tokens)
+    held = layer * (itemsize + 4) + attention * 4 * 5 + 6 * 8 * (hidden + 1) ** 2
+    return {"embedding table": table * itemsize * 2, "one layer": held + streams}

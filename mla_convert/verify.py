@@ -1,0 +1,203 @@
+"""Checks a converted folder against itself: its report's checksums, its index, its configuration and its numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mla_convert.checkpoint.reader import DTYPES, INDEX, check_finite, is_plain_name
+from mla_convert.checkpoint.writer import sha256
+from mla_convert.errors import InputError, one_line
+from mla_convert.figures import REPORT, read_report
+from mla_convert.loading import is_converted
+from mla_convert.source import load_config
+
+FREQUENCIES = "rope_freq_index"
+
+
+class Fault(InputError):  # noqa: N818  (it describes a folder)
+    """The first thing found wrong: in which file, and of which tensor if it is one's."""
+
+    def __init__(self, message: str, file: str, tensor: str | None = None):
+        super().__init__(message)
+        self.file = file
+        self.tensor = tensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in order. `bytes` are those of all tensors."""
+
+    folder: Path
+    shards: int
+    tensors: int
+    bytes: int
+
+
+def verify(folder: Path) -> Verified:
+    """Check a converted folder: every byte that it holds, without loading the model.
+
+    In this order: report.json and the shards that it lists, files that it does not list, each shard's sha256, the index
+    against the shards, names and shapes against the model that config.json describes, and every tensor's dtype and values.
+    Memory: one tensor at a time.
+
+    Raises:
+        Fault: the first thing that is wrong, with its file and tensor.
+        InputError: not a folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the folder of a converted model")
+    checksums = _checksums(folder)
+    for path in sorted(folder.rglob("*.safetensors")):
+        if path.relative_to(folder).as_posix() not in checksums:
+            name = path.relative_to(folder).as_posix()
+            raise Fault(f"{name} is not among the shards that {REPORT} lists: it does not belong here", name)
+    for file, expected in checksums.items():
+        _check_shard(folder, file, expected)
+    weight_map, total = _index(folder)
+    headers = _check_index(folder, checksums, weight_map)
+    frequencies = _check_model(folder, weight_map, headers)
+    size = sum(_check_tensors(folder, file, frequencies) for file in checksums)
+    if total != size:
+        raise Fault(f"{INDEX} says that the tensors have {total} bytes, and they have {size}", INDEX)
+    return Verified(folder, len(checksums), len(weight_map), size)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """sha256 by shard, in order, from report.json."""
+    try:
+        report = read_report(folder)
+    except InputError as error:
+        missing = not (folder / REPORT).exists()
+        raise Fault(f"{REPORT} is missing: not a finished conversion" if missing else str(error), REPORT) from error
+    found = report.get("checksums")
+    if not isinstance(found, dict) or not found:
+        raise Fault(f"{REPORT} has no checksums: not a finished conversion", REPORT)
+    for file, digest in found.items():
+        if not is_plain_name(file) or not file.endswith(".safetensors") or not isinstance(digest, str):
+            raise Fault(f"{REPORT} lists {file!r} among its checksums, which is no shard of this folder", REPORT)
+    return dict(sorted(found.items()))
+
+
+def _check_shard(folder: Path, file: str, expected: str) -> None:
+    if not (folder / file).is_file():
+        raise Fault(f"{file} is missing: {REPORT} lists it", file)
+    try:
+        found = sha256(folder / file)
+    except OSError as error:
+        raise Fault(f"{file} cannot be read: {error.strerror}", file) from error
+    if found != expected:
+        raise Fault(f"{file} has sha256 {found[:12]}…, {REPORT} says {expected[:12]}…: damaged or changed", file)
+
+
+def _index(folder: Path) -> tuple[dict[str, str], Any]:
+    """Tensor name -> file, and the total size that the index states."""
+    if not (folder / INDEX).is_file():
+        raise Fault(f"{INDEX} is missing", INDEX)
+    try:
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        weight_map, total = dict(content["weight_map"].items()), content["metadata"]["total_size"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Fault(f"{INDEX} is not a shard index ({error!r})", INDEX) from error
+    return weight_map, total
+
+
+def _check_index(folder: Path, checksums: dict[str, str], weight_map: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Index and shards must name the same tensors in the same files. Returns every tensor's shape."""
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not is_plain_name(file):
+            raise Fault(f"{INDEX} places tensor {name} in {file!r}, which is outside the folder", INDEX, name)
+        if file not in checksums:
+            raise Fault(f"{INDEX} places tensor {name} in {file}, which {REPORT} does not list", INDEX, name)
+    shapes = {}
+    for file in checksums:
+        try:
+            with safe_open(folder / file, framework="pt", device="cpu") as shard:
+                held = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise Fault(f"{file} is not a safetensors file ({one_line(error)})", file) from error
+        for name in held:
+            if weight_map.get(name) != file:
+                where = f"places it in {weight_map[name]}" if name in weight_map else "does not name it"
+                raise Fault(f"{file} holds tensor {name}, and {INDEX} {where}", INDEX, name)
+        for name, place in weight_map.items():
+            if place == file and name not in held:
+                raise Fault(f"{INDEX} places tensor {name} in {file}, which does not hold it", INDEX, name)
+        shapes |= held
+    return shapes
+
+
+def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> int:
+    """Names and shapes must be those of the model that config.json describes. Returns how many frequencies it has."""
+    model = _empty_model(folder)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    for name, shape in wanted.items():
+        if name not in shapes:
+            if name in tied:
+                continue
+            raise Fault(f"tensor {name} is in no shard, and config.json asks for it", INDEX, name)
+        if shapes[name] != shape:
+            raise Fault(
+                f"{weight_map[name]}: tensor {name} has shape {list(shapes[name])}, config.json says {list(shape)}",
+                weight_map[name],
+                name,
+            )
+    for name in shapes:
+        if name not in wanted:
+            raise Fault(f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name)
+    return model.base_model.rotary_emb.inv_freq.shape[0]
+
+
+def _empty_model(folder: Path) -> torch.nn.Module:
+    """The model that config.json describes, on the meta device."""
+    try:
+        if not (folder / "config.json").is_file():
+            raise InputError("config.json is missing")
+        config = load_config(folder, folder.resolve().name)
+        if not is_converted(config):
+            raise InputError(f"config.json is of model type {config.model_type!r}, which is not a converted model's")
+        with init_empty_weights(include_buffers=True):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except InputError as error:
+        raise Fault(str(error), "config.json") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise Fault(f"config.json describes no model that can be built ({one_line(error)})", "config.json") from error
+
+
+def _check_tensors(folder: Path, file: str, frequencies: int) -> int:
+    """Dtypes and values of one shard. Returns the bytes of its tensors."""
+    total = 0
+    try:
+        with safe_open(folder / file, framework="pt", device="cpu") as shard:
+            for name in shard.keys():  # noqa: SIM118  (a shard is no dictionary)
+                stored, index = shard.get_slice(name).get_dtype(), name.endswith(f".{FREQUENCIES}")
+                if stored not in (("I64",) if index else DTYPES):
+                    raise Fault(f"{file}: tensor {name} is stored as {stored}, which is not readable here", file, name)
+                tensor = shard.get_tensor(name)
+                total += tensor.nbytes
+                _check_values(file, name, tensor, frequencies if index else None)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Fault(f"{file} is not a safetensors file ({one_line(error)})", file) from error
+    return total
+
+
+def _check_values(file: str, name: str, tensor: Tensor, frequencies: int | None) -> None:
+    if frequencies is None:
+        try:
+            check_finite({name: tensor})
+        except InputError as error:
+            raise Fault(f"{file}: tensor {name} has NaN or infinite values", file, name) from error
+    elif tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < frequencies:
+        outside = f"{int(tensor.min())} to {int(tensor.max())}"
+        raise Fault(
+            f"{file}: tensor {name} holds {outside}, outside the model's frequencies 0 to {frequencies - 1}", file, name
+        )

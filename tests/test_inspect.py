@@ -1,0 +1,179 @@
+"""`inspect`: what a checkpoint is, whether it can be converted, what a converted one has become."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mla_convert import source as sources_module
+from mla_convert.inspection import CONFIG_ONLY, inspect_checkpoint
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def source(sources, tmp_path):
+    return Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+
+
+@pytest.mark.parametrize("name", pico.CONFIGS)
+def test_every_family(cli, sources, name):
+    code, out, err = cli("inspect", sources(name), "--json")
+    found, config = json.loads(out), pico.CONFIGS[name]()
+    assert code == 0 and not err and found["convertible"] and found["kind"] == "source"
+    assert found["model_type"] == config.model_type and found["dtype"] == "float32"
+    shape = found["shape"]
+    assert (shape["layers"], shape["attention_heads"]) == (3, 6) and shape[
+        "key_value_heads"
+    ] == config.num_key_value_heads
+    assert found["parameters"] == sum(t.numel() for t in load_file(sources(name) / WEIGHTS).values())
+    assert found["cache_bytes_per_token"] == 3 * 2 * config.num_key_value_heads * shape["head_dim"] * 4
+    assert found["tied_embeddings"] == (name == "llama-mha-tied")
+    windowed = {"tokens": 12, "layers": 3}
+    assert found["sliding_window"] == (windowed if name == "mistral-window" else None)
+    biases = {"qwen2": ["k", "q", "v"], "llama-bias-wide-heads": ["k", "o", "q", "v"]}.get(name, [])
+    assert found["biases"] == [f"self_attn.{letter}_proj" for letter in biases] and shape["key_value_bias"] == bool(
+        biases
+    )
+    types = {"llama3-rope": "llama3", "llama-yarn": "yarn"}
+    assert found["rope"]["type"] == types.get(name, "default") and found["rope"]["base"] == 10000.0
+    assert ("factor" in found["rope"]["scaling"]) == (name in types)
+
+
+def test_table(cli, sources):
+    code, out, err = cli("inspect", sources("llama-yarn"))
+    assert code == 0 and not err
+    for words in (
+        "6 of 8, 2 for keys and values",
+        "yarn, base 10000.0",
+        "factor 4.0",
+        "float32",
+        "384 B",
+        "can be converted:",
+    ):
+        assert words in out
+
+
+def test_packaged_recipe_and_yaml(cli, source, tmp_path):
+    code, out, _ = cli("inspect", "demo", "--json")
+    assert code == 0 and json.loads(out)["name"] == "mla_demo"
+    (tmp_path / "mine.yaml").write_text(f"description: d\nsource: {source}\n")
+    assert json.loads(cli("inspect", tmp_path / "mine.yaml", "--json")[1])["name"] == "source"
+
+
+def test_gguf_by_its_metadata(tmp_path, monkeypatch):
+    file = pico.save_gguf(tmp_path / "model.gguf")
+    monkeypatch.setattr(sources_module.AutoModelForCausalLM, "from_pretrained", None)
+    found = inspect_checkpoint(str(file))
+    assert found["convertible"] and found["basis"] == CONFIG_ONLY and found["shape"]["head_dim"] == 8
+
+
+def test_hub_by_its_configuration(sources, tmp_path, monkeypatch):
+    def download(name, revision=None, allow_patterns=None):
+        assert set(allow_patterns) <= {"config.json", "report.json"}
+        folder = tmp_path / "0123abc"
+        folder.mkdir(exist_ok=True)
+        return shutil.copy(sources("qwen2") / "config.json", folder) and folder
+
+    monkeypatch.setattr(sources_module, "snapshot_download", download)
+    found = inspect_checkpoint("owner/name")
+    assert (found["name"], found["revision"], found["basis"]) == ("owner/name", "0123abc", CONFIG_ONLY)
+    assert found["biases"] == ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
+
+
+# ---- what cannot be converted
+
+
+def change_weights(folder, name, change):
+    tensors = load_file(folder / WEIGHTS)
+    tensors[name] = change(tensors[name])
+    save_file({key: t for key, t in tensors.items() if t is not None}, folder / WEIGHTS, {"format": "pt"})
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+FAULTS = {
+    "architecture": (lambda folder: change_config(folder, model_type="gpt2"), "'gpt2' is not supported"),
+    "nonsense": (lambda folder: change_config(folder, hidden_act="foo"), "configuration of source does not make a model"),
+    "no heads": (lambda folder: change_config(folder, num_attention_heads=0), "configuration of source"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no model.safetensors"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "damaged": (lambda folder: (folder / WEIGHTS).write_bytes(b"abc"), "damaged"),
+    "missing": (lambda folder: change_weights(folder, LAYER, lambda _: None), f"tensor {LAYER} is missing"),
+    "shape": (lambda folder: change_weights(folder, LAYER, lambda t: t[:5].clone()), f"tensor {LAYER} of source has shape"),
+    "quantised": (lambda folder: change_weights(folder, LAYER, lambda t: t.to(torch.int8)), f"tensor {LAYER} is stored as I8"),
+    "tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_converted_and_why(cli, source, fault):
+    spoil, reason = FAULTS[fault]
+    spoil(source)
+    code, out, err = cli("inspect", source)
+    (line,) = err.splitlines()
+    assert code == 4 and reason in line and not out
+    code, out, again = cli("inspect", source, "--json")
+    found = json.loads(out)
+    assert code == 4 and again == err and found["convertible"] is False and line == f"mla-convert: {found['reason']}"
+
+
+@pytest.mark.parametrize("name, code", [("nowhere", 4), ("owner/name", 5), ("nowhere.gguf", 4)])
+def test_not_there(cli, name, code):
+    found, out, err = cli("inspect", name)
+    assert found == code and name in err and len(err.splitlines()) == 1 and not out
+
+
+# ---- converted folders
+
+
+def test_converted(cli, convert_pico):
+    report = convert_pico("llama")
+    code, out, err = cli("inspect", report.out, "--json")
+    found = json.loads(out)
+    assert code == 0 and not err and found["kind"] == "converted" and not found["convertible"]
+    assert (found["kv_lora_rank"], found["qk_rope_head_dim"]) == (
+        report.cache["kv_lora_rank"],
+        report.cache["qk_rope_head_dim"],
+    )
+    told = found["report"]
+    assert told["source"] == "source" and told["share_saved"] == report.cache["share_saved"]
+    assert told["perplexity"] == {side: report.evaluation[side]["value"] for side in ("before", "after")}
+    code, out, _ = cli("inspect", report.out)
+    assert (
+        code == 0
+        and f"×{report.ratio:.4f}" in out
+        and "converted already" in out
+        and f"{told['share_saved']:.1%}" in out
+    )
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json", '{"evaluation": null}', "nan"])
+def test_converted_without_a_whole_report(cli, convert_pico, tmp_path, content):
+    folder = Path(shutil.copytree(convert_pico("llama").out, tmp_path / "converted"))
+    if content == "nan":  # what report.json holds for a figure that is not finite
+        report = json.loads((folder / "report.json").read_text())
+        report["evaluation"]["after"]["value"] = report["evaluation"]["ratio"] = None
+        (folder / "report.json").write_text(json.dumps(report))
+    elif content is None:
+        (folder / "report.json").unlink()
+    else:
+        (folder / "report.json").write_text(content)
+    code, out, err = cli("inspect", folder)
+    assert code == 0 and not err
+    assert ("not finite" if content == "nan" else "no complete report.json") in out
+
+
+def test_converted_config_is_damaged(cli, convert_pico, tmp_path):
+    folder = Path(shutil.copytree(convert_pico("llama").out, tmp_path / "converted"))
+    change_config(folder, kv_lora_rank=None)
+    code, out, err = cli("inspect", folder)
+    assert code == 4 and "lacks what a converted model has" in err and not out
