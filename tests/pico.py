@@ -106,7 +106,7 @@ def save_gguf(path: Path) -> Path:
     """The llama variant as a GGUF file of F32 tensors, laid out as llama.cpp does."""
     built, vocab = model("llama"), tokenizer().get_vocab()
     config = built.config
-    tokens = [*sorted(vocab, key=vocab.get), "Ġt"]  # transformers wants at least one merge
+    tokens = [*sorted(vocab, key=vocab.get), "Ġt", "Ġa"]  # transformers 5.17 misreads a single merge
     tokens += [f"<extra {index}>" for index in range(VOCAB - len(tokens))]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -122,7 +122,7 @@ def save_gguf(path: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["Ġ t"])
+    writer.add_token_merges(["Ġ t", "Ġ a"])
     writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
     for add, token in ((writer.add_bos_token_id, "<s>"), (writer.add_eos_token_id, "</s>"),
                        (writer.add_pad_token_id, "<pad>"), (writer.add_unk_token_id, "<unk>")):  # fmt: skip
