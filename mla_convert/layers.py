@@ -61,9 +61,8 @@ def write_ends(job: LayerJob) -> None:
     """Write every tensor outside the layers: embeddings first, the rest (final norm, head) last."""
     reader, inside = job.skeleton.source.reader, job.skeleton.source.family.layers + "."
     outside = [name for name in reader.names() if not name.startswith(inside)]
-    wanted = {
-        name for name, _ in job.skeleton.model.named_parameters()
-    }  # a tied head that is stored too is not among them
+    # a tied head that is stored too is not among them
+    wanted = {name for name, _ in job.skeleton.model.named_parameters()}
     for index, first in ((0, True), (job.plan.shape.layers + 1, False)):
         names = [n for n in outside if n in wanted and (n.startswith(job.skeleton.embedding) == first)]
         if job.shard(index) not in job.writer.finished:

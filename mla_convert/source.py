@@ -193,9 +193,10 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     except (ValueError, AttributeError) as error:
         raise InputError(f"config.json of {label} is not a JSON object ({one_line(error)}): fetch it again") from error
     family = find_family(str(model_type))
-    reader = SafetensorsReader(folder) if weights else None
+    stored = SafetensorsReader(folder) if weights else None
     config = _read_config(folder, label)
-    return Source(label, revision, folder, None, config, family, _expected(config, label) if reader is None else reader)
+    expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
+    return Source(label, revision, folder, None, config, family, stored or expected)
 
 
 def _expected(config: PreTrainedConfig, label: str) -> Reader:

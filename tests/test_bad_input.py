@@ -141,6 +141,12 @@ def test_config_not_usable(refused, source, content):
     refused(INPUT, "5" if "5" in content else "config.json", source)
 
 
+@pytest.mark.parametrize("fields", [{"hidden_act": "foo"}, {"quantization_config": {"quant_method": "gptq"}}])
+def test_configuration_that_makes_no_model_or_a_quantised_one(refused, source, fields):
+    change_json(source / "config.json", **fields)
+    refused(INPUT, "foo" if "hidden_act" in fields else "quantised", source)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "llama4", None])
 def test_architecture_not_supported_says_which_are(refused, source, model_type):
     change_json(source / "config.json", model_type=model_type)
