@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from mla_convert.factorise import AttentionWeights, Geometry, MlaWeights, Statistics, factorise
+from mla_convert.factorise import AttentionWeights, Geometry, MlaWeights
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.plan import Plan
+from mla_convert.plan import AttentionShape, Plan
 from mla_convert.source import Source
 
 
@@ -20,14 +20,17 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
     fields = source.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
+    rope_dim = max(size.rope_dim for size in plan.layers)
     config = config_class(type(source.config))(
         **fields,
         dtype=dtype,
-        kv_lora_rank=plan.rank,
-        qk_rope_head_dim=plan.rope_dim,
+        kv_lora_rank=max(size.rank for size in plan.layers),
+        qk_rope_head_dim=rope_dim,
+        kv_lora_ranks=[size.rank for size in plan.layers] if plan.sizes else None,
+        qk_rope_head_dims=[size.rope_dim for size in plan.layers] if plan.sizes else None,
         qk_nope_head_dim=plan.qk_nope_head_dim,
         v_head_dim=plan.shape.head_dim,
-        qk_head_dim=plan.qk_nope_head_dim + plan.rope_dim,
+        qk_head_dim=plan.qk_nope_head_dim + rope_dim,
         mla_q_bias=f"{prefix}{family.query}.bias" in names,
         mla_kv_bias=plan.shape.has_kv_bias,
         mla_o_bias=f"{prefix}{family.output}.bias" in names,
@@ -43,19 +46,18 @@ def is_attention_tensor(source: Source, name: str) -> bool:
     return any(f".{family.attention}.{projection}." in name for projection in projections)
 
 
-def factorise_layer(
-    source: Source, layer: nn.Module, statistics: Statistics, plan: Plan, planes: str, rope_scale: float
-) -> MlaWeights:
-    """Closed-form MLA weights of a loaded source layer."""
+def attention_weights(
+    source: Source, layer: nn.Module, shape: AttentionShape, rope_scale: float
+) -> tuple[AttentionWeights, Geometry]:
+    """Projections and geometry of a loaded source layer's attention."""
     family = source.family
     attention = getattr(layer, family.attention)
     parts: dict[str, Tensor | None] = {}
     for letter, name in zip("qkvo", (family.query, family.key, family.value, family.output), strict=True):
         projection = getattr(attention, name)
         parts[letter], parts[f"{letter}_bias"] = projection.weight, projection.bias
-    shape = plan.shape
     geometry = Geometry(shape.num_heads, shape.num_kv_heads, shape.head_dim, attention.scaling, rope_scale)
-    return factorise(AttentionWeights(**parts), geometry, statistics, plan.rank, plan.rope_dim, planes=planes)
+    return AttentionWeights(**parts), geometry
 
 
 def build_attention(config: PreTrainedConfig, index: int, scaling: float, device: torch.device) -> MlaAttention:

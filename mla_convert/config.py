@@ -26,6 +26,7 @@ class Settings(BaseModel):
     rank: int | Full | None = None
     rope_dim: int | Full | None = None
     kv_ratio: float | None = None
+    uniform: bool = False
     planes: Literal["loss", "even"] = "loss"
     calib: str | None = None
     calib_samples: int | None = Field(None, ge=1)

@@ -191,7 +191,7 @@ def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics
 
 
 def _content(
-    rows: Tensor, tokens: Tensor, reads: tuple[Tensor, Tensor], costs: tuple[Tensor, Tensor], rank: int
+    rows: Tensor, tokens: Tensor, reads: tuple[Tensor, Tensor], costs: tuple[Tensor, Tensor], rank: int | None
 ) -> tuple[Tensor, Tensor, tuple]:
     """Latent rows (r, c) and kv_b (H*(nope+d_h), r) from rows (n, c) = [keys; values] of c input columns.
 
@@ -207,6 +207,8 @@ def _content(
         served, metrics = served @ rows, tuple(rows.T @ m @ rows for m in metrics)
         rows = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     cov = rows @ tokens @ rows.T
+    if rank is None:
+        return rows, served, (cov, cov.new_zeros(len(cov), 0), metrics)
     encode, decode, tail = _latent(cov, metrics[0] + metrics[1], rank)
     down, up = encode @ rows, served @ decode
     size = _balance(up.square().mean(0), down.square().mean(1))
@@ -242,7 +244,7 @@ def factorise(
     weights: AttentionWeights,
     geometry: Geometry,
     statistics: Statistics,
-    rank: int,
+    rank: int | None,
     rope_dim: int,
     *,
     planes: str = "loss",
@@ -250,6 +252,9 @@ def factorise(
 ) -> MlaWeights:
     """Convert one layer to MLA with kv_lora_rank `rank` and qk_rope_head_dim `rope_dim`.
 
+    Latents are ordered: the first r rows of a higher rank are what rank r would have.
+
+    :param rank: None leaves the latent whole, all keys and values (or the input where that is smaller), unordered.
     :param planes: "loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation;
         "even" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
     :param balance: factor on the cost of key errors against that of value errors.

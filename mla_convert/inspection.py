@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mla_convert.checkpoint.writer import REPORT
 from mla_convert.errors import InputError
+from mla_convert.figures import mean
 from mla_convert.planning import shape_figures
 from mla_convert.report import human_bytes
 from mla_convert.skeleton import Skeleton
@@ -89,17 +90,20 @@ def _source(source: Source, basis: str) -> dict[str, Any]:
 
 def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     try:
-        rank, rope_dim, layers = (config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "num_hidden_layers"))
+        layers = int(config["num_hidden_layers"])
+        # where layers differ there is a list beside the largest
+        ranks = config.get("kv_lora_ranks") or [config["kv_lora_rank"]] * layers
+        rope_dims = config.get("qk_rope_head_dims") or [config["qk_rope_head_dim"]] * layers
         result = {
             "name": label,
             "revision": revision,
             "kind": "converted",
             "convertible": False,
             "model_type": config["model_type"],
-            "layers": int(layers),
-            "kv_lora_rank": int(rank),
-            "qk_rope_head_dim": int(rope_dim),
-            "cache_numbers_per_token_per_layer": int(rank) + int(rope_dim),
+            "layers": layers,
+            "kv_lora_rank": mean(ranks),
+            "qk_rope_head_dim": mean(rope_dims),
+            "cache_numbers_per_token_per_layer": mean(map(int.__add__, ranks, rope_dims)),
             "dtype": str(config.get("dtype") or "float32"),
             "report": None,
         }

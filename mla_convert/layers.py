@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from mla_convert import refine
 from mla_convert.activations import Activations
-from mla_convert.attention import build_attention, factorise_layer, fill_attention, is_attention_tensor
+from mla_convert.attention import attention_weights, build_attention, fill_attention, is_attention_tensor
 from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import ConvertConfig
 from mla_convert.environment import return_freed_memory
+from mla_convert.factorise import factorise
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
 from mla_convert.progress import Progress
@@ -99,7 +100,7 @@ def convert_layers(job: LayerJob, streams: Streams) -> list[dict[str, Any]]:
                 written = job.writer.load_shard(file)
                 job.progress.skip(job.refine.steps)
             else:
-                report = _convert_layer(job, layer, student, streams, start, eager[index])
+                report = _convert_layer(job, index, layer, student, streams, start, eager[index])
                 written = _layer_tensors(job, index, tensors, student)
                 check_finite(written)
                 job.writer.write_shard(file, written, report)
@@ -116,7 +117,7 @@ def _attention(job: LayerJob, layer: nn.Module) -> nn.Module:
 
 
 def _convert_layer(
-    job: LayerJob, layer: nn.Module, module: MlaAttention, streams: Streams, kwargs: dict, eager: dict
+    job: LayerJob, index: int, layer: nn.Module, module: MlaAttention, streams: Streams, kwargs: dict, eager: dict
 ) -> dict[str, Any]:
     """Factorise and refine one layer into `module`; returns its report entry."""
     skeleton, clock = job.skeleton, _Clock(job.skeleton.device)
@@ -126,7 +127,9 @@ def _convert_layer(
 
     statistics = layer_statistics(skeleton, layer, streams.calib_converted, eager)
     clock.lap("calibrate")
-    weights = factorise_layer(skeleton.source, layer, statistics, job.plan, job.config.planes, skeleton.rope_scale)
+    size = job.plan.layer(index)
+    source, geometry = attention_weights(skeleton.source, layer, job.plan.shape, skeleton.rope_scale)
+    weights = factorise(source, geometry, statistics, size.rank, size.rope_dim, planes=job.config.planes)
     fill_attention(module, weights)
     clock.lap("factorise")
     closed_form = refine.output_error(student, original, streams.calib_original)
@@ -134,8 +137,8 @@ def _convert_layer(
     result = refine.refine(module, student, streams.calib_converted, targets, job.refine, job.progress.step)
     clock.lap("refine")
     return {
-        "kv_lora_rank": job.plan.rank,
-        "qk_rope_head_dim": job.plan.rope_dim,
+        "kv_lora_rank": size.rank,
+        "qk_rope_head_dim": size.rope_dim,
         "plane_frequencies": weights.freq_index.tolist(),
         "energy": weights.energy,
         "output_error_closed_form": closed_form,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mla_convert import environment, folder, layers, measure, report, texts
+from mla_convert import environment, folder, layers, measure, report, sensitivity, texts
 from mla_convert.attention import mla_config
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
@@ -40,7 +40,6 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None))
         skeleton = Skeleton(source, device)
         tokenizer = source.tokenizer()
-        new_config = mla_config(source, plan, cast or source.dtype)
 
     with phases.phase("text"):
         longest = getattr(source.config, "max_position_embeddings", None)
@@ -56,10 +55,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
                 "versions": environment.versions()}  # fmt: skip
     # a link is written through, not replaced
     with environment.deterministic(config.seed), output.Writer(Path(os.path.realpath(out)), identity) as writer:
-        job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
         with phases.phase("embed"):
-            layers.write_ends(job)
             streams = layers.open_streams(skeleton, windows.calib, windows.evaluation)
+        with phases.phase("allocate"):
+            plan = sensitivity.share_out(plan, config, skeleton, streams.calib_original, writer, progress)
+        new_config = mla_config(source, plan, cast or source.dtype)
+        job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
+        with phases.phase("ends"):
+            layers.write_ends(job)
         progress.start(plan.shape.layers, refine.steps)
         try:
             with phases.phase("layers"):

@@ -40,16 +40,39 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class LayerSize:
+    """Numbers that one layer caches per token: kv_lora_rank and qk_rope_head_dim."""
+
+    rank: int
+    rope_dim: int
+
+    @property
+    def numbers(self) -> int:
+        """Both together."""
+        return self.rank + self.rope_dim
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Sizes of the converted cache, the same in every layer."""
+    """Sizes of the converted cache. `rank` and `rope_dim` are every layer's, or the budget that `sizes` shares out."""
 
     rank: int
     rope_dim: int
     shape: AttentionShape
+    sizes: tuple[LayerSize, ...] | None = None
+
+    def layer(self, index: int) -> LayerSize:
+        """Sizes of one layer."""
+        return self.sizes[index] if self.sizes else LayerSize(self.rank, self.rope_dim)
+
+    @property
+    def layers(self) -> list[LayerSize]:
+        """Sizes of all layers."""
+        return [self.layer(index) for index in range(self.shape.layers)]
 
     @property
     def cache_numbers(self) -> int:
-        """Numbers cached per token and layer after conversion."""
+        """Numbers per token and layer that the settings ask for, the mean over layers where they differ."""
         return self.rank + self.rope_dim
 
     @property
@@ -58,14 +81,24 @@ class Plan:
         return self.cache_numbers / self.shape.cache_numbers
 
     @property
+    def full_rank(self) -> int:
+        """Rank at which nothing but the rotation of the other planes is lost."""
+        return self.shape.full_rank(self.rope_dim)
+
+    @property
     def exact(self) -> bool:
         """Whether every plane keeps RoPE and no direction is dropped."""
-        return self.rope_dim == self.shape.full_rope_dim and self.rank == self.shape.full_rank(self.rope_dim)
+        return self.rope_dim == self.shape.full_rope_dim and self.rank == self.full_rank
 
     @property
     def qk_nope_head_dim(self) -> int:
         """Width of a head's key part without position: none is left when every plane stays rotary."""
         return 0 if self.rope_dim == self.shape.full_rope_dim else self.shape.head_dim
+
+
+def size_unit(plan: Plan) -> int:
+    """What per-layer sizes are multiples of."""
+    return UNIT if min(plan.rank, plan.shape.full_rope_dim - 1) >= UNIT else 2
 
 
 def make_plan(settings: Settings, shape: AttentionShape) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert.figures import REPORT, finite
+from mla_convert.figures import REPORT, finite, mean
 from mla_convert.plan import Plan
 
 SCHEMA = 1
@@ -57,23 +58,21 @@ def cache_figures(plan: Plan, itemsize: int, windows: list[int | None]) -> dict[
 
     `windows` are the layers' sliding windows (None: none). A layer with a window holds at most that many tokens.
     """
-    before, after = plan.shape.cache_numbers, plan.cache_numbers
+    numbers = {"before": [plan.shape.cache_numbers] * len(windows), "after": [size.numbers for size in plan.layers]}
 
-    def held(context: int) -> int:
-        return sum(min(context, window) if window else context for window in windows)
+    def held(context: int) -> dict[str, int]:
+        tokens = [min(context, window) if window else context for window in windows]
+        return {side: sum(map(operator.mul, tokens, each)) * itemsize for side, each in numbers.items()}
 
-    contexts = {
-        str(context): {"before": held(context) * before * itemsize, "after": held(context) * after * itemsize}
-        for context in CONTEXTS
-    }
+    before, after = (mean(each) for each in numbers.values())
     return {
-        "kv_lora_rank": plan.rank,
-        "qk_rope_head_dim": plan.rope_dim,
+        "kv_lora_rank": mean(size.rank for size in plan.layers),
+        "qk_rope_head_dim": mean(size.rope_dim for size in plan.layers),
         "numbers_per_token_per_layer": {"before": before, "after": after},
         "bytes_per_number": itemsize,
-        "bytes_per_token": {"before": held(1) * before * itemsize, "after": held(1) * after * itemsize},
-        "bytes_at_context": contexts,
-        "share_saved": 1 - after / before,
+        "bytes_per_token": held(1),
+        "bytes_at_context": {str(context): held(context) for context in CONTEXTS},
+        "share_saved": 1 - sum(numbers["after"]) / sum(numbers["before"]),
     }
 
 

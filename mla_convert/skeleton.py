@@ -208,31 +208,72 @@ class Skeleton:
         Several sets of hidden states share one loading of the head, which is read a slice of the vocabulary at a time:
         neither the whole head nor a window's logits are ever in memory. Logits are float32.
         """
-        head, norm = self.model.get_output_embeddings(), self.decoder.norm
-        stored, norms = self._stored(self._path_of(head)), self.source.reader.read([self._stored(self._path_of(norm))])
-        check_finite(norms)
         targets = windows[:, 1:].to(self.device)
         sums = [torch.full(targets.shape, -torch.inf, device=self.device) for _ in hidden_states]
         picked = [torch.zeros(targets.shape, device=self.device) for _ in hidden_states]
+        for start in self._head_slices():
+            for hidden, total, logit in zip(hidden_states, sums, picked, strict=True):
+                self._add_logits(hidden, targets, start, total, logit)
+        return [(total - logit).cpu() for total, logit in zip(sums, picked, strict=True)]
+
+    def _head_slices(self) -> Iterator[int]:
+        """Loads the final norm and, one after another, slices of the head; yields the first token of each."""
+        head, norm = self.model.get_output_embeddings(), self.decoder.norm
+        stored, norms = self._stored(self._path_of(head)), self.source.reader.read([self._stored(self._path_of(norm))])
+        check_finite(norms)
         with self._filled(norm, {"weight": next(iter(norms.values()))}):
             rows = self.source.reader.shape(stored)[0]
             for start in range(0, rows, LOGIT_ROWS):
                 part = self.source.reader.rows(stored, start, min(start + LOGIT_ROWS, rows))
                 check_finite({stored: part})
                 with self._weight_replaced(head, part):
-                    for hidden, total, logit in zip(hidden_states, sums, picked, strict=True):
-                        self._add_logits(hidden, targets, start, total, logit)
-        return [(total - logit).cpu() for total, logit in zip(sums, picked, strict=True)]
+                    yield start
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Logits (L, slice), float32, of outputs (1, L, hidden) of the last layer, by the slice of the head that is loaded."""
+        with self._layers_replaced([_Injector(states)] * len(self.layers)), self.autocast():
+            return self.model(inputs_embeds=states, use_cache=False).logits[0].float()
 
     def _add_logits(self, hidden: Tensor, targets: Tensor, first: int, total: Tensor, picked: Tensor) -> None:
         """Add the logits of the vocabulary from `first` on to the running log-sum-exp and to the targets' logits."""
         for window, start in itertools.product(range(len(targets)), range(0, targets.shape[1], LOGIT_TOKENS)):
             part = slice(start, min(start + LOGIT_TOKENS, targets.shape[1]))
             states = hidden[None, window, part].to(self.device, torch.float32)
-            with self._layers_replaced([_Injector(states)] * len(self.layers)), self.autocast():
-                logits = self.model(inputs_embeds=states, use_cache=False).logits[0].float()
+            logits = self._logits(states)
             total[window, part] = torch.logaddexp(total[window, part], logits.logsumexp(-1))
             local = targets[window, part] - first
             here = (local >= 0) & (local < logits.shape[-1])
             found = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
             picked[window, part] = torch.where(here, found, picked[window, part])
+
+    def output_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient (N, L, hidden) of the negative log-likelihood of tokens drawn from the model's own prediction.
+
+        With respect to outputs (N, L, hidden) of the last layer, summed over tokens; float32, on the CPU. The head is read
+        a slice of the vocabulary at a time, twice: once to draw (the largest of logit + Gumbel noise), once to differentiate.
+        """
+        shape = hidden.shape[:2]
+        total = torch.full(shape, -torch.inf, device=self.device)
+        best, drawn = total.clone(), torch.zeros(shape, dtype=torch.int64, device=self.device)
+        gradient = torch.zeros(hidden.shape)
+        for drawing in (True, False):
+            for start in self._head_slices():
+                for window, first in itertools.product(range(shape[0]), range(0, shape[1], LOGIT_TOKENS)):
+                    part = (window, slice(first, first + LOGIT_TOKENS))
+                    states = hidden[part][None].to(self.device, torch.float32).requires_grad_(not drawing)
+                    with torch.set_grad_enabled(not drawing):
+                        logits = self._logits(states)
+                    if drawing:
+                        total[part] = torch.logaddexp(total[part], logits.logsumexp(-1))
+                        noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
+                        value, index = (logits + noise).max(-1)
+                        drawn[part] = torch.where(value > best[part], index + start, drawn[part])
+                        best[part] = torch.maximum(best[part], value)
+                    else:
+                        slope = (logits.detach() - total[part][:, None]).exp()
+                        local = drawn[part] - start
+                        here = ((local >= 0) & (local < logits.shape[-1])).nonzero()[:, 0]
+                        slope[here, local[here]] -= 1
+                        logits.backward(slope)
+                        gradient[part] += states.grad[0].cpu()
+        return gradient

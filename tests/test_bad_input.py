@@ -454,11 +454,11 @@ def test_disk_full_for_real(source, small, tmp_path):
 def test_disk_full_at_a_layer(refused, source, monkeypatch):
     real = writer.save_file
 
-    def save(tensors, path, metadata):
+    def save(tensors, path, *metadata):
         if path.name.startswith("model-00003"):
             path.write_bytes(b"half a shard")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata)
+        real(tensors, path, *metadata)
 
     monkeypatch.setattr(writer, "save_file", save)
     refused(RESOURCE, "free disk space", source)

@@ -23,7 +23,7 @@ RANK, ROPE_DIM = 10, 6
 
 @pytest.fixture(scope="module", params=["llama3-rope", "mistral-window", "qwen2"])
 def report(request, convert_pico):
-    return convert_pico(request.param, rank=RANK, rope_dim=ROPE_DIM)
+    return convert_pico(request.param, rank=RANK, rope_dim=ROPE_DIM, uniform=False)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_loads_where_mla_convert_is_not_installed(folder, model, tmp_path):
 
 
 def test_loads_without_the_flag_after_import(convert_pico):
-    out = python(OWN, convert_pico("llama3-rope", rank=RANK, rope_dim=ROPE_DIM).out)
+    out = python(OWN, convert_pico("llama3-rope", rank=RANK, rope_dim=ROPE_DIM, uniform=False).out)
     assert out.strip() == "mla_convert.modeling.modeling_mla"
 
 
@@ -122,9 +122,11 @@ def test_cache_holds_rank_and_rope_dim_numbers(folder, model, kind):
     cache = kind(config=model.config) if kind is DynamicCache else kind(config=model.config, max_cache_len=most)
     inputs = {name: tensor[:, :most] for name, tensor in prompt(folder, batch).items()}
     model(**inputs, past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
+    config = model.config
+    for index, layer in enumerate(cache.layers):
         stored = layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
-        assert stored == batch * most * (RANK + ROPE_DIM) * model.dtype.itemsize
+        numbers = config.layer_rank(index) + config.layer_rope_dim(index)
+        assert stored == batch * most * numbers * model.dtype.itemsize
     assert len(cache.layers) == model.config.num_hidden_layers
 
 
@@ -215,15 +217,17 @@ def test_report(report):
     assert {"mla_convert", "torch", "transformers", "python"} <= found["versions"].keys()
     for field in ("layers", "phases", "cache", "evaluation", "seconds"):
         assert list(numbers(found[field])) and all(map(math.isfinite, numbers(found[field]))), field
-    for phase in ("open", "text", "embed", "layers", "evaluate"):
+    for phase in ("open", "text", "embed", "allocate", "layers", "evaluate"):
         assert found["phases"][phase].keys() >= {"seconds", "peak_host_bytes"}
     assert len(found["layers"]) == pico.COMMON["num_hidden_layers"]
     for index, layer in enumerate(found["layers"]):
-        assert (layer["layer"], layer["kv_lora_rank"], layer["qk_rope_head_dim"]) == (index, RANK, ROPE_DIM)
-        assert len(layer["plane_frequencies"]) == ROPE_DIM // 2
+        assert layer["layer"] == index and len(layer["plane_frequencies"]) == layer["qk_rope_head_dim"] // 2
         assert layer["energy"].keys() >= {"rope_kept", "rank_kept"} and layer["output_error"] > 0
+    # ranks and rotary dims differ from layer to layer; together they are what was asked for
+    sizes = [layer["kv_lora_rank"] + layer["qk_rope_head_dim"] for layer in found["layers"]]
+    assert len({layer["kv_lora_rank"] for layer in found["layers"]}) > 1
     before, after = (found["cache"]["numbers_per_token_per_layer"][key] for key in ("before", "after"))
-    assert (before, after) == (32, RANK + ROPE_DIM)
+    assert (before, after) == (32, RANK + ROPE_DIM) and sum(sizes) == len(sizes) * after
     assert found["cache"]["share_saved"] == pytest.approx(1 - after / before)
     per_token = found["cache"]["bytes_per_token"]
     assert per_token == {"before": 3 * 4 * before, "after": 3 * 4 * after}

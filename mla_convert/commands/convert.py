@@ -50,6 +50,15 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = None,
+    uniform: Annotated[
+        bool | None,
+        typer.Option(
+            "--uniform",
+            help="The same rank and rope-dim in every layer, as serving engines need them. Default: they are means, and "
+            "layers that lose more get more.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     planes: Annotated[
         str | None,
         typer.Option(
