@@ -161,7 +161,8 @@ def _bench(report: dict[str, Any]) -> str:
 
 
 def _time(report: dict[str, Any]) -> str:
-    words = f"On {escape(report['device'])}. Memory is each phase's peak; of the host, what is above the interpreter and its libraries."
+    device = escape(report["device"])
+    words = f"On {device}. Memory is each phase's peak; of the host, what is above the interpreter and its libraries."
     return _section("Time and memory", words, _draw(lambda width: plots.phases(report["phases"], width)))
 
 

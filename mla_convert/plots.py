@@ -106,21 +106,19 @@ def energy(layers: list[dict[str, Any]], width: int) -> Figure | None:
         return None
     height, floor = 280, 1e-4
     low, high = max(min(found), floor) / 1.6, min(1.0, max(max(found), 2 * floor) * 1.6)
-    worst = [f"{name}: worst {1 - max(lost for lost in series[key] if lost is not None):.2%}"
-             for key, name in (("rope_kept", "by decoupling RoPE"), ("rank_kept", "by the low rank")) if any(series[key])]  # fmt: skip
+    names = {"rope_kept": "by decoupling RoPE", "rank_kept": "by the low rank"}
+    worst = [f"{names[key]}: worst {1 - max(filter(None, lost)):.2%}" for key, lost in series.items() if any(lost)]
     figure = Figure(width, height, "Energy kept per layer", "; ".join(worst))
     x, step = _frame(figure, len(layers), height)
     y = logarithmic((low, high), (TOP + 4, height - BOTTOM))
     for lost in decades(low, high):
         figure.line(LEFT, y(lost), width - RIGHT, y(lost), "grid")
         figure.text(LEFT - 8, y(lost) + 4, _kept(lost), "tick", "end")
-    for (key, values), css, name in zip(
-        series.items(), ("rotary", "after"), ("RoPE decoupled", "low rank"), strict=True
-    ):
+    for (key, values), css in zip(series.items(), ("rotary", "after"), strict=True):
         points = [(index, lost) for index, lost in enumerate(values) if lost is not None]
         figure.path([(x(index), y(max(lost, low))) for index, lost in points], f"{css} thin")
         for index, lost in points:
-            figure.add("circle", css, f"layer {index}, {name}: {1 - lost:.3%} kept", cx=x(index), cy=y(max(lost, low)),
+            figure.add("circle", css, f"layer {index}: {1 - lost:.3%} kept {names[key]}", cx=x(index), cy=y(max(lost, low)),
                        r=min(4, max(1.5, step / 3)))  # fmt: skip
     figure.text(11, (TOP + height - BOTTOM) / 2, "energy kept", "axis", "middle", turn=True)
     return figure
