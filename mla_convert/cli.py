@@ -99,6 +99,9 @@ def main() -> None:
         _fail("interrupted", Interrupted.exit_code)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 5)
+    except Exception as error:
+        again = "" if is_verbose() else "; run it again with -v to see where"
+        _fail(f"this is a bug, please report it: {type(error).__name__}: {error}{again}", MlaConvertError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:
