@@ -25,6 +25,8 @@ from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.errors import GateFailed, InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mla_convert.gate import Limits, Verdict
 
 EXAMPLE = "mla-convert gate llama-8b-mla --max-ppl-ratio 1.05 --min-kv-saving 70%"
@@ -156,7 +158,7 @@ def judge(
         raise
 
 
-def print_verdict(verdict: Verdict, to_stderr: bool = False) -> None:
+def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | None = None) -> None:
     """The table of checks, and why those that failed did."""
     from rich.console import Console
     from rich.table import Table
@@ -170,7 +172,7 @@ def print_verdict(verdict: Verdict, to_stderr: bool = False) -> None:
         table.add_row(
             result.name, result.figure_text, result.limit_text, Plain("pass" if result.passed else "FAIL", style)
         )
-    console = Console(stderr=to_stderr)
+    console = console or Console(stderr=to_stderr)
     console.print(table)
     for line in (*(f"{result.name}: {result.reason}" for result in verdict.results if not result.passed),
                  f"figures {verdict.basis}"):  # fmt: skip
