@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import init_empty_weights
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import (
@@ -97,7 +98,7 @@ class Source:
         """
         try:
             data = ModelCard.load(self.folder / "README.md").data.to_dict()
-        except (OSError, ValueError):
+        except (OSError, ValueError, yaml.YAMLError):
             data = {}
         found = {key: data[key] for key in ("license_name", "license_link") if isinstance(data.get(key), str)}
         named = data.get("license")

@@ -209,7 +209,7 @@ def shoot_report(folder: Path) -> None:
         size = {"width": 900, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.get((folder / "report.html").resolve().as_uri())
-        height = browser.execute_script("return document.querySelectorAll('h2')[3].getBoundingClientRect().top") + 400
+        height = browser.execute_script("return document.querySelectorAll('h2')[3].getBoundingClientRect().top") - 24
         clip = {"x": 0, "y": 0, "width": 900, "height": height, "scale": 1}
         shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         (IMAGES / f"report-{scheme}.png").write_bytes(base64.b64decode(shot["data"]))

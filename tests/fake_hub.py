@@ -296,7 +296,7 @@ def running():
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {}))
     server.daemon_threads = True
     hub = server.RequestHandlerClass.hub = FakeHub(f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub

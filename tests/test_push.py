@@ -127,9 +127,12 @@ def test_card(hub, folder, tmp_path):
 # ---- what never arrives
 
 
-@pytest.mark.parametrize("text", ["/home/somebody/models", "C:\\\\Users\\\\Somebody\\\\x", "file:///srv/x", "HERE", "TOKEN",
-                                  "hf_" + "A" * 34])  # fmt: skip
-@pytest.mark.parametrize("file", ["README.md", "recipe.yaml", "report.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "file, text",
+    [(file, text) for file in ("README.md", "recipe.yaml", "report.json", "report.html")
+     for text in ("/home/somebody/models", "C:\\\\Users\\\\Somebody\\\\x", "file:///srv/x", "HERE", "TOKEN", "hf_" + "A" * 34)]
+    + [("tokenizer_config.json", text) for text in ("HERE", "TOKEN", "hf_" + "A" * 34)],
+)  # fmt: skip
 def test_private_things_are_refused(hub, folder, cli, file, text):
     text = {"HERE": str(folder), "TOKEN": fake_hub.TOKEN}.get(text, text)
     if file.endswith(".json"):
@@ -141,6 +144,11 @@ def test_private_things_are_refused(hub, folder, cli, file, text):
     result = cli("push", folder, REPO, "-q")
     assert_refused(result, INPUT, file, "token" if "hf_" in text else "local path")
     assert not hub.requests and fake_hub.TOKEN not in result[2]
+
+
+def test_what_a_source_says_is_public_already(hub, folder):
+    (folder / "chat_template.jinja").write_text("You are an agent. Work in /home/user/project.")
+    assert "chat_template.jinja" in push(folder, REPO, progress=QUIET).files
 
 
 def test_user_name_in_a_path_is_refused(folder, monkeypatch):
@@ -309,6 +317,13 @@ def test_convert_asks_for_the_token_first(hub, sources, cli, tmp_path, monkeypat
     result = cli(*small(sources("llama"), tmp_path / "out"), "--push-to-hub", REPO)
     assert_refused(result, INPUT, "401")
     assert not (tmp_path / "out").exists()
+
+
+def test_conversion_is_kept_when_its_push_fails(hub, sources, cli, tmp_path):
+    hub.faults = [Fault("/commit/", 409)]
+    result = cli(*small(sources("llama"), tmp_path / "out"), "--push-to-hub", REPO, "--json")
+    assert result[0] == INPUT and "409" in result[2] and f"the converted model is in {tmp_path / 'out'}" in result[2]
+    assert verify(tmp_path / "out").shards == 5
 
 
 def test_convert_private_alone(cli, sources, tmp_path):

@@ -10,7 +10,7 @@ import typer
 
 from mla_convert.commands.push import HUB, Private
 from mla_convert.commands.shared import Quiet, Verbose, is_verbose, rank_or_full, silence_libraries
-from mla_convert.errors import Interrupted, ResourceError, UsageError
+from mla_convert.errors import Interrupted, MlaConvertError, ResourceError, UsageError
 
 EXAMPLE = "mla-convert llama-8b --rank 512 --out llama-8b-mla"
 SIZE, TEXT, REFINE, RUN = "Cache size", "Calibration and evaluation text", "Refinement", "Output and device"
@@ -174,5 +174,9 @@ def run_conversion(
     else:
         print_summary(report, Console())
     if push_to_hub:
-        done = hub.push(report.out, push_to_hub, private=private, progress=progress)
+        try:
+            done = hub.push(report.out, push_to_hub, private=private, progress=progress)
+        except MlaConvertError as error:
+            error.args = (f"{error}; the converted model is in {report.out}, to be pushed later",)
+            raise
         typer.echo(f"{len(done.files)} files are at {done.url}", err=as_json)
