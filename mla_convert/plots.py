@@ -183,26 +183,28 @@ def planes(layers: list[dict[str, Any]], frequencies: int, width: int) -> Figure
     for index, counter in enumerate(counts):
         left = x(index - 0.5)
         for frequency, count in sorted(counter.items()):
-            figure.add("rect", "plane", f"layer {index}, frequency {frequency}: {count} plane{'s' * (count > 1)}",
+            words = f"layer {index}, frequency {frequency}: {count} plane{'s' * (count > 1)}"
+            # on a phone nothing hovers, and there are thousands of cells
+            figure.add("rect", "plane", words if width >= 500 else "",
                        x=left + gap / 2, y=top + row * frequency + gap / 2, width=step - gap, height=row - gap,
                        fill_opacity=_shade(count, most))  # fmt: skip
     for frequency in sorted({0, *ticks(0, frequencies - 1, 5)}):
         figure.text(LEFT - 8, top + row * (frequency + 0.5) + 4, f"{frequency:g}", "tick", "end")
     figure.text(11, top + row * frequencies / 2, "slow ← frequency → fast", "axis", "middle", turn=True)
     right = width - RIGHT
-    for count in range(most, 0, -1):
+    every = range(1, most + 1)
+    # with many kv heads the ends of the scale and its middle say enough
+    for count in reversed(every if most <= (8 if width >= 500 else 4) else (1, (most + 1) // 2, most)):
         figure.text(right, 16, str(count), "tick", "end")
         right -= 7 * len(str(count)) + 4
         figure.add("rect", "plane", x=right - 12, y=5, width=12, height=12, fill_opacity=_shade(count, most))
         right -= 20
-        if right < LEFT + 110:  # many kv heads: the ends of the scale say enough
-            break
     figure.text(right - 2, 16, "planes kept", "tick", "end")
     return figure
 
 
 def _shade(count: int, most: int) -> float:
-    return 1.0 if most == 1 else 0.3 + 0.7 * (count - 1) / (most - 1)
+    return 1.0 if most == 1 else 0.34 + 0.66 * (count - 1) / (most - 1)
 
 
 def sizes(layers: list[dict[str, Any]], width: int) -> Figure:
@@ -230,15 +232,16 @@ def phases(found: dict[str, dict[str, float]], width: int) -> Figure:
     largest = max(phase["seconds"] for phase in found.values()) or 1.0
     words = "; ".join(f"{name}: {phase['seconds']:.1f} s" for name, phase in found.items())
     figure = Figure(width, 30 * len(found) + 4, "Time and memory", f"{words}.")
-    memory_at = width - (150 if width >= 500 else 62)
-    x = linear((0, largest), (66, memory_at - 66))
-    for index, (name, phase) in enumerate(found.items()):
+    memory = [memory_words(phase, short=width < 500) for phase in found.values()]
+    # what is written right of the bars: seconds, a gap, memory; a character is at most 7 wide
+    x = linear((0, largest), (66, width - 64 - 7 * max(map(len, memory))))
+    for index, ((name, phase), used) in enumerate(zip(found.items(), memory, strict=True)):
         y = 4 + 30 * index
         figure.text(0, y + 15, name, "label")
         figure.add("rect", "after soft", f"{name}: {phase['seconds']:.2f} s", x=66, y=y + 3,
                    width=max(x(phase["seconds"]) - 66, 1), height=16, rx=2)  # fmt: skip
         figure.text(x(phase["seconds"]) + 6, y + 15, f"{phase['seconds']:.1f} s", "tick")
-        figure.text(width, y + 15, memory_words(phase, short=width < 500), "tick", "end")
+        figure.text(width, y + 15, used, "tick", "end")
     return figure
 
 
