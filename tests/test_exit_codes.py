@@ -76,7 +76,7 @@ class World:
         return ("verify", self.converted)
 
     def family(self):
-        self.json(self.source / "config.json", model_type="gpt2")
+        self.json(self.source / "config.json", model_type="mamba")
         return (self.source, *self.small())
 
     def no_figure(self):
