@@ -73,7 +73,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             streamed = [streams.eval_original.data, streams.eval_converted.data]
             before, after = map(measure.perplexity, skeleton.token_losses(streamed, windows.evaluation))
         result = report.Report(
-            source={"name": source.name, "revision": source.revision, "model_type": source.config.model_type},
+            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, source.license()),
             # labels, not paths: a report is made to be published
             settings={**settings, "calib": config.calib and windows.calib_text, "eval": config.eval and windows.eval_text},
             versions=environment.versions(),

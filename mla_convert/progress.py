@@ -13,9 +13,10 @@ from rich.progress import Progress as Bars
 class Progress:
     """Progress over layers; the unit is one refinement step (plus one for everything else a layer needs)."""
 
-    def __init__(self, console: Console | None = None, quiet: bool = False):
+    def __init__(self, console: Console | None = None, quiet: bool = False, verbose: bool = False):
         self.console = console or Console(stderr=True, highlight=False)
         self.quiet = quiet
+        self.verbose = verbose
         self._bars: Bars | None = None
         self._task: Any = None
         self._layer, self._layers, self._steps, self._label = 0, 0, 0, ""
@@ -61,7 +62,8 @@ class Progress:
             done = self._layer * (self._steps + 1)
             text = f"{self._label} {min(self._layer + 1, self._layers)}/{self._layers}"
             self._bars.update(self._task, completed=done, description=text)
-        elif time.perf_counter() - self._shown > 10 or (words and self._layer == self._layers):
+        due = time.perf_counter() - self._shown > 10 or (words and self._layer == self._layers)
+        if self.verbose or (due and not self._bars):
             self._shown = time.perf_counter()
             elapsed = self._shown - self._start
             left = elapsed / self._layer * (self._layers - self._layer)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert.figures import REPORT, finite, mean
-from mla_convert.plan import Plan
+from mla_convert.plan import AttentionShape, Plan
 
 SCHEMA = 1
 CONTEXTS = (4096, 32768, 131072)
@@ -51,6 +51,22 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write report.json."""
         (folder / REPORT).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def source_figures(
+    name: str, revision: str | None, model_type: str, shape: AttentionShape, license_data: dict[str, Any]
+) -> dict[str, Any]:
+    """What a report says of its source: enough to name it, to draw its attention and to carry its licence over."""
+    return {
+        "name": name,
+        "revision": revision,
+        "model_type": model_type,
+        "layers": shape.layers,
+        "attention_heads": shape.num_heads,
+        "key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        **license_data,
+    }
 
 
 def cache_figures(plan: Plan, itemsize: int, windows: list[int | None]) -> dict[str, Any]:

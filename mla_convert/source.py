@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import init_empty_weights
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import (
@@ -90,12 +91,18 @@ class Source:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.name} has no readable tokenizer ({one_line(error)})") from error
 
-    def license(self) -> str | None:
-        """Licence identifier from the source's model card, if it has one."""
+    def license(self) -> dict[str, Any]:
+        """What the source's model card says of its licence: `license`, and `license_name` and `license_link` if it does.
+
+        Nothing is made up: without a card, or a licence in it, `license` is None.
+        """
         try:
-            return ModelCard.load(self.folder / "README.md").data.license
-        except (OSError, ValueError):
-            return None
+            data = ModelCard.load(self.folder / "README.md").data.to_dict()
+        except (OSError, ValueError, yaml.YAMLError):
+            data = {}
+        found = {key: data[key] for key in ("license_name", "license_link") if isinstance(data.get(key), str)}
+        named = data.get("license")
+        return {"license": named if isinstance(named, str | list) else None, **found}
 
     def fingerprint(self) -> list[Any]:
         """What changes when the weights or the configuration do: names, sizes and times of the files they come from."""

@@ -11,7 +11,7 @@ import pico
 import pytest
 from safetensors.torch import load_file
 
-from mla_convert import sizing, source
+from mla_convert import sizing, source, timing
 from mla_convert.config import build_config
 from mla_convert.errors import InputError, UsageError
 from mla_convert.plan import AttentionShape, Plan
@@ -198,9 +198,54 @@ def test_table(cli, published):
     code, out, err = cli("plan", published("llama-8b"), "--rank", 512, "--gpu", "h100")
     assert code == 0 and not err
     for words in ("llama, 32 layers", "rank 512 + 64 rotary", "-71.9%", "128k", "8.24 B", "80.0 GB, of which 90%", "disk: 16.5 GB",
-                  "peak memory: about", "limit is 131072 tokens"):  # fmt: skip
+                  "peak memory: about", "limit is 131072 tokens", "in every layer", "on an H100", "of these cores"):  # fmt: skip
         assert words in out
     assert "warning" not in out
+
+
+# Measured conversions: shape (hidden, MLP, heads, kv heads, head width), rank, rotary dims, layers; calibration and evaluation
+# windows; refinement steps and batch; cores (0: an H100); seconds. The last but one is random weights of Llama-3.2-1B's
+# shapes; the last is the refinement alone.
+MEASURED = [
+    ((576, 1536, 9, 3, 64), 144, 48, 30, (32, 512), (4, 2048), 30, 4, 1, 567),
+    ((576, 1536, 9, 3, 64), 144, 48, 30, (32, 512), (4, 2048), 30, 4, 2, 423),
+    ((576, 1536, 9, 3, 64), 144, 48, 30, (24, 1024), (4, 2048), 0, 1, 1, 465),
+    ((256, 512, 4, 2, 64), 96, 32, 6, (48, 512), (16, 1024), 30, 4, 1, 40),
+    ((2048, 8192, 32, 8, 64), 448, 64, 16, (8, 256), (2, 256), 0, 1, 2, 213),
+    ((576, 1536, 9, 3, 64), 144, 48, 30, (0, 1024), (0, 2048), 300, 8, 0, 28),
+]
+
+
+@pytest.mark.parametrize("shape, rank, rope, layers, calib, evaluation, steps, batch, cores, seconds", MEASURED)
+def test_time_estimates_hold_what_was_measured(
+    shape, rank, rope, layers, calib, evaluation, steps, batch, cores, seconds
+):
+    hidden, mlp, heads, groups, width = shape
+    before = 2 * hidden * width * (heads + groups)
+    after = hidden * (heads * (width + rope) + rank + rope + heads * width) + heads * 2 * width * rank
+    work = timing.LayerWork(hidden, before + 3 * hidden * mlp, after + 3 * hidden * mlp, before, after,
+                            heads * 2 * width, heads * (2 * width + rope))  # fmt: skip
+    windows = dict(calib=calib, evaluation=evaluation, steps=steps, batch=batch)
+    found = timing.estimate(work, layers, {"cpu": windows, "h100": windows}, max(cores, 1))["cpu" if cores else "h100"]
+    low, high = found["seconds"]
+    assert low <= seconds <= high
+
+
+@pytest.mark.parametrize("seconds, words", [(0.2, "1 s"), (59.7, "60 s"), (100, "1.7 min"), (3000, "50 min"),
+                                            (7200, "2.0 h"), (40 * 3600, "1.7 days")])  # fmt: skip
+def test_durations(seconds, words):
+    assert timing.duration(seconds) == words
+
+
+def test_time_follows_the_settings(sources):
+    def seconds(place, **settings):
+        return plan(sources("llama"), **settings)["time"][place]["seconds"]
+
+    for place in ("cpu", "h100"):
+        low, high = seconds(place)
+        assert 0 < low < high
+        assert seconds(place, refine_steps=0)[0] < low < seconds(place, refine_steps=3000)[0]
+        assert seconds(place, calib_samples=4)[0] < seconds(place, calib_samples=400)[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window", "llama-mha-tied"])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.errors import ResourceError
 
 EXAMPLE = "mla-convert eval llama-8b-mla --against meta-llama/Llama-3.1-8B"
@@ -49,7 +49,6 @@ Dtype = Annotated[
     str, typer.Option(help="auto (as MODEL is stored), float32, bfloat16 or float16.", rich_help_panel=MEASURE)
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there), cpu, cuda, cuda:N.", rich_help_panel=MEASURE)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def evaluate(
@@ -62,9 +61,10 @@ def evaluate(
     device: Device = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure MODEL: perplexity, KV cache bytes, and how far it is from its original."""
-    silence_libraries()
+    silence_libraries(quiet)
     from rich.console import Console
     from torch import OutOfMemoryError
 

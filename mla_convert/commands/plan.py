@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import rank_or_full, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, rank_or_full, silence_libraries
 
 EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"
 
@@ -23,6 +23,8 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, instead of --gpu: 80GB, 24GiB, …")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Cache, parameters, disk and memory before and after a conversion of SOURCE. Reads its configuration, no weights."""
     from mla_convert.config import build_config
@@ -31,7 +33,7 @@ def plan(
     card = card_memory(gpu, memory)
     sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio}
     config = build_config({"source": source, "revision": revision, **sizes})
-    silence_libraries()
+    silence_libraries(quiet)
     from rich.console import Console
 
     from mla_convert.planning import plan_conversion, print_plan
