@@ -20,10 +20,10 @@ def source(sources, tmp_path):
     return Path(shutil.copytree(sources("llama"), tmp_path / "source"))
 
 
-@pytest.mark.parametrize("name", pico.CONFIGS)
+@pytest.mark.parametrize("name", pico.VARIANTS)
 def test_every_family(cli, sources, name):
     code, out, err = cli("inspect", sources(name), "--json")
-    found, config = json.loads(out), pico.CONFIGS[name]()
+    found, config = json.loads(out), pico.VARIANTS[name]()
     assert code == 0 and not err and found["convertible"] and found["kind"] == "source"
     assert found["model_type"] == config.model_type and found["dtype"] == "float32"
     shape = found["shape"]

@@ -49,7 +49,7 @@ def published(tmp_path):
 # ---- from the configuration alone
 
 
-@pytest.mark.parametrize("name", pico.CONFIGS)
+@pytest.mark.parametrize("name", pico.VARIANTS)
 def test_configuration_says_what_the_tensors_say(sources, name):
     told, read = open_source(str(sources(name)), weights=False), open_source(str(sources(name)))
     assert told.shape == read.shape and told.dtype == read.dtype and told.sliding_windows == read.sliding_windows
@@ -58,7 +58,7 @@ def test_configuration_says_what_the_tensors_say(sources, name):
     }
 
 
-@pytest.mark.parametrize("name", pico.CONFIGS)
+@pytest.mark.parametrize("name", pico.VARIANTS)
 def test_plan_is_what_is_written(sources, convert_pico, name):
     planned, report = plan(sources(name), kv_ratio=0.4), convert_pico(name, kv_ratio=0.4)
     assert report.cache.items() <= planned["cache"].items()

@@ -1,23 +1,43 @@
 """The table of supported families: one row each."""
 
+from collections.abc import Collection
+
 from mla_convert.errors import InputError
 from mla_convert.families import llama, mistral, qwen2
 from mla_convert.families.base import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2)}
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        llama,
+        mistral,
+        qwen2,
+    )
+}
+# Their attention is latent from birth: transformers' model types, and those of models with code of their own.
+LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_linear", "longcat_flash", "minicpm3",
+          "glm4_moe_lite", "glm_moe_dsa", "mistral4", "youtu")  # fmt: skip
+# Keys of a configuration that holds a language model beside other things.
+PARTS = ("text_config", "vision_config", "audio_config", "llm_config", "thinker_config")
 
 
-def find_family(model_type: str) -> Family:
-    """The family of a configuration's model type.
+def find_family(model_type: str, keys: Collection[str] = ()) -> Family:
+    """The family of a configuration's model type; `keys` are those of the configuration.
 
     Raises:
-        InputError: not supported; says which are.
+        InputError: not supported; says why, or which are.
     """
     if model_type.startswith("mla_"):
         raise InputError("this model is converted already: nothing to do")
+    if model_type in LATENT or "kv_lora_rank" in keys:
+        raise InputError(f"{model_type} has multi-head latent attention already: nothing to do")
     if model_type not in FAMILIES:
+        if any(part in keys for part in PARTS):
+            raise InputError(
+                f"{model_type} is a multimodal checkpoint, of which only text is supported: save its language model alone"
+            )
         raise InputError(f"architecture {model_type!r} is not supported; supported are: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+__all__ = ["FAMILIES", "LATENT", "Family", "find_family"]
