@@ -55,7 +55,8 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_softcap=getattr(source.config, family.softcap) if family.softcap else None,
         mla_sinks=family.sinks,
     )
-    config._attn_implementation = "sdpa"  # transformers sets it when it builds a model; here only layers are built
+    # transformers sets it when it builds a model; here only layers are built. SDPA knows neither soft caps nor sinks.
+    config._attn_implementation = "eager" if config.mla_softcap or config.mla_sinks else "sdpa"
     return config
 
 

@@ -206,7 +206,7 @@ def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics
     tiny = torch.finfo(torch.float64).tiny
     rope_lost, rope_total = float(planes.lost) * gain, max(float(planes.total) * gain, tiny)
     key_total, value_total = (max(float((m * cov).sum()), tiny) for m in metrics)
-    key_lost, value_lost = (float((tail * (m @ tail)).sum()) for m in metrics)
+    key_lost, value_lost = (max(0.0, float((tail * (m @ tail)).sum())) for m in metrics)
     return {
         "rope_kept": 1 - rope_lost / rope_total,
         "rank_kept": 1 - (key_lost + value_lost) / (key_total + value_total),

@@ -142,7 +142,11 @@ class Skeleton:
         try:
             yield
         finally:
-            module.to("meta")
+            # not the buffers: what stands in them is in no checkpoint
+            for part in module.modules():
+                for name, parameter in part._parameters.items():
+                    if parameter is not None:
+                        part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     @contextlib.contextmanager
     def _weight_replaced(self, module: nn.Module, weight: Tensor) -> Iterator[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
 from mla_convert.families import FAMILIES
 
@@ -34,7 +34,9 @@ VARIANTS = {name: (family.model_type, own) for family in FAMILIES.values() for n
 def config(name: str) -> PreTrainedConfig:
     """The variant's configuration: what all have in common, and its own."""
     model_type, own = VARIANTS[name]
-    return AutoConfig.for_model(model_type, **{**COMMON, **own})
+    kind = CONFIG_MAPPING[model_type]
+    known = {*kind.__dataclass_fields__, *kind.attribute_map}  # not every family knows every setting
+    return kind(**{key: value for key, value in COMMON.items() if key in known} | own)
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]

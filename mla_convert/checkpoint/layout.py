@@ -29,18 +29,17 @@ class ModelReader:
         self._plain: dict[str, str] = {}
         self._experts: dict[str, dict[tuple[str, int], str]] = {}
         for name in stored.names():
-            own = name
-            for old, new in family.renamed:
-                own = own.replace(old, new)
-            expert = EXPERT.fullmatch(own) if family.experts else None
-            if expert and expert[3] in family.experts:
+            new = name
+            for before, after in family.renamed:
+                new = new.replace(before, after)
+            expert = EXPERT.fullmatch(new) if family.experts else None
+            own = next((form for form in (name, new, prefix + name, prefix + new) if form in wanted), None)
+            if own:
+                self._plain[own] = name
+            elif expert and expert[3] in family.experts:
                 down = expert[3] == family.experts[2]
                 fused = f"{expert[1]}.{'down_proj' if down else 'gate_up_proj'}"
                 self._experts.setdefault(fused, {})[expert[3], int(expert[2])] = name
-            elif own in wanted:
-                self._plain[own] = name
-            elif prefix + own in wanted:
-                self._plain[prefix + own] = name
         self._parts = {name: self._ordered(name, found, family) for name, found in self._experts.items()}
 
     @staticmethod

@@ -3,15 +3,61 @@
 from collections.abc import Collection
 
 from mla_convert.errors import InputError
-from mla_convert.families import llama, mistral, qwen2
+from mla_convert.families import (
+    cohere,
+    cohere2,
+    gemma,
+    gemma2,
+    gemma3,
+    glm4,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    opt,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from mla_convert.families.base import Family
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
     for module in (
         llama,
+        smollm3,
         mistral,
+        mixtral,
         qwen2,
+        qwen2_moe,
+        qwen3,
+        qwen3_moe,
+        gemma,
+        gemma2,
+        gemma3,
+        phi3,
+        olmo2,
+        olmo3,
+        granite,
+        starcoder2,
+        stablelm,
+        gpt_neox,
+        gpt2,
+        opt,
+        cohere,
+        cohere2,
+        glm4,
+        gpt_oss,
     )
 }
 # Their attention is latent from birth: transformers' model types, and those of models with code of their own.
