@@ -58,7 +58,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         },
         "parameters": {key: {side: counted[key] for side, counted in counts.items()} for key in ("attention", "model")},
         # beside the weights each layer names its rotary planes (int64)
-        "disk_bytes": weights["after"] + plan.shape.layers * plan.rope_dim // 2 * 8,
+        "disk_bytes": weights["after"] + sum(plan.layer_rope_dim(layer) // 2 for layer in range(plan.shape.layers)) * 8,
         "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
         "warnings": sizing.warnings(plan),
     }  # fmt: skip

@@ -105,6 +105,9 @@ class MlaAttention(nn.Module):
     def __init__(self, config, layer_idx: int, stock: nn.Module):
         """`stock` is the attention that this one takes the place of: its scale, norms and sinks stay."""
         nn.Module.__init__(self)  # not the stock attention's, which attention_class() puts next in line
+        self._is_hf_initialized = (
+            True  # the stock classes would look for projections of theirs; each inner one is visited
+        )
         self.config = config
         self.layer_idx = layer_idx
         self.scaling = stock.scaling
