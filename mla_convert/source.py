@@ -27,7 +27,7 @@ from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
 from mla_convert.config import unknown_source
 from mla_convert.errors import InputError, ResourceError, one_line
-from mla_convert.families import Family, find_family
+from mla_convert.families import FAMILIES, Family, find_family
 from mla_convert.plan import AttentionShape
 
 PACKAGE = "package:"
@@ -48,6 +48,7 @@ class Source:
     config: PreTrainedConfig
     family: Family
     reader: Reader
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> AttentionShape:
@@ -216,13 +217,17 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
         model_type = content.get("model_type", "none given")
     except (ValueError, AttributeError) as error:
         raise InputError(f"config.json of {label} is not a JSON object ({one_line(error)}): fetch it again") from error
-    family = find_family(str(model_type), content.keys())
+    text = content.get("text_config")
+    part = text.get("model_type") if isinstance(text, dict) else None
+    # of a multimodal checkpoint the language model is read, if it is of a family
+    family = FAMILIES[part] if part in FAMILIES else find_family(str(model_type), content.keys())
     stored = SafetensorsReader(folder) if weights else None
-    config = _read_config(folder, label)
+    config = _read_config(folder, label, part in FAMILIES)
     family.check(config, label)
     expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
     reader = ModelReader(stored, expected.names(), family) if stored else expected
-    return Source(label, revision, folder, None, config, family, reader)
+    notes = (f"{label} is multimodal ({model_type}): only its language model is converted",) if part in FAMILIES else ()
+    return Source(label, revision, folder, None, config, family, reader, notes)
 
 
 def _expected(config: PreTrainedConfig, label: str) -> Reader:
@@ -291,8 +296,15 @@ def kv_heads(config: PreTrainedConfig) -> int:
     return config.num_attention_heads if groups is None else groups
 
 
-def _read_config(folder: Path, label: str) -> PreTrainedConfig:
-    config = load_config(folder, label)
+def _read_config(folder: Path, label: str, part: bool) -> PreTrainedConfig:
+    """The configuration in a folder, or the `part` of it that describes the language model."""
+    whole = load_config(folder, label)
+    config = whole.text_config if part else whole
+    if part:
+        # what is said of the whole holds for its part
+        for key in ("quantization_config", "tie_word_embeddings", "dtype"):
+            if getattr(whole, key, None) is not None:
+                setattr(config, key, getattr(whole, key))
     groups = kv_heads(config)
     if config.num_hidden_layers < 1 or groups < 1 or config.num_attention_heads % groups:
         raise InputError(

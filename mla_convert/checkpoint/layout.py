@@ -12,14 +12,16 @@ from mla_convert.checkpoint.reader import Reader
 from mla_convert.errors import InputError
 from mla_convert.families.base import Family
 
+# What stands before the names of a language model that is part of a larger one.
+PART = re.compile(r"^(model\.)?(language_model|text_model)\.(model\.)?")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 class ModelReader:
     """Reads what the model asks for (`wanted` names) from what is stored; whatever else is stored does not exist.
 
-    Names may lack the model's prefix (GPT-2's first checkpoints) or be older ones, and experts may be stored one by one
-    where the model has them in one tensor.
+    Names may lack the model's prefix (GPT-2's first checkpoints), have one more (the language model of a multimodal one) or
+    be older ones, and experts may be stored one by one where the model has them in one tensor.
     """
 
     def __init__(self, stored: Reader, wanted: Iterable[str], family: Family):
@@ -33,7 +35,9 @@ class ModelReader:
             for before, after in family.renamed:
                 new = new.replace(before, after)
             expert = EXPERT.fullmatch(new) if family.experts else None
-            own = next((form for form in (name, new, prefix + name, prefix + new) if form in wanted), None)
+            inner = PART.sub("", new)
+            forms = (name, new, prefix + name, prefix + new, inner, prefix + inner)
+            own = next((form for form in forms if form in wanted), None)
             if own:
                 self._plain[own] = name
             elif expert and expert[3] in family.experts:

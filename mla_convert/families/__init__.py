@@ -63,6 +63,12 @@ FAMILIES: dict[str, Family] = {
 # Their attention is latent from birth: transformers' model types, and those of models with code of their own.
 LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_linear", "longcat_flash", "minicpm3",
           "glm4_moe_lite", "glm_moe_dsa", "mistral4", "youtu")  # fmt: skip
+# Near relatives that the mechanism does not reach, and why.
+REFUSED = {
+    "llama4_text": "it norms its keys after RoPE, so no latent without position can be shared by its heads",
+    "bloom": "its attention has a bias by distance (ALiBi) instead of RoPE or learned positions",
+    "mpt": "its attention has a bias by distance (ALiBi) instead of RoPE or learned positions",
+}
 # Keys of a configuration that holds a language model beside other things.
 PARTS = ("text_config", "vision_config", "audio_config", "llm_config", "thinker_config")
 
@@ -77,13 +83,15 @@ def find_family(model_type: str, keys: Collection[str] = ()) -> Family:
         raise InputError("this model is converted already: nothing to do")
     if model_type in LATENT or "kv_lora_rank" in keys:
         raise InputError(f"{model_type} has multi-head latent attention already: nothing to do")
-    if model_type not in FAMILIES:
-        if any(part in keys for part in PARTS):
-            raise InputError(
-                f"{model_type} is a multimodal checkpoint, of which only text is supported: save its language model alone"
-            )
-        raise InputError(f"architecture {model_type!r} is not supported; supported are: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if any(part in keys for part in PARTS):
+        raise InputError(
+            f"{model_type} is multimodal, and its language model is none of: {', '.join(sorted(FAMILIES))}"
+        )
+    if model_type in REFUSED:
+        raise InputError(f"architecture {model_type!r} is not supported: {REFUSED[model_type]}")
+    raise InputError(f"architecture {model_type!r} is not supported; supported are: {', '.join(sorted(FAMILIES))}")
 
 
 __all__ = ["FAMILIES", "LATENT", "Family", "find_family"]

@@ -12,5 +12,5 @@ FAMILY = Family(
     output="out_proj",
     rotary=False,
     requires={"do_layer_norm_before": True, "_remove_final_layer_norm": False},
-    tested={"opt": {"ffn_dim": 64, "word_embed_proj_dim": 48}},
+    tested={"opt": {"ffn_dim": 64, "word_embed_proj_dim": 48, "init_std": 0.3}},
 )
