@@ -223,27 +223,28 @@ def test_settings_that_a_family_relies_on(cli, sources, tmp_path, name, fields):
 
 INTRO = """# Families
 
-Made by `tests/test_families.py` from `mla_convert/families/` and from what the tests measure; `MLA_WRITE_DOCS=1 python -m pytest
-tests/test_families.py -k page` writes it anew. A family stands here only if each of its variants passes: at full rank with
-every plane kept the converted model equals the original in float32 to 1e-4 of the range of its logits, in prefill with left padding,
-chunked and token-by-token decode, past its sliding window, and generating with dynamic, static and no cache; at half
-and at a quarter of the cache everything stays finite, and attention on latents equals attention on keys and values.
+Made by `tests/test_families.py` from `mla_convert/families/` and from what the tests measure; `MLA_WRITE_DOCS=1 python -m
+pytest tests/test_families.py -k page` writes it anew. A family stands here only if each of its variants passes: at full rank
+with every plane kept the converted model equals the original in float32 to 1e-4 of the range of its logits, in prefill with
+left padding, chunked and token-by-token decode, past its sliding window, and generating with dynamic, static and no cache;
+at half and at a quarter of the cache everything stays finite, and attention on latents equals attention on keys and values.
 
-*Error* is the largest difference of a logit over the range of the logits, at full rank, on a tiny random model. *At half* and *at a
-quarter* are the squared error of the attention's output over its square in the worst layer, without refinement, for the smallest budget
-tested: random weights are the worst case, so these say that the path works, not what a trained model loses. 100% is what leaving
-attention out would give. Where the full rank of a tiny model is below the budget, nothing is lost.
+*Error* is the largest difference of a logit over the range of the logits, at full rank, on a tiny random model. *At half*
+and *at a quarter* are the squared error of the attention's output over its square in the worst layer, without refinement,
+for the smallest budget tested: random weights are the worst case, so these say that the path works, not what a trained model
+loses. 100% is what leaving attention out would give. Where the full rank of a tiny model is below the budget, nothing is
+lost.
 
 """
 OUTRO = """
 ## What is approximated
 
 Nothing but what every family's conversion approximates: the dropped rotary planes and the rank. Norms on queries and keys
-(Qwen3, Gemma 3, OLMo 2 and 3, StableLM 2, Command R+) stand where they stood: the converted layer keeps the original's `q_proj`, `k_proj`,
-`v_proj` and norms, and the latent is a map of [normed key; value], so that norms over all heads cost no exactness. Such layers
-store more weights than others; what they cache is the same. Dims that RoPE does not turn (partial rotary) are content from the start.
-Layers without RoPE (SmolLM3, Command R7B) spend their whole budget on the latent. Soft caps and sinks need attention written out, as in
-the originals: those families run with eager attention.
+(Qwen3, Gemma 3, OLMo 2 and 3, StableLM 2, Command R+) stand where they stood: the converted layer keeps the original's
+`q_proj`, `k_proj`, `v_proj` and norms, and the latent is a map of [normed key; value], so that norms over all heads cost no
+exactness. Such layers store more weights than others; what they cache is the same. Dims that RoPE does not turn (partial
+rotary) are content from the start. Layers without RoPE (SmolLM3, Command R7B) spend their whole budget on the latent. Soft
+caps and sinks need attention written out, as in the originals: those families run with eager attention.
 
 ## Not converted
 
