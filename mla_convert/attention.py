@@ -56,7 +56,7 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_sinks=family.sinks,
     )
     # transformers sets it when it builds a model; here only layers are built. SDPA knows neither soft caps nor sinks.
-    config._attn_implementation = "eager" if config.mla_softcap or config.mla_sinks else "sdpa"
+    config._attn_implementation = "eager" if family.softcap or family.sinks else "sdpa"
     return config
 
 

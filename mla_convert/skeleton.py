@@ -69,8 +69,9 @@ class Skeleton:
         self.device = device
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
-        # an attention with soft caps or sinks has no other than the written-out one
-        self.implementation = "sdpa" if self.model._supports_sdpa else "eager"
+        # SDPA knows neither soft caps nor sinks, and not every version of the stock classes says so
+        written_out = source.family.softcap or source.family.sinks or not self.model._supports_sdpa
+        self.implementation = "eager" if written_out else "sdpa"
         self.model.set_attn_implementation(self.implementation)
         self.model.requires_grad_(False)
         path, _, self._list = source.family.layers.rpartition(".")

@@ -261,6 +261,8 @@ def model_class(base: type) -> type:
     if name not in _classes:
 
         def __init__(self, config):  # noqa: N807
+            if config.mla_softcap is not None or config.mla_sinks:
+                self._supports_sdpa = False  # it knows neither; not every version of the stock classes says so
             base.__init__(self, config)
             install(self)
             self.post_init()
