@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pico
@@ -107,6 +109,43 @@ def test_a_real_budget_is_finite_and_close(convert_pico, name):
     assert report.cache["share_saved"] == pytest.approx(0.75, abs=0.05)
     assert worst(half, "output_error_closed_form") < 0.65
     assert worst(half, "output_error_closed_form") <= worst(quarter, "output_error_closed_form") + 1e-6 < 1
+
+
+# Loads every folder by the code beside it, in a process that has no mla_convert; writes it again, and loads that too.
+FOREIGN = """
+import json, sys
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("mla_convert", "mla_recipes", "mla_demo"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_grad_enabled(False)
+for line in sys.stdin:
+    source, copy = json.loads(line)
+    for folder in (source, copy):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(info.values()), (folder, info)
+        print(json.dumps(model.eval()(torch.arange(3, 33)[None]).logits[0, -1].tolist()))
+        if folder != copy:
+            model.save_pretrained(copy)
+"""
+
+
+@torch.no_grad()
+def test_loads_without_this_package(convert_pico, tmp_path):
+    folders = {name: convert_pico(name, **HALF).out for name in VARIANTS}
+    lines = [json.dumps([str(folder), str(tmp_path / name)]) for name, folder in folders.items()]
+    run = subprocess.run([sys.executable, "-c", FOREIGN], input="\n".join(lines), capture_output=True, text=True,
+                         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")})  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    answers = iter(map(json.loads, run.stdout.splitlines()))
+    for folder in folders.values():
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        expected = model(torch.arange(3, 33)[None]).logits[0, -1]
+        for _ in range(2):
+            torch.testing.assert_close(torch.tensor(next(answers)), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- how checkpoints are stored
