@@ -150,13 +150,16 @@ class Skeleton:
                         part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     @contextlib.contextmanager
-    def _weight_replaced(self, module: nn.Module, weight: Tensor) -> Iterator[None]:
-        kept = module.weight
-        module.weight = nn.Parameter(weight.to(self.device).float(), requires_grad=False)
+    def _rows_replaced(self, module: nn.Module, rows: dict[str, Tensor]) -> Iterator[None]:
+        """A linear layer with some rows only: "weight", and "bias" if it has one."""
+        kept = {name: getattr(module, name) for name in rows}
+        for name, part in rows.items():
+            setattr(module, name, nn.Parameter(part.to(self.device).float(), requires_grad=False))
         try:
             yield
         finally:
-            module.weight = kept
+            for name, parameter in kept.items():
+                setattr(module, name, parameter)
 
     def _stored(self, path: str) -> str:
         """Name of the stored tensor that a module's weight comes from: its own, or the embedding that it is tied to."""
@@ -256,7 +259,9 @@ class Skeleton:
         neither the whole head nor a window's logits are ever in memory. Logits are float32.
         """
         head, norm = self.model.get_output_embeddings(), getattr(self.decoder, self.source.family.final_norm)
-        stored, path = self._stored(self._path_of(head)), self._path_of(norm)
+        stored, path = {"weight": self._stored(self._path_of(head))}, self._path_of(norm)
+        if head.bias is not None:
+            stored["bias"] = f"{self._path_of(head)}.bias"
         norms = self.source.reader.read(f"{path}.{name}" for name, _ in norm.named_parameters())
         check_finite(norms)
         norms = {name.removeprefix(f"{path}."): tensor for name, tensor in norms.items()}
@@ -264,11 +269,12 @@ class Skeleton:
         sums = [torch.full(targets.shape, -torch.inf, device=self.device) for _ in hidden_states]
         picked = [torch.zeros(targets.shape, device=self.device) for _ in hidden_states]
         with self._filled(norm, norms), self._frame_filled():
-            rows = self.source.reader.shape(stored)[0]
+            rows = self.source.reader.shape(stored["weight"])[0]
             for start in range(0, rows, LOGIT_ROWS):
-                part = self.source.reader.rows(stored, start, min(start + LOGIT_ROWS, rows))
-                check_finite({stored: part})
-                with self._weight_replaced(head, part):
+                stop = min(start + LOGIT_ROWS, rows)
+                part = {kind: self.source.reader.rows(name, start, stop) for kind, name in stored.items()}
+                check_finite({stored[kind]: tensor for kind, tensor in part.items()})
+                with self._rows_replaced(head, part):
                     for hidden, total, logit in zip(hidden_states, sums, picked, strict=True):
                         self._add_logits(hidden, targets, start, total, logit)
         return [(total - logit).cpu() for total, logit in zip(sums, picked, strict=True)]
