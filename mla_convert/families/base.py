@@ -120,5 +120,5 @@ class Family:
         """
         for key, value in self.requires.items():
             found = getattr(config, key, value)
-            if (found or False) != value:
+            if (found or None) != (value or None):
                 raise InputError(f"{label} has {key} = {found}, which is not supported: it must be {value}")
