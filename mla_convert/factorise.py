@@ -294,8 +294,9 @@ def factorise(
     key_cost = geometry.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, query_moment)
     kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, turning)
     nope = head_dim if rope_dim < num_kv * head_dim else 0
-    gain = torch.where(torch.arange(rho.shape[1], device=rho.device) < turning, geometry.rope_scale**2, 1.0).repeat(2)
-    k_maps = rope.content_maps(kept, rho, num_kv)[:, :nope] * gain[:nope, None]
+    gain = torch.ones(2, rho.shape[1], 1, dtype=torch.float64, device=rho.device)
+    gain[:, :turning] = geometry.rope_scale**2
+    k_maps = (rope.content_maps(kept, rho, num_kv) * gain.flatten(0, 1))[:, :nope]
     costs = (balance * key_cost[:, :nope, :nope], _ridged(o_heads.mT @ o_heads, COST_RIDGE))
     # Without a source bias the result has none: constants are then part of what the latent carries.
     columns = slice(None if weights.k_bias is not None or weights.v_bias is not None else -1)

@@ -147,7 +147,7 @@ def test_configuration_that_makes_no_model_or_a_quantised_one(refused, source, f
     refused(INPUT, "foo" if "hidden_act" in fields else "quantised", source)
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "gptj", None])
+@pytest.mark.parametrize("model_type", ["gptj", "codegen", None])
 def test_architecture_not_supported_says_which_are(refused, source, model_type):
     change_json(source / "config.json", model_type=model_type)
     refused(INPUT, "supported are: cohere, cohere2, gemma", source)

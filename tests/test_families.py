@@ -58,6 +58,15 @@ def test_what_is_not_attention_is_untouched(sources, convert_pico, name):
     assert all(same_bytes(before[key], after[key]) for key in kept)
 
 
+@pytest.mark.parametrize("name", [name for name in VARIANTS if FAMILIES[VARIANTS[name][0]].q_norm])
+def test_norms_stand_behind_the_originals_projections(sources, convert_pico, name):
+    before, after = tensors(sources(name)), tensors(convert_pico(name, **HALF).out)
+    kept = {key for key in before if re.search(r"self_attn\..*norm", key)}
+    kept |= {re.sub(r"[qk]_(layer)?norm.*", f"{part}_proj.weight", key) for part in "qkv" for key in kept}
+    assert all(same_bytes(before[key], after[key]) for key in kept)
+    assert not kept or all(any(f".{part}." in key for key in after) for part in ("q_b_proj", "kv_a_proj_with_mqa"))
+
+
 # ---- a real budget
 
 
