@@ -44,7 +44,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
             source.reader.dtype(tensor)  # refuses what is quantised
         Skeleton(source, torch.device("cpu"))  # refuses missing and misshapen tensors
         source.tokenizer()
-    return _source(source, LOADED if local else CONFIG_ONLY)
+    return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
 
 
 def _json(path: Path) -> dict[str, Any]:

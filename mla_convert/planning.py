@@ -60,7 +60,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         # beside the weights each layer names its rotary planes (int64)
         "disk_bytes": weights["after"] + sum(plan.layer_rope_dim(layer) // 2 for layer in range(plan.shape.layers)) * 8,
         "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
-        "warnings": sizing.warnings(plan),
+        "warnings": [*source.notes, *sizing.warnings(plan)],
     }  # fmt: skip
     if card_bytes is not None:
         limit = getattr(source.config, "max_position_embeddings", None) or LIMIT

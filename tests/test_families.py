@@ -89,6 +89,9 @@ def test_absorbed_equals_expanded(halved, batch):
     assert all(torch.isfinite(part).all() for part in parts)
     difference = (torch.cat(parts, 1) - whole).abs()[mask.bool()].max()
     assert difference <= 1e-4 * (whole.max() - whole.min())
+    for index, layer in enumerate(cache.layers):
+        sizes = [halved.config.layer_rank(index), halved.config.layer_rope_dim(index)]
+        assert [part.shape[1::2] for part in (layer.keys, layer.values)] == [(1, size) for size in sizes]
 
 
 @torch.no_grad()
@@ -101,6 +104,21 @@ def test_caches_agree(halved, batch):
         return halved.generate(ids, **options, **own)
 
     assert torch.equal(generate(cache_implementation="static"), generate())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_half_precision_and_training(convert_pico, batch, name):
+    ids, mask = batch
+    model = AutoModelForCausalLM.from_pretrained(convert_pico(name, **HALF).out, dtype=torch.bfloat16)
+    tokens = model.eval().generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert tokens.shape == (2, LENGTH + 3)
+    loss = model.train()(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    inside = f".{model.config.mla_attention}."
+    for key, parameter in model.named_parameters():
+        if inside in key and parameter.numel():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
 
 
 def worst(report, key="output_error"):
@@ -197,7 +215,7 @@ def test_experts_stored_one_by_one(sources, tmp_path, name):
         open_source(str(folder))
 
 
-def test_language_model_of_a_multimodal_checkpoint(sources, tmp_path, convert_folder):
+def test_language_model_of_a_multimodal_checkpoint(cli, sources, tmp_path, convert_folder):
     text = pico.config("gemma3")
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
               "patch_size": 14}  # fmt: skip
@@ -208,6 +226,8 @@ def test_language_model_of_a_multimodal_checkpoint(sources, tmp_path, convert_fo
     folder = shutil.copytree(sources("gemma3"), tmp_path / "source")
     whole.save_pretrained(folder)
     shutil.copy(sources("gemma3").parent / "text.txt", tmp_path)
+    for command in ("inspect", "plan"):
+        assert "only its language model is converted" in cli(command, folder)[1]
     report = convert_folder(folder, rank="full", rope_dim="full")
     assert any("only its language model is converted" in note for note in report.notes)
     converted = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Granite 3 and 4."""
+"""Granite 3, dense."""
 
 from mla_convert.families.base import Family
 
