@@ -16,15 +16,18 @@ MAX_ROPE = 128
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """Loss of one layer, in nats per token, measured at some ranks (the full one among them) and at some rotary dims."""
+    """Loss of one layer, in nats per token, measured at some ranks (the full one among them) and at some rotary dims.
+
+    A layer without RoPE has one entry by rotary dims, for none.
+    """
 
     rank: dict[int, float]
     rope: dict[int, float]
 
 
-def most_rank(plan: Plan) -> int:
+def most_rank(plan: Plan, loss: LayerLoss) -> int:
     """Highest rank that a layer may get."""
-    return min(max(MAX_RANK, plan.rank), plan.full_rank)
+    return min(max(MAX_RANK, plan.rank), max(loss.rank))
 
 
 def most_rope(plan: Plan, unit: int) -> int:
@@ -49,6 +52,8 @@ def _round(value: float, unit: int) -> int:
 def curve(measured: dict[int, float], unit: int, most: int, floor: float = 0.0) -> list[float]:
     """Loss at 0, unit, 2 unit, … most: geometric between what was measured, made convex; `floor` is taken off first."""
     sizes = sorted(measured)
+    if len(sizes) == 1:
+        return [measured[sizes[0]] - floor] * (most // unit + 1)
     losses = [max(measured[size] - floor, 1e-12) for size in sizes]
     points = []
     for size in range(0, most + 1, unit):
@@ -84,23 +89,23 @@ def allocate(plan: Plan, losses: list[LayerLoss], unit: int, rope_weight: float)
 
     :param rope_weight: on losses by rotary dims.
     """
-    limits = (most_rank(plan), most_rope(plan, unit))
+    limits = [(most_rank(plan, loss), min(most_rope(plan, unit), max(loss.rope))) for loss in losses]
     curves = [
         (
             # whole rank still loses what the plan's rotary dims lose
-            curve(loss.rank, unit, limits[0], floor=loss.rank[plan.full_rank]),
-            [rope_weight * value for value in curve(loss.rope, unit, limits[1])],
+            curve(loss.rank, unit, most[0], floor=loss.rank[max(loss.rank)]),
+            [rope_weight * value for value in curve(loss.rope, unit, most[1])],
         )
-        for loss in losses
+        for loss, most in zip(losses, limits, strict=True)
     ]
     # no layer goes without rotary dims: what calibration saw says little about the distances that it did not see
-    sizes = [[unit, min(unit, limits[1])] for _ in losses]
+    sizes = [[unit, min(unit, most[1])] for most in limits]
     left = len(losses) * plan.cache_numbers - sum(map(sum, sizes))
     queue: list[tuple[float, int, int]] = []
 
     def offer(layer: int, kind: int) -> None:
         size = sizes[layer][kind]
-        if size + unit <= limits[kind]:
+        if size + unit <= limits[layer][kind]:
             gains = curves[layer][kind]
             heapq.heappush(queue, (gains[size // unit + 1] - gains[size // unit], layer, kind))
 

@@ -45,7 +45,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
             source.reader.dtype(tensor)  # refuses what is quantised
         Skeleton(source, torch.device("cpu"))  # refuses missing and misshapen tensors
         source.tokenizer()
-    return _source(source, LOADED if local else CONFIG_ONLY)
+    return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -59,7 +59,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _source(source: Source, basis: str) -> dict[str, Any]:
     shape, config = source.shape, source.config
-    rope = dict(config.rope_parameters or {})
     windows = [window for window in source.sliding_windows if window]
     tied = config.tie_word_embeddings
     stored = {name for name in source.reader.names() if not (tied and name == "lm_head.weight")}
@@ -72,7 +71,7 @@ def _source(source: Source, basis: str) -> dict[str, Any]:
         "basis": basis,
         "model_type": config.model_type,
         "shape": shape_figures(source),
-        "rope": {"type": rope.pop("rope_type", "default"), "base": rope.pop("rope_theta", None), "scaling": rope},
+        "rope": _rope(config) if source.family.rotary else None,
         "sliding_window": {"tokens": windows[0], "layers": len(windows)} if windows else None,
         "biases": sorted(
             name.removeprefix(first).removesuffix(".bias")
@@ -86,6 +85,15 @@ def _source(source: Source, basis: str) -> dict[str, Any]:
         "parameters": sum(prod(source.reader.shape(name)) for name in stored),
         "cache_bytes_per_token": shape.layers * shape.cache_numbers * source.dtype.itemsize,
     }
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """RoPE's settings; where layers differ, those of full attention, and all of them by type of layer."""
+    parameters = dict(config.rope_parameters or {})
+    by_type = {kind: dict(own) for kind, own in parameters.items() if isinstance(own, dict)}
+    main = dict(by_type.get("full_attention", {})) if by_type else parameters
+    found = {"type": main.pop("rope_type", "default"), "base": main.pop("rope_theta", None), "scaling": main}
+    return {**found, "by_layer_type": by_type} if by_type else found
 
 
 def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
@@ -146,14 +154,19 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
 
 def _source_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     shape, rope, window = found["shape"], found["rope"], found["sliding_window"]
-    scaling = "".join(f", {key} {value}" for key, value in rope["scaling"].items())
+    turned = "none"
+    if rope:
+        scaling = "".join(f", {key} {value}" for key, value in rope["scaling"].items())
+        others = (kind for kind in rope.get("by_layer_type", {}) if kind != "full_attention")
+        bases = "".join(f"; {kind}: base {rope['by_layer_type'][kind].get('rope_theta')}" for kind in others)
+        turned = f"{rope['type']}, base {rope['base']}{scaling}{bases}"
     windowed = f"{window['tokens']} tokens in {window['layers']} of {shape['layers']} layers" if window else "none"
     return [
         ("family", found["model_type"]),
         ("layers", str(shape["layers"])),
         ("hidden size", str(shape["hidden_size"])),
         ("heads", f"{shape['attention_heads']} of {shape['head_dim']}, {shape['key_value_heads']} for keys and values"),
-        ("RoPE", f"{rope['type']}, base {rope['base']}{scaling}"),
+        ("RoPE", turned),
         ("sliding window", windowed),
         ("biases", ", ".join(found["biases"]) or "none"),
         ("longest context", str(found["context_limit"])),

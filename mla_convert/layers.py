@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from mla_convert import refine
 from mla_convert.activations import Activations
-from mla_convert.attention import attention_weights, build_attention, fill_attention, is_attention_tensor
+from mla_convert.attention import build_attention, factorise_layer, fill_attention, is_attention_tensor
 from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import ConvertConfig
 from mla_convert.environment import return_freed_memory
-from mla_convert.factorise import factorise
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
 from mla_convert.progress import Progress
@@ -93,14 +92,14 @@ def convert_layers(job: LayerJob, streams: Streams) -> list[dict[str, Any]]:
         tensors = skeleton.layer_tensors(index)
         with skeleton.layer(index, tensors) as layer:
             start = {length: kwargs[length][index] for length in lengths}
-            student = build_attention(job.mla_config, index, _attention(job, layer).scaling, skeleton.device)
+            student = build_attention(job.mla_config, _attention(job, layer), skeleton.device)
             file = job.shard(index + 1)
             if file in job.writer.finished:
                 report = job.writer.finished[file]["note"]
                 written = job.writer.load_shard(file)
                 job.progress.skip(job.refine.steps)
             else:
-                report = _convert_layer(job, index, layer, student, streams, start, eager[index])
+                report = _convert_layer(job, layer, student, streams, start, eager[index])
                 written = _layer_tensors(job, index, tensors, student)
                 check_finite(written)
                 job.writer.write_shard(file, written, report)
@@ -117,28 +116,30 @@ def _attention(job: LayerJob, layer: nn.Module) -> nn.Module:
 
 
 def _convert_layer(
-    job: LayerJob, index: int, layer: nn.Module, module: MlaAttention, streams: Streams, kwargs: dict, eager: dict
+    job: LayerJob, layer: nn.Module, module: MlaAttention, streams: Streams, kwargs: dict, eager: dict
 ) -> dict[str, Any]:
     """Factorise and refine one layer into `module`; returns its report entry."""
     skeleton, clock = job.skeleton, _Clock(job.skeleton.device)
-    norm, own = getattr(layer, skeleton.source.family.input_norm), kwargs[streams.calib_original.length]
-    original = refine.attend(_attention(job, layer), norm, own, skeleton.autocast)
-    student = refine.attend(module, norm, own, skeleton.autocast)
+    family, own, attention = skeleton.source.family, kwargs[streams.calib_original.length], _attention(job, layer)
+    norm, after = family.entry(layer), family.exit(layer)
+    original = refine.attend(attention, norm, own, skeleton.autocast, after)
+    student = refine.attend(module, norm, own, skeleton.autocast, after)
 
-    statistics = layer_statistics(skeleton, layer, streams.calib_converted, eager)
+    statistics = layer_statistics(skeleton, layer, streams.calib_converted, eager, module)
     clock.lap("calibrate")
-    size = job.plan.layer(index)
-    source, geometry = attention_weights(skeleton.source, layer, job.plan.shape, skeleton.rope_scale)
-    weights = factorise(source, geometry, statistics, size.rank, size.rope_dim, planes=job.config.planes)
-    fill_attention(module, weights)
+    size, rotation = job.plan.layer(module.layer_idx), skeleton.rotation(module.layer_idx, eager)
+    weights = factorise_layer(
+        skeleton.source, attention, statistics, size.rank, size.rope_dim, job.config.planes, rotation
+    )
+    fill_attention(module, weights, family.table_step)
     clock.lap("factorise")
     closed_form = refine.output_error(student, original, streams.calib_original)
     targets = refine.residual_targets(original, streams.calib_original)
     result = refine.refine(module, student, streams.calib_converted, targets, job.refine, job.progress.step)
     clock.lap("refine")
     return {
-        "kv_lora_rank": size.rank,
-        "qk_rope_head_dim": size.rope_dim,
+        "kv_lora_rank": module.kv_lora_rank,
+        "qk_rope_head_dim": module.qk_rope_head_dim,
         "plane_frequencies": weights.freq_index.tolist(),
         "energy": weights.energy,
         "output_error_closed_form": closed_form,

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from mla_convert.errors import InputError
+from mla_convert.source import kv_heads
 
 # Logits held at once, tokens by vocabulary: 128 MB in float32.
 LOGITS = 1 << 25
@@ -67,6 +68,13 @@ def model_losses(model: nn.Module, windows: Tensor) -> Tensor:
     return score(Readout(model, windows), windows).losses
 
 
+@dataclass
+class _Output(BaseModelOutputWithPastAndCrossAttentions):
+    """Whatever the head of some family asks a decoder's output for."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+
+
 class _Given(nn.Module):
     """Stands for a model's decoder: returns given hidden states (1, T, hidden) whatever comes in."""
 
@@ -74,8 +82,13 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden: Tensor | None = None
 
-    def forward(self, *_, **__) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+    @property
+    def decoder(self) -> _Given:
+        """OPT's head calls the decoder inside the decoder."""
+        return self
+
+    def forward(self, *_, **__) -> _Output:
+        return _Output(last_hidden_state=self.hidden)
 
 
 class Readout:
@@ -181,4 +194,4 @@ def cache_bytes(model: nn.Module, ids: Tensor) -> float:
 def original_cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes a token that the original of a converted model caches, from the fields that its configuration keeps."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers * itemsize
+    return 2 * kv_heads(config) * head_dim * config.num_hidden_layers * itemsize

@@ -44,7 +44,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     with phases.phase("text"):
         longest = getattr(source.config, "max_position_embeddings", None)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest)
-    for note in windows.notes:
+    notes = [*source.notes, *windows.notes]
+    for note in notes:
         progress.note(note)
 
     refine = layers.refine_settings(config, device, windows.calib.shape[1])
@@ -86,7 +87,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             phases=phases.results,
             seconds=round(time.perf_counter() - began, 2),
             checksums=writer.checksums(),
-            notes=windows.notes,
+            notes=notes,
             out=out,
         )  # fmt: skip
         write_recipe(writer.folder, config, source, plan, windows, refine, result)

@@ -63,10 +63,10 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         },
         "parameters": {key: {side: counted[key] for side, counted in counts.items()} for key in ("attention", "model")},
         # beside the weights each layer names its rotary planes (int64)
-        "disk_bytes": weights["after"] + plan.shape.layers * plan.rope_dim // 2 * 8,
+        "disk_bytes": weights["after"] + sum(size.rope_dim // 2 for size in plan.layers) * 8,
         "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
         "time": _time(config, source, plan, before, after),
-        "warnings": sizing.warnings(plan),
+        "warnings": [*source.notes, *sizing.warnings(plan)],
     }  # fmt: skip
     if card_bytes is not None:
         limit = getattr(source.config, "max_position_embeddings", None) or LIMIT

@@ -58,12 +58,18 @@ def relative_error(found: Tensor, expected: Tensor) -> Tensor:
     return ((found - expected).square().mean(-1) / expected.square().mean(-1).clamp_min(1e-12)).mean()
 
 
-def attend(attention: nn.Module, norm: nn.Module, kwargs: dict[str, Any], autocast: Callable) -> Forward:
-    """hidden (B, L, d) -> output of an attention behind its norm, float32."""
+def attend(
+    attention: nn.Module,
+    norm: Callable,
+    kwargs: dict[str, Any],
+    autocast: Callable,
+    after: Callable = lambda output: output,
+) -> Forward:
+    """hidden (B, L, d) -> what an attention behind its norm adds to the residual stream, float32."""
 
     def forward(hidden: Tensor) -> Tensor:
         with autocast():
-            return attention(hidden_states=norm(hidden), **kwargs)[0].float()
+            return after(attention(hidden_states=norm(hidden), **kwargs)[0]).float()
 
     return forward
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from mla_convert.activations import Activations
 from mla_convert.allocate import LayerLoss, allocate, probes
-from mla_convert.attention import attention_weights, build_attention, fill_attention, mla_config
+from mla_convert.attention import build_attention, factorise_layer, fill_attention, mla_config
 from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import Settings
-from mla_convert.factorise import factorise
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.plan import Plan, size_unit
+from mla_convert.plan import LayerSize, Plan, size_unit
 from mla_convert.progress import Progress
 from mla_convert.refine import attend
 from mla_convert.skeleton import Skeleton
@@ -99,8 +98,8 @@ def _first(output: Tensor | tuple) -> Tensor:
 
 def _backward(skeleton: Skeleton, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict) -> Tensor:
     """Carry `gradient` (N, L, d), in place, from a layer's output to its input; E[g g^T] (d, d) at its attention's output."""
-    attention = getattr(layer, skeleton.source.family.attention)
-    kept: list[Tensor] = []
+    family = skeleton.source.family
+    attention, leave, kept = getattr(layer, family.attention), family.exit(layer), []
 
     def keep(_module, _args, output):
         kept.append(_first(output))
@@ -116,8 +115,7 @@ def _backward(skeleton: Skeleton, layer: nn.Module, states: Activations, gradien
                 output = _first(layer(hidden, **kwargs))
             output.backward(gradient[part].to(output.device, output.dtype))
             gradient[part] = hidden.grad.to(gradient.device)
-            size = (hidden + kept[0]).detach().norm(dim=-1)[0]
-            rows = kept[0].grad[0].float()[size <= MASSIVE * size.median()]
+            rows = kept[0].grad[0].float()[_usual(hidden + leave(kept[0]))[0]]
             metric += (rows.T @ rows).double()
             tokens += len(rows)
             kept.clear()
@@ -131,16 +129,14 @@ def _losses(
     skeleton: Skeleton, layer: nn.Module, states: Activations, metric: Tensor, plan: Plan, kwargs: dict, eager: dict
 ) -> LayerLoss:
     """Run one layer's attention, factorised at several sizes, and compare: rank and rotary dims each with the other whole."""
-    source, geometry = attention_weights(skeleton.source, layer, plan.shape, skeleton.rope_scale)
-    statistics = layer_statistics(skeleton, layer, states, eager)
-    attention, norm = (
-        getattr(layer, skeleton.source.family.attention),
-        getattr(layer, skeleton.source.family.input_norm),
-    )
+    family, source = skeleton.source.family, skeleton.source
+    attention, norm = getattr(layer, family.attention), family.entry(layer)
+    size, rotation = plan.layer(attention.layer_idx), skeleton.rotation(attention.layer_idx, eager)
+    full = plan.shape.full_rank(size.rope_dim)
+    statistics = layer_statistics(skeleton, layer, states, eager, _module(skeleton, plan, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
     expected = attend(attention, norm, kwargs, skeleton.autocast)(hidden)
-    size = (hidden + expected).norm(dim=-1)
-    usual = size <= MASSIVE * size.median()
+    usual = _usual(hidden + family.exit(layer)(expected))
     root = torch.linalg.cholesky(_shrunk(metric)).float()
 
     def error(module: MlaAttention) -> float:
@@ -148,21 +144,32 @@ def _losses(
         return float(((found - expected) @ root).square().sum(-1)[usual].mean() / 2)
 
     def build(rank: int | None, rope_dim: int) -> MlaAttention:
-        weights = factorise(source, geometry, statistics, rank, rope_dim)
-        config = mla_config(skeleton.source, Plan(weights.kv_b.shape[1], rope_dim, plan.shape), torch.float32)
-        module = build_attention(config, 0, attention.scaling, skeleton.device)
-        fill_attention(module, weights)
+        weights = factorise_layer(source, attention, statistics, rank, rope_dim, "loss", rotation)
+        module = _module(skeleton, plan, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
+        fill_attention(module, weights, family.table_step)
         return module
 
     ranks, ropes = probes(plan, size_unit(plan))
-    by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in ropes}
-    module, by_rank = build(plan.full_rank, plan.rope_dim), {}
-    for rank in reversed(ranks):
+    by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in (ropes if rotation.turning else [0])}
+    module, by_rank = build(full, size.rope_dim), {}
+    for rank in sorted({full, *(rank for rank in ranks if rank < full)}, reverse=True):
         # latents are ordered: without the last ones it is the module of a lower rank
         for parameter in module.kv_a_proj_with_mqa.parameters():
-            parameter.data[rank : plan.full_rank] = 0
+            parameter.data[rank:full] = 0
         by_rank[rank] = error(module)
     return LayerLoss(by_rank, by_rope)
+
+
+def _module(skeleton: Skeleton, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
+    """An attention of some size for one stock attention, without values."""
+    sized = replace(plan, sizes=(size,) * plan.shape.layers)
+    return build_attention(mla_config(skeleton.source, sized, torch.float32), attention, skeleton.device)
+
+
+def _usual(stream: Tensor) -> Tensor:
+    """Which tokens (B, L) of a residual stream (B, L, d) have no massive activations."""
+    size = stream.norm(dim=-1)
+    return size <= MASSIVE * size.median()
 
 
 def _shrunk(metric: Tensor) -> Tensor:

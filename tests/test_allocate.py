@@ -60,7 +60,7 @@ def test_greedy_is_the_best_there_is():
     found = losses(PLAN, 2, [(0.3, 1), (2, 0.5), (1, 3)])
     sizes = allocate(PLAN, found, 2, 1.0)
     floor = [loss.rank[PLAN.full_rank] for loss in found]
-    ranks = [curve(loss.rank, 2, most_rank(PLAN), floor[i]) for i, loss in enumerate(found)]
+    ranks = [curve(loss.rank, 2, most_rank(PLAN, loss), floor[i]) for i, loss in enumerate(found)]
     ropes = [curve(loss.rope, 2, most_rope(PLAN, 2)) for loss in found]
 
     def total(choice):
@@ -72,7 +72,7 @@ def test_greedy_is_the_best_there_is():
         moved = [[size.rank, size.rope_dim] for size in sizes]
         moved[a][kind_a] -= 2
         moved[b][kind_b] += 2
-        if moved[a][kind_a] >= 2 and moved[b][0] <= most_rank(PLAN) and moved[b][1] <= most_rope(PLAN, 2):
+        if moved[a][kind_a] >= 2 and moved[b][0] <= PLAN.full_rank and moved[b][1] <= most_rope(PLAN, 2):
             assert total([LayerSize(*size) for size in moved]) >= best - 1e-12
 
 
@@ -88,3 +88,11 @@ def test_small_and_large_budgets(plan):
     assert sum(size.numbers for size in sizes) <= 3 * max(plan.cache_numbers, 4)
     for size in sizes:
         assert 2 <= size.rank <= SHAPE.full_rank(size.rope_dim) and size.rope_dim < SHAPE.full_rope_dim
+
+
+def test_a_layer_without_rope_gets_rank_only():
+    found = losses(PLAN, 2, [(1, 1)] * 3)
+    found[1] = LayerLoss({**found[1].rank, SHAPE.full_rank(0): 1e-9}, {0: 0.0})
+    sizes = allocate(PLAN, found, 2, 1.0)
+    assert sizes[1].rope_dim == 0 and sizes[1].rank >= sizes[0].rank > 0 < sizes[0].rope_dim
+    assert sum(size.numbers for size in sizes) == 3 * PLAN.cache_numbers

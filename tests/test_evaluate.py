@@ -74,7 +74,7 @@ def test_exact_conversion_is_the_original(convert_pico, sources, measure, name):
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2"])
 def test_cache_bytes(convert_pico, sources, measure, name, dtype):
     folder = convert_pico(name, rank=RANK, rope_dim=ROPE_DIM).out
-    config, itemsize = pico.CONFIGS[name](), 4 if dtype in ("auto", "float32") else 2
+    config, itemsize = pico.config(name), 4 if dtype in ("auto", "float32") else 2
     alone = measure(folder, windows=1, dtype=dtype)
     assert alone.bytes_after == config.num_hidden_layers * (RANK + ROPE_DIM) * itemsize
     assert alone.bytes_before == config.num_hidden_layers * 32 * itemsize and not alone.before_is_measured
@@ -272,7 +272,7 @@ def test_not_the_original(convert_pico, sources, measure, tmp_path):
     torch.manual_seed(0)
     for size, culprit in ((60, "vocabulary"), (300, "vocabulary")):
         path = tmp_path / str(size)
-        config = pico.CONFIGS["llama"]()
+        config = pico.config("llama")
         config.vocab_size = size
         AutoModelForCausalLM.from_config(config).save_pretrained(path)
         pico.tokenizer().save_pretrained(path)

@@ -137,7 +137,9 @@ def test_generates_the_same_with_every_cache(folder, model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name, sharded", [("llama", True), ("llama-mha-tied", True), ("qwen2", False)])
+@pytest.mark.parametrize(
+    "name, sharded", [("llama", True), ("llama-mha-tied", True), ("qwen2", False), ("qwen3", True), ("phi3", True)]
+)
 def test_everything_but_the_attention_is_untouched(convert_folder, tmp_path, name, sharded, dtype):
     source = pico.save(name, tmp_path / name, dtype, **({"max_shard_size": "60KB"} if sharded else {}))
     assert (source / "model.safetensors.index.json").exists() == sharded

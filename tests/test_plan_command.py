@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from mla_convert import sizing, source, timing
 from mla_convert.config import build_config
 from mla_convert.errors import InputError, UsageError
+from mla_convert.families import FAMILIES
 from mla_convert.plan import AttentionShape, Plan
 from mla_convert.planning import plan_conversion
 from mla_convert.source import open_source
@@ -49,7 +50,7 @@ def published(tmp_path):
 # ---- from the configuration alone
 
 
-@pytest.mark.parametrize("name", pico.CONFIGS)
+@pytest.mark.parametrize("name", pico.VARIANTS)
 def test_configuration_says_what_the_tensors_say(sources, name):
     told, read = open_source(str(sources(name)), weights=False), open_source(str(sources(name)))
     assert told.shape == read.shape and told.dtype == read.dtype and told.sliding_windows == read.sliding_windows
@@ -58,19 +59,20 @@ def test_configuration_says_what_the_tensors_say(sources, name):
     }
 
 
-@pytest.mark.parametrize("name", pico.CONFIGS)
+@pytest.mark.parametrize("name", pico.VARIANTS)
 def test_plan_is_what_is_written(sources, convert_pico, name):
     planned, report = plan(sources(name), kv_ratio=0.4), convert_pico(name, kv_ratio=0.4)
+    inside = f".{FAMILIES[pico.VARIANTS[name][0]].attention}."
     assert report.cache.items() <= planned["cache"].items()
     index = json.loads((report.out / "model.safetensors.index.json").read_text())
     assert planned["disk_bytes"] == index["metadata"]["total_size"]
     written = {key: t for file in report.out.glob("*.safetensors") for key, t in load_file(file).items()}
     numbers = {key: t.numel() for key, t in written.items() if t.is_floating_point()}
     assert planned["parameters"]["model"]["after"] == sum(numbers.values())
-    assert planned["parameters"]["attention"]["after"] == sum(n for key, n in numbers.items() if ".self_attn." in key)
+    assert planned["parameters"]["attention"]["after"] == sum(n for key, n in numbers.items() if inside in key)
     before = {key: t.numel() for file in sources(name).glob("*.safetensors") for key, t in load_file(file).items()}
     assert planned["parameters"]["model"]["before"] == sum(before.values())
-    assert planned["parameters"]["attention"]["before"] == sum(n for key, n in before.items() if ".self_attn." in key)
+    assert planned["parameters"]["attention"]["before"] == sum(n for key, n in before.items() if inside in key)
 
 
 def test_known_figures_of_llama_8b(published):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pico import CONFIGS, VOCAB, model
+from pico import VARIANTS, VOCAB, model
 
 from mla_convert import skeleton as skeleton_module
 from mla_convert.activations import Activations
@@ -11,7 +11,7 @@ from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
     # slices that divide neither the vocabulary nor the window
     monkeypatch.setattr(skeleton_module, "LOGIT_ROWS", 100)
