@@ -120,6 +120,12 @@ class Plan:
         return 0 if self.layer(layer).rope_dim == every else self.shape.head_dim
 
 
+def shares_out(settings: Settings, plan: Plan) -> bool:
+    """Whether the conversion gives layers sizes of their own, by what it measures; the plan then holds their mean."""
+    free = not settings.uniform and settings.planes == "loss"
+    return free and plan.shape.layers > 1 and plan.rank < plan.full_rank
+
+
 def size_unit(plan: Plan) -> int:
     """What per-layer sizes are multiples of."""
     return UNIT if min(plan.rank, plan.shape.full_rope_dim - 1) >= UNIT else 2

@@ -15,8 +15,9 @@ from mla_convert import sizing, timing
 from mla_convert.attention import mla_config
 from mla_convert.config import ConvertConfig
 from mla_convert.layers import refine_settings
-from mla_convert.plan import Plan, make_plan
+from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
+from mla_convert.sensitivity import TOKENS
 from mla_convert.source import Source, open_source, parameters
 from mla_convert.texts import CALIB_DEFAULT, EVAL_LENGTH
 
@@ -50,9 +51,11 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         "dtype": str(dtype).removeprefix("torch."),
         "exact": plan.exact,
         "layers": [
-            {"layer": layer, "kv_lora_rank": plan.rank, "qk_rope_head_dim": plan.rope_dim}
-            for layer in range(plan.shape.layers)
+            {"layer": layer, "kv_lora_rank": size.rank, "qk_rope_head_dim": size.rope_dim}
+            for layer, size in enumerate(plan.layers)
         ],
+        # otherwise these are means, which the conversion shares out by what it measures
+        "uniform": not shares_out(config, plan),
         "cache": {
             **cache_figures(plan, dtype.itemsize, windows),
             "grid": [
@@ -148,7 +151,7 @@ def _time(
         calib = _calibration_windows(config, device.type == "cuda")
         refine = refine_settings(config, device, calib[1])
         windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
-                          "batch": refine.batch}  # fmt: skip
+                          "batch": refine.batch, "measured": TOKENS[device.type] * shares_out(config, plan)}  # fmt: skip
     return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
 
 
@@ -184,7 +187,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{shape['head_dim']}, {shape['key_value_heads']} for keys and values, {plan['dtype']}"
     )
     rank, rope = cache["kv_lora_rank"], cache["qk_rope_head_dim"]
-    table = _table(f"→ MLA, rank {rank} + {rope} rotary in every layer{', exact' if plan['exact'] else ''}")
+    spread = "in every layer" if plan["uniform"] else "on average: layers that lose more get more"
+    table = _table(f"→ MLA, rank {rank} + {rope} rotary {spread}{', exact' if plan['exact'] else ''}")
     _compare(table, "cache numbers per token and layer", cache["numbers_per_token_per_layer"], str)
     _compare(table, "cache per token", cache["bytes_per_token"], human_bytes)
     for what, numbers in plan["parameters"].items():

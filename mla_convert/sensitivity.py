@@ -20,7 +20,7 @@ from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import Settings
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.plan import LayerSize, Plan, size_unit
+from mla_convert.plan import LayerSize, Plan, shares_out, size_unit
 from mla_convert.progress import Progress
 from mla_convert.refine import attend
 from mla_convert.skeleton import Skeleton
@@ -35,15 +35,26 @@ MASSIVE = 5.0
 ERROR_TOKENS = 4096
 # Added to the metric's diagonal, of its mean.
 SHRINKAGE = 1e-3
-# A gradient step regains more of what de-rotation loses than of what low rank loses: measured in docs/quality.md.
-ROPE_WEIGHT = 0.25
+# Refinement regains more of what de-rotation loses than of what low rank loses, the more so the longer it is: in a trade
+# between the two, losses by rotary dims count 1 / (1 + steps / REGAIN_STEPS). docs/quality.md has what was measured.
+REGAIN_STEPS = 100
 
 
 def share_out(
-    plan: Plan, config: Settings, skeleton: Skeleton, states: Activations, writer: Writer, progress: Progress
+    plan: Plan,
+    config: Settings,
+    steps: int,
+    skeleton: Skeleton,
+    states: Activations,
+    writer: Writer,
+    progress: Progress,
 ) -> Plan:
-    """The plan with sizes layer by layer, where it leaves anything to choose and the settings do not forbid it."""
-    if config.uniform or config.planes != "loss" or plan.shape.layers < 2 or plan.rank == plan.full_rank:
+    """The plan with sizes layer by layer, where it leaves anything to choose and the settings do not forbid it.
+
+    :param steps: of refinement that each layer will get.
+    :param states: embedded calibration windows; a few of them are used.
+    """
+    if not shares_out(config, plan):
         return plan
     length = min(states.length, WINDOW)
     windows = min(states.windows, max(1, TOKENS[skeleton.device.type] // length))
@@ -53,7 +64,7 @@ def share_out(
         losses = layer_losses(skeleton, few, plan, config.seed, writer, progress.layer_measured)
     finally:
         progress.stop()
-    return replace(plan, sizes=allocate(plan, losses, size_unit(plan), ROPE_WEIGHT))
+    return replace(plan, sizes=allocate(plan, losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
 
 
 def layer_losses(

@@ -34,8 +34,13 @@ class LayerWork:
     mixing_before: int  # query heads times the widths of a key and a value
     mixing_after: int
 
-    def operations(self, calib: tuple[int, int], evaluation: tuple[int, int], steps: int, batch: int) -> float:
-        """Floating point operations, for windows of (how many, tokens each) and `steps` of `batch` windows."""
+    def operations(
+        self, calib: tuple[int, int], evaluation: tuple[int, int], steps: int, batch: int, measured: int = 0
+    ) -> float:
+        """Floating point operations, for windows of (how many, tokens each) and `steps` of `batch` windows.
+
+        `measured`: tokens at which the loss of a smaller cache is measured, before sizes are shared out.
+        """
 
         def forward(weights: int, mixing: int, length: int) -> float:
             return 2.0 * weights + 2.0 * length * mixing
@@ -53,7 +58,10 @@ class LayerWork:
             samples * length * (12.0 * self.hidden**2 + 2 * forward(self.attention_before, self.mixing_before, length))
         )
         total += 3.0 * steps * batch * length * forward(self.attention_after, self.mixing_after, length)
-        return total + 30.0 * self.hidden**3  # decompositions, in float64
+        if measured:  # the layer forward, forward again and back; its attention at some fourteen sizes
+            total += measured * 4 * forward(self.layer_before, self.mixing_before, length)
+            total += measured * 14 * forward(self.attention_after, self.mixing_after, length)
+        return total + (90.0 if measured else 30.0) * self.hidden**3  # decompositions, in float64
 
 
 def estimate(work: LayerWork, layers: int, windows: dict[str, Any], cores: int) -> dict[str, dict[str, Any]]:

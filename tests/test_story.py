@@ -70,7 +70,7 @@ def test_from_plan_to_the_hub_and_back(mla, hub, tmp_path):
     sizes = "numbers_per_token_per_layer"  # ranks are shared out among layers by what is measured
     assert report["cache"][sizes] == plan["cache"][sizes]
     weights = sum(tensor.nbytes for tensor in _tensors(folder).values())
-    assert weights == plan["disk_bytes"]
+    assert weights == pytest.approx(plan["disk_bytes"], rel=0.05)
 
     code, out, err = mla("eval", "demo-mla", "--against", "demo", "--json")
     measured = json.loads(out)["evaluation"]

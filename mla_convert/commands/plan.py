@@ -19,6 +19,9 @@ def plan(
     kv_ratio: Annotated[
         float | None, typer.Option(help="Share of the original cache to keep. Default 0.5 if no rank is given.")
     ] = None,
+    uniform: Annotated[
+        bool | None, typer.Option("--uniform", help="The same sizes in every layer, as for a conversion.")
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help="Card to fit into: h100, a100-80, 4090, l4, mi300x, …")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, instead of --gpu: 80GB, 24GiB, …")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
@@ -31,7 +34,7 @@ def plan(
     from mla_convert.sizing import card_memory
 
     card = card_memory(gpu, memory)
-    sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio}
+    sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio, "uniform": uniform}
     config = build_config({"source": source, "revision": revision, **sizes})
     silence_libraries(quiet)
     from rich.console import Console
