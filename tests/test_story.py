@@ -93,7 +93,9 @@ def test_from_plan_to_the_hub_and_back(mla, hub, tmp_path):
     code, out, err = shell("-c", LOAD, REPO)
     assert code == 0, err
     loaded = json.loads(out)
-    assert loaded["class"] == "MlaLlamaForCausalLM" and loaded["rank"] == max(layer["kv_lora_rank"] for layer in report["layers"])
+    assert loaded["class"] == "MlaLlamaForCausalLM" and loaded["rank"] == max(
+        layer["kv_lora_rank"] for layer in report["layers"]
+    )
     assert loaded["text"].startswith("The people of the islands") and len(loaded["text"]) > 30
 
     # and what is on the Hub can be inspected and gated by its name
