@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from mla_convert.checkpoint.dequantise import DequantisedReader, can_dequantise
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
 from mla_convert.config import unknown_source
@@ -228,8 +229,11 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     part = text.get("model_type") if isinstance(text, dict) else None
     # of a multimodal checkpoint the language model is read, if it is of a family
     family = FAMILIES[part] if part in FAMILIES else find_family(str(model_type), content.keys())
-    stored = SafetensorsReader(folder) if weights else None
     config = _read_config(folder, label, part in FAMILIES)
+    quantization = _quantization(config, label)
+    stored = SafetensorsReader(folder) if weights else None
+    if stored and quantization:
+        stored = DequantisedReader(stored, quantization)
     family.check(config, label)
     expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
     reader = ModelReader(stored, expected.names(), family) if stored else expected
@@ -237,15 +241,29 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     return Source(label, revision, folder, None, config, family, reader, notes)
 
 
+def _quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | None:
+    """How a checkpoint is quantised, taken out of its configuration: what is read, and written, is not.
+
+    Raises:
+        InputError: in a way that is not read here.
+    """
+    how = getattr(config, "quantization_config", None)
+    if not how:
+        return None
+    how = dict(how if isinstance(how, dict) else how.to_dict())
+    method = how.get("quant_method")
+    how["quant_method"] = getattr(method, "value", method)
+    if not can_dequantise(how):
+        raise InputError(
+            f"{label} is quantised ({how['quant_method'] or 'its configuration says how'}): of quantised checkpoints FP8, MXFP4 "
+            f"and GGUF are read; give one of these, or the checkpoint that it was made from"
+        )
+    del config.quantization_config
+    return how
+
+
 def _expected(config: PreTrainedConfig, label: str) -> Reader:
     """The tensors that a configuration asks for, on the meta device, in its dtype; a tied head is not among them."""
-    if getattr(config, "quantization_config", None):
-        how = config.quantization_config
-        method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
-        raise InputError(
-            f"{label} is quantised ({getattr(method, 'value', method) or 'its configuration says how'}): such weights are "
-            f"not read yet; give the checkpoint that it was made from, or a GGUF file"
-        )
     try:
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)

@@ -274,7 +274,7 @@ def test_multimodal_models_without_a_supported_language_model(cli, llama):
     assert "llama4 is multimodal" in line
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
 def test_quantised_checkpoints_are_refused_by_method(cli, llama, method):
     assert f"quantised ({method})" in refusal(cli, llama, quantization_config={"quant_method": method})
 
@@ -326,7 +326,8 @@ calibration text, closed form only (`--refine-steps 0 --dtype float32`), on a CP
 
 ## Not converted
 
-- Quantised safetensors (GPTQ, AWQ, bitsandbytes, FP8, MXFP4): refused; GGUF files are read through transformers.
+- Quantised safetensors: GPTQ, AWQ and bitsandbytes are refused; FP8 and MXFP4 are read as bfloat16. GGUF files are read
+  through transformers.
 - Of multimodal checkpoints whose language model is one of the above (Gemma 3 4B and up, for example): the language model alone.
 - Models with latent attention already (DeepSeek V2 and V3, Kimi, MiniCPM3, LongCat, …): said so, nothing done.
 {refused}

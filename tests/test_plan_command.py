@@ -126,7 +126,7 @@ def test_gguf_is_planned_from_its_metadata(tmp_path, monkeypatch):
 
 def test_quantised_configuration_is_refused(cli, published):
     path = published("llama-8b") / "config.json"
-    path.write_text(json.dumps({**PUBLISHED["llama-8b"], "quantization_config": {"quant_method": "fp8"}}))
+    path.write_text(json.dumps({**PUBLISHED["llama-8b"], "quantization_config": {"quant_method": "gptq"}}))
     code, out, err = cli("plan", path.parent)
     assert code == 4 and "quantised" in err and not out
 

@@ -4,7 +4,7 @@ from mla_convert.families.base import Family
 
 FAMILY = Family(
     model_type="gpt_oss",
-    examples="gpt-oss 20B and 120B, in bfloat16 (the MXFP4 originals are refused)",
+    examples="gpt-oss 20B and 120B, MXFP4 or in bfloat16",
     special="attention sinks; a window in every other layer; YaRN; mixture of experts",
     sinks="sinks",
     tested={
