@@ -6,7 +6,6 @@ import contextlib
 import copy
 import importlib.util
 import io
-import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 from datasets import disable_progress_bars
 from datasets.exceptions import DatasetNotFoundError
-from torch import nn
+from torch import OutOfMemoryError, nn
 
 from mla_convert.errors import InputError, ResourceError, UsageError, one_line
 from mla_convert.progress import Progress
@@ -36,13 +35,13 @@ class Tasks:
 
     def __init__(self, names: list[str], limit: int | None, progress: Progress):
         if not importlib.util.find_spec("lm_eval"):
-            raise UsageError('--tasks needs lm-evaluation-harness: pip install "mla_convert[eval]"')
+            raise UsageError('--tasks needs lm-evaluation-harness: pip install "lm_eval>=0.4.13" (the extra eval)')
         # The harness takes a path as well, but says of one that is not there only that no task has such a name.
         for name in names:
             if name.endswith(FILES) and not Path(name).expanduser().is_file():
                 raise InputError(f"task file {name} not found")
         self.names = [str(Path(name).expanduser().resolve()) if name.endswith(FILES) else name for name in names]
-        self.limit, self._shown = limit, not progress.quiet and sys.stderr.isatty()
+        self.limit, self._shown = limit, progress.verbose or (not progress.quiet and sys.stderr.isatty())
         with self._harness("cannot be loaded"):
             from lm_eval.tasks import TaskManager
 
@@ -79,8 +78,7 @@ class Tasks:
 
     @contextlib.contextmanager
     def _harness(self, what: str) -> Iterator[None]:
-        """Its failures as ours; its bars only on a terminal, its log only where it fails, and nothing on stdout."""
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        """Its failures as ours; its bars and words only on a terminal or with -v, and nothing on stdout."""
         if not self._shown:
             disable_progress_bars()
         try:
@@ -89,13 +87,11 @@ class Tasks:
                     stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
                 yield
-        except (MemoryError, InputError, ResourceError):
+        except (MemoryError, OutOfMemoryError):
             raise
         except (ConnectionError, DatasetNotFoundError) as error:
             raise ResourceError(f"the data of {self._named()} cannot be fetched: {one_line(error)}") from error
         except Exception as error:  # a task is code of its own, which may raise anything
-            if type(error).__name__ == "OutOfMemoryError":
-                raise
             raise InputError(f"{self._named()} {what}: {type(error).__name__}: {one_line(error)}") from error
 
     def _named(self) -> str:

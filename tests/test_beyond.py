@@ -269,6 +269,15 @@ metric_list:
   - metric: acc
 """
 
+GENERATES = """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: answer
+generation_kwargs: {until: [], max_gen_toks: 6, do_sample: false}
+metric_list:
+  - metric: exact_match
+"""
+
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
@@ -314,6 +323,28 @@ def accuracy(folder):
 
 
 @needs_harness
+def test_task_that_generates(cli, folder, sources, small, task):
+    """Prompts of several lengths in one padded batch, through the model's own `generate`."""
+    rows = [{"question": "Item " * n, "answer": continuation(folder, "Item " * n)} for n in range(1, 6)]
+    task.with_name("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content = task.read_text().partition("output_type")[0]
+    task.write_text(content + GENERATES)
+    code, out, err = cli("eval", folder, *small, "--tasks", task, "--json")
+    assert code == 0 and not err, err
+    assert (
+        json.loads(out)["beyond"]["tasks"]["results"]["tiny_colours"]["metrics"]["exact_match"]["after"]["value"] == 1
+    )
+
+
+def continuation(folder, text):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text)["input_ids"]
+    return tokenizer.decode(
+        decoding.continue_greedily(model, ids, 6, decoding.end_tokens(model, tokenizer)), skip_special_tokens=True
+    )
+
+
+@needs_harness
 def test_task_alone_and_its_first_examples(cli, folder, small, task):
     code, out, err = cli("eval", folder, *small, "--tasks", task, "--task-limit", 3)
     assert code == 0 and not err, err
@@ -341,4 +372,4 @@ def test_without_the_harness(cli, folder, small, monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else real(name, *rest)
     )
     code, out, err = cli("eval", folder, *small, "--tasks", "arc_easy")
-    assert code == USAGE and not out and len(err.splitlines()) == 1 and "mla_convert[eval]" in err
+    assert code == USAGE and not out and len(err.splitlines()) == 1 and "lm_eval>=0.4.13" in err

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries
 from mla_convert.errors import ResourceError, UsageError
 
 EXAMPLE = "mla-convert eval llama-8b-mla --against meta-llama/Llama-3.1-8B"
@@ -145,7 +145,7 @@ def evaluate(
                     tasks=names, task_limit=task_limit)  # fmt: skip
     try:
         found = evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length, dtype=dtype,
-                               device=device, probes=probes, progress=Progress(quiet=quiet))  # fmt: skip
+                               device=device, probes=probes, progress=Progress(quiet=quiet, verbose=is_verbose()))  # fmt: skip
     except (MemoryError, OutOfMemoryError) as error:
         raise ResourceError(OUT_OF_MEMORY) from error
     if folder:
