@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from mla_convert import beyond
 from mla_convert.report import Report, rows
 
 BODY = """
@@ -23,7 +24,7 @@ attention is the original's.
 
 Perplexity on {text}: {protocol}. Calibrated on {calibration}. {worst}`report.json` has every
 figure, `report.html` shows them, and `recipe.yaml` repeats the run.
-
+{beyond}
 ## Load
 
 ```python
@@ -70,6 +71,7 @@ def write_card(report: Report, folder: Path) -> None:
         protocol=evaluation["protocol"],
         calibration=report.calibration["protocol"],
         worst=_worst(report.layers),
+        beyond=_beyond(report.beyond),
         folder=".",
         licence=_licence(source),
     )
@@ -117,6 +119,15 @@ def _worst(layers: list[dict[str, Any]]) -> str:
         return ""
     error, layer = max(found)
     return f"The attention output of layer {layer} lost most: a mean square error of {error:.1%}, on held-out windows. "
+
+
+def _beyond(content: dict[str, Any]) -> str:
+    """A section on quality beyond perplexity, where that was measured."""
+    if not content:
+        return ""
+    table = "\n".join(f"| {' | '.join(row)} |" for row in beyond.rows(content))
+    words = " ".join(beyond.conditions(content))
+    return f"\n## Beyond perplexity\n\n| | original | this model |\n|---|---:|---:|\n{table}\n\n{words}\n"
 
 
 def _licence(source: dict[str, Any]) -> str:

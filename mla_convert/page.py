@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mla_convert import plots
+from mla_convert import beyond, plots
 from mla_convert.errors import InputError
 from mla_convert.figures import look_up, read_report
 from mla_convert.report import human_bytes
@@ -34,8 +34,8 @@ def write_page(report: dict[str, Any] | Path, file: Path) -> None:
 
 def page(report: dict[str, Any]) -> str:
     """The page as text."""
-    parts = [_head(report), _cache(report), _perplexity(report), _planes(report), _layers(report), _sweep(report), _heal(report),
-             _bench(report), _time(report), _details(report)]  # fmt: skip
+    parts = [_head(report), _cache(report), _perplexity(report), _beyond(report), _planes(report), _layers(report), _sweep(report),
+             _heal(report), _bench(report), _time(report), _details(report)]  # fmt: skip
     css = resources.files("mla_convert").joinpath("page.css").read_text(encoding="utf-8")
     title = escape(f"{report['source']['name']} with Multi-head Latent Attention")
     return (
@@ -90,6 +90,19 @@ def _perplexity(report: dict[str, Any]) -> str:
     if evaluation["ratio"] is None:
         return _section("Perplexity", words + " One of them is not finite.", "")
     return _section("Perplexity", words, _draw(lambda width: plots.perplexity(evaluation, width)))
+
+
+def _beyond(report: dict[str, Any]) -> str:
+    found = report.get("beyond")
+    if not found:
+        return ""
+    content = _table(["", "original", "converted"], [list(row) for row in beyond.rows(found)], "tnn")
+    if cells := beyond.passkey_rows(found):
+        columns = ["length", "depth", "found, original", "converted", "log-probability, original", "converted"]
+        inside = _table(columns, cells, "nnnnnn")
+        content += f"<details><summary>Pass keys by length and depth</summary>{inside}</details>"
+    words = " ".join(beyond.conditions(found)) + " ± is one standard error."
+    return _section("Beyond perplexity", escape(words), content)
 
 
 def _planes(report: dict[str, Any]) -> str:

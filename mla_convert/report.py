@@ -35,6 +35,7 @@ class Report:
     checksums: dict[str, str]
     schema: int = SCHEMA
     notes: list[str] = field(default_factory=list)
+    beyond: dict[str, Any] = field(default_factory=dict)  # added by `eval --into-report`
     out: Path | None = None
 
     @property
@@ -46,6 +47,8 @@ class Report:
         """As written to report.json: without the local output path, NaN and infinity as null."""
         content = asdict(self)
         content.pop("out")
+        if not self.beyond:
+            content.pop("beyond")
         return finite(content)
 
     def write(self, folder: Path) -> None:

@@ -55,5 +55,6 @@ def silence_libraries(quiet: bool = False) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    for name in ("datasets", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
