@@ -34,6 +34,7 @@ from mla_convert.source import Source, open_source
 from mla_convert.texts import FROM_CALIB
 
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
+WORK = ".work"  # for conversions that are not kept
 SCHEMA = 1
 RATIOS = (0.67, 0.5, 0.33, 0.25)
 
@@ -82,7 +83,7 @@ def sweep(
     _check_folder(folder)
     if config.out:
         check_output(config.out, source.folder, config.overwrite)
-    wanted = list(grid.configs(config, folder))
+    wanted = list(grid.configs(config, folder if keep else folder / WORK))
     for point in wanted:
         make_plan(point, source.shape)
     points = _Points(wanted, source, folder, keep, max_ppl_ratio, progress)
@@ -97,8 +98,11 @@ def sweep(
             )
             error.args = ("; ".join([*map(str, error.args), kept]),)
         raise
-    if max_ppl_ratio is not None:
-        points.choose(config.out)
+    try:
+        if max_ppl_ratio is not None:
+            points.choose(config.out)
+    finally:
+        points.clear()
     return points.content
 
 
@@ -119,7 +123,6 @@ class _Points:
         self._identities = [_identity(config, source) for config in configs]
         made = {entry.get("identity"): entry for entry in find_report(folder / SWEEP).get("points", [])}
         self._entries = [made.get(identity) for identity in self._identities]
-        self._fresh: set[int] = set()  # whose folders are of this run
         self._chosen: int | None = None
 
     @property
@@ -137,14 +140,15 @@ class _Points:
     def add(self, number: int) -> None:
         """Convert one point, unless that is done already, and write down what was found."""
         config = self._configs[number]
-        if self._entries[number] and (config.out.is_dir() or not self._keep):
+        if self._entries[number] and (not self._keep or self._made(number) == config.out):
             self._progress.note(f"{config.out.name} is in {self._folder / SWEEP} already")
         else:
             self._convert(number)
         self._write()
         if not self._keep:
-            for other in self._fresh - {self._best()}:
-                shutil.rmtree(self._configs[other].out, ignore_errors=True)
+            for other in range(len(self._configs)):
+                if other != self._best():
+                    shutil.rmtree(self._configs[other].out, ignore_errors=True)
 
     def choose(self, out: Path | None) -> None:
         """Name the point that is small and good enough, and put its conversion to `out`.
@@ -159,14 +163,26 @@ class _Points:
             raise GateFailed(
                 f"no point has a perplexity ratio of at most {self._limit:g} on the held-out text: the best has ×{least:.4f}"
             )
-        folder = self._configs[self._chosen].out
         if out is not None:
-            if not folder.is_dir():  # an earlier run measured it and did not keep it
-                self._progress.note(f"{folder.name} is converted again, to be written")
+            made = self._made(self._chosen)
+            if made is None:  # an earlier run measured it and did not keep it
+                self._progress.note(f"{self._entries[self._chosen]['name']} is converted again, to be written")
                 self._convert(self._chosen)
-            _publish(folder, out, self.done)
-        if not self._keep and self._chosen in self._fresh:
-            shutil.rmtree(folder)
+                made = self._configs[self._chosen].out
+            _publish(made, out, self.done)
+
+    def clear(self) -> None:
+        """Delete the conversions that are not kept."""
+        shutil.rmtree(self._folder / WORK, ignore_errors=True)
+
+    def _made(self, number: int) -> Path | None:
+        """The folder of a finished point's conversion, of this run or one that was kept; None if it is gone."""
+        entry, out = self._entries[number], self._configs[number].out
+        for folder in (out, self._folder / out.name):
+            checksums = find_report(folder).get("checksums")
+            if checksums and _digest(checksums) == entry["weights"]:
+                return folder
+        return None
 
     def _best(self) -> int | None:
         """Of the points within the limit on the held-out text the smallest; of equal ones the best."""
@@ -180,7 +196,6 @@ class _Points:
         content = report.as_dict()
         evaluation = content["evaluation"]
         held_out = evaluation.pop("held_out")
-        self._fresh.add(number)
         self._entries[number] = {
             "name": config.out.name,
             "kv_ratio": config.kv_ratio,
@@ -198,6 +213,7 @@ class _Points:
             "device": report.device,
             "source": report.source["name"],
             "settings": content["settings"],
+            "weights": _digest(report.checksums),
             "identity": self._identities[number],
         }
 
@@ -219,7 +235,11 @@ def _identity(config: ConvertConfig, source: Source) -> str:
     texts = [_stamp(spec) for spec in (config.calib, config.eval, config.held_out)]
     device = environment.device_name(environment.pick_device(config.device))
     whole = [settings, weights, texts, device, environment.versions()]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    return _digest(whole)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _stamp(spec: str | None) -> list[int] | None:
@@ -238,7 +258,7 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a folder with --folder")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if SWEEP not in names and not all(name.startswith((".kv-", "kv-")) for name in names):
+    if SWEEP not in names and not all(name == WORK or name.startswith(("kv-", ".kv-")) for name in names):
         raise InputError(f"folder {folder} exists and holds no sweep: give another with --folder")
 
 

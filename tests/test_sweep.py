@@ -30,6 +30,10 @@ def content(folder):
     return json.loads((folder / "sweep.json").read_text())
 
 
+def shards(folder):
+    return json.loads((folder / "report.json").read_text())["checksums"]
+
+
 @pytest.fixture
 def conversions(monkeypatch):
     """Names of the points that are really converted."""
@@ -93,7 +97,7 @@ def test_the_candidate_of_this_run_is_not_converted_twice(run, conversions, tmp_
     assert code == 0, err
     assert conversions == [f"kv-{share}" for share in SHARES]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["cache"]["share_saved"] == 0.75
-    assert not list((tmp_path / "sweep").glob("kv-*"))
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.html", "sweep.json"]
 
 
 def test_interrupted_and_gone_on_with(run, conversions, monkeypatch, tmp_path):
@@ -104,6 +108,8 @@ def test_interrupted_and_gone_on_with(run, conversions, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         real(self, number)
 
+    # stopped in its first point, it leaves a folder that is taken for its own
+    (tmp_path / "sweep" / ".kv-0.75.partial").mkdir(parents=True)
     monkeypatch.setattr(_Points, "add", add)
     code, out, err = run("--keep")
     assert code == INTERRUPTED and not out and "2 of 3 points are in" in err
@@ -113,8 +119,15 @@ def test_interrupted_and_gone_on_with(run, conversions, monkeypatch, tmp_path):
     assert conversions == ["kv-0.25"]
     for share in SHARES:
         verify(tmp_path / "sweep" / f"kv-{share}")
-    run("--seeds", 1)  # other conversions: nothing of the old ones may be taken for them
+    # a kept conversion is what is written if it is chosen
+    assert run("--max-ppl-ratio", 1e6, "--out", tmp_path / "out")[0] == 0 and conversions == ["kv-0.25"]
+    kept = shards(tmp_path / "sweep" / "kv-0.25")
+    assert shards(tmp_path / "out") == kept
+    # other settings: nothing of the old ones may be taken for them, nor lost
+    assert run("--seeds", 1, "--max-ppl-ratio", 1e6, "--out", tmp_path / "out")[0] == 0
     assert conversions[1:] == [f"kv-{share}" for share in SHARES]
+    assert shards(tmp_path / "out") != kept == shards(tmp_path / "sweep" / "kv-0.25")
+    assert not (tmp_path / "sweep" / ".work").exists()
 
 
 def test_rope_dims_and_seeds_and_a_text_to_choose_by(run, sources, tmp_path):
