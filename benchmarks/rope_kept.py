@@ -32,13 +32,16 @@ from mla_convert.source import Source, open_source
 
 
 def rotated_mean(cost: Tensor, statistics: Statistics) -> Tensor:
-    """E[R_D^T cost R_D] over the distances D at which each head attends: (H, d_h, d_h)."""
+    """E[R_D cost R_D^T] over the distances D at which each head attends: (H, d_h, d_h).
+
+    R_D turns by D positions; a query D positions after a key sees an error e of it as R_D^T e.
+    """
     distance, total = statistics.distance.double(), torch.zeros_like(cost)
     for steps in range(distance.shape[1]):
         angle = statistics.inv_freq.double() * steps
         turn = torch.cat([torch.cat([angle.cos().diag(), -angle.sin().diag()], 1),
                           torch.cat([angle.sin().diag(), angle.cos().diag()], 1)])  # fmt: skip
-        total += distance[:, steps, None, None] * (turn.mT @ cost @ turn)
+        total += distance[:, steps, None, None] * (turn @ cost @ turn.mT)
     return total
 
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mla_convert import ConvertConfig
+from mla_convert.factorise import Statistics
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -20,7 +22,9 @@ def rope_kept(sources):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
-    def run(name, **settings):
+    def run(name=None, **settings):
+        if name is None:
+            return script
         text = str(sources(name).parent / "text.txt")
         small = {
             "calib": text,
@@ -70,3 +74,16 @@ def test_rope_kept_is_no_worse_than_a_conversion_of_the_same_size(rope_kept, con
     assert found["cache"]["kv_lora_rank"] == 16 and found["cache"]["qk_rope_head_dim"] == 0
     sizes = {"calib_samples": 8, "calib_length": 32, "eval_length": 32}
     assert found["evaluation"]["ratio"] < convert_pico("llama", kv_ratio=0.5, **sizes).ratio
+
+
+def test_rotated_mean_is_the_mean_over_distances(rope_kept):
+    """Against logits: q^T R_D^T e, squared, as complex numbers."""
+    generator = torch.Generator().manual_seed(0)
+    query, error = (torch.randn(1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    inv_freq, distance = torch.tensor([1.0, 0.3, 0.1, 0.01]), torch.tensor([[0.2, 0.5, 0.3]])
+    q, e = (torch.complex(*side.view(2, 4)) for side in (query, error))
+    logits = [float((q.conj() * e * torch.exp(-1j * steps * inv_freq.double())).sum().real) for steps in range(3)]
+    expected = sum(share * logit**2 for share, logit in zip([0.2, 0.5, 0.3], logits, strict=True))
+    statistics = Statistics(second_moment=None, distance=distance, inv_freq=inv_freq)
+    cost = rope_kept().rotated_mean((query.mT @ query)[None], statistics)[0]
+    assert float(error @ cost @ error.mT) == pytest.approx(expected, rel=1e-5)
