@@ -63,7 +63,9 @@ def measure(budget: float, setting: str, words: list[str], out: Path) -> dict:
         shutil.rmtree(out, ignore_errors=True)
     row = {"budget": budget, "setting": setting, "command": shlex.join(words[1:])}
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        # a process that was killed (out of memory, most likely) has said nothing of it
+        killed = done.returncode < 0 or not done.stderr.strip()
+        lines = [f"exit code {done.returncode}"] if killed else done.stderr.strip().splitlines()
         return {**row, "failed": lines[-1]}
     report = json.loads(done.stdout)
     cache, evaluation, phases = report["cache"], report["evaluation"], report["phases"].values()
