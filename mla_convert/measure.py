@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from mla_convert.errors import InputError
 from mla_convert.source import kv_heads
+from mla_convert.texts import Windows, evaluation_protocol
 
 # Logits held at once, tokens by vocabulary: 128 MB in float32.
 LOGITS = 1 << 25
@@ -53,6 +55,31 @@ def perplexity(losses: Tensor) -> Perplexity:
     """From token losses (windows, length-1) in nats."""
     found = mean(losses)
     return Perplexity(math.exp(min(found.value, 700.0)), found.error, losses.shape[0], losses.shape[1] + 1)
+
+
+def figures(windows: Windows, before: Tensor, after: Tensor) -> dict[str, Any]:
+    """What a report says of its evaluation, from the token losses of both models on `windows.measured`."""
+    count = len(windows.evaluation)
+    found = _compared(windows.eval_text, windows.eval_protocol, before[:count], after[:count])
+    if windows.held_out is not None:
+        protocol = evaluation_protocol(windows.held_out)
+        found["held_out"] = _compared(windows.held_out_text, protocol, before[count:], after[count:])
+    return found
+
+
+def _compared(text: str, protocol: str, before: Tensor, after: Tensor) -> dict[str, Any]:
+    over = ratio(after, before)
+    return {"text": text, "protocol": protocol, "before": perplexity(before).as_dict(), "after": perplexity(after).as_dict(),
+            "ratio": over.value, "ratio_log_error": over.error}  # fmt: skip
+
+
+def ratio(losses: Tensor, original: Tensor) -> Mean:
+    """Perplexity over the original's, from token losses (windows, length-1) of both on the same windows.
+
+    `error` is that of its logarithm, paired: how hard a window is for both models is no part of it.
+    """
+    found = mean(losses - original)
+    return Mean(math.exp(min(found.value, 700.0)), found.error)
 
 
 def mean(values: Tensor) -> Mean:

@@ -11,7 +11,7 @@ from typing import Any
 from mla_convert import beyond, plots
 from mla_convert.errors import InputError
 from mla_convert.figures import look_up, read_report
-from mla_convert.report import human_bytes
+from mla_convert.report import human_bytes, ratio_error, ratio_words
 from mla_convert.svg import Figure
 
 PAGE = "report.html"
@@ -36,8 +36,42 @@ def page(report: dict[str, Any]) -> str:
     """The page as text."""
     parts = [_head(report), _cache(report), _perplexity(report), _beyond(report), _planes(report), _layers(report), _sweep(report),
              _heal(report), _bench(report), _time(report), _details(report)]  # fmt: skip
+    return _document(f"{report['source']['name']} with Multi-head Latent Attention", parts)
+
+
+def write_sweep_page(content: dict[str, Any], file: Path) -> None:
+    """The page of a sweep, from the content of its sweep.json."""
+    points = content["points"]
+    shown = [entry for entry in points if entry["ratio"] is not None]
+    chosen = next((entry for entry in shown if entry["name"] == content["chosen"]), None)
+    mark = (100 * chosen["share"], chosen["ratio"]) if chosen else None
+    curve = [(100 * entry["share"], entry["ratio"], entry["stderr"] or 0.0) for entry in shown]
+    drawn = _draw(lambda width: plots.curve(curve, width, "cache, % of the original's", "perplexity ratio", mark))
+    evaluation, held_out = points[0]["evaluation"], points[0]["held_out"]
+    words = escape(
+        f"Perplexity over the original's on {evaluation['text']}: {evaluation['protocol']}; ± is one standard error over "
+        f"windows. Held out: the same on {held_out['text']}, {held_out['protocol']}, by which a size is chosen. "
+        f"Calibrated on {points[0]['calibration']['protocol']}."
+    )
+    if chosen:
+        words += escape(f" The ring is the smallest cache within ×{content['max_ppl_ratio']:g} on the held-out text.")
+    columns = ["share", "numbers", "rank + rotary", "seed", "perplexity", "ratio", "held out", "took"]
+    rows = [
+        [f"{entry['share']:.1%}", f"{entry['numbers']:g}", f"{entry['rank']} + {entry['rope_dim']}", str(entry["seed"]),
+         _figure(entry["evaluation"]["after"]["value"]), _ratio(entry["evaluation"]), _ratio(entry["held_out"]),
+         _duration(entry["seconds"])]
+        for entry in points
+    ]  # fmt: skip
+    head = (
+        f"<header><h1>{escape(content['source'])}</h1><p class='sub'>at {len(points)} sizes of its cache</p></header>"
+    )
+    parts = [head, _section("The frontier", words, drawn), _table(columns, rows, "n" * len(columns))]
+    file.write_text(_document(f"{content['source']}: quality and cache size", parts), encoding="utf-8")
+
+
+def _document(title: str, parts: list[str]) -> str:
     css = resources.files("mla_convert").joinpath("page.css").read_text(encoding="utf-8")
-    title = escape(f"{report['source']['name']} with Multi-head Latent Attention")
+    title = escape(title)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -52,9 +86,11 @@ def _head(report: dict[str, Any]) -> str:
     cache, evaluation = report["cache"], report["evaluation"]
     per_token = {side: human_bytes(size) for side, size in cache["bytes_per_token"].items()}
     before, after = (evaluation[side]["value"] for side in ("before", "after"))
+    error = ratio_error(evaluation)
+    spread = f", ratio ± {error:.4f}" if error else ""
     found = [
         ("KV cache", f"−{cache['share_saved']:.1%}", f"{per_token['before']} → {per_token['after']} per token"),
-        ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), f"{_figure(before)} → {_figure(after)}"),
+        ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), f"{_figure(before)} → {_figure(after)}{spread}"),
         ("took", _duration(report["seconds"]), escape(report["device"])),
     ]
     cells = "".join(f"<div><dt>{what}</dt><dd>{figure}</dd><small>{more}</small></div>" for what, figure, more in found)
@@ -84,9 +120,13 @@ def _perplexity(report: dict[str, Any]) -> str:
     evaluation = report["evaluation"]
     words = escape(
         f"On {evaluation['text']}: {evaluation['protocol']}. Lower is better. Most of the error bars is how much windows of "
-        f"text differ, which both models share: the ratio is taken on the same ones. Calibrated on "
-        f"{report['calibration']['protocol']}."
+        f"text differ, which both models share: the ratio is taken on the same ones, and its ± is what is "
+        f"left. Calibrated on {report['calibration']['protocol']}."
     )
+    if (held_out := evaluation.get("held_out")) and held_out["ratio"] is not None:
+        words += escape(
+            f" On {held_out['text']}, which is there to choose settings by, the ratio is {ratio_words(held_out)}."
+        )
     if evaluation["ratio"] is None:
         return _section("Perplexity", words + " One of them is not finite.", "")
     return _section("Perplexity", words, _draw(lambda width: plots.perplexity(evaluation, width)))
@@ -253,6 +293,10 @@ def _align(kind: str) -> str:
 
 def _figure(value: float | None, form: str = "{:.3f}") -> str:
     return "not finite" if value is None else form.format(value)
+
+
+def _ratio(evaluation: dict[str, Any]) -> str:
+    return "not finite" if evaluation["ratio"] is None else ratio_words(evaluation)
 
 
 def _share(value: float | None) -> str:

@@ -52,12 +52,12 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch}
     identity = {"settings": settings, "source": source.fingerprint(), "device": environment.device_name(device),
-                "windows": [windows.calib.tolist(), windows.evaluation.tolist()],
+                "windows": [windows.calib.tolist(), windows.measured.tolist()],
                 "versions": environment.versions()}  # fmt: skip
     # a link is written through, not replaced
     with environment.deterministic(config.seed), output.Writer(Path(os.path.realpath(out)), identity) as writer:
         with phases.phase("embed"):
-            streams = layers.open_streams(skeleton, windows.calib, windows.evaluation)
+            streams = layers.open_streams(skeleton, windows.calib, windows.measured)
         with phases.phase("allocate"):
             plan = sensitivity.share_out(plan, config, refine.steps, skeleton, streams.calib_original, writer, progress)
         new_config = mla_config(source, plan, cast or source.dtype)
@@ -72,16 +72,15 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             progress.stop()
         with phases.phase("evaluate"):
             streamed = [streams.eval_original.data, streams.eval_converted.data]
-            before, after = map(measure.perplexity, skeleton.token_losses(streamed, windows.evaluation))
+            losses = skeleton.token_losses(streamed, windows.measured)
         result = report.Report(
             source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, source.license()),
             # labels, not paths: a report is made to be published
-            settings={**settings, "calib": config.calib and windows.calib_text, "eval": config.eval and windows.eval_text},
+            settings={**settings, **windows.labels(config)},
             versions=environment.versions(),
             device=environment.device_name(device),
             cache=report.cache_figures(plan, (cast or source.dtype).itemsize, source.sliding_windows),
-            evaluation={"text": windows.eval_text, "protocol": windows.eval_protocol, "before": before.as_dict(),
-                        "after": after.as_dict(), "ratio": after.value / before.value},
+            evaluation=measure.figures(windows, *losses),
             calibration={"text": windows.calib_text, "protocol": windows.calib_protocol},
             layers=layer_reports,
             phases=phases.results,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -114,8 +115,23 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
         table.append((f"KV cache at {int(context) // 1024}k context", human_bytes(size["before"]),
                       human_bytes(size["after"]), f"-{1 - size['after'] / size['before']:.1%}"))  # fmt: skip
     before, after = evaluation["before"]["value"], evaluation["after"]["value"]
-    table.append(("perplexity", f"{before:.3f}", f"{after:.3f}", f"×{evaluation['ratio']:.4f}"))
+    table.append(("perplexity", f"{before:.3f}", f"{after:.3f}", ratio_words(evaluation)))
+    if held_out := evaluation.get("held_out"):
+        before, after = held_out["before"]["value"], held_out["after"]["value"]
+        table.append(("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", ratio_words(held_out)))
     return table
+
+
+def ratio_words(evaluation: dict[str, Any]) -> str:
+    """A perplexity ratio with its standard error over windows, if there is one: ×1.0110 ± 0.0012."""
+    error = ratio_error(evaluation)
+    return f"×{evaluation['ratio']:.4f}" + (f" ± {error:.4f}" if error else "")
+
+
+def ratio_error(evaluation: dict[str, Any]) -> float | None:
+    """Standard error of a perplexity ratio over windows, paired; None for a single window and in older reports."""
+    ratio, error = evaluation.get("ratio"), evaluation.get("ratio_log_error")
+    return ratio * error if ratio is not None and error is not None and math.isfinite(error) else None
 
 
 def print_summary(report: Report, console: Console) -> None:
@@ -128,7 +144,12 @@ def print_summary(report: Report, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     evaluation = report.evaluation
-    console.print(f"perplexity on {evaluation['text']}: {evaluation['protocol']}", highlight=False, soft_wrap=True)
+    spread = "; ± is one standard error over windows" if ratio_error(evaluation) else ""
+    texts = [f"perplexity on {evaluation['text']}: {evaluation['protocol']}{spread}"]
+    if held_out := evaluation.get("held_out"):
+        texts.append(f"held-out text is {held_out['text']}: {held_out['protocol']}")
+    for text in texts:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"took {report.seconds:.0f} s on {report.device}; written to {report.out}", highlight=False, soft_wrap=True
     )

@@ -94,6 +94,10 @@ class World:
         (self.path / "out" / "thesis.txt").write_text("years of work")
         return (self.source, *self.small())
 
+    def sweep(self):
+        limit = ("--kv-ratios", 0.5, "--max-ppl-ratio", 0.5, "--folder", self.path / "sweep")
+        return ("sweep", self.source, *self.small(*limit))
+
     def unfinished(self):
         (self.converted / "report.json").unlink()
         return self.push()
@@ -142,6 +146,7 @@ CASES = {
     "a figure outside its limit": lambda w: ("gate", w.converted, "--from-report", "--min-kv-saving", "99%", "--json"),
     "a figure that is missing or NaN": lambda w: w.no_figure(),
     "a push whose gate fails": lambda w: w.push(REPO, "--from-report", "--min-kv-saving", "99%"),
+    "a sweep without a point that is good enough": lambda w: w.sweep(),
     "a source that is not found": lambda w: ("nowhere", *w.small()),
     "a family that is not supported": lambda w: w.family(),
     "a model that is converted already": lambda w: (w.converted, *w.small()),

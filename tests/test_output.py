@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 from mla_convert import measure, texts
 from mla_convert.checkpoint.reader import SafetensorsReader
 from mla_convert.config import default_name
+from mla_convert.report import rows
 
 PROMPT = "The people of the islands"
 RANK, ROPE_DIM = 10, 6
@@ -326,3 +327,36 @@ def test_default_name(tmp_path, monkeypatch, source, name):
     (tmp_path / "above" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "above" / "here")
     assert default_name(source) == name
+
+
+def test_error_of_the_ratio_is_paired(convert_pico):
+    report = convert_pico("llama", kv_ratio=0.4)
+    losses = [torch.rand(5, 20), torch.rand(5, 20)]
+    difference = (losses[0] - losses[1]).double().mean(dim=1)
+    found = measure.ratio(*losses)
+    assert found.value == pytest.approx(float(difference.mean().exp()))
+    assert found.error == pytest.approx(float(difference.std()) / 5**0.5)
+    evaluation = report.evaluation
+    assert evaluation["ratio"] == pytest.approx(evaluation["after"]["value"] / evaluation["before"]["value"])
+    assert 0 < evaluation["ratio_log_error"] < evaluation["after"]["log_error"] + evaluation["before"]["log_error"]
+    assert rows(report)[-1][-1] == f"×{report.ratio:.4f} ± {report.ratio * evaluation['ratio_log_error']:.4f}"
+
+
+def test_held_out_text_is_measured_beside_the_evaluation(convert_pico, sources, tmp_path):
+    plain = convert_pico("llama", kv_ratio=0.4)
+    text = sources("llama").parent / "text.txt"
+    (tmp_path / "other.txt").write_text(text.read_text()[5000:9000])
+    other = convert_pico("llama", kv_ratio=0.4, held_out=str(tmp_path / "other.txt"))
+    # it changes neither the conversion nor the evaluation
+    assert other.checksums == plain.checksums
+    assert {key: value for key, value in other.evaluation.items() if key != "held_out"} == plain.evaluation
+    assert other.evaluation["held_out"]["text"] == other.settings["held_out"] == "other.txt"
+    assert other.evaluation["held_out"]["after"]["windows"] == 4
+    assert [row[0] for row in rows(other)][-2:] == ["perplexity", "perplexity, held-out text"]
+    assert "other.txt" in (other.out / "report.html").read_text()
+
+    calib = convert_pico("llama", kv_ratio=0.4, held_out="calib")
+    assert calib.checksums != plain.checksums  # what is held out is not calibrated on
+    assert calib.evaluation["held_out"]["text"] == "the end of text.txt"
+    assert calib.evaluation["before"] == plain.evaluation["before"]
+    assert "held_out: calib" in (calib.out / "recipe.yaml").read_text()

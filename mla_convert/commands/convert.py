@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,6 +92,15 @@ def convert(
         int | None,
         typer.Option(help="Tokens in an evaluation window. Default 2048, or the model's limit.", rich_help_panel=TEXT),
     ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Also report perplexity on this text, to choose settings by; 'calib': the last tenth of the calibration "
+            "text, which is then left out of calibration.",
+            rich_help_panel=TEXT,
+            show_default=False,
+        ),
+    ] = None,
     refine_steps: Annotated[
         int | None,
         typer.Option(
@@ -161,7 +171,6 @@ def run_conversion(
     config = build_config(options)
     silence_libraries(quiet)
     from rich.console import Console
-    from torch import OutOfMemoryError
 
     from mla_convert.pipeline import convert as convert_checkpoint
     from mla_convert.progress import Progress
@@ -172,12 +181,7 @@ def run_conversion(
         from mla_convert import hub
 
         hub.check_access(push_to_hub)
-    try:
-        report = convert_checkpoint(config, progress)
-    except KeyboardInterrupt as stop:
-        raise Interrupted(": ".join(["interrupted", *map(str, stop.args)])) from None
-    except (MemoryError, OutOfMemoryError) as error:
-        raise ResourceError("out of memory: lower --calib-samples, --calib-length or --refine-batch") from error
+    report = run_guarded(lambda: convert_checkpoint(config, progress))
     if as_json:
         typer.echo(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
     else:
@@ -189,3 +193,15 @@ def run_conversion(
             error.args = (f"{error}; the converted model is in {report.out}, to be pushed later",)
             raise
         typer.echo(f"{len(done.files)} files are at {done.url}", err=as_json)
+
+
+def run_guarded(work: Callable[[], Any]) -> Any:
+    """What `work` returns; an interruption, and memory that does not suffice, become errors with their exit codes."""
+    from torch import OutOfMemoryError
+
+    try:
+        return work()
+    except KeyboardInterrupt as stop:
+        raise Interrupted(": ".join(["interrupted", *map(str, stop.args)])) from None
+    except (MemoryError, OutOfMemoryError) as error:
+        raise ResourceError("out of memory: lower --calib-samples, --calib-length or --refine-batch") from error
