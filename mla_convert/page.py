@@ -96,10 +96,12 @@ def _head(report: dict[str, Any]) -> str:
     cells = "".join(f"<div><dt>{what}</dt><dd>{figure}</dd><small>{more}</small></div>" for what, figure, more in found)
     revision = report["source"].get("revision")
     at = f" at revision <code>{escape(revision[:12])}</code>" if revision else ""
+    sizes = {(layer.get("kv_lora_rank"), layer.get("qk_rope_head_dim")) for layer in report["layers"]}
+    spread = ", averaged over layers" if len(sizes) > 1 else ""
     return (
         f"<header><h1>{escape(report['source']['name'])}</h1>"
         f'<p class="sub">converted to Multi-head Latent Attention{at}: a latent of {cache["kv_lora_rank"]} numbers and a '
-        f'rotary key of {cache["qk_rope_head_dim"]}</p><dl class="figures">{cells}</dl></header>'
+        f'rotary key of {cache["qk_rope_head_dim"]}{spread}</p><dl class="figures">{cells}</dl></header>'
     )
 
 

@@ -176,7 +176,7 @@ def draw_terminal() -> None:
     from mla_convert.progress import Progress
     from mla_convert.report import print_summary
 
-    console = Console(record=True, width=92, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=124, file=io.StringIO(), force_terminal=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         console.print("[bold green]$[/] mla-convert demo")
         config = build_config({"source": "demo"})
