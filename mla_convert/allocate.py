@@ -38,7 +38,7 @@ def most_rope(plan: Plan, unit: int) -> int:
 def probes(plan: Plan, unit: int) -> tuple[list[int], list[int]]:
     """Ranks and rotary dims worth measuring, ascending: around the plan's, closer together near it."""
     ranks = {_round(plan.rank * share, unit) for share in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3)}
-    ropes = {_round(plan.rope_dim * share, unit) for share in (0, 0.33, 0.67, 1, 1.33, 2)} | {0, most_rope(plan, unit)}
+    ropes = {_round(plan.rope_dim * share, unit) for share in (0, 0.33, 0.67, 1, 1.33, 2)} | {most_rope(plan, unit)}
     return (
         [*sorted(rank for rank in ranks | {unit} if unit <= rank < plan.full_rank), plan.full_rank],
         sorted(rope for rope in ropes if rope <= most_rope(plan, unit)),

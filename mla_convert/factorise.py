@@ -96,7 +96,7 @@ def _affine(weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat((weight, column.to(weight)[:, None]), 1).double()
 
 
-def _ridged(moment: Tensor, ridge: float) -> Tensor:
+def ridged(moment: Tensor, ridge: float) -> Tensor:
     """Symmetric (..., n, n) matrices plus `ridge` times their mean diagonal on the diagonal."""
     floor = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny) * ridge
     return (moment + moment.mT) / 2 + floor[..., None, None] * torch.eye(moment.shape[-1]).to(moment)
@@ -114,7 +114,7 @@ def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor, query_momen
     spread = v @ (moment - torch.outer(mean, mean)) @ v.mT
     spread = spread.repeat_interleave(len(o_heads) // len(v), 0)
     weight = ((o_heads @ spread) * o_heads).sum((1, 2))
-    return _ridged(q @ query_moment @ q.mT, COST_RIDGE) * weight[:, None, None]
+    return ridged(q @ query_moment @ q.mT, COST_RIDGE) * weight[:, None, None]
 
 
 def _choose(
@@ -180,7 +180,7 @@ def _cholesky(cov: Tensor) -> Tensor:
     """Lower factor of a covariance; one of less than full rank, as little text gives, gets just enough of a ridge."""
     ridge = RIDGE
     while True:
-        factor, failed = torch.linalg.cholesky_ex(_ridged(cov, ridge))
+        factor, failed = torch.linalg.cholesky_ex(ridged(cov, ridge))
         if not failed:
             return factor
         ridge *= 10
@@ -263,7 +263,7 @@ def _moments(statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Second moments (d+1, d+1) of the inputs as queries see them, and as keys and values are looked at."""
     moment = statistics.second_moment.double()
     tokens = moment if statistics.key_moment is None else statistics.key_moment.double()
-    return moment, _ridged(tokens / tokens[-1, -1], RIDGE)
+    return moment, ridged(tokens / tokens[-1, -1], RIDGE)
 
 
 def factorise(
@@ -274,7 +274,6 @@ def factorise(
     rope_dim: int,
     *,
     planes: str = "loss",
-    balance: float = 1.0,
 ) -> MlaWeights:
     """Convert one layer to MLA with kv_lora_rank `rank` and qk_rope_head_dim `rope_dim`.
 
@@ -283,7 +282,6 @@ def factorise(
     :param rank: None leaves the latent whole, all keys and values (or the input where that is smaller), unordered.
     :param planes: "loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation;
         "even" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
-    :param balance: factor on the cost of key errors against that of value errors.
     :return: weights in float64 and, in `energy`, what the approximation loses.
     """
     heads, num_kv, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
@@ -302,7 +300,7 @@ def factorise(
     gain = torch.ones(2, rho.shape[1], 1, dtype=torch.float64, device=rho.device)
     gain[:, :turning] = geometry.rope_scale**2
     k_maps = (rope.content_maps(kept, rho, num_kv) * gain.flatten(0, 1))[:, :nope]
-    costs = (balance * key_cost[:, :nope, :nope], _ridged(o_heads.mT @ o_heads, COST_RIDGE))
+    costs = (key_cost[:, :nope, :nope], ridged(o_heads.mT @ o_heads, COST_RIDGE))
     # Without a source bias the result has none: constants are then part of what the latent carries.
     columns = slice(None if weights.k_bias is not None or weights.v_bias is not None else -1)
     rows = torch.cat((k, v))[:, columns]

@@ -20,7 +20,7 @@ from mla_convert.environment import return_freed_memory
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
 from mla_convert.progress import Progress
-from mla_convert.skeleton import Skeleton
+from mla_convert.skeleton import Skeleton, first_output
 
 
 @dataclass
@@ -193,7 +193,7 @@ def _advance(job: LayerJob, layer: nn.Module, student: MlaAttention, streams: St
     def run(states: Activations) -> None:
         own = kwargs[states.length]
         with job.skeleton.autocast():
-            states.advance(lambda hidden: _first(layer(hidden, **own)))
+            states.advance(lambda hidden: first_output(layer(hidden, **own)))
 
     run(streams.calib_original)
     run(streams.eval_original)
@@ -203,10 +203,6 @@ def _advance(job: LayerJob, layer: nn.Module, student: MlaAttention, streams: St
         run(streams.eval_converted)
     finally:
         setattr(layer, name, original)
-
-
-def _first(output: Tensor | tuple) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def refine_settings(config: ConvertConfig, device: torch.device, length: int) -> refine.RefineSettings:

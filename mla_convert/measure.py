@@ -89,12 +89,6 @@ def mean(values: Tensor) -> Mean:
     return Mean(float(means.mean()), spread)
 
 
-@torch.no_grad()
-def model_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Token losses (N, L-1) of a loaded causal language model, logits in float32."""
-    return score(Readout(model, windows), windows).losses
-
-
 @dataclass
 class _Output(BaseModelOutputWithPastAndCrossAttentions):
     """Whatever the head of some family asks a decoder's output for."""

@@ -12,7 +12,7 @@ from mla_convert import environment, folder, layers, measure, report, sensitivit
 from mla_convert.attention import mla_config
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
-from mla_convert.plan import make_plan
+from mla_convert.plan import make_plan, shares_out
 from mla_convert.progress import Progress
 from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
@@ -37,7 +37,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         output.check_output(out, source.folder, config.overwrite)
         plan = make_plan(config, source.shape)
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
-        output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None))
+        aside = sensitivity.aside_bytes(plan) if shares_out(config, plan) else 0
+        output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None) + aside)
         skeleton = Skeleton(source, device)
         tokenizer = source.tokenizer()
 

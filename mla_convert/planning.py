@@ -17,7 +17,7 @@ from mla_convert.config import ConvertConfig
 from mla_convert.layers import refine_settings
 from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
-from mla_convert.sensitivity import TOKENS
+from mla_convert.sensitivity import TOKENS, aside_bytes
 from mla_convert.source import Source, open_source, parameters
 from mla_convert.texts import CALIB_DEFAULT, EVAL_LENGTH
 
@@ -45,6 +45,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         "before": sizing.CacheSize(plan.shape.cache_numbers, dtype.itemsize, tuple(windows)),
         "after": sizing.CacheSize(plan.cache_numbers, dtype.itemsize, tuple(windows)),
     }
+    uniform = not shares_out(config, plan)
     result = {
         "source": {"name": source.name, "revision": source.revision, "model_type": source.config.model_type},
         "shape": shape_figures(source),
@@ -55,7 +56,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
             for layer, size in enumerate(plan.layers)
         ],
         # otherwise these are means, which the conversion shares out by what it measures
-        "uniform": not shares_out(config, plan),
+        "uniform": uniform,
         "cache": {
             **cache_figures(plan, dtype.itemsize, windows),
             "grid": [
@@ -67,6 +68,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         "parameters": {key: {side: counted[key] for side, counted in counts.items()} for key in ("attention", "model")},
         # beside the weights each layer names its rotary planes (int64)
         "disk_bytes": weights["after"] + sum(size.rope_dim // 2 for size in plan.layers) * 8,
+        "disk_aside_bytes": 0 if uniform else aside_bytes(plan),
         "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
         "time": _time(config, source, plan, before, after),
         "warnings": [*source.notes, *sizing.warnings(plan)],
@@ -209,7 +211,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     if "card" in plan:
         _print_card(plan["card"], console)
     memory = plan["peak_host_memory"]
-    line(f"disk: {human_bytes(plan['disk_bytes'])} of weights, and the tokenizer's files")
+    aside = f"; {human_bytes(plan['disk_aside_bytes'])} more while it runs" if plan["disk_aside_bytes"] else ""
+    line(f"disk: {human_bytes(plan['disk_bytes'])} of weights, and the tokenizer's files{aside}")
     line(f"peak memory: about {human_bytes(memory['bytes'])}, for {memory['moment']} ({memory['basis']})")
     for place, where in (("cpu", f"on {plan['time']['cpu']['cores']} of these cores"), ("h100", "on an H100")):
         low, high = (timing.duration(seconds) for seconds in plan["time"][place]["seconds"])

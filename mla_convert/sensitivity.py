@@ -19,11 +19,12 @@ from mla_convert.attention import build_attention, factorise_layer, fill_attenti
 from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import Settings
+from mla_convert.factorise import ridged
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import LayerSize, Plan, shares_out, size_unit
 from mla_convert.progress import Progress
 from mla_convert.refine import attend
-from mla_convert.skeleton import Skeleton
+from mla_convert.skeleton import Skeleton, first_output
 
 # Tokens that the gradients are taken at, in windows of at most WINDOW.
 TOKENS = {"cuda": 8192, "cpu": 4096}
@@ -33,11 +34,17 @@ WINDOW = 1024
 MASSIVE = 5.0
 # Tokens that factorised attentions are run on.
 ERROR_TOKENS = 4096
-# Added to the metric's diagonal, of its mean.
+# Of the metric's mean diagonal, added to it: few tokens may leave it without full rank.
 SHRINKAGE = 1e-3
 # Refinement regains more of what de-rotation loses than of what low rank loses, the more so the longer it is: in a trade
 # between the two, losses by rotary dims count 1 / (1 + steps / REGAIN_STEPS). docs/quality.md has what was measured.
 REGAIN_STEPS = 100
+
+
+def aside_bytes(plan: Plan) -> int:
+    """Room that `layer_losses` takes on disk while it runs, at most: each layer's inputs, bfloat16 on a GPU, else float32."""
+    tokens = max(TOKENS["cuda"] * torch.bfloat16.itemsize, TOKENS["cpu"] * torch.float32.itemsize)
+    return plan.shape.layers * plan.shape.hidden_size * tokens
 
 
 def share_out(
@@ -86,7 +93,7 @@ def layer_losses(
     for index in range(count):
         writer.put_aside(_file(index), states.data.cpu())
         with skeleton.layer(index, skeleton.layer_tensors(index)) as layer, skeleton.autocast():
-            states.advance(lambda hidden, layer=layer, own=kwargs[index]: _first(layer(hidden, **own)))
+            states.advance(lambda hidden, layer=layer, own=kwargs[index]: first_output(layer(hidden, **own)))
         tick()
     generator = torch.Generator(skeleton.device).manual_seed(seed)
     gradient = skeleton.output_gradient(states.data, generator)
@@ -103,17 +110,13 @@ def _file(index: int) -> str:
     return f"inputs-{index}.tmp"
 
 
-def _first(output: Tensor | tuple) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _backward(skeleton: Skeleton, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict) -> Tensor:
     """Carry `gradient` (N, L, d), in place, from a layer's output to its input; E[g g^T] (d, d) at its attention's output."""
     family = skeleton.source.family
     attention, leave, kept = getattr(layer, family.attention), family.exit(layer), []
 
     def keep(_module, _args, output):
-        kept.append(_first(output))
+        kept.append(first_output(output))
         kept[0].retain_grad()
 
     metric = torch.zeros(states.hidden_size, states.hidden_size, dtype=torch.float64, device=states.device)
@@ -123,10 +126,12 @@ def _backward(skeleton: Skeleton, layer: nn.Module, states: Activations, gradien
             part = slice(window, window + 1)
             hidden = states.get(part).requires_grad_(True)
             with torch.enable_grad(), skeleton.autocast():
-                output = _first(layer(hidden, **kwargs))
+                output = first_output(layer(hidden, **kwargs))
             output.backward(gradient[part].to(output.device, output.dtype))
             gradient[part] = hidden.grad.to(gradient.device)
-            rows = kept[0].grad[0].float()[_usual(hidden + leave(kept[0]))[0]]
+            with torch.no_grad():
+                usual = _usual(hidden + leave(kept[0]))[0]
+            rows = kept[0].grad[0].float()[usual]
             metric += (rows.T @ rows).double()
             tokens += len(rows)
             kept.clear()
@@ -148,7 +153,7 @@ def _losses(
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
     expected = attend(attention, norm, kwargs, skeleton.autocast)(hidden)
     usual = _usual(hidden + family.exit(layer)(expected))
-    root = torch.linalg.cholesky(_shrunk(metric)).float()
+    root = torch.linalg.cholesky(ridged(metric, SHRINKAGE)).float()
 
     def error(module: MlaAttention) -> float:
         found = attend(module, norm, kwargs, skeleton.autocast)(hidden)
@@ -181,8 +186,3 @@ def _usual(stream: Tensor) -> Tensor:
     """Which tokens (B, L) of a residual stream (B, L, d) have no massive activations."""
     size = stream.norm(dim=-1)
     return size <= MASSIVE * size.median()
-
-
-def _shrunk(metric: Tensor) -> Tensor:
-    """A metric that few tokens may leave without full rank, usable."""
-    return metric + SHRINKAGE * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)

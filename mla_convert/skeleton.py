@@ -57,6 +57,11 @@ class _Injector(nn.Module):
         return self.hidden_states
 
 
+def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Hidden states of a layer or an attention, which return them alone or with something else."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class Skeleton:
     """Runs a source model one layer at a time.
 

@@ -74,6 +74,14 @@ def model(name: str) -> torch.nn.Module:
     return built
 
 
+@torch.no_grad()
+def losses(built: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Token losses (N, L-1) by the model's own forward pass over whole windows."""
+    logits = torch.cat([built(ids[None], use_cache=False).logits.float() for ids in windows])
+    found = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return found.view(windows.shape[0], -1)
+
+
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **kwargs) -> Path:
     """Write the variant's checkpoint and a text to calibrate on; returns the checkpoint's folder."""
     model(name).to(dtype).save_pretrained(folder, **kwargs)

@@ -121,7 +121,7 @@ def test_the_decoder_can_go(convert_pico):
     """A readout keeps the head alone, so that the original fits where the model was."""
     model = AutoModelForCausalLM.from_pretrained(convert_pico("llama", kv_ratio=0.5).out)
     ids, decoder = windows(model.config.name_or_path), weakref.ref(model.model)
-    readout, expected = evaluate.Readout(model, ids), measures.model_losses(model, ids)
+    readout, expected = evaluate.Readout(model, ids), pico.losses(model, ids)
     del model
     gc.collect()
     assert decoder() is None

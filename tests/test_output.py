@@ -248,7 +248,7 @@ def test_streaming_perplexity_is_that_of_the_loaded_models(report, model):
     windows = texts.evaluation_windows(pico.text(), tokenizer, 4, 48, "text")
     name = {"llama": "llama3-rope", "mistral": "mistral-window"}.get(report.source["model_type"], "qwen2")
     for key, loaded in (("before", pico.model(name)), ("after", model)):
-        expected = measure.perplexity(measure.model_losses(loaded, windows))
+        expected = measure.perplexity(pico.losses(loaded, windows))
         assert report.evaluation[key]["value"] == pytest.approx(expected.value, rel=1e-4)
         assert report.evaluation[key]["log_error"] == pytest.approx(expected.log_error, rel=1e-3)
 
