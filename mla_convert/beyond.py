@@ -108,14 +108,11 @@ def write_into_report(folder: Path, found: dict[str, Any]) -> None:
     """
     from mla_convert.card import write_card
     from mla_convert.page import PAGE, write_page
-    from mla_convert.report import Report
 
     content = read_report(folder)
     content["beyond"] = {**(content.get("beyond") or {}), **finite(found)}
-    known = {field.name for field in fields(Report)} - {"out"}
     try:
-        report = Report(**{key: value for key, value in content.items() if key in known})
-        report.evaluation = _numbers(report.evaluation)
+        report = to_report(content)
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{folder / REPORT} is not that of a conversion ({error})") from error
     # the page first: it refuses a report that is not whole, and then nothing has been changed.
@@ -124,6 +121,16 @@ def write_into_report(folder: Path, found: dict[str, Any]) -> None:
     temporary = folder / f".{REPORT}.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / REPORT)
+
+
+def to_report(content: dict[str, Any]) -> Any:
+    """The content of a report.json as the Report that it was."""
+    from mla_convert.report import Report
+
+    known = {field.name for field in fields(Report)} - {"out"}
+    report = Report(**{key: value for key, value in content.items() if key in known})
+    report.evaluation = _numbers(report.evaluation)
+    return report
 
 
 def _numbers(evaluation: dict[str, Any]) -> dict[str, Any]:

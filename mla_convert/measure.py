@@ -96,7 +96,7 @@ class _Output(BaseModelOutputWithPastAndCrossAttentions):
     router_logits: tuple[Tensor, ...] | None = None
 
 
-class _Given(nn.Module):
+class Given(nn.Module):
     """Stands for a model's decoder: returns given hidden states (1, T, hidden) whatever comes in."""
 
     def __init__(self):
@@ -104,7 +104,7 @@ class _Given(nn.Module):
         self.hidden: Tensor | None = None
 
     @property
-    def decoder(self) -> _Given:
+    def decoder(self) -> Given:
         """OPT's head calls the decoder inside the decoder."""
         return self
 
@@ -133,7 +133,7 @@ class Readout:
             self._hidden.append(states.cpu())
             if tick:
                 tick(index + 1, len(windows))
-        self._given = _Given()
+        self._given = Given()
         # The stock forward without its decoder, so that whatever it does to logits is done here too.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)

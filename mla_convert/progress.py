@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(),
+           TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
+
 
 class Progress:
     """Progress over layers; the unit is one refinement step (plus one for everything else a layer needs)."""
@@ -32,9 +35,7 @@ class Progress:
         self._layer, self._layers, self._steps, self._label = 0, layers, steps, label
         self._start = self._shown = time.perf_counter()
         if self.console.is_terminal and not self.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
-                       TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
-            self._bars = Bars(*columns, console=self.console, transient=True)
+            self._bars = Bars(*COLUMNS, console=self.console, transient=True)
             self._task = self._bars.add_task(f"{label} 1/{layers}", total=layers * (steps + 1))
             self._bars.start()
 
@@ -42,6 +43,19 @@ class Progress:
         """One refinement step is done."""
         if self._bars:
             self._bars.advance(self._task)
+
+    def begin(self, label: str, steps: int, done: int = 0) -> None:
+        """Begin a loop over steps that is no loop over layers; what it has to say is said with `note`."""
+        self._label = label
+        if self.console.is_terminal and not self.quiet:
+            self._bars = Bars(*COLUMNS, console=self.console, transient=True)
+            self._task = self._bars.add_task(label, total=steps, completed=done)
+            self._bars.start()
+
+    def advance(self, done: int) -> None:
+        """So many steps of a loop begun with `begin` are done."""
+        if self._bars:
+            self._bars.update(self._task, completed=done)
 
     def skip(self, steps: int) -> None:
         """A layer that an earlier run has finished needs no steps."""

@@ -37,6 +37,7 @@ class Report:
     schema: int = SCHEMA
     notes: list[str] = field(default_factory=list)
     beyond: dict[str, Any] = field(default_factory=dict)  # added by `eval --into-report`
+    heal: dict[str, Any] = field(default_factory=dict)  # added by `heal`
     out: Path | None = None
 
     @property
@@ -48,8 +49,9 @@ class Report:
         """As written to report.json: without the local output path, NaN and infinity as null."""
         content = asdict(self)
         content.pop("out")
-        if not self.beyond:
-            content.pop("beyond")
+        for added in ("beyond", "heal"):
+            if not content[added]:
+                content.pop(added)
         return finite(content)
 
     def write(self, folder: Path) -> None:

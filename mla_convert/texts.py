@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,8 @@ from mla_convert.config import ConvertConfig
 from mla_convert.errors import InputError, ResourceError
 
 PACKAGE = "package:"
-DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
+WIKITEXT = "Salesforce/wikitext:"
+DEFAULT_DATASET = f"{WIKITEXT}wikitext-2-raw-v1"
 SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
 SPLITS = {"calibration": "train", "evaluation": "test"}
 # Windows and tokens in one, by whether there is a GPU.
@@ -104,12 +106,45 @@ def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
         InputError: not found, not UTF-8, no text in it.
         ResourceError: a data set that was asked for cannot be fetched.
     """
+    documents, label = _load(spec, purpose)
+    return "\n\n".join(documents), label
+
+
+def load_documents(spec: str | None, joined: bool = False) -> tuple[Iterable[str], str]:
+    """The documents of a training text, named as for `load_text`, and its label: a list, or for a data set a stream.
+
+    `joined`: rows are parts of one text, as WikiText's are (which is known of that one).
+
+    Raises:
+        InputError, ResourceError: as `load_text`.
+    """
+    documents, label = _load(spec, "calibration", streaming=True)
+    if joined or label.startswith(WIKITEXT):
+        documents = _together(documents)
+    return documents, label
+
+
+def _together(rows: Iterable[str]) -> Iterator[str]:
+    """Rows joined to documents of about PIECE characters."""
+    held, size = [], 0
+    for row in rows:
+        held.append(row)
+        size += len(row)
+        if size >= PIECE:
+            yield "\n\n".join(held)
+            held, size = [], 0
+    if held:
+        yield "\n\n".join(held)
+
+
+def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iterable[str], str]:
+    """Documents and label. Only a data set may be streamed."""
     if spec is None:
         try:
-            return _load_dataset(f"{DEFAULT_DATASET}@{SPLITS[purpose]}")
+            return _load_dataset(f"{DEFAULT_DATASET}@{SPLITS[purpose]}", streaming)
         except ResourceError:
-            text, label = load_text(SHIPPED[purpose], purpose)
-            return text, f"{label} (WikiText-2 could not be fetched from the Hub)"
+            documents, label = _load(SHIPPED[purpose], purpose)
+            return documents, f"{label} (WikiText-2 could not be fetched from the Hub)"
     if spec.startswith(PACKAGE):
         package, _, file = spec.removeprefix(PACKAGE).partition("/")
         return _read_file(Path(str(resources.files(package))) / file), spec.removeprefix(PACKAGE)
@@ -118,7 +153,7 @@ def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
         return _read_file(path), path.name
     if path.name.removesuffix(".gz").endswith(SUFFIXES) or spec.startswith((".", "/", "~")):
         raise InputError(f"{purpose} text {spec} not found: give an existing file or a data set name")
-    return _load_dataset(spec)
+    return _load_dataset(spec, streaming)
 
 
 def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
@@ -134,17 +169,18 @@ def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
     return spec, False
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path) -> list[str]:
+    """The documents of a file: one, or one a line of JSON."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"text file {path.name} cannot be read ({error}): give UTF-8 text") from error
-    if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        text = "\n\n".join(_jsonl_texts(text, path.name))
-    if not text.strip():
+    as_json = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
+    documents = _jsonl_texts(text, path.name) if as_json else [text]
+    if not any(document.strip() for document in documents):
         raise InputError(f"text file {path.name} is empty")
-    return text
+    return documents
 
 
 def _jsonl_texts(content: str, name: str) -> list[str]:
@@ -158,23 +194,24 @@ def _jsonl_texts(content: str, name: str) -> list[str]:
     return texts
 
 
-def _load_dataset(spec: str) -> tuple[str, str]:
+def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
     import datasets  # a second of import that local text does not need
 
     name, _, split = spec.partition("@")
     name, _, config = name.partition(":")
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        columns = rows.column_names or list(next(iter(rows)))  # a stream may know them only from its rows
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
         raise ResourceError(
             f"data set {spec!r} cannot be fetched: give a text file, or a name that the Hub has"
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, StopIteration) as error:
         raise InputError(f"data set {spec!r}: {' '.join(str(error).split())[:200]}") from error
-    if "text" not in rows.column_names:
-        raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(rows.column_names)}')
-    return "\n\n".join(rows["text"]), spec
+    if "text" not in columns:
+        raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(columns)}')
+    return (row["text"] for row in rows) if streaming else rows["text"], spec
 
 
 def evaluation_windows(
@@ -185,7 +222,7 @@ def evaluation_windows(
     Raises:
         InputError: not one window long.
     """
-    ids = _tokenise(tokenizer, text[: count * length * CHARACTERS_PER_TOKEN], special=True)
+    ids = tokenise(tokenizer, text[: count * length * CHARACTERS_PER_TOKEN], special=True)
     found = min(count, len(ids) // length)
     if not found:
         raise InputError(
@@ -209,13 +246,13 @@ def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed
     Raises:
         InputError: the text is too short for `count` windows.
     """
-    prefix = _tokenise(tokenizer, "", special=True)[:1]
+    prefix = tokenise(tokenizer, "", special=True)[:1]
     body = length - len(prefix)
     pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
     generator = torch.Generator().manual_seed(seed)
     windows: list[list[int]] = []
     for piece in torch.randperm(len(pieces), generator=generator).tolist():
-        ids = _tokenise(tokenizer, pieces[piece], special=False)
+        ids = tokenise(tokenizer, pieces[piece], special=False)
         windows += [prefix + ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
         if len(windows) >= count:
             break
@@ -228,6 +265,7 @@ def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed
     return torch.tensor([windows[index] for index in order.tolist()])
 
 
-def _tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:
+def tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Token ids of a text of any length."""
     # verbose=False: a warning about the model's maximum length means nothing for text that is cut into windows
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

@@ -1,0 +1,226 @@
+"""Text to heal on: tokenised once into a file that all processes map, and cut into the windows of every training step.
+
+Which windows a step sees is a function of the seed and the step's number alone: a run that goes on from a checkpoint, and
+one on other numbers of processes, see the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mla_convert import texts
+from mla_convert.errors import InputError
+from mla_convert.heal.losses import IGNORED
+
+IDS, STARTS = "tokens.npy", "documents.npy"
+# Share of the data, its end, that is never trained on; tokens of it that are looked at.
+HELD_OUT_SHARE, HELD_OUT_MAX = 1 / 20, 1 << 17
+# Characters that a token is taken to be before any has been counted, to see whether a text is longer than needed.
+CHARACTERS = 4
+TOKENISED = 64  # documents tokenised at once
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids (N,) of all documents, one after another, and the offsets (D,) at which they begin."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def train_end(self) -> int:
+        """Where the held-out end begins."""
+        return len(self.ids) - min(HELD_OUT_MAX, max(1, round(len(self.ids) * HELD_OUT_SHARE)))
+
+
+def make_corpus(spec: str | None, tokenizer: Any, wanted: int, folder: Path, joined: bool = False) -> str:
+    """Tokenise what `spec` names, about `wanted` tokens of it at most, into `folder`. Returns the text's label.
+
+    A file of text is one document, a row of a `.jsonl` file or of a data set (which is streamed) is one each, unless
+    `joined` says that rows are parts of one text. Of a file that is longer than wanted, pieces from all over are taken.
+
+    Raises:
+        InputError, ResourceError: as `texts.load_text`.
+    """
+    documents, label = texts.load_documents(spec, joined)
+    if isinstance(documents, list):
+        documents = _thinned(documents, wanted)
+    prefix = texts.tokenise(tokenizer, "", special=True)[:1]
+    parts, starts, total = [], [], 0
+    for ids in _tokenised(documents, tokenizer):
+        starts.append(total)
+        parts.append(np.asarray(prefix + ids, dtype=np.int32))
+        total += len(parts[-1])
+        if total >= wanted:
+            break
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in ((STARTS, np.asarray(starts, dtype=np.int64)), (IDS, np.concatenate(parts)[:wanted])):
+        temporary = folder / f".{os.getpid()}.{name}"
+        np.save(temporary, array)
+        os.replace(temporary, folder / name)
+    return label
+
+
+def wanted_tokens(tokens: int) -> int:
+    """Tokens of text for a run over so many: each at most once, and the held-out end."""
+    return round(tokens * (1 + 2 * HELD_OUT_SHARE)) + (1 << 12)
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """What `make_corpus` wrote, mapped."""
+    return Corpus(np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS))
+
+
+def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    batch: list[str] = []
+
+    def flush() -> Iterator[list[int]]:
+        found = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"] if batch else []
+        yield from (ids for ids in found if ids)
+        batch.clear()
+
+    for document in documents:
+        if len(document) > texts.PIECE:  # a tokenizer's time can grow faster than the text
+            yield from flush()
+            ids: list[int] = []
+            for piece in pieces(document):
+                ids += texts.tokenise(tokenizer, piece, special=False)
+            yield ids
+        else:
+            batch.append(document)
+            if len(batch) == TOKENISED:
+                yield from flush()
+    yield from flush()
+
+
+def pieces(document: str) -> list[str]:
+    """A document in parts of at most texts.PIECE characters, cut at line ends where there are any."""
+    found, start = [], 0
+    while start < len(document):
+        stop = min(start + texts.PIECE, len(document))
+        if stop < len(document):
+            stop = document.rfind("\n", start + texts.PIECE // 2, stop) + 1 or stop
+        found.append(document[start:stop])
+        start = stop
+    return found
+
+
+def _thinned(documents: list[str], wanted: int) -> list[str]:
+    """Everything, or pieces at even distances where that is much more than `wanted` tokens."""
+    characters = sum(map(len, documents))
+    if characters <= 2 * CHARACTERS * wanted:
+        return documents
+    parts = [piece for document in documents for piece in pieces(document)]
+    count = max(1, -(-len(parts) * 2 * CHARACTERS * wanted // characters))
+    return [parts[index * len(parts) // count] for index in range(min(count, len(parts)))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids` and `labels` (B, L), and `positions` (B, L) where a window holds more than one document, else None."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device."""
+        ids, labels = (each.to(device, non_blocking=True) for each in (self.ids, self.labels))
+        return Batch(ids, labels, None if self.positions is None else self.positions.to(device, non_blocking=True))
+
+
+def cut(corpus: Corpus, begins: list[int], length: int) -> Batch:
+    """Windows of `length` tokens from given offsets.
+
+    Where a document begins inside a window, positions begin anew, which transformers takes to mean that no token sees
+    another document's; the token before has no label.
+    """
+    ids = np.stack([corpus.ids[begin : begin + length] for begin in begins]).astype(np.int64)
+    labels = np.full_like(ids, IGNORED)
+    labels[:, :-1] = ids[:, 1:]
+    positions = np.broadcast_to(np.arange(length), ids.shape).copy()
+    packed = False
+    for row, begin in enumerate(begins):
+        first, last = np.searchsorted(corpus.starts, [begin + 1, begin + length])
+        for start in corpus.starts[first:last] - begin:
+            packed = True
+            labels[row, start - 1] = IGNORED
+            positions[row, start:] = np.arange(length - start)
+    return Batch(*map(torch.from_numpy, (ids, labels)), torch.from_numpy(positions) if packed else None)
+
+
+def held_out(corpus: Corpus, length: int) -> list[int]:
+    """Offsets of the windows at the end of the data that are never trained on.
+
+    Raises:
+        InputError: not one.
+    """
+    begin = corpus.train_end
+    length = min(length, len(corpus.ids) - begin)
+    if length < 2:
+        raise InputError(f"the text has {len(corpus.ids)} tokens, too few to heal on: give more text")
+    return list(range(begin, len(corpus.ids) - length + 1, length))
+
+
+class Schedule:
+    """Which windows every step sees: of each length in turn, by its share of the tokens, and of the text evenly.
+
+    `mix` is (length, share of tokens), `step_tokens` the tokens of a step over all processes. Every pass over the text
+    cuts it at another place and takes its windows in another order.
+    """
+
+    def __init__(self, corpus: Corpus, mix: tuple[tuple[int, float], ...], step_tokens: int, steps: int, seed: int,
+                 processes: int = 1):  # fmt: skip
+        """A step's windows are a multiple of `processes`.
+
+        Raises:
+            InputError: not one window of text to train on.
+        """
+        self._corpus, self._seed, self._orders = corpus, seed, {}
+        train = corpus.train_end
+        for length, _ in mix:
+            if length > train:
+                raise InputError(
+                    f"the text has {train} tokens to train on, fewer than one window of {length}: give more text, "
+                    f"or lower --length"
+                )
+        self.windows = {length: -(-max(1, step_tokens // length) // processes) * processes for length, _ in mix}
+        self.steps: list[tuple[int, int]] = []  # length and number of the first window, of every step
+        used, taken, total = dict.fromkeys(self.windows, 0), dict.fromkeys(self.windows, 0), 0
+        shares = dict(mix)
+        for _ in range(steps):
+            length = max(shares, key=lambda each: shares[each] * (total + step_tokens) - used[each])
+            self.steps.append((length, taken[length]))
+            taken[length] += self.windows[length]
+            used[length] += self.windows[length] * length
+            total += self.windows[length] * length
+
+    def tokens(self, step: int) -> int:
+        """Tokens of one step over all processes."""
+        length, _ = self.steps[step]
+        return length * self.windows[length]
+
+    def begins(self, step: int) -> tuple[int, list[int]]:
+        """Window length of a step, and the offsets of its windows."""
+        length, first = self.steps[step]
+        return length, [self._begin(length, first + index) for index in range(self.windows[length])]
+
+    def _begin(self, length: int, number: int) -> int:
+        train = self._corpus.train_end
+        count = max(1, train // length - 1)
+        epoch, index = divmod(number, count)
+        key = length, epoch
+        if key not in self._orders:
+            self._orders = {known: order for known, order in self._orders.items() if known[0] != length}
+            draw = np.random.default_rng((self._seed, length, epoch))
+            self._orders[key] = int(draw.integers(0, train - count * length + 1)), draw.permutation(count)
+        offset, order = self._orders[key]
+        return offset + int(order[index]) * length

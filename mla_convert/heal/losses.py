@@ -1,0 +1,159 @@
+"""What healing minimises: the distance of a model's next-token distribution from its original's, over the whole vocabulary.
+
+Logits are never there for more than a chunk of tokens: loss and gradient of a chunk are found in one pass, in which also
+its logits' gradient goes back through the head. So a vocabulary of 128k costs no more memory than one of 32k.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mla_convert.measure import Given
+
+# Logits of a chunk: tokens by vocabulary. 128 MB in bfloat16, of which a few copies are held.
+CHUNK = 1 << 26
+IGNORED = -100  # label of a position that has no next token in its document
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Weights of KL(original || model) and of the text's cross-entropy, and the temperature of the former.
+
+    At temperature T both distributions are flattened by 1/T and the divergence is multiplied by T**2, so that its gradient
+    keeps its scale (Hinton et al., arXiv 1503.02531).
+    """
+
+    kl: float = 1.0
+    ce: float = 0.0
+    temperature: float = 1.0
+
+
+class Head:
+    """A causal language model's head: hidden states (N, d) to logits (N, vocabulary), with all that its class does to them.
+
+    Holds the model's own modules and no copy of a weight.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._given = Given()
+        self._model = copy.copy(model)
+        self._model._modules = dict(model._modules)
+        setattr(self._model, model.base_model_prefix, self._given)
+        self.output = model.get_output_embeddings()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that are trained."""
+        return [parameter for parameter in self.output.parameters() if parameter.requires_grad]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self._given.hidden = hidden[None]
+        try:
+            return self._model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits[0]
+        finally:
+            self._given.hidden = None
+
+
+def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: float) -> tuple[Tensor, Tensor]:
+    """Sums over tokens, and the gradient of `scale` times their weighted sum with respect to `logits` (N, V), in its dtype.
+
+    The sums (4,) are: weighted loss, KL(original || model) at temperature 1, cross-entropy of the model and of the original
+    in nats, the latter two over the labels (N,) that are not IGNORED. Everything is computed in float32.
+    """
+    kept = labels != IGNORED
+    target = labels.clamp_min(0)[:, None]
+    ours, theirs = logits.float().log_softmax(-1), original.float().log_softmax(-1)
+    difference = theirs.exp() * (theirs - ours)
+    kl = difference.sum()
+    ce, ce_original = (-(each.gather(-1, target)[:, 0] * kept).sum() for each in (ours, theirs))
+    probabilities = ours.exp()
+    if mix.temperature == 1.0:
+        soft_kl, gradient = kl, mix.kl * (probabilities - theirs.exp())
+    else:
+        heat = mix.temperature
+        soft, soft_original = (logits.float() / heat).log_softmax(-1), (original.float() / heat).log_softmax(-1)
+        soft_kl = heat**2 * (soft_original.exp() * (soft_original - soft)).sum()
+        gradient = mix.kl * heat * (soft.exp() - soft_original.exp())
+    if mix.ce:
+        weights = mix.ce * kept[:, None]
+        hit = torch.arange(logits.shape[-1], device=logits.device) == target
+        gradient = gradient + weights * (probabilities - hit.to(probabilities.dtype))
+    sums = torch.stack([mix.kl * soft_kl + mix.ce * ce, kl, ce, ce_original])
+    return sums, (gradient * scale).to(logits.dtype)
+
+
+class _Distil(torch.autograd.Function):
+    """Loss over all chunks; gradients are made on the way, and only multiplied in `backward`."""
+
+    @staticmethod
+    def forward(ctx, hidden, original_hidden, labels, head, original_head, mix, compare_, differentiate, *parameters):
+        tokens = len(hidden)
+        chunks = -(-tokens * head.output.weight.shape[0] // CHUNK)
+        step = -(-tokens // chunks)
+        sums = torch.zeros(4, device=hidden.device)
+        gradient = torch.empty_like(hidden) if differentiate else None
+        others = [torch.zeros_like(each, dtype=torch.float32) for each in parameters] if differentiate else []
+        for start in range(0, tokens, step):
+            part = slice(start, start + step)
+            with torch.no_grad():
+                original = original_head(original_hidden[part])
+            with torch.set_grad_enabled(differentiate):
+                states = hidden[part].detach().requires_grad_(differentiate)
+                logits = head(states)
+            found, slope = compare_(logits.detach(), original, labels[part], mix, 1.0 / tokens)
+            sums += found
+            if differentiate:
+                own, *more = torch.autograd.grad(logits, [states, *parameters], slope)
+                gradient[part] = own
+                for total, each in zip(others, more, strict=True):
+                    total += each
+        if differentiate:
+            ctx.save_for_backward(gradient, *(g.to(p.dtype) for g, p in zip(others, parameters, strict=True)))
+        sums = sums / tokens
+        ctx.mark_non_differentiable(sums)
+        return sums[0].clone(), sums
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        own, *others = (slope * each for each in ctx.saved_tensors)
+        return own, None, None, None, None, None, None, None, *others
+
+
+def distil(
+    hidden: Tensor,
+    original_hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    original_head: Head,
+    mix: Mix,
+    comparer: Callable = compare,
+) -> tuple[Tensor, Tensor]:
+    """Loss of a batch and its parts, all means over its tokens, from the outputs (B, L, d) of both models' last norm.
+
+    `labels` (B, L) are the next tokens. Returns the loss, differentiable, and the four sums of `compare` by token.
+    `comparer` is `compare`, or a compiled one.
+    """
+    differentiate = torch.is_grad_enabled()
+    parameters = head.parameters if differentiate else []
+    return _Distil.apply(
+        hidden.flatten(0, 1), original_hidden.flatten(0, 1), labels.flatten(), head, original_head, mix, comparer,
+        differentiate, *parameters,
+    )  # fmt: skip
+
+
+def hidden_distance(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
+    """Mean over layers and tokens of |ours - theirs|^2 / |theirs|^2, for hidden states (B, L, d) of every layer.
+
+    Relative to each token, because a few tokens have massive activations (as in `refine.relative_error`).
+    """
+    return torch.stack(
+        [
+            ((a.float() - b.float()).square().mean(-1) / b.float().square().mean(-1).clamp_min(1e-12)).mean()
+            for a, b in zip(ours, theirs, strict=True)
+        ]
+    ).mean()

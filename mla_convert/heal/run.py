@@ -1,0 +1,210 @@
+"""The story of a healing run: measure, train, write, measure again."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from mla_convert import environment
+from mla_convert.checkpoint import writer as output
+from mla_convert.errors import InputError, UsageError
+from mla_convert.evaluate import Evaluation, evaluate_model
+from mla_convert.figures import REPORT, read_report
+from mla_convert.heal import data
+from mla_convert.heal.loop import Run, Trainer, step_sizes
+from mla_convert.heal.output import write_report, write_weights
+from mla_convert.heal.settings import HealConfig, HealSettings
+from mla_convert.heal.shared import Pair
+from mla_convert.heal.state import StateFolder, state_folder
+from mla_convert.loading import find_model, find_original, is_converted, load_model, load_tokenizer, model_config
+from mla_convert.probes import Probes
+from mla_convert.progress import Progress
+from mla_convert.source import Place
+
+LABEL, BEFORE = "text.json", "before.json"
+ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"
+
+
+def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Distil the original into a converted model, write the healed folder, and return the content of its report.json.
+
+    With several processes (`accelerate launch`) all call this with equal arguments. A run that died goes on from its last
+    checkpoint when it is called again with the same ones.
+
+    Raises:
+        InputError: no converted model, original or text that can be used, or nothing gained; nothing is written.
+        UsageError: settings that contradict each other, or an original that has to be named.
+        ResourceError: disk, device or network did not suffice.
+    """
+    accelerator = _accelerator(config)
+    main = accelerator.is_main_process
+    progress = (progress or Progress()) if main else Progress(quiet=True)
+    phases = environment.Phases(accelerator.device)
+    folder, report = _folder(config)
+    place, origin = find_model(str(folder)), _original(config, report)
+    out = config.out or folder
+    output.check_output(out, origin.folder, config.overwrite)
+    shards = sorted(report["checksums"])
+    output.check_space(out, sum((folder / shard).stat().st_size for shard in shards))
+    settings = HealSettings.model_validate(config.model_dump(include=set(HealSettings.model_fields)))
+
+    state = StateFolder(state_folder(Path(os.path.realpath(out))), _identity(accelerator, settings, report, origin), accelerator)
+    label = _corpus(state, accelerator, settings, place)
+    before = state.remember(BEFORE, lambda: _figures(_measure(config, folder, origin, accelerator, progress, label)))
+    with phases.phase("heal"):
+        run, best = _train(accelerator, settings, place, origin, state, progress)
+    result: dict[str, Any] = {}
+    if best is None:
+        state.remove()
+        raise InputError(
+            f"healing found nothing better than the start on held-out text{f' ({run.stopped})' if run.stopped else ''}: nothing "
+            f"is written; lower --lr, or give more --tokens or other --data"
+        )
+    if main:
+        with output.Writer(Path(os.path.realpath(out)), {"heal": report["checksums"]}) as writer:
+            write_weights(writer, folder, shards, best)
+            (writer.folder / REPORT).write_text(json.dumps(report), encoding="utf-8")  # says how to measure it
+            after = _measure(config, writer.folder, origin, accelerator, progress, label)
+            result = _report(report, config, settings, origin, label, run, before, after, phases, accelerator)
+            result["checksums"] = writer.checksums()
+            write_report(result, writer.folder)
+            writer.publish()
+    accelerator.wait_for_everyone()
+    state.remove()
+    return result
+
+
+def _accelerator(config: HealConfig) -> Accelerator:
+    device = environment.pick_device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    on_gpu = device.type == "cuda"
+    return Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="bf16" if on_gpu else "no",
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # one process measures and writes, the others wait
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+
+
+def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
+    folder = Path(os.path.realpath(config.folder.expanduser()))
+    if not folder.is_dir():
+        raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
+    report = read_report(folder)
+    if not isinstance(report.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
+        raise InputError(f"{config.folder} is not the folder of a converted model")
+    return folder, report
+
+
+def _original(config: HealConfig, report: dict[str, Any]) -> Place:
+    origin = find_model(config.teacher) if config.teacher else find_original(report)
+    if origin is None:
+        raise UsageError("the original is not where the report says: give --teacher")
+    if is_converted(model_config(origin)):
+        raise InputError(f"{origin.label} is a converted model: --teacher is for the original")
+    return origin
+
+
+def _identity(accelerator: Accelerator, settings: HealSettings, report: dict[str, Any], origin: Place) -> dict[str, Any]:
+    """What a checkpoint must agree on. How often to write one, and how large a forward pass is, are not of that kind."""
+    same = settings.model_dump(exclude={"checkpoint_minutes", "micro_tokens", "patience"})
+    return {"settings": same, "checksums": report["checksums"], "original": [origin.label, origin.revision],
+            "engine": [str(accelerator.distributed_type), accelerator.num_processes, accelerator.device.type],
+            "versions": environment.versions()}  # fmt: skip
+
+
+def _corpus(state: StateFolder, accelerator: Accelerator, settings: HealSettings, place: Place) -> str:
+    """Tokenised once, by the first process; the label of its text."""
+
+    def make() -> dict[str, str]:
+        tokenizer = load_tokenizer(place)
+        label = data.make_corpus(settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined)
+        return {"label": label}
+
+    return state.remember(LABEL, make)["label"]
+
+
+def _measure(
+    config: HealConfig, folder: Path, origin: Place, accelerator: Accelerator, progress: Progress, label: str
+) -> Evaluation:
+    probes = Probes(passkey=config.passkey or config.passkey_length is not None, passkey_length=config.passkey_length)
+    device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+    found = evaluate_model(str(folder), origin, text=config.eval, windows=config.eval_windows, length=config.eval_length,
+                           device=device, probes=probes, progress=Progress(quiet=True))  # fmt: skip
+    if found.text == label:
+        raise UsageError(f"{label} is what is trained on: give another text as --eval, or as --data")
+    progress.note(f"perplexity ×{found.ratio.value:.4f}, KL {found.kl.value:.4f} on {found.text}")
+    return found
+
+
+def _figures(found: Evaluation) -> dict[str, Any]:
+    """What of a measurement goes into a report."""
+    content = found.as_dict()
+    return {key: content[key] for key in ("evaluation", "beyond", "dtype", "device")}
+
+
+def _train(
+    accelerator: Accelerator, settings: HealSettings, place: Place, origin: Place, state: StateFolder, progress: Progress
+) -> tuple[Run, dict[str, torch.Tensor] | None]:
+    torch.manual_seed(settings.seed)  # adapters start at random
+    on_gpu, host = accelerator.device.type == "cuda", torch.device("cpu")
+    frozen = torch.bfloat16 if on_gpu else torch.float32
+    student = load_model(place, "auto" if settings.train != "all" else torch.float32, host)
+    pair = Pair(student, load_model(origin, frozen, host), settings, frozen).place(accelerator.device)
+    trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, progress)
+    run = trainer.train()
+    best = trainer.best
+    accelerator.free_memory(trainer.model, trainer.optimizer)
+    return run, best
+
+
+def _report(
+    report: dict[str, Any],
+    config: HealConfig,
+    settings: HealSettings,
+    origin: Place,
+    label: str,
+    run: Run,
+    before: dict[str, Any],
+    after: Evaluation,
+    phases: environment.Phases,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """The conversion's report with the healed model's figures; those that they replace are kept under `heal`."""
+    now = _figures(after)
+    step, micro = step_sizes(settings, accelerator.device.type == "cuda")
+    earlier = {"evaluation": report["evaluation"], "beyond": report.get("beyond")}
+    notes = [note for note in report.get("notes") or [] if note != ERRORS_NOTE]
+    return {
+        **report,
+        "evaluation": {key: value for key, value in now["evaluation"].items() if key not in ("kl", "agreement")},
+        "beyond": now["beyond"],
+        "phases": {**report["phases"], **phases.results},
+        "notes": [*notes, ERRORS_NOTE],
+        "heal": {
+            "settings": {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro},
+            "text": label,
+            "against": origin.label,
+            "tokens": run.tokens,
+            "steps": run.step,
+            "seconds": run.seconds,
+            "tokens_per_second": round(run.tokens / run.seconds) if run.seconds else None,
+            "best_tokens": run.best_tokens,
+            "stopped": run.stopped,
+            "device": environment.device_name(accelerator.device),
+            "processes": accelerator.num_processes,
+            "curve": run.curve,
+            "before": before,
+            "conversion": earlier,
+        },
+    }

@@ -1,0 +1,118 @@
+"""What a healing run keeps on disk so that it can go on after it died: beside the output, gone when that is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mla_convert.heal.shared import checkpoint_name
+
+IDENTITY, RUN, BEST, TRAINER = "identity.json", "run.json", "best.safetensors", "trainer"
+CHECKPOINT = "checkpoint"
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def state_folder(out: Path) -> Path:
+    """Where the state of the run that writes `out` lies."""
+    return out.parent / f".{out.name}.heal"
+
+
+def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, on the CPU, by its name in the checkpoint; adapters as NAME.lora_A.weight and NAME.lora_B.weight.
+
+    Every process must call this; only the main one is sure to get everything.
+    """
+    inner = accelerator.unwrap_model(model)
+    wanted = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    full = accelerator.get_state_dict(model) if accelerator.distributed_type in SHARDED else dict(inner.named_parameters())
+    found = {name.removeprefix("module."): tensor for name, tensor in full.items()}
+    return {
+        checkpoint_name(name).replace(".default.", "."): found[name].detach().float().cpu().clone()
+        for name in sorted(wanted & found.keys())
+    }
+
+
+class StateFolder:
+    """The folder of one run's state. `identity` is whatever makes an older state useless when it changed."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], accelerator: Accelerator):
+        self.folder, self._accelerator = folder, accelerator
+        self._identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
+        if accelerator.is_main_process:
+            if self._read(folder / IDENTITY) != self._identity:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                (folder / IDENTITY).write_text(json.dumps(self._identity), encoding="utf-8")
+            self._recover()
+        accelerator.wait_for_everyone()
+
+    @staticmethod
+    def _read(file: Path) -> Any:
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` returns (JSON), made by the main process once for all processes and for runs that go on."""
+        file = self.folder / name
+        if self._accelerator.is_main_process and self._read(file) is None:
+            file.with_suffix(".new").write_text(json.dumps(make()), encoding="utf-8")
+            os.replace(file.with_suffix(".new"), file)
+        self._accelerator.wait_for_everyone()
+        return self._read(file)
+
+    def last(self) -> dict[str, Any] | None:
+        """What `save` was given when the last whole checkpoint was written; None where there is none."""
+        return self._read(self.folder / CHECKPOINT / RUN)
+
+    def save(self, run: dict[str, Any], best: dict[str, Tensor] | None) -> None:
+        """Write a checkpoint beside the last one, then put it in that one's place. Every process must call this."""
+        new = self.folder / f"{CHECKPOINT}.new"
+        if self._accelerator.is_main_process:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+        self._accelerator.wait_for_everyone()
+        self._accelerator.save_state(str(new / TRAINER))
+        if self._accelerator.is_main_process:
+            if best is not None:
+                save_file(best, new / BEST)
+            (new / RUN).write_text(json.dumps(run), encoding="utf-8")
+            for file in (path for path in new.rglob("*") if path.is_file()):
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            old = self.folder / f"{CHECKPOINT}.old"
+            current = self.folder / CHECKPOINT
+            shutil.rmtree(old, ignore_errors=True)
+            if current.exists():
+                current.rename(old)
+            new.rename(current)
+            shutil.rmtree(old, ignore_errors=True)
+        self._accelerator.wait_for_everyone()
+
+    def load(self) -> dict[str, Tensor] | None:
+        """Put the last checkpoint's weights and optimizer into what accelerate has prepared; returns the best state."""
+        current = self.folder / CHECKPOINT
+        self._accelerator.load_state(str(current / TRAINER))
+        return load_file(current / BEST) if (current / BEST).is_file() else None
+
+    def _recover(self) -> None:
+        """A run that died between two renames has left its checkpoint under another name."""
+        for name in (f"{CHECKPOINT}.new", f"{CHECKPOINT}.old"):
+            other = self.folder / name
+            if not (self.folder / CHECKPOINT).exists() and self._read(other / RUN):
+                other.rename(self.folder / CHECKPOINT)
+
+    def remove(self) -> None:
+        """The output is whole: nothing is left to go on from."""
+        if self._accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
