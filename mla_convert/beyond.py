@@ -40,6 +40,27 @@ def probe_rows(beyond: dict[str, Any]) -> list[Row]:
     return found
 
 
+def heal_rows(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
+    """Rows of (what, not healed, healed), of two measurements with `evaluation` and `beyond` as in report.json."""
+    sides = [before, after]
+    found = [
+        ("perplexity over the original's", *(f"×{_value(_ratio(look_up(side, 'evaluation')), 4)}" for side in sides))
+    ]
+    for what, path, digits in (("KL divergence, nats", "kl", 5), ("next-token agreement", "agreement", 4)):
+        found.append((what, *(_value(look_up(side, f"beyond.next_token.{path}"), digits) for side in sides)))
+    entries = [look_up(side, "beyond.passkey.lengths") or [] for side in sides]
+    for entry in zip(*entries, strict=False):
+        for what, key, digits in (("pass key found", "match", 2), ("its log-probability", "log_probability", 2)):
+            values = (_value(look_up(each, f"after.{key}"), digits) for each in entry)
+            found.append((f"{what}, {entry[0]['length']} tokens", *values))
+    return found
+
+
+def _ratio(evaluation: dict[str, Any]) -> dict[str, Any]:
+    ratio, error = evaluation["ratio"], evaluation.get("ratio_log_error")
+    return {"value": ratio, "error": None if ratio is None or error is None else ratio * error}
+
+
 def passkey_rows(beyond: dict[str, Any]) -> list[list[str]]:
     """Every length and depth: length, depth, share found by the original and the model, log-probability by both."""
     return [

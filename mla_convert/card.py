@@ -15,8 +15,7 @@ BODY = """
 # {name} with Multi-head Latent Attention
 
 {base} with its {before} key/value numbers per token and layer replaced by a latent of {rank} and a rotary key of
-{rope}: **{saved:.1%} less KV cache**, perplexity **×{ratio:.4f}**. Converted by mla_convert {version}; everything but the
-attention is the original's.
+{rope}: **{saved:.1%} less KV cache**, perplexity **×{ratio:.4f}**. Converted by mla_convert {version}; {untouched}
 
 | | before | after | change |
 |---|---:|---:|---:|
@@ -66,6 +65,7 @@ def write_card(report: Report, folder: Path) -> None:
         saved=cache["share_saved"],
         ratio=evaluation["ratio"],
         version=report.versions.get("mla_convert", ""),
+        untouched=_untouched(report.heal),
         table="\n".join(f"| {' | '.join(row)} |" for row in rows(report)),
         text=evaluation["text"],
         protocol=evaluation["protocol"],
@@ -109,6 +109,17 @@ def _metadata(report: Report, on_hub: bool) -> ModelCardData:
         tags=["mla", "multi-head-latent-attention", "kv-cache", "mla_convert"],
         eval_results=results,
         **{key: source[key] for key in ("license_name", "license_link") if source.get(key)},
+    )
+
+
+def _untouched(heal: dict[str, Any]) -> str:
+    """What is still the original's, and what was trained end to end, in a sentence."""
+    if not heal:
+        return "everything but the\nattention is the original's."
+    every = heal["settings"]["train"] == "all"
+    return (
+        f"then {'all weights were' if every else 'the attention was'}\ndistilled from the original on {heal['tokens']:,} tokens "
+        f"of {heal['text']}{'' if every else '; everything else is the original' + chr(39) + 's'}."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mla_convert.commands import convert, evaluate, gate, inspect, plan, push, recipes, report, sweep, verify
+from mla_convert.commands import convert, evaluate, gate, heal, inspect, plan, push, recipes, report, sweep, verify
 from mla_convert.commands.shared import is_verbose
 from mla_convert.errors import GateFailed, Interrupted, MlaConvertError
 
@@ -70,6 +70,7 @@ def root(  # noqa: D103  (a docstring here would replace the application's help)
 # In the order in which --help lists them.
 for name, command, example in (
     ("convert", convert.convert, convert.EXAMPLE),
+    ("heal", heal.heal, heal.EXAMPLE),
     ("sweep", sweep.sweep, sweep.EXAMPLE),
     ("plan", plan.plan, plan.EXAMPLE),
     ("inspect", inspect.inspect, inspect.EXAMPLE),

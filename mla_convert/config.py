@@ -11,11 +11,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mla_convert.amounts import Lengths, Tokens
 from mla_convert.errors import InputError, UsageError
 from mla_convert.yaml_marks import Marks
 
 YAML = (".yaml", ".yml")
 Full = Literal["full"]
+Trained = Literal["attention", "all", "lora"]
 
 
 class Settings(BaseModel):
@@ -38,6 +40,11 @@ class Settings(BaseModel):
     refine_steps: int | None = Field(None, ge=0)
     refine_batch: int | None = Field(None, ge=1)
     refine_lr: float = Field(0.02, gt=0, le=1)
+    heal_tokens: Tokens | None = Field(None, ge=1)
+    heal_data: str | None = None
+    heal_length: Lengths | None = None
+    heal_train: Trained | None = None
+    heal_lr: float | None = Field(None, gt=0, le=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(0, ge=0)
 
@@ -45,6 +52,13 @@ class Settings(BaseModel):
     def _rank_or_ratio(self) -> Settings:
         if self.rank is not None and self.kv_ratio is not None:
             raise ValueError("rank and kv_ratio are two ways to say one thing: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _healing_or_not(self) -> Settings:
+        extra = [key for key, value in self if key.startswith("heal_") and key != "heal_tokens" and value is not None]
+        if extra and self.heal_tokens is None:
+            raise ValueError(f"{extra[0]} means nothing without heal_tokens")
         return self
 
 

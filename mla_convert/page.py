@@ -199,10 +199,23 @@ def _sweep(report: dict[str, Any]) -> str:
 
 
 def _heal(report: dict[str, Any]) -> str:
+    record = report.get("heal") or {}
     points = [(entry["tokens"] / 1e6, entry["perplexity"], 0.0)
-              for entry in look_up(report, "heal.curve") or [] if entry.get("perplexity") is not None]  # fmt: skip
-    drawn = _draw(lambda width: plots.curve(points, width, "million tokens of distillation", "perplexity"))
-    return _section("Healing", "Perplexity while the whole model learned from the original.", drawn) if drawn else ""
+              for entry in record.get("curve") or [] if entry.get("perplexity") is not None]  # fmt: skip
+    drawn = _draw(lambda width: plots.curve(points, width, "million tokens of distillation", "held-out perplexity"))
+    if not drawn:
+        return ""
+    trained = {"all": "all weights", "attention": "the attention's weights", "lora": "adapters of the attention"}
+    kind, stopped = look_up(record, "settings.train"), record.get("stopped")
+    words = escape(
+        f"After the conversion, {trained.get(kind, 'weights')} learned the next-token distribution of {record.get('against')} "
+        f"on {record.get('text')}: {record['tokens'] / 1e6:.3g} million tokens in {_duration(record['seconds'])} on "
+        f"{record.get('device')}. The curve is the perplexity of its end, which was not trained on; the state with the "
+        f"least held-out loss, after {record['best_tokens'] / 1e6:.3g} million tokens, was kept."
+        + (f" Stopped early: {stopped}." if stopped else "")
+    )  # fmt: skip
+    rows = [list(row) for row in beyond.heal_rows(record["before"], report)]
+    return _section("Healing", words, drawn + _table(["", "not healed", "healed"], rows, "tnn"))
 
 
 def _bench(report: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from mla_convert import environment, folder, layers, measure, report, sensitivit
 from mla_convert.attention import mla_config
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
+from mla_convert.heal.run import check_conversion, heal_conversion
 from mla_convert.plan import make_plan, shares_out
 from mla_convert.progress import Progress
 from mla_convert.recipe_file import write_recipe
@@ -44,6 +45,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
 
     with phases.phase("text"):
         longest = getattr(source.config, "max_position_embeddings", None)
+        if config.heal_tokens:
+            check_conversion(config, longest)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest)
     notes = [*source.notes, *windows.notes]
     for note in notes:
@@ -92,4 +95,4 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         )  # fmt: skip
         write_recipe(writer.folder, config, source, plan, windows, refine, result)
         folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result)
-    return result
+    return heal_conversion(config, result, progress) if config.heal_tokens else result

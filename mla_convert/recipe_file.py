@@ -44,12 +44,16 @@ def write_recipe(
         "refine_steps": refine.steps,
         "refine_batch": refine.batch,
     }
+    if not config.heal_tokens:
+        settings = {key: value for key, value in settings.items() if not key.startswith("heal_")}
     local = []
     texts = [("calib", windows.calib_text, "calibration"), ("eval", windows.eval_text, "evaluation")]
     if config.held_out:
         texts.append(("held_out", windows.held_out_text, "held-out"))
     else:
         del settings["held_out"]  # nothing stood in for it
+    if config.heal_data and config.heal_tokens:
+        texts.append(("heal_data", "", "calibration"))
     for key, label, purpose in texts:
         settings[key], is_file = repeatable(getattr(config, key), label, purpose)
         if is_file:

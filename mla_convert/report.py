@@ -117,6 +117,9 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
         table.append((f"KV cache at {int(context) // 1024}k context", human_bytes(size["before"]),
                       human_bytes(size["after"]), f"-{1 - size['after'] / size['before']:.1%}"))  # fmt: skip
     before, after = evaluation["before"]["value"], evaluation["after"]["value"]
+    if unhealed := report.heal.get("before"):
+        value = unhealed["evaluation"]["after"]["value"]
+        table.append(("perplexity, not healed", f"{before:.3f}", _number(value), ratio_words(unhealed["evaluation"])))
     table.append(("perplexity", f"{before:.3f}", f"{after:.3f}", ratio_words(evaluation)))
     if held_out := evaluation.get("held_out"):
         before, after = held_out["before"]["value"], held_out["after"]["value"]
@@ -124,8 +127,14 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
     return table
 
 
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
 def ratio_words(evaluation: dict[str, Any]) -> str:
     """A perplexity ratio with its standard error over windows, if there is one: ×1.0110 ± 0.0012."""
+    if evaluation["ratio"] is None:
+        return "not finite"
     error = ratio_error(evaluation)
     return f"×{evaluation['ratio']:.4f}" + (f" ± {error:.4f}" if error else "")
 

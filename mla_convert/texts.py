@@ -56,7 +56,8 @@ class Windows:
     def labels(self, config: ConvertConfig) -> dict[str, str | None]:
         """The texts that were asked for as reports name them: without paths."""
         return {"calib": config.calib and self.calib_text, "eval": config.eval and self.eval_text,
-                "held_out": config.held_out and self.held_out_text}  # fmt: skip
+                "held_out": config.held_out and self.held_out_text,
+                "heal_data": config.heal_data and repeatable(config.heal_data, "", "")[0]}  # fmt: skip
 
     @property
     def calib_protocol(self) -> str:

@@ -15,6 +15,7 @@ from mla_convert.errors import Interrupted, MlaConvertError, ResourceError, Usag
 
 EXAMPLE = "mla-convert llama-8b --rank 512 --out llama-8b-mla"
 SIZE, TEXT, REFINE, RUN = "Cache size", "Calibration and evaluation text", "Refinement", "Output and device"
+HEAL = "Healing"
 
 
 def convert(
@@ -114,6 +115,24 @@ def convert(
     refine_lr: Annotated[
         float | None,
         typer.Option(help="Step size relative to each parameter's magnitude. Default 0.02.", rich_help_panel=REFINE),
+    ] = None,
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Then distil it from the original on so many tokens (200k, 20M), as `heal` does.", rich_help_panel=HEAL
+        ),
+    ] = None,
+    heal_data: Annotated[
+        str | None, typer.Option(help="Text for that, named like --calib's. Default: that text.", rich_help_panel=HEAL)
+    ] = None,
+    heal_length: Annotated[
+        str | None, typer.Option(help="Tokens in its windows, or a mix: 1024:0.75,8192:0.25.", rich_help_panel=HEAL)
+    ] = None,
+    heal_train: Annotated[
+        str | None, typer.Option(help="What is trained: all, attention or lora.", rich_help_panel=HEAL)
+    ] = None,
+    heal_lr: Annotated[
+        float | None, typer.Option(help="Peak step size, relative to each parameter's magnitude.", rich_help_panel=HEAL)
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: NAME-mla here.", rich_help_panel=RUN)

@@ -25,7 +25,8 @@ IDS, STARTS = "tokens.npy", "documents.npy"
 HELD_OUT_SHARE, HELD_OUT_MAX = 1 / 20, 1 << 17
 # Characters that a token is taken to be before any has been counted, to see whether a text is longer than needed.
 CHARACTERS = 4
-TOKENISED = 64  # documents tokenised at once
+TOKENISED = 64  # pieces of documents tokenised at once
+PIECE = 1 << 16  # characters of a piece: a tokenizer's time can grow faster than the text
 
 
 @dataclass(frozen=True)
@@ -80,34 +81,42 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    batch: list[str] = []
+    """Token ids of each document that has any. Pieces of many are tokenised at once, on all cores."""
+    batch: list[tuple[int, str]] = []
+    held: list[int] = []  # of a document that may go on in the next batch
+    last = 0
 
-    def flush() -> Iterator[list[int]]:
-        found = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"] if batch else []
-        yield from (ids for ids in found if ids)
+    def flush() -> Iterator[tuple[int, list[int]]]:
+        found = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        yield from zip([number for number, _ in batch], found, strict=True)
         batch.clear()
 
-    for document in documents:
-        if len(document) > texts.PIECE:  # a tokenizer's time can grow faster than the text
-            yield from flush()
-            ids: list[int] = []
-            for piece in pieces(document):
-                ids += texts.tokenise(tokenizer, piece, special=False)
-            yield ids
-        else:
-            batch.append(document)
+    def merged(found: Iterable[tuple[int, list[int]]]) -> Iterator[list[int]]:
+        nonlocal held, last
+        for number, ids in found:
+            if number != last and held:
+                yield held
+                held = []
+            held, last = held + ids if held else list(ids), number
+
+    for number, document in enumerate(documents):
+        for piece in pieces(document):
+            batch.append((number, piece))
             if len(batch) == TOKENISED:
-                yield from flush()
-    yield from flush()
+                yield from merged(flush())
+    if batch:
+        yield from merged(flush())
+    if held:
+        yield held
 
 
 def pieces(document: str) -> list[str]:
-    """A document in parts of at most texts.PIECE characters, cut at line ends where there are any."""
+    """A document in parts of at most PIECE characters, cut at line ends where there are any."""
     found, start = [], 0
     while start < len(document):
-        stop = min(start + texts.PIECE, len(document))
+        stop = min(start + PIECE, len(document))
         if stop < len(document):
-            stop = document.rfind("\n", start + texts.PIECE // 2, stop) + 1 or stop
+            stop = document.rfind("\n", start + PIECE // 2, stop) + 1 or stop
         found.append(document[start:stop])
         start = stop
     return found

@@ -6,14 +6,12 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mla_convert.heal import data
 from mla_convert.heal.data import Corpus, Schedule
@@ -29,11 +27,9 @@ MIN_SCALE = 1e-3  # a parameter smaller than this (a zero bias, say) moves as if
 WARMUP_SHARE, WARMUP_MAX = 0.05, 100
 FLOOR = 0.02  # of the peak rate, at the end
 CLIP = 1.0
-COMPILE = False  # on a GPU
+COMPILE = True  # on a GPU
 # SPIKES steps in a row whose loss is above SPIKE times the median of the RECENT ones before end the run.
 SPIKE, RECENT, SPIKES = 3.0, 50, 5
-# cuDNN and flash attention are fastest where they run; heads of unequal widths rule the latter out.
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -90,11 +86,12 @@ class Trainer:
         """Takes the pair over; goes on from the state folder's last checkpoint if there is one."""
         self.accelerator, self.settings, self.state, self.progress = accelerator, settings, state, progress
         cuda = accelerator.device.type == "cuda"
-        self.step_tokens, self.micro_tokens = step_sizes(settings, cuda)
+        mix = settings.mix(getattr(pair.student.config, "max_position_embeddings", None))
+        self.step_tokens, self.micro_tokens = step_sizes(settings, mix, cuda)
         self.corpus = corpus
         steps = max(1, round(settings.tokens / self.step_tokens))
         processes = accelerator.num_processes
-        self.schedule = Schedule(corpus, settings.mix, self.step_tokens, steps, settings.seed, processes)
+        self.schedule = Schedule(corpus, mix, self.step_tokens, steps, settings.seed, processes)
         if settings.gradient_checkpointing:
             pair.checkpoint_gradients()
         if settings.compile if settings.compile is not None else COMPILE and cuda:
@@ -105,7 +102,7 @@ class Trainer:
         if (last := state.last()) is not None:
             self.best = state.load()
             self.run = Run(**last)
-        length = settings.mix[0][0]
+        length = mix[0][0]
         begins = data.held_out(corpus, length)
         self._watched = begins, min(length, len(corpus.ids) - corpus.train_end)
 
@@ -140,7 +137,11 @@ class Trainer:
                     if run.stopped is None:
                         self._look(began)
                 now = time.perf_counter()
-                if self._agreed(now - saved > 60 * settings.checkpoint_minutes) and run.stopped is None and run.step < self.steps:
+                if (
+                    self._agreed(now - saved > 60 * settings.checkpoint_minutes)
+                    and run.stopped is None
+                    and run.step < self.steps
+                ):
                     self._note_loss(last)
                     last, run.seconds = None, now - began
                     if run.stopped is None:
@@ -197,7 +198,7 @@ class Trainer:
         for index, part in enumerate(parts):
             accelerator.sync_gradients = index == len(parts) - 1
             batch = data.cut(self.corpus, part, length).to(accelerator.device)
-            with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model), _attention():
+            with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
                 loss, _ = self.model(batch.ids, batch.labels, batch.positions)
                 loss = loss * (len(part) / len(own))
                 accelerator.backward(loss)
@@ -238,8 +239,7 @@ class Trainer:
             start = (number * count + index) * size
             own = begins[start : start + size]
             batch = data.cut(self.corpus, own or begins[:1], length).to(accelerator.device)
-            with _attention():
-                _, sums = self.model(batch.ids, batch.labels, batch.positions)
+            _, sums = self.model(batch.ids, batch.labels, batch.positions)
             if own:
                 tokens = batch.ids.numel()
                 labels = float((batch.labels != data.IGNORED).sum())
@@ -257,20 +257,13 @@ class Trainer:
         }
 
 
-@contextlib.contextmanager
-def _attention() -> Iterator[None]:
-    """The fastest attention kernels first."""
-    with sdpa_kernel(BACKENDS, set_priority=True) if torch.cuda.is_available() else contextlib.nullcontext():
-        yield
-
-
-def step_sizes(settings: HealSettings, cuda: bool) -> tuple[int, int]:
+def step_sizes(settings: HealSettings, mix: tuple[tuple[int, float], ...], cuda: bool) -> tuple[int, int]:
     """Tokens of a step over all processes, and of a forward pass of one: what was set, or what suits the run's length.
 
     A run has at least some 500 steps, or steps as small as the device likes; large steps give less noise than they cost.
     """
     largest, smallest = (1 << 15, 1 << 13) if cuda else (1 << 13, 1 << 12)
-    longest = max(length for length, _ in settings.mix)
+    longest = max(length for length, _ in mix)
     step = settings.step_tokens or min(largest, max(smallest, 1 << round(math.log2(max(1, settings.tokens / 500)))))
     return max(step, longest), settings.micro_tokens or (1 << 14 if cuda else 1 << 12)
 

@@ -11,21 +11,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from rich.console import Console
+from rich.table import Table
 
-from mla_convert import environment
+from mla_convert import environment, texts
+from mla_convert.beyond import heal_rows, to_report
 from mla_convert.checkpoint import writer as output
-from mla_convert.errors import InputError, UsageError
+from mla_convert.config import ConvertConfig
+from mla_convert.errors import InputError, MlaConvertError, UsageError
 from mla_convert.evaluate import Evaluation, evaluate_model
 from mla_convert.figures import REPORT, read_report
 from mla_convert.heal import data
-from mla_convert.heal.loop import Run, Trainer, step_sizes
+from mla_convert.heal.loop import Run, Trainer, step_sizes, tokens_words
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
-from mla_convert.heal.shared import Pair
+from mla_convert.heal.shared import Pair, peft
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.loading import find_model, find_original, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.probes import Probes
 from mla_convert.progress import Progress
+from mla_convert.report import Report
 from mla_convert.source import Place
 
 LABEL, BEFORE = "text.json", "before.json"
@@ -55,30 +60,63 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
     output.check_space(out, sum((folder / shard).stat().st_size for shard in shards))
     settings = HealSettings.model_validate(config.model_dump(include=set(HealSettings.model_fields)))
 
-    state = StateFolder(state_folder(Path(os.path.realpath(out))), _identity(accelerator, settings, report, origin), accelerator)
-    label = _corpus(state, accelerator, settings, place)
-    before = state.remember(BEFORE, lambda: _figures(_measure(config, folder, origin, accelerator, progress, label)))
-    with phases.phase("heal"):
-        run, best = _train(accelerator, settings, place, origin, state, progress)
+    settings = _with_length(settings, getattr(model_config(place), "max_position_embeddings", None))
+
     result: dict[str, Any] = {}
-    if best is None:
-        state.remove()
-        raise InputError(
-            f"healing found nothing better than the start on held-out text{f' ({run.stopped})' if run.stopped else ''}: nothing "
-            f"is written; lower --lr, or give more --tokens or other --data"
+    identity = _identity(accelerator, settings, report, origin)
+    with StateFolder(state_folder(Path(os.path.realpath(out))), identity, accelerator) as state:
+        label = _corpus(state, settings, place)
+        before = state.remember(
+            BEFORE, lambda: _figures(_measure(config, folder, origin, accelerator, progress, label))
         )
-    if main:
-        with output.Writer(Path(os.path.realpath(out)), {"heal": report["checksums"]}) as writer:
-            write_weights(writer, folder, shards, best)
-            (writer.folder / REPORT).write_text(json.dumps(report), encoding="utf-8")  # says how to measure it
-            after = _measure(config, writer.folder, origin, accelerator, progress, label)
-            result = _report(report, config, settings, origin, label, run, before, after, phases, accelerator)
-            result["checksums"] = writer.checksums()
-            write_report(result, writer.folder)
-            writer.publish()
-    accelerator.wait_for_everyone()
-    state.remove()
+        with phases.phase("heal"):
+            run, best = _train(accelerator, settings, place, origin, state, progress)
+        if best is None:
+            state.remove()
+            why = f" ({run.stopped})" if run.stopped else ""
+            raise InputError(
+                f"healing found nothing better than the start on held-out text{why}: nothing is written; lower --lr, or "
+                f"give more --tokens or other --data"
+            )
+        if main:
+            with output.Writer(Path(os.path.realpath(out)), {"heal": report["checksums"]}) as writer:
+                write_weights(writer, folder, shards, best)
+                (writer.folder / REPORT).write_text(json.dumps(report), encoding="utf-8")  # says how to measure it
+                after = _measure(config, writer.folder, origin, accelerator, progress, label)
+                record = _record(settings, origin, label, run, accelerator)
+                result = _report(report, record, before, _figures(after), phases)
+                result["checksums"] = writer.checksums()
+                write_report(result, writer.folder)
+                writer.publish()
+        accelerator.wait_for_everyone()
+        state.remove()
     return result
+
+
+def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -> Report:
+    """Heal what was just converted, in place, as its settings say; returns the healed model's report.
+
+    Raises:
+        MlaConvertError: as `heal`; the conversion stays as it is.
+    """
+    given = {"data": config.heal_data or config.calib, "length": config.heal_length, "train": config.heal_train,
+             "lr": config.heal_lr, "eval": config.eval, "seed": config.seed, "teacher_revision": config.revision}  # fmt: skip
+    windows = report.evaluation["before"]
+    try:
+        content = heal(
+            HealConfig(
+                folder=report.out, teacher=config.source, device=config.device, tokens=config.heal_tokens,
+                eval_windows=windows["windows"], eval_length=windows["length"],
+                **{key: value for key, value in given.items() if value is not None},
+            ),
+            progress,
+        )  # fmt: skip
+    except (MlaConvertError, KeyboardInterrupt) as error:
+        error.args = (": ".join([*map(str, error.args), f"the converted model, not healed, is in {report.out}"]),)
+        raise
+    healed = to_report(content)
+    healed.out, healed.seconds = report.out, round(report.seconds + content["phases"]["heal"]["seconds"], 2)
+    return healed
 
 
 def _accelerator(config: HealConfig) -> Accelerator:
@@ -106,8 +144,35 @@ def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
     return folder, report
 
 
+def check_conversion(config: ConvertConfig, limit: int | None) -> None:
+    """Refuse before a conversion what would fail after it. `limit` is the model's context, if it has one.
+
+    Raises:
+        InputError: a text that is not there.
+        UsageError: windows longer than the model's context, or LoRA without peft.
+    """
+    texts.load_documents(config.heal_data or config.calib)
+    _with_length(HealSettings(tokens=config.heal_tokens, length=config.heal_length), limit)
+    if config.heal_train == "lora":
+        peft()
+
+
+def _with_length(settings: HealSettings, limit: int | None) -> HealSettings:
+    """Window lengths spelled out, none above what the model can read.
+
+    Raises:
+        UsageError: one is.
+    """
+    mix = settings.mix(limit)
+    longest = max(length for length, _ in mix)
+    if limit and longest > limit:
+        raise UsageError(f"windows of {longest} tokens are longer than the model's context of {limit}: lower --length")
+    words = ",".join(f"{length}:{share:g}" for length, share in mix) if len(mix) > 1 else str(longest)
+    return settings.model_copy(update={"length": words})
+
+
 def _original(config: HealConfig, report: dict[str, Any]) -> Place:
-    origin = find_model(config.teacher) if config.teacher else find_original(report)
+    origin = find_model(config.teacher, config.teacher_revision) if config.teacher else find_original(report)
     if origin is None:
         raise UsageError("the original is not where the report says: give --teacher")
     if is_converted(model_config(origin)):
@@ -115,7 +180,9 @@ def _original(config: HealConfig, report: dict[str, Any]) -> Place:
     return origin
 
 
-def _identity(accelerator: Accelerator, settings: HealSettings, report: dict[str, Any], origin: Place) -> dict[str, Any]:
+def _identity(
+    accelerator: Accelerator, settings: HealSettings, report: dict[str, Any], origin: Place
+) -> dict[str, Any]:
     """What a checkpoint must agree on. How often to write one, and how large a forward pass is, are not of that kind."""
     same = settings.model_dump(exclude={"checkpoint_minutes", "micro_tokens", "patience"})
     return {"settings": same, "checksums": report["checksums"], "original": [origin.label, origin.revision],
@@ -123,12 +190,14 @@ def _identity(accelerator: Accelerator, settings: HealSettings, report: dict[str
             "versions": environment.versions()}  # fmt: skip
 
 
-def _corpus(state: StateFolder, accelerator: Accelerator, settings: HealSettings, place: Place) -> str:
+def _corpus(state: StateFolder, settings: HealSettings, place: Place) -> str:
     """Tokenised once, by the first process; the label of its text."""
 
     def make() -> dict[str, str]:
         tokenizer = load_tokenizer(place)
-        label = data.make_corpus(settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined)
+        label = data.make_corpus(
+            settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined
+        )
         return {"label": label}
 
     return state.remember(LABEL, make)["label"]
@@ -154,7 +223,12 @@ def _figures(found: Evaluation) -> dict[str, Any]:
 
 
 def _train(
-    accelerator: Accelerator, settings: HealSettings, place: Place, origin: Place, state: StateFolder, progress: Progress
+    accelerator: Accelerator,
+    settings: HealSettings,
+    place: Place,
+    origin: Place,
+    state: StateFolder,
+    progress: Progress,
 ) -> tuple[Run, dict[str, torch.Tensor] | None]:
     torch.manual_seed(settings.seed)  # adapters start at random
     on_gpu, host = accelerator.device.type == "cuda", torch.device("cpu")
@@ -168,43 +242,63 @@ def _train(
     return run, best
 
 
+def _record(settings: HealSettings, origin: Place, label: str, run: Run, accelerator: Accelerator) -> dict[str, Any]:
+    """What a report says of the run. The text by its label: a report holds no paths."""
+    step, micro = step_sizes(settings, settings.mix(None), accelerator.device.type == "cuda")
+    return {
+        "settings": {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro},
+        "text": label,
+        "against": origin.label,
+        "tokens": run.tokens,
+        "steps": run.step,
+        "seconds": run.seconds,
+        "tokens_per_second": round(run.tokens / run.seconds) if run.seconds else None,
+        "best_tokens": run.best_tokens,
+        "stopped": run.stopped,
+        "device": environment.device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "curve": run.curve,
+    }
+
+
 def _report(
     report: dict[str, Any],
-    config: HealConfig,
-    settings: HealSettings,
-    origin: Place,
-    label: str,
-    run: Run,
+    record: dict[str, Any],
     before: dict[str, Any],
-    after: Evaluation,
+    after: dict[str, Any],
     phases: environment.Phases,
-    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """The conversion's report with the healed model's figures; those that they replace are kept under `heal`."""
-    now = _figures(after)
-    step, micro = step_sizes(settings, accelerator.device.type == "cuda")
-    earlier = {"evaluation": report["evaluation"], "beyond": report.get("beyond")}
-    notes = [note for note in report.get("notes") or [] if note != ERRORS_NOTE]
+    evaluation = {key: value for key, value in after["evaluation"].items() if key not in ("kl", "agreement")}
     return {
         **report,
-        "evaluation": {key: value for key, value in now["evaluation"].items() if key not in ("kl", "agreement")},
-        "beyond": now["beyond"],
+        "evaluation": evaluation,
+        "beyond": after["beyond"],
         "phases": {**report["phases"], **phases.results},
-        "notes": [*notes, ERRORS_NOTE],
+        "notes": [*(note for note in report.get("notes") or [] if note != ERRORS_NOTE), ERRORS_NOTE],
         "heal": {
-            "settings": {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro},
-            "text": label,
-            "against": origin.label,
-            "tokens": run.tokens,
-            "steps": run.step,
-            "seconds": run.seconds,
-            "tokens_per_second": round(run.tokens / run.seconds) if run.seconds else None,
-            "best_tokens": run.best_tokens,
-            "stopped": run.stopped,
-            "device": environment.device_name(accelerator.device),
-            "processes": accelerator.num_processes,
-            "curve": run.curve,
+            **record,
             "before": before,
-            "conversion": earlier,
+            "conversion": {"evaluation": report["evaluation"], "beyond": report.get("beyond")},
         },
     }
+
+
+def print_summary(report: dict[str, Any], folder: Path, console: Console) -> None:
+    """What healing gained, as a table."""
+    record, after = report["heal"], {"evaluation": report["evaluation"], "beyond": report["beyond"]}
+    table = Table(title=f"{report['source']['name']} → MLA, healed", title_justify="left")
+    for column, justify in (("", "left"), ("not healed", "right"), ("healed", "right")):
+        table.add_column(column, justify=justify)
+    for what, *cells in heal_rows(record["before"], after):
+        table.add_row(what, *cells)
+    console.print(table)
+    stopped = f"; stopped early: {record['stopped']}" if record["stopped"] else ""
+    for line in (
+        f"on {report['evaluation']['text']}: {report['evaluation']['protocol']}; against {record['against']}",
+        f"{tokens_words(record['tokens'])} tokens of {record['text']}, windows of {record['settings']['length']}, "
+        f"{record['settings']['train']} trained, best after {tokens_words(record['best_tokens'])}{stopped}",
+        f"took {record['seconds']:.0f} s on {record['device']} ({tokens_words(record['tokens_per_second'])} tokens/s); "
+        f"written to {folder}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-LENGTHS = "2048"
+from mla_convert.amounts import Lengths, Tokens, parse_lengths
+from mla_convert.config import Trained
+
+LENGTH = 2048
 
 
 class HealSettings(BaseModel):
@@ -15,11 +17,11 @@ class HealSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(ge=1)
+    tokens: Tokens = Field(ge=1)
     data: str | None = None
     joined: bool = False
-    length: str = LENGTHS
-    train: Literal["attention", "all", "lora"] = "all"
+    length: Lengths | None = None
+    train: Trained = "all"
     lora_rank: int = Field(64, ge=1)
     lr: float | None = Field(None, gt=0, le=1)
     step_tokens: int | None = Field(None, ge=16)
@@ -35,16 +37,15 @@ class HealSettings(BaseModel):
     compile: bool | None = None
     seed: int = Field(0, ge=0)
 
-    @field_validator("length")
-    @classmethod
-    def _readable(cls, value: str) -> str:
-        parse_lengths(value)
-        return value
+    @model_validator(mode="after")
+    def _some_loss(self) -> HealSettings:
+        if not (self.kl_weight or self.ce_weight or self.hidden_weight):
+            raise ValueError("every weight of the loss is 0: give --kl-weight, --ce-weight or --hidden-weight")
+        return self
 
-    @property
-    def mix(self) -> tuple[tuple[int, float], ...]:
-        """Window lengths with their shares of the tokens."""
-        return parse_lengths(self.length)
+    def mix(self, longest: int | None) -> tuple[tuple[int, float], ...]:
+        """Window lengths with their shares of the tokens. `longest` is the model's limit, if it has one."""
+        return parse_lengths(self.length or str(min(LENGTH, longest or LENGTH)))
 
 
 class HealConfig(HealSettings):
@@ -52,6 +53,7 @@ class HealConfig(HealSettings):
 
     folder: Path
     teacher: str | None = None
+    teacher_revision: str | None = None
     out: Path | None = None
     eval: str | None = None
     eval_windows: int | None = Field(None, ge=1)
@@ -60,42 +62,3 @@ class HealConfig(HealSettings):
     passkey_length: int | None = Field(None, ge=1)
     device: str = "auto"
     overwrite: bool = False
-
-
-def parse_lengths(text: str) -> tuple[tuple[int, float], ...]:
-    """`1024` or `1024:0.75,4096:0.25` as lengths and shares that sum to 1.
-
-    Raises:
-        ValueError: anything else.
-    """
-    found = []
-    for part in text.split(","):
-        length, _, share = part.partition(":")
-        try:
-            entry = int(length), float(share) if share else 1.0
-        except ValueError:
-            raise ValueError(f"{text!r} is neither a length nor lengths with shares (1024:0.75,4096:0.25)") from None
-        if entry[0] < 16 or not 0 < entry[1] < float("inf"):
-            raise ValueError(f"{part!r} is no length of at least 16 tokens with a share above 0")
-        found.append(entry)
-    if len({length for length, _ in found}) < len(found):
-        raise ValueError(f"{text!r} has a length twice")
-    total = sum(share for _, share in found)
-    return tuple((length, share / total) for length, share in found)
-
-
-def parse_tokens(text: str) -> int:
-    """`200k`, `20M`, `1.5B` or a plain number of tokens.
-
-    Raises:
-        ValueError: anything else.
-    """
-    sizes = {"k": 1e3, "m": 1e6, "b": 1e9}
-    number, unit = (text[:-1], sizes[text[-1].lower()]) if text and text[-1].lower() in sizes else (text, 1.0)
-    try:
-        tokens = float(number) * unit
-    except ValueError:
-        tokens = -1.0
-    if not 1 <= tokens < 1e15:
-        raise ValueError(f"{text!r} is no number of tokens: give 200k, 20M or 1.5B, say")
-    return round(tokens)

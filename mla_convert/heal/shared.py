@@ -7,6 +7,7 @@ modules put back, so both together take little more memory than one.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,17 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters in another dtype; buffers, rotary frequencies among them, as they are."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def narrow_stream(model: nn.Module) -> None:
+    """Embeddings and norms give bfloat16, as they do when a model is stored so, whatever their weights are in.
+
+    Under autocast alone float32 weights would make the whole residual stream float32, and every projection cast it again.
+    """
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Embedding) or (weight is not None and weight.ndim == 1):
+            module.register_forward_hook(lambda _module, _inputs, output: output.to(torch.bfloat16))
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
@@ -92,6 +104,8 @@ class Pair(nn.Module):
                 switch = SharedAttention(own, getattr(theirs, config.mla_attention))
                 setattr(layer, config.mla_attention, switch)
                 self._switches.append(switch)
+        if frozen_dtype == torch.bfloat16:
+            narrow_stream(student)
         self.student = student
         # in a list: no part of what is trained, wrapped and saved
         self._original = [student if self.shares else original]
@@ -110,14 +124,15 @@ class Pair(nn.Module):
             layer.forward = _Checkpointed(layer.forward)
 
     def compile(self) -> None:
-        """torch.compile of every layer by itself, and of the loss; layers of equal sizes share what is compiled."""
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self._layers))
-        torch._dynamo.config.accumulated_recompile_limit = max(
-            torch._dynamo.config.accumulated_recompile_limit, 16 * len(self._layers)
-        )
+        """torch.compile of the loss and of all parts of a layer but attention, of which every layer has the same.
+
+        Attention differs in size from layer to layer: compiling it, too, takes minutes where this takes seconds.
+        """
         originals = [] if self.shares else self._original[0].get_submodule(self.student.config.mla_layers)
         for layer in [*self._layers, *originals]:
-            nn.Module.compile(layer)
+            for name, part in layer.named_children():
+                if name != self.student.config.mla_attention:
+                    nn.Module.compile(part)
         self._comparer = torch.compile(compare)
 
     @contextlib.contextmanager
@@ -159,16 +174,25 @@ class _Checkpointed:
         return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
 
 
+def peft() -> Any:
+    """The library of adapters.
+
+    Raises:
+        UsageError: not installed.
+    """
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise UsageError("LoRA needs peft: pip install 'mla_convert[heal]', or train all or attention") from error
+
+
 def add_lora(student: nn.Module, rank: int) -> None:
     """Low-rank adapters (arXiv 2106.09685), with alpha = rank, on the projections of every attention.
 
     Raises:
         UsageError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UsageError("LoRA needs peft: pip install 'mla_convert[heal]', or give --train attention") from error
+    library = peft()
     path, name = student.config.mla_layers, student.config.mla_attention
     targets = [
         f"{path}.{index}.{name}.{inner}"
@@ -176,7 +200,8 @@ def add_lora(student: nn.Module, rank: int) -> None:
         for inner, module in attention.named_children()
         if isinstance(module, nn.Linear) and inner not in NOT_ADAPTED
     ]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets), student)
+    settings = library.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
+    library.inject_adapter_in_model(settings, student)
 
 
 def _equal_but_attention(student: nn.Module, original: nn.Module) -> bool:

@@ -33,7 +33,9 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
     """
     inner = accelerator.unwrap_model(model)
     wanted = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
-    full = accelerator.get_state_dict(model) if accelerator.distributed_type in SHARDED else dict(inner.named_parameters())
+    full = (
+        accelerator.get_state_dict(model) if accelerator.distributed_type in SHARDED else dict(inner.named_parameters())
+    )
     found = {name.removeprefix("module."): tensor for name, tensor in full.items()}
     return {
         checkpoint_name(name).replace(".default.", "."): found[name].detach().float().cpu().clone()
@@ -45,7 +47,7 @@ class StateFolder:
     """The folder of one run's state. `identity` is whatever makes an older state useless when it changed."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], accelerator: Accelerator):
-        self.folder, self._accelerator = folder, accelerator
+        self.folder, self._accelerator, self._removed = folder, accelerator, False
         self._identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
         if accelerator.is_main_process:
             if self._read(folder / IDENTITY) != self._identity:
@@ -54,6 +56,20 @@ class StateFolder:
                 (folder / IDENTITY).write_text(json.dumps(self._identity), encoding="utf-8")
             self._recover()
         accelerator.wait_for_everyone()
+
+    def __enter__(self) -> StateFolder:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        # a run that stopped goes on from its last checkpoint; without one there is nothing to keep
+        if error is None or self._removed:
+            return
+        last = self.last()
+        if last is None:
+            self.remove()
+        elif isinstance(error, KeyboardInterrupt):
+            error.args = (f"a checkpoint after {last['step']} steps is in {self.folder}: run the same command to go on, "
+                          f"or delete it",)  # fmt: skip
 
     @staticmethod
     def _read(file: Path) -> Any:
@@ -113,6 +129,7 @@ class StateFolder:
                 other.rename(self.folder / CHECKPOINT)
 
     def remove(self) -> None:
-        """The output is whole: nothing is left to go on from."""
+        """Nothing is left to go on from."""
+        self._removed = True
         if self._accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,58 @@
+"""Numbers of tokens and lengths of windows as people type them. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
+SHORTEST = 16
+
+
+def parse_tokens(value: Any) -> Any:
+    """`200k`, `20M` or `1.5B` as a number of tokens; what is no text is given back.
+
+    Raises:
+        ValueError: no such number.
+    """
+    if not isinstance(value, str):
+        return value
+    unit = UNITS.get(value[-1:].lower())
+    try:
+        tokens = float(value[:-1] if unit else value) * (unit or 1.0)
+    except ValueError:
+        tokens = math.nan
+    if not 1 <= tokens < 1e15:
+        raise ValueError(f"{value!r} is no number of tokens: give 200k, 20M or 1.5B, say")
+    return round(tokens)
+
+
+def parse_lengths(value: Any) -> tuple[tuple[int, float], ...]:
+    """`1024`, or `1024:0.75,4096:0.25`, as lengths of windows with their shares of the tokens, which sum to 1.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = {}
+    for part in str(value).split(","):
+        length, _, share = part.partition(":")
+        try:
+            size, weight = int(length), float(share) if share else 1.0
+        except ValueError:
+            raise ValueError(f"{value!r} is neither a length nor lengths with shares (1024:0.75,4096:0.25)") from None
+        if size < SHORTEST or not 0 < weight < math.inf or size in found:
+            raise ValueError(f"{part!r} is no further length of at least {SHORTEST} tokens with a share above 0")
+        found[size] = weight
+    total = sum(found.values())
+    return tuple((length, weight / total) for length, weight in found.items())
+
+
+def _lengths(value: Any) -> str:
+    parse_lengths(value)
+    return str(value)
+
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens)]
+Lengths = Annotated[str, BeforeValidator(_lengths)]

@@ -1,0 +1,485 @@
+"""Healing: the loss is the loss, the pair is both models, the windows are fair, and a run that dies goes on as it would have."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pico
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from mla_convert.amounts import parse_lengths, parse_tokens
+from mla_convert.errors import InputError, UsageError
+from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, losses
+from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
+from mla_convert.heal.losses import IGNORED, Head, Mix, distil
+from mla_convert.heal.shared import Pair
+from mla_convert.loading import find_model, load_model
+from mla_convert.page import page
+from mla_convert.progress import Progress
+from mla_convert.verify import verify
+
+CPU = torch.device("cpu")
+QUIET = Progress(quiet=True)
+
+
+def pair_of(source, converted, **settings):
+    settings = HealSettings(tokens=1, **settings)
+    student = load_model(find_model(str(converted)), torch.float32, CPU)
+    return Pair(student, load_model(find_model(str(source)), torch.float32, CPU), settings, torch.float32)
+
+
+@pytest.fixture
+def small(convert_pico, sources):
+    """A pico model at a third of its cache, and what heals it on its own small text in a second or two."""
+    converted = convert_pico("llama", rank=16, rope_dim=6, refine_steps=4).out
+    text = sources("llama").parent / "text.txt"
+    settings = {
+        "folder": converted, "teacher": str(sources("llama")), "data": str(text), "device": "cpu", "tokens": 24 * 512,
+        "length": "64", "step_tokens": 512, "micro_tokens": 256, "evaluations": 4, "lr": 0.01, "eval_windows": 2,
+        "eval_length": 48, "eval": "package:mla_demo/calibration.txt.gz",
+    }  # fmt: skip
+    return settings
+
+
+# The loss
+
+
+@pytest.mark.parametrize("mix", [Mix(), Mix(0.5, 0.7, 1.0), Mix(1.0, 0.3, 2.0), Mix(0.0, 1.0)])
+def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
+    torch.manual_seed(0)
+    model, original = pico.model("llama").requires_grad_(True), pico.model("llama").requires_grad_(False)
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    ids = torch.randint(4, pico.VOCAB, (2, 24))
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, :-1] = ids[:, 1:]
+    labels[0, 5] = IGNORED
+
+    def run(chunked):
+        model.zero_grad()
+        hidden, theirs = (each.model(ids, use_cache=False).last_hidden_state for each in (model, original))
+        if chunked:
+            loss, sums = distil(hidden, theirs, labels, Head(model), Head(original), mix)
+        else:
+            heat, tokens = mix.temperature, ids.numel()
+            ours, target = model.lm_head(hidden).flatten(0, 1), original.lm_head(theirs).flatten(0, 1)
+            kl = F.kl_div(
+                (ours / heat).log_softmax(-1), (target / heat).log_softmax(-1), reduction="sum", log_target=True
+            )
+            ce = F.cross_entropy(ours, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss, sums = (mix.kl * heat**2 * kl + mix.ce * ce) / tokens, None
+        (loss * 3).backward()
+        return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}, sums
+
+    monkeypatch.setattr(losses, "CHUNK", 7 * pico.VOCAB)  # 48 tokens in chunks of 7
+    loss, gradients, sums = run(chunked=True)
+    expected, wanted, _ = run(chunked=False)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert float(sums[0]) == pytest.approx(loss, rel=1e-6)
+    for name, gradient in wanted.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2", "opt"])
+def test_head_does_all_that_the_model_does_to_its_logits(name):
+    model = pico.model(name)
+    ids = torch.randint(4, pico.VOCAB, (1, 9))
+    with torch.no_grad():
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        assert torch.allclose(Head(model)(hidden[0]), model(ids).logits[0], atol=1e-5)
+
+
+# The pair
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "pythia", "gpt2", "mixtral", "gpt-oss"])
+def test_pair_is_the_converted_model_and_its_original(convert_pico, sources, name):
+    converted = convert_pico(name, kv_ratio=0.5).out
+    ids = torch.randint(4, pico.VOCAB, (2, 20))
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, :-1] = ids[:, 1:]
+    original, student = (load_model(find_model(str(each)), torch.float32, CPU) for each in (sources(name), converted))
+    with torch.no_grad():
+        theirs, ours = (each(ids).logits.log_softmax(-1) for each in (original, student))
+    kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    sizes = {}
+    for train in ("all", "attention"):
+        pair = pair_of(sources(name), converted, train=train)
+        assert pair.shares == (train == "attention")
+        loss, sums = pair(ids, labels)
+        assert float(loss.detach()) == pytest.approx(kl, rel=1e-3)
+        ce = [float(-each[:, :-1].gather(-1, ids[:, 1:, None]).sum() / ids.numel()) for each in (ours, theirs)]
+        assert sums[2:].tolist() == pytest.approx(ce, rel=1e-4)
+        loss.backward()
+        assert all(p.grad is not None for p in pair.parameters() if p.requires_grad)
+        sizes[train] = sum(p.numel() for p in {*pair.parameters(), *pair._original[0].parameters()})
+    layers = original.get_submodule(student.config.mla_layers)
+    attention = sum(p.numel() for each in layers for p in getattr(each, student.config.mla_attention).parameters())
+    assert sizes["all"] - sizes["attention"] == sum(p.numel() for p in original.parameters()) - attention
+
+
+def test_hidden_states_can_be_part_of_the_loss(convert_pico, sources):
+    converted = convert_pico("llama", rank=10, rope_dim=6).out
+    ids = torch.randint(4, pico.VOCAB, (1, 20))
+    plain, with_hidden = (pair_of(sources("llama"), converted, hidden_weight=weight) for weight in (0.0, 2.0))
+    without, loss = (float(each(ids, ids)[0].detach()) for each in (plain, with_hidden))
+    with torch.no_grad():
+        states = [
+            model.base_model(ids, use_cache=False, output_hidden_states=True).hidden_states
+            for model in (with_hidden.student, with_hidden._original[0])
+        ]
+    parts = [((a - b).square().mean(-1) / b.square().mean(-1)).mean() for a, b in zip(*states, strict=True)]
+    assert loss - without == pytest.approx(2.0 * float(torch.stack(parts).mean()), rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(convert_pico, sources):
+    converted, ids = convert_pico("llama", rank=10, rope_dim=6).out, torch.randint(4, pico.VOCAB, (1, 20))
+    gradients = []
+    for checkpointing in (False, True):
+        pair = pair_of(sources("llama"), converted, train="attention")
+        if checkpointing:
+            pair.checkpoint_gradients()
+        pair(ids, ids)[0].backward()
+        gradients.append([p.grad for p in pair.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_pair_refuses_what_is_not_the_original(convert_pico, sources, tmp_path):
+    other = pico.config("llama")
+    other.num_hidden_layers = 2
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(other, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="2 layers"):
+        pair_of(tmp_path, convert_pico("llama", rank=10, rope_dim=6).out)
+
+
+# The text
+
+
+def corpus(*lengths):
+    ids = np.arange(sum(lengths), dtype=np.int32) % 200 + 10
+    return Corpus(ids, np.cumsum([0, *lengths[:-1]]))
+
+
+def test_documents_do_not_see_each_other(sources):
+    """Logits of a window that holds three documents are those of the documents by themselves."""
+    model = pico.model("llama")
+    batch = cut(corpus(10, 7, 23), [0, 4], 30)
+    assert batch.positions[0].tolist() == [*range(10), *range(7), *range(13)]
+    with torch.no_grad():
+        packed = model(batch.ids, position_ids=batch.positions, use_cache=False).logits
+        for row, parts in enumerate([(0, 10, 17, 30), (0, 6, 13, 30)]):
+            for start, stop in itertools.pairwise(parts):
+                alone = model(batch.ids[row : row + 1, start:stop], use_cache=False).logits[0]
+                assert torch.allclose(packed[row, start:stop], alone, atol=1e-4)
+                assert batch.labels[row, stop - 1] == IGNORED
+                assert batch.labels[row, start : stop - 1].tolist() == batch.ids[row, start + 1 : stop].tolist()
+    assert cut(corpus(40), [3], 30).positions is None
+
+
+def test_windows_of_a_schedule():
+    text = corpus(64 * 40)
+    schedule = Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=1)
+    tokens = {64: 0, 128: 0}
+    for step in range(200):
+        length, begins = schedule.begins(step)
+        tokens[length] += length * len(begins)
+        assert len(begins) * length == schedule.tokens(step) == 256
+        assert min(begins) >= 0 and max(begins) + length <= text.train_end  # never the held-out end
+    assert tokens[64] / sum(tokens.values()) == pytest.approx(0.75, abs=0.01)
+    # the same whatever was asked before, and another for another seed
+    again = Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=1)
+    assert again.begins(77) == schedule.begins(77)
+    assert Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=2).begins(77) != schedule.begins(77)
+    # one pass takes every window once, the next cuts the text elsewhere
+    single = Schedule(text, ((64, 1.0),), 64, 200, seed=0)
+    count = text.train_end // 64 - 1
+    first, second = (sorted(single.begins(step)[1][0] for step in range(n * count, (n + 1) * count)) for n in (0, 1))
+    assert set(np.diff(first)) == set(np.diff(second)) == {64} and first[0] % 64 != second[0] % 64
+    with pytest.raises(InputError, match="give more text"):
+        Schedule(corpus(100), ((128, 1.0),), 256, 1, seed=0)
+    assert Schedule(text, ((64, 1.0),), 192, 1, seed=0, processes=2).windows == {64: 4}
+
+
+def test_rows_are_documents_unless_joined(tmp_path):
+    file, tokenizer = tmp_path / "rows.jsonl", pico.tokenizer()
+    file.write_text("".join(json.dumps({"text": word * 20}) + "\n" for word in ("one ", "two ", "three ")))
+    assert make_corpus(str(file), tokenizer, 1000, tmp_path / "a") == "rows.jsonl"
+    found = open_corpus(tmp_path / "a")
+    assert found.starts.tolist() == [0, 80, 160] and len(found.ids) == 280
+    make_corpus(str(file), tokenizer, 1000, tmp_path / "b", joined=True)
+    assert open_corpus(tmp_path / "b").starts.tolist() == [0]
+    make_corpus(str(file), tokenizer, 100, tmp_path / "c")
+    assert len(open_corpus(tmp_path / "c").ids) == 100
+
+
+def test_pieces_of_a_long_text_are_from_all_over(monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 100)
+    text = "".join(f"line {number:04d} of the text\n" for number in range(1000))
+    parts = data.pieces(text)
+    assert "".join(parts) == text and all(part.endswith("\n") and len(part) <= 100 for part in parts)
+    taken = data._thinned([text], 500)
+    assert sum(map(len, taken)) < len(text) / 4 and taken[0] == parts[0]
+    assert parts.index(taken[-1]) > 0.8 * len(parts)
+    assert data._thinned([text], 10**6) == [text]
+
+
+# The run
+
+
+def test_heals(small, tmp_path):
+    before = json.loads((small["folder"] / "report.json").read_text())
+    report = heal(HealConfig(**small, out=tmp_path / "healed"), QUIET)
+    record = report["heal"]
+    assert [entry["tokens"] for entry in record["curve"]] == [0, *(6 * 512 * n for n in range(1, 5))]
+    assert record["curve"][-1]["kl"] < 0.8 * record["curve"][0]["kl"]
+    assert report["evaluation"]["ratio"] < record["before"]["evaluation"]["ratio"]
+    assert report["beyond"]["next_token"]["kl"]["value"] < record["before"]["beyond"]["next_token"]["kl"]["value"]
+    assert record["conversion"]["evaluation"] == before["evaluation"]
+    verify(tmp_path / "healed")
+    written = json.loads((tmp_path / "healed" / "report.json").read_text())
+    assert written["checksums"] != before["checksums"] and written["heal"]["curve"] == record["curve"]
+    assert "Healing" in page(written) and str(tmp_path) not in json.dumps(written)
+    assert "distilled from the original on 12,288 tokens of text.txt" in (tmp_path / "healed" / "README.md").read_text()
+    names = {file.name for file in small["folder"].iterdir()}
+    assert {file.name for file in (tmp_path / "healed").iterdir()} == names
+    assert {file.name for file in tmp_path.iterdir()} == {"healed"}  # no state, no lock
+
+
+def test_in_place_and_attention_alone(small, tmp_path):
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", small["folder"], folder], check=True)
+    old = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    report = heal(HealConfig(**{**small, "folder": folder, "train": "attention"}), QUIET)
+    verify(folder)
+    new = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+    assert changed and all(".self_attn." in name for name in changed)
+    assert "everything else is the original's" in (folder / "README.md").read_text()
+    # again, on what is healed already
+    again = heal(HealConfig(**{**small, "folder": folder, "train": "attention", "tokens": 8 * 512}), QUIET)
+    assert again["heal"]["before"]["evaluation"]["ratio"] == report["evaluation"]["ratio"]
+
+
+def test_lora(small, tmp_path):
+    pytest.importorskip("peft")
+    report = heal(HealConfig(**{**small, "train": "lora", "lr": 0.01, "lora_rank": 8}, out=tmp_path / "out"), QUIET)
+    curve = report["heal"]["curve"]
+    verify(tmp_path / "out")
+    assert curve[-1]["kl"] < 0.9 * curve[0]["kl"]
+    # what is written is what was trained: adapters merged into their projections
+    assert report["evaluation"]["ratio"] < report["heal"]["before"]["evaluation"]["ratio"]
+
+
+def test_same_seed_same_bytes(small, tmp_path):
+    first, second, other = (
+        heal(HealConfig(**{**small, "tokens": 8 * 512, "seed": seed}, out=tmp_path / name), QUIET)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first["checksums"] == second["checksums"] != other["checksums"]
+
+
+def test_killed_and_gone_on(small, tmp_path):
+    """SIGKILL after a checkpoint; the same command then gives the loss curve and the bytes of a run that was left alone."""
+    options = {**small, "tokens": 48 * 512, "checkpoint_minutes": 0.0}
+    whole = heal(HealConfig(**options, out=tmp_path / "whole"), QUIET)
+    code = (
+        "import json, sys; from mla_convert.heal import HealConfig, heal; from mla_convert.progress import Progress\n"
+        "heal(HealConfig(**json.loads(sys.argv[1])), Progress(quiet=True))"
+    )
+    arguments = json.dumps({**options, "out": str(tmp_path / "killed")}, default=str)
+    process = subprocess.Popen([sys.executable, "-c", code, arguments])
+    checkpoint = tmp_path / ".killed.heal" / "checkpoint" / "run.json"
+
+    def step():
+        try:
+            return json.loads(checkpoint.read_text())["step"]
+        except (OSError, ValueError):
+            return 0
+
+    while step() < 15:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists() and 15 <= step() < 48
+    seen = []
+    advance = Progress.advance
+    resumed = Progress(quiet=True)
+    resumed.advance = lambda done: seen.append(done) or advance(resumed, done)
+    report = heal(HealConfig(**options, out=tmp_path / "killed"), resumed)
+    assert seen[0] > 15  # it went on, and did not begin again
+    for key in ("loss", "kl", "perplexity", "tokens"):
+        assert [e[key] for e in report["heal"]["curve"]] == [e[key] for e in whole["heal"]["curve"]]
+    assert report["checksums"] == whole["checksums"]
+    assert not (tmp_path / ".killed.heal").exists()
+
+
+@pytest.mark.parametrize("kind", ["nan", "spike"])
+def test_bad_losses_stop_the_run_and_the_best_state_is_kept(small, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(loop, "RECENT", 4)
+    monkeypatch.setattr(loop, "SPIKES", 2)
+    original, calls = loop.Trainer._step, []
+
+    def step(self, number):
+        calls.append(number)
+        found = original(self, number)
+        if number >= 14:
+            found = found * (float("nan") if kind == "nan" else 100.0)
+            with torch.no_grad():  # as an update by such a gradient leaves it
+                for parameter in self.parameters:
+                    parameter.add_(float("nan") if kind == "nan" else 1.0)
+        return found
+
+    monkeypatch.setattr(loop.Trainer, "_step", step)
+    report = heal(HealConfig(**small, out=tmp_path / "out"), QUIET)
+    assert report["heal"]["stopped"] == ("the loss was not finite" if kind == "nan" else "the loss ran away")
+    assert len(calls) < 24 and report["heal"]["best_tokens"] == 12 * 512
+    assert report["evaluation"]["ratio"] < report["heal"]["before"]["evaluation"]["ratio"]
+    verify(tmp_path / "out")
+
+
+def test_nothing_gained_nothing_written(small, tmp_path):
+    with pytest.raises(InputError, match="nothing better than the start"):
+        heal(HealConfig(**{**small, "lr": 1.0, "patience": 1}, out=tmp_path / "out"), QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_early_stop(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "scheduled", lambda step, steps: 1.0 if step < 6 else 0.0)
+    settings = {**small, "tokens": 60 * 512, "evaluations": 10, "patience": 2}
+    report = heal(HealConfig(**settings, out=tmp_path / "out"), QUIET)
+    record = report["heal"]
+    assert record["stopped"].startswith("2 looks") and record["tokens"] == 18 * 512 and record["best_tokens"] == 6 * 512
+
+
+def test_schedule_of_the_step_size():
+    rates = [loop.scheduled(step, 100) for step in range(100)]
+    assert rates[0] == 0.2 and max(rates) == rates[4] == 1.0 and rates[-1] < 0.03
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+
+
+def test_several_processes_see_one_curve(small, tmp_path):
+    """Two processes by DDP: the same windows, the same losses, one output."""
+    options = {**small, "tokens": 8 * 512}
+    alone = heal(HealConfig(**options, out=tmp_path / "alone"), QUIET)
+    names = {"folder": None, "eval": "--eval"}
+    words = [str(options["folder"])]
+    for key, value in {**options, "out": tmp_path / "both"}.items():
+        if names.get(key, "") is not None:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mla_convert.heal"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *words, "--json", "-q"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    assert report["heal"]["processes"] == 2
+    for ours, theirs in zip(report["heal"]["curve"], alone["heal"]["curve"], strict=True):
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-3)
+    verify(tmp_path / "both")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "change, kind, words",
+    [
+        ({"folder": "nowhere"}, InputError, "not a folder"),
+        ({"teacher": None}, UsageError, "give --teacher"),
+        ({"length": "512"}, UsageError, "longer than the model's context of 256"),
+        ({"data": "nowhere.txt"}, InputError, "not found"),
+        ({"eval": "same"}, UsageError, "is what is trained on"),
+        ({"teacher": "itself"}, InputError, "is a converted model"),
+    ],
+)
+def test_refuses(small, tmp_path, change, kind, words):
+    change = {
+        key: {"same": small["data"], "itself": str(small["folder"])}.get(value, value) for key, value in change.items()
+    }
+    with pytest.raises(kind, match=words):
+        heal(HealConfig(**{**small, **change}, out=tmp_path / "out"), QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_amounts():
+    assert [parse_tokens(text) for text in ("200k", "20M", "1.5b", "77", 5)] == [
+        200_000,
+        20_000_000,
+        1_500_000_000,
+        77,
+        5,
+    ]
+    assert parse_lengths("1024:3,4096:1") == ((1024, 0.75), (4096, 0.25)) and parse_lengths(64) == ((64, 1.0),)
+    for bad in ("", "k", "many", "0", "-3M"):
+        with pytest.raises(ValueError, match="number of tokens"):
+            parse_tokens(bad)
+    for bad in ("", "8", "64:0", "64,64", "64:x"):
+        with pytest.raises(ValueError, match="length"):
+            parse_lengths(bad)
+
+
+# On the command line, and as part of a conversion
+
+
+def test_command(cli, small, tmp_path):
+    words = ["--teacher", small["teacher"], "--data", small["data"], "--tokens", "4k", "--length", "64:0.5,128:0.5",
+             "--step-tokens", 512, "--eval", small["eval"], "--eval-windows", 2, "--eval-length", 48, "--device", "cpu",
+             "--lr", 0.01, "--passkey-length", 200, "--out", tmp_path / "out"]  # fmt: skip
+    code, out, err = cli("heal", small["folder"], *words)
+    assert code == 0, err
+    assert (
+        "perplexity over the original's" in out
+        and "pass key found, 200 tokens" in out
+        and "windows of 64:0.5,128:0.5" in out
+    )
+    code, _, err = cli("heal", small["folder"], "--tokens", "many")
+    assert code == 2 and "'many' is no number of tokens" in err
+    code, _, err = cli("heal", small["folder"], "--kl-weight", 0)
+    assert code == 2 and "every weight of the loss is 0" in err
+
+
+def test_conversion_that_heals(cli, sources, tmp_path):
+    text = sources("llama").parent / "text.txt"
+    words = ["--calib", text, "--calib-samples", 8, "--calib-length", 32, "--refine-steps", 0, "--rank", 16, "--rope-dim", 6,
+             "--uniform", "--eval", "package:mla_demo/calibration.txt.gz", "--eval-windows", 2, "--eval-length", 48,
+             "--device", "cpu"]  # fmt: skip
+    out = tmp_path / "out"
+    code, shown, err = cli(sources("llama"), *words, "--heal-tokens", "40k", "--heal-length", 64, "--out", out)
+    assert code == 0, err
+    report = json.loads((out / "report.json").read_text())
+    assert report["heal"]["text"] == "text.txt" and "perplexity, not healed" in shown
+    assert report["evaluation"]["ratio"] < report["heal"]["before"]["evaluation"]["ratio"]
+    assert "heal_tokens: 40000" in (out / "recipe.yaml").read_text()
+    verify(out)
+    # what would fail after the conversion is refused before it
+    for more, words_ in ((["--heal-tokens", "40k", "--heal-length", 512], "context of 256"),
+                         (["--heal-lr", 0.1], "heal_lr means nothing without heal_tokens"),
+                         (["--heal-tokens", "40k", "--heal-data", "nowhere.txt"], "not found")):  # fmt: skip
+        code, _, err = cli(sources("llama"), *words, *more, "--out", tmp_path / "refused")
+        assert code and words_ in err and not (tmp_path / "refused").exists()
+
+
+def test_demo_heals_in_a_minute(cli, tmp_path):
+    """The small form of `mla-convert demo --heal-tokens 200k`, at a quarter of the cache: perplexity improves."""
+    code, _, err = cli("demo", "--kv-ratio", 0.25, "--refine-steps", 4, "--calib-samples", 8, "--calib-length", 128, "--uniform",
+                       "--eval-windows", 3, "--eval-length", 256, "--heal-tokens", "40k", "--heal-length", 256, "--device", "cpu",
+                       "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    before, after = report["heal"]["before"]["evaluation"]["ratio"], report["evaluation"]["ratio"]
+    assert after - 1 < 0.8 * (before - 1)
+    assert Path(tmp_path / "out" / "report.html").read_text().count("Healing")
