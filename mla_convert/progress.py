@@ -39,10 +39,10 @@ class Progress:
             self._task = self._bars.add_task(f"{label} 1/{layers}", total=layers * (steps + 1))
             self._bars.start()
 
-    def step(self) -> None:
-        """One refinement step is done."""
+    def step(self, layers: int = 1) -> None:
+        """One refinement step of so many layers is done."""
         if self._bars:
-            self._bars.advance(self._task)
+            self._bars.advance(self._task, layers)
 
     def begin(self, label: str, steps: int, done: int = 0) -> None:
         """Begin a loop over steps that is no loop over layers; what it has to say is said with `note`."""

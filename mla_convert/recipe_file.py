@@ -43,6 +43,8 @@ def write_recipe(
         "eval_length": windows.evaluation.shape[1],
         "refine_steps": refine.steps,
         "refine_batch": refine.batch,
+        "refine_block": refine.block,
+        "block_steps": refine.block_steps,
     }
     if not config.heal_tokens:
         settings = {key: value for key, value in settings.items() if not key.startswith("heal_")}
