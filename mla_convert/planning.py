@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from mla_convert import sizing, timing
 from mla_convert.attention import mla_config
 from mla_convert.config import ConvertConfig
+from mla_convert.heal.cost import HealWork, estimate
+from mla_convert.heal.settings import HealSettings
 from mla_convert.layers import refine_settings
 from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
@@ -73,6 +75,8 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         "time": _time(config, source, plan, before, after),
         "warnings": [*source.notes, *sizing.warnings(plan)],
     }  # fmt: skip
+    if config.heal_tokens:
+        result["heal"] = _healing(config, source, plan, after)
     if card_bytes is not None:
         limit = getattr(source.config, "max_position_embeddings", None) or LIMIT
         usable = int(card_bytes * sizing.USABLE)
@@ -157,6 +161,29 @@ def _time(
     return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
 
 
+def _healing(config: ConvertConfig, source: Source, plan: Plan, after: dict[str, int]) -> dict[str, Any]:
+    """Memory and time of healing the conversion as its settings say."""
+    shape, limit = plan.shape, getattr(source.config, "max_position_embeddings", None)
+    healing = HealSettings(tokens=config.heal_tokens, length=config.heal_length)
+    tied = getattr(source.config, "tie_word_embeddings", False)
+    experts = getattr(source.config, "num_experts_per_tok", None) or 1
+    inner = getattr(source.config, "moe_intermediate_size", None) or getattr(source.config, "intermediate_size", None)
+    work = HealWork(
+        weights=sum(after.values()),
+        attention=_counts(source, after)["attention"],
+        looked_up=0 if tied else shape.hidden_size * source.config.vocab_size,
+        layers=shape.layers,
+        hidden=shape.hidden_size,
+        intermediate=experts * (inner or 4 * shape.hidden_size),
+        mixing_before=shape.num_heads * 2 * shape.head_dim,
+        mixing_after=shape.num_heads * (plan.qk_nope_head_dim + plan.rope_dim + shape.head_dim),
+    )
+    train = config.heal_train or healing.train
+    return estimate(
+        work, config.heal_tokens, train, max(each for each, _ in healing.mix(limit)), torch.get_num_threads()
+    )
+
+
 def _host_memory(
     config: ConvertConfig, source: Source, plan: Plan, after: dict[str, int], itemsize: int
 ) -> dict[str, Any]:
@@ -217,6 +244,13 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     for place, where in (("cpu", f"on {plan['time']['cpu']['cores']} of these cores"), ("h100", "on an H100")):
         low, high = (timing.duration(seconds) for seconds in plan["time"][place]["seconds"])
         line(f"time: {low} to {high} {where} ({plan['time'][place]['basis']})")
+    if heal := plan.get("heal"):
+        what = f"healing, {heal['tokens']:,} tokens, {heal['train']} trained"
+        for place, where in (("cpu", f"on {plan['time']['cpu']['cores']} of these cores"), ("h100", "on an H100")):
+            low, high = (timing.duration(seconds) for seconds in heal[place]["seconds"])
+            memory = human_bytes(heal[place]["memory_bytes"])
+            line(f"{what}: {low} to {high} and about {memory} {where} ({heal[place]['basis']})")
+        line(f"memory of healing: {heal['memory_basis']}")
     for warning in plan["warnings"]:
         line(f"warning: {warning}")
 

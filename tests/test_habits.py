@@ -99,6 +99,8 @@ def arguments(folder, sources, tmp_path):
     return {
         "convert": (sources("llama"), "--calib", text, "--calib-samples", 8, "--calib-length", 32, "--refine-steps", 0,
                     "--out", tmp_path / "out", *windows),
+        "heal": (folder, "--teacher", sources("llama"), "--data", text, "--tokens", "20k", "--length", 64, "--out",
+                 tmp_path / "healed", "--eval", "package:mla_demo/calibration.txt.gz", *windows[2:]),
         "sweep": (sources("llama"), "--kv-ratios", "0.5", "--calib", text, "--calib-samples", 8, "--calib-length", 32,
                   "--refine-steps", 0, "--folder", tmp_path / "sweep", *windows),
         "plan": (sources("llama"),),
@@ -119,7 +121,7 @@ def test_json_alone_is_on_stdout(hub, cli, arguments, name):
     assert isinstance(json.loads(out), dict | list)
 
 
-@pytest.mark.parametrize("name", ["convert", "sweep", "plan", "inspect", "verify", "eval", "gate", "push"])
+@pytest.mark.parametrize("name", ["convert", "heal", "sweep", "plan", "inspect", "verify", "eval", "gate", "push"])
 def test_quiet_says_nothing_on_stderr(hub, cli, arguments, name):
     code, _, err = cli(name, *arguments[name], "--quiet")
     assert code == 0 and not err

@@ -212,6 +212,19 @@ def test_windows_of_a_schedule():
     assert Schedule(text, ((64, 1.0),), 192, 1, seed=0, processes=2).windows == {64: 4}
 
 
+def test_noise_is_in_some_windows_and_never_a_label():
+    text = corpus(4000)
+    clean = cut(text, [0, 500, 1000], 400)
+    batch = data.noised(clean, 0.3, 264, [None, (0, 1, 1), (0, 1, 2)])
+    changed = batch.ids != clean.ids
+    assert not changed[0].any() and changed[1:].float().mean() == pytest.approx(0.3, abs=0.05)
+    assert not torch.equal(changed[1], changed[2])
+    kept = batch.labels != IGNORED
+    assert not (kept[:, :-1] & changed[:, 1:]).any() and torch.equal(batch.labels[kept], clean.labels[kept])
+    again = data.noised(clean, 0.3, 264, [None, (0, 1, 1), (0, 1, 2)])
+    assert torch.equal(again.ids, batch.ids)
+
+
 def test_rows_are_documents_unless_joined(tmp_path):
     file, tokenizer = tmp_path / "rows.jsonl", pico.tokenizer()
     file.write_text("".join(json.dumps({"text": word * 20}) + "\n" for word in ("one ", "two ", "three ")))
@@ -288,6 +301,8 @@ def test_same_seed_same_bytes(small, tmp_path):
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert first["checksums"] == second["checksums"] != other["checksums"]
+    noisy = heal(HealConfig(**{**small, "tokens": 8 * 512, "noise": 0.3}, out=tmp_path / "d"), QUIET)
+    assert noisy["checksums"] != first["checksums"]
 
 
 def test_killed_and_gone_on(small, tmp_path):
@@ -476,10 +491,10 @@ def test_conversion_that_heals(cli, sources, tmp_path):
 def test_demo_heals_in_a_minute(cli, tmp_path):
     """The small form of `mla-convert demo --heal-tokens 200k`, at a quarter of the cache: perplexity improves."""
     code, _, err = cli("demo", "--kv-ratio", 0.25, "--refine-steps", 4, "--calib-samples", 8, "--calib-length", 128, "--uniform",
-                       "--eval-windows", 3, "--eval-length", 256, "--heal-tokens", "40k", "--heal-length", 256, "--device", "cpu",
+                       "--eval-windows", 2, "--eval-length", 256, "--heal-tokens", "20k", "--heal-length", 256, "--device", "cpu",
                        "--out", tmp_path / "out")  # fmt: skip
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     before, after = report["heal"]["before"]["evaluation"]["ratio"], report["evaluation"]["ratio"]
-    assert after - 1 < 0.8 * (before - 1)
+    assert after - 1 < 0.9 * (before - 1)
     assert Path(tmp_path / "out" / "report.html").read_text().count("Healing")

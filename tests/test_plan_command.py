@@ -15,6 +15,7 @@ from mla_convert import sizing, source, timing
 from mla_convert.config import build_config
 from mla_convert.errors import InputError, UsageError
 from mla_convert.families import FAMILIES
+from mla_convert.heal import cost
 from mla_convert.plan import AttentionShape, Plan
 from mla_convert.planning import plan_conversion
 from mla_convert.sensitivity import TOKENS
@@ -304,3 +305,30 @@ def test_dtype_of_a_recipe_counts(sources, tmp_path):
     assert plan(tmp_path / "r.yaml")["dtype"] == "float16"
     whole, half = plan(sources("llama")), plan(tmp_path / "r.yaml")
     assert whole["cache"]["bytes_per_token"]["after"] == 2 * half["cache"]["bytes_per_token"]["after"]
+
+
+def test_plan_tells_what_healing_takes(cli, sources):
+    code, out, _ = cli("plan", sources("llama"), "--heal-tokens", "20M", "--heal-train", "attention", "--json")
+    attention = json.loads(out)["heal"]
+    code, out, _ = cli("plan", sources("llama"), "--heal-tokens", "20M", "--json")
+    every = json.loads(out)["heal"]
+    assert code == 0 and every["tokens"] == 20_000_000 and every["train"] == "all" and every["length"] == 256
+    for place in ("cpu", "h100"):
+        assert attention[place]["memory_bytes"] < every[place]["memory_bytes"]
+        low, high = every[place]["seconds"]
+        assert attention[place]["seconds"][0] < low < high
+    code, out, _ = cli("plan", sources("llama"), "--heal-tokens", "20M")
+    assert code == 0 and "healing, 20,000,000 tokens, all trained" in out
+    assert "heal" not in json.loads(cli("plan", sources("llama"), "--json")[1])
+
+
+def test_estimates_of_healing_fit_what_was_measured():
+    """SmolLM2-135M at a third of its cache, windows of 2048, one H100, without torch.compile: tokens/s and peak memory."""
+    work = cost.HealWork(
+        weights=134_500_000, attention=26_600_000, looked_up=0, layers=30, hidden=576, intermediate=1536,
+        mixing_before=9 * 128, mixing_after=9 * (64 + 32 + 64),
+    )  # fmt: skip
+    for train, speed, memory in (("all", 71_789, 22.46e9), ("attention", 82_531, 14.67e9)):
+        found = cost.estimate(work, 10**7, train, 2048, 1)["h100"]
+        assert found["seconds"][0] < 1e7 / speed < found["seconds"][1]
+        assert memory / 1.5 < found["memory_bytes"] < memory * 1.5

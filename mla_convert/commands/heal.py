@@ -51,6 +51,13 @@ def heal(
             show_default=False,
         ),
     ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the tokens of every second window that are replaced by random ones. Default 0.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     eval_: Annotated[
         str | None, typer.Option("--eval", help="Evaluation text, as for eval.", rich_help_panel=TEXT)
     ] = None,

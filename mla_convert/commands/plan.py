@@ -22,6 +22,11 @@ def plan(
     uniform: Annotated[
         bool | None, typer.Option("--uniform", help="The same sizes in every layer, as for a conversion.")
     ] = None,
+    heal_tokens: Annotated[
+        str | None, typer.Option(help="Also what healing takes, on so many tokens: 20M.", show_default=False)
+    ] = None,
+    heal_train: Annotated[str | None, typer.Option(help="What healing trains: all, attention or lora.")] = None,
+    heal_length: Annotated[str | None, typer.Option(help="Tokens in its windows, or a mix.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Card to fit into: h100, a100-80, 4090, l4, mi300x, …")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, instead of --gpu: 80GB, 24GiB, …")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
@@ -34,7 +39,8 @@ def plan(
     from mla_convert.sizing import card_memory
 
     card = card_memory(gpu, memory)
-    sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio, "uniform": uniform}
+    sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio, "uniform": uniform,
+             "heal_tokens": heal_tokens, "heal_train": heal_train, "heal_length": heal_length}  # fmt: skip
     config = build_config({"source": source, "revision": revision, **sizes})
     silence_libraries(quiet)
     from rich.console import Console

@@ -166,6 +166,22 @@ def cut(corpus: Corpus, begins: list[int], length: int) -> Batch:
     return Batch(*map(torch.from_numpy, (ids, labels)), torch.from_numpy(positions) if packed else None)
 
 
+def noised(batch: Batch, share: float, vocabulary: int, keys: list[tuple[int, ...] | None]) -> Batch:
+    """The batch with a share of the tokens of some windows replaced by random ones; no label is a random one.
+
+    `keys` has a seed for every window that is to be noised, and None for the others. Distilling on such windows, too,
+    keeps the model close to its original on text unlike the one trained on.
+    """
+    ids, labels = batch.ids.clone(), batch.labels.clone()
+    for row, key in enumerate(keys):
+        if key is not None:
+            draw = np.random.default_rng(key)
+            chosen = torch.from_numpy(draw.random(ids.shape[1]) < share)
+            ids[row, chosen] = torch.from_numpy(draw.integers(0, vocabulary, int(chosen.sum())))
+            labels[row, :-1][chosen[1:]] = IGNORED  # nobody can foresee a random token
+    return Batch(ids, labels, batch.positions)
+
+
 def held_out(corpus: Corpus, length: int) -> list[int]:
     """Offsets of the windows at the end of the data that are never trained on.
 

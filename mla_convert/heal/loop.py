@@ -21,13 +21,13 @@ from mla_convert.heal.state import StateFolder, trained_state
 from mla_convert.progress import Progress
 
 # By what is trained. For adapters, which start at zero, absolute; else relative to each parameter's root mean square.
-RATES = {"attention": 0.01, "all": 0.01, "lora": 2e-3}
+RATES = {"attention": 0.004, "all": 0.002, "lora": 1e-3}
 BETAS = (0.9, 0.95)
 MIN_SCALE = 1e-3  # a parameter smaller than this (a zero bias, say) moves as if it had this root mean square
 WARMUP_SHARE, WARMUP_MAX = 0.05, 100
 FLOOR = 0.02  # of the peak rate, at the end
 CLIP = 1.0
-COMPILE = True  # on a GPU
+COMPILE_FROM = 4_000_000  # tokens on a GPU: compiling takes half a minute
 # SPIKES steps in a row whose loss is above SPIKE times the median of the RECENT ones before end the run.
 SPIKE, RECENT, SPIKES = 3.0, 50, 5
 
@@ -89,12 +89,14 @@ class Trainer:
         mix = settings.mix(getattr(pair.student.config, "max_position_embeddings", None))
         self.step_tokens, self.micro_tokens = step_sizes(settings, mix, cuda)
         self.corpus = corpus
+        self._vocabulary = pair.student.config.vocab_size
         steps = max(1, round(settings.tokens / self.step_tokens))
         processes = accelerator.num_processes
         self.schedule = Schedule(corpus, mix, self.step_tokens, steps, settings.seed, processes)
         if settings.gradient_checkpointing:
             pair.checkpoint_gradients()
-        if settings.compile if settings.compile is not None else COMPILE and cuda:
+        long = cuda and settings.tokens >= COMPILE_FROM
+        if long if settings.compile is None else settings.compile:
             pair.compile()
         self.model, self.optimizer = accelerator.prepare(pair, make_optimizer(pair, settings))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -188,7 +190,7 @@ class Trainer:
     def _step(self, step: int) -> Tensor:
         """One optimizer step over this process's share of the windows; (2,) loss over all of them and gradient norm."""
         accelerator, (length, begins) = self.accelerator, self.schedule.begins(step)
-        own = begins[accelerator.process_index :: accelerator.num_processes]
+        own = [*enumerate(begins)][accelerator.process_index :: accelerator.num_processes]
         size = max(1, self.micro_tokens // length)
         parts = [own[start : start + size] for start in range(0, len(own), size)]
         factor = scheduled(step, self.steps)
@@ -197,7 +199,7 @@ class Trainer:
         total = torch.zeros((), device=accelerator.device)
         for index, part in enumerate(parts):
             accelerator.sync_gradients = index == len(parts) - 1
-            batch = data.cut(self.corpus, part, length).to(accelerator.device)
+            batch = self._batch(step, part, length).to(accelerator.device)
             with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
                 loss, _ = self.model(batch.ids, batch.labels, batch.positions)
                 loss = loss * (len(part) / len(own))
@@ -208,6 +210,14 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack([accelerator.reduce(total, "mean"), norm.float()])
+
+    def _batch(self, step: int, windows: list[tuple[int, int]], length: int) -> data.Batch:
+        """Windows by their number in the step and offset; every second one is noised, if any is."""
+        batch = data.cut(self.corpus, [begin for _, begin in windows], length)
+        if not self.settings.noise:
+            return batch
+        keys = [(self.settings.seed, step, number) if number % 2 else None for number, _ in windows]
+        return data.noised(batch, self.settings.noise, self._vocabulary, keys)
 
     def _look(self, began: float) -> None:
         """Measure on the held-out windows, and keep the state if none was better."""

@@ -1,0 +1,63 @@
+"""What a healing run will take: memory by counting what is held, time by counting operations. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mla_convert.timing import CPU_RATE, SPREAD
+
+# Operations a second of healing SmolLM2-135M on one H100, windows of 2048 tokens, without torch.compile.
+H100_RATE = 100e12
+MICRO = {"cpu": 1 << 12, "h100": 1 << 14}  # tokens of a forward pass, as healing chooses them
+LOGITS = (
+    1 << 26
+) * 26  # a chunk of both models' logits in bfloat16, and what their comparison makes of them in float32
+STATE = 16  # bytes of a trained number: itself, its gradient and two moments, in float32
+MEMORY_BASIS = (
+    "weights, gradients, optimizer and a chunk of logits counted; activations as measured with SmolLM2-135M on one H100 "
+    "without torch.compile, within a factor of 1.5"
+)
+H100_BASIS = "operations counted; 100 TFLOP/s, as SmolLM2-135M did on one H100, within a factor of 2"
+CPU_BASIS = "operations counted; 70 GFLOP/s a core, as for the conversion, within a factor of 2"
+
+
+@dataclass(frozen=True)
+class HealWork:
+    """Sizes that healing depends on: numbers in all weights, in all attention and in tables that are only looked up."""
+
+    weights: int
+    attention: int
+    looked_up: int
+    layers: int
+    hidden: int
+    intermediate: int  # width inside the feed-forward part, over all experts that a token goes through
+    mixing_before: int  # query heads times the widths of a key and a value
+    mixing_after: int
+
+    def memory(self, train: str, place: str) -> int:
+        """Bytes held on one device; adapters count as little."""
+        frozen = 2 if place == "h100" else 4
+        trained = {"all": self.weights, "attention": self.attention, "lora": self.attention // 10}[train]
+        # only what is trained exists twice: the original shares the rest
+        original = self.weights if train == "all" else self.attention
+        width = 8 * self.hidden + 4 * self.intermediate + 4 * self.mixing_after
+        activations = MICRO[place] * self.layers * width * frozen
+        return trained * STATE + (self.weights - trained + original) * frozen + activations + LOGITS
+
+    def operations(self, train: str, length: int) -> float:
+        """Floating point operations a token: both models forward, the converted one backward."""
+        used = self.weights - self.looked_up
+        trained = {"all": used, "attention": self.attention, "lora": self.attention // 10}[train]
+        mixing = float(length * self.layers)
+        return 2.0 * used + mixing * self.mixing_before + 4.0 * used + 2.0 * trained + 3.5 * mixing * self.mixing_after
+
+
+def estimate(work: HealWork, tokens: int, train: str, length: int, cores: int) -> dict[str, Any]:
+    """Memory of one device, and ranges of seconds on `cores` cores and on an H100."""
+    found: dict[str, Any] = {"tokens": tokens, "train": train, "length": length, "memory_basis": MEMORY_BASIS}
+    for place, rate, basis in (("cpu", CPU_RATE * cores, CPU_BASIS), ("h100", H100_RATE, H100_BASIS)):
+        seconds = tokens * work.operations(train, length) / rate
+        found[place] = {"seconds": [seconds / SPREAD, seconds * SPREAD], "basis": basis,
+                        "memory_bytes": work.memory(train, place)}  # fmt: skip
+    return found
