@@ -48,6 +48,16 @@ class World:
                 "--eval-length", 32, "--refine-steps", 0, "--device", "cpu", "--out", self.path / "out", "-q",
                 *options)  # fmt: skip
 
+    @property
+    def text(self):
+        return self.make_source("llama").parent / "text.txt"
+
+    def heal(self, *options):
+        other = ("--eval", "package:mla_demo/calibration.txt.gz") if "--eval" not in options else ()
+        return ("heal", self.converted, "--teacher", self.source, "--data", self.text, "--tokens", "4k", "--length", 64,
+                "--step-tokens", 512, "--eval-windows", 2, "--eval-length", 32, "--device", "cpu", "--out", self.path / "out",
+                "-q", *other, *options)  # fmt: skip
+
     def json(self, file, **fields):
         file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
@@ -142,6 +152,7 @@ CASES = {
     "a value that an option cannot have": lambda w: (w.source, "--rank", "many"),
     "options that contradict each other": lambda w: (w.source, "--rank", 4, "--kv-ratio", 0.5),
     "a gate without a limit": lambda w: ("gate", w.converted, "--from-report"),
+    "healing on the text that it is measured on": lambda world: world.heal("--eval", world.text),
     "a repository name that the Hub cannot have": lambda w: w.push("no//name"),
     "a figure outside its limit": lambda w: ("gate", w.converted, "--from-report", "--min-kv-saving", "99%", "--json"),
     "a figure that is missing or NaN": lambda w: w.no_figure(),
@@ -157,6 +168,7 @@ CASES = {
     "a recipe with a key that no recipe has": lambda w: w.recipe(),
     "an output folder that holds something else": lambda w: w.occupied(),
     "a converted folder that was changed": lambda w: w.changed(),
+    "healing that gains nothing": lambda world: world.heal("--lr", 1, "--patience", 1),
     "a push of an unfinished conversion": lambda w: w.unfinished(),
     "a push of something private": lambda w: w.private(),
     "no token, or one that the Hub does not accept (401)": lambda w: w.no_token(),
