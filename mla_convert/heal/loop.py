@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mla_convert.heal import data
 from mla_convert.heal.data import Corpus, Schedule
+from mla_convert.heal.losses import IGNORED
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.shared import Pair
 from mla_convert.heal.state import StateFolder, trained_state
@@ -30,6 +31,7 @@ CLIP = 1.0
 COMPILE_FROM = 4_000_000  # tokens on a GPU: compiling takes half a minute
 # SPIKES steps in a row whose loss is above SPIKE times the median of the RECENT ones before end the run.
 SPIKE, RECENT, SPIKES = 3.0, 50, 5
+ASK_EVERY = 16  # steps between asking all processes whether a checkpoint is due
 
 
 @dataclass
@@ -159,9 +161,11 @@ class Trainer:
         return run
 
     def _agreed(self, wish: bool) -> bool:
-        """The main process's wish: clocks differ, and all must do the same."""
+        """The main process's wish: clocks differ, and all must do the same. Asked now and then, as asking takes a wait."""
         if self.accelerator.num_processes == 1:
             return wish
+        if self.run.step % ASK_EVERY:
+            return False
         flag = torch.tensor([float(wish and self.accelerator.is_main_process)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
@@ -243,25 +247,20 @@ class Trainer:
         size = max(1, self.micro_tokens // length)
         total = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
         count, index = accelerator.num_processes, accelerator.process_index
-        # every process runs the model equally often, as sharded weights are gathered by all; the odd ones weigh nothing
-        rounds = -(-len(begins) // (size * count))
-        for number in range(rounds):
+        for number in range(-(-len(begins) // (size * count))):
             start = (number * count + index) * size
             own = begins[start : start + size]
+            # every process runs the model equally often, as sharded weights are gathered by all; the odd ones weigh nothing
             batch = data.cut(self.corpus, own or begins[:1], length).to(accelerator.device)
             _, sums = self.model(batch.ids, batch.labels, batch.positions)
             if own:
-                tokens = batch.ids.numel()
-                labels = float((batch.labels != data.IGNORED).sum())
-                parts = [*(sums.double() * tokens).tolist(), labels]
-                # the weighted loss and KL are by token, the entropies by label
-                total += torch.tensor([parts[0] / tokens * len(own), parts[1] / tokens * len(own), *parts[2:]], dtype=total.dtype,
-                                      device=total.device)  # fmt: skip
+                total[:4] += sums.double() * batch.ids.numel()
+                total[4] += (batch.labels != IGNORED).sum()
         loss, kl, ce, ce_original, labels = accelerator.reduce(total, "sum").tolist()
-        windows, ce, ce_original = len(begins), ce / labels, ce_original / labels
+        tokens, ce, ce_original = len(begins) * length, ce / labels, ce_original / labels
         return {
-            "loss": loss / windows,
-            "kl": round(kl / windows, 6),
+            "loss": loss / tokens,
+            "kl": round(kl / tokens, 6),
             "perplexity": round(math.exp(min(ce, 700.0)), 4),
             "ratio": round(math.exp(min(ce - ce_original, 700.0)), 5),
         }

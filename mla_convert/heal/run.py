@@ -60,6 +60,7 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
     output.check_space(out, sum((folder / shard).stat().st_size for shard in shards))
     settings = HealSettings.model_validate(config.model_dump(include=set(HealSettings.model_fields)))
 
+    _check_apart(config.data, config.eval)
     settings = _with_length(settings, getattr(model_config(place), "max_position_embeddings", None))
 
     result: dict[str, Any] = {}
@@ -151,10 +152,17 @@ def check_conversion(config: ConvertConfig, limit: int | None) -> None:
         InputError: a text that is not there.
         UsageError: windows longer than the model's context, or LoRA without peft.
     """
-    texts.load_documents(config.heal_data or config.calib)
+    spec = config.heal_data or config.calib
+    _check_apart(spec, config.eval)
+    texts.load_documents(spec)
     _with_length(HealSettings(tokens=config.heal_tokens, length=config.heal_length), limit)
     if config.heal_train == "lora":
         peft()
+
+
+def _check_apart(trained: str | None, measured: str | None) -> None:
+    if trained is not None and trained == measured:
+        raise UsageError(f"{measured} is what is trained on: give another text as --eval, or to train on")
 
 
 def _with_length(settings: HealSettings, limit: int | None) -> HealSettings:
@@ -211,7 +219,7 @@ def _measure(
     found = evaluate_model(str(folder), origin, text=config.eval, windows=config.eval_windows, length=config.eval_length,
                            device=device, probes=probes, progress=Progress(quiet=True))  # fmt: skip
     if found.text == label:
-        raise UsageError(f"{label} is what is trained on: give another text as --eval, or as --data")
+        raise UsageError(f"{label} is what is trained on: give another text as --eval, or to train on")
     progress.note(f"perplexity ×{found.ratio.value:.4f}, KL {found.kl.value:.4f} on {found.text}")
     return found
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mla_convert.errors import ResourceError
 from mla_convert.heal.shared import checkpoint_name
 
 IDENTITY, RUN, BEST, TRAINER = "identity.json", "run.json", "best.safetensors", "trainer"
@@ -47,9 +49,20 @@ class StateFolder:
     """The folder of one run's state. `identity` is whatever makes an older state useless when it changed."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], accelerator: Accelerator):
+        """Raises:
+        ResourceError: another run works there.
+        """
         self.folder, self._accelerator, self._removed = folder, accelerator, False
         self._identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
+        self._lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         if accelerator.is_main_process:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise ResourceError(
+                    f"another run is healing into {folder.parent}: wait for it, or choose another --out"
+                ) from None
             if self._read(folder / IDENTITY) != self._identity:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
@@ -61,6 +74,9 @@ class StateFolder:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._accelerator.is_main_process:
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
         # a run that stopped goes on from its last checkpoint; without one there is nothing to keep
         if error is None or self._removed:
             return
