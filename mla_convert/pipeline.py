@@ -49,7 +49,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     for note in notes:
         progress.note(note)
 
-    refine = layers.refine_settings(config, device, windows.calib.shape[1])
+    refine = layers.refine_settings(config, device, windows.calib.shape[1], source.shape.hidden_size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
                  "block_steps": refine.block_steps}  # fmt: skip
@@ -61,7 +61,9 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         with phases.phase("embed"):
             streams = layers.open_streams(skeleton, windows.calib, windows.measured)
         with phases.phase("allocate"):
-            plan = sensitivity.share_out(plan, config, refine.steps, skeleton, streams.calib_original, writer, progress)
+            plan = sensitivity.share_out(
+                plan, config, refine.steps_per_layer, skeleton, streams.calib_original, writer, progress
+            )
         new_config = mla_config(source, plan, cast or source.dtype)
         job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
         with phases.phase("ends"):
