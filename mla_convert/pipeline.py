@@ -61,9 +61,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         with phases.phase("embed"):
             streams = layers.open_streams(skeleton, windows.calib, windows.measured)
         with phases.phase("allocate"):
-            plan = sensitivity.share_out(
-                plan, config, refine.steps_per_layer, skeleton, streams.calib_original, writer, progress
-            )
+            plan = sensitivity.share_out(plan, config, refine.steps, skeleton, streams.calib_original, writer, progress)
         new_config = mla_config(source, plan, cast or source.dtype)
         job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
         with phases.phase("ends"):
