@@ -166,18 +166,19 @@ def cut(corpus: Corpus, begins: list[int], length: int) -> Batch:
     return Batch(*map(torch.from_numpy, (ids, labels)), torch.from_numpy(positions) if packed else None)
 
 
-def noised(batch: Batch, share: float, vocabulary: int, keys: list[tuple[int, ...] | None]) -> Batch:
-    """The batch with a share of the tokens of some windows replaced by random ones; no label is a random one.
+def noised(batch: Batch, share: float, vocabulary: Tensor, keys: list[tuple[int, ...] | None]) -> Batch:
+    """The batch with a share of the tokens of some windows, but the first, replaced by random ones of `vocabulary` (V,).
 
-    `keys` has a seed for every window that is to be noised, and None for the others. Distilling on such windows, too,
-    keeps the model close to its original on text unlike the one trained on.
+    `keys` has a seed for every window that is to be noised, and None for the others. No label is a random token. As for
+    calibration (`texts.noised`), contexts that no text has keep the model from becoming a specialist of the text at hand.
     """
     ids, labels = batch.ids.clone(), batch.labels.clone()
     for row, key in enumerate(keys):
         if key is not None:
             draw = np.random.default_rng(key)
             chosen = torch.from_numpy(draw.random(ids.shape[1]) < share)
-            ids[row, chosen] = torch.from_numpy(draw.integers(0, vocabulary, int(chosen.sum())))
+            chosen[0] = False  # the attention sink
+            ids[row, chosen] = vocabulary[torch.from_numpy(draw.integers(0, len(vocabulary), int(chosen.sum())))]
             labels[row, :-1][chosen[1:]] = IGNORED  # nobody can foresee a random token
     return Batch(ids, labels, batch.positions)
 

@@ -84,14 +84,18 @@ class Trainer:
         settings: HealSettings,
         state: StateFolder,
         progress: Progress,
+        vocabulary: Tensor | None = None,
     ):
-        """Takes the pair over; goes on from the state folder's last checkpoint if there is one."""
+        """Takes the pair over; goes on from the state folder's last checkpoint if there is one.
+
+        `vocabulary` (V,) are the tokens that noise is drawn from: needed where the settings have noise.
+        """
         self.accelerator, self.settings, self.state, self.progress = accelerator, settings, state, progress
         cuda = accelerator.device.type == "cuda"
         mix = settings.mix(getattr(pair.student.config, "max_position_embeddings", None))
         self.step_tokens, self.micro_tokens = step_sizes(settings, mix, cuda)
         self.corpus = corpus
-        self._vocabulary = pair.student.config.vocab_size
+        self._vocabulary = vocabulary
         steps = max(1, round(settings.tokens / self.step_tokens))
         processes = accelerator.num_processes
         self.schedule = Schedule(corpus, mix, self.step_tokens, steps, settings.seed, processes)

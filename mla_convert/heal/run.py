@@ -243,7 +243,8 @@ def _train(
     frozen = torch.bfloat16 if on_gpu else torch.float32
     student = load_model(place, "auto" if settings.train != "all" else torch.float32, host)
     pair = Pair(student, load_model(origin, frozen, host), settings, frozen).place(accelerator.device)
-    trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, progress)
+    vocabulary = texts.ordinary_tokens(load_tokenizer(place)) if settings.noise else None
+    trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, progress, vocabulary)
     run = trainer.train()
     best = trainer.best
     accelerator.free_memory(trainer.model, trainer.optimizer)
