@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mla_convert.amounts import parse_lengths, parse_tokens
 from mla_convert.errors import InputError, UsageError
-from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, losses
+from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, losses, written
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
 from mla_convert.heal.losses import IGNORED, Head, Mix, distil
 from mla_convert.heal.shared import Pair
@@ -246,6 +246,33 @@ def test_pieces_of_a_long_text_are_from_all_over(monkeypatch):
     assert sum(map(len, taken)) < len(text) / 4 and taken[0] == parts[0]
     assert parts.index(taken[-1]) > 0.8 * len(parts)
     assert data._thinned([text], 10**6) == [text]
+
+
+def test_the_original_writes_text_of_its_own(small, tmp_path):
+    model, tokenizer = pico.model("llama"), pico.tokenizer()
+    first, second, other = (written.write(model, tokenizer, 300, seed, QUIET) for seed in (0, 0, 1))
+    assert first == second != other and sum(map(len, first)) >= 300
+    assert not {token for ids in first for token in ids} & set(tokenizer.all_special_ids)
+    # sampled from the model: its own text is likelier to it than random tokens are
+    with torch.no_grad():
+        ids = max(first, key=len)
+        own, random = torch.tensor([ids]), torch.randint(4, pico.VOCAB, (1, len(ids)))
+        likely, unlikely = (float(-pico.losses(model, each).mean()) for each in (own, random))
+    assert likely > unlikely
+    report = heal(HealConfig(**{**small, "tokens": 8 * 512, "self_share": 0.5}, out=tmp_path / "out"), QUIET)
+    plain = heal(HealConfig(**{**small, "tokens": 8 * 512}, out=tmp_path / "plain"), QUIET)
+    assert report["heal"]["settings"]["self_share"] == 0.5
+    # held out is the same text
+    assert report["heal"]["curve"][0]["kl"] == plain["heal"]["curve"][0]["kl"]
+    assert report["heal"]["curve"][-1]["kl"] != plain["heal"]["curve"][-1]["kl"]
+
+
+def test_documents_are_added_before_the_others(tmp_path):
+    data._save(tmp_path, np.arange(100, dtype=np.int32), np.array([0, 60]))
+    data.add_documents(tmp_path, [[7, 8, 9], [5]])
+    found = open_corpus(tmp_path)
+    assert found.starts.tolist() == [0, 3, 4, 64] and found.ids[:6].tolist() == [7, 8, 9, 5, 0, 1]
+    assert len(found.ids) == 104 and found.train_end == 104 - 5  # a twentieth of the text alone
 
 
 # The run

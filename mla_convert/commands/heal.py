@@ -58,6 +58,13 @@ def heal(
             rich_help_panel=TEXT,
         ),
     ] = None,
+    self_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the text that the original writes itself, sampled from it beforehand. Default 0.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     eval_: Annotated[
         str | None, typer.Option("--eval", help="Evaluation text, as for eval.", rich_help_panel=TEXT)
     ] = None,

@@ -20,7 +20,7 @@ from mla_convert import texts
 from mla_convert.errors import InputError
 from mla_convert.heal.losses import IGNORED
 
-IDS, STARTS = "tokens.npy", "documents.npy"
+IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"
 # Share of the data, its end, that is never trained on; tokens of it that are looked at.
 HELD_OUT_SHARE, HELD_OUT_MAX = 1 / 20, 1 << 17
 # Characters that a token is taken to be before any has been counted, to see whether a text is longer than needed.
@@ -31,15 +31,20 @@ PIECE = 1 << 16  # characters of a piece: a tokenizer's time can grow faster tha
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids (N,) of all documents, one after another, and the offsets (D,) at which they begin."""
+    """Token ids (N,) of all documents, one after another, and the offsets (D,) at which they begin.
+
+    The first `added` tokens are no part of the text that was given, by whose length the held-out end is measured.
+    """
 
     ids: np.ndarray
     starts: np.ndarray
+    added: int = 0
 
     @property
     def train_end(self) -> int:
         """Where the held-out end begins."""
-        return len(self.ids) - min(HELD_OUT_MAX, max(1, round(len(self.ids) * HELD_OUT_SHARE)))
+        text = len(self.ids) - self.added
+        return len(self.ids) - min(HELD_OUT_MAX, max(1, round(text * HELD_OUT_SHARE)))
 
 
 def make_corpus(spec: str | None, tokenizer: Any, wanted: int, folder: Path, joined: bool = False) -> str:
@@ -63,11 +68,24 @@ def make_corpus(spec: str | None, tokenizer: Any, wanted: int, folder: Path, joi
         if total >= wanted:
             break
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in ((STARTS, np.asarray(starts, dtype=np.int64)), (IDS, np.concatenate(parts)[:wanted])):
+    _save(folder, np.concatenate(parts)[:wanted], np.asarray(starts, dtype=np.int64))
+    return label
+
+
+def add_documents(folder: Path, documents: list[list[int]]) -> None:
+    """Put documents before those that `make_corpus` wrote: the held-out end stays what it was."""
+    corpus = open_corpus(folder)
+    lengths = [len(ids) for ids in documents]
+    starts = np.concatenate([np.cumsum([0, *lengths[:-1]]), corpus.starts + sum(lengths)]).astype(np.int64)
+    ids = np.concatenate([*(np.asarray(ids, dtype=np.int32) for ids in documents), corpus.ids])
+    _save(folder, ids, starts, corpus.added + sum(lengths))
+
+
+def _save(folder: Path, ids: np.ndarray, starts: np.ndarray, added: int = 0) -> None:
+    for name, array in ((STARTS, starts), (IDS, ids), (ADDED, np.asarray(added))):
         temporary = folder / f".{os.getpid()}.{name}"
         np.save(temporary, array)
         os.replace(temporary, folder / name)
-    return label
 
 
 def wanted_tokens(tokens: int) -> int:
@@ -77,7 +95,7 @@ def wanted_tokens(tokens: int) -> int:
 
 def open_corpus(folder: Path) -> Corpus:
     """What `make_corpus` wrote, mapped."""
-    return Corpus(np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS))
+    return Corpus(np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS), int(np.load(folder / ADDED)))
 
 
 def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
@@ -192,7 +210,7 @@ def held_out(corpus: Corpus, length: int) -> list[int]:
     begin = corpus.train_end
     length = min(length, len(corpus.ids) - begin)
     if length < 2:
-        raise InputError(f"the text has {len(corpus.ids)} tokens, too few to heal on: give more text")
+        raise InputError(f"the text has {len(corpus.ids) - corpus.added} tokens, too few to heal on: give more text")
     return list(range(begin, len(corpus.ids) - length + 1, length))
 
 

@@ -27,6 +27,7 @@ from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.shared import Pair, peft
 from mla_convert.heal.state import StateFolder, state_folder
+from mla_convert.heal.written import write
 from mla_convert.loading import find_model, find_original, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.probes import Probes
 from mla_convert.progress import Progress
@@ -66,7 +67,7 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
     result: dict[str, Any] = {}
     identity = _identity(accelerator, settings, report, origin)
     with StateFolder(state_folder(Path(os.path.realpath(out))), identity, accelerator) as state:
-        label = _corpus(state, settings, place)
+        label = _corpus(state, accelerator, settings, place, origin, progress)
         before = state.remember(
             BEFORE, lambda: _figures(_measure(config, folder, origin, accelerator, progress, label))
         )
@@ -198,7 +199,14 @@ def _identity(
             "versions": environment.versions()}  # fmt: skip
 
 
-def _corpus(state: StateFolder, settings: HealSettings, place: Place) -> str:
+def _corpus(
+    state: StateFolder,
+    accelerator: Accelerator,
+    settings: HealSettings,
+    place: Place,
+    origin: Place,
+    progress: Progress,
+) -> str:
     """Tokenised once, by the first process; the label of its text."""
 
     def make() -> dict[str, str]:
@@ -206,6 +214,11 @@ def _corpus(state: StateFolder, settings: HealSettings, place: Place) -> str:
         label = data.make_corpus(
             settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined
         )
+        if share := settings.self_share:
+            wanted = min(share * settings.tokens, share / (1 - share) * len(data.open_corpus(state.folder).ids))
+            dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+            original = load_model(origin, dtype, accelerator.device)
+            data.add_documents(state.folder, write(original, tokenizer, round(wanted), settings.seed, progress))
         return {"label": label}
 
     return state.remember(LABEL, make)["label"]
