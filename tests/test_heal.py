@@ -434,6 +434,47 @@ def test_several_processes_see_one_curve(small, tmp_path):
     verify(tmp_path / "both")
 
 
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from mla_convert.heal.settings import HealSettings
+from mla_convert.heal.shared import Pair
+from mla_convert.loading import find_model, load_model
+
+dist.init_process_group("gloo")
+rank, mesh, cpu = dist.get_rank(), init_device_mesh("cpu", (2,)), torch.device("cpu")
+torch.manual_seed(0)
+ids = torch.randint(4, 264, (2, 32))
+for train in ("all", "attention"):
+    settings = HealSettings(tokens=1, train=train)
+    whole, sharded = (
+        Pair(*(load_model(find_model(name), torch.float32, cpu) for name in sys.argv[1:]), settings, torch.float32)
+        for _ in range(2)
+    )
+    whole(ids, ids)[0].backward()
+    for layer in sharded._layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    sharded(ids[rank : rank + 1], ids[rank : rank + 1])[0].backward()
+    wanted = dict(whole.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        if parameter.requires_grad:
+            gradient, expected = parameter.grad.full_tensor(), wanted[name].grad
+            assert (gradient - expected).norm() < 1e-4 * expected.norm(), name
+"""
+
+
+@pytest.mark.slow
+def test_sharded_gradients_are_the_same(small):
+    """FSDP2 over two processes on the CPU, of the pair with its own original and with a shared one."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = Path(small["folder"]).parent / "sharded.py"
+    script.write_text(SHARDED)
+    done = subprocess.run([*launch, script, small["folder"], small["teacher"]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # Bad input
 
 

@@ -44,6 +44,7 @@ class Run:
     best: float = math.inf
     best_tokens: int = 0
     waited: int = 0
+    noted: int = 0  # losses that are in the curve
     stopped: str | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -231,7 +232,7 @@ class Trainer:
         """Measure on the held-out windows, and keep the state if none was better."""
         run, found = self.run, self.held_out()
         loss = found.pop("loss")
-        recent = run.losses[-max(1, len(run.losses) // max(1, len(run.curve))) :]
+        recent, run.noted = run.losses[run.noted :], len(run.losses)
         run.curve.append({"tokens": run.tokens, "seconds": round(time.perf_counter() - began, 1), **found,
                           "loss": round(statistics.fmean(recent), 6) if recent else None})  # fmt: skip
         if not math.isfinite(loss):
