@@ -40,17 +40,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
         aside = sensitivity.aside_bytes(plan) if shares_out(config, plan) else 0
         output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None) + aside)
-        skeleton = Skeleton(source, device)
-        tokenizer = source.tokenizer()
+        skeleton, tokenizer = Skeleton(source, device), source.tokenizer()
 
     with phases.phase("text"):
         longest = getattr(source.config, "max_position_embeddings", None)
-        if config.heal_tokens:
-            check_conversion(config, longest)
+        check_conversion(config, longest)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest)
     written = selfwritten.share(config, source, device)
-    notes = [*source.notes, *windows.notes]
-    for note in notes:
+    for note in (notes := [*source.notes, *windows.notes]):
         progress.note(note)
 
     refine = layers.refine_settings(config, device, windows.calib.shape[1], source.shape.hidden_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert import environment, texts
+from mla_convert import environment, selfwritten, texts
 from mla_convert.beyond import heal_rows, to_report
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig
@@ -27,7 +28,6 @@ from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.shared import Pair, peft
 from mla_convert.heal.state import StateFolder, state_folder
-from mla_convert.heal.written import write
 from mla_convert.loading import find_model, find_original, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.probes import Probes
 from mla_convert.progress import Progress
@@ -147,12 +147,14 @@ def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def check_conversion(config: ConvertConfig, limit: int | None) -> None:
-    """Refuse before a conversion what would fail after it. `limit` is the model's context, if it has one.
+    """Refuse before a conversion what would fail when it is healed. `limit` is the model's context, if it has one.
 
     Raises:
         InputError: a text that is not there.
         UsageError: windows longer than the model's context, or LoRA without peft.
     """
+    if not config.heal_tokens:
+        return
     spec = config.heal_data or config.calib
     _check_apart(spec, config.eval)
     texts.load_documents(spec)
@@ -216,9 +218,15 @@ def _corpus(
         )
         if share := settings.self_share:
             wanted = min(share * settings.tokens, share / (1 - share) * len(data.open_corpus(state.folder).ids))
+            progress.note(f"the original writes {wanted:,.0f} tokens of its own")
             dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-            original = load_model(origin, dtype, accelerator.device)
-            data.add_documents(state.folder, write(original, tokenizer, round(wanted), settings.seed, progress))
+            original, prefix = (
+                load_model(origin, dtype, accelerator.device),
+                texts.tokenise(tokenizer, "", special=True)[:1],
+            )
+            count, length = math.ceil(wanted / selfwritten.TEXT_TOKENS), selfwritten.TEXT_TOKENS - len(prefix)
+            rows = selfwritten.write(original, count, length, selfwritten.first_token(tokenizer), settings.seed)
+            data.add_documents(state.folder, [prefix + row for row in rows.tolist()])
         return {"label": label}
 
     return state.remember(LABEL, make)["label"]
