@@ -64,8 +64,19 @@ def convert(
     planes: Annotated[
         str | None,
         typer.Option(
-            help="Which planes stay rotary: 'loss' (those that would lose most) or 'even' (evenly spaced).",
+            help="Which planes stay rotary: 'loss' (those that would lose most), 'table' (of those one for each frequency, as "
+            "serving engines need them) or 'even' (evenly spaced).",
             rich_help_panel=SIZE,
+        ),
+    ] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="Choose sizes and planes that vllm, sglang or llama.cpp can serve; then see `export`.",
+            rich_help_panel=SIZE,
+            show_default=False,
         ),
     ] = None,
     calib: Annotated[
@@ -163,9 +174,9 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Convert SOURCE to Multi-head Latent Attention and write it, with a report, to a folder."""
-    own = ("json_", "quiet", "verbose", "eval_", "push_to_hub", "private", "export")
+    own = ("json_", "quiet", "verbose", "eval_", "push_to_hub", "private", "export", "for_")
     options = {key: value for key, value in locals().items() if key not in (*own, "own")}
-    options |= {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "eval": eval_}
+    options |= {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "eval": eval_, "engine": for_}
     if private and not push_to_hub:
         raise UsageError("--private is for --push-to-hub: give both, or neither")
     run_conversion(options, as_json=json_, quiet=quiet, push_to_hub=push_to_hub, private=private, export=export)

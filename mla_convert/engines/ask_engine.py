@@ -21,6 +21,7 @@ def ask_transformers(model, asked):
 
     dtype = getattr(torch, asked["dtype"])
     net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=asked["trust_remote_code"]).eval()
+    net.generation_config.eos_token_id = None  # as many tokens as are asked for, whatever they are
     found = []
     with torch.no_grad():
         for ids in asked["prompts"]:
@@ -29,8 +30,7 @@ def ask_transformers(model, asked):
             entries = [dict(zip(i.tolist(), v.tolist(), strict=True)) for v, i in zip(*top, strict=True)]
             for entry, line, token in zip(entries, logp, ids[1:], strict=True):
                 entry[token] = float(line[token])
-            tokens = net.generate(torch.tensor([ids]), max_new_tokens=asked["tokens"], min_new_tokens=asked["tokens"],
-                                  do_sample=False, pad_token_id=0)  # fmt: skip
+            tokens = net.generate(torch.tensor([ids]), max_new_tokens=asked["tokens"], do_sample=False, pad_token_id=0)
             found.append({"logprobs": entries, "greedy": tokens[0, len(ids) :].tolist()})
     return {"version": transformers.__version__, "path": type(net).__name__, "prompts": found}
 
@@ -116,9 +116,7 @@ def _wait(port, server, seconds=600):
 
 def _post(port, content):
     body = json.dumps(content).encode()
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/completion", body, {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/completion", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=600) as answer:
         return json.load(answer)
 

@@ -20,11 +20,12 @@ from mla_convert.engines.profiles import Profile, check_dtype, residual_scale
 from mla_convert.engines.readme import write_readme
 from mla_convert.engines.rope_table import share_table
 from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, KEY, MODEL_CLASS, served_config
-from mla_convert.engines.sizes import TABLE, Pad, Sizes, padded
+from mla_convert.engines.sizes import Pad, Sizes, padded
 from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
 from mla_convert.environment import versions
 from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import mean
+from mla_convert.plan import TABLE
 from mla_convert.progress import Progress
 from mla_convert.source import COPIED
 

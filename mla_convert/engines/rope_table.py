@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mla_convert.engines.sizes import TABLE
 from mla_convert.errors import InputError
+from mla_convert.plan import TABLE
 
 # Relative: what float32 leaves of a frequency that is a power of theta.
 TOLERANCE = 1e-5

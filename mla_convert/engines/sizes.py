@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mla_convert.errors import InputError, UsageError
+from mla_convert.plan import TABLE
 
 # vLLM allocates latent and rotary key together, and takes 320, 512 and 576 numbers in all (MLACommonMetadata; 0.30 and
 # newer). Its prefill kernels know rotary dims of 64 only, and these widths of a head's (content key, rotary key, value).
-ROPE_DIM = 64
+ROPE_DIM = 2 * TABLE
 RANKS = (256, 448, 512)
 HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
-# Frequencies of DeepSeek's RoPE table at that many rotary dims.
-TABLE = ROPE_DIM // 2
 KNOWN = ", ".join(str(rank) for rank in RANKS[:-1]) + f" and {RANKS[-1]}"
 
 # Zero padding: to the smallest sizes that vLLM takes, to one of its ranks, or none.
