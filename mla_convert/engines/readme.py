@@ -13,8 +13,8 @@ HEAD = """\
 {qk_rope_head_dim}).
 """
 PORTABLE = """
-It needs no code of its own and answers alike in transformers, vLLM, SGLang and (in F32 or BF16) llama.cpp. Do not quantise it: the
-rows that write the latent are scaled by 2^-30, which 8-bit formats cannot hold. Export with `--profile engine` for that.
+It needs no code of its own, and transformers, vLLM and SGLang read it alike. Do not quantise it: the rows that write the latent
+are scaled by 2^-30, which 8-bit formats cannot hold. Export with `--profile engine` for that, and for llama.cpp.
 
 ```sh
 vllm serve {name}

@@ -55,7 +55,7 @@ class Verdict:
         if self.dtype == "float32":
             rule = f"largest difference at most {self.limit:g} and the same greedy tokens"
         else:
-            rule = f"mean difference at most {self.limit:.2g}; {self.dtype} costs our own model {self.own_rounding:.2g}"
+            rule = f"mean difference at most {self.limit:.2g}; bfloat16 costs our own model {self.own_rounding:.2g}"
         return (
             f"{self.engine} {self.version} ({self.path}), profile {self.profile}, {self.dtype}: "
             f"{'right' if self.ok else 'WRONG'}\n"
@@ -179,8 +179,13 @@ def _ask(folder: Path, how: Asking, prompts: list[list[int]], dtype: str) -> dic
             asked |= {"server": _server(how), "port": _free_port(), "log": f"{work}/server.log"}
         questions, answers = Path(work) / "questions.json", Path(work) / "answers.json"
         questions.write_text(json.dumps(asked), encoding="utf-8")
-        model = str(how.gguf if how.engine == "llama.cpp" else folder.resolve())
-        command = [how.python or sys.executable, ask_engine.__file__, how.engine, model, str(questions), str(answers)]
+        model = os.path.abspath(how.gguf if how.engine == "llama.cpp" else folder)
+        python = shutil.which(how.python) if how.python else sys.executable
+        if python is None:
+            raise ResourceError(
+                f"{how.python} is no interpreter: give the python of the environment that has {how.engine}"
+            )
+        command = [os.path.abspath(python), ask_engine.__file__, how.engine, model, str(questions), str(answers)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=_environment(how.engine))
         except OSError as error:
@@ -211,7 +216,7 @@ def _server(how: Asking) -> str:
     found = shutil.which(how.server or "llama-server") or (None if how.server else shutil.which("llama-cpp-server"))
     if found is None:
         raise ResourceError(f"{how.server or 'llama-server'} is not on the path: install llama.cpp, or give --server")
-    return found
+    return os.path.abspath(found)  # not resolved: a link may be what finds the libraries beside it
 
 
 def _free_port() -> int:
