@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,11 @@ from mla_convert.engines.towards import towards
 from mla_convert.errors import InputError, UsageError
 from mla_convert.source import open_source
 
-VLLM, LLAMA = os.environ.get("MLA_CONVERT_VLLM_PYTHON"), os.environ.get("MLA_CONVERT_LLAMA_SERVER")
+VLLM, MODEL = os.environ.get("MLA_CONVERT_VLLM_PYTHON"), os.environ.get("MLA_CONVERT_MODEL")
+LLAMA_SERVER, LLAMA_CONVERTER = (
+    os.environ.get("MLA_CONVERT_LLAMA_SERVER"),
+    os.environ.get("MLA_CONVERT_LLAMA_CONVERTER"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +225,22 @@ def test_sglang_is_asked_as_it_is_called(tmp_path):
 # real engines: .ci/engines installs them and runs these
 
 
+needs_vllm = pytest.mark.skipif(not VLLM, reason="MLA_CONVERT_VLLM_PYTHON names no interpreter that has vLLM")
+needs_model = pytest.mark.skipif(not MODEL, reason="MLA_CONVERT_MODEL names no real model")
+needs_llama = pytest.mark.skipif(
+    not (LLAMA_SERVER and LLAMA_CONVERTER),
+    reason="MLA_CONVERT_LLAMA_SERVER and MLA_CONVERT_LLAMA_CONVERTER are not both set",
+)
+
+
+def check(cli, folder, against, engine, *options):
+    code, out, err = cli("serve-check", folder, "--engine", engine, "--against", against, *options)
+    print(out)
+    return code, out + err
+
+
 @pytest.mark.engine
-@pytest.mark.skipif(not VLLM, reason="MLA_CONVERT_VLLM_PYTHON names no interpreter that has vLLM")
+@needs_vllm
 @pytest.mark.parametrize(
     ("name", "settings", "profile", "options", "path"),
     [
@@ -241,16 +260,58 @@ def test_sglang_is_asked_as_it_is_called(tmp_path):
 def test_vllm(cli, exported, convert_pico, name, settings, profile, options, path):
     converted = convert_pico(name, **settings).out
     folder, _ = exported("--profile", profile, "--pad", "512", folder=converted)
-    code, out, err = cli("serve-check", folder, "--engine", "vllm", "--python", VLLM, "--against", converted, *options)
-    print(out)
-    assert code == 0 and path in out, out + err
+    code, words = check(cli, folder, converted, "vllm", "--python", VLLM, *options)
+    assert code == 0 and path in words, words
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not VLLM, reason="MLA_CONVERT_VLLM_PYTHON names no interpreter that has vLLM")
+@needs_vllm
 def test_vllm_with_profile_engine(cli, exported, tabled):
     folder, _ = exported("--profile", "engine", "--pad", "512")
-    command = ("serve-check", folder, "--engine", "vllm", "--python", VLLM, "--against", tabled, "--limit", "1e-3")
-    code, out, err = cli(*command)
-    print(out)
-    assert code == 0, out + err
+    code, words = check(cli, folder, tabled, "vllm", "--python", VLLM)
+    assert code == 0, words
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A real model, converted in closed form with little text: what is compared is the same model twice."""
+    from mla_convert import convert
+    from mla_convert.progress import Progress
+
+    config = ConvertConfig(source=MODEL, rank=64, rope_dim=64, planes="table", refine_steps=0, calib_samples=8,
+                           calib_length=128, eval_windows=1, eval_length=128, dtype="float32", device="cpu",
+                           calib="package:mla_demo/calibration.txt.gz", eval="package:mla_demo/evaluation.txt.gz",
+                           out=tmp_path_factory.mktemp("real") / "mla")  # fmt: skip
+    return convert(config, Progress(quiet=True)).out
+
+
+@pytest.mark.engine
+@needs_vllm
+@needs_model
+@pytest.mark.parametrize(
+    ("profile", "dtype", "options"),
+    [("portable", "float32", ()), ("portable", "float32", ("--model-impl", "transformers")), ("portable", "bfloat16", ()),
+     ("engine", "float32", ()), ("hf-code", "float32", ("--trust-remote-code",))],
+)  # fmt: skip
+def test_vllm_with_a_real_model(cli, exported, real, profile, dtype, options):
+    folder, _ = exported("--profile", profile, "--dtype", dtype, "--pad", "512", folder=real)
+    code, words = check(cli, folder, real, "vllm", "--python", VLLM, *options)
+    assert code == 0, words
+
+
+@pytest.mark.engine
+@needs_llama
+@needs_model
+def test_llama_cpp_with_a_real_model(cli, exported, real, tmp_path):
+    """Differences must be those of the file's type: float32 least, then bfloat16, then eight bits."""
+    folder, _ = exported("--profile", "engine", "--gguf", "--pad", "none", folder=real)
+    means = []
+    for kind, limit in (("f32", 5e-3), ("bf16", 5e-2), ("q8_0", 0.3)):
+        file = tmp_path / f"model-{kind}.gguf"
+        subprocess.run([sys.executable, LLAMA_CONVERTER, folder, "--outtype", kind, "--outfile", file], check=True)
+        code, words = check(
+            cli, folder, real, "llama.cpp", "--gguf", file, "--server", LLAMA_SERVER, "--limit", limit, "--json"
+        )
+        assert code == 0, words
+        means.append(json.loads(words)["mean_difference"])
+    assert means == sorted(means)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def _dtype(facts: dict[str, Any], how: Asking) -> str:
 
 def fixed_prompts(tokenizer: Any) -> list[list[int]]:
     """PROMPTS pieces of LENGTH tokens of the packaged evaluation text."""
-    text, _ = load_text(str(resources.files("mla_demo") / "evaluation.txt.gz"), "evaluation")
+    text, _ = load_text("package:mla_demo/evaluation.txt.gz", "evaluation")
     ids = tokenizer(text[: 40 * PROMPTS * LENGTH])["input_ids"]
     if len(ids) < PROMPTS * LENGTH:
         raise InputError(f"the tokenizer makes only {len(ids)} tokens of the packaged text: nothing to ask with")
