@@ -19,7 +19,7 @@ from mla_convert.engines.tensors import DISTORTION, Attention, LatentNorm
 from mla_convert.errors import InputError, UsageError
 
 IDS = torch.randint(4, 260, (2, 60), generator=torch.Generator().manual_seed(0))
-CODE = ["qwen2", "llama3-rope", "llama-yarn", "llama-linear", "llama-bias-wide-heads"]
+CODE = ["qwen3", "qwen2", "llama3-rope", "llama-yarn", "llama-linear", "llama-bias-wide-heads"]
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def test_code_without_trust_is_refused_by_stock_transformers(convert_pico, tmp_p
 @pytest.mark.parametrize(
     ("name", "words"),
     [("qwen2", "biases .*--profile hf-code"), ("llama-bias-wide-heads", "biases .*--profile hf-code"),
-     ("llama3-rope", "RoPE of type llama3.*--profile hf-code"), ("llama-yarn", "RoPE of type yarn")],
+     ("qwen3", "norms on queries and keys.*--profile hf-code"), ("llama3-rope", "RoPE of type llama3.*--profile hf-code"), ("llama-yarn", "RoPE of type yarn")],
 )  # fmt: skip
 def test_what_needs_code_is_led_to_it(convert_pico, tmp_path, profile, name, words):
     with pytest.raises(InputError, match=words):
@@ -183,7 +183,7 @@ def test_what_needs_code_is_led_to_it(convert_pico, tmp_path, profile, name, wor
 @pytest.mark.parametrize("profile", ["portable", "hf-code"])
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("qwen3", "family qwen3"), ("gemma2", "family gemma2"), ("mistral-window", "sliding window of 12"),
+    [("gemma3", "family gemma3"), ("gemma2", "family gemma2"), ("mistral-window", "sliding window of 12"),
      ("llama-dynamic", "depend on the length")],
 )  # fmt: skip
 def test_what_no_profile_can_say_is_refused(convert_pico, tmp_path, profile, name, words):

@@ -37,7 +37,7 @@ def exported(cli, tabled, tmp_path):
 class Like:
     """A source as `towards` sees it."""
 
-    def __init__(self, kv_heads, head_dim, hidden=4096, model_type="llama", rope="default", bias=False):
+    def __init__(self, kv_heads, head_dim, hidden=4096, model_type="llama", rope="default", bias=False, normed=False):
         from types import SimpleNamespace
 
         from mla_convert.plan import AttentionShape
@@ -45,7 +45,7 @@ class Like:
         self.name, self._bias = "model", bias
         self.family = SimpleNamespace(model_type=model_type)
         self.config = SimpleNamespace(rope_parameters={"rope_type": rope})
-        self.shape = AttentionShape(32, hidden, 32, kv_heads, head_dim)
+        self.shape = AttentionShape(32, hidden, 32, kv_heads, head_dim, normed=normed)
 
     def has_bias(self, letter):
         return self._bias
@@ -62,6 +62,7 @@ def test_towards_chooses_what_vllm_has_kernels_for():
     assert settings(Like(8, 64), engine="vllm") == (512, 64, "table", True)  # Llama-3.2-1B
     assert settings(Like(3, 64, 576), engine="vllm") == (256, 64, "table", True)  # SmolLM2-135M: 83%
     assert settings(Like(4, 128, bias=True, model_type="qwen2"), engine="vllm") == (512, 64, "loss", True)
+    assert settings(Like(8, 128, model_type="qwen3", normed=True), engine="vllm") == (512, 64, "loss", True)
     assert settings(Like(8, 128, rope="llama3"), engine="vllm") == (512, 64, "loss", True)
     assert settings(Like(8, 128, rope="llama3"), engine="vllm", planes="table")[2] == "table"
     assert settings(Like(3, 64, 576), engine="llama.cpp", kv_ratio=0.34) == (64, 64, "table", True)
@@ -84,6 +85,7 @@ def test_towards_without_an_engine_changes_nothing():
         (Like(8, 128), {"engine": "sglang", "planes": "loss"}, UsageError, "--planes loss"),
         (Like(8, 128, rope="llama3"), {"engine": "sglang"}, InputError, "RoPE of type llama3, which sglang"),
         (Like(8, 128, bias=True), {"engine": "llama.cpp"}, InputError, "biases"),
+        (Like(8, 128, model_type="qwen3", normed=True), {"engine": "sglang"}, InputError, "norms on queries and keys"),
         (Like(8, 128, rope="longrope"), {"engine": "vllm"}, InputError, "RoPE of type longrope"),
         (Like(8, 128, model_type="gemma2"), {"engine": "vllm"}, InputError, "family gemma2"),
     ],
@@ -254,6 +256,7 @@ def check(cli, folder, against, engine, *options):
         ),
         ("llama", {"rank": 12, "rope_dim": 6}, "hf-code", ("--trust-remote-code",), "Transformers"),
         ("qwen2", {"rank": 12, "rope_dim": 6}, "hf-code", ("--trust-remote-code",), "Transformers"),
+        ("qwen3", {"rank": 12, "rope_dim": 6}, "hf-code", ("--trust-remote-code",), "Transformers"),
         ("llama3-rope", {"rank": 12, "rope_dim": 6}, "hf-code", ("--trust-remote-code",), "Transformers"),
     ],
 )

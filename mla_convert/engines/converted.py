@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mla_convert.checkpoint.reader import SafetensorsReader, check_finite
+from mla_convert.engines.features import Features
 from mla_convert.engines.profiles import Profile, Traits, check_model
 from mla_convert.engines.tensors import Attention
 from mla_convert.errors import InputError
 from mla_convert.source import load_config
 
 PROJECTIONS = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+NORMED = (*PROJECTIONS, "k_proj", "v_proj", "q_norm", "k_norm", "q_b_proj")
 KEPT = (
     "input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
     "mlp.down_proj.weight",
@@ -45,10 +47,11 @@ class Converted:
         self.traits = self._traits(rope)
 
     def _check_names(self) -> None:
-        attention = [f"self_attn.{name}" for name in (*(f"{part}.weight" for part in PROJECTIONS), "rope_freq_index")]
+        parts = NORMED if self.config.mla_q_norm else PROJECTIONS
+        attention = [f"self_attn.{name}" for name in (*(f"{part}.weight" for part in parts), "rope_freq_index")]
         needed = {f"model.layers.{index}.{name}" for index in self.layers for name in (*KEPT, *attention)}
         needed |= {EMBEDDING, NORM} | (set() if self.config.tie_word_embeddings else {HEAD})
-        biases = {f"model.layers.{index}.self_attn.{part}.bias" for index in self.layers for part in PROJECTIONS}
+        biases = {f"model.layers.{index}.self_attn.{part}.bias" for index in self.layers for part in parts}
         found = set(self.reader.names())
         if missing := sorted(needed - found):
             raise InputError(f"tensor {missing[0]} is missing from {self.label}: convert the model again")
@@ -75,14 +78,23 @@ class Converted:
         found = self.reader.read(names)
         return [found[name].tolist() for name in names]
 
-    def layer(self, index: int) -> tuple[Attention, dict[str, Tensor]]:
-        """A layer's attention and its other tensors by local names, checked to be finite."""
+    def layer(self, index: int) -> tuple[Attention, Features | None, dict[str, Tensor]]:
+        """A layer's attention, what norms queries and keys before it, and other tensors by local names; all finite."""
         prefix = f"model.layers.{index}."
         tensors = self.reader.read(name for name in self.reader.names() if name.startswith(prefix))
         check_finite(tensors)
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         own = {name.removeprefix("self_attn."): local.pop(name) for name in [*local] if name.startswith("self_attn.")}
-        return Attention.read(own, self.config.num_attention_heads, self.config.v_head_dim), local
+        features = Features.take(own) if self.config.mla_q_norm else None
+        return Attention.read(own, self.config.num_attention_heads, self.config.v_head_dim), features, local
+
+    def largest_latent(self, index: int, rank: int) -> float:
+        """What the mean square of a layer's latent over `rank` numbers can be at most, for any input."""
+        attention, features, rest = self.layer(index)
+        weight = rest["input_layernorm.weight"]
+        if features:
+            return features.largest_mean_square(attention, weight, rank)
+        return attention.largest_mean_square(weight, rank)
 
     def largest_writing_weight(self) -> float:
         """Largest magnitude among the weights that write to the residual stream."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.checkpoint.writer import Writer, check_output, check_space
 from mla_convert.engines.converted import EMBEDDING, HEAD, NORM, Converted
+from mla_convert.engines.features import block_diagonal
 from mla_convert.engines.profiles import Profile, check_dtype, residual_scale
 from mla_convert.engines.readme import write_readme
 from mla_convert.engines.rope_table import share_table
@@ -27,7 +28,7 @@ from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import mean
 from mla_convert.plan import TABLE
 from mla_convert.progress import Progress
-from mla_convert.source import COPIED
+from mla_convert.source import COPIED, kv_heads
 
 EXPORT = "export.json"
 # Scale of the latent. portable: small, as its eps is; engine: near one, as quantised rows want it.
@@ -128,7 +129,7 @@ def _plan(model: Converted, profile: Profile, dtype: str, pad: Pad, gguf: bool) 
     sizes = padded(ranks, rope_dim, widest, config.v_head_dim, pad)
     largest = model.largest_writing_weight() if profile == "engine" else 0.0
     residual, eps = residual_scale(profile, config.rms_norm_eps, largest)
-    bounds = _bounds(model, sizes)
+    bounds = [model.largest_latent(index, sizes.rank) for index in model.layers]
     norms = _latent_norms(profile, bounds, eps)
     distortion = max(norm.distortion(bound) for norm, bound in zip(norms, bounds, strict=True))
     content = served_config(config, profile, sizes, dtype, theta, eps, gguf)
@@ -144,26 +145,20 @@ def _code_fields(model: Converted, planes: list[list[int]], sizes: Sizes, latent
     """What config.json says to the code of profile hf-code. Tables are padded with frequencies that turn nothing."""
     config, m = model.config, sizes.rope_dim // 2
     tables = [[model.traits.inv_freq[f] for f in own] + [0.0] * (m - len(own)) for own in planes]
-    module = CODE_FILE.removesuffix(".py")
+    module, normed = CODE_FILE.removesuffix(".py"), config.mla_q_norm is not None
     return {
         "auto_map": {"AutoModel": f"{module}.{MODEL_CLASS}", "AutoModelForCausalLM": f"{module}.{CODE_CLASS}"},
-        "mla_q_bias": config.mla_q_bias,
-        "mla_kv_bias": config.mla_kv_bias,
+        "mla_q_bias": config.mla_q_bias and not normed,
+        "mla_kv_bias": config.mla_kv_bias and not normed,
         "mla_o_bias": config.mla_o_bias,
         "mla_softmax_scale": model.traits.softmax_scale,
         "mla_latent_eps": latent_eps,
         "mla_inv_freq": tables[:1] if all(table == tables[0] for table in tables) else tables,
         "mla_pad_token_id": config.pad_token_id,
+        "mla_head_dim": config.v_head_dim,
+        "mla_feature_heads": [config.num_attention_heads, *[kv_heads(config)] * 2] if normed else None,
+        "mla_feature_bias": normed and (config.mla_q_bias or config.mla_kv_bias),
     }
-
-
-def _bounds(model: Converted, sizes: Sizes) -> list[float]:
-    """For each layer what the mean square of its latent can be at most."""
-    found = []
-    for index in model.layers:
-        attention, rest = model.layer(index)
-        found.append(attention.largest_mean_square(rest["input_layernorm.weight"], sizes.rank))
-    return found
 
 
 def _latent_norms(profile: Profile, bounds: list[float], eps: float) -> list[LatentNorm]:
@@ -205,12 +200,15 @@ def _shards(model: Converted, form: _Form) -> Iterator[dict[str, Tensor]]:
     yield {EMBEDDING: (table.double() * form.residual if form.residual != 1 else table).to(form.dtype)}
     del table
     for index in model.layers:
-        attention, rest = model.layer(index)
+        attention, features, rest = model.layer(index)
         own = served_attention(
             attention, form.sizes, form.slots[index], form.norms[index], form.q_scale, form.rope_scale, form.residual
         )
         if form.residual != 1:
             rest["mlp.down_proj.weight"] = rest["mlp.down_proj.weight"].double() * form.residual
+        if features:
+            own["q_proj.weight"] = block_diagonal(own["q_proj.weight"], model.config.num_attention_heads)
+            rest |= features.tensors()
         named = rest | {f"self_attn.{name}": tensor for name, tensor in own.items()}
         yield {f"model.layers.{index}.{name}": tensor.to(form.dtype) for name, tensor in named.items()}
     last = model.reader.read([NORM, EMBEDDING if model.config.tie_word_embeddings else HEAD])

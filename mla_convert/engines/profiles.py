@@ -13,6 +13,8 @@ Profile = Literal["portable", "engine", "hf-code"]
 PROFILES: tuple[Profile, ...] = ("portable", "engine", "hf-code")
 # Families whose decoder layer is DeepSeek's but for its attention: RMSNorm, attention, RMSNorm, gated MLP.
 FAMILIES = ("llama", "mistral", "qwen2", "smollm3")
+# The same, with norms on queries and keys: profile hf-code says them.
+NORMED_FAMILIES = ("qwen3",)
 # RoPE scalings whose frequencies depend on the length of the text.
 MOVING = ("dynamic", "longrope")
 # DeepSeek-V3's own latent norm adds this in transformers, whatever config.json says; vLLM and SGLang add rms_norm_eps.
@@ -52,10 +54,10 @@ def check_model(config: Any, label: str, profile: Profile, rope_type: str) -> No
             f"{label} is of model type {config.model_type!r}, which is no converted model's: convert it first"
         )
     family = config.model_type.removeprefix(PREFIX)
-    if family not in FAMILIES:
+    if family not in FAMILIES + NORMED_FAMILIES:
         raise InputError(
-            f"{label} is of family {family}, whose decoder is not DeepSeek's ({', '.join(FAMILIES)} are): serve it "
-            f"with transformers"
+            f"{label} is of family {family}, whose decoder is not DeepSeek's (those of "
+            f"{', '.join(FAMILIES + NORMED_FAMILIES)} are): serve it with transformers"
         )
     _check_decoder(config, label, family)
     if rope_type in MOVING:
@@ -65,6 +67,10 @@ def check_model(config: Any, label: str, profile: Profile, rope_type: str) -> No
         )
     if profile == "hf-code":
         return
+    if config.mla_q_norm:
+        raise InputError(
+            f"{label} has norms on queries and keys, which DeepSeek's attention has not: export it with --profile hf-code"
+        )
     biased = [name for name in ("q", "kv", "o") if getattr(config, f"mla_{name}_bias")]
     if biased:
         raise InputError(
@@ -78,10 +84,6 @@ def check_model(config: Any, label: str, profile: Profile, rope_type: str) -> No
 
 
 def _check_decoder(config: Any, label: str, family: str) -> None:
-    if config.mla_q_norm or config.mla_softcap is not None or config.mla_sinks:
-        raise InputError(
-            f"{label} has norms, soft caps or sinks in its attention, which DeepSeek's has not: serve it with transformers"
-        )
     if config.hidden_act != "silu":
         raise InputError(
             f"{label} has the activation {config.hidden_act}, and vLLM's DeepSeek knows silu only: serve it with transformers"

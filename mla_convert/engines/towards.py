@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mla_convert.config import ConvertConfig
-from mla_convert.engines.profiles import FAMILIES, MOVING
+from mla_convert.engines.profiles import FAMILIES, MOVING, NORMED_FAMILIES
 from mla_convert.engines.sizes import KNOWN, RANKS, ROPE_DIM
 from mla_convert.errors import InputError, UsageError
 from mla_convert.source import Source
@@ -25,15 +25,20 @@ def towards(config: ConvertConfig, source: Source) -> ConvertConfig:
     if config.engine is None:
         return config
     engine, shape = config.engine, source.shape
-    if source.family.model_type not in FAMILIES:
+    if source.family.model_type not in FAMILIES + NORMED_FAMILIES:
         raise InputError(
             f"{source.name} is of family {source.family.model_type}, which cannot be exported for {engine} "
-            f"({', '.join(FAMILIES)} can): convert it without --for and serve it with transformers"
+            f"({', '.join(FAMILIES + NORMED_FAMILIES)} can): convert it without --for and serve it with transformers"
         )
     rope_type = (getattr(source.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    needs_code = rope_type != "default" or any(source.has_bias(letter) for letter in "qkvo")
+    reasons = {
+        f"RoPE of type {rope_type}": rope_type != "default",
+        "biases in its attention": any(source.has_bias(letter) for letter in "qkvo"),
+        "norms on queries and keys": shape.normed,
+    }
+    needs_code = any(reasons.values())
     if rope_type in MOVING or (needs_code and engine != "vllm"):
-        why = f"RoPE of type {rope_type}" if rope_type != "default" else "biases in its attention"
+        why = next(reason for reason, holds in reasons.items() if holds)
         raise InputError(f"{source.name} has {why}, which {engine} cannot express: serve it with transformers")
     planes = config.planes if "planes" in config.model_fields_set else "loss" if needs_code else "table"
     if planes == "even" or (planes == "loss" and engine != "vllm"):
