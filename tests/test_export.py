@@ -172,7 +172,8 @@ def test_code_without_trust_is_refused_by_stock_transformers(convert_pico, tmp_p
 @pytest.mark.parametrize(
     ("name", "words"),
     [("qwen2", "biases .*--profile hf-code"), ("llama-bias-wide-heads", "biases .*--profile hf-code"),
-     ("qwen3", "norms on queries and keys.*--profile hf-code"), ("llama3-rope", "RoPE of type llama3.*--profile hf-code"), ("llama-yarn", "RoPE of type yarn")],
+     ("qwen3", "norms on queries and keys.*--profile hf-code"),
+     ("llama3-rope", "RoPE of type llama3.*--profile hf-code"), ("llama-yarn", "RoPE of type yarn")],
 )  # fmt: skip
 def test_what_needs_code_is_led_to_it(convert_pico, tmp_path, profile, name, words):
     with pytest.raises(InputError, match=words):
