@@ -39,6 +39,9 @@ class Settings(BaseModel):
     refine_steps: int | None = Field(None, ge=0)
     refine_batch: int | None = Field(None, ge=1)
     refine_lr: float = Field(0.02, gt=0, le=1)
+    refine_block: int | None = Field(None, ge=1)
+    block_steps: int | None = Field(None, ge=0)
+    block_lr: float = Field(0.01, gt=0, le=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(0, ge=0)
 

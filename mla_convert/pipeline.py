@@ -53,7 +53,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
 
     refine = layers.refine_settings(config, device, windows.calib.shape[1])
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
-    settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch}
+    settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
+                 "block_steps": refine.block_steps}  # fmt: skip
     identity = {"settings": settings, "source": source.fingerprint(), "device": environment.device_name(device),
                 "windows": [windows.calib.tolist(), windows.measured.tolist()],
                 "versions": environment.versions()}  # fmt: skip
@@ -67,7 +68,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
         with phases.phase("ends"):
             layers.write_ends(job)
-        progress.start(plan.shape.layers, refine.steps)
+        progress.start(plan.shape.layers, refine.steps_per_layer)
         try:
             with phases.phase("layers"):
                 layer_reports = layers.convert_layers(job, streams)

@@ -43,6 +43,8 @@ def write_recipe(
         "eval_length": windows.evaluation.shape[1],
         "refine_steps": refine.steps,
         "refine_batch": refine.batch,
+        "refine_block": refine.block,
+        "block_steps": refine.block_steps,
     }
     local = []
     texts = [("calib", windows.calib_text, "calibration"), ("eval", windows.eval_text, "evaluation")]

@@ -29,6 +29,8 @@ FROM_CALIB, CALIB_SHARE = "calib", 0.9
 # Text is tokenised piece by piece, in characters; no tokenizer here packs more than this many characters into a token.
 PIECE = 1 << 18
 CHARACTERS_PER_TOKEN = 16
+# Characters from one calibration window to the next where they are spread: most such pieces hold a whole window.
+SPREAD_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -211,12 +213,17 @@ def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed
     """
     prefix = _tokenise(tokenizer, "", special=True)[:1]
     body = length - len(prefix)
-    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
     generator = torch.Generator().manual_seed(seed)
-    windows: list[list[int]] = []
-    for piece in torch.randperm(len(pieces), generator=generator).tolist():
-        ids = _tokenise(tokenizer, pieces[piece], special=False)
-        windows += [prefix + ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
+    # one window from each of many places, where there is text enough: neighbours tell the same story
+    share = 5 * count // (4 * (1 + len(text) // PIECE))
+    for characters, most in ((body * SPREAD_CHARACTERS, 1), (PIECE, share), (PIECE, None)):
+        windows: list[list[int]] = []
+        for piece in torch.randperm(-(-len(text) // characters), generator=generator).tolist():
+            ids = _tokenise(tokenizer, text[piece * characters : (piece + 1) * characters], special=False)
+            starts = range(0, len(ids) - body + 1, body)[:most]
+            windows += [prefix + ids[start : start + body] for start in starts]
+            if len(windows) >= count:
+                break
         if len(windows) >= count:
             break
     if len(windows) < count:

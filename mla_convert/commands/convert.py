@@ -126,6 +126,20 @@ def convert(
         float | None,
         typer.Option(help="Step size relative to each parameter's magnitude. Default 0.02.", rich_help_panel=REFINE),
     ] = None,
+    refine_block: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers that are then refined together; 1: none are. Default 1.", rich_help_panel=REFINE
+        ),
+    ] = None,
+    block_steps: Annotated[
+        int | None,
+        typer.Option(help="Gradient steps a block. Default: as many as a layer's.", rich_help_panel=REFINE),
+    ] = None,
+    block_lr: Annotated[
+        float | None,
+        typer.Option(help="Step size for blocks, as --refine-lr. Default 0.01.", rich_help_panel=REFINE),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: NAME-mla here.", rich_help_panel=RUN)
     ] = None,
