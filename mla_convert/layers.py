@@ -196,9 +196,7 @@ def _attention(job: LayerJob, layer: nn.Module) -> nn.Module:
     return getattr(layer, job.skeleton.source.family.attention)
 
 
-def _convert_layer(
-    job: LayerJob, member: _Member, states: Activations, states_original: Activations
-) -> dict[str, Any]:
+def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_original: Activations) -> dict[str, Any]:
     """Factorise and refine one layer, from the converted model's states and the original's; returns its report entry."""
     skeleton, clock, module = job.skeleton, _Clock(job.skeleton.device), member.student
     family, own, attention = skeleton.source.family, member.kwargs[states.length], _attention(job, member.layer)

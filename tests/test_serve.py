@@ -124,6 +124,18 @@ def test_export_json(exported):
     assert (folder / "tokenizer.json").is_file() and "vllm serve" in (folder / "README.md").read_text()
 
 
+def test_eval_measures_an_export_or_says_why_not(cli, exported, tabled, sources):
+    text = ("--eval", sources("llama").parent / "text.txt", "--eval-windows", 2, "--eval-length", 48, "--device", "cpu")
+    code, out, _ = cli("eval", exported()[0], *text, "--json")
+    assert code == 0
+    _, own, _ = cli("eval", tabled, *text, "--json")
+    found, expected = (json.loads(words)["evaluation"]["after"]["value"] for words in (out, own))
+    assert found == pytest.approx(expected, rel=1e-4)
+    for profile in ("engine", "hf-code"):
+        code, _, err = cli("eval", exported("--profile", profile, "--overwrite")[0], *text)
+        assert code == 4 and f"(profile {profile})" in err and "would misread" in err
+
+
 def test_export_keeps_what_is_there(cli, exported, tabled):
     folder, _ = exported()
     code, _, err = cli("export", tabled, "--out", folder)

@@ -128,9 +128,7 @@ def convert(
     ] = None,
     refine_block: Annotated[
         int | None,
-        typer.Option(
-            help="Layers that are then refined together; 1: none are. Default 1.", rich_help_panel=REFINE
-        ),
+        typer.Option(help="Layers that are then refined together; 1: none are. Default 1.", rich_help_panel=REFINE),
     ] = None,
     block_steps: Annotated[
         int | None,

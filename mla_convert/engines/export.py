@@ -20,7 +20,7 @@ from mla_convert.engines.features import block_diagonal
 from mla_convert.engines.profiles import Profile, check_dtype, residual_scale
 from mla_convert.engines.readme import write_readme
 from mla_convert.engines.rope_table import share_table
-from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, KEY, MODEL_CLASS, served_config
+from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, served_config
 from mla_convert.engines.sizes import Pad, Sizes, padded
 from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
 from mla_convert.environment import versions
@@ -226,7 +226,7 @@ def _write_rest(model: Converted, writer: Writer, content: dict[str, Any], resul
         for file in model.folder.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    facts = {"source": model.label, **result.as_dict(), KEY: versions(), "checksums": writer.checksums()}
+    facts = {"source": model.label, **result.as_dict(), "versions": versions(), "checksums": writer.checksums()}
     (folder / EXPORT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     write_readme(folder, model.label, facts)
     writer.write_index()

@@ -6,12 +6,12 @@ from typing import Any
 
 from mla_convert.engines.profiles import Profile
 from mla_convert.engines.sizes import Sizes
+from mla_convert.loading import EXPORTED
 from mla_convert.version import __version__
 
 STOCK_CLASS = "DeepseekV3ForCausalLM"
 CODE_CLASS, MODEL_CLASS = "MlaServedForCausalLM", "MlaServedModel"
 CODE_FILE = "modeling_mla_served.py"
-KEY = "mla_convert"
 # Added to the vocabulary's size: transformers' stock class stops at a padding token outside the vocabulary.
 GUARD = 1
 
@@ -70,5 +70,5 @@ def served_config(
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "num_nextn_predict_layers": 0,
-        KEY: {"profile": profile, "version": __version__},
+        EXPORTED: {"profile": profile, "version": __version__},
     }
