@@ -197,15 +197,14 @@ def _bytes(content: dict[str, Any], form: _Form) -> int:
 def _shards(model: Converted, form: _Form) -> Iterator[dict[str, Tensor]]:
     """Exported tensors: embeddings, then each layer's, then the final norm and the head, which is never tied."""
     table = model.reader.read([EMBEDDING])[EMBEDDING]
-    yield {EMBEDDING: (table.double() * form.residual if form.residual != 1 else table).to(form.dtype)}
+    yield {EMBEDDING: _scaled(table, form.residual).to(form.dtype)}
     del table
     for index in model.layers:
         attention, features, rest = model.layer(index)
         own = served_attention(
             attention, form.sizes, form.slots[index], form.norms[index], form.q_scale, form.rope_scale, form.residual
         )
-        if form.residual != 1:
-            rest["mlp.down_proj.weight"] = rest["mlp.down_proj.weight"].double() * form.residual
+        rest["mlp.down_proj.weight"] = _scaled(rest["mlp.down_proj.weight"], form.residual)
         if features:
             own["q_proj.weight"] = block_diagonal(own["q_proj.weight"], model.config.num_attention_heads)
             rest |= features.tensors()
@@ -214,6 +213,11 @@ def _shards(model: Converted, form: _Form) -> Iterator[dict[str, Tensor]]:
     last = model.reader.read([NORM, EMBEDDING if model.config.tie_word_embeddings else HEAD])
     head = last.pop(EMBEDDING) if model.config.tie_word_embeddings else last.pop(HEAD)
     yield {NORM: last[NORM].to(form.dtype), HEAD: head.to(form.dtype)}
+
+
+def _scaled(weight: Tensor, factor: float) -> Tensor:
+    """A weight times a factor in float32, which for large tables is as much memory as can be spared."""
+    return weight if factor == 1 else weight.float() * factor
 
 
 def _write_rest(model: Converted, writer: Writer, content: dict[str, Any], result: Export) -> None:
