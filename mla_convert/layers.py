@@ -25,6 +25,12 @@ from mla_convert.plan import Plan
 from mla_convert.progress import Progress
 from mla_convert.skeleton import Skeleton, first_output
 
+# Where no block is asked for, on a GPU: layers refined together, at most, and while they take no more than so many bytes.
+BLOCK_LAYERS = 6
+BLOCK_BYTES = 6 << 30
+# Steps of a block for each step of its layers.
+BLOCK_STEPS = 3
+
 
 @dataclass
 class Streams:
@@ -284,11 +290,23 @@ def _advance(job: LayerJob, member: _Member, streams: tuple[Activations, ...], o
                 states.advance(lambda hidden, own=own: first_output(member.layer(hidden, **own)))
 
 
-def refine_settings(config: ConvertConfig, device: torch.device, length: int) -> refine.RefineSettings:
-    """Steps and batch where none are given: what a GPU does in a minute or two, and a token amount on a CPU."""
+def refine_settings(config: ConvertConfig, device: torch.device, length: int, hidden: int) -> refine.RefineSettings:
+    """Steps, batch and blocks where none are given: what a GPU does in a minute or two, and a token amount on a CPU.
+
+    :param length: tokens in a calibration window;  :param hidden: size of the residual stream.
+    """
     cuda = device.type == "cuda"
-    steps = (300 if cuda else 30) if config.refine_steps is None else config.refine_steps
+    steps = (200 if cuda else 30) if config.refine_steps is None else config.refine_steps
     batch = max(1, (8192 if cuda else 2048) // length) if config.refine_batch is None else config.refine_batch
-    block = config.refine_block or 1
-    block_steps = (steps if config.block_steps is None else config.block_steps) if block > 1 else 0
-    return refine.RefineSettings(steps, batch, config.refine_lr, config.seed, block, block_steps, config.block_lr)
+    block = config.refine_block
+    if block is None:
+        block = max(1, min(BLOCK_LAYERS, BLOCK_BYTES // _layer_bytes(batch * length, hidden))) if cuda else 1
+    block_steps = BLOCK_STEPS * steps if config.block_steps is None else config.block_steps
+    return refine.RefineSettings(
+        steps, batch, config.refine_lr, config.seed, block, block_steps if block > 1 else 0, config.block_lr
+    )
+
+
+def _layer_bytes(tokens: int, hidden: int) -> int:
+    """What one more layer in a block takes on the device, roughly: activations kept for the way back, weights, Adam's state."""
+    return 60 * tokens * hidden + 80 * hidden**2

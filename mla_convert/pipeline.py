@@ -51,7 +51,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     for note in notes:
         progress.note(note)
 
-    refine = layers.refine_settings(config, device, windows.calib.shape[1])
+    refine = layers.refine_settings(config, device, windows.calib.shape[1], source.shape.hidden_size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
                  "block_steps": refine.block_steps}  # fmt: skip

@@ -86,7 +86,12 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: i
         held_out = evaluation_windows(rest, tokenizer, config.eval_windows, eval_length, held_out_label, "held-out")
     given = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
     return Windows(
-        calib=calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label),
+        calib=noised(
+            calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label),
+            config.calib_noise,
+            tokenizer,
+            config.seed,
+        ),
         evaluation=evaluation_windows(eval_text, tokenizer, config.eval_windows, eval_length, eval_label),
         calib_text=calib_label,
         eval_text=eval_label,
@@ -233,6 +238,22 @@ def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed
         )
     order = torch.randperm(len(windows), generator=generator)[:count]
     return torch.tensor([windows[index] for index in order.tolist()])
+
+
+def noised(windows: Tensor, share: float, tokenizer: Any, seed: int) -> Tensor:
+    """Windows (N, L), in every second of which `share` of the tokens, but the first, are others of the vocabulary at random.
+
+    A latent has room for what calibration looks at and for little else: on text of one kind it becomes a specialist. Tokens
+    from all of the vocabulary, and contexts that no text has, keep it general. Special tokens are not drawn.
+    """
+    special = set(tokenizer.all_special_ids)
+    drawn = torch.tensor([token for token in range(tokenizer.vocab_size) if token not in special])
+    generator = torch.Generator().manual_seed(seed)
+    part = windows[1::2]
+    hit = torch.rand(part.shape, generator=generator) < share
+    hit[:, 0] = False  # the attention sink
+    random = drawn[torch.randint(len(drawn), part.shape, generator=generator)]
+    return windows.index_copy(0, torch.arange(1, len(windows), 2), torch.where(hit, random, part))
 
 
 def _tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:

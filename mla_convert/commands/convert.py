@@ -93,6 +93,14 @@ def convert(
     calib_length: Annotated[
         int | None, typer.Option(help="Tokens in a calibration window. Default 1024 (CPU: 512).", rich_help_panel=TEXT)
     ] = None,
+    calib_noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of tokens replaced by random ones in every second calibration window, so that the model stays good "
+            "on other text than that. Default 0.3.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     eval_: Annotated[
         str | None, typer.Option("--eval", help="Evaluation text, named like --calib's.", rich_help_panel=TEXT)
     ] = None,
@@ -115,7 +123,7 @@ def convert(
     refine_steps: Annotated[
         int | None,
         typer.Option(
-            help="Gradient steps a layer; 0 is closed form only. Default 300 (CPU: 30).", rich_help_panel=REFINE
+            help="Gradient steps a layer; 0 is closed form only. Default 200 (CPU: 30).", rich_help_panel=REFINE
         ),
     ] = None,
     refine_batch: Annotated[
@@ -128,11 +136,14 @@ def convert(
     ] = None,
     refine_block: Annotated[
         int | None,
-        typer.Option(help="Layers that are then refined together; 1: none are. Default 1.", rich_help_panel=REFINE),
+        typer.Option(
+            help="Layers that are then refined together; 1: none are. Default up to 6, as memory allows (CPU: 1).",
+            rich_help_panel=REFINE,
+        ),
     ] = None,
     block_steps: Annotated[
         int | None,
-        typer.Option(help="Gradient steps a block. Default: as many as a layer's.", rich_help_panel=REFINE),
+        typer.Option(help="Gradient steps a block. Default: three times a layer's.", rich_help_panel=REFINE),
     ] = None,
     block_lr: Annotated[
         float | None,
