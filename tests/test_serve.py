@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -44,7 +45,7 @@ class Like:
 
         self.name, self._bias = "model", bias
         self.family = SimpleNamespace(model_type=model_type)
-        self.config = SimpleNamespace(rope_parameters={"rope_type": rope})
+        self.config = SimpleNamespace(rope_parameters={"rope_type": rope}, hidden_act="silu")
         self.shape = AttentionShape(32, hidden, 32, kv_heads, head_dim, normed=normed)
 
     def has_bias(self, letter):
@@ -83,7 +84,12 @@ def test_towards_without_an_engine_changes_nothing():
         (Like(8, 128), {"engine": "vllm", "rope_dim": 96}, UsageError, "at most 64"),
         (Like(8, 128), {"engine": "vllm", "planes": "even"}, UsageError, "--planes even"),
         (Like(8, 128), {"engine": "sglang", "planes": "loss"}, UsageError, "--planes loss"),
-        (Like(8, 128, rope="llama3"), {"engine": "sglang"}, InputError, "RoPE of type llama3, which sglang"),
+        (
+            Like(8, 128, rope="llama3"),
+            {"engine": "sglang"},
+            InputError,
+            "RoPE of type llama3, .* and sglang runs no code",
+        ),
         (Like(8, 128, bias=True), {"engine": "llama.cpp"}, InputError, "biases"),
         (Like(8, 128, model_type="qwen3", normed=True), {"engine": "sglang"}, InputError, "norms on queries and keys"),
         (Like(8, 128, rope="longrope"), {"engine": "vllm"}, InputError, "RoPE of type longrope"),
@@ -96,8 +102,43 @@ def test_towards_refuses(source, options, error, words):
 
 
 def test_real_sources_have_what_towards_asks(sources):
-    with pytest.raises(InputError, match="biases in its attention, which sglang"):
+    with pytest.raises(InputError, match=r"biases in its attention, .* and sglang"):
         settings(open_source(str(sources("qwen2"))), engine="sglang")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "code", "words"),
+    [
+        ("llama", ("--export", "other"), 2, "none of portable, engine, hf-code"),
+        (
+            "llama",
+            ("--export", "portable", "--rank", 12),
+            2,
+            "--export needs one size for all layers: add --for ENGINE",
+        ),
+        (
+            "llama",
+            ("--export", "portable", "--rank", 12, "--uniform"),
+            2,
+            "needs planes of one table: add --for ENGINE",
+        ),
+        (
+            "llama",
+            ("--export", "portable", "--for", "llama.cpp", "--rank", 12, "--dtype", "float16"),
+            4,
+            "float16 cannot",
+        ),
+        ("qwen2", ("--export", "portable", "--uniform", "--planes", "table"), 4, "biases .*--profile hf-code"),
+        ("mistral-window", ("--export", "hf-code", "--uniform"), 4, "sliding window of 12"),
+        ("mistral-window", ("--for", "vllm"), 4, "sliding window of 12"),
+        ("gemma3", ("--export", "hf-code", "--uniform"), 4, "family gemma3"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_before_the_conversion(cli, sources, tmp_path, name, options, code, words):
+    text = sources(name).parent / "text.txt"
+    found, out, err = cli("convert", sources(name), *options, "--calib", text, "--eval", text, "--out", tmp_path / "out",
+                          "--device", "cpu")  # fmt: skip
+    assert found == code and re.search(words, err) and err.count("\n") == 1 and not out and not list(tmp_path.iterdir())
 
 
 def test_convert_for_an_engine_and_export(cli, sources, tmp_path):

@@ -227,8 +227,10 @@ def run_conversion(
     progress = Progress(quiet=quiet, verbose=is_verbose())
     if export:
         from mla_convert.engines.profiles import check_profile
+        from mla_convert.engines.towards import check_export
+        from mla_convert.source import open_source
 
-        check_profile(export)
+        check_export(config, check_profile(export), open_source(config.source, config.revision, weights=False))
     if push_to_hub:
         from mla_convert import hub
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -12,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from mla_convert.checkpoint.reader import SafetensorsReader, check_finite
 from mla_convert.engines.features import Features
-from mla_convert.engines.profiles import Profile, Traits, check_model
+from mla_convert.engines.profiles import Profile, Traits, check_family, check_profile_of, needs_code
 from mla_convert.engines.tensors import Attention
 from mla_convert.errors import InputError
+from mla_convert.loading import PREFIX, is_converted
 from mla_convert.source import load_config
 
 PROJECTIONS = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -38,13 +38,18 @@ class Converted:
             raise InputError(f"{folder} has no config.json: give the folder of a converted model")
         self.folder, self.label = folder, folder.resolve().name
         self.config = load_config(folder, self.label)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        self.rope_type = rope.get("rope_type", "default")
-        check_model(self.config, self.label, profile, self.rope_type)
+        if not is_converted(self.config):
+            raise InputError(
+                f"{self.label} is of model type {self.config.model_type!r}, which is no converted model's: convert it first"
+            )
+        check_family(self.config, self.config.model_type.removeprefix(PREFIX), self.label)
+        biases = self.config.mla_q_bias or self.config.mla_kv_bias or self.config.mla_o_bias
+        reason = needs_code(self.config, biases, self.config.mla_q_norm is not None)
+        check_profile_of(profile, reason, self.label)
         self.layers = range(self.config.num_hidden_layers)
         self.reader = SafetensorsReader(folder)
         self._check_names()
-        self.traits = self._traits(rope)
+        self.traits = self._traits()
 
     def _check_names(self) -> None:
         parts = NORMED if self.config.mla_q_norm else PROJECTIONS
@@ -60,13 +65,12 @@ class Converted:
                 f"tensor {foreign[0]} of {self.label} has no place in DeepSeek's model: serve it with transformers"
             )
 
-    def _traits(self, rope: dict[str, Any]) -> Traits:
+    def _traits(self) -> Traits:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         rotary = model.model.rotary_emb
         return Traits(
-            rope_type=self.rope_type,
-            theta=float(rope.get("rope_theta", 1e4)),
+            theta=float((getattr(self.config, "rope_parameters", None) or {}).get("rope_theta", 1e4)),
             inv_freq=tuple(rotary.inv_freq.tolist()),
             rope_scale=float(rotary.attention_scaling) ** 2,
             softmax_scale=float(model.model.layers[0].self_attn.scaling),

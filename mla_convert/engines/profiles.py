@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mla_convert.errors import InputError, UsageError
-from mla_convert.loading import PREFIX, is_converted
 
 Profile = Literal["portable", "engine", "hf-code"]
 PROFILES: tuple[Profile, ...] = ("portable", "engine", "hf-code")
@@ -36,51 +35,57 @@ def check_profile(profile: str) -> Profile:
 class Traits:
     """What the exporter asks of a converted model's configuration and modules."""
 
-    rope_type: str
     theta: float
     inv_freq: tuple[float, ...]
     rope_scale: float
     softmax_scale: float
 
 
-def check_model(config: Any, label: str, profile: Profile, rope_type: str) -> None:
-    """Refuse what DeepSeek-V3's form, or this profile of it, cannot say.
+def check_family(config: Any, family: str, label: str) -> None:
+    """Refuse a model that DeepSeek-V3's form cannot say in any profile.
+
+    :param config: of the model, converted or not; `family` is the original's model type.
 
     Raises:
-        InputError: the first reason, and the way out where there is one.
+        InputError: the first reason.
     """
-    if not is_converted(config):
-        raise InputError(
-            f"{label} is of model type {config.model_type!r}, which is no converted model's: convert it first"
-        )
-    family = config.model_type.removeprefix(PREFIX)
     if family not in FAMILIES + NORMED_FAMILIES:
         raise InputError(
             f"{label} is of family {family}, whose decoder is not DeepSeek's (those of "
             f"{', '.join(FAMILIES + NORMED_FAMILIES)} are): serve it with transformers"
         )
     _check_decoder(config, label, family)
-    if rope_type in MOVING:
+    if rope_type(config) in MOVING:
         raise InputError(
-            f"{label} has RoPE of type {rope_type}, whose frequencies depend on the length of the text, which no engine's MLA can "
-            f"have: serve it with transformers"
+            f"{label} has RoPE of type {rope_type(config)}, whose frequencies depend on the length of the text, which no "
+            f"engine's MLA can have: serve it with transformers"
         )
-    if profile == "hf-code":
-        return
-    if config.mla_q_norm:
-        raise InputError(
-            f"{label} has norms on queries and keys, which DeepSeek's attention has not: export it with --profile hf-code"
-        )
-    biased = [name for name in ("q", "kv", "o") if getattr(config, f"mla_{name}_bias")]
-    if biased:
-        raise InputError(
-            f"{label} has biases ({', '.join(biased)}) in its attention, and engines drop them without a word: export it with "
-            f"--profile hf-code"
-        )
-    if rope_type != "default":
-        raise InputError(
-            f"{label} has RoPE of type {rope_type}, which engines take for DeepSeek's yarn: export it with --profile hf-code"
-        )
+
+
+def rope_type(config: Any) -> str:
+    """How a model's RoPE is scaled; "default" is not at all."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+
+
+def needs_code(config: Any, biases: bool, normed: bool) -> str | None:
+    """The first reason why a model needs profile hf-code, with what engines make of it; None if it does not."""
+    if normed:
+        return "norms on queries and keys, which DeepSeek's attention has not"
+    if biases:
+        return "biases in its attention, which engines drop without a word"
+    if rope_type(config) != "default":
+        return f"RoPE of type {rope_type(config)}, which engines take for DeepSeek's yarn"
+    return None
+
+
+def check_profile_of(profile: Profile, reason: str | None, label: str) -> None:
+    """Refuse profiles without code to a model that needs some, by `needs_code`.
+
+    Raises:
+        InputError: with the way out.
+    """
+    if reason and profile != "hf-code":
+        raise InputError(f"{label} has {reason}: export it with --profile hf-code")
 
 
 def _check_decoder(config: Any, label: str, family: str) -> None:

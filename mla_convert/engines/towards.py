@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mla_convert.config import ConvertConfig
-from mla_convert.engines.profiles import FAMILIES, MOVING, NORMED_FAMILIES
-from mla_convert.engines.sizes import KNOWN, RANKS, ROPE_DIM
+from mla_convert.engines.profiles import Profile, check_dtype, check_family, check_profile_of, needs_code
+from mla_convert.engines.sizes import KNOWN, RANKS, ROPE_DIM, padded
 from mla_convert.errors import InputError, UsageError
+from mla_convert.plan import make_plan, shares_out
 from mla_convert.source import Source
 
 # Without a size given: the largest that keeps no more than this share of the cache.
@@ -25,22 +26,13 @@ def towards(config: ConvertConfig, source: Source) -> ConvertConfig:
     if config.engine is None:
         return config
     engine, shape = config.engine, source.shape
-    if source.family.model_type not in FAMILIES + NORMED_FAMILIES:
+    check_family(source.config, source.family.model_type, source.name)
+    reason = _reason(source)
+    if reason and engine != "vllm":
         raise InputError(
-            f"{source.name} is of family {source.family.model_type}, which cannot be exported for {engine} "
-            f"({', '.join(FAMILIES + NORMED_FAMILIES)} can): convert it without --for and serve it with transformers"
+            f"{source.name} has {reason}, and {engine} runs no code of a model's: serve it with vLLM or transformers"
         )
-    rope_type = (getattr(source.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    reasons = {
-        f"RoPE of type {rope_type}": rope_type != "default",
-        "biases in its attention": any(source.has_bias(letter) for letter in "qkvo"),
-        "norms on queries and keys": shape.normed,
-    }
-    needs_code = any(reasons.values())
-    if rope_type in MOVING or (needs_code and engine != "vllm"):
-        why = next(reason for reason, holds in reasons.items() if holds)
-        raise InputError(f"{source.name} has {why}, which {engine} cannot express: serve it with transformers")
-    planes = config.planes if "planes" in config.model_fields_set else "loss" if needs_code else "table"
+    planes = config.planes if "planes" in config.model_fields_set else "loss" if reason else "table"
     if planes == "even" or (planes == "loss" and engine != "vllm"):
         raise UsageError(f"--planes {planes} is nothing that {engine} can express: give table, or leave it out")
     widest = shape.head_dim if planes == "table" else shape.full_rope_dim
@@ -49,6 +41,30 @@ def towards(config: ConvertConfig, source: Source) -> ConvertConfig:
         raise UsageError(f"--rope-dim {rope_dim} is not possible with --for {engine}: give at most {ROPE_DIM}")
     changed = {"engine": None, "uniform": True, "planes": planes, "rope_dim": rope_dim, "kv_ratio": None}
     return config.model_copy(update=changed | {"rank": _rank(config, source, rope_dim)})
+
+
+def check_export(config: ConvertConfig, profile: Profile, source: Source) -> None:
+    """Refuse, before a conversion, to export its outcome where that is not possible with any outcome.
+
+    Raises:
+        UsageError: settings that the profile cannot say.
+        InputError: a source that it cannot say.
+    """
+    config = towards(config, source)
+    check_family(source.config, source.family.model_type, source.name)
+    check_profile_of(profile, _reason(source), source.name)
+    plan = make_plan(config, source.shape)
+    if shares_out(config, plan):
+        raise UsageError("--export needs one size for all layers: add --for ENGINE, or --uniform")
+    if profile != "hf-code" and config.planes == "loss" and plan.rope_dim:
+        raise UsageError(f"--export {profile} needs planes of one table: add --for ENGINE, or --planes table")
+    padded([plan.rank], plan.rope_dim, plan.qk_nope_head_dim, source.shape.head_dim, "auto")
+    stored = str(source.dtype).removeprefix("torch.")
+    check_dtype(stored if config.dtype == "auto" else config.dtype, "auto")
+
+
+def _reason(source: Source) -> str | None:
+    return needs_code(source.config, any(source.has_bias(letter) for letter in "qkvo"), source.shape.normed)
 
 
 def _rank(config: ConvertConfig, source: Source, rope_dim: int) -> int:
