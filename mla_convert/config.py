@@ -33,6 +33,7 @@ class Settings(BaseModel):
     calib_samples: int | None = Field(None, ge=1)
     calib_length: int | None = Field(None, ge=16)
     calib_noise: float = Field(0.3, ge=0, le=1)
+    calib_self: float | None = Field(None, ge=0, le=1)
     eval: str | None = None
     eval_windows: int = Field(40, ge=1)
     eval_length: int | None = Field(None, ge=16)

@@ -101,6 +101,14 @@ def convert(
             rich_help_panel=TEXT,
         ),
     ] = None,
+    calib_self: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of calibration windows that the original writes itself, for which all of it must fit on the device. "
+            "Default 0.5 on a GPU with room for eight of it, else 0.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     eval_: Annotated[
         str | None, typer.Option("--eval", help="Evaluation text, named like --calib's.", rich_help_panel=TEXT)
     ] = None,
