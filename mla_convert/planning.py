@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from mla_convert import sizing, timing
 from mla_convert.attention import mla_config
 from mla_convert.config import ConvertConfig
+from mla_convert.engines.towards import towards
 from mla_convert.heal.cost import HealWork, estimate
 from mla_convert.heal.settings import HealSettings
 from mla_convert.layers import refine_settings
@@ -36,6 +37,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         ResourceError: the Hub cannot be reached.
     """
     source = open_source(config.source, config.revision, weights=False)
+    config = towards(config, source)
     plan = make_plan(config, source.shape)
     dtype = source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     windows = source.sliding_windows

@@ -22,6 +22,9 @@ def plan(
     uniform: Annotated[
         bool | None, typer.Option("--uniform", help="The same sizes in every layer, as for a conversion.")
     ] = None,
+    for_: Annotated[
+        str | None, typer.Option("--for", metavar="ENGINE", help="Sizes for an engine, as for a conversion.")
+    ] = None,
     heal_tokens: Annotated[
         str | None, typer.Option(help="Also what healing takes, on so many tokens: 20M.", show_default=False)
     ] = None,
@@ -41,6 +44,7 @@ def plan(
     card = card_memory(gpu, memory)
     sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio, "uniform": uniform,
              "heal_tokens": heal_tokens, "heal_train": heal_train, "heal_length": heal_length}  # fmt: skip
+    sizes["engine"] = for_
     config = build_config({"source": source, "revision": revision, **sizes})
     silence_libraries(quiet)
     from rich.console import Console
