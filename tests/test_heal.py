@@ -553,7 +553,7 @@ def test_conversion_that_heals(cli, sources, tmp_path):
 
 
 def test_demo_heals_in_a_minute(cli, tmp_path):
-    """The small form of `mla-convert demo --heal-tokens 200k`, at a quarter of the cache: perplexity improves."""
+    """The small form of `mla-convert demo --heal-tokens 200k`, at a quarter of the cache: a tenth of the loss comes back."""
     code, _, err = cli("demo", "--kv-ratio", 0.25, "--refine-steps", 4, "--calib-samples", 8, "--calib-length", 128, "--uniform",
                        "--eval-windows", 2, "--eval-length", 256, "--heal-tokens", "20k", "--heal-length", 256, "--device", "cpu",
                        "--out", tmp_path / "out")  # fmt: skip
