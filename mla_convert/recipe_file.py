@@ -48,15 +48,14 @@ def write_recipe(
         "refine_block": refine.block,
         "block_steps": refine.block_steps,
     }
-    if not config.heal_tokens:
-        settings = {key: value for key, value in settings.items() if not key.startswith("heal_")}
+    settings = {key: value for key, value in settings.items() if not key.startswith("heal_") or value is not None}
     local = []
     texts = [("calib", windows.calib_text, "calibration"), ("eval", windows.eval_text, "evaluation")]
     if config.held_out:
         texts.append(("held_out", windows.held_out_text, "held-out"))
     else:
         del settings["held_out"]  # nothing stood in for it
-    if config.heal_data and config.heal_tokens:
+    if config.heal_data:
         texts.append(("heal_data", "", "calibration"))
     for key, label, purpose in texts:
         settings[key], is_file = repeatable(getattr(config, key), label, purpose)

@@ -542,7 +542,8 @@ def test_conversion_that_heals(cli, sources, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["heal"]["text"] == "text.txt" and "perplexity, not healed" in shown
     assert report["evaluation"]["ratio"] < report["heal"]["before"]["evaluation"]["ratio"]
-    assert "heal_tokens: 40000" in (out / "recipe.yaml").read_text()
+    recipe = (out / "recipe.yaml").read_text()
+    assert "heal_tokens: 40000" in recipe and "heal_length: '64'" in recipe and "heal_lr" not in recipe
     verify(out)
     # what would fail after the conversion is refused before it
     for more, words_ in ((["--heal-tokens", "40k", "--heal-length", 512], "context of 256"),
