@@ -205,6 +205,8 @@ def _heal(report: dict[str, Any]) -> str:
     drawn = _draw(lambda width: plots.curve(points, width, "million tokens of distillation", "held-out perplexity"))
     if not drawn:
         return ""
+    if "before" not in record:  # a curve alone
+        return _section("Healing", "Perplexity while the model learned from the original.", drawn)
     trained = {"all": "all weights", "attention": "the attention's weights", "lora": "adapters of the attention"}
     kind, stopped = look_up(record, "settings.train"), record.get("stopped")
     words = escape(
