@@ -1,0 +1,398 @@
+"""Triton kernels of `mla_decode`: split-KV attention over a latent cache, and the combination of the parts.
+
+One program serves up to BLOCK_M query rows (a row is one head of one query token) of a sequence and walks over its cache in
+tiles of BLOCK_N tokens; every latent tile is loaded once and used as keys and, transposed, as values. Softmax runs online
+in base 2.
+
+The rank is cut in two power-of-two chunks, R0 + R1, because a tile's extent must be a power of two: 576 = 512 + 64 costs no
+padding, where 1024 would cost 78%.
+
+SWAP turns the products round: scores are (tokens, rows) and the accumulator (rank, rows). The tensor cores of Hopper take
+64 rows of the first operand and as few as 8 columns of the second, so with 16 or 32 heads it is the tokens and the rank
+that should be those rows; unswapped, heads are padded to 64 or fall back to the narrower instructions.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tile_range(length, tokens, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """First tile that any query of the sequence may see, and one past the last. Scalars or vectors."""
+    last = (length + (BLOCK_N - 1)) // BLOCK_N
+    first = last * 0
+    if WINDOW:
+        first = tl.minimum(tl.maximum(length - tokens - window + 1, 0) // BLOCK_N, last)
+    return first, last
+
+
+@triton.jit
+def _even_shares(
+    lengths, batch, tokens, window, workers, min_tiles,
+    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Tiles of every sequence laid end to end: where each ends, how many it has, their sum, and how many workers share them."""
+    ids = tl.arange(0, BATCH)
+    length = tl.load(lengths + ids, mask=ids < batch, other=0)
+    first, last = _tile_range(length, tokens, window, BLOCK_N, WINDOW)
+    tiles = last - first
+    ends = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0)
+    active = tl.maximum(tl.minimum(workers, (total + min_tiles - 1) // min_tiles), 1)
+    return ids, ends, tiles, total, active
+
+
+@triton.jit
+def _capped(scores, scale_log2, softcap, SOFTCAP: tl.constexpr):
+    """Raw dot products to base-2 logits, with cap * tanh(x / cap) in between for the families that have it."""
+    if SOFTCAP:
+        x = scores * (scale_log2 / (LOG2E * softcap))
+        e = tl.exp2(-2.0 * LOG2E * tl.abs(x))  # of -2|x|, so that it cannot overflow
+        t = (1.0 - e) / (1.0 + e)
+        return tl.where(x < 0, -t, t) * (softcap * LOG2E)
+    return scores * scale_log2
+
+
+@triton.jit
+def _attend(
+    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n, limit, low, scale_log2, softcap,
+    R1: tl.constexpr, ROPE: tl.constexpr, SWAP: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take one tile of tokens into the running maximum, sum and accumulators.
+
+    c0 [N, R0], c1 [N, R1], kr [N, D]; q* are [M, .], or [., M] when SWAP; m [M]; l is the sum before its reduction over the
+    tile's tokens, [M, N] or [N, M]: reducing it once at the end spares an exchange between warps in every tile.
+    """
+    token_axis: tl.constexpr = 0 if SWAP else 1
+    row_axis: tl.constexpr = 1 - token_axis
+    if SWAP:
+        s = tl.dot(c0, q0, input_precision=PRECISION)
+        if R1 > 0:
+            s = tl.dot(c1, q1, s, input_precision=PRECISION)
+        if ROPE > 0:
+            s = tl.dot(kr, qr, s, input_precision=PRECISION)
+    else:
+        s = tl.dot(q0, tl.trans(c0), input_precision=PRECISION)
+        if R1 > 0:
+            s = tl.dot(q1, tl.trans(c1), s, input_precision=PRECISION)
+        if ROPE > 0:
+            s = tl.dot(qr, tl.trans(kr), s, input_precision=PRECISION)
+    s = _capped(s, scale_log2, softcap, SOFTCAP)
+    if MASKED:
+        token = tl.expand_dims(n, row_axis)
+        seen = token < tl.expand_dims(limit, token_axis)
+        if WINDOW:
+            seen = seen & (token >= tl.expand_dims(low, token_axis))
+        s = tl.where(seen, s, -float("inf"))
+    new = tl.maximum(m, tl.max(s, token_axis))
+    if MASKED:
+        shift = tl.where(new == -float("inf"), 0.0, new)  # a row may have seen nothing yet: -inf - -inf is NaN
+    else:
+        shift = new
+    alpha = tl.exp2(m - shift)
+    p = tl.exp2(s - tl.expand_dims(shift, token_axis))
+    l = l * tl.expand_dims(alpha, token_axis) + p
+    p = p.to(c0.dtype)
+    acc0 = acc0 * tl.expand_dims(alpha, token_axis)
+    if SWAP:
+        acc0 = tl.dot(tl.trans(c0), p, acc0, input_precision=PRECISION)
+    else:
+        acc0 = tl.dot(p, c0, acc0, input_precision=PRECISION)
+    if R1 > 0:
+        acc1 = acc1 * tl.expand_dims(alpha, token_axis)
+        if SWAP:
+            acc1 = tl.dot(tl.trans(c1), p, acc1, input_precision=PRECISION)
+        else:
+            acc1 = tl.dot(p, c1, acc1, input_precision=PRECISION)
+    return new, l, acc0, acc1
+
+
+@triton.jit
+def _load_tile(
+    cache, rope, table, b, n0, length, stride_cb, stride_cn, stride_kb, stride_kn,
+    rank: tl.constexpr, rope_dim: tl.constexpr, BLOCK_N: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    ROPE: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Tokens n0 .. n0 + BLOCK_N of a sequence through pointers: c0 [N, R0], c1 [N, R1], kr [N, D]; zeros past the end.
+
+    Never reads a token or a block-table entry past `length`: neither need hold anything sensible.
+    """
+    i = tl.arange(0, BLOCK_N)
+    n = n0 + i
+    if PAGE == 0 or PAGE % BLOCK_N == 0:
+        # The tile lies in one page (or in the sequence's own stretch of a contiguous cache).
+        if PAGE == 0:
+            outer = b.to(tl.int64)
+            inner = n0.to(tl.int64)
+        else:
+            outer = tl.load(table + n0 // PAGE).to(tl.int64)
+            inner = (n0 % PAGE).to(tl.int64)
+        c_row = cache + outer * stride_cb + inner * stride_cn + i[:, None] * stride_cn
+        k_row = rope + outer * stride_kb + inner * stride_kn + i[:, None] * stride_kn
+    else:
+        pages = tl.load(table + n // PAGE, mask=n < length, other=0).to(tl.int64)
+        within = (n % PAGE).to(tl.int64)
+        c_row = cache + (pages * stride_cb + within * stride_cn)[:, None]
+        k_row = rope + (pages * stride_kb + within * stride_kn)[:, None]
+    there = n[:, None] < length
+    c0 = tl.load(c_row + tl.arange(0, R0)[None, :], mask=there, other=0.0)
+    c1 = c0
+    if R1 > 0:
+        r1 = R0 + tl.arange(0, R1)
+        c1 = tl.load(c_row + r1[None, :], mask=there & (r1[None, :] < rank), other=0.0)
+    kr = c0
+    if ROPE > 0:
+        d = tl.arange(0, ROPE)
+        kr = tl.load(k_row + d[None, :], mask=there & (d[None, :] < rope_dim), other=0.0)
+    return c0, c1, kr
+
+
+@triton.jit
+def _load_tile_tma(
+    c0_map, c1_map, kr_map, table, b, n0, c_rows, k_rows,
+    BLOCK_N: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """The same for a tile that lies wholly inside the sequence, by the tensor memory accelerator.
+
+    The maps see the caches as matrices of rows; `c_rows` and `k_rows` rows lie between one page (or sequence) and the next.
+    """
+    if PAGE == 0:
+        outer = b
+        inner = n0
+    else:
+        outer = tl.load(table + n0 // PAGE)
+        inner = n0 % PAGE
+    c0 = c0_map.load([outer * c_rows + inner, 0])
+    c1 = c0
+    if R1 > 0:
+        c1 = c1_map.load([outer * c_rows + inner, R0])
+    kr = c0
+    if ROPE > 0:
+        kr = kr_map.load([outer * k_rows + inner, 0])
+    return c0, c1, kr
+
+
+@triton.jit
+def _load_query(pointer, stride_t, stride_h, row_t, row_h, in_range, start: tl.constexpr, width, PADDED: tl.constexpr):
+    """Query rows, [M, PADDED], zeros beyond the rows and beyond `width` columns in all."""
+    d = start + tl.arange(0, PADDED)
+    offset = row_t[:, None] * stride_t + row_h[:, None] * stride_h + d[None, :]
+    return tl.load(pointer + offset, mask=in_range[:, None] & (d[None, :] < width), other=0.0)
+
+
+@triton.jit
+def _store_rows(
+    pointer, row_offset, in_range, acc, start: tl.constexpr, width, PADDED: tl.constexpr, SWAP: tl.constexpr
+):
+    """Accumulator [M, PADDED], or [PADDED, M] when SWAP, to rows of `width` numbers."""
+    d = start + tl.arange(0, PADDED)
+    if SWAP:
+        acc = tl.trans(acc)
+    to = pointer + row_offset[:, None] + d[None, :]
+    tl.store(to, acc.to(pointer.dtype.element_ty), mask=in_range[:, None] & (d[None, :] < width))
+
+
+@triton.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
+def mla_decode_fwd_kernel_split(
+    q_latent, q_rope, cache, rope, c0_map, c1_map, kr_map, lengths, block_table, out, lse, part, part_lse,
+    scale_log2, softcap, window, batch, tokens, heads, workers, min_tiles,
+    stride_qb, stride_qt, stride_qh, stride_rb, stride_rt, stride_rh, stride_cb, stride_cn, stride_kb, stride_kn,
+    stride_tb, stride_ob, stride_ot, stride_oh, c_rows, k_rows,
+    rank: tl.constexpr, rope_dim: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    R0: tl.constexpr, R1: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid (row blocks, workers). Row blocks come first, so that those of one sequence run together and share the L2.
+
+    SPLITS > 0: worker = sequence * SPLITS + split. SPLITS == 0: all tiles of all sequences, laid end to end, are shared out
+    evenly, whatever the lengths; a worker then meets several sequences and leaves at most two partial results, in slot
+    2 w (the sequence began before its share) and 2 w + 1 (it goes on after it).
+    """
+    worker = tl.program_id(1)
+    if PDL:
+        gdc_wait()  # queries and cache may come from the kernel before
+        gdc_launch_dependents()
+    if SPLITS > 0:
+        b_first = worker // SPLITS
+        b_stop = b_first + 1
+        share_lo = (worker % SPLITS).to(tl.int64)
+        share_hi = share_lo
+        active = SPLITS
+    else:
+        ids, ends, tiles, total, active = _even_shares(
+            lengths, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW
+        )
+        if worker >= active:
+            return
+        share_lo = worker.to(tl.int64) * total // active
+        share_hi = (worker + 1).to(tl.int64) * total // active
+        b_first = tl.sum((ends <= share_lo).to(tl.int32) * (ids < batch).to(tl.int32), 0)
+        b_stop = tl.sum(((ends - tiles) < share_hi).to(tl.int32) * (ids < batch).to(tl.int32), 0)
+
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_t = row // heads
+    row_h = row % heads
+    rows = tokens * heads
+    in_range = row < rows
+    for step in range(b_stop - b_first):
+        b = b_first + step
+        length = tl.load(lengths + b)
+        first, last = _tile_range(length, tokens, window, BLOCK_N, WINDOW)
+        if SPLITS > 0:
+            share = (last - first + SPLITS - 1) // SPLITS
+            begin = tl.minimum(first + share_lo.to(tl.int32) * share, last)
+            stop = tl.minimum(begin + share, last)
+            slot = worker
+        else:
+            at = tl.sum(tl.where(ids == b, ends - tiles, 0), 0)
+            begin = first + tl.maximum(share_lo - at, 0).to(tl.int32)
+            stop = first + tl.minimum(share_hi - at, last - first).to(tl.int32)
+            slot = 2 * worker + (begin == first).to(tl.int32)
+        whole = (begin == first) & (stop == last)
+        if (begin < stop) | (whole & (SPLITS > 0)):
+            qb = q_latent + b.to(tl.int64) * stride_qb
+            q0 = _load_query(qb, stride_qt, stride_qh, row_t, row_h, in_range, 0, rank, R0)
+            q1 = q0
+            if R1 > 0:
+                q1 = _load_query(qb, stride_qt, stride_qh, row_t, row_h, in_range, R0, rank, R1)
+            qr = q0
+            if ROPE > 0:
+                rb = q_rope + b.to(tl.int64) * stride_rb
+                qr = _load_query(rb, stride_rt, stride_rh, row_t, row_h, in_range, 0, rope_dim, ROPE)
+            m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            acc1 = m
+            if SWAP:
+                q0 = tl.trans(q0)
+                q1 = tl.trans(q1)
+                qr = tl.trans(qr)
+                l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                acc0 = tl.zeros([R0, BLOCK_M], tl.float32)
+                if R1 > 0:
+                    acc1 = tl.zeros([R1, BLOCK_M], tl.float32)
+            else:
+                l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                acc0 = tl.zeros([BLOCK_M, R0], tl.float32)
+                if R1 > 0:
+                    acc1 = tl.zeros([BLOCK_M, R1], tl.float32)
+            limit = length - tokens + row_t + 1  # one past the last token that the row sees
+            low = limit - window
+            table = block_table + b.to(tl.int64) * stride_tb
+            # By the tensor memory accelerator only tiles that every row sees in full; the rest below, through pointers.
+            bare = begin
+            if TMA and not WINDOW:
+                bare = tl.maximum(begin, tl.minimum(stop, (length - tokens + 1) // BLOCK_N))
+                for tile in tl.range(begin, bare, num_stages=STAGES):
+                    n0 = tl.cast(tile * BLOCK_N, tl.int32)
+                    c0, c1, kr = _load_tile_tma(
+                        c0_map, c1_map, kr_map, table, b, n0, c_rows, k_rows, BLOCK_N, R0, R1, ROPE, PAGE
+                    )
+                    m, l, acc0, acc1 = _attend(
+                        c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, scale_log2,
+                        softcap, R1, ROPE, SWAP, False, WINDOW, SOFTCAP, PRECISION,
+                    )  # fmt: skip
+            for tile in tl.range(bare, stop, num_stages=STAGES):
+                n0 = tl.cast(tile * BLOCK_N, tl.int32)
+                c0, c1, kr = _load_tile(
+                    cache, rope, table, b, n0, length, stride_cb, stride_cn, stride_kb, stride_kn, rank, rope_dim,
+                    BLOCK_N, R0, R1, ROPE, PAGE,
+                )  # fmt: skip
+                m, l, acc0, acc1 = _attend(
+                    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, scale_log2,
+                    softcap, R1, ROPE, SWAP, True, WINDOW, SOFTCAP, PRECISION,
+                )  # fmt: skip
+
+            total_l = tl.sum(l, 0 if SWAP else 1)
+            inverse = 1.0 / tl.where(total_l > 0, total_l, 1.0)
+            acc0 = acc0 * tl.expand_dims(inverse, 0 if SWAP else 1)
+            if R1 > 0:
+                acc1 = acc1 * tl.expand_dims(inverse, 0 if SWAP else 1)
+            lse2 = m + tl.log2(total_l)
+            if whole:
+                offset = row_t * stride_ot + row_h * stride_oh
+                ob = out + b.to(tl.int64) * stride_ob
+                _store_rows(ob, offset, in_range, acc0, 0, rank, R0, SWAP)
+                if R1 > 0:
+                    _store_rows(ob, offset, in_range, acc1, R0, rank, R1, SWAP)
+                tl.store(lse + (b.to(tl.int64) * heads + row_h) * tokens + row_t, lse2 * LN2, mask=in_range)
+            else:
+                pb = part + slot.to(tl.int64) * rows * rank
+                _store_rows(pb, row * rank, in_range, acc0, 0, rank, R0, SWAP)
+                if R1 > 0:
+                    _store_rows(pb, row * rank, in_range, acc1, R0, rank, R1, SWAP)
+                tl.store(part_lse + slot.to(tl.int64) * rows + row, lse2, mask=in_range)
+        elif SPLITS > 0:
+            # A split that got no token.
+            nothing = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            tl.store(part_lse + slot.to(tl.int64) * rows + row, nothing, mask=in_range)
+
+
+@triton.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
+def mla_decode_fwd_kernel_combine(
+    part, part_lse, lengths, out, lse, window, batch, tokens, heads, rank, workers, min_tiles,
+    stride_ob, stride_ot, stride_oh,
+    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, RANK_CHUNK: tl.constexpr, PARTS: tl.constexpr, PART_CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Weighted mean of the parts of one row of one sequence: grid (sequences * rows, chunks of the rank)."""
+    rows = tokens * heads
+    b = tl.program_id(0) // rows
+    row = tl.program_id(0) % rows
+    length = tl.load(lengths + b)
+    first, last = _tile_range(length, tokens, window, BLOCK_N, WINDOW)
+    if SPLITS > 0:
+        slot_0 = b * SPLITS
+        count = SPLITS
+        stride = 1
+        written = (last - first + SPLITS - 1) // SPLITS >= last - first  # the first split had it all
+    else:
+        ids, ends, tiles, total, active = _even_shares(
+            lengths, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW
+        )
+        at = tl.sum(tl.where(ids == b, ends - tiles, 0), 0).to(tl.int64)
+        total = tl.maximum(total, 1).to(tl.int64)
+        # Worker w holds tiles [w total / active, (w + 1) total / active): invert that for the first and the last tile.
+        w_0 = (((at + 1) * active - 1) // total).to(tl.int32)
+        w_1 = (((at + last - first) * active - 1) // total).to(tl.int32)
+        slot_0 = 2 * w_0
+        count = w_1 - w_0 + 1
+        stride = 2
+        written = (w_0 == w_1) & (last > first)
+    if PDL:
+        gdc_wait()
+    d = tl.program_id(1) * RANK_CHUNK + tl.arange(0, RANK_CHUNK)
+    to = out + b.to(tl.int64) * stride_ob + (row // heads) * stride_ot + (row % heads) * stride_oh + d
+    to_lse = lse + (b.to(tl.int64) * heads + row % heads) * tokens + row // heads
+    if last == first:
+        tl.store(to, tl.zeros([RANK_CHUNK], out.dtype.element_ty), mask=d < rank)
+        tl.store(to_lse, -float("inf"))
+    elif not written:
+        j = tl.arange(0, PARTS)
+        slot = slot_0 + j * stride
+        if SPLITS == 0:
+            slot += (j == 0).to(tl.int32)
+        lse2 = tl.load(part_lse + slot.to(tl.int64) * rows + row, mask=j < count, other=-float("inf"))
+        peak = tl.max(lse2, 0)
+        shift = tl.where(peak == -float("inf"), 0.0, peak)
+        lse2 = shift + tl.log2(tl.sum(tl.exp2(lse2 - shift), 0))
+        finite = tl.where(lse2 == -float("inf"), 0.0, lse2)
+        acc = tl.zeros([RANK_CHUNK], tl.float32)
+        for j0 in range(0, count, PART_CHUNK):
+            j = j0 + tl.arange(0, PART_CHUNK)
+            slot = slot_0 + j * stride
+            if SPLITS == 0:
+                slot += (j == 0).to(tl.int32)
+            index = slot.to(tl.int64) * rows + row
+            weight = tl.exp2(tl.load(part_lse + index, mask=j < count, other=-float("inf")) - finite)
+            # A part of weight nothing may never have been written.
+            value = tl.load(
+                part + index[:, None] * rank + d[None, :], mask=(weight > 0)[:, None] & (d < rank)[None, :], other=0.0
+            )
+            acc += tl.sum(value * weight[:, None], 0)
+        tl.store(to, acc.to(out.dtype.element_ty), mask=d < rank)
+        tl.store(to_lse, lse2 * LN2)
