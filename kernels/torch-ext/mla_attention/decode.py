@@ -97,7 +97,9 @@ def decode_triton(
             c1_map, _ = _tensor_map(latent_cache, config.block_n, r1)
         if rope:
             kr_map, k_rows = _tensor_map(rope_cache, config.block_n, rope)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    # The look-up of a page is a stage of its own in the pipeline: with one more, as many tiles stay in flight.
+    stages = config.stages + (1 if page_size and config.stages > 1 else 0)
+    options = {"num_warps": config.warps, "num_stages": stages}
     if config.registers:
         options["maxnreg"] = config.registers
     if config.pdl:
@@ -113,7 +115,7 @@ def decode_triton(
         ROPE=rope, PAGE=page_size, SPLITS=num_splits, SWAP=config.swap,
         TMA=tma, WINDOW=window > 0, SOFTCAP=softcap > 0,
         PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32",
-        PDL=config.pdl, STAGES=config.stages, **options,
+        PDL=config.pdl, STAGES=stages, **options,
     )  # fmt: skip
     if single:
         return

@@ -233,6 +233,7 @@ def mla_decode_fwd_kernel_split(
         share_lo = worker.to(tl.int64) * total // active
         share_hi = (worker + 1).to(tl.int64) * total // active
         b_first = tl.sum((ends <= share_lo).to(tl.int32) * (ids < batch).to(tl.int32), 0)
+        at = tl.sum(tl.where(ids == b_first, ends - tiles, 0), 0)  # first tile of the sequence among all
         b_stop = tl.sum(((ends - tiles) < share_hi).to(tl.int32) * (ids < batch).to(tl.int32), 0)
 
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -250,10 +251,10 @@ def mla_decode_fwd_kernel_split(
             stop = tl.minimum(begin + share, last)
             slot = worker
         else:
-            at = tl.sum(tl.where(ids == b, ends - tiles, 0), 0)
             begin = first + tl.maximum(share_lo - at, 0).to(tl.int32)
             stop = first + tl.minimum(share_hi - at, last - first).to(tl.int32)
             slot = 2 * worker + (begin == first).to(tl.int32)
+            at += last - first
         whole = (begin == first) & (stop == last)
         if (begin < stop) | (whole & (SPLITS > 0)):
             qb = q_latent + b.to(tl.int64) * stride_qb
@@ -382,16 +383,16 @@ def mla_decode_fwd_kernel_combine(
         lse2 = shift + tl.log2(tl.sum(tl.exp2(lse2 - shift), 0))
         finite = tl.where(lse2 == -float("inf"), 0.0, lse2)
         acc = tl.zeros([RANK_CHUNK], tl.float32)
-        for j0 in range(0, count, PART_CHUNK):
-            j = j0 + tl.arange(0, PART_CHUNK)
-            slot = slot_0 + j * stride
+        for i0 in range(0, count, PART_CHUNK):
+            i = i0 + tl.arange(0, PART_CHUNK)
+            index = slot_0 + i * stride
             if SPLITS == 0:
-                slot += (j == 0).to(tl.int32)
-            index = slot.to(tl.int64) * rows + row
-            weight = tl.exp2(tl.load(part_lse + index, mask=j < count, other=-float("inf")) - finite)
+                index += (i == 0).to(tl.int32)
+            at_row = index.to(tl.int64) * rows + row
+            weight = tl.exp2(tl.load(part_lse + at_row, mask=i < count, other=-float("inf")) - finite)
             # A part of weight nothing may never have been written.
             value = tl.load(
-                part + index[:, None] * rank + d[None, :], mask=(weight > 0)[:, None] & (d < rank)[None, :], other=0.0
+                part + at_row[:, None] * rank + d[None, :], mask=(weight > 0)[:, None] & (d < rank)[None, :], other=0.0
             )
             acc += tl.sum(value * weight[:, None], 0)
         tl.store(to, acc.to(out.dtype.element_ty), mask=d < rank)

@@ -1,6 +1,6 @@
 """How the decode kernel is cut up: tile sizes, warps, pipeline depth, and how many programs share a multiprocessor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,10 +41,20 @@ def rank_chunks(rank: int) -> tuple[int, int]:
     return first, max(power_of_two(rank - first), 16)
 
 
+def tiles_held(config: DecodeConfig) -> int:
+    """Tiles that a program has room for in shared memory.
+
+    Triton keeps one tile fewer than there are stages, and one more where Hopper's asynchronous products read the keys,
+    which takes 64 rows of their first operand.
+    """
+    asynchronous = (config.block_n if config.swap else config.block_m) >= 64
+    return max(config.stages - (not asynchronous), 1)
+
+
 def shared_memory(config: DecodeConfig, rank: int, rope_dim: int, bytes_per_number: int) -> int:
-    """Estimate of the shared memory of a program, in bytes: its queries and its tiles in flight."""
+    """Estimate of the shared memory of a program, in bytes: its queries and its tiles."""
     width = sum(rank_chunks(rank)) + (max(power_of_two(rope_dim), 16) if rope_dim else 0)
-    return bytes_per_number * width * (config.block_m + config.block_n * max(config.stages, 1))
+    return bytes_per_number * width * (config.block_m + config.block_n * tiles_held(config))
 
 
 def default_config(
@@ -63,7 +73,8 @@ def default_config(
     else:
         config = DecodeConfig(block_m=block_m, block_n=32 if rank > 256 else 64, warps=4, stages=3)
     while shared_memory(config, rank, rope_dim, dtype.itemsize) > shared_limit and config.block_n > 16:
-        config = DecodeConfig(config.block_m, config.block_n // 2, warps=config.warps, stages=config.stages)
+        config = replace(config, block_n=config.block_n // 2)
     while shared_memory(config, rank, rope_dim, dtype.itemsize) > shared_limit and config.stages > 1:
-        config = DecodeConfig(config.block_m, config.block_n, warps=config.warps, stages=config.stages - 1)
-    return config
+        config = replace(config, stages=config.stages - 1)
+    fit_twice = 2 * (shared_memory(config, rank, rope_dim, dtype.itemsize) + 2048) <= shared_limit
+    return replace(config, per_sm=2) if fit_twice and config.warps == 4 else config
