@@ -195,6 +195,14 @@ def grid_groups(seed):
         }  # fmt: skip
 
 
+def fitted(group, device):
+    """The group itself, or what the interpreter can do of it in reasonable time."""
+    if device == "cuda":
+        return group
+    return group | {"rank": 16 + group["rank"] % 48 // 16 * 16, "rope_dim": group["rope_dim"] % 32, "dtype": "float32",
+                    "config": group["config"] | {"pdl": False}}  # fmt: skip
+
+
 def run_group(group, device, cases=12):
     """Results of one kernel on several lengths, head counts and numbers of query tokens: (case, what is wrong or None)."""
     rng = random.Random(group["seed"])
@@ -266,18 +274,17 @@ def grid(arguments):
         log.add(f"more than 2^31 numbers: {problem or 'right'}", kind="large_offsets", problem=problem)
         failures += [problem] if problem else []
     groups = grid_groups(arguments.seed)
-    if arguments.device == "cpu":
-        for group in itertools.islice(groups, arguments.groups):
-            small = group | {"rank": 16 + group["rank"] % 48 // 16 * 16, "rope_dim": group["rope_dim"] % 32,
-                             "dtype": "float32", "config": group["config"] | {"pdl": False}}  # fmt: skip
-            take(small, run_group(small, "cpu", 2))
+    if not arguments.processes:
+        while left(arguments) > 0:
+            group = fitted(next(groups), arguments.device)
+            take(group, run_group(group, arguments.device))
     else:
         with ProcessPoolExecutor(arguments.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
             waiting = {}
             while left(arguments) > 0:
                 while len(waiting) < 2 * arguments.processes:
-                    group = next(groups)
-                    waiting[pool.submit(run_group, group, "cuda")] = group
+                    group = fitted(next(groups), arguments.device)
+                    waiting[pool.submit(run_group, group, arguments.device)] = group
                 ready = [future for future in waiting if future.done()]
                 for future in ready:
                     group = waiting.pop(future)
@@ -415,6 +422,7 @@ def tune(arguments):
         slices, nbytes, flops = make_slices(rank, rope_dim, heads, batch, length, arguments.device, arguments.page_size)
         jobs = [(shape, config, 0) for config in candidates(rank, rope_dim, heads)]
         random.Random(0).shuffle(jobs)
+        jobs.insert(0, (shape, default_config(rank, rope_dim, heads, half(arguments.device)), 0))
         if arguments.limit:
             jobs = jobs[: arguments.limit]
         found = sweep(jobs, slices, nbytes, arguments, log, tag, build_all(pool, jobs, arguments))
@@ -447,7 +455,7 @@ def tune(arguments):
         )
         del slices
     if pool:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
     return False
 
 
@@ -552,7 +560,6 @@ def main():
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run in the interpreter")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that compile; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="grid: which cases")
-    parser.add_argument("--groups", type=int, default=4, help="grid on the cpu: how many kernels")
     parser.add_argument(
         "--shape", type=numbers(","), action="append", help="rank,rope,heads; may be given several times"
     )
