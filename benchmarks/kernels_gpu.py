@@ -33,6 +33,7 @@ import triton.language as tl
 from cases import disagreement, make_case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mla_attention import mla_decode, mla_write, naive_write
 from mla_attention.decode import decode_triton, device_limits
 from mla_attention.tuning import DecodeConfig, default_config, power_of_two, shared_memory
 
@@ -252,6 +253,40 @@ def large_offsets(device):
     return disagreement(out, lse, small)
 
 
+def operators(device):
+    """What is wrong with the public functions, called as a model does: write new tokens, then decode, compiled and not."""
+    batch, tokens, heads, rank, planes = 2, 3, 32, 512, 32
+    case = make_case(batch, tokens, heads, rank, 2 * planes, [100, 37], half(device), 64, device)
+    positions = case["cache_seqlens"][:, None] - tokens + torch.arange(tokens, device=device, dtype=torch.int32)
+    angles = torch.rand(batch, tokens, planes, device=device) * 6
+    compressed = torch.randn(batch, tokens, rank + 2 * planes, device=device).to(half(device))
+    new = {"latent": compressed[..., :rank], "k_rope": compressed[..., rank:], "q_rope": case["q_rope"],
+           "cos": angles.cos(), "sin": angles.sin(), "positions": positions, "block_table": case["block_table"]}  # fmt: skip
+    caches = {name: case[name].clone() for name in ("latent_cache", "rope_cache")}
+    want = naive_write(**new, **caches)
+    case["q_rope"] = mla_write(**new, latent_cache=case["latent_cache"], rope_cache=case["rope_cache"])
+    for mine, reference in ((case["q_rope"], want), *((case[name], caches[name]) for name in caches)):
+        if not torch.allclose(mine.float(), reference.float(), atol=2e-3, rtol=1e-2, equal_nan=True):
+            return "mla_write differs from its reference"
+    scale = case["softmax_scale"]
+    out, lse = mla_decode(**case, return_lse=True)
+    compiled = torch.compile(
+        lambda inputs: mla_decode(**inputs, softmax_scale=scale), fullgraph=True, backend="aot_eager"
+    )
+    again = compiled({name: value for name, value in case.items() if torch.is_tensor(value)})
+    if not torch.equal(again, out):
+        return "mla_decode differs when compiled"
+    return disagreement(out, lse, case)
+
+
+def attempt(check, device):
+    """What `check` finds wrong; an exception is as wrong as a result."""
+    try:
+        return check(device)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:500]
+
+
 def grid(arguments):
     log = Log(arguments.out, "grid")
     counts = {"run": 0, "skipped": 0, "error": 0}
@@ -268,8 +303,11 @@ def grid(arguments):
                 log.add(f"FAIL {problem} {label} {group}" if len(failures) <= 12 else None,
                         kind="failure", problem=problem, **label, group=group)  # fmt: skip
 
+    problem = attempt(operators, arguments.device)
+    log.add(f"operators: {problem or 'right'}", kind="operators", problem=problem)
+    failures += [problem] if problem else []
     if arguments.device == "cuda":
-        problem = large_offsets("cuda")
+        problem = attempt(large_offsets, "cuda")
         torch.cuda.empty_cache()
         log.add(f"more than 2^31 numbers: {problem or 'right'}", kind="large_offsets", problem=problem)
         failures += [problem] if problem else []
