@@ -1,6 +1,6 @@
 """The decode kernels, interpreted, against the float64 reference.
 
-No bfloat16: Triton 3.6's interpreter multiplies its bit patterns as integers. benchmarks/kernels_gpu.py covers it on a GPU.
+No bfloat16: Triton 3.6's interpreter multiplies its bit patterns as integers. benchmarks/kernels_gpu covers it on a GPU.
 """
 
 import pytest

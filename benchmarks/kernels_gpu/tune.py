@@ -1,0 +1,181 @@
+"""Time configurations of the decode kernel at given shapes, the most promising first."""
+
+import itertools
+import json
+from dataclasses import asdict, replace
+
+import torch
+from common import Log, ceilings, half, left, measure
+from pool import Pool
+
+from mla_attention import decode_kernels
+from mla_attention.decode import decode_triton
+from mla_attention.tuning import DecodeConfig, default_config, power_of_two, shared_memory, tiles_held
+
+SHARED_LIMIT = 227 * 1024
+PROCESSORS = 132  # of the H100, for the number of splits to try
+LARGEST_ERROR = 1e-2
+
+
+def candidates(rank, rope_dim, rows):
+    """Configurations worth trying for bf16: those that the shared memory and the registers of Hopper can hold."""
+    wide = power_of_two(max(rows, 16))
+    found = []
+    for swap, block_m, block_n, warps, stages, per_sm, tma in itertools.product(
+        (False, True), (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4), (1, 2, 3), (False, True)
+    ):
+        padded_for_wgmma = block_m == 64 and not swap
+        if (block_m > wide and not padded_for_wgmma) or block_m < min(wide, 32):
+            continue
+        # Turned round, only tiles of 64 tokens and more put both products on Hopper's asynchronous instructions.
+        if swap and (block_m > 64 or block_n < 64):
+            continue
+        # One tile and nothing in flight pays only where another program computes meanwhile and loads need no registers.
+        if tma != (stages == 1) or (stages == 1 and (per_sm == 1 or block_n < 64)):
+            continue
+        if (block_n == 16 and rank <= 256) or (per_sm == 3 and rank > 256):
+            continue
+        if warps == 8 and block_m * rank < 64 * 128:
+            continue
+        config = DecodeConfig(block_m, block_n, swap, warps, stages, per_sm, tma=tma)
+        memory = shared_memory(config, rank, rope_dim, 2) + 1024
+        accumulators = block_m * rank / (32 * warps)
+        registers = 65536 // (32 * warps * per_sm) // 8 * 8
+        if memory * per_sm > SHARED_LIMIT or accumulators > 144 or accumulators + 60 > registers:
+            continue
+        if memory * per_sm < SHARED_LIMIT / 3 and per_sm < 3 and rank >= 96:
+            continue  # far too few bytes in flight
+        found.append(replace(config, registers=registers if registers < 255 else 0))
+    return sorted(found, key=lambda config: promise(config, rank, rope_dim, rows), reverse=True)
+
+
+def promise(config, rank, rope_dim, rows):
+    """Larger for configurations to time first: few padded rows, accumulators that leave registers, bytes in flight."""
+    width = rank + rope_dim
+    accumulators = config.block_m * rank / (32 * config.warps)
+    ahead = config.per_sm * max(tiles_held(config) - 1, 0.5) * config.block_n * width * 2
+    padding = config.block_m / min(max(rows, 16), config.block_m)
+    again = config.block_m < min(rows, 64)  # the cache is read once for every block of rows
+    slow = (accumulators > 96) * 0.3 + (padding - 1) * 0.2 + (config.block_n == 16) * 0.3 + again * 0.5
+    return min(ahead, 100e3) / 100e3 - slow
+
+
+def build(shape, config, num_splits, device):
+    """Compile for a shape into Triton's cache on disk, without a launch: it would disturb what is being timed."""
+    if device == "cpu":
+        return
+    for kernel in (decode_kernels.mla_decode_fwd_kernel_split, decode_kernels.mla_decode_fwd_kernel_combine):
+        if "run" not in vars(kernel):
+            run = kernel.run
+            kernel.run = lambda *args, run=run, warmup, **options: run(*args, warmup=True, **options)
+    rank, rope_dim, heads, batch, length, page_size, _ = shape
+    short = page_size or 64
+    q = torch.empty(batch, 1, heads, rank, device=device, dtype=half(device))
+    qr = torch.empty(batch, 1, heads, rope_dim, device=device, dtype=half(device))
+    latent = torch.empty(batch, short, rank, device=device, dtype=half(device))
+    rope = torch.empty(batch, short, rope_dim, device=device, dtype=half(device))
+    lengths = torch.empty(batch, dtype=torch.int32, device=device)
+    table = torch.empty(batch, -(-length // page_size), dtype=torch.int32, device=device) if page_size else None
+    lse = torch.empty(batch, heads, 1, device=device)
+    decode_triton(q, qr, latent, rope, lengths, table, 0.1, num_splits, 0.0, 0, torch.empty_like(q), lse, config)
+
+
+def sweep(jobs, shape, builders, timer, arguments, log, tag):
+    """Time (config, splits) jobs in this order as they get built; the right ones, fastest first."""
+    waiting, built, found = list(enumerate(jobs)), [], []
+    while (waiting or built or builders.busy or builders.done or timer.busy or timer.done) and left(arguments) > 4:
+        while waiting and builders.room:
+            number, job = waiting.pop(0)
+            builders.start((shape, number, job), build, shape, *job, arguments.device)
+        for (of, number, job), _, problem in builders.finished():
+            if of != shape:
+                continue  # begun for the shape before, whose time was up
+            if problem:
+                log.add(
+                    f"not built: {job[0]}: {problem}", kind="unbuilt", **tag, config=asdict(job[0]), problem=problem
+                )
+            else:
+                built.append((number, job))
+        if built and timer.room:
+            built.sort()
+            number, job = built.pop(0)
+            timer.start((shape, *job), measure, shape, *job, arguments.device)
+        for (of, config, num_splits), row, problem in timer.finished(0.01):
+            if of != shape:
+                continue
+            what = {"config": asdict(config), "num_splits": num_splits}
+            if problem:
+                log.add(
+                    f"FAILED {config} splits {num_splits}: {problem}", kind="failed", **tag, **what, problem=problem
+                )
+            elif row["error"] > LARGEST_ERROR and arguments.device == "cuda":
+                log.add(
+                    f"WRONG by {row['error']:.1e}: {config} splits {num_splits}", kind="wrong", **tag, **what, **row
+                )
+            else:
+                log.add(f"{row['us']:8.1f} us {brief(config)} splits={num_splits}", kind="timing", **tag, **what, **row)
+                found.append((row, config, num_splits))
+    return sorted(found, key=lambda entry: entry[0]["us"])
+
+
+def brief(config):
+    return " ".join(f"{name}={int(value)}" for name, value in asdict(config).items() if value)
+
+
+def variants(found, batch, device):
+    """What else to try on the fastest: dependent launch, fewer programs for short work, fixed splits, TMA."""
+    more = []
+    for _, config, _ in found[:3]:
+        fast = replace(config, pdl=device == "cuda")  # the interpreter has no dependent launches
+        workers = PROCESSORS * config.per_sm
+        splits = {max(workers // batch, 1), -(-workers // batch), 4}
+        more += [(fast, 0), *((fast, s) for s in sorted(splits) if s <= 1024), (replace(config, tma=True), 0)]
+        if batch < 16:
+            more += [(replace(fast, min_tiles=tiles), 0) for tiles in (2, 4)]
+    return list(dict.fromkeys(more))
+
+
+def tune(arguments):
+    log = Log(arguments.out, "tune")
+    builders = Pool(arguments.processes)
+    timer = Pool(min(arguments.processes, 1))
+    timer.start(None, ceilings, arguments.device)
+    while not (done := timer.finished(1)):
+        pass
+    bandwidth, rate, device = done[0][1]
+    log.add(f"{device}: read {bandwidth:.0f} GB/s, matmul {rate:.0f} TFLOP/s", kind="ceilings", device=device,
+            gb_s=bandwidth, tflop_s=rate)  # fmt: skip
+    best = []
+    work = list(itertools.product(arguments.shape, arguments.at))
+    whole = arguments.seconds
+    for number, ((rank, rope_dim, heads), (batch, length)) in enumerate(work):
+        # An even share of what is left, so that every shape gets its turn, and a third of it for the second sweep.
+        arguments.seconds = whole
+        share = (left(arguments) - 4) / (len(work) - number)
+        end = whole - left(arguments) + share
+        tag = {"rank": rank, "rope_dim": rope_dim, "heads": heads, "batch": batch, "length": length}
+        shape = (rank, rope_dim, heads, batch, length, arguments.page_size, False)
+        jobs = [(default_config(rank, rope_dim, heads, half(arguments.device)), 0)]
+        jobs += [(config, 0) for config in candidates(rank, rope_dim, heads)]
+        jobs = list(dict.fromkeys(jobs))[: arguments.limit or None]
+        arguments.seconds = end - share / 3
+        found = sweep(jobs, shape, builders, timer, arguments, log, tag)
+        arguments.seconds = end
+        found += sweep(variants(found, batch, arguments.device), shape, builders, timer, arguments, log, tag)
+        found.sort(key=lambda entry: entry[0]["us"])
+        for row, config, num_splits in found[:3]:
+            log.add(
+                f"BEST {rank}+{rope_dim} h={heads} {batch}x{length}: {row['us']:.1f} us {row['gb_s']:.0f} GB/s "
+                f"({row['gb_s'] / bandwidth:.0%}) {row['tflop_s']:.0f} TFLOP/s ({row['tflop_s'] / rate:.0%}) "
+                f"{brief(config)} splits={num_splits} error {row['error']:.1e}",
+                kind="best", **tag, **row, config=asdict(config), num_splits=num_splits,
+            )  # fmt: skip
+        if found:
+            row, config, num_splits = found[0]
+            best.append(tag | {"us": row["us"], "share": row["gb_s"] / bandwidth, "num_splits": num_splits,
+                               "config": asdict(config), "page_size": arguments.page_size})  # fmt: skip
+        report = {"device": device, "gb_s": bandwidth, "tflop_s": rate, "best": best}
+        (arguments.out / "tune.json").write_text(json.dumps(report, indent=1))
+    builders.close()
+    timer.close()
+    return False
