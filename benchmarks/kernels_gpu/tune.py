@@ -50,14 +50,17 @@ def candidates(rank, rope_dim, rows):
 
 
 def promise(config, rank, rope_dim, rows):
-    """Larger for configurations to time first: few padded rows, accumulators that leave registers, bytes in flight."""
+    """Larger for configurations to time first: bytes in flight, and what costs registers or reads of shared memory."""
     width = rank + rope_dim
     accumulators = config.block_m * rank / (32 * config.warps)
     ahead = config.per_sm * max(tiles_held(config) - 1, 0.5) * config.block_n * width * 2
     padding = config.block_m / min(max(rows, 16), config.block_m)
     again = config.block_m < min(rows, 64)  # the cache is read once for every block of rows
     slow = (accumulators > 96) * 0.3 + (padding - 1) * 0.2 + (config.block_n == 16) * 0.3 + again * 0.5
-    return min(ahead, 100e3) / 100e3 - slow
+    # Asynchronous products read a tile from shared memory twice; the older ones four times and more, which takes as long
+    # as the tile's way from memory.
+    asynchronous = config.swap or config.block_m >= 64
+    return min(ahead, 100e3) / 100e3 + asynchronous * 0.4 - slow
 
 
 def build(shape, config, num_splits, device):

@@ -39,6 +39,13 @@ def test_ragged_lengths(config, dtype, rank, rope_dim):
 
 
 @BOTH
+def test_long_walks(config):
+    """A program's share of the work is several tiles, and goes over the end of a sequence."""
+    case = make_case(4, 1, 3, 32, 16, [200, 0, 130, 3], torch.float32)
+    assert disagreement(*decode(case, config), case) is None
+
+
+@BOTH
 def test_all_lengths_zero(config):
     case = make_case(2, 1, 3, 16, 16, [0, 0], torch.float16)
     out, lse = decode(case, config)

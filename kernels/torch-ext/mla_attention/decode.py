@@ -109,8 +109,10 @@ def decode_triton(
         q_latent, q_rope, latent_cache, rope_cache, c0_map, c1_map, kr_map, cache_seqlens,
         cache_seqlens if block_table is None else block_table, out, lse, part, part_lse,
         softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
-        *q_latent.stride()[:3], *q_rope.stride()[:3], *latent_cache.stride()[:2], *rope_cache.stride()[:2],
+        *q_latent.stride()[:3], *q_rope.stride()[:3], latent_cache.stride(0), rope_cache.stride(0),
         0 if block_table is None else block_table.stride(0), *out.stride()[:3], c_rows, k_rows,
+        # Between tokens: a model has one, and known in advance it spares a register for every row that a thread loads.
+        stride_cn=latent_cache.stride(1), stride_kn=rope_cache.stride(1),
         rank=rank, rope_dim=rope_dim, BATCH=batch_padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, R0=r0, R1=r1,
         ROPE=rope, PAGE=page_size, SPLITS=num_splits, SWAP=config.swap,
         TMA=tma, WINDOW=window > 0, SOFTCAP=softcap > 0,

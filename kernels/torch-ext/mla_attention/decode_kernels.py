@@ -114,7 +114,7 @@ def _attend(
 
 @triton.jit
 def _load_tile(
-    cache, rope, table, b, n0, length, stride_cb, stride_cn, stride_kb, stride_kn,
+    cache, rope, table, b, n0, length, stride_cb, stride_cn: tl.constexpr, stride_kb, stride_kn: tl.constexpr,
     rank: tl.constexpr, rope_dim: tl.constexpr, BLOCK_N: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -201,8 +201,9 @@ def _store_rows(
 def mla_decode_fwd_kernel_split(
     q_latent, q_rope, cache, rope, c0_map, c1_map, kr_map, lengths, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, batch, tokens, heads, workers, min_tiles,
-    stride_qb, stride_qt, stride_qh, stride_rb, stride_rt, stride_rh, stride_cb, stride_cn, stride_kb, stride_kn,
+    stride_qb, stride_qt, stride_qh, stride_rb, stride_rt, stride_rh, stride_cb, stride_kb,
     stride_tb, stride_ob, stride_ot, stride_oh, c_rows, k_rows,
+    stride_cn: tl.constexpr, stride_kn: tl.constexpr,
     rank: tl.constexpr, rope_dim: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
