@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "kernels" / "torch-ext"),
 
 from grid import grid
 from speed import speed
-from tune import tune
+from tune import parsed, tune
 
 
 def numbers(separator):
@@ -41,6 +41,7 @@ def main():
     parser.add_argument("--at", type=numbers("x"), action="append", help="batch x length, as 32x8192; several times")
     parser.add_argument("--page-size", type=int, default=0, help="tune: tokens in a page, 0 for a contiguous cache")
     parser.add_argument("--limit", type=int, default=0, help="tune: at most so many configurations, 0 for all")
+    parser.add_argument("--config", type=parsed, action="append", default=[], help="tune: try this first, as printed")
     parser.add_argument("--tuned", type=Path, help="speed: tune.json of an earlier run; default configurations without")
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or [(512, 64, 32)]

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import torch
 from common import Log, ceilings, half, left, measure
@@ -10,7 +10,7 @@ from pool import Pool
 
 from mla_attention import decode_kernels
 from mla_attention.decode import decode_triton
-from mla_attention.tuning import DecodeConfig, default_config, power_of_two, shared_memory, tiles_held
+from mla_attention.tuning import DecodeConfig, default_config, power_of_two, rank_chunks, shared_memory, tiles_held
 
 SHARED_LIMIT = 227 * 1024
 PROCESSORS = 132  # of the H100, for the number of splits to try
@@ -27,8 +27,7 @@ def candidates(rank, rope_dim, rows):
         padded_for_wgmma = block_m == 64 and not swap
         if (block_m > wide and not padded_for_wgmma) or block_m < min(wide, 32):
             continue
-        # Turned round, only tiles of 64 tokens and more put both products on Hopper's asynchronous instructions.
-        if swap and (block_m > 64 or block_n < 64):
+        if swap and (block_m > 64 or not all_asynchronous(block_n, rank)):
             continue
         # One tile and nothing in flight pays only where another program computes meanwhile and loads need no registers.
         if tma != (stages == 1) or (stages == 1 and (per_sm == 1 or block_n < 64)):
@@ -47,6 +46,15 @@ def candidates(rank, rope_dim, rows):
             continue  # far too few bytes in flight
         found.append(replace(config, registers=registers if registers < 255 else 0))
     return sorted(found, key=lambda config: promise(config, rank, rope_dim, rows), reverse=True)
+
+
+def all_asynchronous(block_n, rank):
+    """Whether, turned round, every product has the 64 rows that Hopper's asynchronous instructions take.
+
+    Kernels that mix these with the older ones are left out: they read shared memory as often as unturned ones, and the one
+    illegal memory access seen so far (32 x 32, 4 warps, 5 stages) was of such a kernel or of its unturned twin.
+    """
+    return block_n >= 64 and all(extent == 0 or extent >= 64 for extent in rank_chunks(rank))
 
 
 def promise(config, rank, rope_dim, rows):
@@ -125,6 +133,13 @@ def brief(config):
     return " ".join(f"{name}={int(value)}" for name, value in asdict(config).items() if value)
 
 
+def parsed(text):
+    """A configuration from words as `brief` prints them."""
+    words = dict(word.split("=") for word in text.split())
+    kinds = {field.name: field.type for field in fields(DecodeConfig)}
+    return DecodeConfig(**{name: kinds[name](int(value)) for name, value in words.items()})
+
+
 def variants(found, batch, device):
     """What else to try on the fastest: dependent launch, fewer programs for short work, fixed splits, TMA."""
     more = []
@@ -158,7 +173,8 @@ def tune(arguments):
         end = whole - left(arguments) + share
         tag = {"rank": rank, "rope_dim": rope_dim, "heads": heads, "batch": batch, "length": length}
         shape = (rank, rope_dim, heads, batch, length, arguments.page_size, False)
-        jobs = [(default_config(rank, rope_dim, heads, half(arguments.device)), 0)]
+        jobs = [(config, 0) for config in arguments.config]
+        jobs += [(default_config(rank, rope_dim, heads, half(arguments.device)), 0)]
         jobs += [(config, 0) for config in candidates(rank, rope_dim, heads)]
         jobs = list(dict.fromkeys(jobs))[: arguments.limit or None]
         arguments.seconds = end - share / 3
