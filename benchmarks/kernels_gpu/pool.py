@@ -42,7 +42,7 @@ def serve(pipe: Connection):
         except EOFError:
             return
         result, problem, sound = attempt(function, args)
-        pipe.send((result, problem))
+        pipe.send((result, problem, sound))
     os._exit(1)  # the usual way out would wait for the GPU
 
 
@@ -92,17 +92,18 @@ class Pool:
         done, self.done = self.done, []
         ready = set(wait([worker.pipe for worker in self.busy], timeout)) if self.busy else set()
         for worker in list(self.busy):
-            overdue = time.monotonic() > worker.until
-            if worker.pipe not in ready and not overdue:
+            if worker.pipe in ready:
+                try:
+                    result, problem, sound = worker.pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    result, problem, sound = None, "its process died", False
+            elif time.monotonic() > worker.until:
+                result, problem, sound = None, "took too long", False
+            else:
                 continue
-            try:
-                result, problem = worker.pipe.recv() if worker.pipe in ready else (None, "took too long")
-            except (EOFError, ConnectionResetError):
-                result, problem = None, "its process died"
             done.append((worker.job, result, problem))
             self.busy.remove(worker)
-            worker.process.join(0.5 if problem and not overdue else 0)  # one whose context broke is about to leave
-            if overdue or not worker.process.is_alive():
+            if not sound:
                 worker.process.kill()
                 worker = self._worker()
             self.idle.append(worker)

@@ -146,7 +146,7 @@ def variants(found, batch, device):
     for _, config, _ in found[:3]:
         fast = replace(config, pdl=device == "cuda")  # the interpreter has no dependent launches
         workers = PROCESSORS * config.per_sm
-        splits = {max(workers // batch, 1), -(-workers // batch), 4}
+        splits = {max(workers // batch, 1), -(-workers // batch), 4, 8}
         more += [(fast, 0), *((fast, s) for s in sorted(splits) if s <= 1024), (replace(config, tma=True), 0)]
         if batch < 16:
             more += [(replace(fast, min_tiles=tiles), 0) for tiles in (2, 4)]

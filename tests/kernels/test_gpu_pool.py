@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "kernels_gpu"))
 
+import torch
 from pool import Pool
 
 
@@ -30,6 +31,24 @@ def test_a_broken_process_is_replaced():
         assert outcomes(pool, [("hangs", time.sleep, 60)])["hangs"] == (None, "took too long")
         pool.seconds_per_job = 20
         assert outcomes(pool, [("works", abs, -3)])["works"] == (3, None)
+    finally:
+        pool.close()
+
+
+def lose_the_gpu(_):
+    """Leave CUDA as after an illegal memory access: whatever uses it raises."""
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, fail
+
+
+def test_a_process_that_lost_its_gpu_is_replaced():
+    pool = Pool(1, seconds_per_job=20)
+    try:
+        done = outcomes(pool, [("breaks", lose_the_gpu, None), ("works", abs, -2)])
+        assert "illegal memory access" in done["breaks"][1] and done["works"] == (2, None)
     finally:
         pool.close()
 
