@@ -32,6 +32,9 @@ class MlaFields:
     mla_q_bias: bool = False
     mla_kv_bias: bool = False
     mla_o_bias: bool = False
+    # What attends when decoding: "triton" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
+    # "auto" (the kernels where they can serve, else the library's). The variable MLA_CONVERT_KERNEL goes before it.
+    mla_kernel: str = "auto"
     # Version of the checkpoint format.
     mla_format: int = 1
 

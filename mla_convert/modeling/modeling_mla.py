@@ -5,18 +5,30 @@ MLPs and heads are the stock classes with the original's weights. What is cached
 both shared by all heads, in the stock transformers caches: latent in the key slot, rotary key in the value slot.
 
 This file needs only torch and transformers; it is also written beside the weights of a converted model, so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere.
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. Where the package mla_attention and
+Triton are there as well, its kernels decode on CUDA (see `kernel_attention`).
 """
 
 import importlib
+import importlib.util
+import os
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_mla import PREFIX, config_class
+
+try:
+    import mla_attention
+except ImportError:  # decoding then runs on the library's attention
+    mla_attention = None
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+KERNELS = ("auto", "triton", "sdpa")
 
 # Up to this many query tokens a step, the up-projections move to the query and output side (absorbed attention on the
 # latents); above, keys and values are expanded and the library's attention runs on them.
@@ -24,11 +36,100 @@ MAX_ABSORBED_QUERIES = 16
 
 _classes: dict[str, type] = {}
 
+# Masks that have been looked at: all layers of a step are given the same one, and looking waits for the GPU.
+_plain_masks = WeakIdKeyDictionary()
+
 
 def rotate_planes(planes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on complex planes: `planes` (..., 2m) holds m real then m imaginary parts, `cos` and `sin` (..., m)."""
     real, imag = planes.chunk(2, dim=-1)
     return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
+
+
+def kernel_choice(config) -> str:
+    """One of KERNELS: the environment's MLA_CONVERT_KERNEL, else the configuration's mla_kernel."""
+    choice = os.environ.get("MLA_CONVERT_KERNEL") or config.mla_kernel
+    if choice not in KERNELS:
+        raise ValueError(f"MLA_CONVERT_KERNEL or mla_kernel is {choice!r}, expected one of {KERNELS}")
+    return choice
+
+
+def kernel_refusal(q_latent: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> str | None:
+    """Why the kernels of mla_attention cannot serve this call, or None."""
+    heads, rank, rope_dim = q_latent.shape[1], latent.shape[3], q_rope.shape[3]
+    if mla_attention is None:
+        return "the package mla_attention is not installed"
+    if rank % 16 or not 16 <= rank <= 576 or rope_dim % 16 or rope_dim > 128 or heads > 128:
+        return f"rank {rank}, rope dimension {rope_dim} and {heads} heads are not multiples of 16 up to 576 and 128, and up to 128"
+    if q_latent.dtype not in (torch.bfloat16, torch.float16, torch.float32) or q_latent.dtype != latent.dtype:
+        return f"queries are {q_latent.dtype} and the cache is {latent.dtype}"
+    if torch.is_grad_enabled() and (q_latent.requires_grad or latent.requires_grad):
+        return "gradients are asked for, which the kernels do not compute"
+    if mask is not None and mask.dtype != torch.bool:
+        return f"the mask is {mask.dtype}, not boolean"
+    if latent.device.type != "cuda":
+        return f"the cache is on {latent.device}, not on a CUDA device"
+    return None if HAS_TRITON else "the package triton is not installed"
+
+
+def visible_lengths(mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """What a boolean mask (., 1, T, S) leaves of each sequence, (B,) int32, and whether it hides only what comes later.
+
+    That is all that the kernels can be told: the last of T tokens sees the first n, the one before it n - 1, and so on.
+    """
+    tokens, length = mask.shape[2:]
+    seen = mask[:, 0, -1].sum(-1)
+    own = seen[:, None] - torch.arange(tokens - 1, -1, -1, device=mask.device)
+    plain = (mask[:, 0] == (torch.arange(length, device=mask.device) < own[..., None])).all()
+    return seen.to(torch.int32).expand(batch).contiguous(), plain
+
+
+def kernel_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    choice: str,
+) -> Tensor | None:
+    """`absorbed_attention` on the kernels of mla_attention, or None where they cannot serve and `choice` is "auto".
+
+    Masks that hide more than the future (left padding) are not served. Whether one does is not known while a graph is
+    compiled or captured: "auto" then leaves every mask to the library, "triton" gives NaN should it turn out to.
+    """
+    batch, _, tokens, _ = q_latent.shape
+    reason = kernel_refusal(q_latent, q_rope, latent, mask)
+    plain = None
+    if reason is None and mask is None:
+        if tokens > 1:
+            reason = "several query tokens need a mask"
+        lengths = torch.full((batch,), latent.shape[2], dtype=torch.int32, device=latent.device)
+    elif reason is None:
+        lengths, plain = visible_lengths(mask, batch)
+        blind = torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+        if blind and choice == "auto":
+            reason = "what the mask hides is not known while compiling"
+        elif not blind:
+            if mask not in _plain_masks:
+                _plain_masks[mask] = bool(plain)
+            reason = None if _plain_masks[mask] else "the mask hides more than the future"
+            plain = None
+    if reason is not None:
+        if choice == "triton":
+            raise ValueError(f'mla_kernel "triton" cannot decode: {reason}')
+        return None
+    attended = mla_attention.mla_decode(
+        q_latent.transpose(1, 2),
+        q_rope.transpose(1, 2),
+        latent.squeeze(1),
+        k_rope.squeeze(1),
+        lengths,
+        softmax_scale=scaling,
+    )
+    if plain is not None:
+        attended = torch.where(plain, attended, torch.nan)
+    return attended.transpose(1, 2)
 
 
 def absorbed_attention(
@@ -39,14 +140,19 @@ def absorbed_attention(
     mask: Tensor | None,
     scaling: float,
     need_weights: bool = False,
+    kernel: str = "sdpa",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of all heads on the shared latents, which serve as keys and values.
+    """Attention of all heads on the shared latents, which serve as keys and values. `kernel` is one of KERNELS.
 
     q_latent (B, H, T, r), q_rope (B, H, T, 2m), latent (B, 1, S, r), k_rope (B, 1, S, 2m), mask broadcastable to
     (B, 1, T, S), boolean or additive. Returns the attended latents (B, H, T, r) and, if asked for, the weights
     (B, H, T, S).
     """
     batch, heads, length, rank = q_latent.shape
+    if kernel != "sdpa" and not need_weights:
+        attended = kernel_attention(q_latent, q_rope, latent, k_rope, mask, scaling, kernel)
+        if attended is not None:
+            return attended, None
     # Heads share keys and values, so they are rows of one query matrix: the latents are read once, not once a head.
     query = torch.cat([q_latent, q_rope], dim=-1).reshape(batch, 1, heads * length, -1)
     key = torch.cat([latent, k_rope], dim=-1)
@@ -86,6 +192,7 @@ class MlaAttention(nn.Module):
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.v_head_dim = config.v_head_dim
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.kernel = kernel_choice(config)
         hidden, heads = config.hidden_size, self.num_heads
         self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.mla_q_bias)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.mla_kv_bias)
@@ -133,6 +240,7 @@ class MlaAttention(nn.Module):
             mask,
             self.scaling,
             need_weights=self.config._attn_implementation == "eager",
+            kernel=self.kernel,
         )
         return (attended @ up_value.transpose(1, 2)).transpose(1, 2), weights
 
