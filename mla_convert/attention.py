@@ -2,74 +2,159 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from mla_convert.factorise import AttentionWeights, Geometry, MlaWeights, Statistics, factorise
+from mla_convert.families import Family
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.plan import Plan
+from mla_convert.plan import AttentionShape, Plan
+from mla_convert.skeleton import Rotation
 from mla_convert.source import Source
 
 
 def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConfig:
     """Configuration of the converted model: the source's, and the sizes of its latent attention."""
-    family, names = source.family, set(source.reader.names())
-    prefix = f"{family.layers}.0.{family.attention}."
+    family, layers = source.family, range(plan.shape.layers)
     fields = source.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
+    ranks, rope_dims = ([getattr(size, name) for size in plan.layers] for name in ("rank", "rope_dim"))
+    nope_dims = [plan.layer_nope_dim(layer) for layer in layers]
     config = config_class(type(source.config))(
         **fields,
         dtype=dtype,
-        kv_lora_rank=plan.rank,
-        qk_rope_head_dim=plan.rope_dim,
-        qk_nope_head_dim=plan.qk_nope_head_dim,
+        kv_lora_rank=max(ranks),
+        qk_rope_head_dim=max(rope_dims),
+        qk_nope_head_dim=max(nope_dims),
+        **{
+            name: sizes if len(set(sizes)) > 1 else None
+            for name, sizes in (
+                ("kv_lora_ranks", ranks),
+                ("qk_rope_head_dims", rope_dims),
+                ("qk_nope_head_dims", nope_dims),
+            )
+        },
         v_head_dim=plan.shape.head_dim,
-        qk_head_dim=plan.qk_nope_head_dim + plan.rope_dim,
-        mla_q_bias=f"{prefix}{family.query}.bias" in names,
+        qk_head_dim=max(nope_dims) + max(rope_dims),
+        mla_q_bias=source.has_bias("q"),
         mla_kv_bias=plan.shape.has_kv_bias,
-        mla_o_bias=f"{prefix}{family.output}.bias" in names,
+        mla_o_bias=source.has_bias("o"),
+        mla_layers=family.layers,
+        mla_attention=family.attention,
+        mla_q_norm=family.q_norm if plan.shape.normed else None,
+        mla_k_norm=family.k_norm if plan.shape.normed else None,
+        mla_norm_over=family.norm_over,
+        mla_softcap=getattr(source.config, family.softcap) if family.softcap else None,
+        mla_sinks=family.sinks,
     )
-    config._attn_implementation = "sdpa"  # transformers sets it when it builds a model; here only layers are built
+    # transformers sets it when it builds a model; here only layers are built. SDPA knows neither soft caps nor sinks.
+    config._attn_implementation = "eager" if family.softcap or family.sinks else "sdpa"
     return config
 
 
-def is_attention_tensor(source: Source, name: str) -> bool:
-    """Whether a source tensor belongs to a projection that the conversion replaces."""
-    family = source.family
-    projections = (family.query, family.key, family.value, family.output)
-    return any(f".{family.attention}.{projection}." in name for projection in projections)
+def projection_rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (rows, inputs) and bias (rows,) of a linear layer, or of GPT-2's, which stores the transpose."""
+    weight = projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+    return weight, projection.bias
+
+
+def attention_parts(attention: nn.Module, family: Family, shape: AttentionShape) -> dict[str, Tensor | None]:
+    """Weights "q", "k", "v", "o" and their biases "q_bias", … of a stock attention, heads in its own layout."""
+    parts: dict[str, Tensor | None] = {}
+    for letter, name in family.projections.items():
+        parts[letter], parts[f"{letter}_bias"] = projection_rows(getattr(attention, name))
+    if family.fused:
+        sizes = [shape.num_heads * shape.head_dim, *[shape.num_kv_heads * shape.head_dim] * 2]
+        for suffix in ("", "_bias"):
+            whole = parts[f"q{suffix}"]
+            if whole is None:
+                continue
+            if family.fused_per_head:
+                split = [rows.flatten(0, 1) for rows in whole.unflatten(0, (-1, 3, shape.head_dim)).unbind(1)]
+            else:
+                split = whole.split(sizes)
+            parts |= {f"{letter}{suffix}": rows for letter, rows in zip("qkv", split, strict=True)}
+    return parts
+
+
+def half_split(head_dim: int, rotary_dim: int, interleaved: bool) -> Tensor:
+    """Order (d_h,) of a head's dims in which f and f + d_h/2 turn together; pairs that do not turn come last."""
+    turning, still = torch.arange(rotary_dim), torch.arange(rotary_dim, head_dim)
+    real, imag = (turning[0::2], turning[1::2]) if interleaved else turning.chunk(2)
+    return torch.cat([real, still[: len(still) // 2], imag, still[len(still) // 2 :]])
+
+
+def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, turns: int) -> AttentionWeights:
+    """A stock attention as `factorise` reads it, `turns` dims of each head being rotary.
+
+    With norms on queries and keys, the rows act on [normed key; value] and on each head's normed query (`MlaAttention`).
+    """
+    parts = attention_parts(attention, family, shape)
+    order = half_split(shape.head_dim, turns, family.interleaved).to(parts["o"].device)
+    if shape.normed:
+        heads, width = shape.num_heads, shape.num_kv_heads * shape.head_dim
+        pick = torch.eye(shape.head_dim, device=order.device)[order]
+        keys = torch.block_diag(*[pick] * shape.num_kv_heads)
+        values = torch.eye(width, device=order.device)
+        return AttentionWeights(
+            q=pick.repeat(heads, 1),
+            k=torch.cat([keys, torch.zeros_like(keys)], 1),
+            v=torch.cat([torch.zeros_like(values), values], 1),
+            o=parts["o"],
+            o_bias=parts["o_bias"],
+        )
+    for name in ("q", "k", "q_bias", "k_bias"):
+        if parts[name] is not None:
+            parts[name] = parts[name].unflatten(0, (-1, shape.head_dim))[:, order].flatten(0, 1)
+    return AttentionWeights(**parts)
 
 
 def factorise_layer(
-    source: Source, layer: nn.Module, statistics: Statistics, plan: Plan, planes: str, rope_scale: float
+    source: Source,
+    attention: nn.Module,
+    statistics: Statistics,
+    rank: int | None,
+    rope_dim: int,
+    planes: str,
+    rotation: Rotation,
 ) -> MlaWeights:
-    """Closed-form MLA weights of a loaded source layer."""
-    family = source.family
-    attention = getattr(layer, family.attention)
-    parts: dict[str, Tensor | None] = {}
-    for letter, name in zip("qkvo", (family.query, family.key, family.value, family.output), strict=True):
-        projection = getattr(attention, name)
-        parts[letter], parts[f"{letter}_bias"] = projection.weight, projection.bias
-    shape = plan.shape
-    geometry = Geometry(shape.num_heads, shape.num_kv_heads, shape.head_dim, attention.scaling, rope_scale)
-    return factorise(AttentionWeights(**parts), geometry, statistics, plan.rank, plan.rope_dim, planes=planes)
+    """Closed-form MLA weights of a loaded source layer's attention; for a rank of None see `factorise`."""
+    shape, turning = source.shape, rotation.turning
+    weights = source_weights(attention, source.family, shape, 2 * turning)
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    geometry = Geometry(heads, kv_heads, shape.head_dim, attention.scaling, rotation.scale, turning)
+    return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes)
 
 
-def build_attention(config: PreTrainedConfig, index: int, scaling: float, device: torch.device) -> MlaAttention:
-    """An MLA attention module of one layer without values, float32."""
+def _on_meta(part: nn.Module | nn.Parameter) -> nn.Module | nn.Parameter:
+    return nn.Parameter(part.to("meta")) if isinstance(part, nn.Parameter) else copy.deepcopy(part).to("meta")
+
+
+def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.device) -> MlaAttention:
+    """An MLA attention module of one layer, float32, for its loaded stock attention; what it keeps of that is copied."""
+    kept = {name for name in (config.mla_q_norm, config.mla_k_norm, config.mla_sinks) if name}
+    parts = SimpleNamespace(scaling=stock.scaling, **{name: _on_meta(getattr(stock, name)) for name in kept})
     with torch.device("meta"):
-        module = MlaAttention(config, index, scaling)
-    return module.to_empty(device=device).float().eval()
+        module = MlaAttention(config, stock.layer_idx, parts)
+    module = module.to_empty(device=device).float().eval()
+    prefixes = tuple(f"{name}." for name in kept | ({"q_proj", "k_proj", "v_proj"} if module.normed else set()))
+    own = {name: t for name, t in stock.state_dict().items() if name in kept or name.startswith(prefixes)}
+    module.load_state_dict(own, strict=False)
+    return module
 
 
 @torch.no_grad()
-def fill_attention(module: MlaAttention, weights: MlaWeights) -> None:
-    """Put factorised weights into the module."""
+def fill_attention(module: MlaAttention, weights: MlaWeights, table_step: int = 1) -> None:
+    """Put factorised weights into the module. `table_step`: columns of the cos table from one frequency to the next."""
     for projection, weight, bias in (
-        (module.q_proj, weights.q_proj, weights.q_bias),
+        (module.q_b_proj if module.normed else module.q_proj, weights.q_proj, weights.q_bias),
         (module.kv_a_proj_with_mqa, weights.kv_a, weights.kv_a_bias),
         (module.kv_b_proj, weights.kv_b, None),
         (module.o_proj, weights.o_proj, weights.o_bias),
@@ -77,4 +162,9 @@ def fill_attention(module: MlaAttention, weights: MlaWeights) -> None:
         projection.weight.copy_(weight)
         if bias is not None:
             projection.bias.copy_(bias)
-    module.rope_freq_index.copy_(weights.freq_index)
+    module.rope_freq_index.copy_(weights.freq_index * table_step)
+
+
+def is_attention_tensor(source: Source, name: str) -> bool:
+    """Whether a source tensor belongs to the attention that the conversion replaces."""
+    return f".{source.family.attention}." in name

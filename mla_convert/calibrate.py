@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 from mla_convert.activations import Activations
 from mla_convert.factorise import Statistics
 from mla_convert.families import Family
+from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.skeleton import Skeleton
+
+# Hidden states (B, T, hidden) -> rows (B, T, n).
+Rows = Callable[[Tensor], Tensor]
 
 # Windows whose attention probabilities are looked at, and the longest part of one: a (heads, T, T) tensor each.
 ATTENTION_WINDOWS = 32
@@ -24,38 +29,49 @@ def _with_one(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def second_moment(states: Activations, norm: nn.Module) -> Tensor:
+def second_moment(states: Activations, norm: Rows) -> Tensor:
     """E[x~ x~^T], float64 (d+1, d+1), where x~ = [norm(h); 1]: accumulated batch by batch, no activation is kept."""
-    total = torch.zeros(states.hidden_size + 1, states.hidden_size + 1, dtype=torch.float64, device=states.device)
+    total = 0.0
     for batch in states.batches():
         rows = _with_one(norm(states.get(batch)).float().flatten(0, 1))
         # float32 products of one batch, float64 sum over batches
-        total += (rows.T @ rows).double()
+        total = total + (rows.T @ rows).double()
+    return total / (states.windows * states.length)
+
+
+@torch.no_grad()
+def head_moments(states: Activations, rows_of: Rows, heads: int) -> Tensor:
+    """The same for each head's part of rows (B, T, heads * n): float64 (heads, n+1, n+1)."""
+    total = 0.0
+    for batch in states.batches():
+        rows = _with_one(rows_of(states.get(batch)).float().flatten(0, 1).unflatten(-1, (heads, -1))).transpose(0, 1)
+        total = total + (rows.mT @ rows).double()
     return total / (states.windows * states.length)
 
 
 @torch.no_grad()
 def attention_moments(
-    states: Activations, layer: nn.Module, family: Family, kwargs: dict[str, Any]
+    states: Activations, layer: nn.Module, family: Family, kwargs: dict[str, Any], key_value: Rows = lambda rows: rows
 ) -> tuple[Tensor, Tensor]:
     """What attention looks at, measured on real attention probabilities p of up to ATTENTION_WINDOWS windows.
 
-    `kwargs` are the layer's keyword arguments for windows of length T <= ATTENTION_LENGTH under eager attention.
+    `kwargs` are the layer's keyword arguments for windows of length T <= ATTENTION_LENGTH under eager attention;
+    `key_value` makes what keys and values are linear functions of (x~) from the attention's input.
 
     Returns:
         distance: share of each head's attention by distance between query and key, float64 (H, T), rows sum to 1.
         key_moment: sum over tokens t of a_t x~_t x~_t^T, float64 (d+1, d+1), where a_t is the sum of p^2 over heads
             and queries: an error in a key or value that no query looks at costs nothing.
     """
-    norm, attention = getattr(layer, family.input_norm), getattr(layer, family.attention)
-    length = kwargs["position_embeddings"][0].shape[1]
+    norm, attention = family.entry(layer), getattr(layer, family.attention)
+    length = min(states.length, ATTENTION_LENGTH)
     distance, moment = 0.0, 0.0
     for window in range(min(ATTENTION_WINDOWS, states.windows)):
         hidden = norm(states.get(slice(window, window + 1))[:, :length])
         weights = attention(hidden_states=hidden, **kwargs)[1][0].float()
         # the first key is looked at from everywhere whatever its distance is: it says nothing about distances
         distance = distance + diagonal_sums(F.pad(weights[:, :, 1:], (1, 0))).double()
-        rows = _with_one(hidden[0].float())
+        rows = _with_one(key_value(hidden)[0].float())
         moment = moment + (rows.T @ (rows * weights.square().sum((0, 1))[:, None])).double()
     return distance / distance.sum(dim=1, keepdim=True).clamp_min(1e-30), moment
 
@@ -73,14 +89,28 @@ def attention_kwargs(skeleton: Skeleton, length: int) -> list[dict[str, Any]]:
     return skeleton.layer_kwargs(min(length, ATTENTION_LENGTH), eager=True)
 
 
-def layer_statistics(skeleton: Skeleton, layer: nn.Module, states: Activations, kwargs: dict[str, Any]) -> Statistics:
-    """All statistics of one layer, from the hidden states that enter it."""
+def layer_statistics(
+    skeleton: Skeleton,
+    layer: nn.Module,
+    states: Activations,
+    kwargs: dict[str, Any],
+    student: MlaAttention | None = None,
+) -> Statistics:
+    """All statistics of one layer, from the hidden states that enter it.
+
+    `student` is the module to be: its norms, if it has some, say what keys, values and queries are linear functions of.
+    """
     family = skeleton.source.family
+    norm, key_value, query = family.entry(layer), lambda rows: rows, None
+    if student is not None and student.normed:
+        key_value = student.normed_key_value
+        query = head_moments(states, lambda hidden: student.normed_query(norm(hidden)), student.num_heads)
     with skeleton.attention("eager"), skeleton.autocast():
-        distance, key_moment = attention_moments(states, layer, family, kwargs)
+        distance, key_moment = attention_moments(states, layer, family, kwargs, key_value)
     return Statistics(
-        second_moment=second_moment(states, getattr(layer, family.input_norm)),
+        second_moment=second_moment(states, lambda hidden: key_value(norm(hidden))),
         distance=distance,
-        inv_freq=skeleton.inv_freq.double(),
+        inv_freq=skeleton.rotation(getattr(layer, family.attention).layer_idx, kwargs).inv_freq,
         key_moment=key_moment,
+        query_moment=query,
     )

@@ -1,17 +1,20 @@
-"""The model card (README.md) of a converted model, made from its report."""
+"""The model card (README.md) of a converted model, made from its report and nothing else."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from mla_convert import beyond
 from mla_convert.report import Report, rows
 
 BODY = """
 # {name} with Multi-head Latent Attention
 
-[{base}]({link}) with its {before} key/value numbers per token and layer replaced by a latent of {rank} and a rotary key of
+{base} with its {before} key/value numbers per token and layer replaced by a latent of {rank} and a rotary key of
 {rope}: **{saved:.1%} less KV cache**, perplexity **×{ratio:.4f}**. Converted by mla_convert {version}; everything but the
 attention is the original's.
 
@@ -19,8 +22,9 @@ attention is the original's.
 |---|---:|---:|---:|
 {table}
 
-Perplexity on {text}: {protocol}. Calibrated on {calibration}.
-
+Perplexity on {text}: {protocol}. Calibrated on {calibration}. {worst}`report.json` has every
+figure, `report.html` shows them, and `recipe.yaml` repeats the run.
+{beyond}
 ## Load
 
 ```python
@@ -36,39 +40,25 @@ own dynamic and static caches.
 ## Limits
 
 Attention runs through PyTorch's SDPA (or eager); flash and flex attention are not supported, nor are serving engines that
-do not load transformers models. The perplexity above is for the text named; measure yours.
+do not load transformers models. The perplexity above is for the text named; measure yours. What the original was made for,
+and what it gets wrong, holds for this model too.
+
+## Licence
+
+{licence}
 """
+# A data set as reports name it: NAME:CONFIG@SPLIT, and a remark in brackets on how it was come by.
+DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?@(?P<split>[\w.-]+)")
 
 
-def write_card(report: Report, folder: Path, license_name: str | None) -> None:
+def write_card(report: Report, folder: Path) -> None:
     """Write README.md into the folder of a converted model."""
     source, evaluation, cache = report.source, report.evaluation, report.cache
     on_hub = source["revision"] is not None
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=evaluation["text"],
-            metric_type="perplexity",
-            metric_name=name,
-            metric_value=evaluation[key]["value"],
-        )
-        for name, key in (("perplexity", "after"), ("perplexity of the original", "before"))
-    ]
-    data = ModelCardData(
-        model_name=f"{source['name']} MLA",
-        base_model=source["name"] if on_hub else None,
-        base_model_relation="quantized" if on_hub else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license=license_name,
-        tags=["mla", "multi-head-latent-attention", "kv-cache", "mla_convert"],
-        eval_results=results,
-    )
+    link = f"[{source['name']}](https://huggingface.co/{source['name']}), at revision `{source['revision']}`,"
     body = BODY.format(
         name=source["name"],
-        base=source["name"],
-        link=f"https://huggingface.co/{source['name']}" if on_hub else "config.json",
+        base=link if on_hub else source["name"],
         before=cache["numbers_per_token_per_layer"]["before"],
         after=cache["numbers_per_token_per_layer"]["after"],
         rank=cache["kv_lora_rank"],
@@ -80,6 +70,70 @@ def write_card(report: Report, folder: Path, license_name: str | None) -> None:
         text=evaluation["text"],
         protocol=evaluation["protocol"],
         calibration=report.calibration["protocol"],
+        worst=_worst(report.layers),
+        beyond=_beyond(report.beyond),
         folder=".",
+        licence=_licence(source),
     )
-    (folder / "README.md").write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")), encoding="utf-8")
+    (folder / "README.md").write_text(
+        str(ModelCard(f"---\n{_metadata(report, on_hub).to_yaml()}\n---\n{body}")), encoding="utf-8"
+    )
+
+
+def _metadata(report: Report, on_hub: bool) -> ModelCardData:
+    source, evaluation = report.source, report.evaluation
+    dataset = DATASET.match(evaluation["text"])
+    where = (
+        {"dataset_type": dataset["name"], "dataset_config": dataset["config"], "dataset_split": dataset["split"]}
+        if dataset
+        else {"dataset_type": "text"}
+    )
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_name=evaluation["text"],
+            metric_type="perplexity",
+            metric_name=name,
+            metric_value=evaluation[key]["value"],
+            **where,
+        )
+        for name, key in (("perplexity", "after"), ("perplexity of the original", "before"))
+    ]
+    return ModelCardData(
+        model_name=f"{source['name']} MLA",
+        base_model=source["name"] if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=source.get("license") or "unknown",
+        tags=["mla", "multi-head-latent-attention", "kv-cache", "mla_convert"],
+        eval_results=results,
+        **{key: source[key] for key in ("license_name", "license_link") if source.get(key)},
+    )
+
+
+def _worst(layers: list[dict[str, Any]]) -> str:
+    """The layer whose attention output lost most, in a sentence."""
+    found = [(layer["output_error"], layer["layer"]) for layer in layers if layer.get("output_error") is not None]
+    if not found:
+        return ""
+    error, layer = max(found)
+    return f"The attention output of layer {layer} lost most: a mean square error of {error:.1%}, on held-out windows. "
+
+
+def _beyond(content: dict[str, Any]) -> str:
+    """A section on quality beyond perplexity, where that was measured."""
+    if not content:
+        return ""
+    table = "\n".join(f"| {' | '.join(row)} |" for row in beyond.rows(content))
+    words = " ".join(beyond.conditions(content))
+    return f"\n## Beyond perplexity\n\n| | original | this model |\n|---|---:|---:|\n{table}\n\n{words}\n"
+
+
+def _licence(source: dict[str, Any]) -> str:
+    named = source.get("license")
+    if not named:
+        return "That of the original, whose files did not say which one it is: look it up before you use or share this model."
+    name = source.get("license_name") or ", ".join([named] if isinstance(named, str) else named)
+    terms = f"[{name}]({source['license_link']})" if source.get("license_link") else f"`{name}`"
+    return f"That of the original: {terms}. Its terms bind this model as well."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from mla_convert.commands import convert, evaluate, gate, inspect, plan, recipes, verify
-from mla_convert.errors import Interrupted, MlaConvertError
+from mla_convert.commands import convert, evaluate, gate, inspect, plan, push, recipes, report, sweep, verify
+from mla_convert.commands.shared import is_verbose
+from mla_convert.errors import GateFailed, Interrupted, MlaConvertError
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a bug, 2 usage, 3 a gate failed, 4 bad input, 5 resources (disk, device, network), "
@@ -50,7 +52,9 @@ def _version(show: bool) -> None:
     if show:
         from mla_convert.environment import versions
 
-        typer.echo("  ".join(f"{name} {version}" for name, version in versions().items()))
+        found = {"cuda": "none (this torch is built without)", **versions()}
+        order = sorted(found, key=lambda name: (name != "mla_convert", name == "cuda"))  # ours first, cuda last
+        typer.echo("\n".join(f"{name} {found[name]}" for name in order))
         raise typer.Exit
 
 
@@ -66,14 +70,17 @@ def root(  # noqa: D103  (a docstring here would replace the application's help)
 # In the order in which --help lists them.
 for name, command, example in (
     ("convert", convert.convert, convert.EXAMPLE),
+    ("sweep", sweep.sweep, sweep.EXAMPLE),
     ("plan", plan.plan, plan.EXAMPLE),
     ("inspect", inspect.inspect, inspect.EXAMPLE),
     ("recipes", recipes.recipes, recipes.EXAMPLE),
     ("verify", verify.verify, verify.EXAMPLE),
     ("eval", evaluate.evaluate, evaluate.EXAMPLE),
     ("gate", gate.gate, gate.EXAMPLE),
+    ("push", push.push, push.EXAMPLE),
+    ("report", report.report, report.EXAMPLE),
 ):
-    app.command(name, epilog=f"Example: {example}    {EXIT_CODES}")(command)
+    app.command(name, epilog=f"Example: {example}\n\n{EXIT_CODES}")(command)
 
 
 def main() -> None:
@@ -93,8 +100,13 @@ def main() -> None:
         _fail("interrupted", Interrupted.exit_code)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 5)
+    except Exception as error:
+        again = "" if is_verbose() else "; run it again with -v to see where"
+        _fail(f"this is a bug, please report it: {type(error).__name__}: {error}{again}", MlaConvertError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:
+    if is_verbose() and sys.exc_info()[0] not in (None, KeyboardInterrupt, GateFailed):
+        traceback.print_exc()
     typer.echo(f"mla-convert: {' '.join(message.split())}", err=True)
     sys.exit(code)

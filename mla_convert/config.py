@@ -26,6 +26,7 @@ class Settings(BaseModel):
     rank: int | Full | None = None
     rope_dim: int | Full | None = None
     kv_ratio: float | None = None
+    uniform: bool = False
     planes: Literal["loss", "even"] = "loss"
     calib: str | None = None
     calib_samples: int | None = Field(None, ge=1)
@@ -33,6 +34,7 @@ class Settings(BaseModel):
     eval: str | None = None
     eval_windows: int = Field(40, ge=1)
     eval_length: int | None = Field(None, ge=16)
+    held_out: str | None = None
     refine_steps: int | None = Field(None, ge=0)
     refine_batch: int | None = Field(None, ge=1)
     refine_lr: float = Field(0.02, gt=0, le=1)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from mla_convert import environment, texts
+from mla_convert.beyond import conditions, probe_rows
 from mla_convert.config import Settings
 from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import find_report, finite, look_up
@@ -29,6 +31,7 @@ from mla_convert.measure import (
     perplexity,
     score,
 )
+from mla_convert.probes import Prober, Probes
 from mla_convert.progress import Progress
 from mla_convert.report import human_bytes
 from mla_convert.source import PACKAGE, Place
@@ -56,6 +59,7 @@ class Evaluation:
     dtype: str = ""
     device: str = ""
     seconds: float = 0.0
+    beyond: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,6 +89,7 @@ class Evaluation:
                     "kl": self.kl and asdict(self.kl),
                     "agreement": self.agreement and asdict(self.agreement),
                 },
+                "beyond": self.beyond,
                 "dtype": self.dtype,
                 "device": self.device,
                 "versions": environment.versions(),
@@ -134,15 +139,17 @@ def evaluate_model(
     length: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    probes: Probes | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a model: a folder, Hub id, `.gguf` file or recipe; with `against`, also its distance from that original.
 
     `text`, `windows` and `length` choose the evaluation windows (see `load_eval_windows`). Both models run in one `dtype`:
-    the one that `model` is stored in unless another is given. One decoder is in memory at a time.
+    the one that `model` is stored in unless another is given. One decoder is in memory at a time. `probes` are what else to
+    measure, of both.
 
     Raises:
-        UsageError: no such dtype or device, or windows out of range.
+        UsageError: no such dtype or device, windows out of range, or a probe that lacks the original or its extra.
         InputError: a model or text that cannot be used, or two models that do not share a tokenizer.
         ResourceError: the Hub or the device is not there.
     """
@@ -151,6 +158,9 @@ def evaluate_model(
         raise UsageError(f"dtype {dtype!r} is not known: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     if (windows is not None and windows < 1) or (length is not None and length < 2):
         raise UsageError("at least 1 window of 2 tokens is needed: see --eval-windows and --eval-length")
+    probes = probes or Probes()
+    if probes.greedy and not against:
+        raise UsageError("--greedy compares with an original: give --against")
     where = environment.pick_device(device)
     place = find_model(model)
     origin = find_model(against) if isinstance(against, str) else against
@@ -164,35 +174,42 @@ def evaluate_model(
         _check_same_tokenizer(chosen, tokenizer, origin)
     for note in notes:
         progress.note(note)
+    prober = Prober(probes, tokenizer, chosen, limit, progress)
 
     loaded = _load(place, dtype if dtype == "auto" else getattr(torch, dtype), where, progress)
     stored, itemsize, after = loaded.dtype, loaded.dtype.itemsize, cache_bytes(loaded, chosen[0])
     ours = Readout(loaded, chosen, _ticker(progress, place.label))
+    probed, reference = prober.run(loaded, partial(_ticker, progress, place.label)), None
     del loaded
     before, theirs = original_cache_bytes(config, itemsize) if converted else None, None
     if origin:
         loaded = _load(origin, stored, where, progress)
         before = cache_bytes(loaded, chosen[0])
         theirs = Readout(loaded, chosen, _ticker(progress, origin.label))
+        reference = prober.run(loaded, partial(_ticker, progress, origin.label))
         del loaded
     scores = score(ours, chosen, theirs)
+    where_from = {"text": label, "protocol": texts.evaluation_protocol(chosen)}
+    ran_on = {"dtype": str(stored).removeprefix("torch."), "device": environment.device_name(where)}
+    beyond = {key: {**where_from, **part} if key == "greedy" else part
+              for key, part in prober.summary(reference, probed).items()}  # fmt: skip
     compared = {}
     if origin:
         paired = mean(scores.losses - scores.original)
         compared = {"before": perplexity(scores.original), "kl": mean(scores.kl), "agreement": mean(scores.agreement),
                     "ratio": Mean(math.exp(min(paired.value, 700.0)), paired.error)}  # fmt: skip
+        beyond = {"next_token": {**where_from, **{key: asdict(compared[key]) for key in ("kl", "agreement")}}, **beyond}
     return Evaluation(
         model=place.label,
         converted=converted,
         against=origin.label if origin else None,
-        text=label,
-        protocol=texts.evaluation_protocol(chosen),
+        **where_from,
+        **ran_on,
         after=perplexity(scores.losses),
         bytes_after=after,
         bytes_before=before,
         before_is_measured=origin is not None,
-        dtype=str(stored).removeprefix("torch."),
-        device=environment.device_name(where),
+        beyond={key: {"against": origin and origin.label, **part, **ran_on} for key, part in beyond.items()},
         seconds=round(time.perf_counter() - began, 2),
         notes=notes,
         **compared,
@@ -204,14 +221,14 @@ def _load(place: Place, dtype: str | torch.dtype, device: torch.device, progress
     return load_model(place, dtype, device)
 
 
-def _ticker(progress: Progress, label: str) -> Callable[[int, int], None]:
-    """Says every ten seconds how many windows are done."""
+def _ticker(progress: Progress, label: str, what: str = "window") -> Callable[[int, int], None]:
+    """Says every ten seconds how many windows (or of what else) are done."""
     shown = [time.perf_counter()]
 
     def tick(done: int, count: int) -> None:
         if time.perf_counter() - shown[0] > 10:
             shown[0] = time.perf_counter()
-            progress.note(f"{label}: window {done}/{count}")
+            progress.note(f"{label}: {what} {done}/{count}")
 
     return tick
 
@@ -265,11 +282,19 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for row in rows(evaluation):
         table.add_row(*row)
     console.print(table)
+    if probed := probe_rows(evaluation.beyond):
+        table = Table()
+        for column, justify in (("beyond perplexity", "left"), ("original", "right"), ("model", "right")):
+            table.add_column(column, justify=justify)
+        for cells in probed:
+            table.add_row(*map(Text, cells))
+        console.print(table)
     lines = [f"on {evaluation.text}: {evaluation.protocol}; ± is one standard error over windows",
              f"{evaluation.dtype}, logits in float32; took {evaluation.seconds:.0f} s on {evaluation.device}"]  # fmt: skip
     if evaluation.kl:
         lines.insert(1, "KL(original ‖ model) and the share of equal most likely next tokens are means over tokens")
     if evaluation.bytes_before is not None and not evaluation.before_is_measured:
         lines.insert(1, "the original's cache is computed from config.json; --against measures it")
+    lines[-1:-1] = conditions({key: part for key, part in evaluation.beyond.items() if key != "next_token"})
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

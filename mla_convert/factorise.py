@@ -11,6 +11,7 @@ much. DESIGN.md section 2.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mla_convert import rope
@@ -25,9 +26,14 @@ COST_RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """One layer of the source: H query heads, G kv heads, head size d_h, hidden size d; any float dtype."""
+    """One layer of the source: H query heads, G kv heads, head size d_h, hidden size d; any float dtype.
 
-    q: Tensor  # (H*d_h, d)
+    Rows of a head are in half-split order over all of d_h: dims without rotation are pairs of frequency zero. Where
+    queries and keys are no linear functions of x (a norm stands between), k and v act on another vector of some size d,
+    and q on each head's own of some size d_q; Statistics then hold the moments of those.
+    """
+
+    q: Tensor  # (H*d_h, d), or (H*d_h, d_q)
     k: Tensor  # (G*d_h, d)
     v: Tensor  # (G*d_h, d)
     o: Tensor  # (d, H*d_h)
@@ -46,6 +52,7 @@ class Geometry:
     head_dim: int
     scaling: float  # factor of the logits before softmax
     rope_scale: float = 1.0  # factor of cos and sin (yarn, longrope); rotary logits get it squared
+    turning: int | None = None  # how many frequencies, the first ones, RoPE turns by; None: all d_h/2
 
 
 @dataclass(frozen=True)
@@ -54,17 +61,19 @@ class Statistics:
 
     second_moment: Tensor  # (d+1, d+1) E[x~ x~^T], x~ = [x; 1], x the input of the q, k and v projections
     distance: Tensor  # (H, T) attention probability by distance from query to key, rows sum to one
-    inv_freq: Tensor  # (d_h/2,) radians per position, half-split layout
+    inv_freq: Tensor  # (d_h/2,) radians per position, half-split layout; dims without rotation are zeros at the end
     # (d+1, d+1) sum_t a_t x~_t x~_t^T, where a_t = sum over heads and queries of the squared attention
     # probability that token t receives. Only its shape matters: it is scaled to a unit weight.
     key_moment: Tensor | None = None
+    # (H, d_q+1, d_q+1) the same as second_moment for what each head's query is a function of, if that is not x
+    query_moment: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class MlaWeights:
     """The converted layer in float64, rows in DeepSeek's order; rope: m real parts, then m imaginary ones."""
 
-    q_proj: Tensor  # (H*(nope+2m), d): per head nope rows, then rope rows
+    q_proj: Tensor  # (H*(nope+2m), d or d_q): per head nope rows, then rope rows
     kv_a: Tensor  # (r+2m, d): latent rows, then k_rope rows
     kv_b: Tensor  # (H*(nope+d_h), r): per head k_nope rows, then value rows
     o_proj: Tensor  # (d, H*d_h)
@@ -87,33 +96,50 @@ def _affine(weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat((weight, column.to(weight)[:, None]), 1).double()
 
 
-def _ridged(moment: Tensor, ridge: float) -> Tensor:
+def ridged(moment: Tensor, ridge: float) -> Tensor:
     """Symmetric (..., n, n) matrices plus `ridge` times their mean diagonal on the diagonal."""
     floor = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny) * ridge
     return (moment + moment.mT) / 2 + floor[..., None, None] * torch.eye(moment.shape[-1]).to(moment)
 
 
-def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor) -> Tensor:
+def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor, query_moment: Tensor) -> Tensor:
     """(H, d_h, d_h) output error caused by an error of each head's key, at a softmax scale of one.
 
     A logit error of head h moves the output by about W_o,h (v - E v): that energy times E[q_h q_h^T].
 
-    :param q: (H, d_h, d+1), :param v: (G, d_h, d+1), :param o_heads: (H, d, d_h), :param moment: (d+1, d+1).
+    :param q: (H, d_h, d+1), :param v: (G, d_h, d+1), :param o_heads: (H, d, d_h), :param moment: (d+1, d+1) of what v
+        acts on, :param query_moment: the same, or one for each head, of what q acts on.
     """
     mean = moment[:, -1]
     spread = v @ (moment - torch.outer(mean, mean)) @ v.mT
     spread = spread.repeat_interleave(len(o_heads) // len(v), 0)
     weight = ((o_heads @ spread) * o_heads).sum((1, 2))
-    return _ridged(q @ moment @ q.mT, COST_RIDGE) * weight[:, None, None]
+    return ridged(q @ query_moment @ q.mT, COST_RIDGE) * weight[:, None, None]
 
 
-def _choose(k: Tensor, tokens: Tensor, key_cost: Tensor, rho: Tensor, count: int, planes: str) -> rope.Planes:
-    """Rotary planes of a layer from its affine key rows (G*d_h, d+1) and key costs (H, d_h, d_h)."""
+def _choose(
+    k: Tensor, tokens: Tensor, key_cost: Tensor, rho: Tensor, count: int, planes: str, turning: int
+) -> rope.Planes:
+    """Rotary planes of a layer from its affine key rows (G*d_h, d+1) and key costs (H, d_h, d_h).
+
+    :param turning: see Geometry; the other frequencies stay out of the choice.
+    """
     keys = rope.complex_rows(k, 2 * rho.shape[1])
     key_cov = keys @ tokens.to(keys.dtype) @ keys.mH
     query_energy = key_cost.diagonal(dim1=-2, dim2=-1).view(len(rho), 2, -1).sum(1)
     choose = {"loss": rope.choose_planes, "even": rope.even_planes}[planes]
-    return choose(key_cov, query_energy, rho, count)
+    if turning == rho.shape[1]:
+        return choose(key_cov, query_energy, rho, count)
+    still = key_cov[turning:].diagonal(dim1=-2, dim2=-1).real * rope.by_group(query_energy[:, turning:], keys.shape[1])
+    if not turning:
+        none = keys.new_zeros(0, rho.shape[1], 1)
+        index = torch.zeros(0, dtype=torch.int64, device=rho.device)
+        wide = (none.expand(-1, -1, heads) for heads in (keys.shape[1], len(rho)))
+        return rope.Planes(index, *wide, still.new_zeros(()), still.sum())
+    kept = choose(key_cov[:turning], query_energy[:, :turning], rho[:, :turning], count)
+    # (m, frequencies, heads): nothing of the others is written or read
+    wide = (F.pad(part, (0, 0, 0, rho.shape[1] - turning)) for part in (kept.write, kept.read))
+    return rope.Planes(kept.freq_index, *wide, kept.lost, kept.total + still.sum())
 
 
 def _rope_rows(planes: rope.Planes, k: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +180,7 @@ def _cholesky(cov: Tensor) -> Tensor:
     """Lower factor of a covariance; one of less than full rank, as little text gives, gets just enough of a ridge."""
     ridge = RIDGE
     while True:
-        factor, failed = torch.linalg.cholesky_ex(_ridged(cov, ridge))
+        factor, failed = torch.linalg.cholesky_ex(ridged(cov, ridge))
         if not failed:
             return factor
         ridge *= 10
@@ -180,7 +206,7 @@ def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics
     tiny = torch.finfo(torch.float64).tiny
     rope_lost, rope_total = float(planes.lost) * gain, max(float(planes.total) * gain, tiny)
     key_total, value_total = (max(float((m * cov).sum()), tiny) for m in metrics)
-    key_lost, value_lost = (float((tail * (m @ tail)).sum()) for m in metrics)
+    key_lost, value_lost = (max(0.0, float((tail * (m @ tail)).sum())) for m in metrics)
     return {
         "rope_kept": 1 - rope_lost / rope_total,
         "rank_kept": 1 - (key_lost + value_lost) / (key_total + value_total),
@@ -191,7 +217,7 @@ def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics
 
 
 def _content(
-    rows: Tensor, tokens: Tensor, reads: tuple[Tensor, Tensor], costs: tuple[Tensor, Tensor], rank: int
+    rows: Tensor, tokens: Tensor, reads: tuple[Tensor, Tensor], costs: tuple[Tensor, Tensor], rank: int | None
 ) -> tuple[Tensor, Tensor, tuple]:
     """Latent rows (r, c) and kv_b (H*(nope+d_h), r) from rows (n, c) = [keys; values] of c input columns.
 
@@ -207,6 +233,8 @@ def _content(
         served, metrics = served @ rows, tuple(rows.T @ m @ rows for m in metrics)
         rows = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     cov = rows @ tokens @ rows.T
+    if rank is None:
+        return rows, served, (cov, cov.new_zeros(len(cov), 0), metrics)
     encode, decode, tail = _latent(cov, metrics[0] + metrics[1], rank)
     down, up = encode @ rows, served @ decode
     size = _balance(up.square().mean(0), down.square().mean(1))
@@ -217,13 +245,13 @@ def _assemble(
     weights: AttentionWeights, q_rows: Tensor, kv_a: Tensor, kv_b: Tensor, freq_index: Tensor, energy: dict[str, float]
 ) -> MlaWeights:
     """MlaWeights from affine q rows (*, d+1) and kv_a rows (*, d), or (*, d+1) where k or v has a bias."""
-    hidden = weights.k.shape[1]
+    hidden, query_size = weights.k.shape[1], weights.q.shape[1]
     return MlaWeights(
-        q_proj=q_rows[:, :hidden].contiguous(),
+        q_proj=q_rows[:, :query_size].contiguous(),
         kv_a=kv_a[:, :hidden].contiguous(),
         kv_b=kv_b,
         o_proj=weights.o.double(),
-        q_bias=None if weights.q_bias is None else q_rows[:, hidden].contiguous(),
+        q_bias=None if weights.q_bias is None else q_rows[:, query_size].contiguous(),
         kv_a_bias=kv_a[:, hidden].contiguous() if kv_a.shape[1] > hidden else None,
         o_bias=None if weights.o_bias is None else weights.o_bias.double(),
         freq_index=freq_index,
@@ -235,24 +263,25 @@ def _moments(statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Second moments (d+1, d+1) of the inputs as queries see them, and as keys and values are looked at."""
     moment = statistics.second_moment.double()
     tokens = moment if statistics.key_moment is None else statistics.key_moment.double()
-    return moment, _ridged(tokens / tokens[-1, -1], RIDGE)
+    return moment, ridged(tokens / tokens[-1, -1], RIDGE)
 
 
 def factorise(
     weights: AttentionWeights,
     geometry: Geometry,
     statistics: Statistics,
-    rank: int,
+    rank: int | None,
     rope_dim: int,
     *,
     planes: str = "loss",
-    balance: float = 1.0,
 ) -> MlaWeights:
     """Convert one layer to MLA with kv_lora_rank `rank` and qk_rope_head_dim `rope_dim`.
 
+    Latents are ordered: the first r rows of a higher rank are what rank r would have.
+
+    :param rank: None leaves the latent whole, all keys and values (or the input where that is smaller), unordered.
     :param planes: "loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation;
         "even" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
-    :param balance: factor on the cost of key errors against that of value errors.
     :return: weights in float64 and, in `energy`, what the approximation loses.
     """
     heads, num_kv, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
@@ -260,14 +289,18 @@ def factorise(
     q_heads, v_heads = q.view(heads, head_dim, -1), v.view(num_kv, head_dim, -1)
     o_heads = weights.o.double().view(-1, heads, head_dim).transpose(0, 1)
     moment, tokens = _moments(statistics)
+    query_moment = moment if statistics.query_moment is None else statistics.query_moment.double()
     rho = rope.mean_rotation(statistics.distance.double(), statistics.inv_freq.double())
+    turning = rho.shape[1] if geometry.turning is None else geometry.turning
     if planes == "even":
         rho = torch.ones_like(rho)
-    key_cost = geometry.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment)
-    kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes)
+    key_cost = geometry.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, query_moment)
+    kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, turning)
     nope = head_dim if rope_dim < num_kv * head_dim else 0
-    k_maps = rope.content_maps(kept, rho, num_kv)[:, :nope] * geometry.rope_scale**2
-    costs = (balance * key_cost[:, :nope, :nope], _ridged(o_heads.mT @ o_heads, COST_RIDGE))
+    gain = torch.ones(2, rho.shape[1], 1, dtype=torch.float64, device=rho.device)
+    gain[:, :turning] = geometry.rope_scale**2
+    k_maps = (rope.content_maps(kept, rho, num_kv) * gain.flatten(0, 1))[:, :nope]
+    costs = (key_cost[:, :nope, :nope], ridged(o_heads.mT @ o_heads, COST_RIDGE))
     # Without a source bias the result has none: constants are then part of what the latent carries.
     columns = slice(None if weights.k_bias is not None or weights.v_bias is not None else -1)
     rows = torch.cat((k, v))[:, columns]

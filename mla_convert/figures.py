@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,10 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def mean(numbers: Iterable[int]) -> float:
+    """Mean to one decimal, a whole number where it is one."""
+    found = list(numbers)
+    value = sum(found) / len(found)
+    return int(value) if value == int(value) else round(value, 1)

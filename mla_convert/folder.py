@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 from mla_convert.card import write_card
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.modeling import configuration_mla, modeling_mla
+from mla_convert.page import PAGE, write_page
 from mla_convert.report import Report
 from mla_convert.source import Source
+
+# Keys under which older tokenizers kept where they were loaded from, on the machine of whoever saved them.
+PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 def write_config(config: Any, stock_class: str, folder: Path) -> None:
@@ -36,7 +41,9 @@ def write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     # transformers may have picked the class by the source's model type, which the converted model does not have
     content = json.loads(own.read_text(encoding="utf-8"))
-    if content.get("tokenizer_class") != type(tokenizer).__name__:
+    paths = {key for key in PATHS if isinstance(content.get(key), str) and os.path.isabs(content[key])}
+    if content.get("tokenizer_class") != type(tokenizer).__name__ or paths:
+        content = {key: value for key, value in content.items() if key not in paths}
         content["tokenizer_class"] = type(tokenizer).__name__
         own.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not (folder / "generation_config.json").exists():
@@ -48,6 +55,7 @@ def finish(source: Source, tokenizer: Any, config: Any, stock_class: str, writer
     write_tokenizer(source, tokenizer, writer.folder)
     write_config(config, stock_class, writer.folder)
     writer.write_index()
-    write_card(report, writer.folder, source.license())
+    write_card(report, writer.folder)
     report.write(writer.folder)
+    write_page(report.as_dict(), writer.folder / PAGE)
     writer.publish()

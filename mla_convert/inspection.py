@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mla_convert.checkpoint.writer import REPORT
 from mla_convert.errors import InputError
+from mla_convert.figures import mean
 from mla_convert.planning import shape_figures
 from mla_convert.report import human_bytes
 from mla_convert.skeleton import Skeleton
@@ -44,7 +45,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
             source.reader.dtype(tensor)  # refuses what is quantised
         Skeleton(source, torch.device("cpu"))  # refuses missing and misshapen tensors
         source.tokenizer()
-    return _source(source, LOADED if local else CONFIG_ONLY)
+    return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -58,7 +59,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _source(source: Source, basis: str) -> dict[str, Any]:
     shape, config = source.shape, source.config
-    rope = dict(config.rope_parameters or {})
     windows = [window for window in source.sliding_windows if window]
     tied = config.tie_word_embeddings
     stored = {name for name in source.reader.names() if not (tied and name == "lm_head.weight")}
@@ -71,7 +71,7 @@ def _source(source: Source, basis: str) -> dict[str, Any]:
         "basis": basis,
         "model_type": config.model_type,
         "shape": shape_figures(source),
-        "rope": {"type": rope.pop("rope_type", "default"), "base": rope.pop("rope_theta", None), "scaling": rope},
+        "rope": _rope(config) if source.family.rotary else None,
         "sliding_window": {"tokens": windows[0], "layers": len(windows)} if windows else None,
         "biases": sorted(
             name.removeprefix(first).removesuffix(".bias")
@@ -87,19 +87,31 @@ def _source(source: Source, basis: str) -> dict[str, Any]:
     }
 
 
+def _rope(config: Any) -> dict[str, Any]:
+    """RoPE's settings; where layers differ, those of full attention, and all of them by type of layer."""
+    parameters = dict(config.rope_parameters or {})
+    by_type = {kind: dict(own) for kind, own in parameters.items() if isinstance(own, dict)}
+    main = dict(by_type.get("full_attention", {})) if by_type else parameters
+    found = {"type": main.pop("rope_type", "default"), "base": main.pop("rope_theta", None), "scaling": main}
+    return {**found, "by_layer_type": by_type} if by_type else found
+
+
 def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     try:
-        rank, rope_dim, layers = (config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "num_hidden_layers"))
+        layers = int(config["num_hidden_layers"])
+        # where layers differ there is a list beside the largest
+        ranks = config.get("kv_lora_ranks") or [config["kv_lora_rank"]] * layers
+        rope_dims = config.get("qk_rope_head_dims") or [config["qk_rope_head_dim"]] * layers
         result = {
             "name": label,
             "revision": revision,
             "kind": "converted",
             "convertible": False,
             "model_type": config["model_type"],
-            "layers": int(layers),
-            "kv_lora_rank": int(rank),
-            "qk_rope_head_dim": int(rope_dim),
-            "cache_numbers_per_token_per_layer": int(rank) + int(rope_dim),
+            "layers": layers,
+            "kv_lora_rank": mean(ranks),
+            "qk_rope_head_dim": mean(rope_dims),
+            "cache_numbers_per_token_per_layer": mean(map(int.__add__, ranks, rope_dims)),
             "dtype": str(config.get("dtype") or "float32"),
             "report": None,
         }
@@ -142,14 +154,19 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
 
 def _source_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     shape, rope, window = found["shape"], found["rope"], found["sliding_window"]
-    scaling = "".join(f", {key} {value}" for key, value in rope["scaling"].items())
+    turned = "none"
+    if rope:
+        scaling = "".join(f", {key} {value}" for key, value in rope["scaling"].items())
+        others = (kind for kind in rope.get("by_layer_type", {}) if kind != "full_attention")
+        bases = "".join(f"; {kind}: base {rope['by_layer_type'][kind].get('rope_theta')}" for kind in others)
+        turned = f"{rope['type']}, base {rope['base']}{scaling}{bases}"
     windowed = f"{window['tokens']} tokens in {window['layers']} of {shape['layers']} layers" if window else "none"
     return [
         ("family", found["model_type"]),
         ("layers", str(shape["layers"])),
         ("hidden size", str(shape["hidden_size"])),
         ("heads", f"{shape['attention_heads']} of {shape['head_dim']}, {shape['key_value_heads']} for keys and values"),
-        ("RoPE", f"{rope['type']}, base {rope['base']}{scaling}"),
+        ("RoPE", turned),
         ("sliding window", windowed),
         ("biases", ", ".join(found["biases"]) or "none"),
         ("longest context", str(found["context_limit"])),

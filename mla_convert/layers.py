@@ -20,7 +20,7 @@ from mla_convert.environment import return_freed_memory
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
 from mla_convert.progress import Progress
-from mla_convert.skeleton import Skeleton
+from mla_convert.skeleton import Skeleton, first_output
 
 
 @dataclass
@@ -92,7 +92,7 @@ def convert_layers(job: LayerJob, streams: Streams) -> list[dict[str, Any]]:
         tensors = skeleton.layer_tensors(index)
         with skeleton.layer(index, tensors) as layer:
             start = {length: kwargs[length][index] for length in lengths}
-            student = build_attention(job.mla_config, index, _attention(job, layer).scaling, skeleton.device)
+            student = build_attention(job.mla_config, _attention(job, layer), skeleton.device)
             file = job.shard(index + 1)
             if file in job.writer.finished:
                 report = job.writer.finished[file]["note"]
@@ -120,22 +120,26 @@ def _convert_layer(
 ) -> dict[str, Any]:
     """Factorise and refine one layer into `module`; returns its report entry."""
     skeleton, clock = job.skeleton, _Clock(job.skeleton.device)
-    norm, own = getattr(layer, skeleton.source.family.input_norm), kwargs[streams.calib_original.length]
-    original = refine.attend(_attention(job, layer), norm, own, skeleton.autocast)
-    student = refine.attend(module, norm, own, skeleton.autocast)
+    family, own, attention = skeleton.source.family, kwargs[streams.calib_original.length], _attention(job, layer)
+    norm, after = family.entry(layer), family.exit(layer)
+    original = refine.attend(attention, norm, own, skeleton.autocast, after)
+    student = refine.attend(module, norm, own, skeleton.autocast, after)
 
-    statistics = layer_statistics(skeleton, layer, streams.calib_converted, eager)
+    statistics = layer_statistics(skeleton, layer, streams.calib_converted, eager, module)
     clock.lap("calibrate")
-    weights = factorise_layer(skeleton.source, layer, statistics, job.plan, job.config.planes, skeleton.rope_scale)
-    fill_attention(module, weights)
+    size, rotation = job.plan.layer(module.layer_idx), skeleton.rotation(module.layer_idx, eager)
+    weights = factorise_layer(
+        skeleton.source, attention, statistics, size.rank, size.rope_dim, job.config.planes, rotation
+    )
+    fill_attention(module, weights, family.table_step)
     clock.lap("factorise")
     closed_form = refine.output_error(student, original, streams.calib_original)
     targets = refine.residual_targets(original, streams.calib_original)
     result = refine.refine(module, student, streams.calib_converted, targets, job.refine, job.progress.step)
     clock.lap("refine")
     return {
-        "kv_lora_rank": job.plan.rank,
-        "qk_rope_head_dim": job.plan.rope_dim,
+        "kv_lora_rank": module.kv_lora_rank,
+        "qk_rope_head_dim": module.qk_rope_head_dim,
         "plane_frequencies": weights.freq_index.tolist(),
         "energy": weights.energy,
         "output_error_closed_form": closed_form,
@@ -189,7 +193,7 @@ def _advance(job: LayerJob, layer: nn.Module, student: MlaAttention, streams: St
     def run(states: Activations) -> None:
         own = kwargs[states.length]
         with job.skeleton.autocast():
-            states.advance(lambda hidden: _first(layer(hidden, **own)))
+            states.advance(lambda hidden: first_output(layer(hidden, **own)))
 
     run(streams.calib_original)
     run(streams.eval_original)
@@ -199,10 +203,6 @@ def _advance(job: LayerJob, layer: nn.Module, student: MlaAttention, streams: St
         run(streams.eval_converted)
     finally:
         setattr(layer, name, original)
-
-
-def _first(output: Tensor | tuple) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def refine_settings(config: ConvertConfig, device: torch.device, length: int) -> refine.RefineSettings:

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from mla_convert.errors import InputError
+from mla_convert.source import kv_heads
+from mla_convert.texts import Windows, evaluation_protocol
 
 # Logits held at once, tokens by vocabulary: 128 MB in float32.
 LOGITS = 1 << 25
@@ -54,6 +57,31 @@ def perplexity(losses: Tensor) -> Perplexity:
     return Perplexity(math.exp(min(found.value, 700.0)), found.error, losses.shape[0], losses.shape[1] + 1)
 
 
+def figures(windows: Windows, before: Tensor, after: Tensor) -> dict[str, Any]:
+    """What a report says of its evaluation, from the token losses of both models on `windows.measured`."""
+    count = len(windows.evaluation)
+    found = _compared(windows.eval_text, windows.eval_protocol, before[:count], after[:count])
+    if windows.held_out is not None:
+        protocol = evaluation_protocol(windows.held_out)
+        found["held_out"] = _compared(windows.held_out_text, protocol, before[count:], after[count:])
+    return found
+
+
+def _compared(text: str, protocol: str, before: Tensor, after: Tensor) -> dict[str, Any]:
+    over = ratio(after, before)
+    return {"text": text, "protocol": protocol, "before": perplexity(before).as_dict(), "after": perplexity(after).as_dict(),
+            "ratio": over.value, "ratio_log_error": over.error}  # fmt: skip
+
+
+def ratio(losses: Tensor, original: Tensor) -> Mean:
+    """Perplexity over the original's, from token losses (windows, length-1) of both on the same windows.
+
+    `error` is that of its logarithm, paired: how hard a window is for both models is no part of it.
+    """
+    found = mean(losses - original)
+    return Mean(math.exp(min(found.value, 700.0)), found.error)
+
+
 def mean(values: Tensor) -> Mean:
     """Of a figure per token (windows, tokens)."""
     means = values.double().mean(dim=1)
@@ -61,10 +89,11 @@ def mean(values: Tensor) -> Mean:
     return Mean(float(means.mean()), spread)
 
 
-@torch.no_grad()
-def model_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Token losses (N, L-1) of a loaded causal language model, logits in float32."""
-    return score(Readout(model, windows), windows).losses
+@dataclass
+class _Output(BaseModelOutputWithPastAndCrossAttentions):
+    """Whatever the head of some family asks a decoder's output for."""
+
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 class _Given(nn.Module):
@@ -74,8 +103,13 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden: Tensor | None = None
 
-    def forward(self, *_, **__) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+    @property
+    def decoder(self) -> _Given:
+        """OPT's head calls the decoder inside the decoder."""
+        return self
+
+    def forward(self, *_, **__) -> _Output:
+        return _Output(last_hidden_state=self.hidden)
 
 
 class Readout:
@@ -181,4 +215,4 @@ def cache_bytes(model: nn.Module, ids: Tensor) -> float:
 def original_cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes a token that the original of a converted model caches, from the fields that its configuration keeps."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers * itemsize
+    return 2 * kv_heads(config) * head_dim * config.num_hidden_layers * itemsize

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from mla_convert import environment, folder, layers, measure, report, texts
+from mla_convert import environment, folder, layers, measure, report, sensitivity, texts
 from mla_convert.attention import mla_config
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
-from mla_convert.plan import make_plan
+from mla_convert.plan import make_plan, shares_out
 from mla_convert.progress import Progress
 from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
@@ -37,29 +37,34 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         output.check_output(out, source.folder, config.overwrite)
         plan = make_plan(config, source.shape)
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
-        output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None))
+        aside = sensitivity.aside_bytes(plan) if shares_out(config, plan) else 0
+        output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None) + aside)
         skeleton = Skeleton(source, device)
         tokenizer = source.tokenizer()
-        new_config = mla_config(source, plan, cast or source.dtype)
 
     with phases.phase("text"):
         longest = getattr(source.config, "max_position_embeddings", None)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest)
-    for note in windows.notes:
+    notes = [*source.notes, *windows.notes]
+    for note in notes:
         progress.note(note)
 
     refine = layers.refine_settings(config, device, windows.calib.shape[1])
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch}
     identity = {"settings": settings, "source": source.fingerprint(), "device": environment.device_name(device),
-                "windows": [windows.calib.tolist(), windows.evaluation.tolist()],
+                "windows": [windows.calib.tolist(), windows.measured.tolist()],
                 "versions": environment.versions()}  # fmt: skip
     # a link is written through, not replaced
     with environment.deterministic(config.seed), output.Writer(Path(os.path.realpath(out)), identity) as writer:
-        job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
         with phases.phase("embed"):
+            streams = layers.open_streams(skeleton, windows.calib, windows.measured)
+        with phases.phase("allocate"):
+            plan = sensitivity.share_out(plan, config, refine.steps, skeleton, streams.calib_original, writer, progress)
+        new_config = mla_config(source, plan, cast or source.dtype)
+        job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
+        with phases.phase("ends"):
             layers.write_ends(job)
-            streams = layers.open_streams(skeleton, windows.calib, windows.evaluation)
         progress.start(plan.shape.layers, refine.steps)
         try:
             with phases.phase("layers"):
@@ -68,22 +73,21 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             progress.stop()
         with phases.phase("evaluate"):
             streamed = [streams.eval_original.data, streams.eval_converted.data]
-            before, after = map(measure.perplexity, skeleton.token_losses(streamed, windows.evaluation))
+            losses = skeleton.token_losses(streamed, windows.measured)
         result = report.Report(
-            source={"name": source.name, "revision": source.revision, "model_type": source.config.model_type},
+            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, source.license()),
             # labels, not paths: a report is made to be published
-            settings={**settings, "calib": config.calib and windows.calib_text, "eval": config.eval and windows.eval_text},
+            settings={**settings, **windows.labels(config)},
             versions=environment.versions(),
             device=environment.device_name(device),
             cache=report.cache_figures(plan, (cast or source.dtype).itemsize, source.sliding_windows),
-            evaluation={"text": windows.eval_text, "protocol": windows.eval_protocol, "before": before.as_dict(),
-                        "after": after.as_dict(), "ratio": after.value / before.value},
+            evaluation=measure.figures(windows, *losses),
             calibration={"text": windows.calib_text, "protocol": windows.calib_protocol},
             layers=layer_reports,
             phases=phases.results,
             seconds=round(time.perf_counter() - began, 2),
             checksums=writer.checksums(),
-            notes=windows.notes,
+            notes=notes,
             out=out,
         )  # fmt: skip
         write_recipe(writer.folder, config, source, plan, windows, refine, result)

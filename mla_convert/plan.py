@@ -15,7 +15,11 @@ DEFAULT_RATIO = 0.5
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Shape of a source's attention. `has_kv_bias`: a bias on its key or value projection."""
+    """Shape of a source's attention. `has_kv_bias`: a bias on its key or value projection.
+
+    `rotary_dim`: dims of a head that RoPE turns, where that is not all of them; `rope_layers`: which layers have RoPE,
+    where not all do; `normed`: a norm stands between key projection and attention.
+    """
 
     layers: int
     hidden_size: int
@@ -23,6 +27,9 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
     has_kv_bias: bool = False
+    rotary_dim: int | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    normed: bool = False
 
     @property
     def cache_numbers(self) -> int:
@@ -32,24 +39,59 @@ class AttentionShape:
     @property
     def full_rope_dim(self) -> int:
         """Rotary dims when every plane keeps RoPE."""
-        return self.num_kv_heads * self.head_dim
+        return self.num_kv_heads * (self.head_dim if self.rotary_dim is None else self.rotary_dim)
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether a layer has RoPE."""
+        return self.rope_layers is None or self.rope_layers[layer]
 
     def full_rank(self, rope_dim: int) -> int:
         """Rank at which nothing is lost: the features left, or the inputs they are linear in if those are fewer."""
-        return min(self.cache_numbers - rope_dim, self.hidden_size + self.has_kv_bias)
+        features = self.cache_numbers - rope_dim
+        return features if self.normed else min(features, self.hidden_size + self.has_kv_bias)
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Numbers that one layer caches per token: kv_lora_rank and qk_rope_head_dim."""
+
+    rank: int
+    rope_dim: int
+
+    @property
+    def numbers(self) -> int:
+        """Both together."""
+        return self.rank + self.rope_dim
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the converted cache, the same in every layer."""
+    """Sizes of the converted cache. `rank` and `rope_dim` are every layer's, or the budget that `sizes` shares out.
+
+    Layers without RoPE, where a model has some, spend all of it on the latent.
+    """
 
     rank: int
     rope_dim: int
     shape: AttentionShape
+    sizes: tuple[LayerSize, ...] | None = None
+
+    def layer(self, index: int) -> LayerSize:
+        """Sizes of one layer."""
+        if self.sizes:
+            return self.sizes[index]
+        if self.shape.has_rope(index):
+            return LayerSize(self.rank, self.rope_dim)
+        return LayerSize(min(self.rank + self.rope_dim, self.shape.full_rank(0)), 0)
+
+    @property
+    def layers(self) -> list[LayerSize]:
+        """Sizes of all layers."""
+        return [self.layer(index) for index in range(self.shape.layers)]
 
     @property
     def cache_numbers(self) -> int:
-        """Numbers cached per token and layer after conversion."""
+        """Numbers per token and layer that the settings ask for, the mean over layers where they differ."""
         return self.rank + self.rope_dim
 
     @property
@@ -58,14 +100,35 @@ class Plan:
         return self.cache_numbers / self.shape.cache_numbers
 
     @property
+    def full_rank(self) -> int:
+        """Rank at which nothing but the rotation of the other planes is lost."""
+        return self.shape.full_rank(self.rope_dim)
+
+    @property
     def exact(self) -> bool:
         """Whether every plane keeps RoPE and no direction is dropped."""
-        return self.rope_dim == self.shape.full_rope_dim and self.rank == self.shape.full_rank(self.rope_dim)
+        return self.rope_dim == self.shape.full_rope_dim and self.rank == self.full_rank
 
     @property
     def qk_nope_head_dim(self) -> int:
-        """Width of a head's key part without position: none is left when every plane stays rotary."""
-        return 0 if self.rope_dim == self.shape.full_rope_dim else self.shape.head_dim
+        """Width of a head's key part without position, the largest of all layers."""
+        return max(self.layer_nope_dim(layer) for layer in range(self.shape.layers))
+
+    def layer_nope_dim(self, layer: int) -> int:
+        """qk_nope_head_dim of one layer: none is left when every dim of every key head stays rotary."""
+        every = self.shape.num_kv_heads * self.shape.head_dim
+        return 0 if self.layer(layer).rope_dim == every else self.shape.head_dim
+
+
+def shares_out(settings: Settings, plan: Plan) -> bool:
+    """Whether the conversion gives layers sizes of their own, by what it measures; the plan then holds their mean."""
+    free = not settings.uniform and settings.planes == "loss"
+    return free and plan.shape.layers > 1 and plan.rank < plan.full_rank
+
+
+def size_unit(plan: Plan) -> int:
+    """What per-layer sizes are multiples of."""
+    return UNIT if min(plan.rank, plan.shape.full_rope_dim - 1) >= UNIT else 2
 
 
 def make_plan(settings: Settings, shape: AttentionShape) -> Plan:

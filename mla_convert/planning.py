@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from mla_convert import sizing
+from mla_convert import sizing, timing
 from mla_convert.attention import mla_config
 from mla_convert.config import ConvertConfig
-from mla_convert.plan import Plan, make_plan
+from mla_convert.layers import refine_settings
+from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
+from mla_convert.sensitivity import TOKENS, aside_bytes
 from mla_convert.source import Source, open_source, parameters
 from mla_convert.texts import CALIB_DEFAULT, EVAL_LENGTH
 
@@ -43,11 +45,18 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         "before": sizing.CacheSize(plan.shape.cache_numbers, dtype.itemsize, tuple(windows)),
         "after": sizing.CacheSize(plan.cache_numbers, dtype.itemsize, tuple(windows)),
     }
+    uniform = not shares_out(config, plan)
     result = {
         "source": {"name": source.name, "revision": source.revision, "model_type": source.config.model_type},
         "shape": shape_figures(source),
         "dtype": str(dtype).removeprefix("torch."),
         "exact": plan.exact,
+        "layers": [
+            {"layer": layer, "kv_lora_rank": size.rank, "qk_rope_head_dim": size.rope_dim}
+            for layer, size in enumerate(plan.layers)
+        ],
+        # otherwise these are means, which the conversion shares out by what it measures
+        "uniform": uniform,
         "cache": {
             **cache_figures(plan, dtype.itemsize, windows),
             "grid": [
@@ -58,9 +67,11 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         },
         "parameters": {key: {side: counted[key] for side, counted in counts.items()} for key in ("attention", "model")},
         # beside the weights each layer names its rotary planes (int64)
-        "disk_bytes": weights["after"] + plan.shape.layers * plan.rope_dim // 2 * 8,
+        "disk_bytes": weights["after"] + sum(size.rope_dim // 2 for size in plan.layers) * 8,
+        "disk_aside_bytes": 0 if uniform else aside_bytes(plan),
         "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
-        "warnings": sizing.warnings(plan),
+        "time": _time(config, source, plan, before, after),
+        "warnings": [*source.notes, *sizing.warnings(plan)],
     }  # fmt: skip
     if card_bytes is not None:
         limit = getattr(source.config, "max_position_embeddings", None) or LIMIT
@@ -107,15 +118,43 @@ def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _evaluation_tokens(config: ConvertConfig, source: Source) -> int:
+def _evaluation_windows(config: ConvertConfig, source: Source) -> tuple[int, int]:
     longest = getattr(source.config, "max_position_embeddings", None) or EVAL_LENGTH
-    return config.eval_windows * (config.eval_length or min(longest, EVAL_LENGTH))
+    return config.eval_windows, config.eval_length or min(longest, EVAL_LENGTH)
 
 
-def _calibration_tokens(config: ConvertConfig) -> int:
-    """Tokens of calibration on a CPU."""
-    samples, length = CALIB_DEFAULT[False]
-    return (config.calib_samples or samples) * (config.calib_length or length)
+def _calibration_windows(config: ConvertConfig, on_gpu: bool) -> tuple[int, int]:
+    samples, length = CALIB_DEFAULT[on_gpu]
+    return config.calib_samples or samples, config.calib_length or length
+
+
+def _time(
+    config: ConvertConfig, source: Source, plan: Plan, before: dict[str, int], after: dict[str, int]
+) -> dict[str, Any]:
+    """A range of seconds on this machine's cores and on an H100, each with the settings it would run with."""
+    layer = f"{source.family.layers}.0."
+    attention = f"{layer}{source.family.attention}."
+
+    def numbers(side: dict[str, int], prefix: str) -> int:
+        return sum(count for name, count in side.items() if name.startswith(prefix))
+
+    shape = plan.shape
+    work = timing.LayerWork(
+        hidden=shape.hidden_size,
+        layer_before=numbers(before, layer),
+        layer_after=numbers(after, layer),
+        attention_before=numbers(before, attention),
+        attention_after=numbers(after, attention),
+        mixing_before=shape.num_heads * 2 * shape.head_dim,
+        mixing_after=shape.num_heads * (plan.qk_nope_head_dim + plan.rope_dim + shape.head_dim),
+    )
+    windows = {}
+    for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
+        calib = _calibration_windows(config, device.type == "cuda")
+        refine = refine_settings(config, device, calib[1])
+        windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
+                          "batch": refine.batch, "measured": TOKENS[device.type] * shares_out(config, plan)}  # fmt: skip
+    return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
 
 
 def _host_memory(
@@ -128,8 +167,8 @@ def _host_memory(
         attention=sum(count for name, count in after.items() if name.startswith(f"{first}{source.family.attention}.")),
         hidden=plan.shape.hidden_size,
         itemsize=itemsize,
-        calibration_tokens=_calibration_tokens(config),
-        evaluation_tokens=_evaluation_tokens(config, source),
+        calibration_tokens=prod(_calibration_windows(config, on_gpu=False)),
+        evaluation_tokens=prod(_evaluation_windows(config, source)),
     )
     if source.gguf:  # transformers holds these whole, in float32
         moments = {moment: size + 4 * sum(after.values()) for moment, size in moments.items()}
@@ -150,7 +189,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{shape['head_dim']}, {shape['key_value_heads']} for keys and values, {plan['dtype']}"
     )
     rank, rope = cache["kv_lora_rank"], cache["qk_rope_head_dim"]
-    table = _table(f"→ MLA, rank {rank} + {rope} rotary{', exact' if plan['exact'] else ''}")
+    spread = "in every layer" if plan["uniform"] else "on average: layers that lose more get more"
+    table = _table(f"→ MLA, rank {rank} + {rope} rotary {spread}{', exact' if plan['exact'] else ''}")
     _compare(table, "cache numbers per token and layer", cache["numbers_per_token_per_layer"], str)
     _compare(table, "cache per token", cache["bytes_per_token"], human_bytes)
     for what, numbers in plan["parameters"].items():
@@ -171,8 +211,12 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     if "card" in plan:
         _print_card(plan["card"], console)
     memory = plan["peak_host_memory"]
-    line(f"disk: {human_bytes(plan['disk_bytes'])} of weights, and the tokenizer's files")
+    aside = f"; {human_bytes(plan['disk_aside_bytes'])} more while it runs" if plan["disk_aside_bytes"] else ""
+    line(f"disk: {human_bytes(plan['disk_bytes'])} of weights, and the tokenizer's files{aside}")
     line(f"peak memory: about {human_bytes(memory['bytes'])}, for {memory['moment']} ({memory['basis']})")
+    for place, where in (("cpu", f"on {plan['time']['cpu']['cores']} of these cores"), ("h100", "on an H100")):
+        low, high = (timing.duration(seconds) for seconds in plan["time"][place]["seconds"])
+        line(f"time: {low} to {high} {where} ({plan['time'][place]['basis']})")
     for warning in plan["warnings"]:
         line(f"warning: {warning}")
 

@@ -13,12 +13,13 @@ from rich.progress import Progress as Bars
 class Progress:
     """Progress over layers; the unit is one refinement step (plus one for everything else a layer needs)."""
 
-    def __init__(self, console: Console | None = None, quiet: bool = False):
+    def __init__(self, console: Console | None = None, quiet: bool = False, verbose: bool = False):
         self.console = console or Console(stderr=True, highlight=False)
         self.quiet = quiet
+        self.verbose = verbose
         self._bars: Bars | None = None
         self._task: Any = None
-        self._layer, self._layers, self._steps = 0, 0, 0
+        self._layer, self._layers, self._steps, self._label = 0, 0, 0, ""
         self._start = self._shown = time.perf_counter()
 
     def note(self, text: str) -> None:
@@ -26,15 +27,15 @@ class Progress:
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
-    def start(self, layers: int, steps: int) -> None:
-        """Begin the loop over `layers`, each with `steps` refinement steps."""
-        self._layers, self._steps = layers, steps
+    def start(self, layers: int, steps: int, label: str = "layer") -> None:
+        """Begin a loop over `layers`, each with `steps` refinement steps."""
+        self._layer, self._layers, self._steps, self._label = 0, layers, steps, label
         self._start = self._shown = time.perf_counter()
         if self.console.is_terminal and not self.quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
                        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
             self._bars = Bars(*columns, console=self.console, transient=True)
-            self._task = self._bars.add_task(f"layer 1/{layers}", total=layers * (steps + 1))
+            self._task = self._bars.add_task(f"{label} 1/{layers}", total=layers * (steps + 1))
             self._bars.start()
 
     def step(self) -> None:
@@ -47,20 +48,27 @@ class Progress:
         if self._bars:
             self._bars.advance(self._task, steps)
 
+    def layer_measured(self) -> None:
+        """A pass over a layer that writes nothing is done."""
+        self._done()
+
     def layer_done(self, report: dict[str, Any]) -> None:
         """A layer is on disk."""
+        self._done(f"residual error {report['residual_error']:.2e}  ")
+
+    def _done(self, words: str = "") -> None:
         self._layer += 1
         if self._bars:
             done = self._layer * (self._steps + 1)
-            text = f"layer {min(self._layer + 1, self._layers)}/{self._layers}"
+            text = f"{self._label} {min(self._layer + 1, self._layers)}/{self._layers}"
             self._bars.update(self._task, completed=done, description=text)
-        elif time.perf_counter() - self._shown > 10 or self._layer == self._layers:
+        due = time.perf_counter() - self._shown > 10 or (words and self._layer == self._layers)
+        if self.verbose or (due and not self._bars):
             self._shown = time.perf_counter()
             elapsed = self._shown - self._start
             left = elapsed / self._layer * (self._layers - self._layer)
             self.note(
-                f"layer {self._layer}/{self._layers}  residual error {report['residual_error']:.2e}  "
-                f"{elapsed:.0f} s elapsed, about {left:.0f} s left"
+                f"{self._label} {self._layer}/{self._layers}  {words}{elapsed:.0f} s elapsed, about {left:.0f} s left"
             )
 
     def stop(self) -> None:

@@ -45,10 +45,15 @@ def write_recipe(
         "refine_batch": refine.batch,
     }
     local = []
-    for key, spec, label in (("calib", config.calib, windows.calib_text), ("eval", config.eval, windows.eval_text)):
-        settings[key], is_file = repeatable(spec, label, "calibration" if key == "calib" else "evaluation")
+    texts = [("calib", windows.calib_text, "calibration"), ("eval", windows.eval_text, "evaluation")]
+    if config.held_out:
+        texts.append(("held_out", windows.held_out_text, "held-out"))
+    else:
+        del settings["held_out"]  # nothing stood in for it
+    for key, label, purpose in texts:
+        settings[key], is_file = repeatable(getattr(config, key), label, purpose)
         if is_file:
-            local.append((f"--{key}", settings[key]))
+            local.append((f"--{key.replace('_', '-')}", settings[key]))
     packaged = config.source.startswith(PACKAGE)
     if not packaged and source.revision is None:
         local.insert(0, ("SOURCE", source.name))

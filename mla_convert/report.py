@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert.figures import REPORT, finite
-from mla_convert.plan import Plan
+from mla_convert.figures import REPORT, finite, mean
+from mla_convert.plan import AttentionShape, Plan
 
 SCHEMA = 1
 CONTEXTS = (4096, 32768, 131072)
@@ -34,6 +36,7 @@ class Report:
     checksums: dict[str, str]
     schema: int = SCHEMA
     notes: list[str] = field(default_factory=list)
+    beyond: dict[str, Any] = field(default_factory=dict)  # added by `eval --into-report`
     out: Path | None = None
 
     @property
@@ -45,6 +48,8 @@ class Report:
         """As written to report.json: without the local output path, NaN and infinity as null."""
         content = asdict(self)
         content.pop("out")
+        if not self.beyond:
+            content.pop("beyond")
         return finite(content)
 
     def write(self, folder: Path) -> None:
@@ -52,28 +57,42 @@ class Report:
         (folder / REPORT).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+def source_figures(
+    name: str, revision: str | None, model_type: str, shape: AttentionShape, license_data: dict[str, Any]
+) -> dict[str, Any]:
+    """What a report says of its source: enough to name it, to draw its attention and to carry its licence over."""
+    return {
+        "name": name,
+        "revision": revision,
+        "model_type": model_type,
+        "layers": shape.layers,
+        "attention_heads": shape.num_heads,
+        "key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        **license_data,
+    }
+
+
 def cache_figures(plan: Plan, itemsize: int, windows: list[int | None]) -> dict[str, Any]:
     """KV-cache bytes before and after, for numbers of `itemsize` bytes.
 
     `windows` are the layers' sliding windows (None: none). A layer with a window holds at most that many tokens.
     """
-    before, after = plan.shape.cache_numbers, plan.cache_numbers
+    numbers = {"before": [plan.shape.cache_numbers] * len(windows), "after": [size.numbers for size in plan.layers]}
 
-    def held(context: int) -> int:
-        return sum(min(context, window) if window else context for window in windows)
+    def held(context: int) -> dict[str, int]:
+        tokens = [min(context, window) if window else context for window in windows]
+        return {side: sum(map(operator.mul, tokens, each)) * itemsize for side, each in numbers.items()}
 
-    contexts = {
-        str(context): {"before": held(context) * before * itemsize, "after": held(context) * after * itemsize}
-        for context in CONTEXTS
-    }
+    before, after = (mean(each) for each in numbers.values())
     return {
-        "kv_lora_rank": plan.rank,
-        "qk_rope_head_dim": plan.rope_dim,
+        "kv_lora_rank": mean(size.rank for size in plan.layers),
+        "qk_rope_head_dim": mean(size.rope_dim for size in plan.layers),
         "numbers_per_token_per_layer": {"before": before, "after": after},
         "bytes_per_number": itemsize,
-        "bytes_per_token": {"before": held(1) * before * itemsize, "after": held(1) * after * itemsize},
-        "bytes_at_context": contexts,
-        "share_saved": 1 - after / before,
+        "bytes_per_token": held(1),
+        "bytes_at_context": {str(context): held(context) for context in CONTEXTS},
+        "share_saved": 1 - sum(numbers["after"]) / sum(numbers["before"]),
     }
 
 
@@ -96,8 +115,23 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
         table.append((f"KV cache at {int(context) // 1024}k context", human_bytes(size["before"]),
                       human_bytes(size["after"]), f"-{1 - size['after'] / size['before']:.1%}"))  # fmt: skip
     before, after = evaluation["before"]["value"], evaluation["after"]["value"]
-    table.append(("perplexity", f"{before:.3f}", f"{after:.3f}", f"×{evaluation['ratio']:.4f}"))
+    table.append(("perplexity", f"{before:.3f}", f"{after:.3f}", ratio_words(evaluation)))
+    if held_out := evaluation.get("held_out"):
+        before, after = held_out["before"]["value"], held_out["after"]["value"]
+        table.append(("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", ratio_words(held_out)))
     return table
+
+
+def ratio_words(evaluation: dict[str, Any]) -> str:
+    """A perplexity ratio with its standard error over windows, if there is one: ×1.0110 ± 0.0012."""
+    error = ratio_error(evaluation)
+    return f"×{evaluation['ratio']:.4f}" + (f" ± {error:.4f}" if error else "")
+
+
+def ratio_error(evaluation: dict[str, Any]) -> float | None:
+    """Standard error of a perplexity ratio over windows, paired; None for a single window and in older reports."""
+    ratio, error = evaluation.get("ratio"), evaluation.get("ratio_log_error")
+    return ratio * error if ratio is not None and error is not None and math.isfinite(error) else None
 
 
 def print_summary(report: Report, console: Console) -> None:
@@ -110,7 +144,12 @@ def print_summary(report: Report, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     evaluation = report.evaluation
-    console.print(f"perplexity on {evaluation['text']}: {evaluation['protocol']}", highlight=False, soft_wrap=True)
+    spread = "; ± is one standard error over windows" if ratio_error(evaluation) else ""
+    texts = [f"perplexity on {evaluation['text']}: {evaluation['protocol']}{spread}"]
+    if held_out := evaluation.get("held_out"):
+        texts.append(f"held-out text is {held_out['text']}: {held_out['protocol']}")
+    for text in texts:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"took {report.seconds:.0f} s on {report.device}; written to {report.out}", highlight=False, soft_wrap=True
     )

@@ -13,9 +13,9 @@ CONTEXTS = (4096, 32768, 131072)
 BATCHES = (1, 8, 32)
 # Memory of a card in GB as its vendor's data sheet prints it: nvidia.com/en-us/data-center/{h100,h200,a100,l4,l40s},
 # the DGX B200 data sheet (1,440 GB on 8 cards), the GeForce RTX 3090, 4090 and 5090 specifications, and AMD's Instinct
-# MI300X data sheet. Taken as powers of ten: a card reports a few percent more.
+# MI300X and MI325X data sheets. Taken as powers of ten: a card reports a few percent more.
 GPUS = {"3090": 24, "4090": 24, "5090": 32, "a100-40": 40, "a100-80": 80, "b200": 180, "h100": 80, "h200": 141,
-        "l4": 24, "l40s": 48, "mi300x": 192}  # fmt: skip
+        "l4": 24, "l40s": 48, "mi300x": 192, "mi325x": 256}  # fmt: skip
 # Of a card's memory: the rest is for activations, the runtime's own memory and fragmentation.
 USABLE = 0.9
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +23,26 @@ LOGIT_TOKENS = 1024
 LOGIT_ROWS = 16384
 
 
-class _Recorder(nn.Module):
-    """Stands for a decoder layer: keeps the keyword arguments it is called with, passes hidden states through."""
+@dataclass(frozen=True)
+class Rotation:
+    """How RoPE turns the keys of one layer: `inv_freq` (d_h/2,) radians per position, of which the first `turning` are
+    those of its table and the others zero; `scale` is the factor on cos and sin that some RoPE scalings apply."""
 
-    def __init__(self):
+    inv_freq: Tensor
+    turning: int
+    scale: float
+
+
+class _Recorder(nn.Module):
+    """Stands for a decoder layer: keeps the arguments it is called with by name, passes hidden states through."""
+
+    def __init__(self, layer: nn.Module):
         super().__init__()
+        self.names = list(inspect.signature(layer.forward).parameters)
         self.kwargs: dict[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        self.kwargs = kwargs
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        self.kwargs = dict(zip(self.names[1:], args, strict=False)) | kwargs
         return hidden_states
 
 
@@ -44,6 +57,11 @@ class _Injector(nn.Module):
         return self.hidden_states
 
 
+def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Hidden states of a layer or an attention, which return them alone or with something else."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class Skeleton:
     """Runs a source model one layer at a time.
 
@@ -55,12 +73,15 @@ class Skeleton:
         self.source = source
         self.device = device
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
-                source.config, attn_implementation="sdpa", dtype=torch.float32
-            ).eval()
+            self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
+        # SDPA knows neither soft caps nor sinks, and not every version of the stock classes says so
+        written_out = source.family.softcap or source.family.sinks or not self.model._supports_sdpa
+        self.implementation = "eager" if written_out else "sdpa"
+        self.model.set_attn_implementation(self.implementation)
         self.model.requires_grad_(False)
-        self.decoder = self.model.get_submodule(source.family.layers.rpartition(".")[0])
-        self.layers = self.decoder.layers
+        path, _, self._list = source.family.layers.rpartition(".")
+        self.decoder = self.model.get_submodule(path)
+        self.layers = getattr(self.decoder, self._list)
         for buffer_owner in (self.decoder, *self.decoder.children()):
             if buffer_owner is not self.layers:
                 buffer_owner._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
@@ -82,15 +103,17 @@ class Skeleton:
                     f"{list(parameter.shape)}: config.json and weights do not belong together"
                 )
 
-    @property
-    def inv_freq(self) -> Tensor:
-        """Rotary frequencies (n_f,) after the configuration's RoPE scaling."""
-        return self.decoder.rotary_emb.inv_freq
-
-    @property
-    def rope_scale(self) -> float:
-        """Factor on cos and sin that some RoPE scalings apply."""
-        return float(getattr(self.decoder.rotary_emb, "attention_scaling", 1.0))
+    def rotation(self, index: int, kwargs: dict[str, Any]) -> Rotation:
+        """RoPE of a layer, read from the cos and sin tables among the arguments that the stock model gives to it."""
+        shape, step = self.source.shape, self.source.family.table_step
+        inv_freq = torch.zeros(shape.head_dim // 2, dtype=torch.float64, device=self.device)
+        turning = shape.full_rope_dim // shape.num_kv_heads // 2 if shape.has_rope(index) else 0
+        if not turning:
+            return Rotation(inv_freq, 0, 1.0)
+        # position 1: no frequency turns by half a circle in one step
+        cos, sin = (table[0, 1, : turning * step : step].double() for table in kwargs["position_embeddings"])
+        inv_freq[:turning] = torch.atan2(sin, cos)
+        return Rotation(inv_freq, turning, float(torch.hypot(cos, sin).mean()))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 autocast on CUDA, nothing elsewhere."""
@@ -125,16 +148,23 @@ class Skeleton:
         try:
             yield
         finally:
-            module.to("meta")
+            # not the buffers: what stands in them is in no checkpoint
+            for part in module.modules():
+                for name, parameter in part._parameters.items():
+                    if parameter is not None:
+                        part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     @contextlib.contextmanager
-    def _weight_replaced(self, module: nn.Module, weight: Tensor) -> Iterator[None]:
-        kept = module.weight
-        module.weight = nn.Parameter(weight.to(self.device).float(), requires_grad=False)
+    def _rows_replaced(self, module: nn.Module, rows: dict[str, Tensor]) -> Iterator[None]:
+        """A linear layer with some rows only: "weight", and "bias" if it has one."""
+        kept = {name: getattr(module, name) for name in rows}
+        for name, part in rows.items():
+            setattr(module, name, nn.Parameter(part.to(self.device).float(), requires_grad=False))
         try:
             yield
         finally:
-            module.weight = kept
+            for name, parameter in kept.items():
+                setattr(module, name, parameter)
 
     def _stored(self, path: str) -> str:
         """Name of the stored tensor that a module's weight comes from: its own, or the embedding that it is tied to."""
@@ -152,11 +182,37 @@ class Skeleton:
     @contextlib.contextmanager
     def _layers_replaced(self, layers: list[nn.Module]) -> Iterator[None]:
         # the stock forward loops over the first num_hidden_layers entries
-        kept, self.decoder.layers = self.decoder.layers, nn.ModuleList(layers)
+        setattr(self.decoder, self._list, nn.ModuleList(layers))
         try:
             yield
         finally:
-            self.decoder.layers = kept
+            setattr(self.decoder, self._list, self.layers)
+
+    @contextlib.contextmanager
+    def _norm_replaced(self) -> Iterator[None]:
+        """Without the norm after the last layer."""
+        name = self.source.family.final_norm
+        kept = getattr(self.decoder, name)
+        setattr(self.decoder, name, nn.Identity())
+        try:
+            yield
+        finally:
+            setattr(self.decoder, name, kept)
+
+    @contextlib.contextmanager
+    def _frame_filled(self) -> Iterator[None]:
+        """What is small beside embedding, layers and final norm (learned positions), with its weights."""
+        path = self.source.family.layers.rpartition(".")[0]
+        apart = (self.layers, self.model.get_input_embeddings(), getattr(self.decoder, self.source.family.final_norm))
+        with contextlib.ExitStack() as stack:
+            for name, child in self.decoder.named_children():
+                wanted = [key for key, _ in child.named_parameters()] if child not in apart else []
+                if wanted:
+                    tensors = self.source.reader.read(f"{path}.{name}.{key}" for key in wanted)
+                    check_finite(tensors)
+                    own = {key.removeprefix(f"{path}.{name}."): tensor for key, tensor in tensors.items()}
+                    stack.enter_context(self._filled(child, own))
+            yield
 
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Tensor:
@@ -164,32 +220,31 @@ class Skeleton:
         tensors = self.source.reader.read([f"{self.embedding}.weight"])
         check_finite(tensors)
         (table,) = tensors.values()
-        norm, self.decoder.norm = self.decoder.norm, nn.Identity()
-        try:
-            # looked up in the stored dtype: the table is the largest tensor of a small model
-            with (
-                self._filled(self.model.get_submodule(self.embedding), {"weight": table}, table.dtype),
-                self._layers_replaced([_Recorder() for _ in self.layers]),
-            ):
-                parts = [
-                    self.decoder(ids.to(self.device), use_cache=False).last_hidden_state.float().cpu()
-                    for ids in windows.split(8)
-                ]
-        finally:
-            self.decoder.norm = norm
+        # looked up in the stored dtype: the table is the largest tensor of a small model
+        with (
+            self._filled(self.model.get_submodule(self.embedding), {"weight": table}, table.dtype),
+            self._frame_filled(),
+            self._norm_replaced(),
+            self._layers_replaced([_Recorder(layer) for layer in self.layers]),
+        ):
+            parts = [
+                self.decoder(ids.to(self.device), use_cache=False).last_hidden_state.float().cpu()
+                for ids in windows.split(8)
+            ]
         return torch.cat(parts)
 
     @torch.no_grad()
     def layer_kwargs(self, length: int, eager: bool = False) -> list[dict[str, Any]]:
         """Keyword arguments (positions, masks) that the stock model gives to each layer for unpadded windows."""
-        recorders = [_Recorder() for _ in self.layers]
-        norm, self.decoder.norm = self.decoder.norm, nn.Identity()
+        recorders = [_Recorder(layer) for layer in self.layers]
         hidden = torch.zeros(1, length, self.source.config.hidden_size, device=self.device)
-        try:
-            with self._layers_replaced(recorders), self.attention("eager" if eager else "sdpa"):
-                self.decoder(inputs_embeds=hidden, use_cache=False)
-        finally:
-            self.decoder.norm = norm
+        with (
+            self._frame_filled(),
+            self._norm_replaced(),
+            self._layers_replaced(recorders),
+            self.attention("eager" if eager else self.implementation),
+        ):
+            self.decoder(inputs_embeds=hidden, use_cache=False)
         return [recorder.kwargs for recorder in recorders]
 
     @contextlib.contextmanager
@@ -199,7 +254,7 @@ class Skeleton:
         try:
             yield
         finally:
-            self.model.config._attn_implementation = "sdpa"
+            self.model.config._attn_implementation = self.implementation
 
     @torch.no_grad()
     def token_losses(self, hidden_states: list[Tensor], windows: Tensor) -> list[Tensor]:
@@ -208,31 +263,77 @@ class Skeleton:
         Several sets of hidden states share one loading of the head, which is read a slice of the vocabulary at a time:
         neither the whole head nor a window's logits are ever in memory. Logits are float32.
         """
-        head, norm = self.model.get_output_embeddings(), self.decoder.norm
-        stored, norms = self._stored(self._path_of(head)), self.source.reader.read([self._stored(self._path_of(norm))])
-        check_finite(norms)
         targets = windows[:, 1:].to(self.device)
         sums = [torch.full(targets.shape, -torch.inf, device=self.device) for _ in hidden_states]
         picked = [torch.zeros(targets.shape, device=self.device) for _ in hidden_states]
-        with self._filled(norm, {"weight": next(iter(norms.values()))}):
-            rows = self.source.reader.shape(stored)[0]
-            for start in range(0, rows, LOGIT_ROWS):
-                part = self.source.reader.rows(stored, start, min(start + LOGIT_ROWS, rows))
-                check_finite({stored: part})
-                with self._weight_replaced(head, part):
-                    for hidden, total, logit in zip(hidden_states, sums, picked, strict=True):
-                        self._add_logits(hidden, targets, start, total, logit)
+        for start in self._head_slices():
+            for hidden, total, logit in zip(hidden_states, sums, picked, strict=True):
+                self._add_logits(hidden, targets, start, total, logit)
         return [(total - logit).cpu() for total, logit in zip(sums, picked, strict=True)]
+
+    def _head_slices(self) -> Iterator[int]:
+        """Loads the final norm and, one after another, slices of the head; yields the first token of each."""
+        head, norm = self.model.get_output_embeddings(), getattr(self.decoder, self.source.family.final_norm)
+        stored, path = {"weight": self._stored(self._path_of(head))}, self._path_of(norm)
+        if head.bias is not None:
+            stored["bias"] = f"{self._path_of(head)}.bias"
+        norms = self.source.reader.read(f"{path}.{name}" for name, _ in norm.named_parameters())
+        check_finite(norms)
+        norms = {name.removeprefix(f"{path}."): tensor for name, tensor in norms.items()}
+        with self._filled(norm, norms), self._frame_filled():
+            rows = self.source.reader.shape(stored["weight"])[0]
+            for start in range(0, rows, LOGIT_ROWS):
+                stop = min(start + LOGIT_ROWS, rows)
+                part = {kind: self.source.reader.rows(name, start, stop) for kind, name in stored.items()}
+                check_finite({stored[kind]: tensor for kind, tensor in part.items()})
+                with self._rows_replaced(head, part):
+                    yield start
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Logits (L, slice), float32, of outputs (1, L, hidden) of the last layer, by the slice of the head that is loaded."""
+        with self._layers_replaced([_Injector(states)] * len(self.layers)), self.autocast():
+            return self.model(inputs_embeds=states, use_cache=False).logits[0].float()
 
     def _add_logits(self, hidden: Tensor, targets: Tensor, first: int, total: Tensor, picked: Tensor) -> None:
         """Add the logits of the vocabulary from `first` on to the running log-sum-exp and to the targets' logits."""
         for window, start in itertools.product(range(len(targets)), range(0, targets.shape[1], LOGIT_TOKENS)):
             part = slice(start, min(start + LOGIT_TOKENS, targets.shape[1]))
             states = hidden[None, window, part].to(self.device, torch.float32)
-            with self._layers_replaced([_Injector(states)] * len(self.layers)), self.autocast():
-                logits = self.model(inputs_embeds=states, use_cache=False).logits[0].float()
+            logits = self._logits(states)
             total[window, part] = torch.logaddexp(total[window, part], logits.logsumexp(-1))
             local = targets[window, part] - first
             here = (local >= 0) & (local < logits.shape[-1])
             found = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
             picked[window, part] = torch.where(here, found, picked[window, part])
+
+    def output_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient (N, L, hidden) of the negative log-likelihood of tokens drawn from the model's own prediction.
+
+        With respect to outputs (N, L, hidden) of the last layer, summed over tokens; float32, on the CPU. The head is read
+        a slice of the vocabulary at a time, twice: once to draw (the largest of logit + Gumbel noise), once to differentiate.
+        """
+        shape = hidden.shape[:2]
+        total = torch.full(shape, -torch.inf, device=self.device)
+        best, drawn = total.clone(), torch.zeros(shape, dtype=torch.int64, device=self.device)
+        gradient = torch.zeros(hidden.shape)
+        for drawing in (True, False):
+            for start in self._head_slices():
+                for window, first in itertools.product(range(shape[0]), range(0, shape[1], LOGIT_TOKENS)):
+                    part = (window, slice(first, first + LOGIT_TOKENS))
+                    states = hidden[part][None].to(self.device, torch.float32).requires_grad_(not drawing)
+                    with torch.set_grad_enabled(not drawing):
+                        logits = self._logits(states)
+                    if drawing:
+                        total[part] = torch.logaddexp(total[part], logits.logsumexp(-1))
+                        noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
+                        value, index = (logits + noise).max(-1)
+                        drawn[part] = torch.where(value > best[part], index + start, drawn[part])
+                        best[part] = torch.maximum(best[part], value)
+                    else:
+                        slope = (logits.detach() - total[part][:, None]).exp()
+                        local = drawn[part] - start
+                        here = ((local >= 0) & (local < logits.shape[-1])).nonzero()[:, 0]
+                        slope[here, local[here]] -= 1
+                        logits.backward(slope)
+                        gradient[part] += states.grad[0].cpu()
+        return gradient

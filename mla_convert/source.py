@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import init_empty_weights
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import (
@@ -22,10 +24,12 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from mla_convert.checkpoint.dequantise import DequantisedReader, can_dequantise
+from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
 from mla_convert.config import unknown_source
 from mla_convert.errors import InputError, ResourceError, one_line
-from mla_convert.families import Family, find_family
+from mla_convert.families import FAMILIES, Family, find_family
 from mla_convert.plan import AttentionShape
 
 PACKAGE = "package:"
@@ -46,29 +50,51 @@ class Source:
     config: PreTrainedConfig
     family: Family
     reader: Reader
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> AttentionShape:
         """Shape of the attention, from the configuration and the tensors present."""
-        config = self.config
+        config, family = self.config, self.family
         heads = config.num_attention_heads
-        prefix = f"{self.family.layers}.0.{self.family.attention}."
-        names = set(self.reader.names())
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        layers = range(config.num_hidden_layers)
+        has_rope = tuple(bool(on) for on in getattr(config, family.rope_layers)) if family.rope_layers else ()
+        if family.rope_layer_type:
+            has_rope = tuple(kind == family.rope_layer_type for kind in config.layer_types)
         return AttentionShape(
-            layers=config.num_hidden_layers,
+            layers=len(layers),
             hidden_size=config.hidden_size,
             num_heads=heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            has_kv_bias=bool({f"{prefix}{self.family.key}.bias", f"{prefix}{self.family.value}.bias"} & names),
+            num_kv_heads=kv_heads(config),
+            head_dim=head_dim,
+            has_kv_bias=self.has_bias("k") or self.has_bias("v"),
+            rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if family.rotary else 0,
+            rope_layers=has_rope if not all(has_rope) else None,
+            normed=self._has(f"{family.k_norm}."),
         )
+
+    def _has(self, start: str) -> bool:
+        """Whether the first layer's attention has a tensor whose name starts so."""
+        return any(name.startswith(f"{self.family.layers}.0.{self.family.attention}.{start}") for name in self.names)
+
+    def has_bias(self, letter: str) -> bool:
+        """Whether the projection for "q", "k", "v" or "o" has a bias."""
+        return self._has(f"{self.family.projections[letter]}.bias")
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self.reader.names())
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the source's attention weights are stored in; bfloat16 for GGUF's quantised blocks."""
         if self.gguf:
             return torch.bfloat16
-        return self.reader.dtype(f"{self.family.layers}.0.{self.family.attention}.{self.family.query}.weight")
+        projection = self.family.projections["q"]
+        return self.reader.dtype(f"{self.family.layers}.0.{self.family.attention}.{projection}.weight")
 
     @property
     def sliding_windows(self) -> list[int | None]:
@@ -90,12 +116,18 @@ class Source:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.name} has no readable tokenizer ({one_line(error)})") from error
 
-    def license(self) -> str | None:
-        """Licence identifier from the source's model card, if it has one."""
+    def license(self) -> dict[str, Any]:
+        """What the source's model card says of its licence: `license`, and `license_name` and `license_link` if it does.
+
+        Nothing is made up: without a card, or a licence in it, `license` is None.
+        """
         try:
-            return ModelCard.load(self.folder / "README.md").data.license
-        except (OSError, ValueError):
-            return None
+            data = ModelCard.load(self.folder / "README.md").data.to_dict()
+        except (OSError, ValueError, yaml.YAMLError):
+            data = {}
+        found = {key: data[key] for key in ("license_name", "license_link") if isinstance(data.get(key), str)}
+        named = data.get("license")
+        return {"license": named if isinstance(named, str | list) else None, **found}
 
     def fingerprint(self) -> list[Any]:
         """What changes when the weights or the configuration do: names, sizes and times of the files they come from."""
@@ -189,20 +221,49 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     if not path.is_file():
         raise InputError(f"{label} has no config.json: give a folder that holds a transformers checkpoint")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type", "none given")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model_type = content.get("model_type", "none given")
     except (ValueError, AttributeError) as error:
         raise InputError(f"config.json of {label} is not a JSON object ({one_line(error)}): fetch it again") from error
-    family = find_family(str(model_type))
+    text = content.get("text_config")
+    part = text.get("model_type") if isinstance(text, dict) else None
+    # of a multimodal checkpoint the language model is read, if it is of a family
+    family = FAMILIES[part] if part in FAMILIES else find_family(str(model_type), content.keys())
+    config = _read_config(folder, label, part in FAMILIES)
+    quantization = _quantization(config, label)
     stored = SafetensorsReader(folder) if weights else None
-    config = _read_config(folder, label)
+    if stored and quantization:
+        stored = DequantisedReader(stored, quantization)
+    family.check(config, label)
     expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
-    return Source(label, revision, folder, None, config, family, stored or expected)
+    reader = ModelReader(stored, expected.names(), family) if stored else expected
+    notes = (f"{label} is multimodal ({model_type}): only its language model is converted",) if part in FAMILIES else ()
+    return Source(label, revision, folder, None, config, family, reader, notes)
+
+
+def _quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | None:
+    """How a checkpoint is quantised, taken out of its configuration: what is read, and written, is not.
+
+    Raises:
+        InputError: in a way that is not read here.
+    """
+    how = getattr(config, "quantization_config", None)
+    if not how:
+        return None
+    how = dict(how if isinstance(how, dict) else how.to_dict())
+    method = how.get("quant_method")
+    how["quant_method"] = getattr(method, "value", method)
+    if not can_dequantise(how):
+        raise InputError(
+            f"{label} is quantised ({how['quant_method'] or 'its configuration says how'}): of quantised checkpoints FP8, MXFP4 "
+            f"and GGUF are read; give one of these, or the checkpoint that it was made from"
+        )
+    del config.quantization_config
+    return how
 
 
 def _expected(config: PreTrainedConfig, label: str) -> Reader:
     """The tensors that a configuration asks for, on the meta device, in its dtype; a tied head is not among them."""
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"{label} is quantised (its configuration says how): such checkpoints are not supported yet")
     try:
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
@@ -216,7 +277,8 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A causal language model's parameters by name, without a head that is tied to the embeddings."""
     named = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if model.config.tie_word_embeddings:
-        named.pop("lm_head.weight", None)
+        for name in model.all_tied_weights_keys:
+            named.pop(name, None)
     return named
 
 
@@ -225,14 +287,14 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         if not weights:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             family = find_family(config.model_type)
+            family.check(config, path.name)
             return Source(path.name, None, path.parent, path.name, config, family, _expected(config, path.name))
         # transformers dequantises a GGUF file as a whole: these sources are held in memory
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
-    family, tensors = find_family(model.config.model_type), dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    family, tensors = find_family(model.config.model_type), parameters(model)
+    family.check(model.config, path.name)
     return Source(path.name, None, path.parent, path.name, model.config, family, MemoryReader(tensors))
 
 
@@ -253,9 +315,22 @@ def load_config(folder: Path, label: str) -> PreTrainedConfig:
         raise
 
 
-def _read_config(folder: Path, label: str) -> PreTrainedConfig:
-    config = load_config(folder, label)
-    groups = config.num_key_value_heads
+def kv_heads(config: PreTrainedConfig) -> int:
+    """Heads of keys and values: as many as query heads where a family knows no other number."""
+    groups = getattr(config, "num_key_value_heads", None)
+    return config.num_attention_heads if groups is None else groups
+
+
+def _read_config(folder: Path, label: str, part: bool) -> PreTrainedConfig:
+    """The configuration in a folder, or the `part` of it that describes the language model."""
+    whole = load_config(folder, label)
+    config = whole.text_config if part else whole
+    if part:
+        # what is said of the whole holds for its part
+        for key in ("quantization_config", "tie_word_embeddings", "dtype"):
+            if getattr(whole, key, None) is not None:
+                setattr(config, key, getattr(whole, key))
+    groups = kv_heads(config)
     if config.num_hidden_layers < 1 or groups < 1 or config.num_attention_heads % groups:
         raise InputError(
             f"configuration of {label} is not valid: {config.num_hidden_layers} layers, {config.num_attention_heads} "

@@ -24,6 +24,8 @@ SPLITS = {"calibration": "train", "evaluation": "test"}
 CALIB_DEFAULT = {True: (256, 1024), False: (32, 512)}
 EVAL_LENGTH = 2048
 SUFFIXES = (".txt", ".md", ".jsonl", ".json")
+# As a held-out text: the last part of the calibration text, which calibration then does not see.
+FROM_CALIB, CALIB_SHARE = "calib", 0.9
 # Text is tokenised piece by piece, in characters; no tokenizer here packs more than this many characters into a token.
 PIECE = 1 << 18
 CHARACTERS_PER_TOKEN = 16
@@ -31,13 +33,28 @@ CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows (N, L) of both texts, what they are in words, and notes about defaults that were fallen back on."""
+    """Token windows (N, L) of all texts, what they are in words, and notes about defaults that were fallen back on.
+
+    `held_out` are windows to choose settings by, of the length of those of `evaluation`, which then need not be chosen on.
+    """
 
     calib: Tensor
     evaluation: Tensor
     calib_text: str
     eval_text: str
     notes: list[str]
+    held_out: Tensor | None = None
+    held_out_text: str | None = None
+
+    @property
+    def measured(self) -> Tensor:
+        """Every window that perplexity is measured on: those of the evaluation first."""
+        return self.evaluation if self.held_out is None else torch.cat([self.evaluation, self.held_out])
+
+    def labels(self, config: ConvertConfig) -> dict[str, str | None]:
+        """The texts that were asked for as reports name them: without paths."""
+        return {"calib": config.calib and self.calib_text, "eval": config.eval and self.eval_text,
+                "held_out": config.held_out and self.held_out_text}  # fmt: skip
 
     @property
     def calib_protocol(self) -> str:
@@ -51,12 +68,20 @@ class Windows:
 
 
 def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: int | None) -> Windows:
-    """Both texts of a conversion, cut into windows. `longest` is the model's limit, if it has one."""
+    """All texts of a conversion, cut into windows. `longest` is the model's limit, if it has one."""
     default_samples, default_length = CALIB_DEFAULT[on_gpu]
     samples, length = config.calib_samples or default_samples, config.calib_length or default_length
     eval_length = config.eval_length or min(longest or EVAL_LENGTH, EVAL_LENGTH)
     calib_text, calib_label = load_text(config.calib, "calibration")
     eval_text, eval_label = load_text(config.eval, "evaluation")
+    held_out, held_out_label = None, None
+    if config.held_out == FROM_CALIB:
+        cut = int(len(calib_text) * CALIB_SHARE)
+        calib_text, rest, held_out_label = calib_text[:cut], calib_text[cut:], f"the end of {calib_label}"
+    elif config.held_out:
+        rest, held_out_label = load_text(config.held_out, "held-out")
+    if held_out_label:
+        held_out = evaluation_windows(rest, tokenizer, config.eval_windows, eval_length, held_out_label, "held-out")
     given = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
     return Windows(
         calib=calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label),
@@ -64,11 +89,13 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: i
         calib_text=calib_label,
         eval_text=eval_label,
         notes=[f"no {purpose} text was given: using {label}" for purpose, (spec, label) in given.items() if not spec],
+        held_out=held_out,
+        held_out_text=held_out_label,
     )
 
 
 def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
-    """The text that `spec` names and a label for reports. `purpose` is "calibration" or "evaluation".
+    """The text that `spec` names and a label for reports. `purpose` is "calibration", "evaluation" or "held-out".
 
     `spec` is a file (.txt, .jsonl with a "text" field, either one gzipped), `package:NAME/FILE`, or a data set as
     `NAME[:CONFIG][@SPLIT]`. None is WikiText-2 from the Hub, or the packaged text (CC BY) where the Hub cannot be reached.
@@ -150,7 +177,9 @@ def _load_dataset(spec: str) -> tuple[str, str]:
     return "\n\n".join(rows["text"]), spec
 
 
-def evaluation_windows(text: str, tokenizer: Any, count: int, length: int, label: str) -> Tensor:
+def evaluation_windows(
+    text: str, tokenizer: Any, count: int, length: int, label: str, purpose: str = "evaluation"
+) -> Tensor:
     """Non-overlapping windows (n, length) from the start of the text, tokenised as a whole; n <= count.
 
     Raises:
@@ -160,7 +189,7 @@ def evaluation_windows(text: str, tokenizer: Any, count: int, length: int, label
     found = min(count, len(ids) // length)
     if not found:
         raise InputError(
-            f"evaluation text {label} has {len(ids)} tokens, fewer than one window of {length}: give more text"
+            f"{purpose} text {label} has {len(ids)} tokens, fewer than one window of {length}: give more text"
         )
     return torch.tensor(ids[: found * length]).view(found, length)
 

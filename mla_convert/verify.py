@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from mla_convert.checkpoint.reader import DTYPES, INDEX, check_finite, is_plain_name
 from mla_convert.checkpoint.writer import sha256
 from mla_convert.errors import InputError, one_line
+from mla_convert.families import find_family
 from mla_convert.figures import REPORT, read_report
-from mla_convert.loading import is_converted
+from mla_convert.loading import PREFIX, is_converted
 from mla_convert.source import load_config
 
 FREQUENCIES = "rope_freq_index"
@@ -154,7 +155,8 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
     for name in shapes:
         if name not in wanted:
             raise Fault(f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name)
-    return model.base_model.rotary_emb.inv_freq.shape[0]
+    step = find_family(model.config.model_type.removeprefix(PREFIX)).table_step
+    return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=0)
 
 
 def _empty_model(folder: Path) -> torch.nn.Module:
@@ -165,6 +167,8 @@ def _empty_model(folder: Path) -> torch.nn.Module:
         config = load_config(folder, folder.resolve().name)
         if not is_converted(config):
             raise InputError(f"config.json is of model type {config.model_type!r}, which is not a converted model's")
+        if config.num_hidden_layers < 1:
+            raise InputError(f"config.json says that the model has {config.num_hidden_layers} layers")
         with init_empty_weights(include_buffers=True):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except InputError as error:

@@ -16,11 +16,16 @@ from pathlib import Path
 
 import pytest
 
-# importlib import mode leaves sys.path alone, so the shared helper is loaded by its file
-_spec = importlib.util.spec_from_file_location("pico", Path(__file__).parent / "pico.py")
-pico = importlib.util.module_from_spec(_spec)
-sys.modules["pico"] = pico
-_spec.loader.exec_module(pico)
+
+def _load(name: str):
+    # importlib import mode leaves sys.path alone, so the shared helpers are loaded by their files
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pico, fake_hub = _load("pico"), _load("fake_hub")
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +49,10 @@ def convert_folder(tmp_path_factory):
 
     def run(folder: Path, **settings):
         text = str(folder.parent / "text.txt")
-        defaults = {"calib": text, "eval": text, "calib_samples": 16, "calib_length": 48, "eval_windows": 4, "eval_length": 48,
-                        "refine_steps": 0, "device": "cpu", "out": tmp_path_factory.mktemp("out") / folder.name}  # fmt: skip
+        defaults = {
+            "calib": text, "eval": text, "calib_samples": 16, "calib_length": 48, "eval_windows": 4, "eval_length": 48,
+            "refine_steps": 0, "uniform": True, "device": "cpu", "out": tmp_path_factory.mktemp("out") / folder.name,
+        }  # fmt: skip
         return convert(ConvertConfig(source=str(folder), **{**defaults, **settings}), Progress(quiet=True))
 
     return run
@@ -63,6 +70,24 @@ def convert_pico(sources, convert_folder):
         return made[key]
 
     return run
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A fake Hub that huggingface_hub's own client in this process talks to, logged in."""
+    from huggingface_hub import constants
+
+    import mla_convert.hub
+
+    with fake_hub.running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not an open one
+        monkeypatch.setattr(mla_convert.hub, "WAIT", 0.01)
+        monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
+        yield server
 
 
 @pytest.fixture

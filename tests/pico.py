@@ -9,7 +9,9 @@ from pathlib import Path
 import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
+
+from mla_convert.families import FAMILIES
 
 VOCAB = 264
 COMMON = {
@@ -25,28 +27,18 @@ COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.3,
 }
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-# One row a variant: name -> configuration. Tests run over all of them.
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**COMMON, head_dim=8),
-    "llama3-rope": lambda: LlamaConfig(**COMMON, head_dim=8, rope_parameters=LLAMA3_ROPE),
-    "llama-yarn": lambda: LlamaConfig(**COMMON, head_dim=8, rope_parameters=YARN_ROPE),
-    "llama-bias-wide-heads": lambda: LlamaConfig(**COMMON, head_dim=16, attention_bias=True),
-    "llama-mha-tied": lambda: LlamaConfig(
-        **{**COMMON, "num_key_value_heads": 6, "tie_word_embeddings": True}, head_dim=16
-    ),
-    "mistral": lambda: MistralConfig(**COMMON, head_dim=8, sliding_window=None),
-    "mistral-window": lambda: MistralConfig(**COMMON, head_dim=8, sliding_window=12),
-    "qwen2": lambda: Qwen2Config(**COMMON),
-}
+# Every variant of every family: name -> model type and settings. Tests run over all of them.
+VARIANTS = {name: (family.model_type, own) for family in FAMILIES.values() for name, own in family.tested.items()}
+
+
+def config(name: str) -> PreTrainedConfig:
+    """The variant's configuration: what all have in common, and its own."""
+    model_type, own = VARIANTS[name]
+    kind = CONFIG_MAPPING[model_type]
+    known = {*kind.__dataclass_fields__, *kind.attribute_map}  # not every family knows every setting
+    return kind(**{key: value for key, value in COMMON.items() if key in known} | own)
+
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
@@ -72,12 +64,22 @@ def model(name: str) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    built = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    built = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32).eval()
+    if FAMILIES[VARIANTS[name][0]].softcap:
+        built.set_attn_implementation("eager")  # the older of the supported versions of SDPA leave the cap out
     with torch.no_grad():
         for key, parameter in built.named_parameters():
             if key.endswith("bias") or "norm" in key:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return built
+
+
+@torch.no_grad()
+def losses(built: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Token losses (N, L-1) by the model's own forward pass over whole windows."""
+    logits = torch.cat([built(ids[None], use_cache=False).logits.float() for ids in windows])
+    found = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return found.view(windows.shape[0], -1)
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **kwargs) -> Path:

@@ -6,6 +6,9 @@ import torch
 
 from mla_convert import calibrate
 from mla_convert.activations import Activations
+from mla_convert.attention import build_attention, mla_config
+from mla_convert.config import Settings
+from mla_convert.plan import make_plan
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
 
@@ -62,6 +65,34 @@ def test_statistics_are_positive_and_finite(measured):
         assert moment.dtype == torch.float64 and torch.isfinite(moment).all()
         assert torch.linalg.eigvalsh(moment).min() > -1e-6 * moment.trace()
     assert (statistics.distance >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["qwen3-bias-window", "olmo2", "stablelm-12b", "cohere-norm"])
+def test_moments_behind_norms(sources, name):
+    """With norms on queries and keys the moments are those of [normed key; value] and of each head's normed query."""
+    skeleton = Skeleton(open_source(str(sources(name))), torch.device("cpu"))
+    plan = make_plan(Settings(), skeleton.source.shape)
+    hidden = torch.randn(WINDOWS, LENGTH, skeleton.source.shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    states = Activations(hidden, skeleton.device, torch.float32)
+    kwargs = calibrate.attention_kwargs(skeleton, LENGTH)[LAYER]
+    seen = {}
+    with skeleton.layer(LAYER, skeleton.layer_tensors(LAYER)) as layer:
+        stock = layer.self_attn
+        student = build_attention(mla_config(skeleton.source, plan, torch.float32), stock, skeleton.device)
+        statistics = calibrate.layer_statistics(skeleton, layer, states, kwargs, student)
+        for part in ("q_norm", "k_norm", "v_proj"):
+            module = getattr(stock, part, None) or getattr(stock, part.replace("norm", "layernorm"))
+            module.register_forward_hook(lambda _, __, output, part=part: seen.update({part: output}))
+        stock(hidden_states=skeleton.source.family.entry(layer)(hidden), **kwargs)
+    for part, rows in seen.items():
+        rows = rows.transpose(1, 2) if name == "stablelm-12b" and part != "v_proj" else rows
+        seen[part] = rows.reshape(WINDOWS, LENGTH, -1)
+    one = torch.ones(WINDOWS, LENGTH, 1)
+    rows = torch.cat([seen["k_norm"], seen["v_proj"], one], -1).double()
+    close(statistics.second_moment, torch.einsum("nti,ntj->ij", rows, rows) / (WINDOWS * LENGTH))
+    assert statistics.key_moment.shape == statistics.second_moment.shape
+    heads = torch.cat([seen["q_norm"].unflatten(-1, (6, -1)), one[:, :, None].expand(-1, -1, 6, -1)], -1).double()
+    close(statistics.query_moment, torch.einsum("nthi,nthj->hij", heads, heads) / (WINDOWS * LENGTH))
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])

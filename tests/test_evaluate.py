@@ -74,7 +74,7 @@ def test_exact_conversion_is_the_original(convert_pico, sources, measure, name):
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2"])
 def test_cache_bytes(convert_pico, sources, measure, name, dtype):
     folder = convert_pico(name, rank=RANK, rope_dim=ROPE_DIM).out
-    config, itemsize = pico.CONFIGS[name](), 4 if dtype in ("auto", "float32") else 2
+    config, itemsize = pico.config(name), 4 if dtype in ("auto", "float32") else 2
     alone = measure(folder, windows=1, dtype=dtype)
     assert alone.bytes_after == config.num_hidden_layers * (RANK + ROPE_DIM) * itemsize
     assert alone.bytes_before == config.num_hidden_layers * 32 * itemsize and not alone.before_is_measured
@@ -121,7 +121,7 @@ def test_the_decoder_can_go(convert_pico):
     """A readout keeps the head alone, so that the original fits where the model was."""
     model = AutoModelForCausalLM.from_pretrained(convert_pico("llama", kv_ratio=0.5).out)
     ids, decoder = windows(model.config.name_or_path), weakref.ref(model.model)
-    readout, expected = evaluate.Readout(model, ids), measures.model_losses(model, ids)
+    readout, expected = evaluate.Readout(model, ids), pico.losses(model, ids)
     del model
     gc.collect()
     assert decoder() is None
@@ -272,7 +272,7 @@ def test_not_the_original(convert_pico, sources, measure, tmp_path):
     torch.manual_seed(0)
     for size, culprit in ((60, "vocabulary"), (300, "vocabulary")):
         path = tmp_path / str(size)
-        config = pico.CONFIGS["llama"]()
+        config = pico.config("llama")
         config.vocab_size = size
         AutoModelForCausalLM.from_config(config).save_pretrained(path)
         pico.tokenizer().save_pretrained(path)

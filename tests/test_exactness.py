@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pico import CONFIGS, VOCAB, model
+from pico import VARIANTS, VOCAB, model
 from transformers import AutoModelForCausalLM
 
 import mla_convert  # noqa: F401  (registers the converted classes)
@@ -11,7 +11,7 @@ LENGTH = 40
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
 def pair(request, convert_pico):
     """(original, converted) at full rank with all planes rotary, both float32."""
     report = convert_pico(request.param, rank="full", rope_dim="full")
@@ -34,26 +34,41 @@ def assert_equal(converted, original, mask):
     assert difference <= TOLERANCE * span, f"logits differ by {difference / span:.1e} of their range"
 
 
+def run(model, ids, **options):
+    """Logits; dynamic RoPE remembers the longest text that it has seen, and one token makes it forget."""
+    model(ids[:, :1])
+    return model(ids, **options)
+
+
+def generate(model, ids, **options):
+    model(ids[:, :1])
+    return model.generate(ids, max_new_tokens=16, do_sample=False, **options)
+
+
+def in_chunks(model, ids, mask, chunks):
+    """Logits (B, T, vocabulary) of the same tokens, given piece by piece to a cache."""
+    model(ids[:, :1])
+    cache, start, parts = None, 0, []
+    for size in chunks:
+        stop = start + size
+        output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, stop
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
 @torch.no_grad()
 def test_prefill_with_left_padding(pair, batch):
     original, converted = pair
     ids, mask = batch
-    assert_equal(converted(ids, attention_mask=mask).logits, original(ids, attention_mask=mask).logits, mask)
+    assert_equal(run(converted, ids, attention_mask=mask).logits, run(original, ids, attention_mask=mask).logits, mask)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[LENGTH - 6, 1, 1, 1, 1, 1, 1], [9, 18, 13], [20, 5, 8, 7]])
 def test_cached_decode_and_chunked_prefill(pair, batch, chunks):
     original, converted = pair
-    ids, mask = batch
-    expected = original(ids, attention_mask=mask).logits
-    cache, start, parts = None, 0, []
-    for size in chunks:
-        stop = start + size
-        output = converted(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, stop
-        parts.append(output.logits)
-    assert_equal(torch.cat(parts, dim=1), expected, mask)
+    assert_equal(in_chunks(converted, *batch, chunks), in_chunks(original, *batch, chunks), batch[1])
 
 
 @torch.no_grad()
@@ -61,30 +76,37 @@ def test_cached_decode_and_chunked_prefill(pair, batch, chunks):
 def test_greedy_generation(pair, batch, cache):
     original, converted = pair
     ids, mask = batch
-    options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
-    expected = original.generate(ids, **options)
-    assert torch.equal(converted.generate(ids, cache_implementation=cache, **options), expected)
-    assert torch.equal(converted.generate(ids, use_cache=False, **options), expected)
+    expected = generate(original, ids, attention_mask=mask, cache_implementation=cache)
+    assert torch.equal(generate(converted, ids, attention_mask=mask, cache_implementation=cache), expected)
+
+
+@torch.no_grad()
+def test_generation_without_a_cache(pair, batch):
+    original, converted = pair
+    ids, mask = batch
+    expected = generate(original, ids, attention_mask=mask, use_cache=False)
+    assert torch.equal(generate(converted, ids, attention_mask=mask, use_cache=False), expected)
 
 
 @torch.no_grad()
 def test_eager_equals_sdpa_and_gives_weights(pair, batch):
     _, converted = pair
     ids, mask = batch
-    expected = converted(ids, attention_mask=mask).logits
+    given = converted.config._attn_implementation
+    expected = run(converted, ids, attention_mask=mask).logits
+    tokens = generate(converted, ids, attention_mask=mask)
     converted.set_attn_implementation("eager")
     try:
-        output = converted(ids, attention_mask=mask, output_attentions=True)
-        step = converted.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        output = run(converted, ids, attention_mask=mask, output_attentions=True)
+        assert torch.equal(generate(converted, ids, attention_mask=mask), tokens)
     finally:
-        converted.set_attn_implementation("sdpa")
+        converted.set_attn_implementation(given)
     assert_equal(output.logits, expected, mask)
     assert output.attentions[0].shape == (3, converted.config.num_attention_heads, LENGTH, LENGTH)
-    assert torch.equal(step, converted.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_report_sees_no_loss(convert_pico, name):
     report = convert_pico(name, rank="full", rope_dim="full")
     assert report.ratio == pytest.approx(1.0, abs=1e-5)

@@ -10,9 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mla_convert import source as sources_module
+from mla_convert.families import FAMILIES
 from mla_convert.inspection import CONFIG_ONLY, inspect_checkpoint
 
 WEIGHTS = "model.safetensors"
+# layers with a window of 12 tokens
+WINDOWED = {"mistral-window": 3, "mixtral": 3, "phi3": 3, "starcoder2": 3, "smollm3-window": 1, "qwen2-window": 2,
+            "qwen3-bias-window": 2, "gemma2": 2, "gemma3": 2, "olmo3": 2, "cohere2": 2, "gpt-oss": 2}  # fmt: skip
+ROPE = {"llama": "default", "llama3-rope": "llama3", "llama-yarn": "yarn", "gemma3": "linear", "olmo3": "yarn"}
+KEY_OR_VALUE = ("k_proj", "v_proj", "c_attn", "query_key_value")
 
 
 @pytest.fixture
@@ -20,28 +26,30 @@ def source(sources, tmp_path):
     return Path(shutil.copytree(sources("llama"), tmp_path / "source"))
 
 
-@pytest.mark.parametrize("name", pico.CONFIGS)
+@pytest.mark.parametrize("name", pico.VARIANTS)
 def test_every_family(cli, sources, name):
     code, out, err = cli("inspect", sources(name), "--json")
-    found, config = json.loads(out), pico.CONFIGS[name]()
+    found, config = json.loads(out), pico.config(name)
     assert code == 0 and not err and found["convertible"] and found["kind"] == "source"
     assert found["model_type"] == config.model_type and found["dtype"] == "float32"
-    shape = found["shape"]
-    assert (shape["layers"], shape["attention_heads"]) == (3, 6) and shape[
-        "key_value_heads"
-    ] == config.num_key_value_heads
-    assert found["parameters"] == sum(t.numel() for t in load_file(sources(name) / WEIGHTS).values())
-    assert found["cache_bytes_per_token"] == 3 * 2 * config.num_key_value_heads * shape["head_dim"] * 4
-    assert found["tied_embeddings"] == (name == "llama-mha-tied")
-    windowed = {"tokens": 12, "layers": 3}
-    assert found["sliding_window"] == (windowed if name == "mistral-window" else None)
-    biases = {"qwen2": ["k", "q", "v"], "llama-bias-wide-heads": ["k", "o", "q", "v"]}.get(name, [])
-    assert found["biases"] == [f"self_attn.{letter}_proj" for letter in biases] and shape["key_value_bias"] == bool(
-        biases
-    )
-    types = {"llama3-rope": "llama3", "llama-yarn": "yarn"}
-    assert found["rope"]["type"] == types.get(name, "default") and found["rope"]["base"] == 10000.0
-    assert ("factor" in found["rope"]["scaling"]) == (name in types)
+    shape, groups = found["shape"], getattr(config, "num_key_value_heads", None) or 6
+    assert (shape["layers"], shape["attention_heads"], shape["key_value_heads"]) == (3, 6, groups)
+    stored = load_file(sources(name) / WEIGHTS)
+    assert found["parameters"] == sum(t.numel() for t in stored.values())
+    assert found["cache_bytes_per_token"] == 3 * 2 * groups * shape["head_dim"] * 4
+    assert found["tied_embeddings"] == config.tie_word_embeddings
+    layers = found["sliding_window"]["layers"] if found["sliding_window"] else 0
+    assert layers == WINDOWED.get(name, 0) and (not layers or found["sliding_window"]["tokens"] == 12)
+    layer = f"{FAMILIES[config.model_type].layers}.0."
+    biases = {
+        key.removeprefix(layer).removesuffix(".bias") for key in stored if key.startswith(layer) and ".bias" in key
+    }
+    assert found["biases"] == sorted(biases)
+    assert shape["key_value_bias"] == any(part.endswith(KEY_OR_VALUE) for part in biases)
+    if name in ROPE:
+        assert (found["rope"]["type"], found["rope"]["base"]) == (ROPE[name], 10000.0)
+        assert ("factor" in found["rope"]["scaling"]) == (ROPE[name] != "default")
+    assert bool(found["rope"]) == FAMILIES[config.model_type].rotary
 
 
 def test_table(cli, sources):
@@ -101,7 +109,7 @@ def change_config(folder, **fields):
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 FAULTS = {
-    "architecture": (lambda folder: change_config(folder, model_type="gpt2"), "'gpt2' is not supported"),
+    "architecture": (lambda folder: change_config(folder, model_type="bloom"), "'bloom' is not supported"),
     "nonsense": (lambda folder: change_config(folder, hidden_act="foo"), "configuration of source does not make a model"),
     "no heads": (lambda folder: change_config(folder, num_attention_heads=0), "configuration of source"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no model.safetensors"),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 from mla_convert import measure, texts
 from mla_convert.checkpoint.reader import SafetensorsReader
 from mla_convert.config import default_name
+from mla_convert.report import rows
 
 PROMPT = "The people of the islands"
 RANK, ROPE_DIM = 10, 6
@@ -23,7 +24,7 @@ RANK, ROPE_DIM = 10, 6
 
 @pytest.fixture(scope="module", params=["llama3-rope", "mistral-window", "qwen2"])
 def report(request, convert_pico):
-    return convert_pico(request.param, rank=RANK, rope_dim=ROPE_DIM)
+    return convert_pico(request.param, rank=RANK, rope_dim=ROPE_DIM, uniform=False)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_loads_where_mla_convert_is_not_installed(folder, model, tmp_path):
 
 
 def test_loads_without_the_flag_after_import(convert_pico):
-    out = python(OWN, convert_pico("llama3-rope", rank=RANK, rope_dim=ROPE_DIM).out)
+    out = python(OWN, convert_pico("llama3-rope", rank=RANK, rope_dim=ROPE_DIM, uniform=False).out)
     assert out.strip() == "mla_convert.modeling.modeling_mla"
 
 
@@ -122,9 +123,11 @@ def test_cache_holds_rank_and_rope_dim_numbers(folder, model, kind):
     cache = kind(config=model.config) if kind is DynamicCache else kind(config=model.config, max_cache_len=most)
     inputs = {name: tensor[:, :most] for name, tensor in prompt(folder, batch).items()}
     model(**inputs, past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
+    config = model.config
+    for index, layer in enumerate(cache.layers):
         stored = layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
-        assert stored == batch * most * (RANK + ROPE_DIM) * model.dtype.itemsize
+        numbers = config.layer_rank(index) + config.layer_rope_dim(index)
+        assert stored == batch * most * numbers * model.dtype.itemsize
     assert len(cache.layers) == model.config.num_hidden_layers
 
 
@@ -135,7 +138,9 @@ def test_generates_the_same_with_every_cache(folder, model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name, sharded", [("llama", True), ("llama-mha-tied", True), ("qwen2", False)])
+@pytest.mark.parametrize(
+    "name, sharded", [("llama", True), ("llama-mha-tied", True), ("qwen2", False), ("qwen3", True), ("phi3", True)]
+)
 def test_everything_but_the_attention_is_untouched(convert_folder, tmp_path, name, sharded, dtype):
     source = pico.save(name, tmp_path / name, dtype, **({"max_shard_size": "60KB"} if sharded else {}))
     assert (source / "model.safetensors.index.json").exists() == sharded
@@ -177,7 +182,7 @@ def test_files_are_those_of_a_checkpoint(folder):
     files = {path.name for path in folder.iterdir() if path.suffix != ".safetensors"}
     assert files == {"config.json", "configuration_mla.py", "modeling_mla.py", "generation_config.json", "tokenizer.json",
                      "tokenizer_config.json", "model.safetensors.index.json", "README.md", "report.json",
-                     "recipe.yaml"}  # fmt: skip
+                     "report.html", "recipe.yaml"}  # fmt: skip
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
@@ -195,7 +200,7 @@ def test_permissions_follow_the_umask(convert_folder, sources, umask):
 def test_two_runs_give_the_same_bytes(convert_folder, sources, steps):
     first, second = (convert_folder(sources("llama"), refine_steps=steps, kv_ratio=0.4).out for _ in range(2))
     for path in first.iterdir():
-        if path.name != "report.json":  # it holds times
+        if not path.name.startswith("report."):  # it holds times
             assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
@@ -215,15 +220,17 @@ def test_report(report):
     assert {"mla_convert", "torch", "transformers", "python"} <= found["versions"].keys()
     for field in ("layers", "phases", "cache", "evaluation", "seconds"):
         assert list(numbers(found[field])) and all(map(math.isfinite, numbers(found[field]))), field
-    for phase in ("open", "text", "embed", "layers", "evaluate"):
+    for phase in ("open", "text", "embed", "allocate", "layers", "evaluate"):
         assert found["phases"][phase].keys() >= {"seconds", "peak_host_bytes"}
     assert len(found["layers"]) == pico.COMMON["num_hidden_layers"]
     for index, layer in enumerate(found["layers"]):
-        assert (layer["layer"], layer["kv_lora_rank"], layer["qk_rope_head_dim"]) == (index, RANK, ROPE_DIM)
-        assert len(layer["plane_frequencies"]) == ROPE_DIM // 2
+        assert layer["layer"] == index and len(layer["plane_frequencies"]) == layer["qk_rope_head_dim"] // 2
         assert layer["energy"].keys() >= {"rope_kept", "rank_kept"} and layer["output_error"] > 0
+    # ranks and rotary dims differ from layer to layer; together they are what was asked for
+    sizes = [layer["kv_lora_rank"] + layer["qk_rope_head_dim"] for layer in found["layers"]]
+    assert len({layer["kv_lora_rank"] for layer in found["layers"]}) > 1
     before, after = (found["cache"]["numbers_per_token_per_layer"][key] for key in ("before", "after"))
-    assert (before, after) == (32, RANK + ROPE_DIM)
+    assert (before, after) == (32, RANK + ROPE_DIM) and sum(sizes) == len(sizes) * after
     assert found["cache"]["share_saved"] == pytest.approx(1 - after / before)
     per_token = found["cache"]["bytes_per_token"]
     assert per_token == {"before": 3 * 4 * before, "after": 3 * 4 * after}
@@ -241,7 +248,7 @@ def test_streaming_perplexity_is_that_of_the_loaded_models(report, model):
     windows = texts.evaluation_windows(pico.text(), tokenizer, 4, 48, "text")
     name = {"llama": "llama3-rope", "mistral": "mistral-window"}.get(report.source["model_type"], "qwen2")
     for key, loaded in (("before", pico.model(name)), ("after", model)):
-        expected = measure.perplexity(measure.model_losses(loaded, windows))
+        expected = measure.perplexity(pico.losses(loaded, windows))
         assert report.evaluation[key]["value"] == pytest.approx(expected.value, rel=1e-4)
         assert report.evaluation[key]["log_error"] == pytest.approx(expected.log_error, rel=1e-3)
 
@@ -320,3 +327,36 @@ def test_default_name(tmp_path, monkeypatch, source, name):
     (tmp_path / "above" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "above" / "here")
     assert default_name(source) == name
+
+
+def test_error_of_the_ratio_is_paired(convert_pico):
+    report = convert_pico("llama", kv_ratio=0.4)
+    losses = [torch.rand(5, 20), torch.rand(5, 20)]
+    difference = (losses[0] - losses[1]).double().mean(dim=1)
+    found = measure.ratio(*losses)
+    assert found.value == pytest.approx(float(difference.mean().exp()))
+    assert found.error == pytest.approx(float(difference.std()) / 5**0.5)
+    evaluation = report.evaluation
+    assert evaluation["ratio"] == pytest.approx(evaluation["after"]["value"] / evaluation["before"]["value"])
+    assert 0 < evaluation["ratio_log_error"] < evaluation["after"]["log_error"] + evaluation["before"]["log_error"]
+    assert rows(report)[-1][-1] == f"×{report.ratio:.4f} ± {report.ratio * evaluation['ratio_log_error']:.4f}"
+
+
+def test_held_out_text_is_measured_beside_the_evaluation(convert_pico, sources, tmp_path):
+    plain = convert_pico("llama", kv_ratio=0.4)
+    text = sources("llama").parent / "text.txt"
+    (tmp_path / "other.txt").write_text(text.read_text()[5000:9000])
+    other = convert_pico("llama", kv_ratio=0.4, held_out=str(tmp_path / "other.txt"))
+    # it changes neither the conversion nor the evaluation
+    assert other.checksums == plain.checksums
+    assert {key: value for key, value in other.evaluation.items() if key != "held_out"} == plain.evaluation
+    assert other.evaluation["held_out"]["text"] == other.settings["held_out"] == "other.txt"
+    assert other.evaluation["held_out"]["after"]["windows"] == 4
+    assert [row[0] for row in rows(other)][-2:] == ["perplexity", "perplexity, held-out text"]
+    assert "other.txt" in (other.out / "report.html").read_text()
+
+    calib = convert_pico("llama", kv_ratio=0.4, held_out="calib")
+    assert calib.checksums != plain.checksums  # what is held out is not calibrated on
+    assert calib.evaluation["held_out"]["text"] == "the end of text.txt"
+    assert calib.evaluation["before"] == plain.evaluation["before"]
+    assert "held_out: calib" in (calib.out / "recipe.yaml").read_text()

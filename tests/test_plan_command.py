@@ -11,11 +11,13 @@ import pico
 import pytest
 from safetensors.torch import load_file
 
-from mla_convert import sizing, source
+from mla_convert import sizing, source, timing
 from mla_convert.config import build_config
 from mla_convert.errors import InputError, UsageError
+from mla_convert.families import FAMILIES
 from mla_convert.plan import AttentionShape, Plan
 from mla_convert.planning import plan_conversion
+from mla_convert.sensitivity import TOKENS
 from mla_convert.source import open_source
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "dtype": "bfloat16", "max_position_embeddings": 131072}
@@ -49,7 +51,7 @@ def published(tmp_path):
 # ---- from the configuration alone
 
 
-@pytest.mark.parametrize("name", pico.CONFIGS)
+@pytest.mark.parametrize("name", pico.VARIANTS)
 def test_configuration_says_what_the_tensors_say(sources, name):
     told, read = open_source(str(sources(name)), weights=False), open_source(str(sources(name)))
     assert told.shape == read.shape and told.dtype == read.dtype and told.sliding_windows == read.sliding_windows
@@ -58,19 +60,20 @@ def test_configuration_says_what_the_tensors_say(sources, name):
     }
 
 
-@pytest.mark.parametrize("name", pico.CONFIGS)
+@pytest.mark.parametrize("name", pico.VARIANTS)
 def test_plan_is_what_is_written(sources, convert_pico, name):
     planned, report = plan(sources(name), kv_ratio=0.4), convert_pico(name, kv_ratio=0.4)
+    inside = f".{FAMILIES[pico.VARIANTS[name][0]].attention}."
     assert report.cache.items() <= planned["cache"].items()
     index = json.loads((report.out / "model.safetensors.index.json").read_text())
     assert planned["disk_bytes"] == index["metadata"]["total_size"]
     written = {key: t for file in report.out.glob("*.safetensors") for key, t in load_file(file).items()}
     numbers = {key: t.numel() for key, t in written.items() if t.is_floating_point()}
     assert planned["parameters"]["model"]["after"] == sum(numbers.values())
-    assert planned["parameters"]["attention"]["after"] == sum(n for key, n in numbers.items() if ".self_attn." in key)
+    assert planned["parameters"]["attention"]["after"] == sum(n for key, n in numbers.items() if inside in key)
     before = {key: t.numel() for file in sources(name).glob("*.safetensors") for key, t in load_file(file).items()}
     assert planned["parameters"]["model"]["before"] == sum(before.values())
-    assert planned["parameters"]["attention"]["before"] == sum(n for key, n in before.items() if ".self_attn." in key)
+    assert planned["parameters"]["attention"]["before"] == sum(n for key, n in before.items() if inside in key)
 
 
 def test_known_figures_of_llama_8b(published):
@@ -123,7 +126,7 @@ def test_gguf_is_planned_from_its_metadata(tmp_path, monkeypatch):
 
 def test_quantised_configuration_is_refused(cli, published):
     path = published("llama-8b") / "config.json"
-    path.write_text(json.dumps({**PUBLISHED["llama-8b"], "quantization_config": {"quant_method": "fp8"}}))
+    path.write_text(json.dumps({**PUBLISHED["llama-8b"], "quantization_config": {"quant_method": "gptq"}}))
     code, out, err = cli("plan", path.parent)
     assert code == 4 and "quantised" in err and not out
 
@@ -195,12 +198,62 @@ def test_warnings(rank, rope_dim, words):
 
 
 def test_table(cli, published):
-    code, out, err = cli("plan", published("llama-8b"), "--rank", 512, "--gpu", "h100")
+    folder = published("llama-8b")
+    code, out, err = cli("plan", folder, "--rank", 512, "--gpu", "h100")
     assert code == 0 and not err
     for words in ("llama, 32 layers", "rank 512 + 64 rotary", "-71.9%", "128k", "8.24 B", "80.0 GB, of which 90%", "disk: 16.5 GB",
-                  "peak memory: about", "limit is 131072 tokens"):  # fmt: skip
+                  "peak memory: about", "limit is 131072 tokens", "on average", "on an H100", "of these cores"):  # fmt: skip
         assert words in out
     assert "warning" not in out
+    assert "rank 512 + 64 rotary in every layer" in cli("plan", folder, "--rank", 512, "--uniform")[1]
+
+
+# Measured conversions: shape (hidden, MLP, heads, kv heads, head width), rank, rotary dims, layers; calibration and evaluation
+# windows; refinement steps and batch; cores (0: an H100); seconds. In order: SmolLM2-135M three times, the demo model, random
+# weights of Llama-3.2-1B's shapes, SmolLM2-135M's refinement alone, random weights of Llama-3-8B's shapes. Only that one
+# shared sizes out among its layers.
+MEASURED = [
+    ((576, 1536, 9, 3, 64), 144, 48, 30, (32, 512), (4, 2048), 30, 4, 1, 567),
+    ((576, 1536, 9, 3, 64), 144, 48, 30, (32, 512), (4, 2048), 30, 4, 2, 423),
+    ((576, 1536, 9, 3, 64), 144, 48, 30, (24, 1024), (4, 2048), 0, 1, 1, 465),
+    ((256, 512, 4, 2, 64), 96, 32, 6, (48, 512), (16, 1024), 30, 4, 1, 40),
+    ((2048, 8192, 32, 8, 64), 448, 64, 16, (8, 256), (2, 256), 0, 1, 2, 213),
+    ((576, 1536, 9, 3, 64), 144, 48, 30, (0, 1024), (0, 2048), 300, 8, 0, 28),
+    ((4096, 14336, 32, 8, 128), 512, 64, 32, (128, 1024), (40, 2048), 150, 8, 0, 247),
+]
+
+
+@pytest.mark.parametrize("shape, rank, rope, layers, calib, evaluation, steps, batch, cores, seconds", MEASURED)
+def test_time_estimates_hold_what_was_measured(
+    shape, rank, rope, layers, calib, evaluation, steps, batch, cores, seconds
+):
+    hidden, mlp, heads, groups, width = shape
+    before = 2 * hidden * width * (heads + groups)
+    after = hidden * (heads * (width + rope) + rank + rope + heads * width) + heads * 2 * width * rank
+    work = timing.LayerWork(hidden, before + 3 * hidden * mlp, after + 3 * hidden * mlp, before, after,
+                            heads * 2 * width, heads * (2 * width + rope))  # fmt: skip
+    shared_out = TOKENS["cuda"] if hidden == 4096 else 0
+    windows = dict(calib=calib, evaluation=evaluation, steps=steps, batch=batch, measured=shared_out)
+    found = timing.estimate(work, layers, {"cpu": windows, "h100": windows}, max(cores, 1))["cpu" if cores else "h100"]
+    low, high = found["seconds"]
+    assert low <= seconds <= high
+
+
+@pytest.mark.parametrize("seconds, words", [(0.2, "1 s"), (59.7, "60 s"), (100, "1.7 min"), (3000, "50 min"),
+                                            (7200, "2.0 h"), (40 * 3600, "1.7 days")])  # fmt: skip
+def test_durations(seconds, words):
+    assert timing.duration(seconds) == words
+
+
+def test_time_follows_the_settings(sources):
+    def seconds(place, **settings):
+        return plan(sources("llama"), **settings)["time"][place]["seconds"]
+
+    for place in ("cpu", "h100"):
+        low, high = seconds(place)
+        assert 0 < low < high
+        assert seconds(place, refine_steps=0)[0] < low < seconds(place, refine_steps=3000)[0]
+        assert seconds(place, calib_samples=4)[0] < seconds(place, calib_samples=400)[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window", "llama-mha-tied"])

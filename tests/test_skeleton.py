@@ -1,17 +1,17 @@
 """A model run one layer at a time gives what the same model gives whole."""
 
+import pico
 import pytest
 import torch
-from pico import CONFIGS, VOCAB, model
+from pico import VARIANTS, VOCAB, model
 
 from mla_convert import skeleton as skeleton_module
 from mla_convert.activations import Activations
-from mla_convert.measure import model_losses
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
     # slices that divide neither the vocabulary nor the window
     monkeypatch.setattr(skeleton_module, "LOGIT_ROWS", 100)
@@ -24,7 +24,7 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
         with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
             states.advance(lambda hidden, layer=layer, own=kwargs[index]: layer(hidden, **own))
     (losses,) = skeleton.token_losses([states.data], windows)
-    torch.testing.assert_close(losses, model_losses(model(name), windows), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses, pico.losses(model(name), windows), rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_stays_in_memory(sources):

@@ -216,7 +216,7 @@ def test_config_and_tensors_differ(folder, field, value):
         {"kv_lora_rank": "wide"},
         {"num_hidden_layers": 0},
         {"model_type": "llama"},
-        {"model_type": "mla_gpt2"},
+        {"model_type": "mla_bloom"},
         {"model_type": None},
         {"qk_rope_head_dim": None},
     ],

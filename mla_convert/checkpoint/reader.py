@@ -98,10 +98,14 @@ class SafetensorsReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._headers[name][0]
 
+    def stored_as(self, name: str) -> str:
+        """Type of one tensor's numbers, by the name that safetensors has for it."""
+        return self._headers[name][1]
+
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._headers[name][1]
+        stored = self.stored_as(name)
         if stored not in DTYPES:
-            raise InputError(f"tensor {name} is stored as {stored}: quantised checkpoints are not supported yet")
+            raise InputError(f"tensor {name} is stored as {stored}, and no scales say what that means: it is not read")
         return DTYPES[stored]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -137,7 +138,7 @@ class Writer:
     def write_shard(self, file: str, tensors: dict[str, Tensor], note: dict | None = None) -> None:
         """Write one shard and journal it. `note` (JSON) comes back in `finished` when a later run resumes."""
         path = self.folder / file
-        try:
+        with self._disk(file):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
             self._seal(path)
             entry = {
@@ -148,13 +149,30 @@ class Writer:
                 "note": note or {},
             }
             self._append(entry)
+        self.finished[file] = entry
+
+    @contextlib.contextmanager
+    def _disk(self, file: str) -> Iterator[None]:
+        """Turns what the disk has against writing `file` into one line."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             if not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise ResourceError(
                     f"could not write {file} in {self.out.parent} ({error}): free disk space"
                 ) from error
             raise
-        self.finished[file] = entry
+
+    def put_aside(self, file: str, tensor: Tensor) -> None:
+        """Keep a tensor on disk until `take_back`; it is no part of the output."""
+        with self._disk(file):
+            save_file({"tensor": tensor.contiguous()}, self.folder / file)
+
+    def take_back(self, file: str) -> Tensor:
+        """What `put_aside` kept; the file goes."""
+        tensor = load_file(self.folder / file)["tensor"]
+        (self.folder / file).unlink()
+        return tensor
 
     @staticmethod
     def _seal(path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mla_convert.commands.shared import rank_or_full, silence_libraries
-from mla_convert.errors import Interrupted, ResourceError
+from mla_convert.commands.push import HUB, Private
+from mla_convert.commands.shared import Quiet, Verbose, is_verbose, rank_or_full, silence_libraries
+from mla_convert.errors import Interrupted, MlaConvertError, ResourceError, UsageError
 
 EXAMPLE = "mla-convert llama-8b --rank 512 --out llama-8b-mla"
 SIZE, TEXT, REFINE, RUN = "Cache size", "Calibration and evaluation text", "Refinement", "Output and device"
@@ -50,6 +52,15 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = None,
+    uniform: Annotated[
+        bool | None,
+        typer.Option(
+            "--uniform",
+            help="The same rank and rope-dim in every layer, as serving engines need them. Default: they are means, and "
+            "layers that lose more get more.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     planes: Annotated[
         str | None,
         typer.Option(
@@ -80,6 +91,15 @@ def convert(
     eval_length: Annotated[
         int | None,
         typer.Option(help="Tokens in an evaluation window. Default 2048, or the model's limit.", rich_help_panel=TEXT),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Also report perplexity on this text, to choose settings by; 'calib': the last tenth of the calibration "
+            "text, which is then left out of calibration.",
+            rich_help_panel=TEXT,
+            show_default=False,
+        ),
     ] = None,
     refine_steps: Annotated[
         int | None,
@@ -120,34 +140,68 @@ def convert(
     json_: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON on stdout.", rich_help_panel=RUN)
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUN)] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO",
+            help="Then push to this repository (owner/name), as `push` does. Asked for at once whether the token is good.",
+            rich_help_panel=HUB,
+            show_default=False,
+        ),
+    ] = None,
+    private: Private = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Convert SOURCE to Multi-head Latent Attention and write it, with a report, to a folder."""
-    options = {key: value for key, value in locals().items() if key not in ("json_", "quiet", "eval_")}
+    own = ("json_", "quiet", "verbose", "eval_", "push_to_hub", "private")
+    options = {key: value for key, value in locals().items() if key not in (*own, "own")}
     options |= {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "eval": eval_}
-    run_conversion(options, as_json=json_, quiet=quiet)
+    if private and not push_to_hub:
+        raise UsageError("--private is for --push-to-hub: give both, or neither")
+    run_conversion(options, as_json=json_, quiet=quiet, push_to_hub=push_to_hub, private=private)
 
 
-def run_conversion(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+def run_conversion(
+    options: dict[str, Any], as_json: bool, quiet: bool, push_to_hub: str | None = None, private: bool | None = None
+) -> None:
     """Options to settings, settings to a conversion, its report to the terminal."""
     from mla_convert.config import build_config
 
     config = build_config(options)
-    silence_libraries()
+    silence_libraries(quiet)
     from rich.console import Console
-    from torch import OutOfMemoryError
 
     from mla_convert.pipeline import convert as convert_checkpoint
     from mla_convert.progress import Progress
     from mla_convert.report import print_summary
 
-    try:
-        report = convert_checkpoint(config, Progress(quiet=quiet))
-    except KeyboardInterrupt as stop:
-        raise Interrupted(": ".join(["interrupted", *map(str, stop.args)])) from None
-    except (MemoryError, OutOfMemoryError) as error:
-        raise ResourceError("out of memory: lower --calib-samples, --calib-length or --refine-batch") from error
+    progress = Progress(quiet=quiet, verbose=is_verbose())
+    if push_to_hub:
+        from mla_convert import hub
+
+        hub.check_access(push_to_hub)
+    report = run_guarded(lambda: convert_checkpoint(config, progress))
     if as_json:
         typer.echo(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
     else:
         print_summary(report, Console())
+    if push_to_hub:
+        try:
+            done = hub.push(report.out, push_to_hub, private=private, progress=progress)
+        except MlaConvertError as error:
+            error.args = (f"{error}; the converted model is in {report.out}, to be pushed later",)
+            raise
+        typer.echo(f"{len(done.files)} files are at {done.url}", err=as_json)
+
+
+def run_guarded(work: Callable[[], Any]) -> Any:
+    """What `work` returns; an interruption, and memory that does not suffice, become errors with their exit codes."""
+    from torch import OutOfMemoryError
+
+    try:
+        return work()
+    except KeyboardInterrupt as stop:
+        raise Interrupted(": ".join(["interrupted", *map(str, stop.args)])) from None
+    except (MemoryError, OutOfMemoryError) as error:
+        raise ResourceError("out of memory: lower --calib-samples, --calib-length or --refine-batch") from error

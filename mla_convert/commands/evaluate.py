@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import silence_libraries
-from mla_convert.errors import ResourceError
+from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries
+from mla_convert.errors import ResourceError, UsageError
 
 EXAMPLE = "mla-convert eval llama-8b-mla --against meta-llama/Llama-3.1-8B"
 
-MEASURE = "Measurement"
-OUT_OF_MEMORY = "out of memory: lower --eval-length or --eval-windows, or give --dtype bfloat16"
+MEASURE, BEYOND = "Measurement", "Beyond perplexity"
+OUT_OF_MEMORY = "out of memory: lower --eval-length, --eval-windows or --passkey-length, or give --dtype bfloat16"
 
 Model = Annotated[
     str, typer.Argument(help="Folder, Hub id (owner/name), .gguf file or recipe; converted or not.", show_default=False)
@@ -48,8 +48,57 @@ Length = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="auto (as MODEL is stored), float32, bfloat16 or float16.", rich_help_panel=MEASURE)
 ]
+Passkey = Annotated[
+    bool,
+    typer.Option(
+        "--passkey",
+        help="Have a five-digit key looked up in long text, at five depths and at lengths up to the model's context.",
+        rich_help_panel=BEYOND,
+    ),
+]
+PasskeyLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the longest text; turns --passkey on. Default: the model's context.",
+        show_default=False,
+        rich_help_panel=BEYOND,
+    ),
+]
+Greedy = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Continue N prompts greedily, and compare with the original's continuations.",
+        show_default=False,
+        rich_help_panel=BEYOND,
+    ),
+]
+GreedyTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a continuation at most. Default: 64.", show_default=False, rich_help_panel=BEYOND),
+]
+TaskNames = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Tasks of lm-evaluation-harness, by name or as .yaml files, with commas between. Needs the extra eval.",
+        show_default=False,
+        rich_help_panel=BEYOND,
+    ),
+]
+TaskLimit = Annotated[
+    int | None,
+    typer.Option(help="Examples of a task at most. Default: all.", show_default=False, rich_help_panel=BEYOND),
+]
+IntoReport = Annotated[
+    bool,
+    typer.Option(
+        "--into-report",
+        help="Add what is found beyond perplexity to MODEL's report.json, and make report.html and README.md again.",
+        rich_help_panel=BEYOND,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there), cpu, cuda, cuda:N.", rich_help_panel=MEASURE)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def evaluate(
@@ -60,22 +109,47 @@ def evaluate(
     eval_length: Length = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    passkey: Passkey = False,
+    passkey_length: PasskeyLength = None,
+    greedy: Greedy = 0,
+    greedy_tokens: GreedyTokens = None,
+    tasks: TaskNames = None,
+    task_limit: TaskLimit = None,
+    into_report: IntoReport = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure MODEL: perplexity, KV cache bytes, and how far it is from its original."""
-    silence_libraries()
+    silence_libraries(quiet)
+    from mla_convert.beyond import check_target, write_into_report
+
+    names = tuple(name for name in (part.strip() for part in (tasks or "").split(",")) if name)
+    if (tasks is not None or task_limit is not None) and not names:
+        raise UsageError("--tasks names no task: give names or .yaml files, with commas between")
+    if greedy_tokens is not None and not greedy:
+        raise UsageError("--greedy-tokens means nothing without --greedy")
+    if into_report and not (against or passkey or passkey_length or names):
+        raise UsageError("--into-report has nothing to write: give --against, --passkey or --tasks")
+    folder = check_target(model) if into_report else None
+
     from rich.console import Console
     from torch import OutOfMemoryError
 
     from mla_convert.evaluate import evaluate_model, print_evaluation
+    from mla_convert.probes import GREEDY_TOKENS, Probes
     from mla_convert.progress import Progress
 
+    probes = Probes(passkey=passkey or passkey_length is not None, passkey_length=passkey_length, greedy=greedy,
+                    greedy_tokens=GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
+                    tasks=names, task_limit=task_limit)  # fmt: skip
     try:
         found = evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length, dtype=dtype,
-                               device=device, progress=Progress(quiet=quiet))  # fmt: skip
+                               device=device, probes=probes, progress=Progress(quiet=quiet, verbose=is_verbose()))  # fmt: skip
     except (MemoryError, OutOfMemoryError) as error:
         raise ResourceError(OUT_OF_MEMORY) from error
+    if folder:
+        write_into_report(folder, found.beyond)
     if json_:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,59 +18,68 @@ from mla_convert.commands.evaluate import (
     Dtype,
     Length,
     Model,
-    Quiet,
     Text,
     Windows,
 )
-from mla_convert.commands.shared import silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.errors import GateFailed, InputError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mla_convert.gate import Limits, Verdict
 
 EXAMPLE = "mla-convert gate llama-8b-mla --max-ppl-ratio 1.05 --min-kv-saving 70%"
 LIMITS, OUTPUT = "Limits", "Output"
 
 
+MaxRatio = Annotated[
+    float | None,
+    typer.Option(help="Most that perplexity may be over the original's.", rich_help_panel=LIMITS, show_default=False),
+]
+MaxPerplexity = Annotated[
+    float | None, typer.Option(help="Most that perplexity may be.", rich_help_panel=LIMITS, show_default=False)
+]
+MinSaving = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Least share of the KV cache to be saved: 70% or 0.7.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(
+        help="report.json (or eval --json) of an earlier conversion to compare perplexity with.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+MaxRegression = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Most that perplexity may be above the baseline's: 1% or 0.01. Default 1%.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+FromReport = Annotated[
+    bool,
+    typer.Option("--from-report", help="Trust the model's report.json instead of measuring.", rich_help_panel=MEASURE),
+]
+
+
 def gate(
     model: Model,
-    max_ppl_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="Most that perplexity may be over the original's.", rich_help_panel=LIMITS, show_default=False
-        ),
-    ] = None,
-    max_ppl: Annotated[
-        float | None,
-        typer.Option(help="Most that perplexity may be.", rich_help_panel=LIMITS, show_default=False),
-    ] = None,
-    min_kv_saving: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Least share of the KV cache to be saved: 70% or 0.7.",
-            rich_help_panel=LIMITS,
-            show_default=False,
-        ),
-    ] = None,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(
-            help="report.json (or eval --json) of an earlier conversion to compare perplexity with.",
-            rich_help_panel=LIMITS,
-            show_default=False,
-        ),
-    ] = None,
-    max_regression: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Most that perplexity may be above the baseline's: 1% or 0.01. Default 1%.",
-            rich_help_panel=LIMITS,
-            show_default=False,
-        ),
-    ] = None,
-    from_report: Annotated[
-        bool,
-        typer.Option("--from-report", help="Trust MODEL's report.json instead of measuring.", rich_help_panel=MEASURE),
-    ] = False,
+    max_ppl_ratio: MaxRatio = None,
+    max_ppl: MaxPerplexity = None,
+    min_kv_saving: MinSaving = None,
+    baseline: Baseline = None,
+    max_regression: MaxRegression = None,
+    from_report: FromReport = False,
     against: Against = None,
     text: Text = None,
     eval_windows: Windows = None,
@@ -85,47 +94,72 @@ def gate(
         bool, typer.Option("--json", help="Print the outcome as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check MODEL against limits: exit code 0 if all hold, 3 if one does not.
 
     In GitHub Actions, failed gates become annotations and a table in the job's summary.
     """
-    from mla_convert.gate import Limits, junit_xml, percentage, run_gate
+    from mla_convert.gate import junit_xml
 
     began = time.perf_counter()
-    limits = Limits(max_ppl_ratio, max_ppl, min_kv_saving and percentage(min_kv_saving),
-                    max_regression and percentage(max_regression), baseline)  # fmt: skip
+    limits = read_limits(max_ppl_ratio, max_ppl, min_kv_saving, baseline, max_regression)
     if junit and junit.is_dir():
         raise InputError(f"--junit {junit} is a folder: give a file")
     if from_report and not (against is text is eval_windows is eval_length is None):
         raise UsageError("--from-report measures nothing: leave out --against and the --eval options, or --from-report")
-    silence_libraries()
-    measure = {}
-    if not from_report:
-        from mla_convert.progress import Progress
-
-        measure = {"text": text, "windows": eval_windows, "length": eval_length, "dtype": dtype, "device": device,
-                   "progress": Progress(quiet=quiet)}  # fmt: skip
-    try:
-        verdict = run_gate(model, limits, from_report, against, **measure)
-    except Exception as error:
-        # named so and not imported: with --from-report there is no torch
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            raise ResourceError(OUT_OF_MEMORY) from error
-        raise
+    options = {"text": text, "windows": eval_windows, "length": eval_length, "dtype": dtype, "device": device}
+    verdict = judge(model, limits, from_report, against, quiet, options)
     if junit:
         junit.parent.mkdir(parents=True, exist_ok=True)
         junit.write_text(junit_xml(verdict, time.perf_counter() - began), encoding="utf-8")
     if json_:
         typer.echo(json.dumps(verdict.as_dict(), indent=2))
     else:
-        _print(verdict)
-    _tell_github(verdict, to_stderr=json_)
+        print_verdict(verdict)
+    tell_github(verdict, to_stderr=json_)
     if not verdict.passed:
         raise GateFailed(verdict.summary)
 
 
-def _print(verdict) -> None:
+def read_limits(
+    max_ppl_ratio: float | None,
+    max_ppl: float | None,
+    min_kv_saving: str | None,
+    baseline: Path | None,
+    max_regression: str | None,
+) -> Limits:
+    """Limits as typed."""
+    from mla_convert.gate import Limits, percentage
+
+    return Limits(max_ppl_ratio, max_ppl, min_kv_saving and percentage(min_kv_saving),
+                  max_regression and percentage(max_regression), baseline)  # fmt: skip
+
+
+def judge(
+    model: str, limits: Limits, from_report: bool, against: str | None, quiet: bool, options: dict[str, Any]
+) -> Verdict:
+    """Measure the model, or read its report, and check it; `options` are those of `evaluate_model`."""
+    from mla_convert.gate import run_gate
+
+    silence_libraries(quiet)
+    if from_report:
+        options = {}
+    else:
+        from mla_convert.progress import Progress
+
+        options = {**options, "progress": Progress(quiet=quiet)}
+    try:
+        return run_gate(model, limits, from_report, against, **options)
+    except Exception as error:
+        # named so and not imported: with --from-report there is no torch
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise ResourceError(OUT_OF_MEMORY) from error
+        raise
+
+
+def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | None = None) -> None:
+    """The table of checks, and why those that failed did."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text as Plain
@@ -138,14 +172,14 @@ def _print(verdict) -> None:
         table.add_row(
             result.name, result.figure_text, result.limit_text, Plain("pass" if result.passed else "FAIL", style)
         )
-    console = Console()
+    console = console or Console(stderr=to_stderr)
     console.print(table)
     for line in (*(f"{result.name}: {result.reason}" for result in verdict.results if not result.passed),
                  f"figures {verdict.basis}"):  # fmt: skip
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _tell_github(verdict, to_stderr: bool) -> None:
+def tell_github(verdict: Verdict, to_stderr: bool) -> None:
     """Annotations and a summary, where GitHub's runner asks for them by its environment variables."""
     from mla_convert.gate import error_lines, markdown
 

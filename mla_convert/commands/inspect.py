@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.errors import InputError
 
 EXAMPLE = "mla-convert inspect ./my-model"
@@ -17,6 +17,8 @@ def inspect(
     path: Annotated[str, typer.Argument(help="Folder (source or converted), Hub id, .gguf file or recipe.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """What PATH is: its attention, RoPE, size and cache, and whether it can be converted (exit code 4 if not).
 
@@ -25,7 +27,7 @@ def inspect(
     from mla_convert.config import build_config
 
     config = build_config({"source": path, "revision": revision})
-    silence_libraries()
+    silence_libraries(quiet)
     from rich.console import Console
 
     from mla_convert.inspection import inspect_checkpoint, print_inspection

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import rank_or_full, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, rank_or_full, silence_libraries
 
 EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"
 
@@ -19,19 +19,24 @@ def plan(
     kv_ratio: Annotated[
         float | None, typer.Option(help="Share of the original cache to keep. Default 0.5 if no rank is given.")
     ] = None,
+    uniform: Annotated[
+        bool | None, typer.Option("--uniform", help="The same sizes in every layer, as for a conversion.")
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help="Card to fit into: h100, a100-80, 4090, l4, mi300x, …")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, instead of --gpu: 80GB, 24GiB, …")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Cache, parameters, disk and memory before and after a conversion of SOURCE. Reads its configuration, no weights."""
     from mla_convert.config import build_config
     from mla_convert.sizing import card_memory
 
     card = card_memory(gpu, memory)
-    sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio}
+    sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio, "uniform": uniform}
     config = build_config({"source": source, "revision": revision, **sizes})
-    silence_libraries()
+    silence_libraries(quiet)
     from rich.console import Console
 
     from mla_convert.planning import plan_conversion, print_plan

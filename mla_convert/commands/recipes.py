@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mla_convert.commands.shared import Verbose
 from mla_convert.errors import UsageError
 
 EXAMPLE = "mla-convert recipes show llama-8b"
@@ -18,6 +19,7 @@ def recipes(
         typer.Argument(metavar="[show] NAME", help="Recipe to print: name, alias or YAML file.", show_default=False),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """List the recipes, or print the YAML of one: the start of your own (`mla-convert ./mine.yaml`)."""
     from mla_convert.config import Recipe, load_recipe, recipe_file, recipe_files

@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
+
+
+class _Talk:
+    """Whether a failure also shows where in the code it came from: of the whole process, as the parser finds it."""
+
+    verbose = False
+
+
+def _set_verbose(value: bool) -> bool:
+    _Talk.verbose = value
+    return value
+
+
+def is_verbose() -> bool:
+    """Whether -v was given."""
+    return _Talk.verbose
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", callback=_set_verbose, help="Say more: libraries' own words, and where an error came from."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def rank_or_full(value: str | None) -> int | str | None:
@@ -17,13 +43,18 @@ def rank_or_full(value: str | None) -> int | str | None:
         raise typer.BadParameter(f"{value!r} is neither a whole number nor 'full'") from None
 
 
-def silence_libraries() -> None:
-    """Only our own words on the terminal: libraries' advice is not for our users."""
+def silence_libraries(quiet: bool = False) -> None:
+    """Only our own words on the terminal unless -v was given: libraries' advice is not for our users."""
     import logging
     import os
     import warnings
 
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if is_verbose():
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for name in ("datasets", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

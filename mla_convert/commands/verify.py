@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 
 EXAMPLE = "mla-convert verify llama-8b-mla"
 
@@ -16,9 +16,11 @@ EXAMPLE = "mla-convert verify llama-8b-mla"
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.", show_default=False)],
     json_: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check a converted folder: checksums, tensor names, shapes, values. Exit code 4 names the first fault."""
-    silence_libraries()
+    silence_libraries(quiet)
     from mla_convert.report import human_bytes
     from mla_convert.verify import Fault
     from mla_convert.verify import verify as verify_folder

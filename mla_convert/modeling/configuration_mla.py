@@ -25,13 +25,24 @@ class MlaFields:
     v_head_dim: int = 128
     # Widest query-key product; transformers' generate reads it to leave the static cache's shape to the first update.
     qk_head_dim: int = 192
-    # One entry a layer where layers differ; kv_lora_rank and qk_rope_head_dim then hold the largest.
+    # One entry a layer where layers differ; the fields without s then hold the largest.
     kv_lora_ranks: list[int] | None = None
     qk_rope_head_dims: list[int] | None = None
+    qk_nope_head_dims: list[int] | None = None
     # Which projections carry a bias (they do where the original's do).
     mla_q_bias: bool = False
     mla_kv_bias: bool = False
     mla_o_bias: bool = False
+    # Where the stock model has its attention: path of the list of layers, and the name inside a layer.
+    mla_layers: str = "model.layers"
+    mla_attention: str = "self_attn"
+    # Names of the stock attention's norms of query and key, and what they are called with (`apply_norm`).
+    mla_q_norm: str | None = None
+    mla_k_norm: str | None = None
+    mla_norm_over: str = "head"
+    # Cap of the attention logits; name of the stock attention's parameter with the sinks' logits.
+    mla_softcap: float | None = None
+    mla_sinks: str | None = None
     # What attends when decoding: "triton" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
     # "auto" (the kernels where they can serve, else the library's). The variable MLA_CONVERT_KERNEL goes before it.
     mla_kernel: str = "auto"
@@ -45,6 +56,10 @@ class MlaFields:
     def layer_rope_dim(self, layer_idx: int) -> int:
         """qk_rope_head_dim of one layer."""
         return self.qk_rope_head_dims[layer_idx] if self.qk_rope_head_dims else self.qk_rope_head_dim
+
+    def layer_nope_dim(self, layer_idx: int) -> int:
+        """qk_nope_head_dim of one layer."""
+        return self.qk_nope_head_dims[layer_idx] if self.qk_nope_head_dims else self.qk_nope_head_dim
 
 
 def config_class(base: type) -> type:

@@ -1,6 +1,6 @@
 """A transformers model whose attention is Multi-head Latent Attention (MLA).
 
-`Mla<Base>ForCausalLM` is the stock `<Base>ForCausalLM` with every attention replaced by `MlaAttention`; embeddings, norms,
+`Mla<Base>` is the stock causal language model `<Base>` with every attention replaced by `MlaAttention`; embeddings, norms,
 MLPs and heads are the stock classes with the original's weights. What is cached per token is the latent and one rotary key,
 both shared by all heads, in the stock transformers caches: latent in the key slot, rotary key in the value slot.
 
@@ -92,6 +92,8 @@ def kernel_attention(
     mask: Tensor | None,
     scaling: float,
     choice: str,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | None:
     """`absorbed_attention` on the kernels of mla_attention, or None where they cannot serve and `choice` is "auto".
 
@@ -119,17 +121,52 @@ def kernel_attention(
         if choice == "triton":
             raise ValueError(f'mla_kernel "triton" cannot decode: {reason}')
         return None
-    attended = mla_attention.mla_decode(
+    attended, lse = mla_attention.mla_decode(
         q_latent.transpose(1, 2),
         q_rope.transpose(1, 2),
         latent.squeeze(1),
         k_rope.squeeze(1),
         lengths,
         softmax_scale=scaling,
+        softcap=softcap or 0.0,
+        return_lse=True,
     )
+    if sinks is not None:
+        # A sink adds exp(sink) to the sum of exponentials, and nothing to what is attended.
+        kept = torch.sigmoid(lse - sinks.float().view(1, -1, 1))
+        attended = attended * kept.transpose(1, 2).unsqueeze(-1).to(attended.dtype)
     if plain is not None:
         attended = torch.where(plain, attended, torch.nan)
     return attended.transpose(1, 2)
+
+
+def apply_norm(norm: nn.Module, rows: Tensor, head_dim: int, over: str) -> Tensor:
+    """A stock norm of queries or keys on rows (B, T, heads * head_dim), called as the stock attention calls it.
+
+    `over` is the shape that it takes: "head" (B, T, heads, head_dim), "all" (B, T, heads * head_dim) or "heads first"
+    (B, heads, T, head_dim).
+    """
+    if over == "all":
+        return norm(rows)
+    heads = rows.unflatten(-1, (-1, head_dim))
+    normed = norm(heads.transpose(1, 2)).transpose(1, 2) if over == "heads first" else norm(heads)
+    return normed.flatten(2)
+
+
+def weigh(logits: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Attention weights in float32 from scaled logits (B, H, T, S) and a boolean or additive mask.
+
+    `softcap` bounds the logits; `sinks` (H,) are logits that take their part of each row and are then dropped.
+    """
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        boolean = mask.dtype == torch.bool
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if boolean else logits + mask
+    if sinks is None:
+        return F.softmax(logits, dim=-1, dtype=torch.float32)
+    column = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+    return F.softmax(torch.cat([logits, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
 
 
 def absorbed_attention(
@@ -140,6 +177,8 @@ def absorbed_attention(
     mask: Tensor | None,
     scaling: float,
     need_weights: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     kernel: str = "sdpa",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all heads on the shared latents, which serve as keys and values. `kernel` is one of KERNELS.
@@ -150,23 +189,19 @@ def absorbed_attention(
     """
     batch, heads, length, rank = q_latent.shape
     if kernel != "sdpa" and not need_weights:
-        attended = kernel_attention(q_latent, q_rope, latent, k_rope, mask, scaling, kernel)
+        attended = kernel_attention(q_latent, q_rope, latent, k_rope, mask, scaling, kernel, softcap, sinks)
         if attended is not None:
             return attended, None
     # Heads share keys and values, so they are rows of one query matrix: the latents are read once, not once a head.
     query = torch.cat([q_latent, q_rope], dim=-1).reshape(batch, 1, heads * length, -1)
     key = torch.cat([latent, k_rope], dim=-1)
+    if need_weights or softcap is not None or sinks is not None:
+        logits = (query @ key.transpose(2, 3)).view(batch, heads, length, -1) * scaling
+        weights = weigh(logits, mask, softcap, sinks).to(query.dtype)
+        attended = weights.reshape(batch, 1, heads * length, -1) @ latent
+        return attended.view(batch, heads, length, rank), weights
     if mask is not None:
         mask = mask.expand(batch, -1, -1, -1).repeat(1, 1, heads, 1)
-    if need_weights:
-        logits = (query @ key.transpose(2, 3)) * scaling
-        if mask is not None:
-            logits = (
-                logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
-            )
-        weights = F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-        attended = weights @ latent
-        return attended.view(batch, heads, length, rank), weights.view(batch, heads, length, -1)
     attended = F.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=scaling)
     return attended.view(batch, heads, length, rank), None
 
@@ -174,49 +209,102 @@ def absorbed_attention(
 class MlaAttention(nn.Module):
     """Multi-head Latent Attention as DeepSeek-V2 defines it (arXiv 2405.04434, section 2.1), without its latent norm.
 
-    Differs from it in that the rotary key's frequencies are chosen per layer: `rope_freq_index` (m,) picks them from the
-    original's table, so that every RoPE scaling of the original applies unchanged.
+    Differs from it in that the rotary key's frequencies are chosen per layer: `rope_freq_index` (m,) picks their columns
+    of the original's table, so that every RoPE scaling of the original applies unchanged.
+
+    Where the original norms its queries and keys, those norms stay, behind the original's own projections: the latent and
+    the rotary key are then a map of [normed key; value], and each head's query a map of its normed query.
     """
 
-    def __init__(self, config, layer_idx: int, scaling: float):
+    def __init__(self, config, layer_idx: int, stock: nn.Module):
+        """`stock` is the attention that this one takes the place of: its scale, norms and sinks stay."""
         nn.Module.__init__(self)  # not the stock attention's, which attention_class() puts next in line
+        self._is_hf_initialized = (
+            True  # the stock classes would look for projections of theirs; each inner one is visited
+        )
         self.config = config
         self.layer_idx = layer_idx
-        self.scaling = scaling
+        self.scaling = stock.scaling
         self.is_causal = True
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout = getattr(config, "attention_dropout", getattr(config, "attn_pdrop", 0.0))
+        self.output_dropout = getattr(config, "residual_dropout", getattr(config, "resid_pdrop", 0.0))
         self.num_heads = config.num_attention_heads
         self.num_key_value_groups = 1
         self.kv_lora_rank = config.layer_rank(layer_idx)
         self.qk_rope_head_dim = config.layer_rope_dim(layer_idx)
-        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_nope_head_dim = config.layer_nope_dim(layer_idx)
         self.v_head_dim = config.v_head_dim
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.kernel = kernel_choice(config)
-        hidden, heads = config.hidden_size, self.num_heads
-        self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.mla_q_bias)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.mla_kv_bias)
+        self.softcap = config.mla_softcap
+        self.normed = config.mla_q_norm is not None
+        hidden, heads, compressed = config.hidden_size, self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
+        if self.normed:
+            kv_heads = getattr(config, "num_key_value_heads", None) or heads
+            self.q_proj = nn.Linear(hidden, heads * self.v_head_dim, bias=config.mla_q_bias)
+            self.k_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
+            self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
+            setattr(self, config.mla_q_norm, getattr(stock, config.mla_q_norm))
+            setattr(self, config.mla_k_norm, getattr(stock, config.mla_k_norm))
+            self.q_b_proj = nn.Linear(self.v_head_dim, heads * self.qk_head_dim, bias=False)
+            self.kv_a_proj_with_mqa = nn.Linear(2 * kv_heads * self.v_head_dim, compressed, bias=False)
+        else:
+            self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.mla_q_bias)
+            self.kv_a_proj_with_mqa = nn.Linear(hidden, compressed, bias=config.mla_kv_bias)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.mla_o_bias)
+        if config.mla_sinks:
+            # under the stock name, which the stock classes initialise it by
+            setattr(self, config.mla_sinks, getattr(stock, config.mla_sinks))
         self.register_buffer("rope_freq_index", torch.zeros(self.qk_rope_head_dim // 2, dtype=torch.int64))
+
+    @property
+    def sink_logits(self) -> Tensor | None:
+        """Logits (H,) of the attention sinks, if there are any."""
+        return getattr(self, self.config.mla_sinks) if self.config.mla_sinks else None
+
+    def normed_query(self, hidden_states: Tensor) -> Tensor:
+        """The original's queries behind their norm: (B, T, H * d_h), heads in the original's layout."""
+        norm = getattr(self, self.config.mla_q_norm)
+        return apply_norm(norm, self.q_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
+
+    def normed_key_value(self, hidden_states: Tensor) -> Tensor:
+        """The original's keys behind their norm, and its values: (B, T, 2 * G * d_h)."""
+        norm = getattr(self, self.config.mla_k_norm)
+        key = apply_norm(norm, self.k_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
+        return torch.cat([key, self.v_proj(hidden_states)], dim=-1)
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, T, hidden) -> queries (B, H, T, nope + 2m) and what is cached (B, T, r + 2m)."""
+        if not self.normed:
+            query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
+            return query, self.kv_a_proj_with_mqa(hidden_states)
+        heads = self.normed_query(hidden_states).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
+        maps = self.q_b_proj.weight.view(self.num_heads, self.qk_head_dim, self.v_head_dim)
+        return heads @ maps.transpose(1, 2), self.kv_a_proj_with_mqa(self.normed_key_value(hidden_states))
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values=None,
+        layer_past=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, T, hidden) -> attention output (B, T, hidden) and the attention weights, if there are any."""
-        batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(batch, length, self.num_heads, self.qk_head_dim).transpose(1, 2)
-        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
-        latent, k_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        """hidden_states (B, T, hidden) -> attention output (B, T, hidden) and the attention weights, if there are any.
 
-        cos, sin = (table[..., self.rope_freq_index].unsqueeze(1) for table in position_embeddings)
-        q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+        `layer_past` is what GPT-NeoX calls the cache.
+        """
+        batch, length, _ = hidden_states.shape
+        past_key_values = layer_past if past_key_values is None else past_key_values
+        query, compressed = self._project(hidden_states)
+        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latent, k_rope = compressed.unsqueeze(1).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+
+        if self.qk_rope_head_dim:
+            cos, sin = (table[..., self.rope_freq_index].unsqueeze(1).to(q_rope) for table in position_embeddings)
+            q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
 
@@ -226,7 +314,8 @@ class MlaAttention(nn.Module):
             output, weights = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
         else:
             output, weights = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+        output = self.o_proj(output.reshape(batch, length, -1))
+        return F.dropout(output, self.output_dropout, self.training), weights
 
     def _absorbed(self, q_nope, q_rope, latent, k_rope, mask) -> tuple[Tensor, Tensor | None]:
         """Decode: queries and outputs pass through the up-projections, the cache stays as it is. Output (B, T, H, v)."""
@@ -240,6 +329,8 @@ class MlaAttention(nn.Module):
             mask,
             self.scaling,
             need_weights=self.config._attn_implementation == "eager",
+            softcap=self.softcap,
+            sinks=self.sink_logits,
             kernel=self.kernel,
         )
         return (attended @ up_value.transpose(1, 2)).transpose(1, 2), weights
@@ -253,15 +344,16 @@ class MlaAttention(nn.Module):
         query = torch.cat([q_nope, q_rope], dim=-1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
+        traits = {"softcap": self.softcap, "s_aux": self.sink_logits}
+        kwargs |= {name: value for name, value in traits.items() if value is not None}
         return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
 
-def eager_attention(module, query, key, value, mask, dropout=0.0, scaling=1.0, **_) -> tuple[Tensor, Tensor]:
+def eager_attention(
+    module, query, key, value, mask, dropout=0.0, scaling=1.0, softcap=None, s_aux=None, **_
+) -> tuple[Tensor, Tensor]:
     """Softmax attention written out, with its weights. query, key (B, H, ., qk), value (B, H, S, v) -> (B, T, H, v)."""
-    logits = query @ key.transpose(2, 3) * scaling
-    if mask is not None:
-        logits = logits + mask
-    weights = F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = weigh(query @ key.transpose(2, 3) * scaling, mask, softcap, s_aux).to(query.dtype)
     output = F.dropout(weights, p=dropout, training=module.training) @ value
     return output.transpose(1, 2), weights
 
@@ -273,18 +365,20 @@ def attention_class(base: type) -> type:
 
 def install(model) -> None:
     """Replace every attention of a stock causal language model (built from an Mla configuration) by MLA."""
-    layers = model.model.layers
-    attention = attention_class(type(layers[0].self_attn))
-    for layer_idx, layer in enumerate(layers):
-        layer.self_attn = attention(model.config, layer_idx, scaling=layer.self_attn.scaling)
+    config = model.config
+    for layer_idx, layer in enumerate(model.get_submodule(config.mla_layers)):
+        stock = getattr(layer, config.mla_attention)
+        setattr(layer, config.mla_attention, attention_class(type(stock))(config, layer_idx, stock))
 
 
 def model_class(base: type) -> type:
-    """The converted counterpart of a stock `<Base>ForCausalLM`."""
+    """The converted counterpart of a stock causal language model."""
     name = PREFIX + base.__name__
     if name not in _classes:
 
         def __init__(self, config):  # noqa: N807
+            if config.mla_softcap is not None or config.mla_sinks:
+                self._supports_sdpa = False  # it knows neither; not every version of the stock classes says so
             base.__init__(self, config)
             install(self)
             self.post_init()
@@ -308,9 +402,9 @@ def model_class(base: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """`Mla<Base>ForCausalLM` for any `<Base>ForCausalLM` of transformers (PEP 562)."""
-    if name.startswith(PREFIX) and name.endswith("ForCausalLM"):
-        return model_class(getattr(transformers, name[len(PREFIX) :]))
+    """`Mla<Base>` for any causal language model `<Base>` of transformers, and its configuration (PEP 562)."""
     if name.startswith(PREFIX) and name.endswith("Config"):
         return getattr(importlib.import_module(".configuration_mla", __package__), name)
+    if name.startswith(PREFIX) and name.endswith(("ForCausalLM", "LMHeadModel")):
+        return model_class(getattr(transformers, name[len(PREFIX) :]))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,141 @@
+"""What low rank alone would cost: one latent for keys and values, RoPE kept. The upper reference of quality.py.
+
+Keys are restored from the latent before they are rotated, so that decoupling loses nothing, but the latent has to be
+expanded for every cached token: the scheme cannot be absorbed, and nothing is written. The latent is the best of its rank
+for the expected error of the attention output under the real rotations, in closed form, from the statistics of a
+conversion; it gets all of the budget, as no rotary key is cached. Takes options of a conversion; those without a meaning here
+are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+
+from mla_convert import environment, layers, measure, texts
+from mla_convert.activations import Activations
+from mla_convert.attention import half_split, source_weights
+from mla_convert.calibrate import attention_kwargs, layer_statistics
+from mla_convert.config import ConvertConfig, build_config
+from mla_convert.errors import InputError, MlaConvertError
+from mla_convert.factorise import Statistics, _affine, _key_cost, _latent, _moments
+from mla_convert.figures import finite
+from mla_convert.plan import Plan, make_plan
+from mla_convert.report import cache_figures
+from mla_convert.skeleton import Rotation, Skeleton
+from mla_convert.source import Source, open_source
+
+
+def rotated_mean(cost: Tensor, statistics: Statistics) -> Tensor:
+    """E[R_D cost R_D^T] over the distances D at which each head attends: (H, d_h, d_h).
+
+    R_D turns by D positions; a query D positions after a key sees an error e of it as R_D^T e.
+    """
+    distance, total = statistics.distance.double(), torch.zeros_like(cost)
+    for steps in range(distance.shape[1]):
+        angle = statistics.inv_freq.double() * steps
+        turn = torch.cat([torch.cat([angle.cos().diag(), -angle.sin().diag()], 1),
+                          torch.cat([angle.sin().diag(), angle.cos().diag()], 1)])  # fmt: skip
+        total += distance[:, steps, None, None] * (turn @ cost @ turn.mT)
+    return total
+
+
+@torch.no_grad()
+def compress(source: Source, attention: nn.Module, statistics: Statistics, rank: int, rotation: Rotation) -> None:
+    """Put the stock attention's key and value projections through the best joint latent of that rank."""
+    shape, family = source.shape, source.family
+    weights = source_weights(attention, family, shape, 2 * rotation.turning)
+    q, k, v = (_affine(getattr(weights, n), getattr(weights, n + "_bias")) for n in "qkv")
+    q_heads, v_heads = q.view(shape.num_heads, shape.head_dim, -1), v.view(shape.num_kv_heads, shape.head_dim, -1)
+    o_heads = weights.o.double().view(-1, shape.num_heads, shape.head_dim).transpose(0, 1)
+    moment, tokens = _moments(statistics)
+    columns = slice(None if shape.has_kv_bias else -1)
+    rows, tokens = torch.cat([k, v])[:, columns], tokens[columns, columns]
+    key_cost = attention.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, moment)
+    costs = [rotated_mean(key_cost, statistics), o_heads.mT @ o_heads]
+    blocks = [block for cost in costs for block in cost.unflatten(0, (shape.num_kv_heads, -1)).sum(1)]
+    encode, decode, _ = _latent(rows @ tokens @ rows.T, torch.block_diag(*blocks), rank)
+    k, v = (decode @ (encode @ rows)).chunk(2)
+    # back to the order of rows that the stock module has
+    order = half_split(shape.head_dim, 2 * rotation.turning, family.interleaved).argsort().to(k.device)
+    k = k.unflatten(0, (-1, shape.head_dim))[:, order].flatten(0, 1)
+    for name, found in (("k", k), ("v", v)):
+        projection = getattr(attention, family.projections[name])
+        projection.weight.copy_(found[:, : projection.in_features])
+        if projection.bias is not None:
+            projection.bias.copy_(found[:, -1])
+
+
+def evaluate(config: ConvertConfig) -> dict:
+    """Stream calibration and evaluation windows through the original and the compressed model, as a conversion does."""
+    began, device = time.perf_counter(), environment.pick_device(config.device)
+    phases = environment.Phases(device)
+    with phases.phase("open"):
+        source = open_source(config.source, config.revision)
+        shape, skeleton = source.shape, Skeleton(source, device)
+        if shape.normed or source.family.fused:
+            raise InputError(
+                f"{source.name} has fused or normed keys: this reference needs their own linear projections"
+            )
+        plan = make_plan(config, shape)
+        plan = Plan(plan.cache_numbers, 0, shape)
+        longest = getattr(source.config, "max_position_embeddings", None)
+        windows = texts.load_windows(config, source.tokenizer(), device.type == "cuda", longest)
+    with environment.deterministic(config.seed), phases.phase("layers"):
+        streams = layers.open_streams(skeleton, windows.calib, windows.measured)
+        originals = (streams.calib_original, streams.eval_original)
+        compressed = (streams.calib_converted, streams.eval_converted)
+        kwargs = {states.length: skeleton.layer_kwargs(states.length) for states in originals}
+        eager = attention_kwargs(skeleton, streams.calib_original.length)
+
+        def advance(layer: nn.Module, index: int, several: tuple[Activations, ...]) -> None:
+            for states in several:
+                with torch.no_grad(), skeleton.autocast():
+                    own = kwargs[states.length][index]
+                    states.advance(lambda hidden, own=own: _first(layer(hidden, **own)))
+
+        for index in range(shape.layers):
+            with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
+                advance(layer, index, originals)
+                statistics = layer_statistics(skeleton, layer, streams.calib_converted, eager[index])
+                rotation = skeleton.rotation(index, eager[index])
+                compress(source, getattr(layer, source.family.attention), statistics, plan.rank, rotation)
+                advance(layer, index, compressed)
+    with phases.phase("evaluate"):
+        losses = skeleton.token_losses([states.data for states in (originals[1], compressed[1])], windows.measured)
+    return finite({
+        "cache": cache_figures(plan, source.dtype.itemsize, source.sliding_windows),
+        "evaluation": measure.figures(windows, *losses), "calibration": {"protocol": windows.calib_protocol},
+        "phases": phases.results, "device": environment.device_name(device), "versions": environment.versions(),
+        "seconds": round(time.perf_counter() - began, 2),
+    })  # fmt: skip
+
+
+def _first(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def main() -> None:
+    """Options to settings, settings to figures, as JSON on stdout."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source")
+    for name, kind in (("kv-ratio", float), ("calib", str), ("calib-samples", int), ("calib-length", int), ("eval", str),
+                       ("eval-windows", int), ("eval-length", int), ("seed", int), ("device", str),
+                       ("revision", str)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind)
+    known, _ = parser.parse_known_args()
+    try:
+        print(json.dumps(evaluate(build_config(vars(known))), indent=2))
+    except MlaConvertError as error:
+        sys.exit(f"rope_kept: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Quality beyond perplexity, as report.json holds it under `beyond`: in rows for tables, and into a report. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mla_convert.errors import InputError, UsageError
+from mla_convert.figures import REPORT, finite, look_up, read_report
+
+Row = tuple[str, str, str]
+
+
+def rows(beyond: dict[str, Any]) -> list[Row]:
+    """Rows of (what, original, model). What compares the two has one figure, under the model."""
+    found: list[Row] = []
+    if part := beyond.get("next_token"):
+        found.append(("KL divergence, nats", "", _value(part["kl"], 5)))
+        found.append(("next-token agreement", "", _value(part["agreement"], 4)))
+    return found + probe_rows(beyond)
+
+
+def probe_rows(beyond: dict[str, Any]) -> list[Row]:
+    """The rows of the probes alone: greedy continuations, pass keys (all depths of a length together) and tasks."""
+    found: list[Row] = []
+    if part := beyond.get("greedy"):
+        found.append((f"greedy, same at first ({part['tokens']} tokens)", "", _value(part["prefix"], 3)))
+        found.append((f"greedy, same to the end ({part['prompts']} prompts)", "", _value(part["exact"], 3)))
+    for entry in look_up(beyond, "passkey.lengths") or []:
+        for what, key, digits in (("pass key found", "match", 2), ("its log-probability", "log_probability", 2)):
+            before, after = (_value(look_up(entry, f"{side}.{key}"), digits) for side in ("before", "after"))
+            found.append((f"{what}, {entry['length']} tokens", before, after))
+    for task, content in (look_up(beyond, "tasks.results") or {}).items():
+        for metric, sides in content["metrics"].items():
+            found.append((f"{task}, {metric}", _value(sides["before"], 4), _value(sides["after"], 4)))
+    return found
+
+
+def passkey_rows(beyond: dict[str, Any]) -> list[list[str]]:
+    """Every length and depth: length, depth, share found by the original and the model, log-probability by both."""
+    return [
+        [f"{cell['length']:,}", f"{cell['depth']:.0%}",
+         *(_number(look_up(cell, f"{side}.{key}"), 2) for key in ("match", "log_probability") for side in ("before", "after"))]
+        for cell in look_up(beyond, "passkey.results") or []
+    ]  # fmt: skip
+
+
+def conditions(beyond: dict[str, Any]) -> list[str]:
+    """What the figures were measured on, a sentence each."""
+    found = []
+    if part := beyond.get("next_token"):
+        found.append(f"KL(original ‖ model) and next-token agreement: {part['text']}, {part['protocol']}.")
+    if part := beyond.get("greedy"):
+        found.append(
+            f"Greedy continuations: {part['prompts']} prompts of {part['prompt_tokens']} tokens of {part['text']}, "
+            f"up to {part['tokens']} tokens each; same at first is the share before the "
+            f"first different token. ± is over prompts."
+        )
+    if part := beyond.get("passkey"):
+        found.append(
+            f"Pass key: five digits in filler text, {part['keys']} keys at each length and depth; log-probability in nats of "
+            f"the whole key, {part['guessing']:.2f} for guessing evenly."
+        )
+    if part := beyond.get("tasks"):
+        limit = f", at most {part['limit']} examples a task" if part["limit"] else ""
+        found.append(f"Tasks: lm-evaluation-harness {part['harness']}{limit}.")
+    return found
+
+
+def _value(figure: dict[str, float | None] | None, digits: int) -> str:
+    if not figure or figure["value"] is None:
+        return "–"
+    error = figure.get("error")
+    spread = f" ± {error:.{digits}f}" if error is not None and math.isfinite(error) else ""
+    return _number(figure["value"], digits) + spread
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def check_target(model: str) -> Path:
+    """The folder of a converted model whose report can be added to.
+
+    Raises:
+        UsageError: not a local folder.
+        InputError: its report cannot be read, or is not that of a conversion.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"--into-report needs the folder of a converted model, and {model} is none")
+    if not isinstance(read_report(folder).get("checksums"), dict):
+        raise InputError(f"{folder / REPORT} has no checksums: not that of a finished conversion")
+    return folder
+
+
+def write_into_report(folder: Path, found: dict[str, Any]) -> None:
+    """Add what was found to report.json under `beyond`, and make the page and the model card again.
+
+    An earlier measurement of the same kind is replaced, others stay.
+
+    Raises:
+        InputError: a report that cannot be read, or that no page can be made of.
+    """
+    from mla_convert.card import write_card
+    from mla_convert.page import PAGE, write_page
+    from mla_convert.report import Report
+
+    content = read_report(folder)
+    content["beyond"] = {**(content.get("beyond") or {}), **finite(found)}
+    known = {field.name for field in fields(Report)} - {"out"}
+    try:
+        report = Report(**{key: value for key, value in content.items() if key in known})
+        report.evaluation = _numbers(report.evaluation)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / REPORT} is not that of a conversion ({error})") from error
+    # the page first: it refuses a report that is not whole, and then nothing has been changed.
+    write_page(content, folder / PAGE)
+    write_card(report, folder)
+    temporary = folder / f".{REPORT}.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / REPORT)
+
+
+def _numbers(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation with its figures as numbers again: JSON has null for those that are not finite."""
+    found = {**evaluation, "ratio": math.nan if evaluation["ratio"] is None else evaluation["ratio"]}
+    for side in ("before", "after"):
+        value = evaluation[side]["value"]
+        found[side] = {**evaluation[side], "value": math.nan if value is None else value}
+    return found

@@ -1,0 +1,102 @@
+"""`mla-convert push`: a finished conversion to the Hub, behind a gate if asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_convert.commands.evaluate import MEASURE, Against, Device, Text
+from mla_convert.commands.gate import (
+    Baseline,
+    FromReport,
+    MaxPerplexity,
+    MaxRatio,
+    MaxRegression,
+    MinSaving,
+    judge,
+    print_verdict,
+    read_limits,
+    tell_github,
+)
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.errors import GateFailed, UsageError
+
+EXAMPLE = "mla-convert push llama-8b-mla my-org/llama-8b-mla --private --min-kv-saving 70% --from-report"
+HUB = "Hub"
+
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private",
+        help="Make the repository private. One that is there already keeps what it is; a public one is refused.",
+        rich_help_panel=HUB,
+    ),
+]
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.", show_default=False)],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="owner/name; made if it is not there.", show_default=False)
+    ],
+    private: Private = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Branch to push to, made if it is not there. Default: main.", rich_help_panel=HUB, show_default=False
+        ),
+    ] = None,
+    create_pr: Annotated[
+        bool,
+        typer.Option("--create-pr", help="Open a pull request instead of pushing.", rich_help_panel=HUB),
+    ] = False,
+    commit_message: Annotated[
+        str | None, typer.Option(help="Default: the model's name, rank and rotary dims.", rich_help_panel=HUB)
+    ] = None,
+    max_ppl_ratio: MaxRatio = None,
+    max_ppl: MaxPerplexity = None,
+    min_kv_saving: MinSaving = None,
+    baseline: Baseline = None,
+    max_regression: MaxRegression = None,
+    from_report: FromReport = False,
+    against: Against = None,
+    text: Text = None,
+    device: Device = "auto",
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print what was pushed as JSON on stdout.", rich_help_panel=HUB)
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check DIR byte for byte and upload it to REPO on the Hugging Face Hub, in one commit.
+
+    With a limit, the gate comes first: if it fails (exit code 3), nothing is uploaded. The token is that of
+    `hf auth login`, or HF_TOKEN.
+    """
+    limits = read_limits(max_ppl_ratio, max_ppl, min_kv_saving, baseline, max_regression)
+    if not limits and (from_report or against or text):
+        raise UsageError(f"the options under {MEASURE} are for a gate: give a limit, such as --max-ppl-ratio")
+    silence_libraries(quiet)
+    from mla_convert import hub
+    from mla_convert.progress import Progress
+    from mla_convert.verify import verify
+
+    hub.check_name(repo)
+    progress = Progress(quiet=quiet)
+    if limits:
+        verify(folder)  # what is measured must be what is uploaded
+        options = {"text": text, "device": device}
+        verdict = judge(str(folder), limits, from_report, against, quiet, options)
+        print_verdict(verdict, to_stderr=json_)
+        tell_github(verdict, to_stderr=json_)
+        if not verdict.passed:
+            raise GateFailed(f"nothing was pushed: {verdict.summary}")
+    done = hub.push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=commit_message,
+                    progress=progress)  # fmt: skip
+    if json_:
+        typer.echo(json.dumps(done.as_dict(), indent=2))
+    else:
+        typer.echo(f"{len(done.files)} files are at {done.url}")

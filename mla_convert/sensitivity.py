@@ -1,0 +1,188 @@
+"""What a lost number costs in each layer, in nats per token: one pass forward and one back through the original.
+
+Backward goes the gradient g of the negative log-likelihood of tokens drawn from the model's own prediction, so that
+E[g g^T] is the curvature (Fisher information) by which a small error e of an attention output raises the divergence
+from the original: e^T E[g g^T] e / 2. With it, errors of different layers are in one unit and can be traded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mla_convert.activations import Activations
+from mla_convert.allocate import LayerLoss, allocate, probes
+from mla_convert.attention import build_attention, factorise_layer, fill_attention, mla_config
+from mla_convert.calibrate import attention_kwargs, layer_statistics
+from mla_convert.checkpoint.writer import Writer
+from mla_convert.config import Settings
+from mla_convert.factorise import ridged
+from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.plan import LayerSize, Plan, shares_out, size_unit
+from mla_convert.progress import Progress
+from mla_convert.refine import attend
+from mla_convert.skeleton import Skeleton, first_output
+
+# Tokens that the gradients are taken at, in windows of at most WINDOW.
+TOKENS = {"cuda": 8192, "cpu": 4096}
+WINDOW = 1024
+# Tokens with massive activations (the first one above all) have curvatures of their own; what is compared between layers
+# is that of all others: those whose stream is at most this many times as long as the median.
+MASSIVE = 5.0
+# Tokens that factorised attentions are run on.
+ERROR_TOKENS = 4096
+# Of the metric's mean diagonal, added to it: few tokens may leave it without full rank.
+SHRINKAGE = 1e-3
+# Refinement regains more of what de-rotation loses than of what low rank loses, the more so the longer it is: in a trade
+# between the two, losses by rotary dims count 1 / (1 + steps / REGAIN_STEPS). docs/quality.md has what was measured.
+REGAIN_STEPS = 100
+
+
+def aside_bytes(plan: Plan) -> int:
+    """Room that `layer_losses` takes on disk while it runs, at most: each layer's inputs, bfloat16 on a GPU, else float32."""
+    tokens = max(TOKENS["cuda"] * torch.bfloat16.itemsize, TOKENS["cpu"] * torch.float32.itemsize)
+    return plan.shape.layers * plan.shape.hidden_size * tokens
+
+
+def share_out(
+    plan: Plan,
+    config: Settings,
+    steps: int,
+    skeleton: Skeleton,
+    states: Activations,
+    writer: Writer,
+    progress: Progress,
+) -> Plan:
+    """The plan with sizes layer by layer, where it leaves anything to choose and the settings do not forbid it.
+
+    :param steps: of refinement that each layer will get.
+    :param states: embedded calibration windows; a few of them are used.
+    """
+    if not shares_out(config, plan):
+        return plan
+    length = min(states.length, WINDOW)
+    windows = min(states.windows, max(1, TOKENS[skeleton.device.type] // length))
+    few = Activations(states.data[:windows, :length], skeleton.device, states.data.dtype)
+    progress.start(2 * plan.shape.layers, 0, "measuring step")
+    try:
+        losses = layer_losses(skeleton, few, plan, config.seed, writer, progress.layer_measured)
+    finally:
+        progress.stop()
+    return replace(plan, sizes=allocate(plan, losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
+
+
+def layer_losses(
+    skeleton: Skeleton,
+    states: Activations,
+    plan: Plan,
+    seed: int,
+    writer: Writer,
+    tick: Callable[[], None] = lambda: None,
+) -> list[LayerLoss]:
+    """Expected loss of every layer by rank and by rotary dims, from embedded windows (changed in place).
+
+    :param writer: has room for the layers' inputs between the two passes.
+    :param tick: called twice a layer.
+    """
+    count, losses = plan.shape.layers, []
+    kwargs = skeleton.layer_kwargs(states.length)
+    eager = attention_kwargs(skeleton, states.length)
+    for index in range(count):
+        writer.put_aside(_file(index), states.data.cpu())
+        with skeleton.layer(index, skeleton.layer_tensors(index)) as layer, skeleton.autocast():
+            states.advance(lambda hidden, layer=layer, own=kwargs[index]: first_output(layer(hidden, **own)))
+        tick()
+    generator = torch.Generator(skeleton.device).manual_seed(seed)
+    gradient = skeleton.output_gradient(states.data, generator)
+    for index in reversed(range(count)):
+        states.data.copy_(writer.take_back(_file(index)))
+        with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
+            metric = _backward(skeleton, layer, states, gradient, kwargs[index])
+            losses.append(_losses(skeleton, layer, states, metric, plan, kwargs[index], eager[index]))
+        tick()
+    return losses[::-1]
+
+
+def _file(index: int) -> str:
+    return f"inputs-{index}.tmp"
+
+
+def _backward(skeleton: Skeleton, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict) -> Tensor:
+    """Carry `gradient` (N, L, d), in place, from a layer's output to its input; E[g g^T] (d, d) at its attention's output."""
+    family = skeleton.source.family
+    attention, leave, kept = getattr(layer, family.attention), family.exit(layer), []
+
+    def keep(_module, _args, output):
+        kept.append(first_output(output))
+        kept[0].retain_grad()
+
+    metric = torch.zeros(states.hidden_size, states.hidden_size, dtype=torch.float64, device=states.device)
+    tokens, hook = 0, attention.register_forward_hook(keep)
+    try:
+        for window in range(states.windows):
+            part = slice(window, window + 1)
+            hidden = states.get(part).requires_grad_(True)
+            with torch.enable_grad(), skeleton.autocast():
+                output = first_output(layer(hidden, **kwargs))
+            output.backward(gradient[part].to(output.device, output.dtype))
+            gradient[part] = hidden.grad.to(gradient.device)
+            with torch.no_grad():
+                usual = _usual(hidden + leave(kept[0]))[0]
+            rows = kept[0].grad[0].float()[usual]
+            metric += (rows.T @ rows).double()
+            tokens += len(rows)
+            kept.clear()
+    finally:
+        hook.remove()
+    return metric / tokens
+
+
+@torch.no_grad()
+def _losses(
+    skeleton: Skeleton, layer: nn.Module, states: Activations, metric: Tensor, plan: Plan, kwargs: dict, eager: dict
+) -> LayerLoss:
+    """Run one layer's attention, factorised at several sizes, and compare: rank and rotary dims each with the other whole."""
+    family, source = skeleton.source.family, skeleton.source
+    attention, norm = getattr(layer, family.attention), family.entry(layer)
+    size, rotation = plan.layer(attention.layer_idx), skeleton.rotation(attention.layer_idx, eager)
+    full = plan.shape.full_rank(size.rope_dim)
+    statistics = layer_statistics(skeleton, layer, states, eager, _module(skeleton, plan, attention, size))
+    hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
+    expected = attend(attention, norm, kwargs, skeleton.autocast)(hidden)
+    usual = _usual(hidden + family.exit(layer)(expected))
+    root = torch.linalg.cholesky(ridged(metric, SHRINKAGE)).float()
+
+    def error(module: MlaAttention) -> float:
+        found = attend(module, norm, kwargs, skeleton.autocast)(hidden)
+        return float(((found - expected) @ root).square().sum(-1)[usual].mean() / 2)
+
+    def build(rank: int | None, rope_dim: int) -> MlaAttention:
+        weights = factorise_layer(source, attention, statistics, rank, rope_dim, "loss", rotation)
+        module = _module(skeleton, plan, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
+        fill_attention(module, weights, family.table_step)
+        return module
+
+    ranks, ropes = probes(plan, size_unit(plan))
+    by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in (ropes if rotation.turning else [0])}
+    module, by_rank = build(full, size.rope_dim), {}
+    for rank in sorted({full, *(rank for rank in ranks if rank < full)}, reverse=True):
+        # latents are ordered: without the last ones it is the module of a lower rank
+        for parameter in module.kv_a_proj_with_mqa.parameters():
+            parameter.data[rank:full] = 0
+        by_rank[rank] = error(module)
+    return LayerLoss(by_rank, by_rope)
+
+
+def _module(skeleton: Skeleton, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
+    """An attention of some size for one stock attention, without values."""
+    sized = replace(plan, sizes=(size,) * plan.shape.layers)
+    return build_attention(mla_config(skeleton.source, sized, torch.float32), attention, skeleton.device)
+
+
+def _usual(stream: Tensor) -> Tensor:
+    """Which tokens (B, L) of a residual stream (B, L, d) have no massive activations."""
+    size = stream.norm(dim=-1)
+    return size <= MASSIVE * size.median()

@@ -1,0 +1,371 @@
+"""What holds for every family, beside exactness (test_exactness.py), and docs/families.md, which is made from it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+from pico import VARIANTS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+from mla_convert.families import FAMILIES, LATENT, REFUSED
+from mla_convert.source import open_source
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+NUMBER = re.compile(r"\d\.\de-\d\d|\d+%|\d\.\d\.\d+|\d+\.\d+\.\d+")
+HALF, QUARTER = {"kv_ratio": 0.5}, {"kv_ratio": 0.25, "refine_steps": 4, "refine_batch": 4}
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Text of the calibration's kind, the first row padded on the left."""
+    ids = torch.tensor(pico.tokenizer()(pico.text()[5000:9000])["input_ids"])[: 2 * LENGTH].view(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return ids, mask
+
+
+def tensors(folder):
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def same_bytes(one, other):
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
+
+
+# ---- everything but attention
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_not_attention_is_untouched(sources, convert_pico, name):
+    attention = f".{FAMILIES[VARIANTS[name][0]].attention}."
+    # as the model has them: checkpoints may store experts one by one
+    before = AutoModelForCausalLM.from_pretrained(sources(name), dtype="auto").state_dict()
+    tied = AutoModelForCausalLM.from_pretrained(sources(name)).all_tied_weights_keys
+    after = tensors(convert_pico(name, **HALF).out)
+    kept = {key for key in before if attention not in key and key not in tied}
+    assert kept == {key for key in after if attention not in key}
+    assert all(same_bytes(before[key], after[key]) for key in kept)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if FAMILIES[VARIANTS[name][0]].q_norm])
+def test_norms_stand_behind_the_originals_projections(sources, convert_pico, name):
+    before, after = tensors(sources(name)), tensors(convert_pico(name, **HALF).out)
+    kept = {key for key in before if re.search(r"self_attn\..*norm", key)}
+    kept |= {re.sub(r"[qk]_(layer)?norm.*", f"{part}_proj.weight", key) for part in "qkv" for key in kept}
+    assert all(same_bytes(before[key], after[key]) for key in kept)
+    assert not kept or all(any(f".{part}." in key for key in after) for part in ("q_b_proj", "kv_a_proj_with_mqa"))
+
+
+# ---- a real budget
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def halved(request, convert_pico):
+    return AutoModelForCausalLM.from_pretrained(convert_pico(request.param, **HALF).out, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_absorbed_equals_expanded(halved, batch):
+    """Pieces given to a cache are attended on latents, the whole on keys and values; content and rotary parts are there."""
+    ids, mask = batch
+    whole, cache, start, parts = halved(ids, attention_mask=mask).logits, None, 0, []
+    # the first piece is so long that dynamic RoPE does not forget the whole, which set its frequencies
+    for size in (LENGTH - 8, 4, 1, 1, 2):
+        stop = start + size
+        output = halved(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, stop
+        parts.append(output.logits)
+    assert all(torch.isfinite(part).all() for part in parts)
+    difference = (torch.cat(parts, 1) - whole).abs()[mask.bool()].max()
+    assert difference <= 1e-4 * (whole.max() - whole.min())
+    for index, layer in enumerate(cache.layers):
+        sizes = [halved.config.layer_rank(index), halved.config.layer_rope_dim(index)]
+        assert [part.shape[1::2] for part in (layer.keys, layer.values)] == [(1, size) for size in sizes]
+
+
+@torch.no_grad()
+def test_caches_agree(halved, batch):
+    ids, mask = batch
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+
+    def generate(**own):
+        halved(ids[:, :1])
+        return halved.generate(ids, **options, **own)
+
+    assert torch.equal(generate(cache_implementation="static"), generate())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_half_precision_and_training(convert_pico, batch, name):
+    ids, mask = batch
+    model = AutoModelForCausalLM.from_pretrained(convert_pico(name, **HALF).out, dtype=torch.bfloat16)
+    tokens = model.eval().generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert tokens.shape == (2, LENGTH + 3)
+    loss = model.train()(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    inside = f".{model.config.mla_attention}."
+    for key, parameter in model.named_parameters():
+        if inside in key and parameter.numel():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+
+
+def worst(report, key="output_error"):
+    return max(layer[key] for layer in report.layers)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_real_budget_is_finite_and_close(convert_pico, name):
+    """Random weights are the worst case: they have no direction that could be left out."""
+    half, quarter = convert_pico(name, **HALF), convert_pico(name, **QUARTER)
+    for report in (half, quarter):
+        assert all(torch.isfinite(t).all() for t in tensors(report.out).values() if t.is_floating_point())
+        assert 0.4 < report.ratio < 2.5
+        assert worst(report, "residual_error") <= worst(report, "residual_error_closed_form")
+    assert report.cache["share_saved"] == pytest.approx(0.75, abs=0.05)
+    assert worst(half, "output_error_closed_form") < 0.65
+    # on random weights a quarter may be worth nothing; it is never much worse than that
+    assert worst(half, "output_error_closed_form") <= worst(quarter, "output_error_closed_form") + 1e-6 < 1.1
+
+
+# Loads every folder by the code beside it, in a process that has no mla_convert; writes it again, and loads that too.
+FOREIGN = """
+import json, sys
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("mla_convert", "mla_recipes", "mla_demo"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_grad_enabled(False)
+for line in sys.stdin:
+    source, copy = json.loads(line)
+    for folder in (source, copy):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(info.values()), (folder, info)
+        print(json.dumps(model.eval()(torch.arange(3, 33)[None]).logits[0, -1].tolist()))
+        if folder != copy:
+            model.save_pretrained(copy)
+"""
+
+
+@torch.no_grad()
+def test_loads_without_this_package(convert_pico, tmp_path):
+    folders = {name: convert_pico(name, **HALF).out for name in VARIANTS}
+    lines = [json.dumps([str(folder), str(tmp_path / name)]) for name, folder in folders.items()]
+    run = subprocess.run([sys.executable, "-c", FOREIGN], input="\n".join(lines), capture_output=True, text=True,
+                         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")})  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    answers = iter(map(json.loads, run.stdout.splitlines()))
+    for folder in folders.values():
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        expected = model(torch.arange(3, 33)[None]).logits[0, -1]
+        for _ in range(2):
+            torch.testing.assert_close(torch.tensor(next(answers)), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- how checkpoints are stored
+
+
+@pytest.mark.parametrize("name, prefix", [("gpt2", "transformer."), ("opt", "model.")])
+def test_names_without_the_models_prefix(sources, tmp_path, name, prefix):
+    folder = shutil.copytree(sources(name), tmp_path / "source")
+    stored = load_file(folder / "model.safetensors")
+    stored["h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)  # a mask, as old checkpoints hold
+    save_file(
+        {key.removeprefix(prefix): t for key, t in stored.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    short, whole = open_source(str(folder)).reader, open_source(str(sources(name))).reader
+    assert set(short.names()) == set(whole.names())
+    assert all(torch.equal(t, short.read([key])[key]) for key, t in whole.read(whole.names()).items())
+
+
+def test_older_names_and_buffers(sources, tmp_path):
+    folder = shutil.copytree(sources("pythia"), tmp_path / "source")
+    stored = load_file(folder / "model.safetensors")
+    stored["embed_out.weight"] = stored.pop("lm_head.weight", stored.get("embed_out.weight"))
+    stored["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(float("-inf"))
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    assert set(open_source(str(folder)).reader.names()) == set(open_source(str(sources("pythia"))).reader.names())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_experts_stored_one_by_one(sources, tmp_path, name):
+    folder = shutil.copytree(sources(name), tmp_path / "source")
+    reader, model = open_source(str(folder)).reader, pico.model(name)
+    for key, tensor in model.state_dict().items():
+        assert reader.shape(key) == tensor.shape and torch.equal(reader.read([key])[key], tensor)
+        assert torch.equal(reader.rows(key, 1, 3), tensor[1:3])
+    stored = load_file(folder / "model.safetensors")
+    lost = next(key for key in sorted(stored) if ".experts.2." in key)
+    del stored[lost]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Exception, match=r"expert 2 of .* has no"):
+        open_source(str(folder))
+
+
+def test_language_model_of_a_multimodal_checkpoint(cli, sources, tmp_path, convert_folder):
+    text = pico.config("gemma3")
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    whole, inner = Gemma3ForConditionalGeneration(config), pico.model("gemma3")
+    whole.model.language_model.load_state_dict(inner.model.state_dict())
+    whole.tie_weights()
+    folder = shutil.copytree(sources("gemma3"), tmp_path / "source")
+    whole.save_pretrained(folder)
+    shutil.copy(sources("gemma3").parent / "text.txt", tmp_path)
+    for command in ("inspect", "plan"):
+        assert "only its language model is converted" in cli(command, folder)[1]
+    report = convert_folder(folder, rank="full", rope_dim="full")
+    assert any("only its language model is converted" in note for note in report.notes)
+    converted = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        expected, found = inner.eval()(ids).logits, converted(ids).logits
+    assert (found - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
+# ---- what is refused, each in one line with exit code 4
+
+
+def refusal(cli, folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    for command in ((folder,), ("inspect", folder), ("plan", folder)):
+        code, out, err = cli(*command)
+        (line,) = err.splitlines()
+        assert code == 4 and not out
+    return line
+
+
+@pytest.fixture
+def llama(sources, tmp_path):
+    return shutil.copytree(sources("llama"), tmp_path / "source")
+
+
+@pytest.mark.parametrize("model_type", LATENT)
+def test_latent_models_are_left_alone(cli, llama, model_type):
+    assert "latent attention already: nothing to do" in refusal(cli, llama, model_type=model_type)
+
+
+def test_latent_models_of_any_name_are_left_alone(cli, llama):
+    assert "latent attention already: nothing to do" in refusal(cli, llama, model_type="some_mla", kv_lora_rank=512)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_near_relatives_hear_why(cli, llama, model_type):
+    assert REFUSED[model_type] in refusal(cli, llama, model_type=model_type)
+
+
+def test_multimodal_models_without_a_supported_language_model(cli, llama):
+    line = refusal(cli, llama, model_type="llama4", text_config={"model_type": "llama4_text"}, vision_config={})
+    assert "llama4 is multimodal" in line
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
+def test_quantised_checkpoints_are_refused_by_method(cli, llama, method):
+    assert f"quantised ({method})" in refusal(cli, llama, quantization_config={"quant_method": method})
+
+
+@pytest.mark.parametrize("name, fields", [("opt", {"do_layer_norm_before": False}), ("gpt2", {"add_cross_attention": True}),
+                                          ("gemma2", {"use_bidirectional_attention": True})])  # fmt: skip
+def test_settings_that_a_family_relies_on(cli, sources, tmp_path, name, fields):
+    folder = shutil.copytree(sources(name), tmp_path / "source")
+    assert next(iter(fields)) in refusal(cli, folder, **fields)
+
+
+# ---- the page
+
+
+INTRO = """# Families
+
+Made by `tests/test_families.py` from `mla_convert/families/` and from what the tests measure; `MLA_WRITE_DOCS=1 python -m
+pytest tests/test_families.py -k page` writes it anew. A family stands here only if each of its variants passes: at full rank
+with every plane kept the converted model equals the original in float32 to 1e-4 of the range of its logits, in prefill with
+left padding, chunked and token-by-token decode, past its sliding window, and generating with dynamic, static and no cache;
+at half and at a quarter of the cache everything stays finite, and attention on latents equals attention on keys and values.
+
+*Error* is the largest difference of a logit over the range of the logits, at full rank, on a tiny random model. *At half*
+and *at a quarter* are the squared error of the attention's output over its square in the worst layer, without refinement,
+for the smallest budget tested: random weights are the worst case, so these say that the path works, not what a trained model
+loses. 100% is what leaving attention out would give. Where the full rank of a tiny model is below the budget, nothing is
+lost.
+
+"""
+OUTRO = """
+## What is approximated
+
+Nothing but what every family's conversion approximates: the dropped rotary planes and the rank. Norms on queries and keys
+(Qwen3, Gemma 3, OLMo 2 and 3, StableLM 2, Command R+) stand where they stood: the converted layer keeps the original's
+`q_proj`, `k_proj`, `v_proj` and norms, and the latent is a map of [normed key; value], so that norms over all heads cost no
+exactness. Such layers store more weights than others; what they cache is the same. Dims that RoPE does not turn (partial
+rotary) are content from the start. Layers without RoPE (SmolLM3, Command R7B) spend their whole budget on the latent. Soft
+caps and sinks need attention written out, as in the originals: those families run with eager attention.
+
+## Real checkpoints
+
+Not part of the tests. Perplexity on the first windows of the packaged evaluation text, calibrated on the packaged
+calibration text, closed form only (`--refine-steps 0 --dtype float32`), on a CPU:
+
+| checkpoint | cache | calibration | evaluation | before | after |
+|---|---|---|---|---:|---:|
+| Gemma 3 270M, Q4_K_M GGUF dequantised | 256 + 256, full | 2 × 128 | 2 × 256 | 33.204 | 33.204 |
+| Gemma 3 270M, Q4_K_M GGUF dequantised | 192 + 64, half | 16 × 512 | 4 × 512 | 39.789 | 49.942 (×1.2552) |
+
+## Not converted
+
+- Quantised safetensors: GPTQ, AWQ and bitsandbytes are refused; FP8 and MXFP4 are read as bfloat16. GGUF files are read
+  through transformers.
+- Of multimodal checkpoints whose language model is one of the above (Gemma 3 4B and up, for example): the language model alone.
+- Models with latent attention already (DeepSeek V2 and V3, Kimi, MiniCPM3, LongCat, …): said so, nothing done.
+{refused}
+"""
+
+
+def page(convert_pico):
+    """docs/families.md from the table and from conversions."""
+    rows = ["| family | checkpoints | special | variants tested | error | at half | at a quarter | status |",
+            "|---|---|---|---|---:|---:|---:|---|"]  # fmt: skip
+    errors = {}
+    for kind, family in FAMILIES.items():
+        names = list(family.tested)
+        errors[kind] = max(exactness(convert_pico, name) for name in names)
+        loss = [max(worst(convert_pico(name, **budget), "output_error_closed_form") for name in names)
+                for budget in (HALF, QUARTER)]  # fmt: skip
+        figures = [f"{errors[kind]:.1e}", *(f"{value:.0%}" for value in loss)]
+        tested = ", ".join(names)
+        rows.append(f"| `{kind}` | {family.examples} | {family.special} | {tested} | {' | '.join(figures)} | exact |")
+    refused = "\n".join(f"- `{kind}`: {reason}." for kind, reason in REFUSED.items())
+    return INTRO + "\n".join(rows) + "\n" + OUTRO.format(refused=refused), errors
+
+
+@torch.no_grad()
+def exactness(convert_pico, name):
+    """Largest difference of a logit over the range of logits, at full rank."""
+    report = convert_pico(name, rank="full", rope_dim="full")
+    ids = torch.randint(3, pico.VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    models = pico.model(name), AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
+    original, converted = (model(ids).logits for model in models)
+    return float((original - converted).abs().max() / (original.max() - original.min()))
+
+
+def test_page_is_up_to_date(convert_pico):
+    found, errors = page(convert_pico)
+    assert all(error <= 1e-4 for error in errors.values()) and len(errors) >= 20
+    if os.environ.get("MLA_WRITE_DOCS"):
+        PAGE.write_text(found)
+    # figures differ in their last digits from machine to machine
+    assert NUMBER.sub("#", PAGE.read_text()) == NUMBER.sub("#", found), "stale: run with MLA_WRITE_DOCS=1"

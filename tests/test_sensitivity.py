@@ -1,0 +1,133 @@
+"""Losses by layer: the streamed gradient against autograd through the whole model, and what the sizes do with them."""
+
+import pico
+import pytest
+import torch
+
+from mla_convert import sensitivity
+from mla_convert import skeleton as skeleton_module
+from mla_convert.activations import Activations
+from mla_convert.checkpoint.writer import Writer
+from mla_convert.config import Settings
+from mla_convert.plan import make_plan
+from mla_convert.skeleton import Skeleton
+from mla_convert.source import open_source
+
+WINDOWS, LENGTH = 3, 24
+
+
+@pytest.fixture(params=["llama3-rope", "mistral-window", "qwen2"])
+def skeleton(request, sources, monkeypatch):
+    # slices that divide neither the vocabulary nor the window
+    monkeypatch.setattr(skeleton_module, "LOGIT_ROWS", 100)
+    monkeypatch.setattr(skeleton_module, "LOGIT_TOKENS", 13)
+    monkeypatch.setattr(sensitivity, "MASSIVE", torch.inf)
+    skeleton = Skeleton(open_source(str(sources(request.param))), torch.device("cpu"))
+    skeleton.whole = pico.model(request.param)
+    return skeleton
+
+
+def embedded(skeleton, ids):
+    return Activations(skeleton.embed(ids), skeleton.device, torch.float32)
+
+
+def tokens(seed=0):
+    return torch.randint(3, pico.VOCAB, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def whole_gradients(model, ids, drawn):
+    """Gradient of the drawn tokens' losses at each attention's output (layers, N, L, d), and at the last layer's."""
+    kept, outputs = [], []
+
+    def keep(_module, _args, output):
+        tensor = output[0] if isinstance(output, tuple) else output
+        tensor.retain_grad()
+        kept.append(tensor)
+
+    hooks = [layer.self_attn.register_forward_hook(keep) for layer in model.model.layers]
+    last = model.model.norm.register_forward_pre_hook(
+        lambda _m, args: (args[0].retain_grad(), outputs.append(args[0]))[0]
+    )
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+    logits = model(inputs_embeds=inputs, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
+    for hook in (*hooks, last):
+        hook.remove()
+    return [tensor.grad for tensor in kept], outputs[0].grad
+
+
+def test_gradient_of_drawn_tokens(skeleton):
+    ids = tokens()
+    with torch.no_grad():
+        out = skeleton.whole.model(ids, use_cache=False)
+        last = {}
+        hook = skeleton.whole.model.norm.register_forward_pre_hook(lambda _m, args: last.update(states=args[0].clone()))
+        skeleton.whole.model(ids, use_cache=False)
+        hook.remove()
+        logits = skeleton.whole.lm_head(out.last_hidden_state)
+    gradient = skeleton.output_gradient(last["states"], torch.Generator().manual_seed(1))
+    # which tokens were drawn follows from the gradient at the logits: the same noise, drawn again
+    drawn = drawn_tokens(skeleton, last["states"], 1)
+    expected = whole_gradients(skeleton.whole, ids, drawn)[1]
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    # drawn, not the most likely ones: the mean loss is near the entropy
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten())
+    assert abs(float(loss - entropy)) < 1.0
+
+
+def drawn_tokens(skeleton, states, seed):
+    """What output_gradient draws: the same passes over the same slices, with the noise added to whole logits."""
+    generator = torch.Generator().manual_seed(seed)
+    best = torch.full(states.shape[:2], -torch.inf)
+    drawn = torch.zeros(states.shape[:2], dtype=torch.int64)
+    with torch.no_grad():
+        logits = skeleton.whole.lm_head(skeleton.whole.model.norm(states))
+    for start in range(0, pico.VOCAB, skeleton_module.LOGIT_ROWS):
+        for window in range(states.shape[0]):
+            for first in range(0, states.shape[1], skeleton_module.LOGIT_TOKENS):
+                part = logits[
+                    window, first : first + skeleton_module.LOGIT_TOKENS, start : start + skeleton_module.LOGIT_ROWS
+                ]
+                noise = torch.empty_like(part).exponential_(generator=generator).log_().neg_()
+                value, index = (part + noise).max(-1)
+                where = (window, slice(first, first + skeleton_module.LOGIT_TOKENS))
+                drawn[where] = torch.where(value > best[where], index + start, drawn[where])
+                best[where] = torch.maximum(best[where], value)
+    return drawn
+
+
+def test_metric_is_that_of_the_whole_model(skeleton, tmp_path, monkeypatch):
+    found = []
+    real = sensitivity._backward
+    monkeypatch.setattr(sensitivity, "_backward", lambda *args: found.append(real(*args)) or found[-1])
+    monkeypatch.setattr(sensitivity, "_losses", lambda *_: None)
+    ids, plan = tokens(), make_plan(Settings(kv_ratio=0.5), skeleton.source.shape)
+    with Writer(tmp_path / "out", {}) as writer:
+        sensitivity.layer_losses(skeleton, embedded(skeleton, ids), plan, 1, writer)
+        assert not list(writer.folder.glob("*.tmp"))
+    last = {}
+    hook = skeleton.whole.model.norm.register_forward_pre_hook(
+        lambda _m, args: last.update(states=args[0].detach().clone())
+    )
+    with torch.no_grad():
+        skeleton.whole.model(ids, use_cache=False)
+    hook.remove()
+    gradients, _ = whole_gradients(skeleton.whole, ids, drawn_tokens(skeleton, last["states"], 1))
+    for metric, gradient in zip(found[::-1], gradients, strict=True):
+        rows = gradient.flatten(0, 1).double()
+        expected = rows.T @ rows / len(rows)
+        torch.testing.assert_close(metric, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_losses_fall_and_are_small_where_little_is_left_out(skeleton, tmp_path):
+    plan = make_plan(Settings(kv_ratio=0.5), skeleton.source.shape)
+    with Writer(tmp_path / "out", {}) as writer:
+        losses = sensitivity.layer_losses(skeleton, embedded(skeleton, tokens()), plan, 0, writer)
+    assert len(losses) == plan.shape.layers
+    for loss in losses:
+        ranks, ropes = sorted(loss.rank), sorted(loss.rope)
+        assert loss.rank[ranks[0]] > 2 * loss.rank[plan.full_rank] > 0
+        assert loss.rope[ropes[0]] > loss.rope[ropes[-1]] >= 0
+        # whole rank with the plan's rotary dims is the same thing reached from both sides
+        assert loss.rank[plan.full_rank] == pytest.approx(loss.rope[plan.rope_dim], rel=0.02)

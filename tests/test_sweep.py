@@ -1,0 +1,166 @@
+"""`mla-convert sweep`: points, the frontier, the choice by held-out text, and going on where a run was stopped."""
+
+import json
+import re
+
+import pytest
+
+import mla_convert.sweep
+from mla_convert.sweep import _Points
+from mla_convert.verify import verify
+
+GATE, INPUT, USAGE, RESOURCES, INTERRUPTED = 3, 4, 2, 5, 130
+SHARES = (0.75, 0.5, 0.25)
+
+
+@pytest.fixture
+def run(cli, sources, tmp_path):
+    text = sources("llama").parent / "text.txt"
+    small = ("--calib", text, "--eval", text, "--calib-samples", 8, "--calib-length", 32, "--eval-windows", 4,
+             "--eval-length", 32, "--refine-steps", 0, "--uniform", "--device", "cpu", "-q")  # fmt: skip
+
+    def sweep(*options, folder=tmp_path / "sweep"):
+        shares = ("--kv-ratios", ",".join(map(str, SHARES)))
+        return cli("sweep", sources("llama"), *shares, "--folder", folder, *small, *options)
+
+    return sweep
+
+
+def content(folder):
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def shards(folder):
+    return json.loads((folder / "report.json").read_text())["checksums"]
+
+
+@pytest.fixture
+def conversions(monkeypatch):
+    """Names of the points that are really converted."""
+    made, real = [], mla_convert.sweep.convert
+
+    def convert(config, progress):
+        made.append(config.out.name)
+        return real(config, progress)
+
+    monkeypatch.setattr(mla_convert.sweep, "convert", convert)
+    return made
+
+
+def test_frontier(run, tmp_path):
+    code, out, err = run()
+    assert code == 0 and not err
+    found = content(tmp_path / "sweep")
+    assert [entry["share"] for entry in found["points"]] == list(SHARES)
+    for entry in found["points"]:
+        assert entry["numbers"] == entry["rank"] + entry["rope_dim"] == 32 * entry["share"]
+        assert entry["ratio"] == entry["evaluation"]["ratio"] and entry["stderr"] > 0
+        assert entry["held_out"]["text"] == "the end of text.txt" and entry["held_out"]["ratio"] != entry["ratio"]
+        assert f"{entry['rank']} + {entry['rope_dim']}" in out and f"×{entry['ratio']:.4f}" in out
+    assert found["chosen"] is None
+    # conversions are gone, the figures stay, and no figure names a path
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.html", "sweep.json"]
+    assert str(tmp_path) not in (tmp_path / "sweep" / "sweep.json").read_text()
+    html = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert html.count("<svg") == 2 and html.count("<tr>") == 4 and not re.search(r'(?:src|href)="(?!data:)', html)
+
+
+def test_choice_is_by_the_held_out_text_and_written_whole(run, conversions, tmp_path):
+    run()
+    points = content(tmp_path / "sweep")["points"]
+    limit = sorted(entry["held_out"]["ratio"] for entry in points)[1] + 1e-6
+    smallest = min((e for e in points if e["held_out"]["ratio"] <= limit), key=lambda e: e["numbers"])
+    conversions.clear()
+    out = tmp_path / "new" / "out"
+    code, said, err = run("--max-ppl-ratio", limit, "--out", out)
+    assert code == 0, err
+    assert conversions == [smallest["name"]]  # measured before, not kept
+    assert content(tmp_path / "sweep")["chosen"] == smallest["name"] and "smallest cache within" in said
+    verify(out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["evaluation"]["ratio"] == smallest["ratio"]
+    assert report["sweep"] == [{key: e[key] for key in ("numbers", "share", "ratio", "stderr")} for e in points]
+    assert (
+        "The frontier" in (out / "report.html").read_text() and "this conversion" in (out / "report.html").read_text()
+    )
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_choice_that_no_point_meets(run, tmp_path):
+    code, out, err = run("--max-ppl-ratio", 0.5, "--out", tmp_path / "out")
+    assert code == GATE and "0.5 on the held-out text: the best has ×" in err and "×" in out
+    assert len(content(tmp_path / "sweep")["points"]) == len(SHARES) and not (tmp_path / "out").exists()
+
+
+def test_the_candidate_of_this_run_is_not_converted_twice(run, conversions, tmp_path):
+    code, _, err = run("--max-ppl-ratio", 1e6, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert conversions == [f"kv-{share}" for share in SHARES]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["cache"]["share_saved"] == 0.75
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.html", "sweep.json"]
+
+
+def test_interrupted_and_gone_on_with(run, conversions, monkeypatch, tmp_path):
+    real = _Points.add
+
+    def add(self, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        real(self, number)
+
+    # stopped in its first point, it leaves a folder that is taken for its own
+    (tmp_path / "sweep" / ".kv-0.75.partial").mkdir(parents=True)
+    monkeypatch.setattr(_Points, "add", add)
+    code, out, err = run("--keep")
+    assert code == INTERRUPTED and not out and "2 of 3 points are in" in err
+    monkeypatch.setattr(_Points, "add", real)
+    conversions.clear()
+    assert run("--keep")[0] == 0
+    assert conversions == ["kv-0.25"]
+    for share in SHARES:
+        verify(tmp_path / "sweep" / f"kv-{share}")
+    # a kept conversion is what is written if it is chosen
+    assert run("--max-ppl-ratio", 1e6, "--out", tmp_path / "out")[0] == 0 and conversions == ["kv-0.25"]
+    kept = shards(tmp_path / "sweep" / "kv-0.25")
+    assert shards(tmp_path / "out") == kept
+    # other settings: nothing of the old ones may be taken for them, nor lost
+    assert run("--seeds", 1, "--max-ppl-ratio", 1e6, "--out", tmp_path / "out")[0] == 0
+    assert conversions[1:] == [f"kv-{share}" for share in SHARES]
+    assert shards(tmp_path / "out") != kept == shards(tmp_path / "sweep" / "kv-0.25")
+    assert not (tmp_path / "sweep" / ".work").exists()
+
+
+def test_rope_dims_and_seeds_and_a_text_to_choose_by(run, sources, tmp_path):
+    text = tmp_path / "other.txt"
+    text.write_text((sources("llama").parent / "text.txt").read_text()[9000:])
+    code, out, err = run("--kv-ratios", "0.5", "--rope-dims", "4,6", "--seeds", "0,1", "--held-out", text, "--json")
+    assert code == 0, err
+    points = json.loads(out)["points"]
+    assert [(e["rope_dim"], e["seed"]) for e in points] == [(4, 0), (4, 1), (6, 0), (6, 1)]
+    assert {e["held_out"]["text"] for e in points} == {"other.txt"} and len({e["ratio"] for e in points}) == 4
+
+
+@pytest.mark.parametrize(
+    "options, expected, words",
+    [
+        (("--out", "x"), USAGE, "--max-ppl-ratio"),
+        (("--kv-ratios", "half"), USAGE, "'half' is no list"),
+        (("--kv-ratios", "0.5,7"), INPUT, "kv_ratio 7.0 is not a share"),
+        (("--rope-dims", "5"), INPUT, "rope_dim 5 is not an even number"),
+        (("--max-ppl-ratio", "0"), USAGE, "above 0"),
+        (("--device", "cuda:99"), RESOURCES, "cuda"),
+        (("--held-out", "nowhere.txt"), INPUT, "held-out text nowhere.txt not found"),
+    ],
+)
+def test_refused_before_anything_is_written(run, tmp_path, options, expected, words):
+    code, out, err = run(*options)
+    assert code == expected and words in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    code, _, err = run(folder=tmp_path / "thesis")
+    assert code == INPUT and "holds no sweep" in err
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
