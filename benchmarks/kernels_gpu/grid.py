@@ -9,7 +9,7 @@ import torch
 from cases import CACHE_SCALE, disagreement, make_case
 from common import Log, device_name, half, left
 from pool import Pool
-from tune import candidates
+from tune import candidates, hopper_candidates
 
 from mla_attention import mla_decode, mla_write, naive_write
 from mla_attention.decode import decode_triton
@@ -32,6 +32,8 @@ def grid_groups(seed):
         pool = [default_config(rank, rope_dim, rng.choice([8, 32, 128]), getattr(torch, dtype))]
         if dtype != "float32":
             pool += candidates(rank, rope_dim, rng.choice([8, 32, 128]))
+            hopper = hopper_candidates(rank, rope_dim, rng.choice([8, 32, 128]))
+            pool = hopper or pool if rng.random() < 0.6 else pool
         config = replace(rng.choice(pool), pdl=rng.random() < 0.3, min_tiles=rng.choice([1, 4]))
         config = replace(config, tma=config.tma or rng.random() < 0.3)
         yield {
@@ -165,7 +167,7 @@ def grid(arguments):
                 if wrong:
                     log.add(f"WRONG {wrong} {label} {group}" if failed <= 20 else None, kind="failure",
                             problem=wrong, **label, group=group)  # fmt: skip
-        if not pool.busy and not pool.done and left(arguments) <= 0:
+        if left(arguments) <= 0 and ((not pool.busy and not pool.done) or left(arguments) < -8):
             break
     pool.close()
     (arguments.out / "grid.md").write_text(table(counts) + "\n")

@@ -8,9 +8,19 @@ import torch
 from common import Log, ceilings, half, left, measure
 from pool import Pool
 
-from mla_attention import decode_kernels
+from mla_attention import decode_kernels, hopper_kernels2
 from mla_attention.decode import decode_triton
-from mla_attention.tuning import DecodeConfig, default_config, power_of_two, rank_chunks, shared_memory, tiles_held
+from mla_attention.tuning import (
+    DecodeConfig,
+    default_config,
+    hopper_chunks,
+    padded_groups,
+    padded_shared_memory,
+    power_of_two,
+    rank_chunks,
+    shared_memory,
+    tiles_held,
+)
 
 SHARED_LIMIT = 227 * 1024
 PROCESSORS = 132  # of the H100, for the number of splits to try
@@ -48,6 +58,22 @@ def candidates(rank, rope_dim, rows):
     return sorted(found, key=lambda config: promise(config, rank, rope_dim, rows), reverse=True)
 
 
+def hopper_candidates(rank, rope_dim, rows):
+    """Configurations of the Hopper kernel: as many stages as fit, two warpgroups or one, one program or several."""
+    found = []
+    chunks = hopper_chunks(rank, rope_dim)[0]
+    for left, per_sm in itertools.product((0, chunks), (1, 2, 3)):
+        groups = padded_groups(rank, left)
+        if (groups[2] and per_sm > 1) or (not groups[2] and sum(groups) > {1: 5, 2: 3, 3: 1}[per_sm]):
+            continue
+        for stages in (8, 6, 5, 4, 3, 2, 1):
+            config = DecodeConfig(64, 64, stages=stages, per_sm=per_sm, hopper=True, left=left)
+            if per_sm * (padded_shared_memory(config, rank, rope_dim) + 1024) <= SHARED_LIMIT:
+                found.append(config)
+                break
+    return list(dict.fromkeys(found))
+
+
 def all_asynchronous(block_n, rank):
     """Whether, turned round, every product has the 64 rows that Hopper's asynchronous instructions take.
 
@@ -75,7 +101,11 @@ def build(shape, config, num_splits, device):
     """Compile for a shape into Triton's cache on disk, without a launch: it would disturb what is being timed."""
     if device == "cpu":
         return
-    for kernel in (decode_kernels.mla_decode_fwd_kernel_split, decode_kernels.mla_decode_fwd_kernel_combine):
+    for kernel in (
+        decode_kernels.mla_decode_fwd_kernel_split,
+        decode_kernels.mla_decode_fwd_kernel_combine,
+        hopper_kernels2.mla_decode_fwd_kernel_hopper2,
+    ):
         if "run" not in vars(kernel):
             run = kernel.run
             kernel.run = lambda *args, run=run, warmup, **options: run(*args, warmup=True, **options)
@@ -147,7 +177,7 @@ def variants(found, batch, device):
         fast = replace(config, pdl=device == "cuda")  # the interpreter has no dependent launches
         workers = PROCESSORS * config.per_sm
         splits = {max(workers // batch, 1), -(-workers // batch), 4, 8}
-        more += [(fast, 0), *((fast, s) for s in sorted(splits) if s <= 1024), (replace(config, tma=True), 0)]
+        more += [(fast, 0), *((fast, s) for s in sorted(splits) if s <= 1024), (fast, 1)] if batch >= PROCESSORS else [(fast, 0), *((fast, s) for s in sorted(splits) if s <= 1024)]
         if batch < 16:
             more += [(replace(fast, min_tiles=tiles), 0) for tiles in (2, 4)]
     return list(dict.fromkeys(more))
@@ -175,6 +205,7 @@ def tune(arguments):
         shape = (rank, rope_dim, heads, batch, length, arguments.page_size, False)
         jobs = [(config, 0) for config in arguments.config]
         jobs += [(default_config(rank, rope_dim, heads, half(arguments.device)), 0)]
+        jobs += [(config, 0) for config in hopper_candidates(rank, rope_dim, heads)]
         jobs += [(config, 0) for config in candidates(rank, rope_dim, heads)]
         jobs = list(dict.fromkeys(jobs))[: arguments.limit or None]
         arguments.seconds = end - share / 3

@@ -4,140 +4,31 @@
 MLPs and heads are the stock classes with the original's weights. What is cached per token is the latent and one rotary key,
 both shared by all heads, in the stock transformers caches: latent in the key slot, rotary key in the value slot.
 
-This file needs only torch and transformers; it is also written beside the weights of a converted model, so that
+This file and the two beside it need only torch and transformers; they are also written beside the weights of a converted model, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. Where the package mla_attention and
-Triton are there as well, its kernels decode on CUDA (see `kernel_attention`).
+Triton are there as well, its kernels decode on CUDA (see decode_mla.py).
 """
 
 import importlib
-import importlib.util
-import os
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_mla import PREFIX, config_class
-
-try:
-    import mla_attention
-except ImportError:  # decoding then runs on the library's attention
-    mla_attention = None
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-KERNELS = ("auto", "triton", "sdpa")
+from .decode_mla import absorbed_attention, kernel_choice, rotate_planes, weigh, write_static
 
 # Up to this many query tokens a step, the up-projections move to the query and output side (absorbed attention on the
 # latents); above, keys and values are expanded and the library's attention runs on them.
 MAX_ABSORBED_QUERIES = 16
 
+# Expanded keys and values of one layer take at most this many bytes where no gradients are asked for: more heads than that
+# allows are expanded and attended in groups, one after another, so that those of a long prompt never exist whole.
+EXPANDED_BYTES = 1 << 30
+
 _classes: dict[str, type] = {}
-
-# Masks that have been looked at: all layers of a step are given the same one, and looking waits for the GPU.
-_plain_masks = WeakIdKeyDictionary()
-
-
-def rotate_planes(planes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on complex planes: `planes` (..., 2m) holds m real then m imaginary parts, `cos` and `sin` (..., m)."""
-    real, imag = planes.chunk(2, dim=-1)
-    return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
-
-
-def kernel_choice(config) -> str:
-    """One of KERNELS: the environment's MLA_CONVERT_KERNEL, else the configuration's mla_kernel."""
-    choice = os.environ.get("MLA_CONVERT_KERNEL") or config.mla_kernel
-    if choice not in KERNELS:
-        raise ValueError(f"MLA_CONVERT_KERNEL or mla_kernel is {choice!r}, expected one of {KERNELS}")
-    return choice
-
-
-def kernel_refusal(q_latent: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> str | None:
-    """Why the kernels of mla_attention cannot serve this call, or None."""
-    heads, rank, rope_dim = q_latent.shape[1], latent.shape[3], q_rope.shape[3]
-    if mla_attention is None:
-        return "the package mla_attention is not installed"
-    if rank % 16 or not 16 <= rank <= 576 or rope_dim % 16 or rope_dim > 128 or heads > 128:
-        return f"rank {rank}, rope dimension {rope_dim} and {heads} heads are not multiples of 16 up to 576 and 128, and up to 128"
-    if q_latent.dtype not in (torch.bfloat16, torch.float16, torch.float32) or q_latent.dtype != latent.dtype:
-        return f"queries are {q_latent.dtype} and the cache is {latent.dtype}"
-    if torch.is_grad_enabled() and (q_latent.requires_grad or latent.requires_grad):
-        return "gradients are asked for, which the kernels do not compute"
-    if mask is not None and mask.dtype != torch.bool:
-        return f"the mask is {mask.dtype}, not boolean"
-    if latent.device.type != "cuda":
-        return f"the cache is on {latent.device}, not on a CUDA device"
-    return None if HAS_TRITON else "the package triton is not installed"
-
-
-def visible_lengths(mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """What a boolean mask (., 1, T, S) leaves of each sequence, (B,) int32, and whether it hides only what comes later.
-
-    That is all that the kernels can be told: the last of T tokens sees the first n, the one before it n - 1, and so on.
-    """
-    tokens, length = mask.shape[2:]
-    seen = mask[:, 0, -1].sum(-1)
-    own = seen[:, None] - torch.arange(tokens - 1, -1, -1, device=mask.device)
-    plain = (mask[:, 0] == (torch.arange(length, device=mask.device) < own[..., None])).all()
-    return seen.to(torch.int32).expand(batch).contiguous(), plain
-
-
-def kernel_attention(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    choice: str,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor | None:
-    """`absorbed_attention` on the kernels of mla_attention, or None where they cannot serve and `choice` is "auto".
-
-    Masks that hide more than the future (left padding) are not served. Whether one does is not known while a graph is
-    compiled or captured: "auto" then leaves every mask to the library, "triton" gives NaN should it turn out to.
-    """
-    batch, _, tokens, _ = q_latent.shape
-    reason = kernel_refusal(q_latent, q_rope, latent, mask)
-    plain = None
-    if reason is None and mask is None:
-        if tokens > 1:
-            reason = "several query tokens need a mask"
-        lengths = torch.full((batch,), latent.shape[2], dtype=torch.int32, device=latent.device)
-    elif reason is None:
-        lengths, plain = visible_lengths(mask, batch)
-        blind = torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
-        if blind and choice == "auto":
-            reason = "what the mask hides is not known while compiling"
-        elif not blind:
-            if mask not in _plain_masks:
-                _plain_masks[mask] = bool(plain)
-            reason = None if _plain_masks[mask] else "the mask hides more than the future"
-            plain = None
-    if reason is not None:
-        if choice == "triton":
-            raise ValueError(f'mla_kernel "triton" cannot decode: {reason}')
-        return None
-    attended, lse = mla_attention.mla_decode(
-        q_latent.transpose(1, 2),
-        q_rope.transpose(1, 2),
-        latent.squeeze(1),
-        k_rope.squeeze(1),
-        lengths,
-        softmax_scale=scaling,
-        softcap=softcap or 0.0,
-        return_lse=True,
-    )
-    if sinks is not None:
-        # A sink adds exp(sink) to the sum of exponentials, and nothing to what is attended.
-        kept = torch.sigmoid(lse - sinks.float().view(1, -1, 1))
-        attended = attended * kept.transpose(1, 2).unsqueeze(-1).to(attended.dtype)
-    if plain is not None:
-        attended = torch.where(plain, attended, torch.nan)
-    return attended.transpose(1, 2)
 
 
 def apply_norm(norm: nn.Module, rows: Tensor, head_dim: int, over: str) -> Tensor:
@@ -151,59 +42,6 @@ def apply_norm(norm: nn.Module, rows: Tensor, head_dim: int, over: str) -> Tenso
     heads = rows.unflatten(-1, (-1, head_dim))
     normed = norm(heads.transpose(1, 2)).transpose(1, 2) if over == "heads first" else norm(heads)
     return normed.flatten(2)
-
-
-def weigh(logits: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Attention weights in float32 from scaled logits (B, H, T, S) and a boolean or additive mask.
-
-    `softcap` bounds the logits; `sinks` (H,) are logits that take their part of each row and are then dropped.
-    """
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    if mask is not None:
-        boolean = mask.dtype == torch.bool
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if boolean else logits + mask
-    if sinks is None:
-        return F.softmax(logits, dim=-1, dtype=torch.float32)
-    column = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-    return F.softmax(torch.cat([logits, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
-
-
-def absorbed_attention(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    need_weights: bool = False,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    kernel: str = "sdpa",
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of all heads on the shared latents, which serve as keys and values. `kernel` is one of KERNELS.
-
-    q_latent (B, H, T, r), q_rope (B, H, T, 2m), latent (B, 1, S, r), k_rope (B, 1, S, 2m), mask broadcastable to
-    (B, 1, T, S), boolean or additive. Returns the attended latents (B, H, T, r) and, if asked for, the weights
-    (B, H, T, S).
-    """
-    batch, heads, length, rank = q_latent.shape
-    if kernel != "sdpa" and not need_weights:
-        attended = kernel_attention(q_latent, q_rope, latent, k_rope, mask, scaling, kernel, softcap, sinks)
-        if attended is not None:
-            return attended, None
-    # Heads share keys and values, so they are rows of one query matrix: the latents are read once, not once a head.
-    query = torch.cat([q_latent, q_rope], dim=-1).reshape(batch, 1, heads * length, -1)
-    key = torch.cat([latent, k_rope], dim=-1)
-    if need_weights or softcap is not None or sinks is not None:
-        logits = (query @ key.transpose(2, 3)).view(batch, heads, length, -1) * scaling
-        weights = weigh(logits, mask, softcap, sinks).to(query.dtype)
-        attended = weights.reshape(batch, 1, heads * length, -1) @ latent
-        return attended.view(batch, heads, length, rank), weights
-    if mask is not None:
-        mask = mask.expand(batch, -1, -1, -1).repeat(1, 1, heads, 1)
-    attended = F.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=scaling)
-    return attended.view(batch, heads, length, rank), None
 
 
 class MlaAttention(nn.Module):
@@ -302,11 +140,20 @@ class MlaAttention(nn.Module):
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rope = compressed.unsqueeze(1).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
+        cos = sin = None
         if self.qk_rope_head_dim:
-            cos, sin = (table[..., self.rope_freq_index].unsqueeze(1).to(q_rope) for table in position_embeddings)
-            q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
-        if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+            cos, sin = (table[..., self.rope_freq_index] for table in position_embeddings)
+        written = None
+        if past_key_values is not None and self.kernel != "sdpa":
+            written = write_static(past_key_values, self.layer_idx, latent, k_rope, q_rope, cos, sin)
+        if written is not None:
+            latent, k_rope, q_rope = written
+        else:
+            if cos is not None:
+                cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
+                q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+            if past_key_values is not None:
+                latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
 
         # With several queries, only an explicit mask says which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
@@ -321,8 +168,9 @@ class MlaAttention(nn.Module):
         """Decode: queries and outputs pass through the up-projections, the cache stays as it is. Output (B, T, H, v)."""
         up = self.kv_b_proj.weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        # One matrix product per head over all sequences: broadcasting would copy the up-projections for each sequence.
         attended, weights = absorbed_attention(
-            q_nope @ up_key,
+            torch.einsum("bhtd,hdr->bthr", q_nope, up_key).transpose(1, 2),
             q_rope,
             latent,
             k_rope,
@@ -333,20 +181,43 @@ class MlaAttention(nn.Module):
             sinks=self.sink_logits,
             kernel=self.kernel,
         )
-        return (attended @ up_value.transpose(1, 2)).transpose(1, 2), weights
+        return torch.einsum("bhtr,hvr->bthv", attended, up_value), weights
 
     def _expanded(self, q_nope, q_rope, latent, k_rope, mask, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Prefill and training: keys and values of every head, then the library's attention. Output (B, T, H, v)."""
         batch, _, length, _ = latent.shape
-        up = self.kv_b_proj(latent.squeeze(1)).view(batch, length, self.num_heads, -1).transpose(1, 2)
-        k_nope, value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        key = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1)
-        query = torch.cat([q_nope, q_rope], dim=-1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.attention_dropout if self.training else 0.0
-        traits = {"softcap": self.softcap, "s_aux": self.sink_logits}
-        kwargs |= {name: value for name, value in traits.items() if value is not None}
-        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        sinks = self.sink_logits
+
+        def of_heads(first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+            if stop - first == self.num_heads:
+                up = self.kv_b_proj(latent.squeeze(1))
+            else:
+                weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+                up = F.linear(latent.squeeze(1), weight[first:stop].flatten(0, 1))
+            up = up.view(batch, length, stop - first, -1).transpose(1, 2)
+            k_nope, value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+            key = torch.cat([k_nope, k_rope.expand(-1, stop - first, -1, -1)], dim=-1)
+            query = torch.cat([q_nope[:, first:stop], q_rope[:, first:stop]], dim=-1)
+            sink = {} if sinks is None else {"s_aux": sinks[first:stop]}
+            return attend(self, query, key, value, mask, **kwargs, **sink)
+
+        group = self._heads_at_once(latent)
+        if group == self.num_heads:
+            return of_heads(0, self.num_heads)
+        parts = [of_heads(h, min(h + group, self.num_heads))[0] for h in range(0, self.num_heads, group)]
+        return torch.cat(parts, dim=2), None
+
+    def _heads_at_once(self, latent: Tensor) -> int:
+        """Heads whose keys and values are expanded together; all where gradients or weights are asked for."""
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.config._attn_implementation == "eager"
+        if whole:
+            return self.num_heads
+        a_head = latent.shape[0] * latent.shape[2] * (self.qk_head_dim + self.v_head_dim) * latent.element_size()
+        return min(max(EXPANDED_BYTES // max(a_head, 1), 1), self.num_heads)
 
 
 def eager_attention(

@@ -59,6 +59,7 @@ def disagreement(out, lse, case, **options) -> str | None:
     """What is wrong with a result, or None: compared with the reference in float64."""
     inputs = {name: value.double() if value.is_floating_point() else value
               for name, value in case.items() if torch.is_tensor(value)}  # fmt: skip
+    inputs.setdefault("cache_seqlens", None)
     want_out, want_lse = naive_decode(**inputs, softmax_scale=case["softmax_scale"], **options)
     if not torch.equal(out.isfinite(), want_out.isfinite()) or not torch.equal(lse.isfinite(), want_lse.isfinite()):
         return "NaN or infinity where there should be none, or none where there should be"

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 import mla_attention
-from mla_convert.modeling import configuration_mla, modeling_mla
+from mla_convert.modeling import configuration_mla, decode_mla, modeling_mla
 
 
 @pytest.fixture
 def on_any_device(monkeypatch):
     """Let the kernels serve tensors on the CPU."""
-    refusal = modeling_mla.kernel_refusal
+    refusal = decode_mla.kernel_refusal
 
     def lenient(*arguments):
         reason = refusal(*arguments)
         return None if reason and "CUDA" in reason else reason
 
-    monkeypatch.setattr(modeling_mla, "mla_attention", mla_attention)
-    monkeypatch.setattr(modeling_mla, "kernel_refusal", lenient)
+    monkeypatch.setattr(decode_mla, "mla_attention", mla_attention)
+    monkeypatch.setattr(decode_mla, "kernel_refusal", lenient)
 
 
 def inputs(batch=2, heads=3, tokens=1, length=9, rank=32, rope_dim=16):
@@ -44,43 +44,61 @@ def test_same_as_the_library(on_any_device, monkeypatch, tokens, mask, batch_of_
     monkeypatch.setattr(mla_attention, "mla_decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
     mask = None if mask is None else mask.expand(batch_of_mask, 1, -1, -1)
     arguments = (*inputs(tokens=tokens), mask, 0.3)
-    mine, _ = modeling_mla.absorbed_attention(*arguments, kernel="triton")
+    mine, _ = decode_mla.absorbed_attention(*arguments, kernel="triton")
     assert len(calls) == 1
-    theirs, _ = modeling_mla.absorbed_attention(*arguments, kernel="sdpa")
+    theirs, _ = decode_mla.absorbed_attention(*arguments, kernel="sdpa")
     torch.testing.assert_close(mine, theirs)
 
 
-def test_left_padding_is_left_to_the_library(on_any_device):
-    mask = causal(1, 9, 9).expand(2, 1, -1, -1).clone()
-    mask[0, 0, 0, :2] = False
-    arguments = (*inputs(), mask, 0.3)
-    assert modeling_mla.kernel_attention(*arguments, "auto") is None
-    with pytest.raises(ValueError, match="hides more than the future"):
-        modeling_mla.kernel_attention(*arguments, "triton")
-    mine, _ = modeling_mla.absorbed_attention(*arguments, kernel="auto")
-    torch.testing.assert_close(mine, modeling_mla.absorbed_attention(*arguments)[0])
+def padded(tokens=1, hole=False):
+    """Two sequences of 9 tokens in a cache of 11: the first has two tokens of padding, and a hole if asked for."""
+    mask = causal(tokens, 11, 9).expand(2, 1, -1, -1).clone()
+    mask[0, ..., :2] = False
+    if hole:
+        mask[1, ..., 4] = False
+    return mask
 
 
-def test_compiled_masks_are_never_silently_wrong(on_any_device):
-    padded = causal(1, 9, 9).expand(2, 1, -1, -1).clone()
-    padded[0, 0, 0, :2] = False
-    compiled = torch.compile(modeling_mla.kernel_attention, backend="aot_eager", fullgraph=True)
-    assert compiled(*inputs(), padded, 0.3, "auto") is None
-    assert compiled(*inputs(), padded, 0.3, "triton").isnan().all()
-    mask = causal(1, 9, 5).expand(2, 1, -1, -1)
-    want = modeling_mla.kernel_attention(*inputs(), mask, 0.3, "triton")
-    torch.testing.assert_close(compiled(*inputs(), mask, 0.3, "triton"), want)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("hole", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0])])
+def test_padding_and_holes(on_any_device, tokens, hole, compiled, softcap, sinks):
+    arguments = (*inputs(tokens=tokens, length=11), padded(tokens, hole), 0.3)
+    attend = decode_mla.kernel_attention
+    if compiled:
+        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    mine = attend(*arguments, "auto", softcap, sinks)
+    theirs, _ = decode_mla.absorbed_attention(*arguments, softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_a_mask_that_is_changed_is_looked_at_again(on_any_device):
+    mask = padded()
+    for _ in range(2):
+        arguments = (*inputs(length=11), mask, 0.3)
+        mine = decode_mla.kernel_attention(*arguments, "triton")
+        torch.testing.assert_close(mine, decode_mla.absorbed_attention(*arguments)[0])
+        mask[0, ..., 2:5] = False
+    with torch.inference_mode():
+        mask = padded()
+        for _ in range(2):
+            arguments = (*inputs(length=11), mask, 0.3)
+            mine = decode_mla.kernel_attention(*arguments, "triton")
+            torch.testing.assert_close(mine, decode_mla.absorbed_attention(*arguments)[0])
+            mask[0, ..., 2:5] = False
 
 
 def test_refusals(monkeypatch):
     arguments = (*inputs(), None, 0.3)
-    monkeypatch.setattr(modeling_mla, "mla_attention", mla_attention)
-    assert modeling_mla.kernel_attention(*arguments, "auto") is None
+    monkeypatch.setattr(decode_mla, "mla_attention", mla_attention)
+    assert decode_mla.kernel_attention(*arguments, "auto") is None
     with pytest.raises(ValueError, match="the cache is on cpu"):
-        modeling_mla.kernel_attention(*arguments, "triton")
-    monkeypatch.setattr(modeling_mla, "mla_attention", None)
+        decode_mla.kernel_attention(*arguments, "triton")
+    monkeypatch.setattr(decode_mla, "mla_attention", None)
     with pytest.raises(ValueError, match="mla_attention is not installed"):
-        modeling_mla.kernel_attention(*arguments, "triton")
+        decode_mla.kernel_attention(*arguments, "triton")
 
 
 @pytest.mark.parametrize(
@@ -89,26 +107,26 @@ def test_refusals(monkeypatch):
 )
 def test_shapes_that_the_kernels_do_not_serve(on_any_device, changed, message):
     with pytest.raises(ValueError, match=message):
-        modeling_mla.kernel_attention(*inputs(**changed), None, 0.3, "triton")
+        decode_mla.kernel_attention(*inputs(**changed), None, 0.3, "triton")
 
 
 def test_gradients_and_masks_that_the_kernels_do_not_serve(on_any_device):
     tensors = inputs()
     with pytest.raises(ValueError, match="gradients are asked for"):
-        modeling_mla.kernel_attention(tensors[0].requires_grad_(), *tensors[1:], None, 0.3, "triton")
+        decode_mla.kernel_attention(tensors[0].requires_grad_(), *tensors[1:], None, 0.3, "triton")
     with pytest.raises(ValueError, match=r"mask is torch\.float32"), torch.no_grad():
-        modeling_mla.kernel_attention(*tensors, torch.zeros(2, 1, 1, 9), 0.3, "triton")
+        decode_mla.kernel_attention(*tensors, torch.zeros(2, 1, 1, 9), 0.3, "triton")
 
 
 def test_environment_goes_before_configuration(monkeypatch):
     config = SimpleNamespace(mla_kernel="triton")
     monkeypatch.delenv("MLA_CONVERT_KERNEL", raising=False)
-    assert modeling_mla.kernel_choice(config) == "triton"
+    assert decode_mla.kernel_choice(config) == "triton"
     monkeypatch.setenv("MLA_CONVERT_KERNEL", "sdpa")
-    assert modeling_mla.kernel_choice(config) == "sdpa"
+    assert decode_mla.kernel_choice(config) == "sdpa"
     monkeypatch.setenv("MLA_CONVERT_KERNEL", "cuda")
     with pytest.raises(ValueError, match="'cuda', expected one of"):
-        modeling_mla.kernel_choice(config)
+        decode_mla.kernel_choice(config)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

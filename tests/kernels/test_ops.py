@@ -112,7 +112,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(
         ops.decode,
         (case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"], case["cache_seqlens"],
-         case["block_table"], 0.1, 0, 0.0, 0, out, lse),
+         case["block_table"], 0.1, 0, 0.0, 0, None, None, out, lse),
     )  # fmt: skip
     arguments = write_arguments()
     arguments["latent_cache"].zero_()

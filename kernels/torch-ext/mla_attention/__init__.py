@@ -5,9 +5,9 @@ from torch import Tensor
 
 from . import ops
 from .checks import DTYPES, check_integers, check_rows, check_shape, check_widths, expect
-from .naive import naive_decode, naive_write
+from .naive import mask_extent, naive_decode, naive_write
 
-__all__ = ["mla_decode", "mla_write", "naive_decode", "naive_write"]
+__all__ = ["mask_extent", "mla_decode", "mla_write", "naive_decode", "naive_write"]
 
 
 def mla_decode(
@@ -15,7 +15,7 @@ def mla_decode(
     q_rope: Tensor,
     latent_cache: Tensor,
     rope_cache: Tensor,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | None,
     *,
     softmax_scale: float,
     block_table: Tensor | None = None,
@@ -24,6 +24,8 @@ def mla_decode(
     return_lse: bool = False,
     softcap: float = 0.0,
     window: int | None = None,
+    mask: Tensor | None = None,
+    extent: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of absorbed queries on a latent cache that all heads share (arXiv 2405.04434, section 2.1.2).
 
@@ -45,6 +47,10 @@ def mla_decode(
         return_lse: also return the natural logarithm of the sum of exponentials, (B, H, T) float32.
         softcap: scores become softcap * tanh(score / softcap); 0 leaves them.
         window: a query sees its own token and the window - 1 before it; None, all.
+        mask: (B, T, S), boolean, true where a query sees a token; rows contiguous, B may be expanded. In place of
+            `cache_seqlens`, which is then None, and of causality: left padding, a static cache's unwritten part, trees of
+            drafts. Tokens outside `extent` are not read.
+        extent: `mask_extent(mask)`, if it is at hand; layers that share a mask need it once.
 
     Returns:
         Attended latents (B, T, H, r) in the queries' dtype, with the lse if asked for. A query that sees no token gets
@@ -53,12 +59,12 @@ def mla_decode(
     Raises:
         ValueError: a shape, dtype, stride or device is not as above.
     """
-    expect(q_latent.dim() == 4, f"q_latent has {q_latent.dim()} dimensions, expected (B, T, H, r)")
+    expect(q_latent.dim() == 4, lambda: f"q_latent has {q_latent.dim()} dimensions, expected (B, T, H, r)")
     batch, tokens, heads, rank = q_latent.shape
     rope_dim = q_rope.shape[-1]
     check_widths(rank, rope_dim, heads)
     allowed = DTYPES if q_latent.is_cuda else (*DTYPES, torch.float64)
-    expect(q_latent.dtype in allowed, f"q_latent has dtype {q_latent.dtype}, expected one of {allowed}")
+    expect(q_latent.dtype in allowed, lambda: f"q_latent has dtype {q_latent.dtype}, expected one of {allowed}")
     check_shape("q_rope", q_rope, batch, tokens, heads, rope_dim)
     outer = batch if block_table is None else None
     check_shape("latent_cache", latent_cache, outer, None, rank)
@@ -71,17 +77,27 @@ def mla_decode(
         latent_cache=latent_cache,
         rope_cache=rope_cache,
     )
-    check_shape("cache_seqlens", cache_seqlens, batch)
-    check_integers("cache_seqlens", cache_seqlens, q_latent.device)
-    expect(cache_seqlens.is_contiguous(), "cache_seqlens must be contiguous")
+    expect((mask is None) != (cache_seqlens is None), lambda: "one of cache_seqlens and mask must be given")
+    if mask is None:
+        check_shape("cache_seqlens", cache_seqlens, batch)
+        check_integers("cache_seqlens", cache_seqlens, q_latent.device)
+        expect(cache_seqlens.is_contiguous(), lambda: "cache_seqlens must be contiguous")
+    else:
+        expect(window is None, lambda: "a window cannot be combined with a mask: it is part of the mask")
+        check_shape("mask", mask, batch, tokens, latent_cache.shape[1] if block_table is None else None)
+        check_rows(torch.bool, q_latent.device, mask=mask)
+        extent = mask_extent(mask) if extent is None else extent
+        check_shape("extent", extent, 3, batch)
+        check_integers("extent", extent, q_latent.device)
+        expect(extent.is_contiguous(), lambda: "extent must be contiguous")
     if block_table is not None:
         check_shape("block_table", block_table, batch, None)
         check_integers("block_table", block_table, q_latent.device)
-        expect(block_table.shape[1] <= 1 or block_table.stride(1) == 1, "block_table: rows must be contiguous")
-    expect(softmax_scale > 0, f"softmax_scale is {softmax_scale}, expected a positive number")
-    expect(num_splits is None or 1 <= num_splits <= 1024, f"num_splits is {num_splits}, expected None or 1 to 1024")
-    expect(softcap >= 0, f"softcap is {softcap}, expected a positive number, or 0 for none")
-    expect(window is None or window > 0, f"window is {window}, expected a positive number, or None")
+        expect(block_table.shape[1] <= 1 or block_table.stride(1) == 1, lambda: "block_table: rows must be contiguous")
+    expect(softmax_scale > 0, lambda: f"softmax_scale is {softmax_scale}, expected a positive number")
+    expect(num_splits is None or 1 <= num_splits <= 1024, lambda: f"num_splits is {num_splits}, expected None or 1 to 1024")
+    expect(softcap >= 0, lambda: f"softcap is {softcap}, expected a positive number, or 0 for none")
+    expect(window is None or window > 0, lambda: f"window is {window}, expected a positive number, or None")
     if out is None:
         out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     else:
@@ -90,7 +106,7 @@ def mla_decode(
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q_latent.device)
     ops.decode(
         q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table, softmax_scale, num_splits or 0, softcap,
-        window or 0, out, lse,
+        window or 0, mask, extent, out, lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -126,8 +142,8 @@ def mla_write(
     Raises:
         ValueError: a shape, dtype, stride or device is not as above.
     """
-    expect(latent.dim() == 3, f"latent has {latent.dim()} dimensions, expected (B, T, r)")
-    expect(q_rope.dim() == 4, f"q_rope has {q_rope.dim()} dimensions, expected (B, T, H, p)")
+    expect(latent.dim() == 3, lambda: f"latent has {latent.dim()} dimensions, expected (B, T, r)")
+    expect(q_rope.dim() == 4, lambda: f"q_rope has {q_rope.dim()} dimensions, expected (B, T, H, p)")
     batch, tokens, rank = latent.shape
     heads, rope_dim = q_rope.shape[2:]
     check_widths(rank, rope_dim, heads)
@@ -142,7 +158,7 @@ def mla_write(
                latent_cache=latent_cache, rope_cache=rope_cache)  # fmt: skip
     check_rows(cos.dtype, latent.device, cos=cos, sin=sin)
     expect(
-        positions.dtype in (torch.int32, torch.int64), f"positions has dtype {positions.dtype}, expected int32 or int64"
+        positions.dtype in (torch.int32, torch.int64), lambda: f"positions has dtype {positions.dtype}, expected int32 or int64"
     )
     if block_table is not None:
         check_shape("block_table", block_table, batch, None)

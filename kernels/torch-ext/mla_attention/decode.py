@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .tuning import DecodeConfig, default_config, power_of_two, rank_chunks
+from .tuning import DecodeConfig, default_config, hopper_chunks, padded_groups, power_of_two, rank_chunks
 
 # Parts of a row that the combine kernel weighs at a time.
 _PART_CHUNK = 16
@@ -25,19 +25,18 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return _device_limits(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _tensor_map(cache: Tensor, block_n: int, width: int):
-    """Tensor map of a cache (outer, inner, d) as a matrix of rows, and the rows from one outer index to the next."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+class Visible:
+    """What the kernels are told of the tokens that a query may see; pointers that are not read stand in for no mask."""
 
-    stride = cache.stride(1)
-    rows_per_outer = cache.stride(0) // stride if cache.shape[0] > 1 else cache.shape[1]
-    rows = (cache.shape[0] - 1) * rows_per_outer + cache.shape[1]
-    return TensorDescriptor(cache, [rows, cache.shape[2]], [stride, 1], [block_n, width]), rows_per_outer
+    def __init__(self, cache_seqlens: Tensor | None, mask: Tensor | None, extent: Tensor | None):
+        self.masked = mask is not None
+        self.starts, self.lengths, self.holes = extent if self.masked else (cache_seqlens,) * 3
+        self.mask = mask.view(torch.uint8) if self.masked else cache_seqlens.view(-1, 1, 1)
 
 
-def tma_possible(caches: list[Tensor], page_size: int, config: DecodeConfig) -> bool:
+def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
     """Whether full tiles can be described to the tensor memory accelerator: 16-byte steps, tiles within one page."""
-    if page_size and page_size % config.block_n:
+    if page_size and page_size % block_n:
         return False
     return all(
         cache.data_ptr() % 16 == 0
@@ -48,55 +47,133 @@ def tma_possible(caches: list[Tensor], page_size: int, config: DecodeConfig) -> 
     )
 
 
-def decode_triton(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    latent_cache: Tensor,
-    rope_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    softmax_scale: float,
-    num_splits: int,
-    softcap: float,
-    window: int,
-    out: Tensor,
-    lse: Tensor,
-    config: DecodeConfig | None = None,
-) -> None:
-    """Fill `out` (B, T, H, r) and `lse` (B, H, T). `num_splits` 0 shares all tiles out evenly; `window` 0 is none.
+def hopper_possible(q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int) -> bool:
+    """Whether the Hopper kernel can run here on these tensors."""
+    return (
+        q_latent.is_cuda
+        and torch.cuda.get_device_capability(q_latent.device) == (9, 0)
+        and q_latent.dtype in (torch.bfloat16, torch.float16)
+        and tma_possible([latent_cache, rope_cache], page_size, 64)
+    )
 
-    Reads nothing back from the device, so that it can be captured in a CUDA graph.
-    """
-    from .decode_kernels import mla_decode_fwd_kernel_combine, mla_decode_fwd_kernel_split
+
+def _padded_launch(
+    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse,
+    part, part_lse, workers, config,
+):  # fmt: skip
+    """Launch the Hopper kernel."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .hopper_kernels2 import mla_decode_fwd_kernel_hopper2
 
     batch, tokens, heads, rank = q_latent.shape
     rope_dim = q_rope.shape[3]
-    rows = tokens * heads
-    if batch == 0 or rows == 0:
-        return
-    processors, shared_limit = device_limits(q_latent.device)
-    config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit)
+    _, ropes, width = hopper_chunks(rank, rope_dim)
+    groups = padded_groups(rank, config.left)
+    page_size = 0 if block_table is None else latent_cache.shape[1]
+    wide, narrow = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(width * 2, 16, 2)
+
+    def matrix(x: Tensor, columns: tuple[int, ...], layout) -> tuple:
+        """Tensor maps of (outer, inner, d) as a matrix of rows, and the rows from one outer index to the next."""
+        stride = x.stride(1)
+        apart = x.stride(0) // stride if x.shape[0] > 1 else x.shape[1]
+        shape = [(x.shape[0] - 1) * apart + x.shape[1], x.shape[2]]
+        maps = tuple(TensorDescriptor(x, shape, [stride, 1], [64, extent], layout) for extent in columns)
+        return maps, apart
+
+    extents = tuple(64 * (group or groups[0]) for group in groups)
+    c_maps, c_rows = matrix(latent_cache, extents, wide)
+    q_maps, _ = matrix(q_latent.reshape(1, -1, rank), extents, wide)
+    k_map, qr_map, k_rows = c_maps[0], q_maps[0], 0
+    if rope_dim:
+        (k_map,), k_rows = matrix(rope_cache, (width,), narrow)
+        (qr_map,), _ = matrix(q_rope.reshape(1, -1, rope_dim), (width,), narrow)
+    row_blocks = -(-tokens * heads // 64)
+    math = 2 if groups[2] else 1
+    # Registers of a thread at the start, and of those that compute once the loading warp has given up its own.
+    at_start = 65536 // (128 * (math + 1) * config.per_sm) // 8 * 8
+    computing = (at_start * (math + 1) - 24) // math // 8 * 8
+    options = {"launch_pdl": True} if config.pdl else {}
+    mla_decode_fwd_kernel_hopper2[(row_blocks, workers)](
+        c_maps, k_map, q_maps, qr_map, visible.lengths, visible.starts, visible.holes, visible.mask,
+        visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
+        softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
+        0 if block_table is None else block_table.stride(0), *out.stride()[:3],
+        *visible.mask.stride()[:2], c_rows, k_rows,
+        rank=rank, BATCH=power_of_two(batch), GROUPS=groups, NR=ropes, RW=width, STAGES=config.stages,
+        REGISTERS=min(computing, 240), PAGE=page_size, SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0,
+        SOFTCAP=softcap > 0, PDL=config.pdl, num_warps=4, maxnreg=min(at_start, 248), **options,
+    )  # fmt: skip
+
+
+def _hopper_launch(
+    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse, part,
+    part_lse, workers, config,
+):  # fmt: skip
+    """Launch the Hopper kernel."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .hopper_kernels import mla_decode_fwd_kernel_hopper
+
+    if not config.swap:
+        return _padded_launch(
+            q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window,
+            out, lse, part, part_lse, workers, config,
+        )  # fmt: skip
+    batch, tokens, heads, rank = q_latent.shape
+    rope_dim = q_rope.shape[3]
+    groups = config.warps // 4
+    rows = config.block_m // groups if config.rows_split else config.block_m
+    chunks, ropes, width = hopper_chunks(rank, rope_dim)
+    page_size = 0 if block_table is None else latent_cache.shape[1]
+    wide, narrow = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(width * 2, 16, 2)
+
+    def matrix(x: Tensor, extent: int, columns: int, layout) -> tuple:
+        """Tensor map of (outer, inner, d) as a matrix of rows, and the rows from one outer index to the next."""
+        stride = x.stride(1)
+        apart = x.stride(0) // stride if x.shape[0] > 1 else x.shape[1]
+        shape = [(x.shape[0] - 1) * apart + x.shape[1], x.shape[2]]
+        return TensorDescriptor(x, shape, [stride, 1], [extent, columns], layout), apart
+
+    c_map, c_rows = matrix(latent_cache, 64, 64, wide)
+    q_map, _ = matrix(q_latent.reshape(1, -1, rank), rows, 64, wide)
+    k_map, qr_map, k_rows = c_map, q_map, 0
+    if rope_dim:
+        k_map, k_rows = matrix(rope_cache, 64, width, narrow)
+        qr_map, _ = matrix(q_rope.reshape(1, -1, rope_dim), rows, width, narrow)
+    row_blocks = -(-tokens * heads // config.block_m)
+    # Registers of a thread at the start, and of those that compute once the loading warp has given up its own.
+    at_start = 65536 // (32 * (config.warps + 4) * config.per_sm) // 8 * 8
+    computing = (at_start * (groups + 1) - 24) // groups // 8 * 8
+    options = {"launch_pdl": True} if config.pdl else {}
+    mla_decode_fwd_kernel_hopper[(row_blocks, workers)](
+        c_map, k_map, q_map, qr_map, visible.lengths, visible.starts, visible.holes, visible.mask,
+        visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
+        softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
+        0 if block_table is None else block_table.stride(0), *out.stride()[:3],
+        *visible.mask.stride()[:2], c_rows, k_rows,
+        rank=rank, BATCH=power_of_two(batch), NC=chunks, NR=ropes, RW=width, N=rows, MATH=groups,
+        ROWS_SPLIT=config.rows_split, STAGES=config.stages, REGISTERS=min(computing, 240), PAGE=page_size, MASK=visible.masked,
+        WINDOW=window > 0, SOFTCAP=softcap > 0, PDL=config.pdl,
+        num_warps=4, maxnreg=min(at_start, 248), **options,
+    )  # fmt: skip
+
+
+def _triton_launch(
+    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out,
+    lse, part, part_lse, workers, config,
+):  # fmt: skip
+    """Launch the Triton kernel."""
+    from .decode_kernels import mla_decode_fwd_kernel_split
+
+    batch, tokens, heads, rank = q_latent.shape
+    rope_dim = q_rope.shape[3]
     r0, r1 = rank_chunks(rank)
     rope = max(power_of_two(rope_dim), 16) if rope_dim else 0
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    row_blocks = -(-rows // config.block_m)
-    workers = batch * num_splits if num_splits else max(processors * config.per_sm // row_blocks, 1)
-    parts = num_splits or workers
-    single = num_splits == 1
-    slots = 0 if single else (workers if num_splits else 2 * workers)
-    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
-    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
-    batch_padded = power_of_two(batch)
-
-    tma = config.tma and tma_possible([latent_cache, rope_cache], page_size, config)
-    c0_map = c1_map = kr_map = latent_cache
-    c_rows = k_rows = 0
-    if tma:
-        c0_map, c_rows = _tensor_map(latent_cache, config.block_n, r0)
-        if r1:
-            c1_map, _ = _tensor_map(latent_cache, config.block_n, r1)
-        if rope:
-            kr_map, k_rows = _tensor_map(rope_cache, config.block_n, rope)
+    row_blocks = -(-tokens * heads // config.block_m)
     # The look-up of a page is a stage of its own in the pipeline: with one more, as many tiles stay in flight.
     stages = config.stages + (1 if page_size and config.stages > 1 else 0)
     options = {"num_warps": config.warps, "num_stages": stages}
@@ -106,27 +183,83 @@ def decode_triton(
         options["launch_pdl"] = True
 
     mla_decode_fwd_kernel_split[(row_blocks, workers)](
-        q_latent, q_rope, latent_cache, rope_cache, c0_map, c1_map, kr_map, cache_seqlens,
-        cache_seqlens if block_table is None else block_table, out, lse, part, part_lse,
+        q_latent, q_rope, latent_cache, rope_cache, visible.lengths, visible.starts, visible.holes, visible.mask,
+        visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
         softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
         *q_latent.stride()[:3], *q_rope.stride()[:3], latent_cache.stride(0), rope_cache.stride(0),
-        0 if block_table is None else block_table.stride(0), *out.stride()[:3], c_rows, k_rows,
+        0 if block_table is None else block_table.stride(0), *out.stride()[:3],
+        *visible.mask.stride()[:2],
         # Between tokens: a model has one, and known in advance it spares a register for every row that a thread loads.
         stride_cn=latent_cache.stride(1), stride_kn=rope_cache.stride(1),
-        rank=rank, rope_dim=rope_dim, BATCH=batch_padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n, R0=r0, R1=r1,
-        ROPE=rope, PAGE=page_size, SPLITS=num_splits, SWAP=config.swap,
-        TMA=tma, WINDOW=window > 0, SOFTCAP=softcap > 0,
+        rank=rank, rope_dim=rope_dim, BATCH=power_of_two(batch), BLOCK_M=config.block_m, BLOCK_N=config.block_n, R0=r0, R1=r1,
+        ROPE=rope, PAGE=page_size, SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0, SOFTCAP=softcap > 0,
         PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32",
         PDL=config.pdl, STAGES=stages, **options,
     )  # fmt: skip
+
+
+def decode_triton(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float,
+    num_splits: int,
+    softcap: float,
+    window: int,
+    out: Tensor,
+    lse: Tensor,
+    config: DecodeConfig | None = None,
+    mask: Tensor | None = None,
+    extent: Tensor | None = None,
+) -> None:
+    """Fill `out` (B, T, H, r) and `lse` (B, H, T). `num_splits` 0 shares all tiles out evenly; `window` 0 is none.
+
+    With a mask (B, T, S), boolean, `extent` (3, B) is what `mask_extent` makes of it, and lengths are taken from there.
+
+    Reads nothing back from the device, so that it can be captured in a CUDA graph.
+    """
+    from .decode_kernels import mla_decode_fwd_kernel_combine
+
+    batch, tokens, heads, rank = q_latent.shape
+    rope_dim = q_rope.shape[3]
+    rows = tokens * heads
+    if batch == 0 or rows == 0:
+        return
+    processors, shared_limit = device_limits(q_latent.device)
+    config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit)
+    page_size = 0 if block_table is None else latent_cache.shape[1]
+    if config.hopper and ((num_splits and config.swap) or not hopper_possible(q_latent, latent_cache, rope_cache, page_size)):
+        config = default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit)
+    row_blocks = -(-rows // config.block_m)
+    workers = batch * num_splits if num_splits else max(processors * config.per_sm // row_blocks, 1)
+    parts = num_splits or workers
+    single = num_splits == 1
+    slots = 0 if single else (workers if num_splits else 2 * workers)
+    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
+    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
+
+    visible = Visible(cache_seqlens, mask, extent)
+    if config.hopper:
+        _hopper_launch(
+            q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out,
+            lse, part, part_lse, workers, config,
+        )  # fmt: skip
+    else:
+        _triton_launch(
+            q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap,
+            window, out, lse, part, part_lse, workers, config,
+        )  # fmt: skip
     if single:
         return
     # Few rows: shorter pieces of the rank, so that enough programs fetch the parts.
     rank_chunk = min(power_of_two(rank), 128 if batch * rows * 4 <= processors * 8 else 512)
     mla_decode_fwd_kernel_combine[(batch * rows, -(-rank // rank_chunk))](
-        part, part_lse, cache_seqlens, out, lse, window, batch, tokens, heads, rank, workers, config.min_tiles,
+        part, part_lse, visible.lengths, visible.starts, out, lse, window, batch, tokens, heads, rank, workers, config.min_tiles,
         *out.stride()[:3],
-        BATCH=batch_padded, BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=power_of_two(parts),
-        PART_CHUNK=min(_PART_CHUNK, power_of_two(parts)), SPLITS=num_splits, WINDOW=window > 0, PDL=config.pdl,
-        num_warps=4, **({"launch_pdl": True} if config.pdl else {}),
+        BATCH=power_of_two(batch), BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=power_of_two(parts),
+        PART_CHUNK=min(_PART_CHUNK, power_of_two(parts)), SPLITS=num_splits, MASK=visible.masked,
+        WINDOW=window > 0, PDL=config.pdl, num_warps=4, **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip

@@ -7,9 +7,7 @@ in base 2.
 The rank is cut in two power-of-two chunks, R0 + R1, because a tile's extent must be a power of two: 576 = 512 + 64 costs no
 padding, where 1024 would cost 78%.
 
-SWAP turns the products round: scores are (tokens, rows) and the accumulator (rank, rows). The tensor cores of Hopper take
-64 rows of the first operand and as few as 8 columns of the second, so with 16 or 32 heads it is the tokens and the rank
-that should be those rows; unswapped, heads are padded to 64 or fall back to the narrower instructions.
+On Hopper, `hopper_kernels` takes its place wherever tiles can be described to the tensor memory accelerator.
 """
 
 import triton
@@ -21,24 +19,26 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tile_range(length, tokens, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+def _tile_range(length, start, tokens, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
     """First tile that any query of the sequence may see, and one past the last. Scalars or vectors."""
     last = (length + (BLOCK_N - 1)) // BLOCK_N
-    first = last * 0
     if WINDOW:
-        first = tl.minimum(tl.maximum(length - tokens - window + 1, 0) // BLOCK_N, last)
-    return first, last
+        start = tl.maximum(start, length - tokens - window + 1)
+    return tl.minimum(start // BLOCK_N, last), last
 
 
 @triton.jit
 def _even_shares(
-    lengths, batch, tokens, window, workers, min_tiles,
-    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    lengths, starts, batch, tokens, window, workers, min_tiles,
+    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of every sequence laid end to end: where each ends, how many it has, their sum, and how many workers share them."""
     ids = tl.arange(0, BATCH)
     length = tl.load(lengths + ids, mask=ids < batch, other=0)
-    first, last = _tile_range(length, tokens, window, BLOCK_N, WINDOW)
+    start = length * 0
+    if MASK:
+        start = tl.load(starts + ids, mask=ids < batch, other=0)
+    first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
     tiles = last - first
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
@@ -59,56 +59,37 @@ def _capped(scores, scale_log2, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attend(
-    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n, limit, low, scale_log2, softcap,
-    R1: tl.constexpr, ROPE: tl.constexpr, SWAP: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n, limit, low, flags, holed, scale_log2, softcap,
+    R1: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of tokens into the running maximum, sum and accumulators.
 
-    c0 [N, R0], c1 [N, R1], kr [N, D]; q* are [M, .], or [., M] when SWAP; m [M]; l is the sum before its reduction over the
-    tile's tokens, [M, N] or [N, M]: reducing it once at the end spares an exchange between warps in every tile.
+    c0 [N, R0], c1 [N, R1], kr [N, D]; q* [M, .]; m [M]; l [M, N] is the sum before its reduction over the tile's tokens:
+    reducing it once at the end spares an exchange between warps in every tile.
     """
-    token_axis: tl.constexpr = 0 if SWAP else 1
-    row_axis: tl.constexpr = 1 - token_axis
-    if SWAP:
-        s = tl.dot(c0, q0, input_precision=PRECISION)
-        if R1 > 0:
-            s = tl.dot(c1, q1, s, input_precision=PRECISION)
-        if ROPE > 0:
-            s = tl.dot(kr, qr, s, input_precision=PRECISION)
-    else:
-        s = tl.dot(q0, tl.trans(c0), input_precision=PRECISION)
-        if R1 > 0:
-            s = tl.dot(q1, tl.trans(c1), s, input_precision=PRECISION)
-        if ROPE > 0:
-            s = tl.dot(qr, tl.trans(kr), s, input_precision=PRECISION)
-    s = _capped(s, scale_log2, softcap, SOFTCAP)
-    if MASKED:
-        token = tl.expand_dims(n, row_axis)
-        seen = token < tl.expand_dims(limit, token_axis)
-        if WINDOW:
-            seen = seen & (token >= tl.expand_dims(low, token_axis))
-        s = tl.where(seen, s, -float("inf"))
-    new = tl.maximum(m, tl.max(s, token_axis))
-    if MASKED:
-        shift = tl.where(new == -float("inf"), 0.0, new)  # a row may have seen nothing yet: -inf - -inf is NaN
-    else:
-        shift = new
-    alpha = tl.exp2(m - shift)
-    p = tl.exp2(s - tl.expand_dims(shift, token_axis))
-    l = l * tl.expand_dims(alpha, token_axis) + p
-    p = p.to(c0.dtype)
-    acc0 = acc0 * tl.expand_dims(alpha, token_axis)
-    if SWAP:
-        acc0 = tl.dot(tl.trans(c0), p, acc0, input_precision=PRECISION)
-    else:
-        acc0 = tl.dot(p, c0, acc0, input_precision=PRECISION)
+    s = tl.dot(q0, tl.trans(c0), input_precision=PRECISION)
     if R1 > 0:
-        acc1 = acc1 * tl.expand_dims(alpha, token_axis)
-        if SWAP:
-            acc1 = tl.dot(tl.trans(c1), p, acc1, input_precision=PRECISION)
-        else:
-            acc1 = tl.dot(p, c1, acc1, input_precision=PRECISION)
+        s = tl.dot(q1, tl.trans(c1), s, input_precision=PRECISION)
+    if ROPE > 0:
+        s = tl.dot(qr, tl.trans(kr), s, input_precision=PRECISION)
+    s = _capped(s, scale_log2, softcap, SOFTCAP)
+    seen = n[None, :] < limit[:, None]
+    if WINDOW or MASK:
+        seen = seen & (n[None, :] >= low[:, None])
+    if MASK:
+        if holed:
+            flag = tl.load(flags[:, None] + n[None, :], mask=seen, other=0)
+            seen = seen & (flag != 0)
+    s = tl.where(seen, s, -float("inf"))
+    new = tl.maximum(m, tl.max(s, 1))
+    shift = tl.where(new == -float("inf"), 0.0, new)  # a row may have seen nothing yet: -inf - -inf is NaN
+    alpha = tl.exp2(m - shift)
+    p = tl.exp2(s - shift[:, None])
+    l = l * alpha[:, None] + p
+    p = p.to(c0.dtype)
+    acc0 = tl.dot(p, c0, acc0 * alpha[:, None], input_precision=PRECISION)
+    if R1 > 0:
+        acc1 = tl.dot(p, c1, acc1 * alpha[:, None], input_precision=PRECISION)
     return new, l, acc0, acc1
 
 
@@ -153,31 +134,6 @@ def _load_tile(
 
 
 @triton.jit
-def _load_tile_tma(
-    c0_map, c1_map, kr_map, table, b, n0, c_rows, k_rows,
-    BLOCK_N: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """The same for a tile that lies wholly inside the sequence, by the tensor memory accelerator.
-
-    The maps see the caches as matrices of rows; `c_rows` and `k_rows` rows lie between one page (or sequence) and the next.
-    """
-    if PAGE == 0:
-        outer = b
-        inner = n0
-    else:
-        outer = tl.load(table + n0 // PAGE)
-        inner = n0 % PAGE
-    c0 = c0_map.load([outer * c_rows + inner, 0])
-    c1 = c0
-    if R1 > 0:
-        c1 = c1_map.load([outer * c_rows + inner, R0])
-    kr = c0
-    if ROPE > 0:
-        kr = kr_map.load([outer * k_rows + inner, 0])
-    return c0, c1, kr
-
-
-@triton.jit
 def _load_query(pointer, stride_t, stride_h, row_t, row_h, in_range, start: tl.constexpr, width, PADDED: tl.constexpr):
     """Query rows, [M, PADDED], zeros beyond the rows and beyond `width` columns in all."""
     d = start + tl.arange(0, PADDED)
@@ -186,27 +142,23 @@ def _load_query(pointer, stride_t, stride_h, row_t, row_h, in_range, start: tl.c
 
 
 @triton.jit
-def _store_rows(
-    pointer, row_offset, in_range, acc, start: tl.constexpr, width, PADDED: tl.constexpr, SWAP: tl.constexpr
-):
-    """Accumulator [M, PADDED], or [PADDED, M] when SWAP, to rows of `width` numbers."""
+def _store_rows(pointer, row_offset, in_range, acc, start: tl.constexpr, width, PADDED: tl.constexpr):
+    """Accumulator [M, PADDED] to rows of `width` numbers."""
     d = start + tl.arange(0, PADDED)
-    if SWAP:
-        acc = tl.trans(acc)
     to = pointer + row_offset[:, None] + d[None, :]
     tl.store(to, acc.to(pointer.dtype.element_ty), mask=in_range[:, None] & (d[None, :] < width))
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
 def mla_decode_fwd_kernel_split(
-    q_latent, q_rope, cache, rope, c0_map, c1_map, kr_map, lengths, block_table, out, lse, part, part_lse,
+    q_latent, q_rope, cache, rope, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, batch, tokens, heads, workers, min_tiles,
     stride_qb, stride_qt, stride_qh, stride_rb, stride_rt, stride_rh, stride_cb, stride_kb,
-    stride_tb, stride_ob, stride_ot, stride_oh, c_rows, k_rows,
+    stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt,
     stride_cn: tl.constexpr, stride_kn: tl.constexpr,
     rank: tl.constexpr, rope_dim: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    SWAP: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, workers). Row blocks come first, so that those of one sequence run together and share the L2.
@@ -227,7 +179,7 @@ def mla_decode_fwd_kernel_split(
         active = SPLITS
     else:
         ids, ends, tiles, total, active = _even_shares(
-            lengths, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW
+            lengths, starts, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW, MASK
         )
         if worker >= active:
             return
@@ -245,7 +197,12 @@ def mla_decode_fwd_kernel_split(
     for step in range(b_stop - b_first):
         b = b_first + step
         length = tl.load(lengths + b)
-        first, last = _tile_range(length, tokens, window, BLOCK_N, WINDOW)
+        start = length * 0
+        holed = False
+        if MASK:
+            start = tl.load(starts + b)
+            holed = tl.load(holes + b) != 0
+        first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
         if SPLITS > 0:
             share = (last - first + SPLITS - 1) // SPLITS
             begin = tl.minimum(first + share_lo.to(tl.int32) * share, last)
@@ -268,65 +225,50 @@ def mla_decode_fwd_kernel_split(
                 rb = q_rope + b.to(tl.int64) * stride_rb
                 qr = _load_query(rb, stride_rt, stride_rh, row_t, row_h, in_range, 0, rope_dim, ROPE)
             m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            acc0 = tl.zeros([BLOCK_M, R0], tl.float32)
             acc1 = m
-            if SWAP:
-                q0 = tl.trans(q0)
-                q1 = tl.trans(q1)
-                qr = tl.trans(qr)
-                l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                acc0 = tl.zeros([R0, BLOCK_M], tl.float32)
-                if R1 > 0:
-                    acc1 = tl.zeros([R1, BLOCK_M], tl.float32)
-            else:
-                l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                acc0 = tl.zeros([BLOCK_M, R0], tl.float32)
-                if R1 > 0:
-                    acc1 = tl.zeros([BLOCK_M, R1], tl.float32)
+            if R1 > 0:
+                acc1 = tl.zeros([BLOCK_M, R1], tl.float32)
             limit = length - tokens + row_t + 1  # one past the last token that the row sees
-            low = limit - window
+            low = limit - limit
+            if WINDOW:
+                low = limit - window
+            if MASK:
+                low = tl.maximum(low, start)
+                if holed:  # the mask alone says what each query sees
+                    limit = limit - limit + length
+            flags = mask + b.to(tl.int64) * stride_mb + tl.minimum(row_t, tokens - 1) * stride_mt
             table = block_table + b.to(tl.int64) * stride_tb
-            # By the tensor memory accelerator only tiles that every row sees in full; the rest below, through pointers.
-            bare = begin
-            if TMA and not WINDOW:
-                bare = tl.maximum(begin, tl.minimum(stop, (length - tokens + 1) // BLOCK_N))
-                for tile in tl.range(begin, bare, num_stages=STAGES):
-                    n0 = tl.cast(tile * BLOCK_N, tl.int32)
-                    c0, c1, kr = _load_tile_tma(
-                        c0_map, c1_map, kr_map, table, b, n0, c_rows, k_rows, BLOCK_N, R0, R1, ROPE, PAGE
-                    )
-                    m, l, acc0, acc1 = _attend(
-                        c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, scale_log2,
-                        softcap, R1, ROPE, SWAP, False, WINDOW, SOFTCAP, PRECISION,
-                    )  # fmt: skip
-            for tile in tl.range(bare, stop, num_stages=STAGES):
+            for tile in tl.range(begin, stop, num_stages=STAGES):
                 n0 = tl.cast(tile * BLOCK_N, tl.int32)
                 c0, c1, kr = _load_tile(
                     cache, rope, table, b, n0, length, stride_cb, stride_cn, stride_kb, stride_kn, rank, rope_dim,
                     BLOCK_N, R0, R1, ROPE, PAGE,
                 )  # fmt: skip
                 m, l, acc0, acc1 = _attend(
-                    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, scale_log2,
-                    softcap, R1, ROPE, SWAP, True, WINDOW, SOFTCAP, PRECISION,
+                    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, flags, holed,
+                    scale_log2, softcap, R1, ROPE, WINDOW, MASK, SOFTCAP, PRECISION,
                 )  # fmt: skip
 
-            total_l = tl.sum(l, 0 if SWAP else 1)
+            total_l = tl.sum(l, 1)
             inverse = 1.0 / tl.where(total_l > 0, total_l, 1.0)
-            acc0 = acc0 * tl.expand_dims(inverse, 0 if SWAP else 1)
+            acc0 = acc0 * inverse[:, None]
             if R1 > 0:
-                acc1 = acc1 * tl.expand_dims(inverse, 0 if SWAP else 1)
+                acc1 = acc1 * inverse[:, None]
             lse2 = m + tl.log2(total_l)
             if whole:
                 offset = row_t * stride_ot + row_h * stride_oh
                 ob = out + b.to(tl.int64) * stride_ob
-                _store_rows(ob, offset, in_range, acc0, 0, rank, R0, SWAP)
+                _store_rows(ob, offset, in_range, acc0, 0, rank, R0)
                 if R1 > 0:
-                    _store_rows(ob, offset, in_range, acc1, R0, rank, R1, SWAP)
+                    _store_rows(ob, offset, in_range, acc1, R0, rank, R1)
                 tl.store(lse + (b.to(tl.int64) * heads + row_h) * tokens + row_t, lse2 * LN2, mask=in_range)
             else:
                 pb = part + slot.to(tl.int64) * rows * rank
-                _store_rows(pb, row * rank, in_range, acc0, 0, rank, R0, SWAP)
+                _store_rows(pb, row * rank, in_range, acc0, 0, rank, R0)
                 if R1 > 0:
-                    _store_rows(pb, row * rank, in_range, acc1, R0, rank, R1, SWAP)
+                    _store_rows(pb, row * rank, in_range, acc1, R0, rank, R1)
                 tl.store(part_lse + slot.to(tl.int64) * rows + row, lse2, mask=in_range)
         elif SPLITS > 0:
             # A split that got no token.
@@ -336,17 +278,20 @@ def mla_decode_fwd_kernel_split(
 
 @triton.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
 def mla_decode_fwd_kernel_combine(
-    part, part_lse, lengths, out, lse, window, batch, tokens, heads, rank, workers, min_tiles,
+    part, part_lse, lengths, starts, out, lse, window, batch, tokens, heads, rank, workers, min_tiles,
     stride_ob, stride_ot, stride_oh,
     BATCH: tl.constexpr, BLOCK_N: tl.constexpr, RANK_CHUNK: tl.constexpr, PARTS: tl.constexpr, PART_CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of the parts of one row of one sequence: grid (sequences * rows, chunks of the rank)."""
     rows = tokens * heads
     b = tl.program_id(0) // rows
     row = tl.program_id(0) % rows
     length = tl.load(lengths + b)
-    first, last = _tile_range(length, tokens, window, BLOCK_N, WINDOW)
+    start = length * 0
+    if MASK:
+        start = tl.load(starts + b)
+    first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
     if SPLITS > 0:
         slot_0 = b * SPLITS
         count = SPLITS
@@ -354,7 +299,7 @@ def mla_decode_fwd_kernel_combine(
         written = (last - first + SPLITS - 1) // SPLITS >= last - first  # the first split had it all
     else:
         ids, ends, tiles, total, active = _even_shares(
-            lengths, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW
+            lengths, starts, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW, MASK
         )
         at = tl.sum(tl.where(ids == b, ends - tiles, 0), 0).to(tl.int64)
         total = tl.maximum(total, 1).to(tl.int64)

@@ -11,17 +11,36 @@ def gather_pages(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> T
     return cache[torch.where(used, block_table, 0).long()].flatten(1, 2)
 
 
+def mask_extent(mask: Tensor) -> Tensor:
+    """What a boolean mask (B, T, S) comes to, for each sequence: (3, B) int32.
+
+    First token that any query sees, one past the last (both 0 where none is seen), and whether anything between is hidden
+    from a query other than what comes after its own token: the last of T queries sees up to the last token, the one before
+    it one less, and so on. The kernels read the mask itself only where that third number is not 0.
+    """
+    batch, tokens, length = mask.shape
+    position = torch.arange(length, device=mask.device)
+    seen = mask.any(1)
+    stop = torch.where(seen, position + 1, 0).amax(-1)
+    start = torch.where(seen, position, length).amin(-1).minimum(stop)
+    own = stop[:, None] - torch.arange(tokens - 1, -1, -1, device=mask.device)
+    plain = (position >= start[:, None, None]) & (position < own[:, :, None])
+    holed = (mask != plain).flatten(1).any(-1)
+    return torch.stack([start, stop, holed.to(start.dtype)]).to(torch.int32)
+
+
 def naive_decode(
     q_latent: Tensor,
     q_rope: Tensor,
     latent_cache: Tensor,
     rope_cache: Tensor,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | None,
     *,
     softmax_scale: float,
     block_table: Tensor | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    mask: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the absorbed queries on the latents (arXiv 2405.04434, section 2.1.2), written out.
@@ -29,6 +48,8 @@ def naive_decode(
     Arguments as `mla_decode`. Returns the attended latents (B, T, H, r) and the natural-log sum of exponentials (B, H, T),
     both in `compute_dtype`. A query that sees no token gets zeros and minus infinity.
     """
+    if mask is not None:
+        cache_seqlens = mask_extent(mask)[1]
     if block_table is not None:
         latent_cache = gather_pages(latent_cache, block_table, cache_seqlens)
         rope_cache = gather_pages(rope_cache, block_table, cache_seqlens)
@@ -49,6 +70,8 @@ def naive_decode(
         seen = position <= own
         if window is not None:
             seen = seen & (position > own - window)
+        if mask is not None:
+            seen = mask[b, :, : len(position)] & (position < length)
         logits = logits.masked_fill(~seen, -torch.inf)
         weights = torch.softmax(logits, dim=-1).masked_fill(~seen.any(-1, keepdim=True), 0)
         outs.append(torch.einsum("hts,sr->thr", weights, latent))

@@ -20,12 +20,14 @@ def decode(
     q_rope: Tensor,
     latent_cache: Tensor,
     rope_cache: Tensor,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | None,
     block_table: Tensor | None,
     softmax_scale: float,
     num_splits: int,
     softcap: float,
     window: int,
+    mask: Tensor | None,
+    extent: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -34,18 +36,19 @@ def decode(
 
     decode_triton(
         q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table, softmax_scale, num_splits, softcap,
-        window, out, lse,
+        window, out, lse, mask=mask, extent=extent,
     )  # fmt: skip
 
 
 @decode.register_kernel("cpu")
 def _(
     q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table, softmax_scale, num_splits, softcap, window,
-    out, lse,
+    mask, extent, out, lse,
 ):  # fmt: skip
     attended, natural = naive_decode(
         q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, softmax_scale=softmax_scale,
-        block_table=block_table, softcap=softcap, window=window or None, compute_dtype=_cpu_precision(q_latent),
+        block_table=block_table, softcap=softcap, window=window or None, mask=mask,
+        compute_dtype=_cpu_precision(q_latent),
     )  # fmt: skip
     out.copy_(attended)
     lse.copy_(natural)
@@ -54,7 +57,7 @@ def _(
 @decode.register_fake
 def _(
     q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table, softmax_scale, num_splits, softcap, window,
-    out, lse,
+    mask, extent, out, lse,
 ):  # fmt: skip
     return None
 

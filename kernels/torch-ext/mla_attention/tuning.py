@@ -25,6 +25,9 @@ class DecodeConfig:
     registers: int = 0
     tma: bool = False
     pdl: bool = False
+    hopper: bool = False
+    rows_split: bool = False
+    left: int = 0
 
 
 def power_of_two(n: int) -> int:
@@ -39,6 +42,40 @@ def rank_chunks(rank: int) -> tuple[int, int]:
         return max(whole, 16), 0
     first = whole // 2
     return first, max(power_of_two(rank - first), 16)
+
+
+def hopper_chunks(rank: int, rope_dim: int) -> tuple[int, int, int]:
+    """Chunks of 64 columns of the latent, chunks of the rotary key, and the width of those: powers of two up to 64."""
+    width = min(max(power_of_two(rope_dim), 16), 64)
+    return -(-rank // 64), -(-rope_dim // width), width
+
+
+def padded_groups(rank: int, left: int = 0) -> tuple[int, int, int, int]:
+    """Chunks of 64 columns: two groups for the left warpgroup, two for the right, powers of two or 0."""
+    chunks = -(-rank // 64)
+    left = left or -(-chunks // 2)
+
+    def cut(count: int) -> tuple[int, int]:
+        whole = 1 << max(count.bit_length() - 1, 0)
+        return (whole, power_of_two(count - whole) if count > whole else 0) if count else (0, 0)
+
+    return cut(left) + cut(chunks - left)
+
+
+def padded_shared_memory(config: DecodeConfig, rank: int, rope_dim: int) -> int:
+    """Shared memory of a program of the padded Hopper kernel, in bytes."""
+    _, ropes, width = hopper_chunks(rank, rope_dim)
+    columns = sum(padded_groups(rank, config.left)) * 64 + ropes * width
+    return 2 * (columns * 64 * (config.stages + 1) + 64 * 64) + 1024
+
+
+def hopper_shared_memory(config: DecodeConfig, rank: int, rope_dim: int) -> int:
+    """Shared memory of a program of the Hopper kernel, in bytes: tiles, queries, weights, and what reductions need."""
+    chunks, ropes, width = hopper_chunks(rank, rope_dim)
+    columns = chunks * 64 + ropes * width
+    groups = config.warps // 4
+    rows = config.block_m // groups if config.rows_split else config.block_m
+    return 2 * (columns * (64 * config.stages + config.block_m) + groups * 64 * rows) + 2048
 
 
 def tiles_held(config: DecodeConfig) -> int:
