@@ -35,7 +35,6 @@ def grid_groups(seed):
             hopper = hopper_candidates(rank, rope_dim, rng.choice([8, 32, 128]))
             pool = hopper or pool if rng.random() < 0.6 else pool
         config = replace(rng.choice(pool), pdl=rng.random() < 0.3, min_tiles=rng.choice([1, 4]))
-        config = replace(config, tma=config.tma or rng.random() < 0.3)
         yield {
             "rank": rank, "rope_dim": rope_dim, "dtype": dtype, "page_size": rng.choice([0, 0, 1, 16, 64, 128]),
             "config": asdict(config), "num_splits": rng.choice([0, 0, 0, 1, 3]),

@@ -38,7 +38,7 @@ def run(shape, cfg, splits, tag=""):
         row["share"] = nbytes / row["us"] / 1e3 / bw
     except Exception as e:
         K.mla_decode_fwd_kernel_combine = real; D._hopper_launch = launch
-        row["problem"] = str(e)[:200]
+        row["problem"] = repr(e)[:200]
     out.write(json.dumps(row) + "\n"); out.flush()
     print({k: (round(v, 4) if isinstance(v, float) else v) for k, v in row.items() if k != "cfg"}, "st", cfg.stages, "left", cfg.left, "per", cfg.per_sm, "pdl", cfg.pdl, flush=True)
 for h in (32, 16, 64, 128):

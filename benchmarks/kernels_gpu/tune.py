@@ -32,7 +32,7 @@ def candidates(rank, rope_dim, rows):
     wide = power_of_two(max(rows, 16))
     found = []
     for swap, block_m, block_n, warps, stages, per_sm, tma in itertools.product(
-        (False, True), (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4), (1, 2, 3), (False, True)
+        (False,), (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3), (False,)
     ):
         padded_for_wgmma = block_m == 64 and not swap
         if (block_m > wide and not padded_for_wgmma) or block_m < min(wide, 32):

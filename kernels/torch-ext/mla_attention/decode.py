@@ -96,7 +96,7 @@ def _padded_launch(
     computing = (at_start * (math + 1) - 24) // math // 8 * 8
     options = {"launch_pdl": True} if config.pdl else {}
     mla_decode_fwd_kernel_hopper2[(row_blocks, workers)](
-        c_maps, k_map, q_maps, qr_map, visible.lengths, visible.starts, visible.holes, visible.mask,
+        *c_maps, k_map, *q_maps, qr_map, visible.lengths, visible.starts, visible.holes, visible.mask,
         visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
         softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
         0 if block_table is None else block_table.stride(0), *out.stride()[:3],

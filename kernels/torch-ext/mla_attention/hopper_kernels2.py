@@ -399,7 +399,7 @@ def _attend_partition(
 
 @gluon.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
 def mla_decode_fwd_kernel_hopper2(
-    c_maps, k_map, q_maps, qr_map, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
+    c0_map, c1_map, c2_map, c3_map, k_map, q0_map, q1_map, q2_map, q3_map, qr_map, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, batch, tokens, heads, workers, min_tiles,
     stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt, c_rows, k_rows,
     rank: gl.constexpr, BATCH: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr,
@@ -412,7 +412,7 @@ def mla_decode_fwd_kernel_hopper2(
     after it); `mla_decode_fwd_kernel_combine` knows which. With SPLITS, worker = sequence * SPLITS + split and so is the
     slot. Row blocks come first in the grid, so that those of one sequence run together and share the L2.
     """
-    dtype: gl.constexpr = c_maps[0].dtype
+    dtype: gl.constexpr = c0_map.dtype
     WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     NARROW: gl.constexpr = gl.NVMMASharedLayout(RW * 2, 16, 2)
     TWO: gl.constexpr = GROUPS[2] > 0
@@ -485,8 +485,8 @@ def mla_decode_fwd_kernel_hopper2(
     lses = (lse, part_lse)
     masking = (mask, holes, stride_mb, stride_mt)
     strides = (stride_ob, stride_ot, stride_oh)
-    tile_maps = (c_maps, k_map)
-    query_maps = (q_maps, qr_map)
+    tile_maps = ((c0_map, c1_map, c2_map, c3_map), k_map)
+    query_maps = ((q0_map, q1_map, q2_map, q3_map), qr_map)
     if TWO:
         gl.warp_specialize(
             [
