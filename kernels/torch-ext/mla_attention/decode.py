@@ -236,7 +236,7 @@ def decode_triton(
     row_blocks = -(-rows // config.block_m)
     workers = batch * num_splits if num_splits else max(processors * config.per_sm // row_blocks, 1)
     parts = num_splits or workers
-    single = num_splits == 1
+    single = num_splits == 1 and not config.hopper  # the Hopper kernel leaves empty sequences to the combination
     slots = 0 if single else (workers if num_splits else 2 * workers)
     part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
