@@ -32,8 +32,6 @@ from mla_convert.modeling.decode_mla import kernel_refusal
 from mla_convert.modeling.modeling_mla import MlaAttention, model_class
 from mla_convert.source import kv_heads
 
-# What of the card is left to activations, the runtime and fragmentation when the largest batch is first guessed.
-SPARE = 0.985
 WARM_UPS, STEPS = 3, 64
 # Name under which the original attends on a full cache: no mask, and the heads of a group as rows of one query.
 FULL = "mla_bench_full"
@@ -348,12 +346,13 @@ def decode_point(
 
 
 def largest_batch(model: nn.Module, context: int, limit: int) -> int:
-    """A first guess at the sequences of `context` tokens that fit beside the weights."""
-    cache = full_cache(model.config, 1, 1, model.dtype, torch.device("meta"))
-    a_token = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-    # logits in two types, the widest hidden states a few times, and room for what libraries take
-    a_sequence = context * a_token + 6 * model.config.vocab_size + 16 * getattr(model.config, "intermediate_size", 0)
-    return max(int((limit * SPARE - held_bytes(model.device) - (1 << 30)) // a_sequence), 0)
+    """Sequences of `context` tokens that fit beside the weights if nothing else needed room: where to begin trying."""
+    return max((limit - held_bytes(model.device)) // (context * token_bytes(model.config, model.dtype)), 0)
+
+
+def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes that a token takes in the cache, over all layers."""
+    return sum(heads * (keys + values) for heads, keys, values in cache_shapes(config)) * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -379,10 +378,8 @@ def measure_side(
             model = build()
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"the weights of {name} do not fit the memory given") from error
-        layers = full_cache(model.config, 1, 1, model.dtype, torch.device("meta")).layers
-        a_token = sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
         weights = sum(weight.nbytes for weight in model.parameters())
-        side = Side(name, is_converted(model.config), weights, a_token, "")
+        side = Side(name, is_converted(model.config), weights, token_bytes(model.config, model.dtype), "")
         for tokens in wanted.prompts:
             try:
                 side.prompts.append(prompt_time(model, tokens, 1))
@@ -408,18 +405,19 @@ def _decode(
         batch = largest_batch(model, context, total)
     while batch:
         try:
-            point, side.attention = decode_point(
-                model, context, batch, copy, wanted.price, wanted.steps, largest
-            )  # fmt: skip
+            point, side.attention = decode_point(model, context, batch, copy, wanted.price, wanted.steps, largest)
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            point = None
+        _free(model.device)  # not before: what was raised holds on to the cache
+        if point is not None:
             side.points.append(point)
             note(f"{side.name}: {context} tokens, batch {batch}: {point.tokens_per_second:.0f} tokens/s")
-            _free(model.device)
             return
-        except torch.OutOfMemoryError:
-            _free(model.device)
-            if not largest:
-                break
-            batch = min(batch - 1, int(batch * 0.97))
+        if not largest:
+            break
+        batch = min(batch - 1, int(batch * 0.97))
     side.left_out.append(f"{context} tokens, batch {batch or 'largest'}: out of memory")
 
 

@@ -11,7 +11,7 @@ from common import Log, device_name, half, left
 from pool import Pool
 from tune import candidates, hopper_candidates
 
-from mla_attention import mla_decode, mla_write, naive_write
+from mla_attention import mask_extent, mla_decode, mla_write, naive_write
 from mla_attention.decode import decode_triton
 from mla_attention.tuning import DecodeConfig, default_config
 
@@ -33,12 +33,13 @@ def grid_groups(seed):
         if dtype != "float32":
             pool += candidates(rank, rope_dim, rng.choice([8, 32, 128]))
             hopper = hopper_candidates(rank, rope_dim, rng.choice([8, 32, 128]))
-            pool = hopper or pool if rng.random() < 0.6 else pool
+            pool = hopper or pool if rng.random() < 0.75 else pool
         config = replace(rng.choice(pool), pdl=rng.random() < 0.3, min_tiles=rng.choice([1, 4]))
         yield {
             "rank": rank, "rope_dim": rope_dim, "dtype": dtype, "page_size": rng.choice([0, 0, 1, 16, 64, 128]),
             "config": asdict(config), "num_splits": rng.choice([0, 0, 0, 1, 3]),
             "softcap": rng.choice([0.0, 0.0, 0.0, 5.0]), "window": rng.choice([None, None, None, 50]),
+            "mask": rng.choice([None, None, None, None, "padding", "holes"]),
             "seed": index,
         }  # fmt: skip
 
@@ -49,6 +50,16 @@ def fitted(group, device):
         return group
     return group | {"rank": 16 + group["rank"] % 48 // 16 * 16, "rope_dim": group["rope_dim"] % 32, "dtype": "float32",
                     "config": group["config"] | {"pdl": False}}  # fmt: skip
+
+
+def random_mask(case, tokens, lengths, holes, rng):
+    """Left padding of random width, and one token in four hidden if asked for."""
+    device = case["latent_cache"].device
+    position = torch.arange(case["latent_cache"].shape[1], device=device)
+    own = torch.tensor(lengths, device=device)[:, None] - tokens + 1 + torch.arange(tokens, device=device)
+    start = torch.tensor([rng.randrange(max(length, 1)) for length in lengths], device=device)
+    mask = (position < own[..., None]) & (position >= start[:, None, None])
+    return mask & (torch.rand(mask.shape, device=device) < 0.75) if holes else mask
 
 
 def run_group(group, device, cases=12):
@@ -71,11 +82,16 @@ def run_group(group, device, cases=12):
                          device, seed=number)  # fmt: skip
         out = torch.full_like(case["q_latent"], torch.nan)
         lse = torch.full((4, heads, tokens), torch.nan, device=device)
+        mask = None
+        if group["mask"] and not group["page_size"] and not group["window"] and max(lengths) < 10000:
+            mask = random_mask(case, tokens, lengths, group["mask"] == "holes", rng)
+            del case["cache_seqlens"]
         decode_triton(case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"],
-                      case["cache_seqlens"], case.get("block_table"), case["softmax_scale"], group["num_splits"],
-                      group["softcap"], group["window"] or 0, out, lse, config)  # fmt: skip
+                      case.get("cache_seqlens"), case.get("block_table"), case["softmax_scale"], group["num_splits"],
+                      group["softcap"], group["window"] or 0, out, lse, config, mask=mask,
+                      extent=None if mask is None else mask_extent(mask))  # fmt: skip
         label = {"heads": heads, "tokens": tokens, "lengths": lengths}
-        results.append((label, disagreement(out, lse, case, **options)))
+        results.append((label, disagreement(out, lse, case, mask=mask, **options)))
     if device == "cuda":
         torch.cuda.empty_cache()  # the other processes need it
     return results

@@ -62,12 +62,12 @@ def hopper_candidates(rank, rope_dim, rows):
     """Configurations of the Hopper kernel: as many stages as fit, two warpgroups or one, one program or several."""
     found = []
     chunks = hopper_chunks(rank, rope_dim)[0]
-    for left, per_sm in itertools.product((0, chunks), (1, 2, 3)):
+    for block_n, left, per_sm in itertools.product((64, 32), (0, chunks), (1, 2, 3)):
         groups = padded_groups(rank, left)
-        if (groups[2] and per_sm > 1) or (not groups[2] and sum(groups) > {1: 5, 2: 3, 3: 1}[per_sm]):
+        if (groups[2] and per_sm > 1) or (not groups[2] and sum(groups) > {1: 4, 2: 2, 3: 1}[per_sm]):
             continue
-        for stages in (8, 6, 5, 4, 3, 2, 1):
-            config = DecodeConfig(64, 64, stages=stages, per_sm=per_sm, hopper=True, left=left)
+        for stages in (8, 7, 6, 5, 4, 3, 2, 1):
+            config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, hopper=True, left=left)
             if per_sm * (padded_shared_memory(config, rank, rope_dim) + 1024) <= SHARED_LIMIT:
                 found.append(config)
                 break

@@ -5,10 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .tuning import DecodeConfig, default_config, hopper_chunks, padded_groups, power_of_two, rank_chunks
-
-# Parts of a row that the combine kernel weighs at a time.
-_PART_CHUNK = 16
+from .tuning import DecodeConfig, default_config, hopper_chunks, hopper_config, padded_groups, power_of_two, rank_chunks
 
 
 @functools.cache
@@ -47,13 +44,15 @@ def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
     )
 
 
-def hopper_possible(q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int) -> bool:
-    """Whether the Hopper kernel can run here on these tensors."""
+def hopper_possible(
+    q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int, block_n: int
+) -> bool:
+    """Whether the Hopper kernel can run here on these tensors, with tiles of `block_n` tokens."""
     return (
         q_latent.is_cuda
         and torch.cuda.get_device_capability(q_latent.device) == (9, 0)
         and q_latent.dtype in (torch.bfloat16, torch.float16)
-        and tma_possible([latent_cache, rope_cache], page_size, 64)
+        and tma_possible([latent_cache, rope_cache], page_size, block_n)
     )
 
 
@@ -74,21 +73,21 @@ def _padded_launch(
     page_size = 0 if block_table is None else latent_cache.shape[1]
     wide, narrow = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(width * 2, 16, 2)
 
-    def matrix(x: Tensor, columns: tuple[int, ...], layout) -> tuple:
+    def matrix(x: Tensor, height: int, columns: tuple[int, ...], layout) -> tuple:
         """Tensor maps of (outer, inner, d) as a matrix of rows, and the rows from one outer index to the next."""
         stride = x.stride(1)
         apart = x.stride(0) // stride if x.shape[0] > 1 else x.shape[1]
         shape = [(x.shape[0] - 1) * apart + x.shape[1], x.shape[2]]
-        maps = tuple(TensorDescriptor(x, shape, [stride, 1], [64, extent], layout) for extent in columns)
+        maps = tuple(TensorDescriptor(x, shape, [stride, 1], [height, extent], layout) for extent in columns)
         return maps, apart
 
     extents = tuple(64 * (group or groups[0]) for group in groups)
-    c_maps, c_rows = matrix(latent_cache, extents, wide)
-    q_maps, _ = matrix(q_latent.reshape(1, -1, rank), extents, wide)
+    c_maps, c_rows = matrix(latent_cache, config.block_n, extents, wide)
+    q_maps, _ = matrix(q_latent.reshape(1, -1, rank), 64, extents, wide)
     k_map, qr_map, k_rows = c_maps[0], q_maps[0], 0
     if rope_dim:
-        (k_map,), k_rows = matrix(rope_cache, (width,), narrow)
-        (qr_map,), _ = matrix(q_rope.reshape(1, -1, rope_dim), (width,), narrow)
+        (k_map,), k_rows = matrix(rope_cache, config.block_n, (width,), narrow)
+        (qr_map,), _ = matrix(q_rope.reshape(1, -1, rope_dim), 64, (width,), narrow)
     row_blocks = -(-tokens * heads // 64)
     math = 2 if groups[2] else 1
     # Registers of a thread at the start, and of those that compute once the loading warp has given up its own.
@@ -101,7 +100,7 @@ def _padded_launch(
         softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
         0 if block_table is None else block_table.stride(0), *out.stride()[:3],
         *visible.mask.stride()[:2], c_rows, k_rows,
-        rank=rank, BATCH=power_of_two(batch), GROUPS=groups, NR=ropes, RW=width, STAGES=config.stages,
+        rank=rank, BATCH=power_of_two(batch), BLOCK_N=config.block_n, GROUPS=groups, NR=ropes, RW=width, STAGES=config.stages,
         REGISTERS=min(computing, 240), PAGE=page_size, SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0,
         SOFTCAP=softcap > 0, PDL=config.pdl, num_warps=4, maxnreg=min(at_start, 248), **options,
     )  # fmt: skip
@@ -229,9 +228,12 @@ def decode_triton(
     if batch == 0 or rows == 0:
         return
     processors, shared_limit = device_limits(q_latent.device)
-    config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit)
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    if config.hopper and ((num_splits and config.swap) or not hopper_possible(q_latent, latent_cache, rope_cache, page_size)):
+    config = config or hopper_config(rank, rope_dim, shared_limit)
+    if config is None or (
+        config.hopper
+        and (num_splits and config.swap or not hopper_possible(q_latent, latent_cache, rope_cache, page_size, config.block_n))
+    ):
         config = default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit)
     row_blocks = -(-rows // config.block_m)
     workers = batch * num_splits if num_splits else max(processors * config.per_sm // row_blocks, 1)
@@ -260,6 +262,6 @@ def decode_triton(
         part, part_lse, visible.lengths, visible.starts, out, lse, window, batch, tokens, heads, rank, workers, config.min_tiles,
         *out.stride()[:3],
         BATCH=power_of_two(batch), BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=power_of_two(parts),
-        PART_CHUNK=min(_PART_CHUNK, power_of_two(parts)), SPLITS=num_splits, MASK=visible.masked,
+        PART_CHUNK=min(8192 // rank_chunk, power_of_two(parts)), SPLITS=num_splits, MASK=visible.masked,
         WINDOW=window > 0, PDL=config.pdl, num_warps=4, **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip

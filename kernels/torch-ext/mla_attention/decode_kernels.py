@@ -47,6 +47,14 @@ def _even_shares(
 
 
 @triton.jit
+def _holder(tile, total, active):
+    """Which worker has a tile, of all laid end to end: each has total // active, the first few one more."""
+    each = total // active
+    long = (total - each * active) * (each + 1)  # tiles of those that have one more
+    return tl.where(tile < long, tile // (each + 1), (tile - long) // tl.maximum(each, 1) + total - each * active)
+
+
+@triton.jit
 def _capped(scores, scale_log2, softcap, SOFTCAP: tl.constexpr):
     """Raw dot products to base-2 logits, with cap * tanh(x / cap) in between for the families that have it."""
     if SOFTCAP:
@@ -174,7 +182,7 @@ def mla_decode_fwd_kernel_split(
     if SPLITS > 0:
         b_first = worker // SPLITS
         b_stop = b_first + 1
-        share_lo = (worker % SPLITS).to(tl.int64)
+        share_lo = worker % SPLITS
         share_hi = share_lo
         active = SPLITS
     else:
@@ -183,8 +191,10 @@ def mla_decode_fwd_kernel_split(
         )
         if worker >= active:
             return
-        share_lo = worker.to(tl.int64) * total // active
-        share_hi = (worker + 1).to(tl.int64) * total // active
+        each = total // active  # the first few have one more
+        more = total - each * active
+        share_lo = worker * each + tl.minimum(worker, more)
+        share_hi = share_lo + each + (worker < more).to(tl.int32)
         b_first = tl.sum((ends <= share_lo).to(tl.int32) * (ids < batch).to(tl.int32), 0)
         at = tl.sum(tl.where(ids == b_first, ends - tiles, 0), 0)  # first tile of the sequence among all
         b_stop = tl.sum(((ends - tiles) < share_hi).to(tl.int32) * (ids < batch).to(tl.int32), 0)
@@ -205,12 +215,12 @@ def mla_decode_fwd_kernel_split(
         first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
         if SPLITS > 0:
             share = (last - first + SPLITS - 1) // SPLITS
-            begin = tl.minimum(first + share_lo.to(tl.int32) * share, last)
+            begin = tl.minimum(first + share_lo * share, last)
             stop = tl.minimum(begin + share, last)
             slot = worker
         else:
-            begin = first + tl.maximum(share_lo - at, 0).to(tl.int32)
-            stop = first + tl.minimum(share_hi - at, last - first).to(tl.int32)
+            begin = first + tl.maximum(share_lo - at, 0)
+            stop = first + tl.minimum(share_hi - at, last - first)
             slot = 2 * worker + (begin == first).to(tl.int32)
             at += last - first
         whole = (begin == first) & (stop == last)
@@ -301,11 +311,9 @@ def mla_decode_fwd_kernel_combine(
         ids, ends, tiles, total, active = _even_shares(
             lengths, starts, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW, MASK
         )
-        at = tl.sum(tl.where(ids == b, ends - tiles, 0), 0).to(tl.int64)
-        total = tl.maximum(total, 1).to(tl.int64)
-        # Worker w holds tiles [w total / active, (w + 1) total / active): invert that for the first and the last tile.
-        w_0 = (((at + 1) * active - 1) // total).to(tl.int32)
-        w_1 = (((at + last - first) * active - 1) // total).to(tl.int32)
+        at = tl.sum(tl.where(ids == b, ends - tiles, 0), 0)
+        w_0 = _holder(at, total, active)
+        w_1 = _holder(at + last - first - 1, total, active)
         slot_0 = 2 * w_0
         count = w_1 - w_0 + 1
         stride = 2

@@ -51,8 +51,8 @@ def _stretch(b, at, share, seen, tokens, window, MASK: gl.constexpr, WINDOW: gl.
     if MASK:
         start = gl.load(starts + b)
     first, last = _tile_range(length, start, tokens, window, WINDOW)
-    begin = first + gl.maximum(share_lo - at, 0).to(gl.int32)
-    stop = first + gl.minimum(share_hi - at, last - first).to(gl.int32)
+    begin = first + gl.maximum(share_lo - at, 0)
+    stop = first + gl.minimum(share_hi - at, last - first)
     return begin, stop, first, last, length
 
 
@@ -338,8 +338,10 @@ def mla_decode_fwd_kernel_hopper(
     ends = gl.associative_scan(count, 0, _add)
     total = gl.sum(count, 0)
     active = gl.maximum(gl.minimum(workers, (total + min_tiles - 1) // min_tiles), 1)
-    share_lo = worker.to(gl.int64) * total // active
-    share_hi = (worker + 1).to(gl.int64) * total // active
+    each = total // active
+    more = total - each * active
+    share_lo = worker * each + gl.minimum(worker, more)
+    share_hi = share_lo + each + (worker < more).to(gl.int32)
     b_first = gl.sum(((ends <= share_lo) & (ids < batch)).to(gl.int32), 0)
     at = gl.sum(gl.where(ids == b_first, ends - count, 0), 0)  # first tile of the sequence among all
     b_stop = gl.sum((((ends - count) < share_hi) & (ids < batch)).to(gl.int32), 0)

@@ -1,7 +1,7 @@
 """Gluon kernel of `mla_decode` for Hopper: one warp loads, one warpgroup weighs and half attends, one attends the rest.
 
-A program serves 64 rows, a row being one head of one query token, and walks over its share of the tokens in tiles of 64,
-which the tensor memory accelerator puts into a ring in shared memory. The first warpgroup computes scores and weights, and
+A program serves 64 rows, a row being one head of one query token, and walks over its share of the tokens in tiles of 32
+or 64, which the tensor memory accelerator puts into a ring in shared memory. The first warpgroup computes scores and weights, and
 takes the left half of the rank into its accumulators; the second gets the weights through shared memory and takes the
 right half. Every latent tile is read by the tensor cores where it lies, as keys and, transposed, as values.
 
@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 BLOCK_M = gl.constexpr(64)
-BLOCK_N = gl.constexpr(64)
 CHUNK = gl.constexpr(64)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -33,7 +32,7 @@ def _add(a, b):
 
 
 @gluon.jit
-def _tile_range(length, start, tokens, window, WINDOW: gl.constexpr):
+def _tile_range(length, start, tokens, window, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr):
     """First tile that any query of the sequence may see, and one past the last. Scalars or vectors."""
     last = (length + (BLOCK_N - 1)) // BLOCK_N
     if WINDOW:
@@ -43,7 +42,8 @@ def _tile_range(length, start, tokens, window, WINDOW: gl.constexpr):
 
 @gluon.jit
 def _stretch(
-    b, at, share, seen, tokens, window, SPLITS: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr
+    b, at, share, seen, tokens, window, BLOCK_N: gl.constexpr, SPLITS: gl.constexpr, MASK: gl.constexpr,
+    WINDOW: gl.constexpr,
 ):  # fmt: skip
     """What a worker does of sequence b, whose first tile is number `at` of all: tiles begin .. stop of first .. last."""
     lengths, starts = seen
@@ -52,14 +52,14 @@ def _stretch(
     start = 0
     if MASK:
         start = gl.load(starts + b)
-    first, last = _tile_range(length, start, tokens, window, WINDOW)
+    first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
     if SPLITS > 0:
         each = (last - first + SPLITS - 1) // SPLITS
-        begin = gl.minimum(first + share_lo.to(gl.int32) * each, last)
+        begin = gl.minimum(first + share_lo * each, last)
         stop = gl.minimum(begin + each, last)
     else:
-        begin = first + gl.maximum(share_lo - at, 0).to(gl.int32)
-        stop = first + gl.minimum(share_hi - at, last - first).to(gl.int32)
+        begin = first + gl.maximum(share_lo - at, 0)
+        stop = first + gl.minimum(share_hi - at, last - first)
     return begin, stop, first, last, length
 
 
@@ -82,7 +82,7 @@ def _fetch(maps, rows, ready, rings, at, GROUPS: gl.constexpr, NR: gl.constexpr)
 @gluon.jit
 def _load_partition(
     tile_maps, query_maps, seen, block_table, tile_rings, query_rings, barriers, work, tokens, window, stride_tb, c_rows,
-    k_rows, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    k_rows, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
     SPLITS: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Tiles of all stretches one after another, and the queries of each as soon as those before are done with."""
@@ -92,7 +92,7 @@ def _load_partition(
     count = 0
     sequences = 0
     for b in range(b_first, b_stop):
-        begin, stop, first, last, _ = _stretch(b, at, (share_lo, share_hi), seen, tokens, window, SPLITS, MASK, WINDOW)
+        begin, stop, first, last, _ = _stretch(b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW)
         at += last - first
         for tile in range(begin, stop):
             n0 = tile * BLOCK_N
@@ -130,7 +130,7 @@ def _clean(tile, n0, length):
     """Zeros for the rows of a tile past the end of the sequence, which may hold NaN: 0 * NaN would come through."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     COUNT: gl.constexpr = tile.type.shape[1] // CHUNK
-    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, L))
+    n = n0 + gl.arange(0, tile.type.shape[0], layout=gl.SliceLayout(1, L))
     for c in gl.static_range(COUNT):
         chunk = tile.slice(c * CHUNK, CHUNK, dim=1)
         value = chunk.load(L)
@@ -172,7 +172,7 @@ def _scaled(accs, factor):
 
 @gluon.jit
 def _attend(weights, groups, stage, accs, G0: gl.constexpr):
-    """Weights [64, 64 tokens], in registers or in shared memory, times the values of groups G0 and G0 + 1."""
+    """Weights [64, tokens], in registers or in shared memory, times the values of groups G0 and G0 + 1."""
     begun = ()
     for i in gl.static_range(len(accs)):
         begun = begun + (
@@ -220,8 +220,8 @@ def _slot(worker, begin, first, SPLITS: gl.constexpr):
 def _weigh_partition(
     outputs, lses, seen, masking, tile_rings, query_rings, weights, factors, barriers, work, tokens, heads, window,
     scale_log2, softcap, strides,
-    rank: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    MASK: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
+    rank: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, STAGES: gl.constexpr,
+    SPLITS: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Scores, weights, and the left half of the rank."""
     lse, part_lse = lses
@@ -240,7 +240,7 @@ def _weigh_partition(
     sent = 0
     for b in range(b_first, b_stop):
         begin, stop, first, last, length = _stretch(
-            b, at, (share_lo, share_hi), seen, tokens, window, SPLITS, MASK, WINDOW
+            b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW
         )
         at += last - first
         if begin < stop:
@@ -358,8 +358,8 @@ def _weigh_partition(
 @gluon.jit
 def _attend_partition(
     outputs, seen, tile_rings, weights, factors, barriers, work, tokens, heads, window, strides,
-    rank: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, MASK: gl.constexpr,
-    WINDOW: gl.constexpr,
+    rank: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    MASK: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """The right half of the rank."""
     groups, ropes = tile_rings
@@ -369,7 +369,7 @@ def _attend_partition(
     got = 0
     for b in range(b_first, b_stop):
         begin, stop, first, last, length = _stretch(
-            b, at, (share_lo, share_hi), seen, tokens, window, SPLITS, MASK, WINDOW
+            b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW
         )
         at += last - first
         if begin < stop:
@@ -402,7 +402,7 @@ def mla_decode_fwd_kernel_hopper2(
     c0_map, c1_map, c2_map, c3_map, k_map, q0_map, q1_map, q2_map, q3_map, qr_map, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, batch, tokens, heads, workers, min_tiles,
     stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt, c_rows, k_rows,
-    rank: gl.constexpr, BATCH: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr,
+    rank: gl.constexpr, BATCH: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PAGE: gl.constexpr, SPLITS: gl.constexpr,
     MASK: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -431,7 +431,7 @@ def mla_decode_fwd_kernel_hopper2(
     else:
         ropes = groups[0]
         q_ropes = queries[0]
-    weights = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], WIDE)
+    weights = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], gl.NVMMASharedLayout(BLOCK_N * 2, 16, 2))
     factors = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -456,7 +456,7 @@ def mla_decode_fwd_kernel_hopper2(
         b_first = worker // SPLITS
         b_stop = b_first + 1
         at = worker * 0
-        share_lo = (worker % SPLITS).to(gl.int64)
+        share_lo = worker % SPLITS
         share_hi = share_lo
     else:
         ids = gl.arange(0, BATCH, layout=gl.BlockedLayout([1], [32], [4], [0]))
@@ -464,13 +464,15 @@ def mla_decode_fwd_kernel_hopper2(
         start = length * 0
         if MASK:
             start = gl.load(starts + ids, mask=ids < batch, other=0)
-        first, last = _tile_range(length, start, tokens, window, WINDOW)
+        first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
         count = last - first
         ends = gl.associative_scan(count, 0, _add)
         total = gl.sum(count, 0)
         active = gl.maximum(gl.minimum(workers, (total + min_tiles - 1) // min_tiles), 1)
-        share_lo = worker.to(gl.int64) * total // active
-        share_hi = (worker + 1).to(gl.int64) * total // active
+        each = total // active  # the first few have one more
+        more = total - each * active
+        share_lo = worker * each + gl.minimum(worker, more)
+        share_hi = share_lo + each + (worker < more).to(gl.int32)
         b_first = gl.sum(((ends <= share_lo) & (ids < batch)).to(gl.int32), 0)
         at = gl.sum(gl.where(ids == b_first, ends - count, 0), 0)  # first tile of the sequence among all
         b_stop = gl.sum((((ends - count) < share_hi) & (ids < batch)).to(gl.int32), 0)
@@ -493,17 +495,17 @@ def mla_decode_fwd_kernel_hopper2(
                 (
                     _weigh_partition,
                     (outputs, lses, seen, masking, tile_rings, query_rings, weights, factors, barriers, work, tokens, heads,
-                     window, scale_log2, softcap, strides, rank, GROUPS, NR, STAGES, SPLITS, MASK, WINDOW, SOFTCAP),
+                     window, scale_log2, softcap, strides, rank, BLOCK_N, GROUPS, NR, STAGES, SPLITS, MASK, WINDOW, SOFTCAP),
                 ),
                 (
                     _attend_partition,
                     (outputs, seen, tile_rings, weights, factors, barriers, work, tokens, heads, window, strides, rank,
-                     GROUPS, STAGES, SPLITS, MASK, WINDOW),
+                     BLOCK_N, GROUPS, STAGES, SPLITS, MASK, WINDOW),
                 ),
                 (
                     _load_partition,
                     (tile_maps, query_maps, seen, block_table, tile_rings, query_rings, barriers, work, tokens, window,
-                     stride_tb, c_rows, k_rows, GROUPS, NR, RW, STAGES, PAGE, SPLITS, MASK, WINDOW),
+                     stride_tb, c_rows, k_rows, BLOCK_N, GROUPS, NR, RW, STAGES, PAGE, SPLITS, MASK, WINDOW),
                 ),
             ],
             [4, 1],
@@ -515,12 +517,12 @@ def mla_decode_fwd_kernel_hopper2(
                 (
                     _weigh_partition,
                     (outputs, lses, seen, masking, tile_rings, query_rings, weights, factors, barriers, work, tokens, heads,
-                     window, scale_log2, softcap, strides, rank, GROUPS, NR, STAGES, SPLITS, MASK, WINDOW, SOFTCAP),
+                     window, scale_log2, softcap, strides, rank, BLOCK_N, GROUPS, NR, STAGES, SPLITS, MASK, WINDOW, SOFTCAP),
                 ),
                 (
                     _load_partition,
                     (tile_maps, query_maps, seen, block_table, tile_rings, query_rings, barriers, work, tokens, window,
-                     stride_tb, c_rows, k_rows, GROUPS, NR, RW, STAGES, PAGE, SPLITS, MASK, WINDOW),
+                     stride_tb, c_rows, k_rows, BLOCK_N, GROUPS, NR, RW, STAGES, PAGE, SPLITS, MASK, WINDOW),
                 ),
             ],
             [1],

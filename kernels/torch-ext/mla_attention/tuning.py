@@ -66,7 +66,7 @@ def padded_shared_memory(config: DecodeConfig, rank: int, rope_dim: int) -> int:
     """Shared memory of a program of the padded Hopper kernel, in bytes."""
     _, ropes, width = hopper_chunks(rank, rope_dim)
     columns = sum(padded_groups(rank, config.left)) * 64 + ropes * width
-    return 2 * (columns * 64 * (config.stages + 1) + 64 * 64) + 1024
+    return 2 * (columns * (config.block_n * config.stages + 64) + 64 * config.block_n) + 1024
 
 
 def hopper_shared_memory(config: DecodeConfig, rank: int, rope_dim: int) -> int:
@@ -92,6 +92,18 @@ def shared_memory(config: DecodeConfig, rank: int, rope_dim: int, bytes_per_numb
     """Estimate of the shared memory of a program, in bytes: its queries and its tiles."""
     width = sum(rank_chunks(rank)) + (max(power_of_two(rope_dim), 16) if rope_dim else 0)
     return bytes_per_number * width * (config.block_m + config.block_n * tiles_held(config))
+
+
+def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> DecodeConfig | None:
+    """The Hopper kernel with as many stages as fit, or None where not one does."""
+    chunks = -(-rank // 64)
+    small = chunks <= 2
+    left, per_sm = (chunks, 2) if small else (0, 1)
+    for stages in range(8, 0, -1):
+        config = DecodeConfig(64, 64, stages=stages, per_sm=per_sm, pdl=True, hopper=True, left=left)
+        if per_sm * (padded_shared_memory(config, rank, rope_dim) + 1024) <= shared_limit:
+            return config
+    return None
 
 
 def default_config(
