@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mla_convert.commands import convert, evaluate, gate, inspect, plan, push, recipes, report, sweep, verify
+from mla_convert.commands import bench, convert, evaluate, gate, inspect, plan, push, recipes, report, sweep, verify
 from mla_convert.commands.shared import is_verbose
 from mla_convert.errors import GateFailed, Interrupted, MlaConvertError
 
@@ -76,6 +76,7 @@ for name, command, example in (
     ("recipes", recipes.recipes, recipes.EXAMPLE),
     ("verify", verify.verify, verify.EXAMPLE),
     ("eval", evaluate.evaluate, evaluate.EXAMPLE),
+    ("bench", bench.bench, bench.EXAMPLE),
     ("gate", gate.gate, gate.EXAMPLE),
     ("push", push.push, push.EXAMPLE),
     ("report", report.report, report.EXAMPLE),
