@@ -32,7 +32,7 @@ def grid_groups(seed):
         pool = [default_config(rank, rope_dim, rng.choice([8, 32, 128]), getattr(torch, dtype))]
         if dtype != "float32":
             pool += candidates(rank, rope_dim, rng.choice([8, 32, 128]))
-            hopper = hopper_candidates(rank, rope_dim, rng.choice([8, 32, 128]))
+            hopper = hopper_candidates(rank, rope_dim)
             pool = hopper or pool if rng.random() < 0.75 else pool
         config = replace(rng.choice(pool), pdl=rng.random() < 0.3, min_tiles=rng.choice([1, 4]))
         yield {
@@ -161,7 +161,7 @@ def grid(arguments):
     passed = failed = 0
     checks = [(check.__name__, once, check, device) for check in (operators, large_offsets)]
     groups = grid_groups(arguments.seed)
-    pool = Pool(arguments.processes)
+    pool = Pool(arguments.processes, seconds_per_job=30)
     while True:
         while pool.room and left(arguments) > 0:
             name, function, *rest = checks.pop(0) if checks else (None, run_group, fitted(next(groups), device), device)

@@ -8,18 +8,15 @@ import torch
 from common import Log, ceilings, half, left, measure
 from pool import Pool
 
-from mla_attention import decode_kernels, hopper_kernels2
+from mla_attention import decode_kernels, hopper_kernels
 from mla_attention.decode import decode_triton
 from mla_attention.tuning import (
     DecodeConfig,
     default_config,
     hopper_chunks,
-    padded_groups,
-    padded_shared_memory,
+    hopper_shared_memory,
     power_of_two,
-    rank_chunks,
     shared_memory,
-    tiles_held,
 )
 
 SHARED_LIMIT = 227 * 1024
@@ -28,25 +25,17 @@ LARGEST_ERROR = 1e-2
 
 
 def candidates(rank, rope_dim, rows):
-    """Configurations worth trying for bf16: those that the shared memory and the registers of Hopper can hold."""
+    """Configurations of the Triton kernel worth trying for bf16: those that Hopper's shared memory and registers can hold."""
     wide = power_of_two(max(rows, 16))
     found = []
-    for swap, block_m, block_n, warps, stages, per_sm, tma in itertools.product(
-        (False,), (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3), (False,)
+    for block_m, block_n, warps, stages, per_sm in itertools.product(
+        (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3)
     ):
-        padded_for_wgmma = block_m == 64 and not swap
-        if (block_m > wide and not padded_for_wgmma) or block_m < min(wide, 32):
+        if (block_m > wide and block_m != 64) or block_m < min(wide, 32):
             continue
-        if swap and (block_m > 64 or not all_asynchronous(block_n, rank)):
+        if (block_n == 16 and rank <= 256) or (per_sm == 3 and rank > 256) or (warps == 8 and block_m * rank < 64 * 128):
             continue
-        # One tile and nothing in flight pays only where another program computes meanwhile and loads need no registers.
-        if tma != (stages == 1) or (stages == 1 and (per_sm == 1 or block_n < 64)):
-            continue
-        if (block_n == 16 and rank <= 256) or (per_sm == 3 and rank > 256):
-            continue
-        if warps == 8 and block_m * rank < 64 * 128:
-            continue
-        config = DecodeConfig(block_m, block_n, swap, warps, stages, per_sm, tma=tma)
+        config = DecodeConfig(block_m, block_n, warps, stages, per_sm)
         memory = shared_memory(config, rank, rope_dim, 2) + 1024
         accumulators = block_m * rank / (32 * warps)
         registers = 65536 // (32 * warps * per_sm) // 8 * 8
@@ -58,43 +47,31 @@ def candidates(rank, rope_dim, rows):
     return sorted(found, key=lambda config: promise(config, rank, rope_dim, rows), reverse=True)
 
 
-def hopper_candidates(rank, rope_dim, rows):
+def hopper_candidates(rank, rope_dim):
     """Configurations of the Hopper kernel: as many stages as fit, two warpgroups or one, one program or several."""
     found = []
-    chunks = hopper_chunks(rank, rope_dim)[0]
-    for block_n, left, per_sm in itertools.product((64, 32), (0, chunks), (1, 2, 3)):
-        groups = padded_groups(rank, left)
+    chunks = -(-rank // 64)
+    for block_n, left, per_sm in itertools.product((64, 32), (0, chunks, 2), (1, 2, 3)):
+        groups = hopper_chunks(rank, rope_dim, min(left, chunks))[0]
         if (groups[2] and per_sm > 1) or (not groups[2] and sum(groups) > {1: 4, 2: 2, 3: 1}[per_sm]):
             continue
         for stages in (8, 7, 6, 5, 4, 3, 2, 1):
-            config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, hopper=True, left=left)
-            if per_sm * (padded_shared_memory(config, rank, rope_dim) + 1024) <= SHARED_LIMIT:
+            config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, hopper=True, left=min(left, chunks))
+            if per_sm * (hopper_shared_memory(config, rank, rope_dim) + 1024) <= SHARED_LIMIT:
                 found.append(config)
                 break
     return list(dict.fromkeys(found))
 
 
-def all_asynchronous(block_n, rank):
-    """Whether, turned round, every product has the 64 rows that Hopper's asynchronous instructions take.
-
-    Kernels that mix these with the older ones are left out: they read shared memory as often as unturned ones, and the one
-    illegal memory access seen so far (32 x 32, 4 warps, 5 stages) was of such a kernel or of its unturned twin.
-    """
-    return block_n >= 64 and all(extent == 0 or extent >= 64 for extent in rank_chunks(rank))
-
-
 def promise(config, rank, rope_dim, rows):
     """Larger for configurations to time first: bytes in flight, and what costs registers or reads of shared memory."""
-    width = rank + rope_dim
     accumulators = config.block_m * rank / (32 * config.warps)
-    ahead = config.per_sm * max(tiles_held(config) - 1, 0.5) * config.block_n * width * 2
+    tiles = max(config.stages - (config.block_m < 64) - 1, 0.5)
+    ahead = config.per_sm * tiles * config.block_n * (rank + rope_dim) * 2
     padding = config.block_m / min(max(rows, 16), config.block_m)
     again = config.block_m < min(rows, 64)  # the cache is read once for every block of rows
     slow = (accumulators > 96) * 0.3 + (padding - 1) * 0.2 + (config.block_n == 16) * 0.3 + again * 0.5
-    # Asynchronous products read a tile from shared memory twice; the older ones four times and more, which takes as long
-    # as the tile's way from memory.
-    asynchronous = config.swap or config.block_m >= 64
-    return min(ahead, 100e3) / 100e3 + asynchronous * 0.4 - slow
+    return min(ahead, 100e3) / 100e3 + (config.block_m >= 64) * 0.4 - slow
 
 
 def build(shape, config, num_splits, device):
@@ -104,7 +81,7 @@ def build(shape, config, num_splits, device):
     for kernel in (
         decode_kernels.mla_decode_fwd_kernel_split,
         decode_kernels.mla_decode_fwd_kernel_combine,
-        hopper_kernels2.mla_decode_fwd_kernel_hopper2,
+        hopper_kernels.mla_decode_fwd_kernel_hopper2,
     ):
         if "run" not in vars(kernel):
             run = kernel.run
@@ -170,15 +147,14 @@ def parsed(text):
     return DecodeConfig(**{name: kinds[name](int(value)) for name, value in words.items()})
 
 
-def variants(found, batch, device):
-    """What else to try on the fastest: dependent launch, fewer programs for short work, fixed splits, TMA."""
+def variants(found, batch):
+    """What else to try on the fastest: dependent launch, other numbers of splits, fewer programs for short work."""
     more = []
     for _, config, _ in found[:3]:
-        fast = replace(config, pdl=device == "cuda")  # the interpreter has no dependent launches
+        fast = replace(config, pdl=True)
         workers = PROCESSORS * config.per_sm
-        splits = {max(workers // batch, 1), -(-workers // batch), 4, 8}
-        more += [(fast, 0), *((fast, s) for s in sorted(splits) if s <= 1024), (fast, 1)] if batch >= PROCESSORS else [(fast, 0), *((fast, s) for s in sorted(splits) if s <= 1024)]
-        if batch < 16:
+        more += [(fast, s) for s in sorted({0, max(workers // batch, 1), max(2 * workers // batch, 1), 4}) if s <= 1024]
+        if batch < 16 and config.hopper:
             more += [(replace(fast, min_tiles=tiles), 0) for tiles in (2, 4)]
     return list(dict.fromkeys(more))
 
@@ -205,13 +181,13 @@ def tune(arguments):
         shape = (rank, rope_dim, heads, batch, length, arguments.page_size, False)
         jobs = [(config, 0) for config in arguments.config]
         jobs += [(default_config(rank, rope_dim, heads, half(arguments.device)), 0)]
-        jobs += [(config, 0) for config in hopper_candidates(rank, rope_dim, heads)]
+        jobs += [(config, 0) for config in hopper_candidates(rank, rope_dim)]
         jobs += [(config, 0) for config in candidates(rank, rope_dim, heads)]
         jobs = list(dict.fromkeys(jobs))[: arguments.limit or None]
         arguments.seconds = end - share / 3
         found = sweep(jobs, shape, builders, timer, arguments, log, tag)
         arguments.seconds = end
-        found += sweep(variants(found, batch, arguments.device), shape, builders, timer, arguments, log, tag)
+        found += sweep(variants(found, batch) if arguments.device == "cuda" else [], shape, builders, timer, arguments, log, tag)
         found.sort(key=lambda entry: entry[0]["us"])
         for row, config, num_splits in found[:3]:
             log.add(

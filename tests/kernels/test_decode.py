@@ -9,7 +9,7 @@ from cases import disagreement, make_case
 
 from mla_attention.decode import decode_triton
 from mla_attention.naive import mask_extent
-from mla_attention.tuning import DecodeConfig, default_config, rank_chunks, shared_memory
+from mla_attention.tuning import DecodeConfig, choose_splits, default_config, rank_chunks, shared_memory
 
 CONFIG = DecodeConfig(16, 16)
 
@@ -54,11 +54,11 @@ def test_all_lengths_zero():
 @pytest.mark.parametrize("page_size", [1, 8, 16, 48])
 def test_paged_equals_contiguous(page_size):
     case = make_case(3, 1, 4, 32, 16, [37, 0, 50], torch.float32, page_size=page_size)
-    out, lse = decode(case, CONFIG)
+    out, lse = decode(case, CONFIG, num_splits=2)
     assert disagreement(out, lse, case) is None
     held = torch.where(case["block_table"] < case["latent_cache"].shape[0], case["block_table"], 0).long()
     flat = {name: case[name][held].flatten(1, 2) for name in ("latent_cache", "rope_cache")}
-    same = decode({k: v for k, v in case.items() if k != "block_table"} | flat, CONFIG)
+    same = decode({k: v for k, v in case.items() if k != "block_table"} | flat, CONFIG, num_splits=2)
     assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
 
 
@@ -132,9 +132,13 @@ def test_more_rows_than_a_program_takes():
     assert disagreement(*decode(case, CONFIG), case) is None
 
 
-def test_few_tiles_for_many_workers():
-    case = make_case(1, 1, 2, 16, 16, [70], torch.float32)
-    assert disagreement(*decode(case, DecodeConfig(16, 16, min_tiles=3)), case) is None
+@pytest.mark.parametrize(
+    ("programs", "capacity", "paged", "splits"),
+    [(32, 8192, False, 4), (32, 8192, True, 8), (1, 131072, False, 132), (1, 300, False, 4), (1, 0, False, 1),
+     (132, 8192, False, 1), (186, 8192, False, 2), (133, 64, False, 1), (264, 8192, False, 1)],
+)  # fmt: skip
+def test_number_of_splits(programs, capacity, paged, splits):
+    assert choose_splits(DecodeConfig(32, 32), 132, programs, capacity, paged) == splits
 
 
 @pytest.mark.parametrize("rank", range(16, 577, 16))

@@ -25,7 +25,7 @@ def on_the_emulator(triton, monkeypatch):
 
     import mla_attention
 
-    name = "hopper_kernels2"
+    name = "hopper_kernels"
     monkeypatch.setitem(sys.modules, f"mla_attention.{name}", emulated(name))
     monkeypatch.setattr(mla_attention, name, sys.modules[f"mla_attention.{name}"], raising=False)
     monkeypatch.setattr(launcher, "hopper_possible", lambda *_: True)

@@ -1,24 +1,29 @@
 """Launch of the decode kernels on tensors that are known to be right (`mla_decode` checks them)."""
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
-from .tuning import DecodeConfig, default_config, hopper_chunks, hopper_config, padded_groups, power_of_two, rank_chunks
+from .tuning import DecodeConfig, choose_splits, default_config, hopper_config, power_of_two, rank_chunks
+
+LOG2E = 1.4426950408889634
+# The Hopper kernel has run on an emulator only so far (docs/kernels.md): 1 asks for it.
+HOPPER = "MLA_ATTENTION_HOPPER"
 
 
 @functools.cache
-def _device_limits(index: int) -> tuple[int, int]:
-    """Multiprocessors of a CUDA device, and bytes of shared memory that one program may have."""
+def _device_limits(index: int) -> tuple[int, int, str]:
+    """Multiprocessors of a CUDA device, bytes of shared memory that one program may have, and its name."""
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.name
 
 
-def device_limits(device: torch.device) -> tuple[int, int]:
+def device_limits(device: torch.device) -> tuple[int, int, str]:
     """The same for any device; elsewhere (Triton's interpreter) a small machine, so that small tests share out work."""
     if device.type != "cuda":
-        return 4, 227 * 1024
+        return 4, 227 * 1024, ""
     return _device_limits(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -32,7 +37,7 @@ class Visible:
 
 
 def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
-    """Whether full tiles can be described to the tensor memory accelerator: 16-byte steps, tiles within one page."""
+    """Whether tiles can be described to the tensor memory accelerator: 16-byte steps, tiles within one page."""
     if page_size and page_size % block_n:
         return False
     return all(
@@ -56,113 +61,9 @@ def hopper_possible(
     )
 
 
-def _padded_launch(
-    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse,
-    part, part_lse, workers, config,
-):  # fmt: skip
-    """Launch the Hopper kernel."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from .hopper_kernels2 import mla_decode_fwd_kernel_hopper2
-
-    batch, tokens, heads, rank = q_latent.shape
-    rope_dim = q_rope.shape[3]
-    _, ropes, width = hopper_chunks(rank, rope_dim)
-    groups = padded_groups(rank, config.left)
-    page_size = 0 if block_table is None else latent_cache.shape[1]
-    wide, narrow = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(width * 2, 16, 2)
-
-    def matrix(x: Tensor, height: int, columns: tuple[int, ...], layout) -> tuple:
-        """Tensor maps of (outer, inner, d) as a matrix of rows, and the rows from one outer index to the next."""
-        stride = x.stride(1)
-        apart = x.stride(0) // stride if x.shape[0] > 1 else x.shape[1]
-        shape = [(x.shape[0] - 1) * apart + x.shape[1], x.shape[2]]
-        maps = tuple(TensorDescriptor(x, shape, [stride, 1], [height, extent], layout) for extent in columns)
-        return maps, apart
-
-    extents = tuple(64 * (group or groups[0]) for group in groups)
-    c_maps, c_rows = matrix(latent_cache, config.block_n, extents, wide)
-    q_maps, _ = matrix(q_latent.reshape(1, -1, rank), 64, extents, wide)
-    k_map, qr_map, k_rows = c_maps[0], q_maps[0], 0
-    if rope_dim:
-        (k_map,), k_rows = matrix(rope_cache, config.block_n, (width,), narrow)
-        (qr_map,), _ = matrix(q_rope.reshape(1, -1, rope_dim), 64, (width,), narrow)
-    row_blocks = -(-tokens * heads // 64)
-    math = 2 if groups[2] else 1
-    # Registers of a thread at the start, and of those that compute once the loading warp has given up its own.
-    at_start = 65536 // (128 * (math + 1) * config.per_sm) // 8 * 8
-    computing = (at_start * (math + 1) - 24) // math // 8 * 8
-    options = {"launch_pdl": True} if config.pdl else {}
-    mla_decode_fwd_kernel_hopper2[(row_blocks, workers)](
-        *c_maps, k_map, *q_maps, qr_map, visible.lengths, visible.starts, visible.holes, visible.mask,
-        visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
-        softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
-        0 if block_table is None else block_table.stride(0), *out.stride()[:3],
-        *visible.mask.stride()[:2], c_rows, k_rows,
-        rank=rank, BATCH=power_of_two(batch), BLOCK_N=config.block_n, GROUPS=groups, NR=ropes, RW=width, STAGES=config.stages,
-        REGISTERS=min(computing, 240), PAGE=page_size, SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0,
-        SOFTCAP=softcap > 0, PDL=config.pdl, num_warps=4, maxnreg=min(at_start, 248), **options,
-    )  # fmt: skip
-
-
-def _hopper_launch(
-    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse, part,
-    part_lse, workers, config,
-):  # fmt: skip
-    """Launch the Hopper kernel."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from .hopper_kernels import mla_decode_fwd_kernel_hopper
-
-    if not config.swap:
-        return _padded_launch(
-            q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window,
-            out, lse, part, part_lse, workers, config,
-        )  # fmt: skip
-    batch, tokens, heads, rank = q_latent.shape
-    rope_dim = q_rope.shape[3]
-    groups = config.warps // 4
-    rows = config.block_m // groups if config.rows_split else config.block_m
-    chunks, ropes, width = hopper_chunks(rank, rope_dim)
-    page_size = 0 if block_table is None else latent_cache.shape[1]
-    wide, narrow = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(width * 2, 16, 2)
-
-    def matrix(x: Tensor, extent: int, columns: int, layout) -> tuple:
-        """Tensor map of (outer, inner, d) as a matrix of rows, and the rows from one outer index to the next."""
-        stride = x.stride(1)
-        apart = x.stride(0) // stride if x.shape[0] > 1 else x.shape[1]
-        shape = [(x.shape[0] - 1) * apart + x.shape[1], x.shape[2]]
-        return TensorDescriptor(x, shape, [stride, 1], [extent, columns], layout), apart
-
-    c_map, c_rows = matrix(latent_cache, 64, 64, wide)
-    q_map, _ = matrix(q_latent.reshape(1, -1, rank), rows, 64, wide)
-    k_map, qr_map, k_rows = c_map, q_map, 0
-    if rope_dim:
-        k_map, k_rows = matrix(rope_cache, 64, width, narrow)
-        qr_map, _ = matrix(q_rope.reshape(1, -1, rope_dim), rows, width, narrow)
-    row_blocks = -(-tokens * heads // config.block_m)
-    # Registers of a thread at the start, and of those that compute once the loading warp has given up its own.
-    at_start = 65536 // (32 * (config.warps + 4) * config.per_sm) // 8 * 8
-    computing = (at_start * (groups + 1) - 24) // groups // 8 * 8
-    options = {"launch_pdl": True} if config.pdl else {}
-    mla_decode_fwd_kernel_hopper[(row_blocks, workers)](
-        c_map, k_map, q_map, qr_map, visible.lengths, visible.starts, visible.holes, visible.mask,
-        visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
-        softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
-        0 if block_table is None else block_table.stride(0), *out.stride()[:3],
-        *visible.mask.stride()[:2], c_rows, k_rows,
-        rank=rank, BATCH=power_of_two(batch), NC=chunks, NR=ropes, RW=width, N=rows, MATH=groups,
-        ROWS_SPLIT=config.rows_split, STAGES=config.stages, REGISTERS=min(computing, 240), PAGE=page_size, MASK=visible.masked,
-        WINDOW=window > 0, SOFTCAP=softcap > 0, PDL=config.pdl,
-        num_warps=4, maxnreg=min(at_start, 248), **options,
-    )  # fmt: skip
-
-
 def _triton_launch(
-    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out,
-    lse, part, part_lse, workers, config,
+    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse,
+    part, part_lse, config,
 ):  # fmt: skip
     """Launch the Triton kernel."""
     from .decode_kernels import mla_decode_fwd_kernel_split
@@ -170,9 +71,7 @@ def _triton_launch(
     batch, tokens, heads, rank = q_latent.shape
     rope_dim = q_rope.shape[3]
     r0, r1 = rank_chunks(rank)
-    rope = max(power_of_two(rope_dim), 16) if rope_dim else 0
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    row_blocks = -(-tokens * heads // config.block_m)
     # The look-up of a page is a stage of its own in the pipeline: with one more, as many tiles stay in flight.
     stages = config.stages + (1 if page_size and config.stages > 1 else 0)
     options = {"num_warps": config.warps, "num_stages": stages}
@@ -180,20 +79,18 @@ def _triton_launch(
         options["maxnreg"] = config.registers
     if config.pdl:
         options["launch_pdl"] = True
-
-    mla_decode_fwd_kernel_split[(row_blocks, workers)](
+    mla_decode_fwd_kernel_split[(-(-tokens * heads // config.block_m), batch * num_splits)](
         q_latent, q_rope, latent_cache, rope_cache, visible.lengths, visible.starts, visible.holes, visible.mask,
         visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
-        softmax_scale * 1.4426950408889634, softcap, window, batch, tokens, heads, workers, config.min_tiles,
+        softmax_scale * LOG2E, softcap, window, tokens, heads,
         *q_latent.stride()[:3], *q_rope.stride()[:3], latent_cache.stride(0), rope_cache.stride(0),
-        0 if block_table is None else block_table.stride(0), *out.stride()[:3],
-        *visible.mask.stride()[:2],
+        0 if block_table is None else block_table.stride(0), *out.stride()[:3], *visible.mask.stride()[:2],
         # Between tokens: a model has one, and known in advance it spares a register for every row that a thread loads.
         stride_cn=latent_cache.stride(1), stride_kn=rope_cache.stride(1),
-        rank=rank, rope_dim=rope_dim, BATCH=power_of_two(batch), BLOCK_M=config.block_m, BLOCK_N=config.block_n, R0=r0, R1=r1,
-        ROPE=rope, PAGE=page_size, SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0, SOFTCAP=softcap > 0,
-        PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32",
-        PDL=config.pdl, STAGES=stages, **options,
+        rank=rank, rope_dim=rope_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, R0=r0, R1=r1,
+        ROPE=max(power_of_two(rope_dim), 16) if rope_dim else 0, PAGE=page_size, SPLITS=num_splits,
+        MASK=visible.masked, WINDOW=window > 0, SOFTCAP=softcap > 0,
+        PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32", PDL=config.pdl, STAGES=stages, **options,
     )  # fmt: skip
 
 
@@ -214,10 +111,9 @@ def decode_triton(
     mask: Tensor | None = None,
     extent: Tensor | None = None,
 ) -> None:
-    """Fill `out` (B, T, H, r) and `lse` (B, H, T). `num_splits` 0 shares all tiles out evenly; `window` 0 is none.
+    """Fill `out` (B, T, H, r) and `lse` (B, H, T). `num_splits` 0 is chosen here; `window` 0 is none.
 
     With a mask (B, T, S), boolean, `extent` (3, B) is what `mask_extent` makes of it, and lengths are taken from there.
-
     Reads nothing back from the device, so that it can be captured in a CUDA graph.
     """
     from .decode_kernels import mla_decode_fwd_kernel_combine
@@ -227,41 +123,40 @@ def decode_triton(
     rows = tokens * heads
     if batch == 0 or rows == 0:
         return
-    processors, shared_limit = device_limits(q_latent.device)
+    processors, shared_limit, card = device_limits(q_latent.device)
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    config = config or hopper_config(rank, rope_dim, shared_limit)
-    if config is None or (
-        config.hopper
-        and (num_splits and config.swap or not hopper_possible(q_latent, latent_cache, rope_cache, page_size, config.block_n))
-    ):
-        config = default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit)
+    if config is None and os.environ.get(HOPPER) == "1":
+        config = hopper_config(rank, rope_dim, shared_limit)
+    if config and config.hopper and not hopper_possible(q_latent, latent_cache, rope_cache, page_size, config.block_n):
+        config = None
+    config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit, card)
     row_blocks = -(-rows // config.block_m)
+    capacity = latent_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if not num_splits and not config.hopper:  # the Hopper kernel shares all tiles out evenly, whatever the lengths
+        num_splits = choose_splits(config, processors, batch * row_blocks, capacity, bool(page_size))
     workers = batch * num_splits if num_splits else max(processors * config.per_sm // row_blocks, 1)
-    parts = num_splits or workers
     single = num_splits == 1 and not config.hopper  # the Hopper kernel leaves empty sequences to the combination
     slots = 0 if single else (workers if num_splits else 2 * workers)
     part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
-
     visible = Visible(cache_seqlens, mask, extent)
+    arguments = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap,
+                 window, out, lse, part, part_lse)  # fmt: skip
     if config.hopper:
-        _hopper_launch(
-            q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out,
-            lse, part, part_lse, workers, config,
-        )  # fmt: skip
+        from .hopper import hopper_launch
+
+        hopper_launch(*arguments, workers, config)
     else:
-        _triton_launch(
-            q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap,
-            window, out, lse, part, part_lse, workers, config,
-        )  # fmt: skip
+        _triton_launch(*arguments, config)
     if single:
         return
     # Few rows: shorter pieces of the rank, so that enough programs fetch the parts.
     rank_chunk = min(power_of_two(rank), 128 if batch * rows * 4 <= processors * 8 else 512)
+    parts = power_of_two(num_splits or workers)
     mla_decode_fwd_kernel_combine[(batch * rows, -(-rank // rank_chunk))](
-        part, part_lse, visible.lengths, visible.starts, out, lse, window, batch, tokens, heads, rank, workers, config.min_tiles,
-        *out.stride()[:3],
-        BATCH=power_of_two(batch), BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=power_of_two(parts),
-        PART_CHUNK=min(8192 // rank_chunk, power_of_two(parts)), SPLITS=num_splits, MASK=visible.masked,
-        WINDOW=window > 0, PDL=config.pdl, num_warps=4, **({"launch_pdl": True} if config.pdl else {}),
+        part, part_lse, visible.lengths, visible.starts, out, lse, window, batch, tokens, heads, rank, workers,
+        config.min_tiles, *out.stride()[:3],
+        BATCH=power_of_two(batch), BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=parts,
+        PART_CHUNK=min(8192 // rank_chunk, parts), SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0,
+        PDL=config.pdl, num_warps=4, **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip

@@ -157,133 +157,102 @@ def _store_rows(pointer, row_offset, in_range, acc, start: tl.constexpr, width, 
     tl.store(to, acc.to(pointer.dtype.element_ty), mask=in_range[:, None] & (d[None, :] < width))
 
 
-@triton.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
+@triton.jit(do_not_specialize=["tokens", "window"])
 def mla_decode_fwd_kernel_split(
     q_latent, q_rope, cache, rope, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
-    scale_log2, softcap, window, batch, tokens, heads, workers, min_tiles,
+    scale_log2, softcap, window, tokens, heads,
     stride_qb, stride_qt, stride_qh, stride_rb, stride_rt, stride_rh, stride_cb, stride_kb,
     stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt,
     stride_cn: tl.constexpr, stride_kn: tl.constexpr,
-    rank: tl.constexpr, rope_dim: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    rank: tl.constexpr, rope_dim: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
     MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, workers). Row blocks come first, so that those of one sequence run together and share the L2.
+    """Grid (row blocks, sequences * SPLITS). Row blocks come first, so that those of a sequence run together, in the L2.
 
-    SPLITS > 0: worker = sequence * SPLITS + split. SPLITS == 0: all tiles of all sequences, laid end to end, are shared out
-    evenly, whatever the lengths; a worker then meets several sequences and leaves at most two partial results, in slot
-    2 w (the sequence began before its share) and 2 w + 1 (it goes on after it).
+    Program (., sequence * SPLITS + split) leaves its part in that slot, or, if it is the whole, in the output.
     """
-    worker = tl.program_id(1)
+    slot = tl.program_id(1)
     if PDL:
         gdc_wait()  # queries and cache may come from the kernel before
         gdc_launch_dependents()
-    if SPLITS > 0:
-        b_first = worker // SPLITS
-        b_stop = b_first + 1
-        share_lo = worker % SPLITS
-        share_hi = share_lo
-        active = SPLITS
-    else:
-        ids, ends, tiles, total, active = _even_shares(
-            lengths, starts, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW, MASK
-        )
-        if worker >= active:
-            return
-        each = total // active  # the first few have one more
-        more = total - each * active
-        share_lo = worker * each + tl.minimum(worker, more)
-        share_hi = share_lo + each + (worker < more).to(tl.int32)
-        b_first = tl.sum((ends <= share_lo).to(tl.int32) * (ids < batch).to(tl.int32), 0)
-        at = tl.sum(tl.where(ids == b_first, ends - tiles, 0), 0)  # first tile of the sequence among all
-        b_stop = tl.sum(((ends - tiles) < share_hi).to(tl.int32) * (ids < batch).to(tl.int32), 0)
-
+    b = slot // SPLITS
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_t = row // heads
     row_h = row % heads
     rows = tokens * heads
     in_range = row < rows
-    for step in range(b_stop - b_first):
-        b = b_first + step
-        length = tl.load(lengths + b)
-        start = length * 0
-        holed = False
+    length = tl.load(lengths + b)
+    start = length * 0
+    holed = False
+    if MASK:
+        start = tl.load(starts + b)
+        holed = tl.load(holes + b) != 0
+    first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
+    share = (last - first + SPLITS - 1) // SPLITS
+    begin = tl.minimum(first + slot % SPLITS * share, last)
+    stop = tl.minimum(begin + share, last)
+    whole = (begin == first) & (stop == last)
+    if (begin < stop) | whole:
+        qb = q_latent + b.to(tl.int64) * stride_qb
+        q0 = _load_query(qb, stride_qt, stride_qh, row_t, row_h, in_range, 0, rank, R0)
+        q1 = q0
+        if R1 > 0:
+            q1 = _load_query(qb, stride_qt, stride_qh, row_t, row_h, in_range, R0, rank, R1)
+        qr = q0
+        if ROPE > 0:
+            rb = q_rope + b.to(tl.int64) * stride_rb
+            qr = _load_query(rb, stride_rt, stride_rh, row_t, row_h, in_range, 0, rope_dim, ROPE)
+        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc0 = tl.zeros([BLOCK_M, R0], tl.float32)
+        acc1 = m
+        if R1 > 0:
+            acc1 = tl.zeros([BLOCK_M, R1], tl.float32)
+        limit = length - tokens + row_t + 1  # one past the last token that the row sees
+        low = limit - limit
+        if WINDOW:
+            low = limit - window
         if MASK:
-            start = tl.load(starts + b)
-            holed = tl.load(holes + b) != 0
-        first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
-        if SPLITS > 0:
-            share = (last - first + SPLITS - 1) // SPLITS
-            begin = tl.minimum(first + share_lo * share, last)
-            stop = tl.minimum(begin + share, last)
-            slot = worker
-        else:
-            begin = first + tl.maximum(share_lo - at, 0)
-            stop = first + tl.minimum(share_hi - at, last - first)
-            slot = 2 * worker + (begin == first).to(tl.int32)
-            at += last - first
-        whole = (begin == first) & (stop == last)
-        if (begin < stop) | (whole & (SPLITS > 0)):
-            qb = q_latent + b.to(tl.int64) * stride_qb
-            q0 = _load_query(qb, stride_qt, stride_qh, row_t, row_h, in_range, 0, rank, R0)
-            q1 = q0
-            if R1 > 0:
-                q1 = _load_query(qb, stride_qt, stride_qh, row_t, row_h, in_range, R0, rank, R1)
-            qr = q0
-            if ROPE > 0:
-                rb = q_rope + b.to(tl.int64) * stride_rb
-                qr = _load_query(rb, stride_rt, stride_rh, row_t, row_h, in_range, 0, rope_dim, ROPE)
-            m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-            l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            acc0 = tl.zeros([BLOCK_M, R0], tl.float32)
-            acc1 = m
-            if R1 > 0:
-                acc1 = tl.zeros([BLOCK_M, R1], tl.float32)
-            limit = length - tokens + row_t + 1  # one past the last token that the row sees
-            low = limit - limit
-            if WINDOW:
-                low = limit - window
-            if MASK:
-                low = tl.maximum(low, start)
-                if holed:  # the mask alone says what each query sees
-                    limit = limit - limit + length
-            flags = mask + b.to(tl.int64) * stride_mb + tl.minimum(row_t, tokens - 1) * stride_mt
-            table = block_table + b.to(tl.int64) * stride_tb
-            for tile in tl.range(begin, stop, num_stages=STAGES):
-                n0 = tl.cast(tile * BLOCK_N, tl.int32)
-                c0, c1, kr = _load_tile(
-                    cache, rope, table, b, n0, length, stride_cb, stride_cn, stride_kb, stride_kn, rank, rope_dim,
-                    BLOCK_N, R0, R1, ROPE, PAGE,
-                )  # fmt: skip
-                m, l, acc0, acc1 = _attend(
-                    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, flags, holed,
-                    scale_log2, softcap, R1, ROPE, WINDOW, MASK, SOFTCAP, PRECISION,
-                )  # fmt: skip
+            low = tl.maximum(low, start)
+            if holed:  # the mask alone says what each query sees
+                limit = limit - limit + length
+        flags = mask + b.to(tl.int64) * stride_mb + tl.minimum(row_t, tokens - 1) * stride_mt
+        table = block_table + b.to(tl.int64) * stride_tb
+        for tile in tl.range(begin, stop, num_stages=STAGES):
+            n0 = tl.cast(tile * BLOCK_N, tl.int32)
+            c0, c1, kr = _load_tile(
+                cache, rope, table, b, n0, length, stride_cb, stride_cn, stride_kb, stride_kn, rank, rope_dim,
+                BLOCK_N, R0, R1, ROPE, PAGE,
+            )  # fmt: skip
+            m, l, acc0, acc1 = _attend(
+                c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, flags, holed,
+                scale_log2, softcap, R1, ROPE, WINDOW, MASK, SOFTCAP, PRECISION,
+            )  # fmt: skip
 
-            total_l = tl.sum(l, 1)
-            inverse = 1.0 / tl.where(total_l > 0, total_l, 1.0)
-            acc0 = acc0 * inverse[:, None]
+        total_l = tl.sum(l, 1)
+        inverse = 1.0 / tl.where(total_l > 0, total_l, 1.0)
+        acc0 = acc0 * inverse[:, None]
+        if R1 > 0:
+            acc1 = acc1 * inverse[:, None]
+        lse2 = m + tl.log2(total_l)
+        if whole:
+            offset = row_t * stride_ot + row_h * stride_oh
+            ob = out + b.to(tl.int64) * stride_ob
+            _store_rows(ob, offset, in_range, acc0, 0, rank, R0)
             if R1 > 0:
-                acc1 = acc1 * inverse[:, None]
-            lse2 = m + tl.log2(total_l)
-            if whole:
-                offset = row_t * stride_ot + row_h * stride_oh
-                ob = out + b.to(tl.int64) * stride_ob
-                _store_rows(ob, offset, in_range, acc0, 0, rank, R0)
-                if R1 > 0:
-                    _store_rows(ob, offset, in_range, acc1, R0, rank, R1)
-                tl.store(lse + (b.to(tl.int64) * heads + row_h) * tokens + row_t, lse2 * LN2, mask=in_range)
-            else:
-                pb = part + slot.to(tl.int64) * rows * rank
-                _store_rows(pb, row * rank, in_range, acc0, 0, rank, R0)
-                if R1 > 0:
-                    _store_rows(pb, row * rank, in_range, acc1, R0, rank, R1)
-                tl.store(part_lse + slot.to(tl.int64) * rows + row, lse2, mask=in_range)
-        elif SPLITS > 0:
-            # A split that got no token.
-            nothing = tl.full([BLOCK_M], -float("inf"), tl.float32)
-            tl.store(part_lse + slot.to(tl.int64) * rows + row, nothing, mask=in_range)
+                _store_rows(ob, offset, in_range, acc1, R0, rank, R1)
+            tl.store(lse + (b.to(tl.int64) * heads + row_h) * tokens + row_t, lse2 * LN2, mask=in_range)
+        else:
+            pb = part + slot.to(tl.int64) * rows * rank
+            _store_rows(pb, row * rank, in_range, acc0, 0, rank, R0)
+            if R1 > 0:
+                _store_rows(pb, row * rank, in_range, acc1, R0, rank, R1)
+            tl.store(part_lse + slot.to(tl.int64) * rows + row, lse2, mask=in_range)
+    else:  # a split that got no token
+        nothing = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        tl.store(part_lse + slot.to(tl.int64) * rows + row, nothing, mask=in_range)
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])

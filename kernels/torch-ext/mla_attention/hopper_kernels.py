@@ -1,13 +1,12 @@
-"""Gluon kernel of `mla_decode` for Hopper: one warp loads, two warpgroups compute, a ring of tiles lies between them.
+"""Gluon kernel of `mla_decode` for Hopper: one warp loads, one warpgroup weighs and half attends, one attends the rest.
 
-Products are turned round: scores are (tokens, rows) and accumulators (rank, rows), a row being one head of one query token.
-The tensor cores take 64 rows of the first operand and as few as 8 columns of the second, so it is the tokens and the rank
-that should be those rows: 16 or 32 heads cost no padding, and a tile is read by them straight from where the tensor memory
-accelerator put it, as keys and, transposed, as values.
+A program serves 64 rows, a row being one head of one query token, and walks over its share of the tokens in tiles of 32
+or 64, which the tensor memory accelerator puts into a ring in shared memory. The first warpgroup computes scores and weights, and
+takes the left half of the rank into its accumulators; the second gets the weights through shared memory and takes the
+right half. Every latent tile is read by the tensor cores where it lies, as keys and, transposed, as values.
 
-The two warpgroups share every tile and exchange nothing. Up to 32 rows, both compute all scores and each one half of the
-rank; with 64, each takes 32 rows whole (ROWS_SPLIT). Latents and rotary keys are held in chunks of 64 columns, so that any
-rank costs at most 63 columns of padding, filled with zeros by the accelerator.
+The rank is held in chunks of 64 columns, so that any rank costs at most 63 columns of padding (zeros, by the accelerator).
+Each half of the chunks is cut into two powers of two (5 = 4 + 1), since a tile's extent must be one.
 """
 
 import triton.language.extra.cuda as cuda
@@ -21,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-BLOCK_N = gl.constexpr(64)
+BLOCK_M = gl.constexpr(64)
 CHUNK = gl.constexpr(64)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -33,7 +32,7 @@ def _add(a, b):
 
 
 @gluon.jit
-def _tile_range(length, start, tokens, window, WINDOW: gl.constexpr):
+def _tile_range(length, start, tokens, window, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr):
     """First tile that any query of the sequence may see, and one past the last. Scalars or vectors."""
     last = (length + (BLOCK_N - 1)) // BLOCK_N
     if WINDOW:
@@ -42,7 +41,10 @@ def _tile_range(length, start, tokens, window, WINDOW: gl.constexpr):
 
 
 @gluon.jit
-def _stretch(b, at, share, seen, tokens, window, MASK: gl.constexpr, WINDOW: gl.constexpr):
+def _stretch(
+    b, at, share, seen, tokens, window, BLOCK_N: gl.constexpr, SPLITS: gl.constexpr, MASK: gl.constexpr,
+    WINDOW: gl.constexpr,
+):  # fmt: skip
     """What a worker does of sequence b, whose first tile is number `at` of all: tiles begin .. stop of first .. last."""
     lengths, starts = seen
     share_lo, share_hi = share
@@ -50,30 +52,47 @@ def _stretch(b, at, share, seen, tokens, window, MASK: gl.constexpr, WINDOW: gl.
     start = 0
     if MASK:
         start = gl.load(starts + b)
-    first, last = _tile_range(length, start, tokens, window, WINDOW)
-    begin = first + gl.maximum(share_lo - at, 0)
-    stop = first + gl.minimum(share_hi - at, last - first)
+    first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
+    if SPLITS > 0:
+        each = (last - first + SPLITS - 1) // SPLITS
+        begin = gl.minimum(first + share_lo * each, last)
+        stop = gl.minimum(begin + each, last)
+    else:
+        begin = first + gl.maximum(share_lo - at, 0)
+        stop = first + gl.minimum(share_hi - at, last - first)
     return begin, stop, first, last, length
 
 
 @gluon.jit
+def _fetch(maps, rows, ready, rings, at, GROUPS: gl.constexpr, NR: gl.constexpr):
+    """Issue the copies of one tile (or of the queries): every group of chunks of the latent, and the rotary part."""
+    latent_maps, rope_map = maps
+    row, rope_row = rows
+    groups, ropes = rings
+    first: gl.constexpr = [0, GROUPS[0], GROUPS[0] + GROUPS[1], GROUPS[0] + GROUPS[1] + GROUPS[2]]
+    for g in gl.static_range(4):
+        if GROUPS[g] > 0:
+            tma.async_copy_global_to_shared(latent_maps[g], [row, first[g] * CHUNK], ready, groups[g].index(at))
+    if NR > 0:
+        RW: gl.constexpr = ropes.type.shape[2]
+        for c in gl.static_range(NR):
+            tma.async_copy_global_to_shared(rope_map, [rope_row, c * RW], ready, ropes.index(at * NR + c))
+
+
+@gluon.jit
 def _load_partition(
-    maps, seen, block_table, rings, barriers, work, tokens, window, stride_tb, c_rows, k_rows,
-    NC: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr, N: gl.constexpr, ROWS_SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    PAGE: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr,
+    tile_maps, query_maps, seen, block_table, tile_rings, query_rings, barriers, work, tokens, window, stride_tb, c_rows,
+    k_rows, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    SPLITS: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Tiles of all stretches one after another, and the queries of each as soon as those before are done with."""
-    c_map, k_map, q_map, qr_map = maps
-    tiles, ropes, queries, q_ropes = rings
-    full, empty, q_full, q_empty = barriers
-    b_first, b_stop, at, share_lo, share_hi, rows, first_row = work
-    HALVES: gl.constexpr = 2 if ROWS_SPLIT else 1
-    tile_bytes: gl.constexpr = (NC * CHUNK + NR * RW) * BLOCK_N * 2
-    query_bytes: gl.constexpr = (NC * CHUNK + NR * RW) * N * 2 * HALVES
+    full, empty, q_full, q_empty, p_full, p_empty = barriers
+    b_first, b_stop, at, share_lo, share_hi, rows, first_row, worker = work
+    columns: gl.constexpr = (GROUPS[0] + GROUPS[1] + GROUPS[2] + GROUPS[3]) * CHUNK + NR * RW
     count = 0
     sequences = 0
     for b in range(b_first, b_stop):
-        begin, stop, first, last, _ = _stretch(b, at, (share_lo, share_hi), seen, tokens, window, MASK, WINDOW)
+        begin, stop, first, last, _ = _stretch(b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW)
         at += last - first
         for tile in range(begin, stop):
             n0 = tile * BLOCK_N
@@ -84,28 +103,15 @@ def _load_partition(
                 outer = gl.load(block_table + b.to(gl.int64) * stride_tb + n0 // PAGE)
                 inner = n0 % PAGE
             stage = count % STAGES
-            ready = full.index(stage)
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready, tile_bytes)
-            for c in gl.static_range(NC):
-                tma.async_copy_global_to_shared(
-                    c_map, [outer * c_rows + inner, c * CHUNK], ready, tiles.index(stage * NC + c)
-                )
-            for c in gl.static_range(NR):
-                tma.async_copy_global_to_shared(
-                    k_map, [outer * k_rows + inner, c * RW], ready, ropes.index(stage * NR + c)
-                )
+            mbarrier.expect(full.index(stage), columns * BLOCK_N * 2)
+            place = (outer * c_rows + inner, outer * k_rows + inner)
+            _fetch(tile_maps, place, full.index(stage), tile_rings, stage, GROUPS, NR)
             if tile == begin:
                 mbarrier.wait(q_empty, (sequences & 1) ^ 1)
-                mbarrier.expect(q_full, query_bytes)
-                for half in gl.static_range(HALVES):
-                    row = b * rows + first_row + half * N
-                    for c in gl.static_range(NC):
-                        tma.async_copy_global_to_shared(
-                            q_map, [row, c * CHUNK], q_full, queries.index(half * NC + c)
-                        )
-                    for c in gl.static_range(NR):
-                        tma.async_copy_global_to_shared(qr_map, [row, c * RW], q_full, q_ropes.index(half * NR + c))
+                mbarrier.expect(q_full, columns * BLOCK_M * 2)
+                row = b * rows + first_row
+                _fetch(query_maps, (row, row), q_full, query_rings, 0, GROUPS, NR)
                 sequences += 1
             count += 1
 
@@ -120,57 +126,121 @@ def _capped(scores, scale_log2, softcap):
 
 
 @gluon.jit
-def _clean(tiles, at, n0, length, C0: gl.constexpr, C1: gl.constexpr):
+def _clean(tile, n0, length):
     """Zeros for the rows of a tile past the end of the sequence, which may hold NaN: 0 * NaN would come through."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, L))
-    for c in gl.static_range(C0, C1):
-        chunk = tiles.index(at + c)
+    COUNT: gl.constexpr = tile.type.shape[1] // CHUNK
+    n = n0 + gl.arange(0, tile.type.shape[0], layout=gl.SliceLayout(1, L))
+    for c in gl.static_range(COUNT):
+        chunk = tile.slice(c * CHUNK, CHUNK, dim=1)
         value = chunk.load(L)
         chunk.store(gl.where((n < length)[:, None], value, gl.zeros_like(value)))
-    fence_async_shared()
 
 
 @gluon.jit
-def _store_chunks(pointer, row_offset, in_range, accs, rank: gl.constexpr, L: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr):
-    """Accumulators [CHUNK, N] each, to rows of `rank` numbers."""
-    for c in gl.static_range(C0, C1):
-        d = c * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, L))
-        to = pointer + row_offset[None, :] + d[:, None]
-        mask = in_range[None, :]
-        if rank % CHUNK != 0:
-            mask = mask & (d < rank)[:, None]
-        gl.store(to, accs[c - C0].to(pointer.dtype.element_ty), mask=mask)
+def _zero(CHUNKS: gl.constexpr):
+    """Accumulator [64, 64 CHUNKS]."""
+    W: gl.constexpr = CHUNKS * CHUNK
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
+    return gl.zeros([BLOCK_M, W], gl.float32, layout=L)
 
 
 @gluon.jit
-def _math_partition(
-    outputs, seen, masking, rings, weights, barriers, work, tokens, heads, window, scale_log2, softcap, strides, worker,
-    rank: gl.constexpr, NC: gl.constexpr, NR: gl.constexpr, N: gl.constexpr, WG: gl.constexpr, MATH: gl.constexpr,
-    ROWS_SPLIT: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
-):  # fmt: skip
-    """One warpgroup: N rows, and the chunks C0 .. C1 of the rank."""
-    out, lse, part, part_lse = outputs
-    mask, holes, stride_mb, stride_mt = masking
-    tiles, ropes, queries, q_ropes = rings
-    full, empty, q_full, q_empty = barriers
-    b_first, b_stop, at, share_lo, share_hi, rows, first_row = work
+def _zeros(A: gl.constexpr, B: gl.constexpr):
+    """Accumulators of A chunks, and of B if there are any."""
+    accs = (_zero(A),)
+    if B > 0:
+        accs = accs + (_zero(B),)
+    return accs
+
+
+@gluon.jit
+def _times(acc, factor):
+    """Accumulator times a factor per row, which may be in any layout."""
+    L: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    return acc * gl.convert_layout(factor, L)[:, None]
+
+
+@gluon.jit
+def _scaled(accs, factor):
+    """Accumulators times a factor per row."""
+    out = ()
+    for i in gl.static_range(len(accs)):
+        out = out + (_times(accs[i], factor),)
+    return out
+
+
+@gluon.jit
+def _attend(weights, groups, stage, accs, G0: gl.constexpr):
+    """Weights [64, tokens], in registers or in shared memory, times the values of groups G0 and G0 + 1."""
+    begun = ()
+    for i in gl.static_range(len(accs)):
+        begun = begun + (
+            warpgroup_mma(weights, groups[G0 + i].index(stage), accs[i], is_async=True),
+        )
+    if len(accs) == 1:
+        return (warpgroup_mma_wait(0, deps=begun),)
+    else:
+        return warpgroup_mma_wait(0, deps=begun)
+
+
+@gluon.jit
+def _store(outputs, strides, place, acc, rank: gl.constexpr, AT: gl.constexpr):
+    """Accumulator of the chunks from AT on: to the output, if the stretch is the whole sequence, else to its part."""
+    out, part = outputs
+    b, slot, whole, first_row, rows, heads = place
     stride_ob, stride_ot, stride_oh = strides
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    SIDE: gl.constexpr = (NC + MATH - 1) // MATH
-    C0: gl.constexpr = 0 if ROWS_SPLIT else WG * SIDE
-    C1: gl.constexpr = NC if ROWS_SPLIT else min(NC, (WG + 1) * SIDE)
-    HALF: gl.constexpr = WG if ROWS_SPLIT else 0
+    W: gl.constexpr = acc.type.shape[1]
+    L: gl.constexpr = acc.type.layout
+    row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, L))
+    d = AT * CHUNK + gl.arange(0, W, layout=gl.SliceLayout(0, L))
+    mask = (row < rows)[:, None]
+    if rank % CHUNK != 0:
+        mask = mask & (d < rank)[None, :]
+    if whole:
+        offset = (row // heads) * stride_ot + (row % heads) * stride_oh
+        into = out + b.to(gl.int64) * stride_ob
+        gl.store(into + offset[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        to = part + slot.to(gl.int64) * rows * rank
+        gl.store(to + (row * rank)[:, None] + d[None, :], acc, mask=mask)
 
-    row = first_row + HALF * N + gl.arange(0, N, layout=gl.SliceLayout(0, L))
+
+@gluon.jit
+def _slot(worker, begin, first, SPLITS: gl.constexpr):
+    """Where a partial result goes."""
+    if SPLITS > 0:
+        slot = worker
+    else:
+        slot = 2 * worker + (begin == first).to(gl.int32)
+    return slot
+
+
+@gluon.jit
+def _weigh_partition(
+    outputs, lses, seen, masking, tile_rings, query_rings, weights, factors, barriers, work, tokens, heads, window,
+    scale_log2, softcap, strides,
+    rank: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, STAGES: gl.constexpr,
+    SPLITS: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Scores, weights, and the left half of the rank."""
+    lse, part_lse = lses
+    mask, holes, stride_mb, stride_mt = masking
+    groups, ropes = tile_rings
+    queries, q_ropes = query_rings
+    full, empty, q_full, q_empty, p_full, p_empty = barriers
+    b_first, b_stop, at, share_lo, share_hi, rows, first_row, worker = work
+    TWO: gl.constexpr = GROUPS[2] > 0
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, L))
     row_t = row // heads
-    row_h = row % heads
     in_range = row < rows
     count = 0
     sequences = 0
+    sent = 0
     for b in range(b_first, b_stop):
         begin, stop, first, last, length = _stretch(
-            b, at, (share_lo, share_hi), seen, tokens, window, MASK, WINDOW
+            b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW
         )
         at += last - first
         if begin < stop:
@@ -189,26 +259,25 @@ def _math_partition(
                 if holed:  # the mask alone says what each query sees
                     limit = limit - limit + length
             bare_hi = length - tokens + 1  # every row sees tokens bare_lo .. bare_hi
-            m = gl.full([N], -float("inf"), gl.float32, layout=gl.SliceLayout(0, L))
-            l = gl.zeros([BLOCK_N, N], gl.float32, layout=L)
-            accs = ()
-            for c in gl.static_range(C0, C1):
-                accs = accs + (gl.zeros([CHUNK, N], gl.float32, layout=L),)
+            m = gl.full([BLOCK_M], -float("inf"), gl.float32, layout=gl.SliceLayout(1, L))
+            l = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(1, L))
+            accs = _zeros(GROUPS[0], GROUPS[1])
             mbarrier.wait(q_full, sequences & 1)
             for tile in range(begin, stop):
                 n0 = tile * BLOCK_N
                 stage = count % STAGES
                 mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-                s = gl.zeros([BLOCK_N, N], gl.float32, layout=L)
-                for c in gl.static_range(NC):
-                    s = warpgroup_mma(
-                        tiles.index(stage * NC + c), queries.index(HALF * NC + c).permute([1, 0]), s, use_acc=c > 0,
-                        is_async=True,
-                    )  # fmt: skip
-                for c in gl.static_range(NR):
-                    s = warpgroup_mma(
-                        ropes.index(stage * NR + c), q_ropes.index(HALF * NR + c).permute([1, 0]), s, is_async=True
-                    )
+                s = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=L)
+                for g in gl.static_range(4):
+                    if GROUPS[g] > 0:
+                        s = warpgroup_mma(
+                            queries[g].index(0), groups[g].index(stage).permute([1, 0]), s, use_acc=g > 0, is_async=True
+                        )
+                if NR > 0:
+                    for c in gl.static_range(NR):
+                        s = warpgroup_mma(
+                            q_ropes.index(c), ropes.index(stage * NR + c).permute([1, 0]), s, is_async=True
+                        )
                 s = warpgroup_mma_wait(0, deps=[s])
                 if tile == stop - 1:
                     gl.thread_barrier()
@@ -216,181 +285,246 @@ def _math_partition(
                 if SOFTCAP:
                     s = _capped(s, scale_log2, softcap)
                 if (n0 + BLOCK_N > bare_hi) | (n0 < bare_lo) | holed:
-                    token = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, L))
-                    visible = token[:, None] < limit[None, :]
+                    token = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, L))
+                    visible = token[None, :] < limit[:, None]
                     if WINDOW or MASK:
-                        visible = visible & (token[:, None] >= low[None, :])
+                        visible = visible & (token[None, :] >= low[:, None])
                     if MASK:
                         if holed:
                             of_row = mask + b.to(gl.int64) * stride_mb + row_t * stride_mt
                             flag = gl.load(
-                                of_row[None, :] + token[:, None], mask=visible & in_range[None, :], other=0
+                                of_row[:, None] + token[None, :], mask=visible & in_range[:, None], other=0
                             )
                             visible = visible & (flag != 0)
                     s = gl.where(visible, s, -float("inf"))
                     if n0 + BLOCK_N > length:
-                        _clean(tiles, stage * NC, n0, length, C0, C1)
-                peak = gl.max(s, 0)
+                        for g in gl.static_range(4):
+                            if GROUPS[g] > 0:
+                                _clean(groups[g].index(stage), n0, length)
+                peak = gl.max(s, 1)
                 if not SOFTCAP:
                     peak = peak * scale_log2
                 new = gl.maximum(m, peak)
                 shift = gl.where(new == -float("inf"), 0.0, new)  # a row may have seen nothing yet: -inf - -inf is NaN
                 alpha = gl.exp2(m - shift)
                 if SOFTCAP:
-                    p = gl.exp2(s - shift[None, :])
+                    p = gl.exp2(s - shift[:, None])
                 else:
-                    p = gl.exp2(s * scale_log2 - shift[None, :])
+                    p = gl.exp2(s * scale_log2 - shift[:, None])
                 m = new
-                l = l * alpha[None, :] + p
-                weights.store(p.to(weights.dtype))
+                l = l * alpha + gl.sum(p, 1)
+                half = p.to(weights.dtype)
+                if TWO:
+                    mbarrier.wait(p_empty, (sent & 1) ^ 1)
+                    weights.store(half)
+                    factors.store(alpha)
                 fence_async_shared()
-                moved = ()
-                for c in gl.static_range(C0, C1):
-                    moved = moved + (accs[c - C0] * alpha[None, :],)
                 gl.thread_barrier()
-                products = ()
-                for c in gl.static_range(C0, C1):
-                    products = products + (
-                        warpgroup_mma(
-                            tiles.index(stage * NC + c).permute([1, 0]), weights, moved[c - C0], is_async=True
-                        ),
-                    )
-                if C1 - C0 == 1:
-                    accs = (warpgroup_mma_wait(0, deps=products),)
-                else:
-                    accs = warpgroup_mma_wait(0, deps=products)
+                if TWO:
+                    mbarrier.arrive(p_full, count=1)
+                    sent += 1
+                accs = _scaled(accs, alpha)
+                operand = gl.convert_layout(half, gl.DotOperandLayout(0, accs[0].type.layout, 2))
+                accs = _attend(operand, groups, stage, accs, 0)
                 gl.thread_barrier()  # all four warps are done with the tile
                 mbarrier.arrive(empty.index(stage), count=1)
                 count += 1
             sequences += 1
 
-            total = gl.sum(l, 0)
-            inverse = 1.0 / gl.where(total > 0, total, 1.0)
-            scaled = ()
-            for c in gl.static_range(C0, C1):
-                scaled = scaled + (accs[c - C0] * inverse[None, :],)
-            lse2 = m + gl.log2(total)
-            b64 = b.to(gl.int64)
-            if (begin == first) & (stop == last):
-                offset = row_t * stride_ot + row_h * stride_oh
-                _store_chunks(out + b64 * stride_ob, offset, in_range, scaled, rank, L, C0, C1)
-                if ROWS_SPLIT or WG == 0:
-                    gl.store(lse + (b64 * heads + row_h) * tokens + row_t, lse2 * LN2, mask=in_range)
+            inverse = 1.0 / gl.where(l > 0, l, 1.0)
+            if TWO:
+                mbarrier.wait(p_empty, (sent & 1) ^ 1)
+                factors.store(inverse)
+                gl.thread_barrier()
+                mbarrier.arrive(p_full, count=1)
+                sent += 1
+            whole = (begin == first) & (stop == last)
+            slot = _slot(worker, begin, first, SPLITS)
+            place = (b, slot, whole, first_row, rows, heads)
+            _store(outputs, strides, place, _times(accs[0], inverse), rank, 0)
+            if GROUPS[1] > 0:
+                _store(outputs, strides, place, _times(accs[1], inverse), rank, GROUPS[0])
+            lse2 = m + gl.log2(l)
+            if whole:
+                of_row = (b.to(gl.int64) * heads + row % heads) * tokens + row_t
+                gl.store(lse + of_row, lse2 * LN2, mask=in_range)
             else:
-                slot = (2 * worker + (begin == first).to(gl.int32)).to(gl.int64)
-                _store_chunks(part + slot * rows * rank, row * rank, in_range, scaled, rank, L, C0, C1)
-                if ROWS_SPLIT or WG == 0:
-                    gl.store(part_lse + slot * rows + row, lse2, mask=in_range)
+                gl.store(part_lse + slot.to(gl.int64) * rows + row, lse2, mask=in_range)
+        elif SPLITS > 0:  # a split that got no token
+            nothing = gl.full([BLOCK_M], -float("inf"), gl.float32, layout=gl.SliceLayout(1, L))
+            gl.store(part_lse + worker.to(gl.int64) * rows + row, nothing, mask=in_range)
+
+
+@gluon.jit
+def _attend_partition(
+    outputs, seen, tile_rings, weights, factors, barriers, work, tokens, heads, window, strides,
+    rank: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    MASK: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
+    """The right half of the rank."""
+    groups, ropes = tile_rings
+    full, empty, q_full, q_empty, p_full, p_empty = barriers
+    b_first, b_stop, at, share_lo, share_hi, rows, first_row, worker = work
+    count = 0
+    got = 0
+    for b in range(b_first, b_stop):
+        begin, stop, first, last, length = _stretch(
+            b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW
+        )
+        at += last - first
+        if begin < stop:
+            accs = _zeros(GROUPS[2], GROUPS[3])
+            ROW: gl.constexpr = gl.SliceLayout(1, accs[0].type.layout)
+            for tile in range(begin, stop):
+                stage = count % STAGES
+                mbarrier.wait(p_full, got & 1)
+                alpha = factors.load(ROW)
+                accs = _attend(weights, groups, stage, _scaled(accs, alpha), 2)
+                gl.thread_barrier()
+                mbarrier.arrive(p_empty, count=1)
+                mbarrier.arrive(empty.index(stage), count=1)
+                got += 1
+                count += 1
+            mbarrier.wait(p_full, got & 1)
+            inverse = factors.load(ROW)
+            gl.thread_barrier()
+            mbarrier.arrive(p_empty, count=1)
+            got += 1
+            whole = (begin == first) & (stop == last)
+            place = (b, _slot(worker, begin, first, SPLITS), whole, first_row, rows, heads)
+            _store(outputs, strides, place, _times(accs[0], inverse), rank, GROUPS[0] + GROUPS[1])
+            if GROUPS[3] > 0:
+                _store(outputs, strides, place, _times(accs[1], inverse), rank, GROUPS[0] + GROUPS[1] + GROUPS[2])
 
 
 @gluon.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
 def mla_decode_fwd_kernel_hopper(
-    c_map, k_map, q_map, qr_map, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
+    c0_map, c1_map, c2_map, c3_map, k_map, q0_map, q1_map, q2_map, q3_map, qr_map, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, batch, tokens, heads, workers, min_tiles,
     stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt, c_rows, k_rows,
-    rank: gl.constexpr, BATCH: gl.constexpr, NC: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr, N: gl.constexpr,
-    MATH: gl.constexpr, ROWS_SPLIT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PAGE: gl.constexpr,
+    rank: gl.constexpr, BATCH: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PAGE: gl.constexpr, SPLITS: gl.constexpr,
     MASK: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, workers). All tiles of all sequences, laid end to end, are shared out evenly among the workers.
 
     A worker leaves at most two partial results, in slot 2 w (the sequence began before its share) and 2 w + 1 (it goes on
-    after it); `mla_decode_fwd_kernel_combine` knows which. Row blocks come first in the grid, so that those of one sequence
-    run together and share the L2.
+    after it); `mla_decode_fwd_kernel_combine` knows which. With SPLITS, worker = sequence * SPLITS + split and so is the
+    slot. Row blocks come first in the grid, so that those of one sequence run together and share the L2.
     """
-    dtype: gl.constexpr = c_map.dtype
-    HALVES: gl.constexpr = 2 if ROWS_SPLIT else 1
+    dtype: gl.constexpr = c0_map.dtype
     WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     NARROW: gl.constexpr = gl.NVMMASharedLayout(RW * 2, 16, 2)
-    tiles = gl.allocate_shared_memory(dtype, [STAGES * NC, BLOCK_N, CHUNK], WIDE)
-    queries = gl.allocate_shared_memory(dtype, [HALVES * NC, N, CHUNK], WIDE)
+    TWO: gl.constexpr = GROUPS[2] > 0
+    groups = ()
+    queries = ()
+    for g in gl.static_range(4):
+        if GROUPS[g] > 0:
+            groups = groups + (gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, GROUPS[g] * CHUNK], WIDE),)
+            queries = queries + (gl.allocate_shared_memory(dtype, [1, BLOCK_M, GROUPS[g] * CHUNK], WIDE),)
+        else:
+            groups = groups + (groups[0],)
+            queries = queries + (queries[0],)
     if NR > 0:
         ropes = gl.allocate_shared_memory(dtype, [STAGES * NR, BLOCK_N, RW], NARROW)
-        q_ropes = gl.allocate_shared_memory(dtype, [HALVES * NR, N, RW], NARROW)
+        q_ropes = gl.allocate_shared_memory(dtype, [NR, BLOCK_M, RW], NARROW)
     else:
-        ropes = tiles
-        q_ropes = queries
-    weights = gl.allocate_shared_memory(
-        dtype, [MATH, BLOCK_N, N], gl.NVMMASharedLayout(N * 2 if N <= 64 else 128, 16, 2)
-    )
+        ropes = groups[0]
+        q_ropes = queries[0]
+    weights = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], gl.NVMMASharedLayout(BLOCK_N * 2, 16, 2))
+    factors = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    p_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    p_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=MATH)
+        mbarrier.init(empty.index(stage), count=2 if TWO else 1)
     mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=MATH)
+    mbarrier.init(q_empty, count=1)
+    mbarrier.init(p_full, count=1)
+    mbarrier.init(p_empty, count=1)
     fence_async_shared()
 
     worker = gl.program_id(1)
     if PDL:
         cuda.gdc_wait()  # queries and cache may come from the kernel before
         cuda.gdc_launch_dependents()
-    ids = gl.arange(0, BATCH, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    length = gl.load(lengths + ids, mask=ids < batch, other=0)
-    start = length * 0
-    if MASK:
-        start = gl.load(starts + ids, mask=ids < batch, other=0)
-    first, last = _tile_range(length, start, tokens, window, WINDOW)
-    count = last - first
-    ends = gl.associative_scan(count, 0, _add)
-    total = gl.sum(count, 0)
-    active = gl.maximum(gl.minimum(workers, (total + min_tiles - 1) // min_tiles), 1)
-    each = total // active
-    more = total - each * active
-    share_lo = worker * each + gl.minimum(worker, more)
-    share_hi = share_lo + each + (worker < more).to(gl.int32)
-    b_first = gl.sum(((ends <= share_lo) & (ids < batch)).to(gl.int32), 0)
-    at = gl.sum(gl.where(ids == b_first, ends - count, 0), 0)  # first tile of the sequence among all
-    b_stop = gl.sum((((ends - count) < share_hi) & (ids < batch)).to(gl.int32), 0)
-    b_stop = gl.where(worker < active, b_stop, b_first)
+    if SPLITS > 0:
+        b_first = worker // SPLITS
+        b_stop = b_first + 1
+        at = worker * 0
+        share_lo = worker % SPLITS
+        share_hi = share_lo
+    else:
+        ids = gl.arange(0, BATCH, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        length = gl.load(lengths + ids, mask=ids < batch, other=0)
+        start = length * 0
+        if MASK:
+            start = gl.load(starts + ids, mask=ids < batch, other=0)
+        first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
+        count = last - first
+        ends = gl.associative_scan(count, 0, _add)
+        total = gl.sum(count, 0)
+        active = gl.maximum(gl.minimum(workers, (total + min_tiles - 1) // min_tiles), 1)
+        each = total // active  # the first few have one more
+        more = total - each * active
+        share_lo = worker * each + gl.minimum(worker, more)
+        share_hi = share_lo + each + (worker < more).to(gl.int32)
+        b_first = gl.sum(((ends <= share_lo) & (ids < batch)).to(gl.int32), 0)
+        at = gl.sum(gl.where(ids == b_first, ends - count, 0), 0)  # first tile of the sequence among all
+        b_stop = gl.sum((((ends - count) < share_hi) & (ids < batch)).to(gl.int32), 0)
+        b_stop = gl.where(worker < active, b_stop, b_first)
 
-    work = (b_first, b_stop, at, share_lo, share_hi, tokens * heads, gl.program_id(0) * (N * HALVES))
+    work = (b_first, b_stop, at, share_lo, share_hi, tokens * heads, gl.program_id(0) * BLOCK_M, worker)
     seen = (lengths, starts)
-    rings = (tiles, ropes, queries, q_ropes)
-    barriers = (full, empty, q_full, q_empty)
-    outputs = (out, lse, part, part_lse)
+    tile_rings = (groups, ropes)
+    query_rings = (queries, q_ropes)
+    barriers = (full, empty, q_full, q_empty, p_full, p_empty)
+    outputs = (out, part)
+    lses = (lse, part_lse)
     masking = (mask, holes, stride_mb, stride_mt)
     strides = (stride_ob, stride_ot, stride_oh)
-    maps = (c_map, k_map, q_map, qr_map)
-    if MATH == 1:
+    tile_maps = ((c0_map, c1_map, c2_map, c3_map), k_map)
+    query_maps = ((q0_map, q1_map, q2_map, q3_map), qr_map)
+    if TWO:
         gl.warp_specialize(
             [
                 (
-                    _math_partition,
-                    (outputs, seen, masking, rings, weights.index(0), barriers, work, tokens, heads, window, scale_log2,
-                     softcap, strides, worker, rank, NC, NR, N, 0, MATH, ROWS_SPLIT, STAGES, MASK, WINDOW, SOFTCAP),
+                    _weigh_partition,
+                    (outputs, lses, seen, masking, tile_rings, query_rings, weights, factors, barriers, work, tokens, heads,
+                     window, scale_log2, softcap, strides, rank, BLOCK_N, GROUPS, NR, STAGES, SPLITS, MASK, WINDOW, SOFTCAP),
+                ),
+                (
+                    _attend_partition,
+                    (outputs, seen, tile_rings, weights, factors, barriers, work, tokens, heads, window, strides, rank,
+                     BLOCK_N, GROUPS, STAGES, SPLITS, MASK, WINDOW),
                 ),
                 (
                     _load_partition,
-                    (maps, seen, block_table, rings, barriers, work, tokens, window, stride_tb, c_rows, k_rows, NC, NR, RW,
-                     N, ROWS_SPLIT, STAGES, PAGE, MASK, WINDOW),
+                    (tile_maps, query_maps, seen, block_table, tile_rings, query_rings, barriers, work, tokens, window,
+                     stride_tb, c_rows, k_rows, BLOCK_N, GROUPS, NR, RW, STAGES, PAGE, SPLITS, MASK, WINDOW),
                 ),
             ],
-            [1],
-            [24],
+            [4, 1],
+            [REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (
-                    _math_partition,
-                    (outputs, seen, masking, rings, weights.index(0), barriers, work, tokens, heads, window, scale_log2,
-                     softcap, strides, worker, rank, NC, NR, N, 0, MATH, ROWS_SPLIT, STAGES, MASK, WINDOW, SOFTCAP),
-                ),
-                (
-                    _math_partition,
-                    (outputs, seen, masking, rings, weights.index(1), barriers, work, tokens, heads, window, scale_log2,
-                     softcap, strides, worker, rank, NC, NR, N, 1, MATH, ROWS_SPLIT, STAGES, MASK, WINDOW, SOFTCAP),
+                    _weigh_partition,
+                    (outputs, lses, seen, masking, tile_rings, query_rings, weights, factors, barriers, work, tokens, heads,
+                     window, scale_log2, softcap, strides, rank, BLOCK_N, GROUPS, NR, STAGES, SPLITS, MASK, WINDOW, SOFTCAP),
                 ),
                 (
                     _load_partition,
-                    (maps, seen, block_table, rings, barriers, work, tokens, window, stride_tb, c_rows, k_rows, NC, NR, RW,
-                     N, ROWS_SPLIT, STAGES, PAGE, MASK, WINDOW),
+                    (tile_maps, query_maps, seen, block_table, tile_rings, query_rings, barriers, work, tokens, window,
+                     stride_tb, c_rows, k_rows, BLOCK_N, GROUPS, NR, RW, STAGES, PAGE, SPLITS, MASK, WINDOW),
                 ),
             ],
-            [4, 1],
-            [REGISTERS, 24],
+            [1],
+            [24],
         )  # fmt: skip
