@@ -12,9 +12,11 @@ the interpreter with its libraries. Rank and rotary dims are means over layers w
 Settings, beside any that --add names:
     default             what a conversion does when nothing is said
     uniform             the same sizes in every layer
+    single layers       no blocks: every layer is refined by itself only
+    no noise            calibration text as it is
     closed form         no gradient step
     even planes         the best plane of evenly spaced frequencies stays rotary, the others lose their rotation undamped;
-                        closed form, the same sizes in every layer; the low rank is ours, weighted by attention
+                        closed form, no noise, the same sizes in every layer; the low rank is ours, weighted by attention
     rope kept           upper reference, not a conversion: one latent for keys and values from which keys are restored before
                         they are rotated, so that RoPE loses nothing, and which cannot be absorbed (rope_kept.py)
 
@@ -42,8 +44,10 @@ ROPE_KEPT = [sys.executable, str(Path(__file__).with_name("rope_kept.py"))]
 SETTINGS = {
     "default": [],
     "uniform": ["--uniform"],
+    "single layers": ["--refine-block", "1"],
+    "no noise": ["--calib-noise", "0"],
     "closed form": ["--refine-steps", "0"],
-    "even planes": ["--planes", "even", "--uniform", "--refine-steps", "0"],
+    "even planes": ["--planes", "even", "--uniform", "--refine-steps", "0", "--calib-noise", "0"],
     "rope kept": None,
 }
 COLUMNS = ("budget", "numbers", "rank", "rotary", "setting", "perplexity", "ratio", "±", "seconds", "peak memory")

@@ -126,7 +126,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source")
-    for name, kind in (("kv-ratio", float), ("calib", str), ("calib-samples", int), ("calib-length", int), ("eval", str),
+    for name, kind in (("kv-ratio", float), ("calib", str), ("calib-samples", int), ("calib-length", int), ("calib-noise", float),
+                       ("eval", str),
                        ("eval-windows", int), ("eval-length", int), ("seed", int), ("device", str),
                        ("revision", str)):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind)

@@ -31,6 +31,12 @@ class Activations:
         other.data = torch.empty_like(self.data, pin_memory=self.data.is_pinned())
         return other
 
+    def clone(self) -> Activations:
+        """A copy of its own, where these states live."""
+        other = self.empty_like()
+        other.data.copy_(self.data)
+        return other
+
     def batches(self) -> Iterator[slice]:
         """Slices over the windows that make batches of a size fit for the device."""
         size = max(1, BATCH_TOKENS[self.device.type] // self.length)

@@ -31,6 +31,8 @@ class Settings(BaseModel):
     calib: str | None = None
     calib_samples: int | None = Field(None, ge=1)
     calib_length: int | None = Field(None, ge=16)
+    calib_noise: float = Field(0.3, ge=0, le=1)
+    calib_self: float | None = Field(None, ge=0, le=1)
     eval: str | None = None
     eval_windows: int = Field(40, ge=1)
     eval_length: int | None = Field(None, ge=16)
@@ -38,6 +40,9 @@ class Settings(BaseModel):
     refine_steps: int | None = Field(None, ge=0)
     refine_batch: int | None = Field(None, ge=1)
     refine_lr: float = Field(0.02, gt=0, le=1)
+    refine_block: int | None = Field(None, ge=1)
+    block_steps: int | None = Field(None, ge=0)
+    block_lr: float = Field(0.01, gt=0, le=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(0, ge=0)
 

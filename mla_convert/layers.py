@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +24,12 @@ from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
 from mla_convert.progress import Progress
 from mla_convert.skeleton import Skeleton, first_output
+
+# Where no block is asked for, on a GPU: layers refined together, at most, and while they take no more than so many bytes.
+BLOCK_LAYERS = 6
+BLOCK_BYTES = 6 << 30
+# Steps of a block for each step of its layers.
+BLOCK_STEPS = 3
 
 
 @dataclass
@@ -82,60 +91,136 @@ def open_streams(skeleton: Skeleton, calib: Tensor, evaluation: Tensor) -> Strea
     return Streams(*pair, *(Activations(evaluated, skeleton.device, torch.float32, on_host=True) for _ in range(2)))
 
 
+@dataclass
+class _Member:
+    """One layer of a block while that is converted."""
+
+    index: int
+    tensors: dict[str, Tensor]
+    layer: nn.Module
+    student: MlaAttention
+    # keyword arguments of the layer by window length, and those under eager attention
+    kwargs: dict[int, dict[str, Any]]
+    eager: dict[str, Any]
+
+
 def convert_layers(job: LayerJob, streams: Streams) -> list[dict[str, Any]]:
-    """Convert every layer in order; returns one report entry a layer."""
+    """Convert every layer in order, block after block; returns one report entry a layer."""
     skeleton, lengths = job.skeleton, {streams.calib_original.length, streams.eval_original.length}
     kwargs = {length: skeleton.layer_kwargs(length) for length in lengths}
     eager = attention_kwargs(skeleton, streams.calib_original.length)
     reports = []
-    for index in range(job.plan.shape.layers):
-        tensors = skeleton.layer_tensors(index)
-        with skeleton.layer(index, tensors) as layer:
-            start = {length: kwargs[length][index] for length in lengths}
-            student = build_attention(job.mla_config, _attention(job, layer), skeleton.device)
-            file = job.shard(index + 1)
-            if file in job.writer.finished:
-                report = job.writer.finished[file]["note"]
-                written = job.writer.load_shard(file)
-                job.progress.skip(job.refine.steps)
+    for indices in blocks(job.plan.shape.layers, job.refine.block):
+        with contextlib.ExitStack() as stack:
+            members = []
+            for index in indices:
+                tensors = skeleton.layer_tensors(index)
+                layer = stack.enter_context(skeleton.layer(index, tensors))
+                student = build_attention(job.mla_config, _attention(job, layer), skeleton.device)
+                own = {length: kwargs[length][index] for length in lengths}
+                members.append(_Member(index, tensors, layer, student, own, eager[index]))
+            if all(job.shard(index + 1) in job.writer.finished for index in indices):
+                job.progress.skip(len(indices) * job.refine.steps_per_layer)
+                for member in members:
+                    _load_written(job, member, job.writer.load_shard(job.shard(member.index + 1)))
+                    _advance(job, member, (streams.calib_original, streams.eval_original), original=True)
             else:
-                report = _convert_layer(job, layer, student, streams, start, eager[index])
-                written = _layer_tensors(job, index, tensors, student)
-                check_finite(written)
-                job.writer.write_shard(file, written, report)
-            _load_written(job, index, student, written)
-            _advance(job, layer, student, streams, start)
+                _convert_block(job, members, streams)
+            for member in members:
+                _advance(job, member, (streams.calib_converted, streams.eval_converted), original=False)
         return_freed_memory()
-        reports.append({"layer": index, **report})
-        job.progress.layer_done(report)
+        for index in indices:
+            reports.append({"layer": index, **job.writer.finished[job.shard(index + 1)]["note"]})
+            job.progress.layer_done(reports[-1])
     return reports
+
+
+def blocks(layers: int, size: int) -> list[range]:
+    """Layers in blocks of at most `size`, as equal as can be."""
+    count = -(-layers // size)
+    bounds = [round(i * layers / count) for i in range(count + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> None:
+    """Factorise and refine the layers of a block one by one, then together, and write them.
+
+    The original's states are carried past the block; the converted model's stay before it.
+    """
+    entry = streams.calib_converted if len(members) == 1 else streams.calib_converted.clone()
+    reports = []
+    for member in members:
+        reports.append(_convert_layer(job, member, entry, streams.calib_original))
+        _advance(job, member, (streams.calib_original, streams.eval_original), original=True)
+        if len(members) > 1:
+            _advance(job, member, (entry,), original=False)
+    if len(members) > 1 and job.refine.block_steps:
+        # the copy has been carried to the block's end, which is of no more use: it makes room for the targets
+        del entry
+        found = _refine_block(job, members, streams)
+        reports = [report | found for report in reports]
+    for member, report in zip(members, reports, strict=True):
+        written = _layer_tensors(job, member)
+        check_finite(written)
+        job.writer.write_shard(job.shard(member.index + 1), written, report)
+        _load_written(job, member, written)
+
+
+def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
+    """Refine the attentions of a block together against the original's residual stream behind it; a part of their report."""
+    clock, inputs = _Clock(job.skeleton.device), streams.calib_converted
+    with contextlib.ExitStack() as stack:
+        for member in members:
+            stack.enter_context(_converted(job, member))
+
+        def student(hidden: Tensor) -> Tensor:
+            states = hidden
+            with job.skeleton.autocast():
+                for member in members:
+                    states = first_output(member.layer(states, **member.kwargs[inputs.length]))
+            return states.float() - hidden
+
+        result = refine.refine(
+            nn.ModuleList(member.student for member in members),
+            student,
+            inputs,
+            streams.calib_original,
+            replace(job.refine, steps=job.refine.block_steps, lr=job.refine.block_lr),
+            lambda: job.progress.step(len(members)),
+        )
+    clock.lap("refine_block")
+    return {
+        "block": [members[0].index, members[-1].index],
+        "block_error_before": result.error_before,
+        "block_error": result.error_after,
+        "block_steps": result.steps,
+        "block_seconds": clock.seconds["refine_block"],
+    }
 
 
 def _attention(job: LayerJob, layer: nn.Module) -> nn.Module:
     return getattr(layer, job.skeleton.source.family.attention)
 
 
-def _convert_layer(
-    job: LayerJob, layer: nn.Module, module: MlaAttention, streams: Streams, kwargs: dict, eager: dict
-) -> dict[str, Any]:
-    """Factorise and refine one layer into `module`; returns its report entry."""
-    skeleton, clock = job.skeleton, _Clock(job.skeleton.device)
-    family, own, attention = skeleton.source.family, kwargs[streams.calib_original.length], _attention(job, layer)
-    norm, after = family.entry(layer), family.exit(layer)
+def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_original: Activations) -> dict[str, Any]:
+    """Factorise and refine one layer, from the converted model's states and the original's; returns its report entry."""
+    skeleton, clock, module = job.skeleton, _Clock(job.skeleton.device), member.student
+    family, own, attention = skeleton.source.family, member.kwargs[states.length], _attention(job, member.layer)
+    norm, after = family.entry(member.layer), family.exit(member.layer)
     original = refine.attend(attention, norm, own, skeleton.autocast, after)
     student = refine.attend(module, norm, own, skeleton.autocast, after)
 
-    statistics = layer_statistics(skeleton, layer, streams.calib_converted, eager, module)
+    statistics = layer_statistics(skeleton, member.layer, states, member.eager, module)
     clock.lap("calibrate")
-    size, rotation = job.plan.layer(module.layer_idx), skeleton.rotation(module.layer_idx, eager)
+    size, rotation = job.plan.layer(member.index), skeleton.rotation(member.index, member.eager)
     weights = factorise_layer(
         skeleton.source, attention, statistics, size.rank, size.rope_dim, job.config.planes, rotation
     )
     fill_attention(module, weights, family.table_step)
     clock.lap("factorise")
-    closed_form = refine.output_error(student, original, streams.calib_original)
-    targets = refine.residual_targets(original, streams.calib_original)
-    result = refine.refine(module, student, streams.calib_converted, targets, job.refine, job.progress.step)
+    closed_form = refine.output_error(student, original, states_original)
+    targets = refine.residual_targets(original, states_original)
+    result = refine.refine(module, student, states, targets, job.refine, job.progress.step)
     clock.lap("refine")
     return {
         "kv_lora_rank": module.kv_lora_rank,
@@ -143,7 +228,7 @@ def _convert_layer(
         "plane_frequencies": weights.freq_index.tolist(),
         "energy": weights.energy,
         "output_error_closed_form": closed_form,
-        "output_error": refine.output_error(student, original, streams.calib_original),
+        "output_error": refine.output_error(student, original, states_original),
         "residual_error_closed_form": result.error_before,
         "residual_error": result.error_after,
         "refine_steps": result.steps,
@@ -166,48 +251,62 @@ class _Clock:
         self._since = now
 
 
-def _layer_tensors(job: LayerJob, index: int, source: dict[str, Tensor], student: MlaAttention) -> dict[str, Tensor]:
+def _layer_tensors(job: LayerJob, member: _Member) -> dict[str, Tensor]:
     """What is written for one layer: the source's tensors but attention's, and the student's, in the output dtype."""
-    prefix = f"{job.skeleton.layer_prefix(index)}{job.skeleton.source.family.attention}."
-    kept = {name: t for name, t in source.items() if not is_attention_tensor(job.skeleton.source, name)}
+    prefix = f"{job.skeleton.layer_prefix(member.index)}{job.skeleton.source.family.attention}."
+    kept = {name: t for name, t in member.tensors.items() if not is_attention_tensor(job.skeleton.source, name)}
     dtype = job.dtype or job.skeleton.source.dtype
     own = {}
-    for name, tensor in student.state_dict().items():
+    for name, tensor in member.student.state_dict().items():
         own[prefix + name] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
     return {**job.stored(kept), **own}
 
 
-def _load_written(job: LayerJob, index: int, student: MlaAttention, written: dict[str, Tensor]) -> None:
+def _load_written(job: LayerJob, member: _Member, written: dict[str, Tensor]) -> None:
     """The student as it was written, rounding included: what follows sees the model that users will load."""
-    prefix = f"{job.skeleton.layer_prefix(index)}{job.skeleton.source.family.attention}."
+    prefix = f"{job.skeleton.layer_prefix(member.index)}{job.skeleton.source.family.attention}."
     state = {name.removeprefix(prefix): t for name, t in written.items() if name.startswith(prefix)}
-    student.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    member.student.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+
+
+@contextlib.contextmanager
+def _converted(job: LayerJob, member: _Member) -> Iterator[None]:
+    """The layer with the converted attention in it."""
+    name, original = job.skeleton.source.family.attention, _attention(job, member.layer)
+    setattr(member.layer, name, member.student)
+    try:
+        yield
+    finally:
+        setattr(member.layer, name, original)
 
 
 @torch.no_grad()
-def _advance(job: LayerJob, layer: nn.Module, student: MlaAttention, streams: Streams, kwargs: dict) -> None:
-    """Carry both models' hidden states through the layer; the converted one's attention is swapped in for its turn."""
-    name = job.skeleton.source.family.attention
-    original = getattr(layer, name)
-
-    def run(states: Activations) -> None:
-        own = kwargs[states.length]
-        with job.skeleton.autocast():
-            states.advance(lambda hidden: first_output(layer(hidden, **own)))
-
-    run(streams.calib_original)
-    run(streams.eval_original)
-    setattr(layer, name, student)
-    try:
-        run(streams.calib_converted)
-        run(streams.eval_converted)
-    finally:
-        setattr(layer, name, original)
+def _advance(job: LayerJob, member: _Member, streams: tuple[Activations, ...], original: bool) -> None:
+    """Carry hidden states through the layer, the original's or the converted model's."""
+    with contextlib.nullcontext() if original else _converted(job, member):
+        for states in streams:
+            own = member.kwargs[states.length]
+            with job.skeleton.autocast():
+                states.advance(lambda hidden, own=own: first_output(member.layer(hidden, **own)))
 
 
-def refine_settings(config: ConvertConfig, device: torch.device, length: int) -> refine.RefineSettings:
-    """Steps and batch where none are given: what a GPU does in a minute or two, and a token amount on a CPU."""
+def refine_settings(config: ConvertConfig, device: torch.device, length: int, hidden: int) -> refine.RefineSettings:
+    """Steps, batch and blocks where none are given: what a GPU does in a minute or two, and a token amount on a CPU.
+
+    :param length: tokens in a calibration window;  :param hidden: size of the residual stream.
+    """
     cuda = device.type == "cuda"
-    steps = (300 if cuda else 30) if config.refine_steps is None else config.refine_steps
+    steps = (200 if cuda else 30) if config.refine_steps is None else config.refine_steps
     batch = max(1, (8192 if cuda else 2048) // length) if config.refine_batch is None else config.refine_batch
-    return refine.RefineSettings(steps, batch, config.refine_lr, config.seed)
+    block = config.refine_block
+    if block is None:
+        block = max(1, min(BLOCK_LAYERS, BLOCK_BYTES // _layer_bytes(batch * length, hidden))) if cuda else 1
+    block_steps = BLOCK_STEPS * steps if config.block_steps is None else config.block_steps
+    return refine.RefineSettings(
+        steps, batch, config.refine_lr, config.seed, block, block_steps if block > 1 else 0, config.block_lr
+    )
+
+
+def _layer_bytes(tokens: int, hidden: int) -> int:
+    """What one more layer in a block takes on the device, roughly: activations kept for the way back, weights, Adam's state."""
+    return 60 * tokens * hidden + 80 * hidden**2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mla_convert import environment, folder, layers, measure, report, sensitivity, texts
+from mla_convert import environment, folder, layers, measure, report, selfwritten, sensitivity, texts
 from mla_convert.attention import mla_config
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
@@ -45,27 +45,31 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     with phases.phase("text"):
         longest = getattr(source.config, "max_position_embeddings", None)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest)
+    written = selfwritten.share(config, source, device)
     notes = [*source.notes, *windows.notes]
     for note in notes:
         progress.note(note)
 
-    refine = layers.refine_settings(config, device, windows.calib.shape[1])
+    refine = layers.refine_settings(config, device, windows.calib.shape[1], source.shape.hidden_size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
-    settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch}
+    settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
+                 "block_steps": refine.block_steps, "calib_self": written}  # fmt: skip
     identity = {"settings": settings, "source": source.fingerprint(), "device": environment.device_name(device),
                 "windows": [windows.calib.tolist(), windows.measured.tolist()],
                 "versions": environment.versions()}  # fmt: skip
     # a link is written through, not replaced
     with environment.deterministic(config.seed), output.Writer(Path(os.path.realpath(out)), identity) as writer:
+        with phases.phase("write text"):
+            calib = selfwritten.mixed(windows.calib, written, source, tokenizer, device, config.seed)
         with phases.phase("embed"):
-            streams = layers.open_streams(skeleton, windows.calib, windows.measured)
+            streams = layers.open_streams(skeleton, calib, windows.measured)
         with phases.phase("allocate"):
             plan = sensitivity.share_out(plan, config, refine.steps, skeleton, streams.calib_original, writer, progress)
         new_config = mla_config(source, plan, cast or source.dtype)
         job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
         with phases.phase("ends"):
             layers.write_ends(job)
-        progress.start(plan.shape.layers, refine.steps)
+        progress.start(plan.shape.layers, refine.steps_per_layer)
         try:
             with phases.phase("layers"):
                 layer_reports = layers.convert_layers(job, streams)
@@ -82,7 +86,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             device=environment.device_name(device),
             cache=report.cache_figures(plan, (cast or source.dtype).itemsize, source.sliding_windows),
             evaluation=measure.figures(windows, *losses),
-            calibration={"text": windows.calib_text, "protocol": windows.calib_protocol},
+            calibration={"text": windows.calib_text, "protocol": windows.calib_protocol, "noise": config.calib_noise,
+                         "self_written": written},
             layers=layer_reports,
             phases=phases.results,
             seconds=round(time.perf_counter() - began, 2),
@@ -90,6 +95,6 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             notes=notes,
             out=out,
         )  # fmt: skip
-        write_recipe(writer.folder, config, source, plan, windows, refine, result)
+        write_recipe(writer.folder, config, source, plan, windows, refine, written, result)
         folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result)
     return result

@@ -151,9 +151,10 @@ def _time(
     windows = {}
     for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
         calib = _calibration_windows(config, device.type == "cuda")
-        refine = refine_settings(config, device, calib[1])
+        refine = refine_settings(config, device, calib[1], shape.hidden_size)
         windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
-                          "batch": refine.batch, "measured": TOKENS[device.type] * shares_out(config, plan)}  # fmt: skip
+                          "block_steps": refine.block_steps, "batch": refine.batch,
+                          "measured": TOKENS[device.type] * shares_out(config, plan)}  # fmt: skip
     return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
 
 

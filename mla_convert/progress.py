@@ -38,10 +38,10 @@ class Progress:
             self._task = self._bars.add_task(f"{label} 1/{layers}", total=layers * (steps + 1))
             self._bars.start()
 
-    def step(self) -> None:
-        """One refinement step is done."""
+    def step(self, layers: int = 1) -> None:
+        """One refinement step of so many layers is done."""
         if self._bars:
-            self._bars.advance(self._task)
+            self._bars.advance(self._task, layers)
 
     def skip(self, steps: int) -> None:
         """A layer that an earlier run has finished needs no steps."""

@@ -27,6 +27,7 @@ def write_recipe(
     plan: Plan,
     windows: Windows,
     refine: RefineSettings,
+    self_written: float,
     report: Report,
 ) -> None:
     """Write recipe.yaml: what was given, and what stood in for what was not.
@@ -40,9 +41,12 @@ def write_recipe(
         "rope_dim": plan.rope_dim,
         "calib_samples": windows.calib.shape[0],
         "calib_length": windows.calib.shape[1],
+        "calib_self": self_written,
         "eval_length": windows.evaluation.shape[1],
         "refine_steps": refine.steps,
         "refine_batch": refine.batch,
+        "refine_block": refine.block,
+        "block_steps": refine.block_steps,
     }
     local = []
     texts = [("calib", windows.calib_text, "calibration"), ("eval", windows.eval_text, "evaluation")]

@@ -33,12 +33,23 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """`steps` of `batch` windows; `lr` is relative to the root mean square of each parameter."""
+    """`steps` of `batch` windows for each layer; `lr` is relative to the root mean square of each parameter.
+
+    Then `block` layers are refined together, in `block_steps` of `block_lr`; blocks of one are not refined again.
+    """
 
     steps: int
     batch: int
     lr: float
     seed: int
+    block: int = 1
+    block_steps: int = 0
+    block_lr: float = 0.01
+
+    @property
+    def steps_per_layer(self) -> int:
+        """Steps that each layer takes part in."""
+        return self.steps + self.block_steps
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class _Step:
         self.rates = [settings.lr * float(p.detach().square().mean().sqrt().clamp_min(MIN_SCALE)) for p in parameters]
         # a graph reads the rate from device memory
         groups = [{"params": [p], "lr": torch.zeros((), device=p.device) if p.is_cuda else 0.0} for p in parameters]
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), capturable=example.is_cuda)
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=True, capturable=example.is_cuda)
 
     def _schedule(self) -> None:
         """Linear warm-up, cosine decay to zero."""

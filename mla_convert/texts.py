@@ -29,6 +29,8 @@ FROM_CALIB, CALIB_SHARE = "calib", 0.9
 # Text is tokenised piece by piece, in characters; no tokenizer here packs more than this many characters into a token.
 PIECE = 1 << 18
 CHARACTERS_PER_TOKEN = 16
+# Characters from one calibration window to the next where they are spread: most such pieces hold a whole window.
+SPREAD_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,12 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: i
         held_out = evaluation_windows(rest, tokenizer, config.eval_windows, eval_length, held_out_label, "held-out")
     given = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
     return Windows(
-        calib=calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label),
+        calib=noised(
+            calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label),
+            config.calib_noise,
+            tokenizer,
+            config.seed,
+        ),
         evaluation=evaluation_windows(eval_text, tokenizer, config.eval_windows, eval_length, eval_label),
         calib_text=calib_label,
         eval_text=eval_label,
@@ -211,12 +218,17 @@ def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed
     """
     prefix = _tokenise(tokenizer, "", special=True)[:1]
     body = length - len(prefix)
-    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
     generator = torch.Generator().manual_seed(seed)
-    windows: list[list[int]] = []
-    for piece in torch.randperm(len(pieces), generator=generator).tolist():
-        ids = _tokenise(tokenizer, pieces[piece], special=False)
-        windows += [prefix + ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
+    # one window from each of many places, where there is text enough: neighbours tell the same story
+    share = 5 * count // (4 * (1 + len(text) // PIECE))
+    for characters, most in ((body * SPREAD_CHARACTERS, 1), (PIECE, share), (PIECE, None)):
+        windows: list[list[int]] = []
+        for piece in torch.randperm(-(-len(text) // characters), generator=generator).tolist():
+            ids = _tokenise(tokenizer, text[piece * characters : (piece + 1) * characters], special=False)
+            starts = range(0, len(ids) - body + 1, body)[:most]
+            windows += [prefix + ids[start : start + body] for start in starts]
+            if len(windows) >= count:
+                break
         if len(windows) >= count:
             break
     if len(windows) < count:
@@ -226,6 +238,22 @@ def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed
         )
     order = torch.randperm(len(windows), generator=generator)[:count]
     return torch.tensor([windows[index] for index in order.tolist()])
+
+
+def noised(windows: Tensor, share: float, tokenizer: Any, seed: int) -> Tensor:
+    """Windows (N, L), in every second of which `share` of the tokens, but the first, are others of the vocabulary at random.
+
+    A latent has room for what calibration looks at and for little else: on text of one kind it becomes a specialist. Tokens
+    from all of the vocabulary, and contexts that no text has, keep it general. Special tokens are not drawn.
+    """
+    special = set(tokenizer.all_special_ids)
+    drawn = torch.tensor([token for token in range(tokenizer.vocab_size) if token not in special])
+    generator = torch.Generator().manual_seed(seed)
+    part = windows[1::2]
+    hit = torch.rand(part.shape, generator=generator) < share
+    hit[:, 0] = False  # the attention sink
+    random = drawn[torch.randint(len(drawn), part.shape, generator=generator)]
+    return windows.index_copy(0, torch.arange(1, len(windows), 2), torch.where(hit, random, part))
 
 
 def _tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:

@@ -35,11 +35,18 @@ class LayerWork:
     mixing_after: int
 
     def operations(
-        self, calib: tuple[int, int], evaluation: tuple[int, int], steps: int, batch: int, measured: int = 0
+        self,
+        calib: tuple[int, int],
+        evaluation: tuple[int, int],
+        steps: int,
+        batch: int,
+        measured: int = 0,
+        block_steps: int = 0,
     ) -> float:
         """Floating point operations, for windows of (how many, tokens each) and `steps` of `batch` windows.
 
-        `measured`: tokens at which the loss of a smaller cache is measured, before sizes are shared out.
+        `measured`: tokens at which the loss of a smaller cache is measured, before sizes are shared out; `block_steps`:
+        more steps, through the whole layer.
         """
 
         def forward(weights: int, mixing: int, length: int) -> float:
@@ -58,6 +65,9 @@ class LayerWork:
             samples * length * (12.0 * self.hidden**2 + 2 * forward(self.attention_before, self.mixing_before, length))
         )
         total += 3.0 * steps * batch * length * forward(self.attention_after, self.mixing_after, length)
+        # frozen weights need no gradients of their own
+        whole = 2.0 * forward(self.layer_after, self.mixing_after, length)
+        total += block_steps * batch * length * (whole + forward(self.attention_after, self.mixing_after, length))
         if measured:  # the layer forward, forward again and back; its attention at some fourteen sizes
             total += measured * 4 * forward(self.layer_before, self.mixing_before, length)
             total += measured * 14 * forward(self.attention_after, self.mixing_after, length)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mla_convert.errors import InputError
-from mla_convert.texts import calibration_windows, evaluation_windows, load_text
+from mla_convert.texts import calibration_windows, evaluation_windows, load_text, noised
 
 BOS = 7
 
@@ -104,3 +104,17 @@ def test_calibration_text_too_short(count):
 def test_no_first_token_where_the_tokenizer_adds_none():
     windows = calibration_windows(pico.text(500), pico.tokenizer(), 3, 16, 0, "text")
     assert windows.shape == (3, 16) and windows.min() > 3
+
+
+def test_noise_is_in_every_second_window_and_leaves_the_first_token():
+    tokenizer = pico.tokenizer()
+    windows = torch.full((8, 400), 7)
+    found = noised(windows, 0.25, tokenizer, seed=0)
+    changed = found != windows
+    assert not changed[::2].any() and not changed[:, 0].any()
+    assert 0.2 < changed[1::2].float().mean() < 0.3
+    assert not set(found[changed].tolist()) & set(tokenizer.all_special_ids) and found[changed].unique().numel() > 100
+    assert torch.equal(found, noised(windows, 0.25, tokenizer, seed=0)) and torch.equal(
+        windows, torch.full((8, 400), 7)
+    )
+    assert torch.equal(windows, noised(windows, 0.0, tokenizer, seed=0))

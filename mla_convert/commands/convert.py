@@ -82,6 +82,22 @@ def convert(
     calib_length: Annotated[
         int | None, typer.Option(help="Tokens in a calibration window. Default 1024 (CPU: 512).", rich_help_panel=TEXT)
     ] = None,
+    calib_noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of tokens replaced by random ones in every second calibration window, so that the model stays good "
+            "on other text than that. Default 0.3.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    calib_self: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of calibration windows that the original writes itself, for which all of it must fit on the device. "
+            "Default 0.5 on a GPU with room for eight of it, else 0.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     eval_: Annotated[
         str | None, typer.Option("--eval", help="Evaluation text, named like --calib's.", rich_help_panel=TEXT)
     ] = None,
@@ -104,7 +120,7 @@ def convert(
     refine_steps: Annotated[
         int | None,
         typer.Option(
-            help="Gradient steps a layer; 0 is closed form only. Default 300 (CPU: 30).", rich_help_panel=REFINE
+            help="Gradient steps a layer; 0 is closed form only. Default 200 (CPU: 30).", rich_help_panel=REFINE
         ),
     ] = None,
     refine_batch: Annotated[
@@ -114,6 +130,21 @@ def convert(
     refine_lr: Annotated[
         float | None,
         typer.Option(help="Step size relative to each parameter's magnitude. Default 0.02.", rich_help_panel=REFINE),
+    ] = None,
+    refine_block: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers that are then refined together; 1: none are. Default up to 6, as memory allows (CPU: 1).",
+            rich_help_panel=REFINE,
+        ),
+    ] = None,
+    block_steps: Annotated[
+        int | None,
+        typer.Option(help="Gradient steps a block. Default: three times a layer's.", rich_help_panel=REFINE),
+    ] = None,
+    block_lr: Annotated[
+        float | None,
+        typer.Option(help="Step size for blocks, as --refine-lr. Default 0.01.", rich_help_panel=REFINE),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: NAME-mla here.", rich_help_panel=RUN)

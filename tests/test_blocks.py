@@ -1,0 +1,81 @@
+"""Layers refined together: never worse, for any family, and the model that is measured is the one that is written."""
+
+import pico
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mla_convert import measure, texts
+from mla_convert.checkpoint.writer import Writer
+from mla_convert.config import ConvertConfig
+from mla_convert.layers import blocks, refine_settings
+
+SMALL = {"kv_ratio": 0.4, "refine_steps": 3, "refine_block": 2}
+
+
+@pytest.mark.parametrize("layers, size", [(30, 6), (7, 3), (5, 8), (4, 1), (1, 6)])
+def test_blocks_cover_all_layers_evenly(layers, size):
+    found = blocks(layers, size)
+    assert [index for block in found for index in block] == list(range(layers))
+    lengths = [len(block) for block in found]
+    assert max(lengths) <= size and max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "pythia", "gpt2", "qwen3", "mixtral"])
+def test_a_block_gains(convert_pico, name):
+    report = convert_pico(name, kv_ratio=0.4, refine_steps=0, refine_block=2, block_steps=20, block_lr=0.002)
+    together = [layer for layer in report.layers if "block" in layer]
+    assert [layer["block"] for layer in together] == [[0, 1], [0, 1]]  # three layers: one block of two, one alone
+    for layer in together:
+        assert layer["block_error"] < layer["block_error_before"] and layer["block_steps"] == 20
+
+
+def test_what_is_measured_is_what_is_written(convert_pico):
+    report = convert_pico("llama", **SMALL, block_steps=30)
+    windows = texts.evaluation_windows(pico.text(), AutoTokenizer.from_pretrained(report.out), 4, 48, "text")
+    expected = measure.perplexity(pico.losses(AutoModelForCausalLM.from_pretrained(report.out), windows))
+    assert report.evaluation["after"]["value"] == pytest.approx(expected.value, rel=1e-4)
+
+
+def test_exact_stays_exact(convert_pico):
+    report = convert_pico("llama", rank="full", rope_dim="full", refine_steps=3, refine_block=3)
+    assert report.evaluation["ratio"] == pytest.approx(1, abs=1e-6)
+
+
+def test_two_runs_give_the_same_bytes(convert_folder, sources):
+    first, second = (convert_folder(sources("llama"), **SMALL).out for _ in range(2))
+    for path in first.glob("*.safetensors"):
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def test_killed_between_the_shards_of_a_block(convert_folder, sources, tmp_path, monkeypatch):
+    whole = convert_folder(sources("llama"), **SMALL).out
+    write, written = Writer.write_shard, []
+
+    def killed(self, file, *rest):
+        if len(written) == 3:  # the two ends and the first layer of the first block
+            raise KeyboardInterrupt
+        written.append(file)
+        write(self, file, *rest)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert_folder(sources("llama"), **SMALL, out=out)
+    assert not out.exists()
+    convert_folder(sources("llama"), **SMALL, out=out)
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_defaults():
+    def found(device, hidden, **settings):
+        return refine_settings(ConvertConfig(source="x", **settings), torch.device(device), 1024, hidden)
+
+    assert found("cuda", 576).block > 1 and found("cuda", 576).block_steps > found("cuda", 576).steps
+    assert found("cuda", 8192).block == 1 and found("cuda", 8192).block_steps == 0  # memory
+    assert found("cpu", 576).block == 1
+    closed_form = found("cuda", 576, refine_steps=0)
+    assert closed_form.steps == closed_form.block_steps == 0
+    assert found("cpu", 576, refine_block=4, block_steps=7).block_steps == 7

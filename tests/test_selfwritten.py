@@ -1,0 +1,66 @@
+"""Text that the original writes: by the model as it is stored, the same again for the same seed, in the right windows."""
+
+import pico
+import pytest
+import torch
+
+from mla_convert import selfwritten
+from mla_convert.config import ConvertConfig
+from mla_convert.source import open_source
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def opened(sources):
+    return lambda name: open_source(str(sources(name)))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "mixtral", "gemma2", "phi3", "gpt2", "qwen2", "pythia"])
+def test_the_whole_original_is_loaded(opened, name):
+    ids = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        found, expected = (
+            m(ids, use_cache=False).logits for m in (selfwritten.load_whole(opened(name), CPU), pico.model(name))
+        )
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_sampled_from_the_models_own_distribution(opened):
+    model = selfwritten.load_whole(opened("llama"), CPU)
+    texts = selfwritten.write(model, 400, 2, first=1, seed=0)
+    assert texts.shape == (400, 2) and torch.equal(texts, selfwritten.write(model, 400, 2, first=1, seed=0))
+    with torch.no_grad():
+        expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
+        follow = model(torch.cat([torch.ones(400, 1, dtype=torch.long), texts[:, :1]], 1)).logits[:, -1].softmax(-1)
+    drawn = torch.bincount(texts[:, 0], minlength=len(expected)) / 400
+    assert float((drawn - expected).abs().max()) < 0.12  # five standard errors
+    # what is drawn from p has, on average, a probability of sum p^2; drawn after another prefix it would have less
+    assert float(follow.gather(1, texts[:, 1:]).mean()) == pytest.approx(float(follow.square().sum(-1).mean()), rel=0.15)
+
+
+def test_pairs_of_windows_are_replaced():
+    assert selfwritten.chosen(8, 0.5).tolist() == [False, False, True, True] * 2
+    assert not selfwritten.chosen(8, 0.0).any() and selfwritten.chosen(7, 1.0).all()
+    assert selfwritten.chosen(400, 0.3).float().mean() == pytest.approx(0.3, abs=0.01)
+
+
+def test_windows_keep_their_first_token_and_their_length(opened, sources, monkeypatch):
+    monkeypatch.setattr(selfwritten, "TEXT_TOKENS", 10)  # several texts a window
+    source = opened("llama")
+    windows = torch.full((8, 24), 7)
+    found = selfwritten.mixed(windows, 0.5, source, source.tokenizer(), CPU, seed=0)
+    replaced = selfwritten.chosen(8, 0.5)
+    assert found.shape == windows.shape and (found[~replaced] == 7).all() and not (found[replaced] == 7).all()
+    assert selfwritten.mixed(windows, 0.0, source, source.tokenizer(), CPU, seed=0) is windows
+
+
+def test_default(opened):
+    assert selfwritten.share(ConvertConfig(source="x"), opened("llama"), CPU) == 0
+    assert selfwritten.share(ConvertConfig(source="x", calib_self=0.25), opened("llama"), CPU) == 0.25
+
+
+def test_conversion(convert_folder, sources):
+    first, second = (convert_folder(sources("llama"), calib_self=0.5, kv_ratio=0.5) for _ in range(2))
+    assert first.calibration["self_written"] == 0.5 and first.checksums == second.checksums
+    assert first.checksums != convert_folder(sources("llama"), calib_self=0, kv_ratio=0.5).checksums
