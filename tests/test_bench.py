@@ -1,14 +1,12 @@
 """`bench` on the CPU: what it counts is right, what it runs is the model, and what it refuses it names."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from mla_convert import bench
+from mla_convert import bench, bench_models
 from mla_convert.shapes import SHAPES
 from mla_convert.speed_report import plot, ratios
 
@@ -19,16 +17,16 @@ SMALL = {**SHAPES["llama-8b"], "hidden_size": 64, "intermediate_size": 96, "num_
 
 @pytest.fixture(scope="module")
 def configs():
-    original = bench.shape_config(SMALL)
-    return original, bench.converted_config(original, 32, 16)
+    original = bench_models.shape_config(SMALL)
+    return original, bench_models.converted_config(original, 32, 16)
 
 
 @pytest.fixture(scope="module")
 def models(configs):
     torch.manual_seed(0)
     original, converted = configs
-    return (bench.random_model(original, torch.float32, CPU),
-            bench.random_model(converted, torch.float32, CPU, original))  # fmt: skip
+    return (bench_models.random_model(original, torch.float32, CPU),
+            bench_models.random_model(converted, torch.float32, CPU, original))  # fmt: skip
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -40,7 +38,7 @@ def test_a_step_is_the_model(models, which):
         want = model(ids).logits[:, -1]
         cache = DynamicCache()
         model(ids, past_key_values=cache)
-        cache.layers = [bench.FullLayer(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        cache.layers = [bench_models.FullLayer(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         for layer in cache.layers:
             layer.keys[:, :, -1] = torch.nan  # what the step writes
         model.config._attn_implementation, before = bench.FULL, model.config._attn_implementation
@@ -51,19 +49,19 @@ def test_a_step_is_the_model(models, which):
 
 def test_bytes(configs, models):
     original, converted = configs
-    assert bench.token_bytes(original, torch.bfloat16) == 2 * 2 * 2 * 16 * 2
-    assert bench.token_bytes(converted, torch.bfloat16) == 2 * (32 + 16) * 2
+    assert bench_models.token_bytes(original, torch.bfloat16) == 2 * 2 * 2 * 16 * 2
+    assert bench_models.token_bytes(converted, torch.bfloat16) == 2 * (32 + 16) * 2
     for config, model in zip(configs, models, strict=True):
-        cache = bench.full_cache(config, 3, 7, torch.float32, CPU)
-        assert bench.held_bytes(CPU, cache) == 3 * 7 * bench.token_bytes(config, torch.float32)
+        cache = bench_models.full_cache(config, 3, 7, torch.float32, CPU)
+        assert bench_models.held_bytes(CPU, cache) == 3 * 7 * bench_models.token_bytes(config, torch.float32)
         embedding = model.get_input_embeddings().weight.nbytes
-        assert bench.read_bytes(model) == sum(w.nbytes for w in model.parameters()) - embedding
+        assert bench_models.read_bytes(model) == sum(w.nbytes for w in model.parameters()) - embedding
 
 
 def test_figures_and_picture(configs):
     original, converted = configs
-    sides = [("ours", lambda: bench.random_model(converted, torch.float32, CPU, original)),
-             ("theirs", lambda: bench.random_model(original, torch.float32, CPU))]  # fmt: skip
+    sides = [("ours", lambda: bench_models.random_model(converted, torch.float32, CPU, original)),
+             ("theirs", lambda: bench_models.random_model(original, torch.float32, CPU))]  # fmt: skip
     wanted = bench.Wanted((16, 32), (1, 2), (8,), price=3.6, steps=3)
     figures = bench.bench(sides, wanted, CPU)
     assert json.loads(json.dumps(figures)) == figures
@@ -91,10 +89,6 @@ def test_heads_in_groups_are_the_same(models, monkeypatch):
         torch.testing.assert_close(models[1](ids).logits, want)
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "mla_convert", "bench", *arguments], capture_output=True, text=True)
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -102,18 +96,22 @@ def run(*arguments):
         (("--config", "llama-9b"), 4, "neither a file nor one of"),
         (("--config", "smollm2-135m", "--batch", "max", "--device", "cpu"), 2, "need a CUDA device"),
         (("--config", "smollm2-135m", "--context", "1k"), 2, "whole numbers"),
+        (("--config", "smollm2-135m", "--dtype", "int8"), 2, "give bfloat16, float16 or float32"),
+        (("--config", "smollm2-135m", "--against", "x"), 2, "--against goes with MODEL"),
     ],
 )
-def test_bad_input(arguments, code, words):
-    done = run(*arguments)
-    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+def test_bad_input(cli, arguments, code, words):
+    got, out, err = cli("bench", *arguments)
+    assert got == code and words in err and not out
 
 
-def test_command_line(tmp_path):
+def test_command_line(cli, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SMALL))
-    done = run("--config", str(config), "--rank", "32", "--rope-dim", "16", "--context", "16", "--steps", "2", "--json",
-               "--device", "cpu", "--dtype", "float32", "--plot", str(tmp_path / "p.svg"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["models"]) == 2
+    options = ("--context", "16", "--steps", "2", "--device", "cpu", "--dtype", "float32")
+    code, out, _ = cli("bench", "--config", config, "--rank", "32", "--rope-dim", "16", *options, "--json", "--plot",
+                       tmp_path / "p.svg")  # fmt: skip
+    assert code == 0 and [model["converted"] for model in json.loads(out)["models"]] == [True, False]
     assert (tmp_path / "p.svg").read_text().startswith("<svg")
+    code, out, _ = cli("bench", "--config", config, *options)
+    assert code == 0 and "tokens/s" in out

@@ -77,7 +77,9 @@ def parts(arguments):
             for config in filter(None, known if device == "cuda" else known[:1]):
                 shape = (rank, rope_dim, heads, batch, length, 0, False)
                 row, problem = alone(pool, call_parts, shape, config, device)
-                log.add(f"{shape} {brief(config)}: {row or problem}", kind="parts", shape=shape, row=row, problem=problem)
+                log.add(
+                    f"{shape} {brief(config)}: {row or problem}", kind="parts", shape=shape, row=row, problem=problem
+                )
         row, problem = alone(pool, absorbed_or_expanded, rank, rope_dim, heads, arguments.at[0][1], device)
         log.add(f"absorbed, expanded: {row or problem}", kind="absorbed", row=row, problem=problem)
     pool.close()

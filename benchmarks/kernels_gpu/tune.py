@@ -33,7 +33,11 @@ def candidates(rank, rope_dim, rows):
     ):
         if (block_m > wide and block_m != 64) or block_m < min(wide, 32):
             continue
-        if (block_n == 16 and rank <= 256) or (per_sm == 3 and rank > 256) or (warps == 8 and block_m * rank < 64 * 128):
+        if (
+            (block_n == 16 and rank <= 256)
+            or (per_sm == 3 and rank > 256)
+            or (warps == 8 and block_m * rank < 64 * 128)
+        ):
             continue
         config = DecodeConfig(block_m, block_n, warps, stages, per_sm)
         memory = shared_memory(config, rank, rope_dim, 2) + 1024
@@ -51,12 +55,12 @@ def hopper_candidates(rank, rope_dim):
     """Configurations of the Hopper kernel: as many stages as fit, two warpgroups or one, one program or several."""
     found = []
     chunks = -(-rank // 64)
-    for block_n, left, per_sm in itertools.product((64, 32), (0, chunks, 2), (1, 2, 3)):
-        groups = hopper_chunks(rank, rope_dim, min(left, chunks))[0]
+    for block_n, first, per_sm in itertools.product((64, 32), (0, chunks, 2), (1, 2, 3)):
+        groups = hopper_chunks(rank, rope_dim, min(first, chunks))[0]
         if (groups[2] and per_sm > 1) or (not groups[2] and sum(groups) > {1: 4, 2: 2, 3: 1}[per_sm]):
             continue
         for stages in (8, 7, 6, 5, 4, 3, 2, 1):
-            config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, hopper=True, left=min(left, chunks))
+            config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, hopper=True, left=min(first, chunks))
             if per_sm * (hopper_shared_memory(config, rank, rope_dim) + 1024) <= SHARED_LIMIT:
                 found.append(config)
                 break
@@ -187,7 +191,9 @@ def tune(arguments):
         arguments.seconds = end - share / 3
         found = sweep(jobs, shape, builders, timer, arguments, log, tag)
         arguments.seconds = end
-        found += sweep(variants(found, batch) if arguments.device == "cuda" else [], shape, builders, timer, arguments, log, tag)
+        found += sweep(
+            variants(found, batch) if arguments.device == "cuda" else [], shape, builders, timer, arguments, log, tag
+        )
         found.sort(key=lambda entry: entry[0]["us"])
         for row, config, num_splits in found[:3]:
             log.add(

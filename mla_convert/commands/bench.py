@@ -16,9 +16,7 @@ EXAMPLE = "mla-convert bench llama-8b-mla --against meta-llama/Llama-3.1-8B --co
 
 SHAPE, WORK = "Random weights", "Work"
 
-Model = Annotated[
-    str | None, typer.Argument(help="Folder, Hub id or recipe; converted or not.", show_default=False)
-]
+Model = Annotated[str | None, typer.Argument(help="Folder, Hub id or recipe; converted or not.", show_default=False)]
 Against = Annotated[str | None, typer.Option(help="The original, named like MODEL.", show_default=False)]
 Shape = Annotated[
     str | None,
@@ -69,7 +67,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 def _sides(model: str | None, against: str | None, shape: str | None, rank: int | None, rope_dim: int, dtype: Any,
            device: Any) -> list[tuple[str, Any]]:  # fmt: skip
     """Names of the models, and what builds each."""
-    from mla_convert.bench import converted_config, random_model, shape_config
+    from mla_convert.bench_models import converted_config, random_model, shape_config
     from mla_convert.loading import find_model, load_model
     from mla_convert.source import load_config
 
@@ -78,8 +76,8 @@ def _sides(model: str | None, against: str | None, shape: str | None, rank: int 
     if shape is None:
         if rank is not None:
             raise UsageError("--rank goes with --config: a MODEL has its own")
-        return [(name, lambda place=find_model(name): load_model(place, dtype, device))
-                for name in (model, against) if name]  # fmt: skip
+        places = [(name, find_model(name)) for name in (model, against) if name]
+        return [(name, lambda place=place: load_model(place, dtype, device)) for name, place in places]
     if against:
         raise UsageError("--against goes with MODEL; --config with --rank measures both by itself")
     if shape in SHAPES:

@@ -4,9 +4,9 @@
 MLPs and heads are the stock classes with the original's weights. What is cached per token is the latent and one rotary key,
 both shared by all heads, in the stock transformers caches: latent in the key slot, rotary key in the value slot.
 
-This file and the two beside it need only torch and transformers; they are also written beside the weights of a converted model, so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. Where the package mla_attention and
-Triton are there as well, its kernels decode on CUDA (see decode_mla.py).
+This file and the two beside it need only torch and transformers; they are also written beside the weights of a converted
+model, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. Where the package
+mla_attention and Triton are there as well, its kernels decode on CUDA (see decode_mla.py).
 """
 
 import importlib

@@ -17,7 +17,7 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "torch-ext" / "mla_attention"
 _here = threading.local()
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     """A barrier that is waited for in vain."""
 
 
@@ -120,7 +120,7 @@ class Barrier:
     def wait(self, parity):
         with self.change:
             if not self.change.wait_for(lambda: self.phase & 1 != int(parity), TOO_LONG):
-                raise Deadlock(f"phase {self.phase}, {self.pending} arrivals and {self.bytes} bytes missing")
+                raise DeadlockError(f"phase {self.phase}, {self.pending} arrivals and {self.bytes} bytes missing")
 
 
 def allocate(dtype, shape, layout):
@@ -168,7 +168,7 @@ def warp_specialize(partitions, warps, registers):
     for thread in threads:
         thread.join()
     if failures:
-        raise min(failures, key=lambda failure: isinstance(failure, Deadlock))
+        raise min(failures, key=lambda failure: isinstance(failure, DeadlockError))
 
 
 class Kernel:

@@ -43,7 +43,7 @@ def decode(case, config=CONFIG, num_splits=0, softcap=0.0, window=None, **visibl
     return out, lse
 
 
-@pytest.mark.parametrize(("rank", "rope_dim"), [(16, 0), (64, 16), (96, 32), (160, 64), (320, 128), (576, 64)])
+@pytest.mark.parametrize(("rank", "rope_dim"), [(16, 0), (96, 32), (320, 128), (576, 64)])
 @pytest.mark.parametrize("block_n", [32, 64])
 def test_ranks(rank, rope_dim, block_n):
     case = make_case(4, 1, 5, rank, rope_dim, [200, 0, 1, 131], torch.float16)

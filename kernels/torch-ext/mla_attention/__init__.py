@@ -95,7 +95,9 @@ def mla_decode(
         check_integers("block_table", block_table, q_latent.device)
         expect(block_table.shape[1] <= 1 or block_table.stride(1) == 1, lambda: "block_table: rows must be contiguous")
     expect(softmax_scale > 0, lambda: f"softmax_scale is {softmax_scale}, expected a positive number")
-    expect(num_splits is None or 1 <= num_splits <= 1024, lambda: f"num_splits is {num_splits}, expected None or 1 to 1024")
+    expect(
+        num_splits is None or 1 <= num_splits <= 1024, lambda: f"num_splits is {num_splits}, expected None or 1 to 1024"
+    )
     expect(softcap >= 0, lambda: f"softcap is {softcap}, expected a positive number, or 0 for none")
     expect(window is None or window > 0, lambda: f"window is {window}, expected a positive number, or None")
     if out is None:
@@ -158,7 +160,8 @@ def mla_write(
                latent_cache=latent_cache, rope_cache=rope_cache)  # fmt: skip
     check_rows(cos.dtype, latent.device, cos=cos, sin=sin)
     expect(
-        positions.dtype in (torch.int32, torch.int64), lambda: f"positions has dtype {positions.dtype}, expected int32 or int64"
+        positions.dtype in (torch.int32, torch.int64),
+        lambda: f"positions has dtype {positions.dtype}, expected int32 or int64",
     )
     if block_table is not None:
         check_shape("block_table", block_table, batch, None)

@@ -28,15 +28,19 @@ def check_shape(name: str, tensor: Tensor, *shape: int | None) -> None:
 def check_rows(dtype: torch.dtype, device: torch.device, **tensors: Tensor) -> None:
     """ValueError unless all have this dtype and device, and numbers of a row that lie side by side."""
     for name, tensor in tensors.items():
-        expect(tensor.dtype == dtype, lambda: f"{name} has dtype {tensor.dtype}, expected {dtype}")
-        expect(tensor.device == device, lambda: f"{name} is on {tensor.device}, expected {device}")
-        expect(tensor.shape[-1] <= 1 or tensor.stride(-1) == 1, lambda: f"{name}: the last dimension must be contiguous")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: the last dimension must be contiguous")
 
 
 def check_widths(rank: int, rope_dim: int, heads: int) -> None:
     """ValueError for a rank, rope dimension or head count that the kernels do not serve."""
     expect(
-        rank % 16 == 0 and 16 <= rank <= MAX_RANK, lambda: f"rank is {rank}: a multiple of 16 from 16 to {MAX_RANK} is served"
+        rank % 16 == 0 and 16 <= rank <= MAX_RANK,
+        lambda: f"rank is {rank}: a multiple of 16 from 16 to {MAX_RANK} is served",
     )
     expect(
         rope_dim % 16 == 0 and 0 <= rope_dim <= MAX_ROPE,

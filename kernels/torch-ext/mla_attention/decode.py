@@ -49,9 +49,7 @@ def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
     )
 
 
-def hopper_possible(
-    q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int, block_n: int
-) -> bool:
+def hopper_possible(q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int, block_n: int) -> bool:
     """Whether the Hopper kernel can run here on these tensors, with tiles of `block_n` tokens."""
     return (
         q_latent.is_cuda

@@ -82,8 +82,8 @@ def _fetch(maps, rows, ready, rings, at, GROUPS: gl.constexpr, NR: gl.constexpr)
 @gluon.jit
 def _load_partition(
     tile_maps, query_maps, seen, block_table, tile_rings, query_rings, barriers, work, tokens, window, stride_tb, c_rows,
-    k_rows, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
-    SPLITS: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr,
+    k_rows, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr, STAGES: gl.constexpr,
+    PAGE: gl.constexpr, SPLITS: gl.constexpr, MASK: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Tiles of all stretches one after another, and the queries of each as soon as those before are done with."""
     full, empty, q_full, q_empty, p_full, p_empty = barriers
@@ -92,7 +92,9 @@ def _load_partition(
     count = 0
     sequences = 0
     for b in range(b_first, b_stop):
-        begin, stop, first, last, _ = _stretch(b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW)
+        begin, stop, first, last, _ = _stretch(
+            b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW
+        )
         at += last - first
         for tile in range(begin, stop):
             n0 = tile * BLOCK_N
@@ -175,9 +177,7 @@ def _attend(weights, groups, stage, accs, G0: gl.constexpr):
     """Weights [64, tokens], in registers or in shared memory, times the values of groups G0 and G0 + 1."""
     begun = ()
     for i in gl.static_range(len(accs)):
-        begun = begun + (
-            warpgroup_mma(weights, groups[G0 + i].index(stage), accs[i], is_async=True),
-        )
+        begun = begun + (warpgroup_mma(weights, groups[G0 + i].index(stage), accs[i], is_async=True),)
     if len(accs) == 1:
         return (warpgroup_mma_wait(0, deps=begun),)
     else:
@@ -292,9 +292,7 @@ def _weigh_partition(
                     if MASK:
                         if holed:
                             of_row = mask + b.to(gl.int64) * stride_mb + row_t * stride_mt
-                            flag = gl.load(
-                                of_row[:, None] + token[None, :], mask=visible & in_range[:, None], other=0
-                            )
+                            flag = gl.load(of_row[:, None] + token[None, :], mask=visible & in_range[:, None], other=0)
                             visible = visible & (flag != 0)
                     s = gl.where(visible, s, -float("inf"))
                     if n0 + BLOCK_N > length:
@@ -399,7 +397,8 @@ def _attend_partition(
 
 @gluon.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
 def mla_decode_fwd_kernel_hopper(
-    c0_map, c1_map, c2_map, c3_map, k_map, q0_map, q1_map, q2_map, q3_map, qr_map, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
+    c0_map, c1_map, c2_map, c3_map, k_map, q0_map, q1_map, q2_map, q3_map, qr_map, lengths, starts, holes, mask,
+    block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, batch, tokens, heads, workers, min_tiles,
     stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt, c_rows, k_rows,
     rank: gl.constexpr, BATCH: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, NR: gl.constexpr, RW: gl.constexpr,

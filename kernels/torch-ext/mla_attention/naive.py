@@ -18,7 +18,7 @@ def mask_extent(mask: Tensor) -> Tensor:
     from a query other than what comes after its own token: the last of T queries sees up to the last token, the one before
     it one less, and so on. The kernels read the mask itself only where that third number is not 0.
     """
-    batch, tokens, length = mask.shape
+    tokens, length = mask.shape[1:]
     position = torch.arange(length, device=mask.device)
     seen = mask.any(1)
     stop = torch.where(seen, position + 1, 0).amax(-1)

@@ -38,7 +38,7 @@ TUNED = {
     ("NVIDIA H100 80GB HBM3", 512, 64, 64): DecodeConfig(64, 64, warps=8),
     ("NVIDIA H100 80GB HBM3", 512, 64, 128): DecodeConfig(64, 64, warps=8),
     ("NVIDIA H100 80GB HBM3", 256, 64, 32): DecodeConfig(32, 64, stages=3),
-    ("NVIDIA H100 80GB HBM3", 160, 32, 16): DecodeConfig(16, 64, stages=3, per_sm=2),
+    ("NVIDIA H100 80GB HBM3", 160, 32, 16): DecodeConfig(16, 64, stages=3, per_sm=2, pdl=True),
     ("NVIDIA H100 80GB HBM3", 96, 32, 32): DecodeConfig(32, 64, stages=3, per_sm=2, pdl=True),
 }
 
