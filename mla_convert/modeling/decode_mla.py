@@ -128,7 +128,7 @@ def write_static(
     """
     layers = getattr(cache, "layers", None) or ()
     layer = layers[layer_idx] if layer_idx < len(layers) else None
-    if type(layer) is not StaticLayer or cos is None or torch.compiler.is_compiling() or latent.device.type != "cuda":
+    if type(layer) is not StaticLayer or cos is None or torch.compiler.is_compiling():
         return None
     written = getattr(layer, "cumulative_length", None)
     needs_grad = latent.requires_grad or q_rope.requires_grad

@@ -248,17 +248,21 @@ def emulated(name):
         "triton.experimental.gluon": types.SimpleNamespace(language=language, jit=jit),
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
     }
-    before = {key: sys.modules.get(key) for key in stand_ins}
+    before = {key: sys.modules.get(key) for key in (*stand_ins, "emulated")}
     sys.modules.update(stand_ins)
     extra = sys.modules["triton.language.extra"]
     cuda, extra.cuda = extra.cuda, stand_ins["triton.language.extra.cuda"]
+    package = types.ModuleType("emulated")
+    package.__path__ = [str(KERNELS)]
+    stand_ins["emulated"] = sys.modules["emulated"] = package
     try:
-        spec = importlib.util.spec_from_file_location(f"emulated_{name}", KERNELS / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(f"emulated.{name}", KERNELS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         module.range = loop
         spec.loader.exec_module(module)
     finally:
         extra.cuda = cuda
+        sys.modules.pop("emulated.hopper_pieces", None)
         for key, old in before.items():
             sys.modules.pop(key)
             if old is not None:

@@ -141,6 +141,9 @@ def test_generation_is_the_same(on_any_device, monkeypatch, cache):
     calls = []
     decode = mla_attention.mla_decode
     monkeypatch.setattr(mla_attention, "mla_decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
+    writes = []
+    write = mla_attention.mla_write
+    monkeypatch.setattr(mla_attention, "mla_write", lambda *a, **k: writes.append(a) or write(*a, **k))
     outputs = []
     for choice in ("sdpa", "triton"):
         for layer in model.model.layers:
@@ -151,5 +154,6 @@ def test_generation_is_the_same(on_any_device, monkeypatch, cache):
             options |= {"cache_implementation": "static", "disable_compile": True}
         outputs.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options))
         assert len(calls) == (0 if choice == "sdpa" else 2 * 5)
+        assert len(writes) == (0 if choice == "sdpa" or cache == "dynamic" else 2 * 6)  # the prompt as well
     torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)

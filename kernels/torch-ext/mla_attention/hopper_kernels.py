@@ -20,47 +20,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-BLOCK_M = gl.constexpr(64)
-CHUNK = gl.constexpr(64)
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _tile_range(length, start, tokens, window, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr):
-    """First tile that any query of the sequence may see, and one past the last. Scalars or vectors."""
-    last = (length + (BLOCK_N - 1)) // BLOCK_N
-    if WINDOW:
-        start = gl.maximum(start, length - tokens - window + 1)
-    return gl.minimum(start // BLOCK_N, last), last
-
-
-@gluon.jit
-def _stretch(
-    b, at, share, seen, tokens, window, BLOCK_N: gl.constexpr, SPLITS: gl.constexpr, MASK: gl.constexpr,
-    WINDOW: gl.constexpr,
-):  # fmt: skip
-    """What a worker does of sequence b, whose first tile is number `at` of all: tiles begin .. stop of first .. last."""
-    lengths, starts = seen
-    share_lo, share_hi = share
-    length = gl.load(lengths + b)
-    start = 0
-    if MASK:
-        start = gl.load(starts + b)
-    first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
-    if SPLITS > 0:
-        each = (last - first + SPLITS - 1) // SPLITS
-        begin = gl.minimum(first + share_lo * each, last)
-        stop = gl.minimum(begin + each, last)
-    else:
-        begin = first + gl.maximum(share_lo - at, 0)
-        stop = first + gl.minimum(share_hi - at, last - first)
-    return begin, stop, first, last, length
+from .hopper_pieces import (
+    BLOCK_M,
+    CHUNK,
+    LN2,
+    add,
+    attend,
+    capped,
+    clean,
+    part_slot,
+    scaled,
+    store,
+    stretch,
+    tile_range,
+    times,
+    zeros,
+)
 
 
 @gluon.jit
@@ -92,7 +67,7 @@ def _load_partition(
     count = 0
     sequences = 0
     for b in range(b_first, b_stop):
-        begin, stop, first, last, _ = _stretch(
+        begin, stop, first, last, _ = stretch(
             b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW
         )
         at += last - first
@@ -119,104 +94,6 @@ def _load_partition(
 
 
 @gluon.jit
-def _capped(scores, scale_log2, softcap):
-    """Raw dot products to base-2 logits with cap * tanh(x / cap) in between."""
-    x = scores * (scale_log2 / (LOG2E * softcap))
-    e = gl.exp2(-2.0 * LOG2E * gl.abs(x))  # of -2|x|, so that it cannot overflow
-    t = (1.0 - e) / (1.0 + e)
-    return gl.where(x < 0, -t, t) * (softcap * LOG2E)
-
-
-@gluon.jit
-def _clean(tile, n0, length):
-    """Zeros for the rows of a tile past the end of the sequence, which may hold NaN: 0 * NaN would come through."""
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    COUNT: gl.constexpr = tile.type.shape[1] // CHUNK
-    n = n0 + gl.arange(0, tile.type.shape[0], layout=gl.SliceLayout(1, L))
-    for c in gl.static_range(COUNT):
-        chunk = tile.slice(c * CHUNK, CHUNK, dim=1)
-        value = chunk.load(L)
-        chunk.store(gl.where((n < length)[:, None], value, gl.zeros_like(value)))
-
-
-@gluon.jit
-def _zero(CHUNKS: gl.constexpr):
-    """Accumulator [64, 64 CHUNKS]."""
-    W: gl.constexpr = CHUNKS * CHUNK
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
-    return gl.zeros([BLOCK_M, W], gl.float32, layout=L)
-
-
-@gluon.jit
-def _zeros(A: gl.constexpr, B: gl.constexpr):
-    """Accumulators of A chunks, and of B if there are any."""
-    accs = (_zero(A),)
-    if B > 0:
-        accs = accs + (_zero(B),)
-    return accs
-
-
-@gluon.jit
-def _times(acc, factor):
-    """Accumulator times a factor per row, which may be in any layout."""
-    L: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    return acc * gl.convert_layout(factor, L)[:, None]
-
-
-@gluon.jit
-def _scaled(accs, factor):
-    """Accumulators times a factor per row."""
-    out = ()
-    for i in gl.static_range(len(accs)):
-        out = out + (_times(accs[i], factor),)
-    return out
-
-
-@gluon.jit
-def _attend(weights, groups, stage, accs, G0: gl.constexpr):
-    """Weights [64, tokens], in registers or in shared memory, times the values of groups G0 and G0 + 1."""
-    begun = ()
-    for i in gl.static_range(len(accs)):
-        begun = begun + (warpgroup_mma(weights, groups[G0 + i].index(stage), accs[i], is_async=True),)
-    if len(accs) == 1:
-        return (warpgroup_mma_wait(0, deps=begun),)
-    else:
-        return warpgroup_mma_wait(0, deps=begun)
-
-
-@gluon.jit
-def _store(outputs, strides, place, acc, rank: gl.constexpr, AT: gl.constexpr):
-    """Accumulator of the chunks from AT on: to the output, if the stretch is the whole sequence, else to its part."""
-    out, part = outputs
-    b, slot, whole, first_row, rows, heads = place
-    stride_ob, stride_ot, stride_oh = strides
-    W: gl.constexpr = acc.type.shape[1]
-    L: gl.constexpr = acc.type.layout
-    row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, L))
-    d = AT * CHUNK + gl.arange(0, W, layout=gl.SliceLayout(0, L))
-    mask = (row < rows)[:, None]
-    if rank % CHUNK != 0:
-        mask = mask & (d < rank)[None, :]
-    if whole:
-        offset = (row // heads) * stride_ot + (row % heads) * stride_oh
-        into = out + b.to(gl.int64) * stride_ob
-        gl.store(into + offset[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    else:
-        to = part + slot.to(gl.int64) * rows * rank
-        gl.store(to + (row * rank)[:, None] + d[None, :], acc, mask=mask)
-
-
-@gluon.jit
-def _slot(worker, begin, first, SPLITS: gl.constexpr):
-    """Where a partial result goes."""
-    if SPLITS > 0:
-        slot = worker
-    else:
-        slot = 2 * worker + (begin == first).to(gl.int32)
-    return slot
-
-
-@gluon.jit
 def _weigh_partition(
     outputs, lses, seen, masking, tile_rings, query_rings, weights, factors, barriers, work, tokens, heads, window,
     scale_log2, softcap, strides,
@@ -239,7 +116,7 @@ def _weigh_partition(
     sequences = 0
     sent = 0
     for b in range(b_first, b_stop):
-        begin, stop, first, last, length = _stretch(
+        begin, stop, first, last, length = stretch(
             b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW
         )
         at += last - first
@@ -261,7 +138,7 @@ def _weigh_partition(
             bare_hi = length - tokens + 1  # every row sees tokens bare_lo .. bare_hi
             m = gl.full([BLOCK_M], -float("inf"), gl.float32, layout=gl.SliceLayout(1, L))
             l = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(1, L))
-            accs = _zeros(GROUPS[0], GROUPS[1])
+            accs = zeros(GROUPS[0], GROUPS[1])
             mbarrier.wait(q_full, sequences & 1)
             for tile in range(begin, stop):
                 n0 = tile * BLOCK_N
@@ -283,7 +160,7 @@ def _weigh_partition(
                     gl.thread_barrier()
                     mbarrier.arrive(q_empty, count=1)
                 if SOFTCAP:
-                    s = _capped(s, scale_log2, softcap)
+                    s = capped(s, scale_log2, softcap)
                 if (n0 + BLOCK_N > bare_hi) | (n0 < bare_lo) | holed:
                     token = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, L))
                     visible = token[None, :] < limit[:, None]
@@ -298,7 +175,7 @@ def _weigh_partition(
                     if n0 + BLOCK_N > length:
                         for g in gl.static_range(4):
                             if GROUPS[g] > 0:
-                                _clean(groups[g].index(stage), n0, length)
+                                clean(groups[g].index(stage), n0, length)
                 peak = gl.max(s, 1)
                 if not SOFTCAP:
                     peak = peak * scale_log2
@@ -321,9 +198,9 @@ def _weigh_partition(
                 if TWO:
                     mbarrier.arrive(p_full, count=1)
                     sent += 1
-                accs = _scaled(accs, alpha)
+                accs = scaled(accs, alpha)
                 operand = gl.convert_layout(half, gl.DotOperandLayout(0, accs[0].type.layout, 2))
-                accs = _attend(operand, groups, stage, accs, 0)
+                accs = attend(operand, groups, stage, accs, 0)
                 gl.thread_barrier()  # all four warps are done with the tile
                 mbarrier.arrive(empty.index(stage), count=1)
                 count += 1
@@ -337,11 +214,11 @@ def _weigh_partition(
                 mbarrier.arrive(p_full, count=1)
                 sent += 1
             whole = (begin == first) & (stop == last)
-            slot = _slot(worker, begin, first, SPLITS)
+            slot = part_slot(worker, begin, first, SPLITS)
             place = (b, slot, whole, first_row, rows, heads)
-            _store(outputs, strides, place, _times(accs[0], inverse), rank, 0)
+            store(outputs, strides, place, times(accs[0], inverse), rank, 0)
             if GROUPS[1] > 0:
-                _store(outputs, strides, place, _times(accs[1], inverse), rank, GROUPS[0])
+                store(outputs, strides, place, times(accs[1], inverse), rank, GROUPS[0])
             lse2 = m + gl.log2(l)
             if whole:
                 of_row = (b.to(gl.int64) * heads + row % heads) * tokens + row_t
@@ -366,18 +243,18 @@ def _attend_partition(
     count = 0
     got = 0
     for b in range(b_first, b_stop):
-        begin, stop, first, last, length = _stretch(
+        begin, stop, first, last, length = stretch(
             b, at, (share_lo, share_hi), seen, tokens, window, BLOCK_N, SPLITS, MASK, WINDOW
         )
         at += last - first
         if begin < stop:
-            accs = _zeros(GROUPS[2], GROUPS[3])
+            accs = zeros(GROUPS[2], GROUPS[3])
             ROW: gl.constexpr = gl.SliceLayout(1, accs[0].type.layout)
             for tile in range(begin, stop):
                 stage = count % STAGES
                 mbarrier.wait(p_full, got & 1)
                 alpha = factors.load(ROW)
-                accs = _attend(weights, groups, stage, _scaled(accs, alpha), 2)
+                accs = attend(weights, groups, stage, scaled(accs, alpha), 2)
                 gl.thread_barrier()
                 mbarrier.arrive(p_empty, count=1)
                 mbarrier.arrive(empty.index(stage), count=1)
@@ -389,10 +266,10 @@ def _attend_partition(
             mbarrier.arrive(p_empty, count=1)
             got += 1
             whole = (begin == first) & (stop == last)
-            place = (b, _slot(worker, begin, first, SPLITS), whole, first_row, rows, heads)
-            _store(outputs, strides, place, _times(accs[0], inverse), rank, GROUPS[0] + GROUPS[1])
+            place = (b, part_slot(worker, begin, first, SPLITS), whole, first_row, rows, heads)
+            store(outputs, strides, place, times(accs[0], inverse), rank, GROUPS[0] + GROUPS[1])
             if GROUPS[3] > 0:
-                _store(outputs, strides, place, _times(accs[1], inverse), rank, GROUPS[0] + GROUPS[1] + GROUPS[2])
+                store(outputs, strides, place, times(accs[1], inverse), rank, GROUPS[0] + GROUPS[1] + GROUPS[2])
 
 
 @gluon.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
@@ -463,9 +340,9 @@ def mla_decode_fwd_kernel_hopper(
         start = length * 0
         if MASK:
             start = gl.load(starts + ids, mask=ids < batch, other=0)
-        first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
+        first, last = tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
         count = last - first
-        ends = gl.associative_scan(count, 0, _add)
+        ends = gl.associative_scan(count, 0, add)
         total = gl.sum(count, 0)
         active = gl.maximum(gl.minimum(workers, (total + min_tiles - 1) // min_tiles), 1)
         each = total // active  # the first few have one more
