@@ -1,15 +1,15 @@
 """Run as a program: compile the kernels for sm_90a and launch them on a driver that does everything but run them.
 
 Finds what only a launch can: arguments that the launcher refuses, and kernels that the assembler does. Triton's own launcher
-is written in C; here its generator runs and its Python part, which makes tensor maps. PYTHONPATH leads to the package and to cases.py.
+is written in C; here its generator runs and its Python part, which makes tensor maps. PYTHONPATH leads to the package and
+to cases.py.
 """
 
 import torch
 import triton.backends.nvidia.driver as nvidia
+from cases import make_case
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-from cases import make_case
 
 from mla_attention import decode as launcher
 from mla_attention.tuning import DecodeConfig
