@@ -9,7 +9,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mla_convert.commands import bench, convert, evaluate, gate, inspect, plan, push, recipes, report, sweep, verify
+from mla_convert.commands import (
+    bench,
+    convert,
+    evaluate,
+    export,
+    gate,
+    inspect,
+    plan,
+    push,
+    recipes,
+    report,
+    serve_check,
+    sweep,
+    verify,
+)
 from mla_convert.commands.shared import is_verbose
 from mla_convert.errors import GateFailed, Interrupted, MlaConvertError
 
@@ -78,6 +92,8 @@ for name, command, example in (
     ("eval", evaluate.evaluate, evaluate.EXAMPLE),
     ("bench", bench.bench, bench.EXAMPLE),
     ("gate", gate.gate, gate.EXAMPLE),
+    ("export", export.export, export.EXAMPLE),
+    ("serve-check", serve_check.serve_check, serve_check.EXAMPLE),
     ("push", push.push, push.EXAMPLE),
     ("report", report.report, report.EXAMPLE),
 ):

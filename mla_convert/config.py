@@ -27,7 +27,8 @@ class Settings(BaseModel):
     rope_dim: int | Full | None = None
     kv_ratio: float | None = None
     uniform: bool = False
-    planes: Literal["loss", "even"] = "loss"
+    planes: Literal["loss", "table", "even"] = "loss"
+    engine: Literal["vllm", "sglang", "llama.cpp"] | None = None
     calib: str | None = None
     calib_samples: int | None = Field(None, ge=1)
     calib_length: int | None = Field(None, ge=16)

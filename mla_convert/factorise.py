@@ -127,7 +127,7 @@ def _choose(
     keys = rope.complex_rows(k, 2 * rho.shape[1])
     key_cov = keys @ tokens.to(keys.dtype) @ keys.mH
     query_energy = key_cost.diagonal(dim1=-2, dim2=-1).view(len(rho), 2, -1).sum(1)
-    choose = {"loss": rope.choose_planes, "even": rope.even_planes}[planes]
+    choose = {"loss": rope.choose_planes, "table": rope.table_planes, "even": rope.even_planes}[planes]
     if turning == rho.shape[1]:
         return choose(key_cov, query_energy, rho, count)
     still = key_cov[turning:].diagonal(dim1=-2, dim2=-1).real * rope.by_group(query_energy[:, turning:], keys.shape[1])
@@ -280,7 +280,8 @@ def factorise(
     Latents are ordered: the first r rows of a higher rank are what rank r would have.
 
     :param rank: None leaves the latent whole, all keys and values (or the input where that is smaller), unordered.
-    :param planes: "loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation;
+    :param planes: "loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation; "table" does
+        so with one plane at most for each frequency of a table that serving engines can express;
         "even" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
     :return: weights in float64 and, in `energy`, what the approximation loses.
     """

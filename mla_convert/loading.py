@@ -18,6 +18,7 @@ from mla_convert.figures import look_up
 from mla_convert.source import PACKAGE, Place, load_config, locate
 
 PREFIX = "mla_"  # of a converted model's model_type
+EXPORTED = "mla_convert"  # key of an exported model's config.json
 
 
 def find_model(name: str, revision: str | None = None) -> Place:
@@ -90,6 +91,12 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
     Raises:
         InputError: its weights are missing, damaged, of other shapes than its configuration says, or pickled.
     """
+    exported = None if place.gguf else getattr(model_config(place), EXPORTED, None)
+    if isinstance(exported, dict) and exported.get("profile") != "portable":
+        raise InputError(
+            f"{place.label} is exported for engines (profile {exported.get('profile')}), and transformers' own classes would "
+            f"misread it: give the converted model that it was made from"
+        )
     if place.gguf and dtype == "auto":
         dtype = torch.float32
     options = _gguf(place) if place.gguf else {"use_safetensors": True, "trust_remote_code": False}

@@ -12,6 +12,7 @@ from mla_convert import environment, folder, layers, measure, report, selfwritte
 from mla_convert.attention import mla_config
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
+from mla_convert.engines.towards import towards
 from mla_convert.plan import make_plan, shares_out
 from mla_convert.progress import Progress
 from mla_convert.recipe_file import write_recipe
@@ -34,6 +35,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
 
     with phases.phase("open"):
         source = open_source(config.source, config.revision)
+        config = towards(config, source)
         output.check_output(out, source.folder, config.overwrite)
         plan = make_plan(config, source.shape)
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)

@@ -11,6 +11,17 @@ from mla_convert.errors import InputError
 UNIT = 16
 MAX_DEFAULT_ROPE = 64
 DEFAULT_RATIO = 0.5
+# Frequencies of the RoPE table that serving engines have for latent attention (qk_rope_head_dim 64).
+TABLE = 32
+
+
+def table_frequencies(turning: int) -> range:
+    """Which of a model's `turning` frequencies planes of kind "table" may have: evenly spaced, from the fastest on.
+
+    Every n-th power of theta is again a table of DeepSeek's form, so an engine can be told of them by one number.
+    """
+    step = max(1, turning // TABLE)
+    return range(0, turning, step)[:TABLE]
 
 
 @dataclass(frozen=True)
@@ -180,6 +191,14 @@ def _default_rope(shape: AttentionShape, rank: int | str) -> int:
 def _rope_dim(settings: Settings, shape: AttentionShape, default: int) -> int:
     full = shape.full_rope_dim
     rope_dim = {"full": full, None: default}.get(settings.rope_dim, settings.rope_dim)
+    if settings.planes == "table":
+        turning = 0 if not full else full // shape.num_kv_heads // 2
+        limit = 2 * len(table_frequencies(turning))
+        rope_dim = min(rope_dim, limit) if settings.rope_dim in (None, "full") else rope_dim
+        if rope_dim > limit:
+            raise InputError(
+                f"rope_dim {rope_dim} is above {limit}: planes of kind 'table' have a frequency each; give at most that"
+            )
     if rope_dim < 0 or rope_dim % 2:
         raise InputError(f"rope_dim {rope_dim} is not an even number of at least 0: every rotary plane takes two dims")
     if rope_dim > full:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from mla_convert import sizing, timing
 from mla_convert.attention import mla_config
 from mla_convert.config import ConvertConfig
+from mla_convert.engines.towards import towards
 from mla_convert.layers import refine_settings
 from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
@@ -34,6 +35,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         ResourceError: the Hub cannot be reached.
     """
     source = open_source(config.source, config.revision, weights=False)
+    config = towards(config, source)
     plan = make_plan(config, source.shape)
     dtype = source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     windows = source.sliding_windows

@@ -35,7 +35,7 @@ def write_recipe(
     Local files and folders are written by their names alone, as a converted folder is made to be published; a comment
     says which.
     """
-    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio"})
+    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio", "engine"})
     settings |= {
         "rank": plan.rank,
         "rope_dim": plan.rope_dim,

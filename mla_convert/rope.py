@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mla_convert.plan import table_frequencies
+
 __all__ = [
     "Planes",
     "by_group",
@@ -27,6 +29,7 @@ __all__ = [
     "mean_rotation",
     "real_matrix",
     "real_rows",
+    "table_planes",
 ]
 
 
@@ -124,10 +127,23 @@ def choose_planes(key_cov: Tensor, query_energy: Tensor, rho: Tensor, count: int
     return _keep(cost.flatten().topk(count).indices, write, read, key_cov, query_energy, rho)
 
 
+def table_planes(key_cov: Tensor, query_energy: Tensor, rho: Tensor, count: int) -> Planes:
+    """choose_planes with at most one plane of a frequency, and only of `table_frequencies`; same parameters.
+
+    What engines can express that know one RoPE table for all layers and a slot for each of its frequencies.
+    """
+    num_kv = key_cov.shape[1]
+    charge = query_energy * (1 - rho.abs().square()).clamp_min(0)
+    cost, write, read = _plane_basis(key_cov, by_group(charge, num_kv))
+    allowed = torch.tensor(table_frequencies(len(key_cov)), dtype=torch.int64, device=rho.device)
+    best = allowed[cost[allowed, 0].topk(count).indices]
+    return _keep(best * num_kv, write, read, key_cov, query_energy, rho)
+
+
 def even_planes(key_cov: Tensor, query_energy: Tensor, rho: Tensor, count: int) -> Planes:
     """The best plane of each of `count` evenly spaced frequencies (then the second best, and so on).
 
-    The layout that DeepSeek-format engines can express, and the benchmark for choose_planes; same parameters.
+    TransMLA's layout, and the benchmark for choose_planes and table_planes; same parameters.
     """
     n_f, num_kv = key_cov.shape[:2]
     _, write, read = _plane_basis(key_cov, torch.ones_like(key_cov[..., 0].real))

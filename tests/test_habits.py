@@ -92,8 +92,17 @@ def folder(convert_pico):
     return convert_pico("llama", rank=10, rope_dim=6).out
 
 
+@pytest.fixture(scope="module")
+def served(convert_pico, tmp_path_factory):
+    """A converted folder that engines can express, and its export."""
+    from mla_convert.engines.export import export
+
+    converted = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    return converted, export(converted, tmp_path_factory.mktemp("served") / "out").out
+
+
 @pytest.fixture
-def arguments(folder, sources, tmp_path):
+def arguments(folder, served, sources, tmp_path):
     text = sources("llama").parent / "text.txt"
     windows = ("--eval", text, "--eval-windows", 2, "--eval-length", 32, "--device", "cpu")
     return {
@@ -107,6 +116,8 @@ def arguments(folder, sources, tmp_path):
         "verify": (folder,),
         "eval": (folder, *windows),
         "gate": (folder, "--min-kv-saving", "10%", *windows),
+        "export": (served[0], "--out", tmp_path / "exported"),
+        "serve-check": (served[1], "--engine", "transformers", "--against", served[0]),
         "push": (folder, "me/tiny-mla"),
         "report": (folder, "--html", tmp_path / "report.html"),
     }  # fmt: skip
@@ -119,7 +130,9 @@ def test_json_alone_is_on_stdout(hub, cli, arguments, name):
     assert isinstance(json.loads(out), dict | list)
 
 
-@pytest.mark.parametrize("name", ["convert", "sweep", "plan", "inspect", "verify", "eval", "gate", "push"])
+@pytest.mark.parametrize(
+    "name", ["convert", "sweep", "plan", "inspect", "verify", "eval", "gate", "export", "serve-check", "push"]
+)
 def test_quiet_says_nothing_on_stderr(hub, cli, arguments, name):
     code, _, err = cli(name, *arguments[name], "--quiet")
     assert code == 0 and not err

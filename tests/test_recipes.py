@@ -270,8 +270,8 @@ def test_written_recipe_holds_every_setting_and_no_path(convert_pico, sources):
     assert str(sources("llama").parent) not in content and os.path.expanduser("~") + "/" not in content
     assert "# source was a local file or folder" in content and "# text.txt was a local file" in content
     recipe = load_recipe(report.out / "recipe.yaml")
-    assert recipe.settings.model_fields_set == {*Settings.model_fields} - {"kv_ratio", "held_out"}
-    assert None not in recipe.settings.model_dump(exclude={"kv_ratio", "held_out"}).values()
+    assert recipe.settings.model_fields_set == {*Settings.model_fields} - {"kv_ratio", "engine", "held_out"}
+    assert None not in recipe.settings.model_dump(exclude={"kv_ratio", "engine", "held_out"}).values()
     assert recipe.settings.rank == report.cache["kv_lora_rank"] and recipe.source == "source"
 
 

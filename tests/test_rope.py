@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mla_convert import rope
+from mla_convert.plan import table_frequencies
 
 N_F, KV, HEADS = 4, 2, 6
 INV_FREQ = 10.0 ** -torch.arange(N_F, dtype=torch.float64)
@@ -67,6 +68,23 @@ def test_choose_planes_loses_no_more_than_even_planes(spectrum):
         assert rope.choose_planes(key_cov, energy, rho, count).lost <= rope.even_planes(
             key_cov, energy, rho, count
         ).lost * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("count", [0, 1, N_F])
+def test_table_planes_are_the_best_with_a_frequency_each(count, spectrum):
+    key_cov, energy, distance = spectrum
+    rho = rope.mean_rotation(distance, INV_FREQ)
+    planes = rope.table_planes(key_cov, energy, rho, count)
+    assert len(planes.freq_index) == len(set(planes.freq_index.tolist())) == count
+    free = rope.choose_planes(key_cov, energy, rho, count)
+    assert free.lost <= planes.lost <= rope.even_planes(key_cov, energy, rho, count).lost
+    if count == 1:  # nothing to choose between frequencies: the best of all planes
+        assert torch.equal(free.freq_index, planes.freq_index) and torch.isclose(free.lost, planes.lost)
+
+
+def test_a_table_has_frequencies_in_even_steps():
+    assert table_frequencies(64) == range(0, 64, 2) and table_frequencies(32) == range(32)
+    assert table_frequencies(48) == range(32) and table_frequencies(4) == range(4) and not table_frequencies(0)
 
 
 def test_content_maps_give_the_mean_of_what_no_plane_carries(spectrum):

@@ -36,7 +36,9 @@ def test_sampled_from_the_models_own_distribution(opened):
     drawn = torch.bincount(texts[:, 0], minlength=len(expected)) / 400
     assert float((drawn - expected).abs().max()) < 0.12  # five standard errors
     # what is drawn from p has, on average, a probability of sum p^2; drawn after another prefix it would have less
-    assert float(follow.gather(1, texts[:, 1:]).mean()) == pytest.approx(float(follow.square().sum(-1).mean()), rel=0.15)
+    assert float(follow.gather(1, texts[:, 1:]).mean()) == pytest.approx(
+        float(follow.square().sum(-1).mean()), rel=0.15
+    )
 
 
 def test_pairs_of_windows_are_replaced():

@@ -64,8 +64,19 @@ def convert(
     planes: Annotated[
         str | None,
         typer.Option(
-            help="Which planes stay rotary: 'loss' (those that would lose most) or 'even' (evenly spaced).",
+            help="Which planes stay rotary: 'loss' (those that would lose most), 'table' (of those one for each frequency, as "
+            "serving engines need them) or 'even' (evenly spaced).",
             rich_help_panel=SIZE,
+        ),
+    ] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="Choose sizes and planes that vllm, sglang or llama.cpp can serve; then see `export`.",
+            rich_help_panel=SIZE,
+            show_default=False,
         ),
     ] = None,
     calib: Annotated[
@@ -181,20 +192,34 @@ def convert(
         ),
     ] = None,
     private: Private = None,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Then also write what engines serve, as `export` does, beside the output: portable, engine or hf-code.",
+            rich_help_panel=RUN,
+            show_default=False,
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Convert SOURCE to Multi-head Latent Attention and write it, with a report, to a folder."""
-    own = ("json_", "quiet", "verbose", "eval_", "push_to_hub", "private")
+    own = ("json_", "quiet", "verbose", "eval_", "push_to_hub", "private", "export", "for_")
     options = {key: value for key, value in locals().items() if key not in (*own, "own")}
-    options |= {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "eval": eval_}
+    options |= {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "eval": eval_, "engine": for_}
     if private and not push_to_hub:
         raise UsageError("--private is for --push-to-hub: give both, or neither")
-    run_conversion(options, as_json=json_, quiet=quiet, push_to_hub=push_to_hub, private=private)
+    run_conversion(options, as_json=json_, quiet=quiet, push_to_hub=push_to_hub, private=private, export=export)
 
 
 def run_conversion(
-    options: dict[str, Any], as_json: bool, quiet: bool, push_to_hub: str | None = None, private: bool | None = None
+    options: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    export: str | None = None,
 ) -> None:
     """Options to settings, settings to a conversion, its report to the terminal."""
     from mla_convert.config import build_config
@@ -208,6 +233,12 @@ def run_conversion(
     from mla_convert.report import print_summary
 
     progress = Progress(quiet=quiet, verbose=is_verbose())
+    if export:
+        from mla_convert.engines.profiles import check_profile
+        from mla_convert.engines.towards import check_export
+        from mla_convert.source import open_source
+
+        check_export(config, check_profile(export), open_source(config.source, config.revision, weights=False))
     if push_to_hub:
         from mla_convert import hub
 
@@ -217,6 +248,8 @@ def run_conversion(
         typer.echo(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
     else:
         print_summary(report, Console())
+    if export:
+        _export(report.out, export, quiet or as_json)
     if push_to_hub:
         try:
             done = hub.push(report.out, push_to_hub, private=private, progress=progress)
@@ -224,6 +257,18 @@ def run_conversion(
             error.args = (f"{error}; the converted model is in {report.out}, to be pushed later",)
             raise
         typer.echo(f"{len(done.files)} files are at {done.url}", err=as_json)
+
+
+def _export(folder: Path, profile: str, quiet: bool) -> None:
+    """What `--export` writes beside a conversion; where it cannot, the conversion stays and the message says so."""
+    from mla_convert.commands.export import run_export, summary
+
+    try:
+        found = run_export(folder, profile, None, "auto", "auto", False, True, quiet)
+    except MlaConvertError as error:
+        error.args = (f"{error}; the converted model is in {folder}",)
+        raise
+    typer.echo(summary(found), err=True)
 
 
 def run_guarded(work: Callable[[], Any]) -> Any:

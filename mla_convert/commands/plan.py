@@ -22,6 +22,9 @@ def plan(
     uniform: Annotated[
         bool | None, typer.Option("--uniform", help="The same sizes in every layer, as for a conversion.")
     ] = None,
+    for_: Annotated[
+        str | None, typer.Option("--for", metavar="ENGINE", help="Sizes for an engine, as for a conversion.")
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help="Card to fit into: h100, a100-80, 4090, l4, mi300x, …")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, instead of --gpu: 80GB, 24GiB, …")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
@@ -35,6 +38,7 @@ def plan(
 
     card = card_memory(gpu, memory)
     sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio, "uniform": uniform}
+    sizes |= {"engine": for_}
     config = build_config({"source": source, "revision": revision, **sizes})
     silence_libraries(quiet)
     from rich.console import Console

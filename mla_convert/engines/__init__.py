@@ -1,0 +1,1 @@
+"""Converted models in the form that serving engines know: DeepSeek-V3's."""

@@ -1,0 +1,150 @@
+"""Asks one serving engine for log-probabilities and greedy tokens: `python ask_engine.py ENGINE MODEL QUESTIONS ANSWERS`.
+
+Runs in the environment that the engine is installed in, which need not have mla_convert: imports the engine and the
+standard library, nothing else. QUESTIONS and ANSWERS are JSON files; `serve_check` writes the one and reads the other.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+
+
+def ask_transformers(model, asked):
+    """Through AutoModelForCausalLM, in one pass a prompt."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, asked["dtype"])
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=asked["trust_remote_code"]).eval()
+    net.generation_config.eos_token_id = None  # as many tokens as are asked for, whatever they are
+    found = []
+    with torch.no_grad():
+        for ids in asked["prompts"]:
+            logp = net(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+            top = logp.topk(asked["top"])
+            entries = [dict(zip(i.tolist(), v.tolist(), strict=True)) for v, i in zip(*top, strict=True)]
+            for entry, line, token in zip(entries, logp, ids[1:], strict=True):
+                entry[token] = float(line[token])
+            tokens = net.generate(torch.tensor([ids]), max_new_tokens=asked["tokens"], do_sample=False, pad_token_id=0)
+            found.append({"logprobs": entries, "greedy": tokens[0, len(ids) :].tolist()})
+    return {"version": transformers.__version__, "path": type(net).__name__, "prompts": found}
+
+
+def ask_vllm(model, asked):
+    """Through vllm.LLM, all prompts at once."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import vllm
+    from vllm.platforms import current_platform
+
+    options = {"model_impl": asked["model_impl"]} if asked["model_impl"] else {}
+    if current_platform.is_cpu():
+        # 0.32's rotary kernel for CPUs misreads the queries of MLA, DeepSeek's own checkpoints included
+        options["compilation_config"] = {"custom_ops": ["none"]}
+    longest = max(map(len, asked["prompts"])) + asked["tokens"] + 1
+    engine = vllm.LLM(model=model, dtype=asked["dtype"], trust_remote_code=asked["trust_remote_code"], enforce_eager=True,
+                      skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=len(asked["prompts"]), seed=0,
+                      max_logprobs=asked["top"], enable_prefix_caching=False, **options)  # fmt: skip
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False,
+                                   prompt_logprobs=asked["top"])  # fmt: skip
+    answers = engine.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], sampling, use_tqdm=False)
+    found = []
+    for answer in answers:
+        lines = [{token: entry.logprob for token, entry in line.items()} for line in answer.prompt_logprobs[1:]]
+        found.append({"logprobs": lines, "greedy": list(answer.outputs[0].token_ids)})
+    arch = engine.llm_engine.model_config.architecture
+    return {"version": vllm.__version__, "path": arch, "prompts": found}
+
+
+def ask_sglang(model, asked):
+    """Through sglang.Engine, prompt by prompt."""
+    import sglang
+
+    engine = sglang.Engine(model_path=model, dtype=asked["dtype"], trust_remote_code=asked["trust_remote_code"],
+                           skip_tokenizer_init=True, disable_radix_cache=True, disable_cuda_graph=True)  # fmt: skip
+    found = []
+    try:
+        for ids in asked["prompts"]:
+            sampling = {"temperature": 0.0, "max_new_tokens": asked["tokens"], "ignore_eos": True}
+            answer = engine.generate(input_ids=ids, sampling_params=sampling, return_logprob=True, logprob_start_len=0,
+                                     top_logprobs_num=asked["top"])  # fmt: skip
+            meta = answer["meta_info"]
+            lines = []
+            for own, best in zip(meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:], strict=True):
+                lines.append({entry[1]: entry[0] for entry in (*(best or ()), own)})
+            found.append({"logprobs": lines, "greedy": list(answer["output_ids"])})
+    finally:
+        engine.shutdown()
+    return {"version": sglang.__version__, "path": "sglang.Engine", "prompts": found}
+
+
+def ask_llama_cpp(model, asked):
+    """Through llama-server: one token for each beginning of each prompt, with the likeliest next ones."""
+    port = asked["port"]
+    longest = max(map(len, asked["prompts"])) + asked["tokens"] + 8
+    command = [asked["server"], "-m", model, "--port", str(port), "-c", str(longest), "-np", "1", "--no-warmup"]
+    with open(asked["log"], "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait(port, server)
+        found = [_ask_server(port, ids, asked) for ids in asked["prompts"]]
+    finally:
+        server.terminate()
+        server.wait()
+    version = subprocess.run([asked["server"], "--version"], capture_output=True, text=True)
+    named = [line for line in (version.stdout + version.stderr).splitlines() if line.startswith("version")]
+    return {"version": (named or ["unknown"])[0].removeprefix("version: "), "path": "llama-server", "prompts": found}
+
+
+def _wait(port, server, seconds=600):
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if server.poll() is not None:
+            raise SystemExit(f"llama-server ended with code {server.returncode} before it could be asked")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.3)
+    raise SystemExit(f"llama-server did not answer within {seconds} s")
+
+
+def _post(port, content):
+    body = json.dumps(content).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/completion", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
+
+
+def _ask_server(port, ids, asked):
+    common = {"temperature": 0.0, "cache_prompt": True, "n_probs": asked["top"], "post_sampling_probs": False,
+              "return_tokens": True, "ignore_eos": False}  # fmt: skip
+    lines = []
+    for end in range(1, len(ids)):
+        answer = _post(port, {**common, "prompt": ids[:end], "n_predict": 1})
+        best = answer["completion_probabilities"][0]["top_logprobs"]
+        lines.append({entry["id"]: entry["logprob"] for entry in best if math.isfinite(entry["logprob"])})
+    answer = _post(port, {**common, "prompt": ids, "n_predict": asked["tokens"], "ignore_eos": True, "n_probs": 0})
+    return {"logprobs": lines, "greedy": answer["tokens"]}
+
+
+ENGINES = {"transformers": ask_transformers, "vllm": ask_vllm, "sglang": ask_sglang, "llama.cpp": ask_llama_cpp}
+
+
+def main():
+    """Arguments to answers."""
+    engine, model, questions, answers = sys.argv[1:]
+    with open(questions, encoding="utf-8") as file:
+        asked = json.load(file)
+    found = ENGINES[engine](model, asked)
+    with open(answers, "w", encoding="utf-8") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main()

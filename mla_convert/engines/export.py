@@ -1,0 +1,237 @@
+"""Writes a converted model in DeepSeek-V3's form, one layer at a time, for engines that know nothing of mla_convert."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_convert.checkpoint.reader import check_finite
+from mla_convert.checkpoint.writer import Writer, check_output, check_space
+from mla_convert.engines.converted import EMBEDDING, HEAD, NORM, Converted
+from mla_convert.engines.features import block_diagonal
+from mla_convert.engines.profiles import Profile, check_dtype, residual_scale
+from mla_convert.engines.readme import write_readme
+from mla_convert.engines.rope_table import share_table
+from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, served_config
+from mla_convert.engines.sizes import Pad, Sizes, padded
+from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
+from mla_convert.environment import versions
+from mla_convert.errors import InputError, UsageError
+from mla_convert.figures import mean
+from mla_convert.plan import TABLE
+from mla_convert.progress import Progress
+from mla_convert.source import COPIED, kv_heads
+
+EXPORT = "export.json"
+# Scale of the latent. portable: small, as its eps is; engine: near one, as quantised rows want it.
+PORTABLE_ALPHA, LEAST_ALPHA = 2.0**-30, 2.0**-60
+# What hf-code's own norm adds, a power of four: latents stay as they are.
+CODE_EPS, LARGEST_CODE_EPS = 4.0**20, 4.0**60
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written. `distortion` bounds the share by which the latent norm can change a latent, for any input."""
+
+    out: Path
+    profile: Profile
+    sizes: Sizes
+    dtype: str
+    distortion: float
+    source_numbers: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `export --json` prints it and export.json holds it, but for the local path."""
+        sizes = {"kv_lora_rank": self.sizes.rank, "qk_rope_head_dim": self.sizes.rope_dim,
+                 "qk_nope_head_dim": self.sizes.nope_dim, "v_head_dim": self.sizes.v_dim}  # fmt: skip
+        return {"profile": self.profile, "dtype": self.dtype, **sizes, "cache_numbers": self.sizes.cache_numbers,
+                "converted_cache_numbers": self.source_numbers, "latent_norm_distortion": self.distortion}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Everything that makes the exported tensors out of the converted ones."""
+
+    sizes: Sizes
+    slots: list[list[int]]
+    norms: list[LatentNorm]
+    distortion: float
+    q_scale: float
+    rope_scale: float
+    residual: float
+    dtype: torch.dtype
+
+
+def export(
+    folder: Path,
+    out: Path,
+    profile: Profile = "portable",
+    dtype: str = "auto",
+    pad: Pad = "auto",
+    gguf: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Export:
+    """Write the converted model in `folder` to `out` as a dense DeepSeek-V3 checkpoint.
+
+    :param pad: see `padded`.
+    :param gguf: config.json as llama.cpp's converter wants it (profile engine only).
+
+    Raises:
+        UsageError: gguf in another profile.
+        InputError: this model, or this size, cannot be said in this profile; nothing is written.
+        ResourceError: the disk does not suffice.
+    """
+    if gguf and profile != "engine":
+        raise UsageError("--gguf is for --profile engine: quantised, the other profiles' latents would be lost")
+    model, progress = Converted(folder, profile), progress or Progress()
+    dtype = check_dtype(str(model.reader.dtype(EMBEDDING)).removeprefix("torch."), dtype)
+    check_output(out, folder, overwrite)
+    form, content = _plan(model, profile, dtype, pad, gguf)
+    check_space(out, _bytes(content, form))
+    held = mean(model.config.layer_rank(index) + model.config.layer_rope_dim(index) for index in model.layers)
+    result = Export(out, profile, form.sizes, dtype, form.distortion, held)
+
+    sources = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    with Writer(out.resolve(), {"export": content, "source": sources}) as writer:
+        progress.start(len(model.layers), 0, "exporting")
+        try:
+            for number, tensors in enumerate(_shards(model, form)):
+                file = f"model-{number + 1:05d}-of-{len(model.layers) + 2:05d}.safetensors"
+                check_finite(tensors)
+                writer.write_shard(file, tensors)
+                if 0 < number <= len(model.layers):
+                    progress.layer_measured()
+        finally:
+            progress.stop()
+        _write_rest(model, writer, content, result)
+    return result
+
+
+def _plan(model: Converted, profile: Profile, dtype: str, pad: Pad, gguf: bool) -> tuple[_Form, dict[str, Any]]:
+    """How the tensors are made, and config.json."""
+    config, traits, planes = model.config, model.traits, model.planes()
+    ranks = [config.layer_rank(index) for index in model.layers]
+    widest = max(config.layer_nope_dim(index) for index in model.layers)
+    if profile == "hf-code":
+        slots, theta, rope_dim = [list(range(len(own))) for own in planes], traits.theta, 2 * max(map(len, planes))
+    else:
+        table = share_table(planes, list(traits.inv_freq), traits.theta, None if pad == "none" else TABLE)
+        slots, theta, rope_dim = table.slots, table.theta, 2 * table.size
+    sizes = padded(ranks, rope_dim, widest, config.v_head_dim, pad)
+    largest = model.largest_writing_weight() if profile == "engine" else 0.0
+    residual, eps = residual_scale(profile, config.rms_norm_eps, largest)
+    bounds = [model.largest_latent(index, sizes.rank) for index in model.layers]
+    norms = _latent_norms(profile, bounds, eps)
+    distortion = max(norm.distortion(bound) for norm, bound in zip(norms, bounds, strict=True))
+    content = served_config(config, profile, sizes, dtype, theta, eps, gguf)
+    q_scale = traits.softmax_scale * math.sqrt(sizes.nope_dim + sizes.rope_dim)
+    if profile == "hf-code":
+        q_scale = 1.0
+        content |= _code_fields(model, planes, sizes, norms[0].eps)
+    form = _Form(sizes, slots, norms, distortion, q_scale, traits.rope_scale, residual, getattr(torch, dtype))
+    return form, content
+
+
+def _code_fields(model: Converted, planes: list[list[int]], sizes: Sizes, latent_eps: float) -> dict[str, Any]:
+    """What config.json says to the code of profile hf-code. Tables are padded with frequencies that turn nothing."""
+    config, m = model.config, sizes.rope_dim // 2
+    tables = [[model.traits.inv_freq[f] for f in own] + [0.0] * (m - len(own)) for own in planes]
+    module, normed = CODE_FILE.removesuffix(".py"), config.mla_q_norm is not None
+    return {
+        "auto_map": {"AutoModel": f"{module}.{MODEL_CLASS}", "AutoModelForCausalLM": f"{module}.{CODE_CLASS}"},
+        "mla_q_bias": config.mla_q_bias and not normed,
+        "mla_kv_bias": config.mla_kv_bias and not normed,
+        "mla_o_bias": config.mla_o_bias,
+        "mla_softmax_scale": model.traits.softmax_scale,
+        "mla_latent_eps": latent_eps,
+        "mla_inv_freq": tables[:1] if all(table == tables[0] for table in tables) else tables,
+        "mla_pad_token_id": config.pad_token_id,
+        "mla_head_dim": config.v_head_dim,
+        "mla_feature_heads": [config.num_attention_heads, *[kv_heads(config)] * 2] if normed else None,
+        "mla_feature_bias": normed and (config.mla_q_bias or config.mla_kv_bias),
+    }
+
+
+def _latent_norms(profile: Profile, bounds: list[float], eps: float) -> list[LatentNorm]:
+    """A norm for each layer that leaves its latent alone.
+
+    Raises:
+        InputError: latents can be so large that none does.
+    """
+    if profile == "hf-code":
+        own = CODE_EPS
+        while max(bounds) / (2 * own) > DISTORTION and own < LARGEST_CODE_EPS:
+            own *= 4
+        norms = [LatentNorm.linear(own, bound, 1.0, 1.0) for bound in bounds]
+    else:
+        largest = 1.0 if profile == "engine" else PORTABLE_ALPHA
+        norms = [LatentNorm.linear(eps, bound, largest, LEAST_ALPHA) for bound in bounds]
+    for layer, (norm, bound) in enumerate(zip(norms, bounds, strict=True)):
+        if norm is None:
+            raise InputError(
+                f"the latent of layer {layer} can reach a root mean square of {math.sqrt(bound):.1e}, which an engine's latent "
+                f"norm would change by more than {DISTORTION}: this model cannot be exported"
+            )
+    return norms
+
+
+def _bytes(content: dict[str, Any], form: _Form) -> int:
+    """Bytes of all exported tensors."""
+    hidden, heads, sizes = content["hidden_size"], content["num_attention_heads"], form.sizes
+    per_head = 2 * sizes.nope_dim + sizes.rope_dim + 2 * sizes.v_dim
+    layer = 3 * hidden * content["intermediate_size"] + hidden * sizes.cache_numbers
+    layer += heads * (hidden * (sizes.nope_dim + sizes.rope_dim + sizes.v_dim) + sizes.rank * per_head)
+    total = content["num_hidden_layers"] * layer + 2 * content["vocab_size"] * hidden
+    return total * form.dtype.itemsize
+
+
+def _shards(model: Converted, form: _Form) -> Iterator[dict[str, Tensor]]:
+    """Exported tensors: embeddings, then each layer's, then the final norm and the head, which is never tied."""
+    table = model.reader.read([EMBEDDING])[EMBEDDING]
+    yield {EMBEDDING: _scaled(table, form.residual).to(form.dtype)}
+    del table
+    for index in model.layers:
+        attention, features, rest = model.layer(index)
+        own = served_attention(
+            attention, form.sizes, form.slots[index], form.norms[index], form.q_scale, form.rope_scale, form.residual
+        )
+        rest["mlp.down_proj.weight"] = _scaled(rest["mlp.down_proj.weight"], form.residual)
+        if features:
+            own["q_proj.weight"] = block_diagonal(own["q_proj.weight"], model.config.num_attention_heads)
+            rest |= features.tensors()
+        named = rest | {f"self_attn.{name}": tensor for name, tensor in own.items()}
+        yield {f"model.layers.{index}.{name}": tensor.to(form.dtype) for name, tensor in named.items()}
+    last = model.reader.read([NORM, EMBEDDING if model.config.tie_word_embeddings else HEAD])
+    head = last.pop(EMBEDDING) if model.config.tie_word_embeddings else last.pop(HEAD)
+    yield {NORM: last[NORM].to(form.dtype), HEAD: head.to(form.dtype)}
+
+
+def _scaled(weight: Tensor, factor: float) -> Tensor:
+    """A weight times a factor in float32, which for large tables is as much memory as can be spared."""
+    return weight if factor == 1 else weight.float() * factor
+
+
+def _write_rest(model: Converted, writer: Writer, content: dict[str, Any], result: Export) -> None:
+    """Configuration, code, tokenizer, export.json and README beside the weights; then the folder gets its name."""
+    folder = writer.folder
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if result.profile == "hf-code":
+        shutil.copyfile(Path(__file__).with_name(CODE_FILE), folder / CODE_FILE)
+    for pattern in COPIED:
+        for file in model.folder.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    facts = {"source": model.label, **result.as_dict(), "versions": versions(), "checksums": writer.checksums()}
+    (folder / EXPORT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_readme(folder, model.label, facts)
+    writer.write_index()
+    writer.publish()

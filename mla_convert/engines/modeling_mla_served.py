@@ -1,0 +1,172 @@
+"""A converted model as DeepSeek-V3 with what the stock class cannot say: biases, a softmax scale of its own, rotary frequencies
+of its own in every layer, and norms on queries and keys.
+
+Needs only torch and transformers (5.15 or newer). vLLM (0.28 or newer, with --trust-remote-code) runs it through its
+transformers backend, which finds latent attention in it by its shape and replaces it by its own kernels: names, the norm
+on the latent and the inherited forward must stay what they are.
+"""
+
+import torch
+from torch import nn
+from transformers import DeepseekV3ForCausalLM, DeepseekV3Model
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3DecoderLayer,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+    apply_rotary_pos_emb_interleave,
+    eager_attention_forward,
+)
+
+
+class MlaServedLatentNorm(DeepseekV3RMSNorm):
+    """Its epsilon is so large that it only divides by a constant, which its weight multiplies back: the identity."""
+
+
+class MlaServedAttention(DeepseekV3Attention):
+    """DeepSeek-V3's attention with the biases and the softmax scale of the model that was converted."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        heads, hidden = self.num_heads, config.hidden_size
+        compressed = config.kv_lora_rank + config.qk_rope_head_dim
+        self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.mla_q_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, compressed, bias=config.mla_kv_bias)
+        self.kv_a_layernorm = MlaServedLatentNorm(config.kv_lora_rank, eps=config.mla_latent_eps)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.mla_o_bias)
+        self.scaling = config.mla_softmax_scale
+
+
+class MlaServedFeatures(nn.Module):
+    """Queries and keys behind the norms that the model has on them, and its values: what latent attention then reads.
+
+    One projection, not three, so that engines leave it whole on every device.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.mla_head_dim
+        self.sizes = [count * self.head_dim for count in config.mla_feature_heads]
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.mla_feature_bias)
+        self.q_norm = DeepseekV3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = DeepseekV3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states):
+        """hidden_states (B, T, hidden) -> normed queries (B, T, H * d_h), and normed keys with values (B, T, 2 G * d_h)."""
+        query, key, value = self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
+        query = self.q_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        key = self.k_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        return query, torch.cat([key, value], dim=-1)
+
+
+class MlaServedNormedAttention(MlaServedAttention):
+    """The same attention on `MlaServedFeatures`. Each head's query is a map of its own features: q_proj is block diagonal."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        heads, keys, values = (count * config.mla_head_dim for count in config.mla_feature_heads)
+        compressed = config.kv_lora_rank + config.qk_rope_head_dim
+        self.q_proj = nn.Linear(heads, self.num_heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(keys + values, compressed, bias=False)
+
+    def forward(self, query, key_value, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        """Features of queries (B, T, H * d_h) and of keys and values -> attention output (B, T, hidden), and weights."""
+        batch, length = query.shape[:-1]
+        q_states = self.q_proj(query).view(batch, length, -1, self.qk_head_dim).transpose(1, 2)
+        q_pass, q_rot = torch.split(q_states, [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        compressed = self.kv_a_proj_with_mqa(key_value)
+        latent, k_rot = torch.split(compressed, [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        latent = latent.view(batch, 1, length, self.kv_lora_rank)
+        k_rot = k_rot.view(batch, 1, length, self.qk_rope_head_dim)
+        cos, sin = position_embeddings
+        q_rot, k_rot = apply_rotary_pos_emb_interleave(q_rot, k_rot, cos, sin)
+        if past_key_values is not None:
+            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+        query_states = torch.cat((q_pass, q_rot), dim=-1)
+        key_states, value_states = self.expand_kv(latent, k_rot)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(batch, length, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+class MlaServedRotaryEmbedding(DeepseekV3RotaryEmbedding):
+    """Angles of all layers' tables one after another, each table twice as the stock class has it: (B, T, tables * 2m)."""
+
+    @staticmethod
+    def compute_default_rope_parameters(config, **_):
+        """inv_freq (tables * 2m,) in radians per position, and no scaling."""
+        tables = torch.tensor(config.mla_inv_freq, dtype=torch.float)
+        return torch.cat([tables, tables], dim=-1).flatten(), 1.0
+
+    @torch.no_grad()
+    def forward(self, x, position_ids):
+        """cos and sin for position_ids (B, T), in the dtype of x."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class MlaServedDecoderLayer(DeepseekV3DecoderLayer):
+    """The stock layer with the attention above, which gets its own part of the table."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.normed = config.mla_feature_heads is not None
+        self.self_attn = (MlaServedNormedAttention if self.normed else MlaServedAttention)(config, layer_idx)
+        self.features = MlaServedFeatures(config) if self.normed else None
+        table = layer_idx if len(config.mla_inv_freq) > 1 else 0
+        self.first_angle = table * config.qk_rope_head_dim
+        self.last_angle = self.first_angle + config.qk_rope_head_dim
+
+    def forward(self, hidden_states, position_embeddings=None, **kwargs):
+        """hidden_states (B, T, hidden) -> the same shape."""
+        own = tuple(table[..., self.first_angle : self.last_angle] for table in position_embeddings)
+        if not self.normed:
+            return super().forward(hidden_states, position_embeddings=own, **kwargs)
+        query, key_value = self.features(self.input_layernorm(hidden_states))
+        attended, _ = self.self_attn(query, key_value, position_embeddings=own, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def _padding(config):
+    # config.json names a padding token that does not exist, so that nobody builds the stock class, which has no biases
+    config.pad_token_id = config.mla_pad_token_id
+    return config
+
+
+class MlaServedModel(DeepseekV3Model):
+    """DeepSeek-V3's decoder of the layers above."""
+
+    _no_split_modules = ["MlaServedDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": MlaServedDecoderLayer, "attentions": MlaServedAttention}  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(_padding(config))
+        self.layers = nn.ModuleList(MlaServedDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.rotary_emb = MlaServedRotaryEmbedding(config)
+        self.post_init()
+
+
+class MlaServedForCausalLM(DeepseekV3ForCausalLM):
+    """The causal language model."""
+
+    _no_split_modules = ["MlaServedDecoderLayer"]  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(_padding(config))
+        self.model = MlaServedModel(config)
+        self.post_init()

@@ -1,0 +1,47 @@
+"""README.md of an exported folder: what it is, who may load it, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+HEAD = """\
+# {name}
+
+{source}, converted to Multi-head Latent Attention by mla_convert, in the form of a dense DeepSeek-V3 checkpoint, profile
+**{profile}**: {cache_numbers} numbers cached per token and layer (kv_lora_rank {kv_lora_rank}, qk_rope_head_dim
+{qk_rope_head_dim}).
+"""
+PORTABLE = """
+It needs no code of its own, and transformers, vLLM and SGLang read it alike. Do not quantise it: the rows that write the latent
+are scaled by 2^-30, which 8-bit formats cannot hold. Export with `--profile engine` for that, and for llama.cpp.
+
+```sh
+vllm serve {name}
+python -m sglang.launch_server --model-path {name}
+```
+"""
+ENGINE = """
+For engines that take their latent norm's epsilon from config.json: vLLM, SGLang and llama.cpp, quantised or not.
+**Not for transformers**, whose DeepSeek-V3 has an epsilon of its own and would answer nonsense: config.json names a padding token
+outside the vocabulary, so that it stops with `Padding_idx must be within num_embeddings` instead.
+"""
+CODE = """
+It carries `modeling_mla_served.py`, a few lines on top of transformers' own DeepSeek-V3, and needs `trust_remote_code`. Without it
+transformers stops with `Padding_idx must be within num_embeddings`, on purpose: its own class would drop what the code adds.
+
+```sh
+vllm serve {name} --trust-remote-code
+```
+
+```python
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+```
+"""
+TEXT = {"portable": PORTABLE, "engine": ENGINE, "hf-code": CODE}
+
+
+def write_readme(folder: Path, source: str, facts: dict[str, Any]) -> None:
+    """Write README.md; `facts` are those of export.json."""
+    values = {**facts, "source": source, "name": f"{source}-{facts['profile']}"}
+    (folder / "README.md").write_text((HEAD + TEXT[facts["profile"]]).format(**values), encoding="utf-8")
