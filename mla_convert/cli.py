@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from mla_convert.commands import (
+    bench,
     convert,
     evaluate,
     export,
@@ -91,6 +92,7 @@ for name, command, example in (
     ("recipes", recipes.recipes, recipes.EXAMPLE),
     ("verify", verify.verify, verify.EXAMPLE),
     ("eval", evaluate.evaluate, evaluate.EXAMPLE),
+    ("bench", bench.bench, bench.EXAMPLE),
     ("gate", gate.gate, gate.EXAMPLE),
     ("export", export.export, export.EXAMPLE),
     ("serve-check", serve_check.serve_check, serve_check.EXAMPLE),

@@ -10,7 +10,7 @@ from typing import Any
 
 from mla_convert.card import write_card
 from mla_convert.checkpoint.writer import Writer
-from mla_convert.modeling import configuration_mla, modeling_mla
+from mla_convert.modeling import configuration_mla, decode_mla, modeling_mla
 from mla_convert.page import PAGE, write_page
 from mla_convert.report import Report
 from mla_convert.source import Source
@@ -28,7 +28,7 @@ def write_config(config: Any, stock_class: str, folder: Path) -> None:
         "AutoModelForCausalLM": f"modeling_mla.{name}",
     }
     config.save_pretrained(folder)
-    for module in (configuration_mla, modeling_mla):
+    for module in (configuration_mla, decode_mla, modeling_mla):
         shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
 
 

@@ -35,7 +35,8 @@ from mla_convert.verify import verify
 
 CARD = "README.md"
 # What a conversion writes beside the weights and what it carries over; nothing else in the folder is uploaded.
-BESIDE = (CARD, REPORT, PAGE, INDEX, "config.json", "configuration_mla.py", "modeling_mla.py", "recipe.yaml")
+BESIDE = (CARD, REPORT, PAGE, INDEX, "config.json", "configuration_mla.py", "decode_mla.py", "modeling_mla.py",
+          "recipe.yaml")  # fmt: skip
 # A vocabulary may hold any words: there only what is surely private counts.
 VOCABULARY = ("tokenizer.json", "vocab*", "merges.txt", "*.model", "added_tokens.json")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")

@@ -117,6 +117,7 @@ def arguments(folder, served, sources, tmp_path):
         "recipes": (),
         "verify": (folder,),
         "eval": (folder, *windows),
+        "bench": (folder, "--context", 16, "--steps", 2, "--device", "cpu", "--dtype", "float32"),
         "gate": (folder, "--min-kv-saving", "10%", *windows),
         "export": (served[0], "--out", tmp_path / "exported"),
         "serve-check": (served[1], "--engine", "transformers", "--against", served[0]),
@@ -133,7 +134,8 @@ def test_json_alone_is_on_stdout(hub, cli, arguments, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["convert", "heal", "sweep", "plan", "inspect", "verify", "eval", "gate", "export", "serve-check", "push"]
+    "name",
+    ["convert", "heal", "sweep", "plan", "inspect", "verify", "eval", "bench", "gate", "export", "serve-check", "push"],
 )
 def test_quiet_says_nothing_on_stderr(hub, cli, arguments, name):
     code, _, err = cli(name, *arguments[name], "--quiet")

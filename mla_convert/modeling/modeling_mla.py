@@ -4,8 +4,9 @@
 MLPs and heads are the stock classes with the original's weights. What is cached per token is the latent and one rotary key,
 both shared by all heads, in the stock transformers caches: latent in the key slot, rotary key in the value slot.
 
-This file needs only torch and transformers; it is also written beside the weights of a converted model, so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere.
+This file and the two beside it need only torch and transformers; they are also written beside the weights of a converted
+model, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. Where the package
+mla_attention and Triton are there as well, its kernels decode on CUDA (see decode_mla.py).
 """
 
 import importlib
@@ -17,18 +18,17 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_mla import PREFIX, config_class
+from .decode_mla import absorbed_attention, kernel_choice, rotate_planes, weigh, write_static
 
 # Up to this many query tokens a step, the up-projections move to the query and output side (absorbed attention on the
 # latents); above, keys and values are expanded and the library's attention runs on them.
 MAX_ABSORBED_QUERIES = 16
 
+# Expanded keys and values of one layer take at most this many bytes where no gradients are asked for: more heads than that
+# allows are expanded and attended in groups, one after another, so that those of a long prompt never exist whole.
+EXPANDED_BYTES = 1 << 30
+
 _classes: dict[str, type] = {}
-
-
-def rotate_planes(planes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on complex planes: `planes` (..., 2m) holds m real then m imaginary parts, `cos` and `sin` (..., m)."""
-    real, imag = planes.chunk(2, dim=-1)
-    return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
 
 
 def apply_norm(norm: nn.Module, rows: Tensor, head_dim: int, over: str) -> Tensor:
@@ -42,54 +42,6 @@ def apply_norm(norm: nn.Module, rows: Tensor, head_dim: int, over: str) -> Tenso
     heads = rows.unflatten(-1, (-1, head_dim))
     normed = norm(heads.transpose(1, 2)).transpose(1, 2) if over == "heads first" else norm(heads)
     return normed.flatten(2)
-
-
-def weigh(logits: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Attention weights in float32 from scaled logits (B, H, T, S) and a boolean or additive mask.
-
-    `softcap` bounds the logits; `sinks` (H,) are logits that take their part of each row and are then dropped.
-    """
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    if mask is not None:
-        boolean = mask.dtype == torch.bool
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if boolean else logits + mask
-    if sinks is None:
-        return F.softmax(logits, dim=-1, dtype=torch.float32)
-    column = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-    return F.softmax(torch.cat([logits, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
-
-
-def absorbed_attention(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    need_weights: bool = False,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of all heads on the shared latents, which serve as keys and values.
-
-    q_latent (B, H, T, r), q_rope (B, H, T, 2m), latent (B, 1, S, r), k_rope (B, 1, S, 2m), mask broadcastable to
-    (B, 1, T, S), boolean or additive. Returns the attended latents (B, H, T, r) and, if asked for, the weights
-    (B, H, T, S).
-    """
-    batch, heads, length, rank = q_latent.shape
-    # Heads share keys and values, so they are rows of one query matrix: the latents are read once, not once a head.
-    query = torch.cat([q_latent, q_rope], dim=-1).reshape(batch, 1, heads * length, -1)
-    key = torch.cat([latent, k_rope], dim=-1)
-    if need_weights or softcap is not None or sinks is not None:
-        logits = (query @ key.transpose(2, 3)).view(batch, heads, length, -1) * scaling
-        weights = weigh(logits, mask, softcap, sinks).to(query.dtype)
-        attended = weights.reshape(batch, 1, heads * length, -1) @ latent
-        return attended.view(batch, heads, length, rank), weights
-    if mask is not None:
-        mask = mask.expand(batch, -1, -1, -1).repeat(1, 1, heads, 1)
-    attended = F.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=scaling)
-    return attended.view(batch, heads, length, rank), None
 
 
 class MlaAttention(nn.Module):
@@ -121,6 +73,7 @@ class MlaAttention(nn.Module):
         self.qk_nope_head_dim = config.layer_nope_dim(layer_idx)
         self.v_head_dim = config.v_head_dim
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.kernel = kernel_choice(config)
         self.softcap = config.mla_softcap
         self.normed = config.mla_q_norm is not None
         hidden, heads, compressed = config.hidden_size, self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
@@ -187,11 +140,20 @@ class MlaAttention(nn.Module):
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rope = compressed.unsqueeze(1).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
+        cos = sin = None
         if self.qk_rope_head_dim:
-            cos, sin = (table[..., self.rope_freq_index].unsqueeze(1).to(q_rope) for table in position_embeddings)
-            q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
-        if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+            cos, sin = (table[..., self.rope_freq_index] for table in position_embeddings)
+        written = None
+        if past_key_values is not None and self.kernel != "sdpa":
+            written = write_static(past_key_values, self.layer_idx, latent, k_rope, q_rope, cos, sin)
+        if written is not None:
+            latent, k_rope, q_rope = written
+        else:
+            if cos is not None:
+                cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
+                q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+            if past_key_values is not None:
+                latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
 
         # With several queries, only an explicit mask says which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
@@ -206,8 +168,9 @@ class MlaAttention(nn.Module):
         """Decode: queries and outputs pass through the up-projections, the cache stays as it is. Output (B, T, H, v)."""
         up = self.kv_b_proj.weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        # One matrix product per head over all sequences: broadcasting would copy the up-projections for each sequence.
         attended, weights = absorbed_attention(
-            q_nope @ up_key,
+            torch.einsum("bhtd,hdr->bthr", q_nope, up_key).transpose(1, 2),
             q_rope,
             latent,
             k_rope,
@@ -216,21 +179,45 @@ class MlaAttention(nn.Module):
             need_weights=self.config._attn_implementation == "eager",
             softcap=self.softcap,
             sinks=self.sink_logits,
+            kernel=self.kernel,
         )
-        return (attended @ up_value.transpose(1, 2)).transpose(1, 2), weights
+        return torch.einsum("bhtr,hvr->bthv", attended, up_value), weights
 
     def _expanded(self, q_nope, q_rope, latent, k_rope, mask, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Prefill and training: keys and values of every head, then the library's attention. Output (B, T, H, v)."""
         batch, _, length, _ = latent.shape
-        up = self.kv_b_proj(latent.squeeze(1)).view(batch, length, self.num_heads, -1).transpose(1, 2)
-        k_nope, value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        key = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1)
-        query = torch.cat([q_nope, q_rope], dim=-1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.attention_dropout if self.training else 0.0
-        traits = {"softcap": self.softcap, "s_aux": self.sink_logits}
-        kwargs |= {name: value for name, value in traits.items() if value is not None}
-        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        sinks = self.sink_logits
+
+        def of_heads(first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+            if stop - first == self.num_heads:
+                up = self.kv_b_proj(latent.squeeze(1))
+            else:
+                weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+                up = F.linear(latent.squeeze(1), weight[first:stop].flatten(0, 1))
+            up = up.view(batch, length, stop - first, -1).transpose(1, 2)
+            k_nope, value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+            key = torch.cat([k_nope, k_rope.expand(-1, stop - first, -1, -1)], dim=-1)
+            query = torch.cat([q_nope[:, first:stop], q_rope[:, first:stop]], dim=-1)
+            sink = {} if sinks is None else {"s_aux": sinks[first:stop]}
+            return attend(self, query, key, value, mask, **kwargs, **sink)
+
+        group = self._heads_at_once(latent)
+        if group == self.num_heads:
+            return of_heads(0, self.num_heads)
+        parts = [of_heads(h, min(h + group, self.num_heads))[0] for h in range(0, self.num_heads, group)]
+        return torch.cat(parts, dim=2), None
+
+    def _heads_at_once(self, latent: Tensor) -> int:
+        """Heads whose keys and values are expanded together; all where gradients or weights are asked for."""
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.config._attn_implementation == "eager"
+        if whole:
+            return self.num_heads
+        a_head = latent.shape[0] * latent.shape[2] * (self.qk_head_dim + self.v_head_dim) * latent.element_size()
+        return min(max(EXPANDED_BYTES // max(a_head, 1), 1), self.num_heads)
 
 
 def eager_attention(

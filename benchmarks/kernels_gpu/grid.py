@@ -1,0 +1,191 @@
+"""Correctness over the whole grid: random kernels (what is fixed when one is compiled), each on a dozen cases."""
+
+import itertools
+import random
+from collections import Counter
+from dataclasses import asdict, replace
+
+import torch
+from cases import CACHE_SCALE, disagreement, make_case
+from common import Log, device_name, half, left
+from pool import Pool
+from tune import candidates, hopper_candidates
+
+from mla_attention import mask_extent, mla_decode, mla_write, naive_write
+from mla_attention.decode import decode_triton
+from mla_attention.tuning import DecodeConfig, default_config
+
+LENGTHS = ([0, 1, 15, 16], [17, 31, 33, 64], [63, 65, 127, 3], [1000, 4096, 1, 0], [700, 20, 513, 2049])
+# Long enough that a program walks over many tiles, more than its pipeline holds, and over the end of a sequence.
+DEEP, VERY_DEEP = [40000, 5, 30001, 0], [131072, 5, 70000, 0]
+HEADS = (1, 3, 9, 14, 16, 32, 63, 64, 128)
+
+
+def grid_groups(seed):
+    """Kernels to build, endlessly: everything that is fixed when one is compiled."""
+    rng = random.Random(seed)
+    ranks = [64, 128, 256, 512, 576, 96, 160, 384, 144, *range(16, 577, 16)]
+    for index in itertools.count():
+        rank = ranks[index % len(ranks)]
+        dtype = rng.choice(["bfloat16", "bfloat16", "float16", "float32"])
+        rope_dim = rng.choice(range(0, 129, 16))
+        pool = [default_config(rank, rope_dim, rng.choice([8, 32, 128]), getattr(torch, dtype))]
+        if dtype != "float32":
+            pool += candidates(rank, rope_dim, rng.choice([8, 32, 128]))
+            hopper = hopper_candidates(rank, rope_dim)
+            pool = hopper or pool if rng.random() < 0.75 else pool
+        config = replace(rng.choice(pool), pdl=rng.random() < 0.3, min_tiles=rng.choice([1, 4]))
+        yield {
+            "rank": rank, "rope_dim": rope_dim, "dtype": dtype, "page_size": rng.choice([0, 0, 1, 16, 64, 128]),
+            "config": asdict(config), "num_splits": rng.choice([0, 0, 0, 1, 3]),
+            "softcap": rng.choice([0.0, 0.0, 0.0, 5.0]), "window": rng.choice([None, None, None, 50]),
+            "mask": rng.choice([None, None, None, None, "padding", "holes"]),
+            "seed": index,
+        }  # fmt: skip
+
+
+def fitted(group, device):
+    """The group itself, or what the interpreter can do of it in reasonable time."""
+    if device == "cuda":
+        return group
+    return group | {"rank": 16 + group["rank"] % 48 // 16 * 16, "rope_dim": group["rope_dim"] % 32, "dtype": "float32",
+                    "config": group["config"] | {"pdl": False}}  # fmt: skip
+
+
+def random_mask(case, tokens, lengths, holes, rng):
+    """Left padding of random width, and one token in four hidden if asked for."""
+    device = case["latent_cache"].device
+    position = torch.arange(case["latent_cache"].shape[1], device=device)
+    own = torch.tensor(lengths, device=device)[:, None] - tokens + 1 + torch.arange(tokens, device=device)
+    start = torch.tensor([rng.randrange(max(length, 1)) for length in lengths], device=device)
+    mask = (position < own[..., None]) & (position >= start[:, None, None])
+    return mask & (torch.rand(mask.shape, device=device) < 0.75) if holes else mask
+
+
+def run_group(group, device, cases=12):
+    """Results of one kernel on several lengths, head counts and numbers of query tokens: (case, what is wrong or None).
+
+    A problem with the GPU itself is raised, for the pool to see.
+    """
+    rng = random.Random(group["seed"])
+    config = DecodeConfig(**group["config"])
+    dtype = getattr(torch, group["dtype"])
+    options = {"softcap": group["softcap"], "window": group["window"]}
+    results = []
+    for number in range(cases):
+        tokens = rng.choice([1, 1, 2, 4])
+        heads = rng.choice(HEADS if device == "cuda" else [1, 3])
+        lengths = LENGTHS[number % len(LENGTHS)] if device == "cuda" else LENGTHS[number % 2]
+        if number == cases - 1 and device == "cuda":
+            lengths = VERY_DEEP if group["seed"] % 25 == 0 else DEEP
+        case = make_case(4, tokens, heads, group["rank"], group["rope_dim"], lengths, dtype, group["page_size"],
+                         device, seed=number)  # fmt: skip
+        out = torch.full_like(case["q_latent"], torch.nan)
+        lse = torch.full((4, heads, tokens), torch.nan, device=device)
+        mask = None
+        if group["mask"] and not group["page_size"] and not group["window"] and max(lengths) < 10000:
+            mask = random_mask(case, tokens, lengths, group["mask"] == "holes", rng)
+            del case["cache_seqlens"]
+        decode_triton(case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"],
+                      case.get("cache_seqlens"), case.get("block_table"), case["softmax_scale"], group["num_splits"],
+                      group["softcap"], group["window"] or 0, out, lse, config, mask=mask,
+                      extent=None if mask is None else mask_extent(mask))  # fmt: skip
+        label = {"heads": heads, "tokens": tokens, "lengths": lengths}
+        results.append((label, disagreement(out, lse, case, mask=mask, **options)))
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the other processes need it
+    return results
+
+
+def large_offsets(device):
+    """A cache of more than 2^31 numbers, of which the last rows are used."""
+    span = (1 << 21) + 64
+    latent = torch.empty(3, span, 512, device=device, dtype=torch.bfloat16)
+    rope = torch.empty(3, span, 64, device=device, dtype=torch.bfloat16)
+    case = make_case(3, 1, 32, 512, 64, [100, 40, 3000], torch.bfloat16, device=device)
+    rows = case["latent_cache"].shape[1]
+    latent[:, :rows], rope[:, :rows] = case["latent_cache"], case["rope_cache"]
+    small = dict(case)
+    out, lse = torch.full_like(case["q_latent"], torch.nan), torch.full((3, 32, 1), torch.nan, device=device)
+    decode_triton(case["q_latent"], case["q_rope"], latent, rope, case["cache_seqlens"], None, case["softmax_scale"], 0,
+                  0.0, 0, out, lse)  # fmt: skip
+    problem = disagreement(out, lse, small)
+    del latent, rope
+    torch.cuda.empty_cache()
+    return problem
+
+
+def operators(device):
+    """What is wrong with the public functions, called as a model does: write new tokens, then decode, compiled and not."""
+    batch, tokens, heads, rank, planes = 2, 3, 32, 512, 32
+    case = make_case(batch, tokens, heads, rank, 2 * planes, [100, 37], half(device), 64, device)
+    positions = case["cache_seqlens"][:, None] - tokens + torch.arange(tokens, device=device, dtype=torch.int32)
+    angles = torch.rand(batch, tokens, planes, device=device) * 6
+    compressed = (torch.randn(batch, tokens, rank + 2 * planes, device=device) * CACHE_SCALE).to(half(device))
+    new = {"latent": compressed[..., :rank], "k_rope": compressed[..., rank:], "q_rope": case["q_rope"],
+           "cos": angles.cos(), "sin": angles.sin(), "positions": positions, "block_table": case["block_table"]}  # fmt: skip
+    caches = {name: case[name].clone() for name in ("latent_cache", "rope_cache")}
+    want = naive_write(**new, **caches)
+    case["q_rope"] = mla_write(**new, latent_cache=case["latent_cache"], rope_cache=case["rope_cache"])
+    for mine, reference in ((case["q_rope"], want), *((case[name], caches[name]) for name in caches)):
+        if not torch.allclose(mine.float(), reference.float(), atol=2e-3, rtol=1e-2, equal_nan=True):
+            return "mla_write differs from its reference"
+    scale = case["softmax_scale"]
+    out, lse = mla_decode(**case, return_lse=True)
+    compiled = torch.compile(
+        lambda inputs: mla_decode(**inputs, softmax_scale=scale), fullgraph=True, backend="aot_eager"
+    )
+    again = compiled({name: value for name, value in case.items() if torch.is_tensor(value)})
+    if not torch.equal(again, out):
+        return "mla_decode differs when compiled"
+    return disagreement(out, lse, case)
+
+
+def once(check, device):
+    """Outcome of a check that is no group, as one."""
+    return [({}, check(device))]
+
+
+def table(counts):
+    """Right and wrong cases by every dimension of the grid."""
+    lines = ["| dimension | value | right | wrong |", "|---|---|---|---|"]
+    for name, value in sorted({key[:2] for key in counts}):
+        lines.append(f"| {name} | {value} | {counts[name, value, True]} | {counts[name, value, False]} |")
+    return "\n".join(lines)
+
+
+def grid(arguments):
+    device = arguments.device
+    log = Log(arguments.out, "grid")
+    counts, kernels = Counter(), Counter()
+    passed = failed = 0
+    checks = [(check.__name__, once, check, device) for check in (operators, large_offsets)]
+    groups = grid_groups(arguments.seed)
+    pool = Pool(arguments.processes, seconds_per_job=30)
+    while True:
+        while pool.room and left(arguments) > 0:
+            name, function, *rest = checks.pop(0) if checks else (None, run_group, fitted(next(groups), device), device)
+            if name == "large_offsets" and device == "cpu":
+                continue
+            pool.start((name, rest[0]), function, *rest)
+        for (name, group), results, problem in pool.finished():
+            group = {"check": name} if name else group
+            state = "run" if results else "too large" if "out of resource" in problem.lower() else "failed"
+            kernels[state] += 1
+            if state == "too large":
+                continue
+            for label, wrong in results or [({}, problem)]:
+                passed, failed = passed + (not wrong), failed + bool(wrong)
+                for key, value in {**group, **group.get("config", {}), **label}.items():
+                    if key not in ("config", "seed"):
+                        counts[key, str(value), not wrong] += 1
+                if wrong:
+                    log.add(f"WRONG {wrong} {label} {group}" if failed <= 20 else None, kind="failure",
+                            problem=wrong, **label, group=group)  # fmt: skip
+        if left(arguments) <= 0 and ((not pool.busy and not pool.done) or left(arguments) < -8):
+            break
+    pool.close()
+    (arguments.out / "grid.md").write_text(table(counts) + "\n")
+    log.add(f"{passed} cases right, {failed} wrong; kernels: {dict(kernels)}", kind="summary", passed=passed,
+            failed=failed, kernels=kernels, device=device_name(device))  # fmt: skip
+    return bool(failed)

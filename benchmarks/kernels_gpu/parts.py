@@ -1,0 +1,86 @@
+"""Where the time of one call goes, and up to how many query tokens absorbed attention is the faster."""
+
+import torch
+import torch.nn.functional as F
+from common import Log, ceilings, decode_calls, half, make_slices, time_calls
+from pool import Pool
+from speed import alone
+from tune import brief
+
+from mla_attention import decode as launcher
+from mla_attention import decode_kernels, mla_decode
+from mla_attention.tuning import default_config, hopper_config
+
+
+class Nothing:
+    """A kernel that is not launched."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+def call_parts(shape, config, device):
+    """Microseconds of a call, of its attending kernel alone, of that on a cache that fits the L2, and of the combination."""
+    slices, _, _ = make_slices(*shape, device)
+    calls = decode_calls(slices, config, 0)
+    row = {"call": time_calls(calls, device)}
+    combine = decode_kernels.mla_decode_fwd_kernel_combine
+    decode_kernels.mla_decode_fwd_kernel_combine = Nothing()
+    row["attending"] = time_calls(calls, device)
+    q, qr, latent, rope, *rest = slices
+    # Every sequence reads the first one's rows: what then takes longer than the memory would is computing.
+    same = (q, qr, latent[:1, :1].expand(1, *latent.shape[1:]), rope[:1, :1].expand(1, *rope.shape[1:]), *rest)
+    row["attending, cache in the L2"] = time_calls(decode_calls(same, config, 0) * 3, device)
+    decode_kernels.mla_decode_fwd_kernel_combine = combine
+    return row
+
+
+def absorbed_or_expanded(rank, rope_dim, heads, length, device, width=128):
+    """Microseconds of both ways for T new tokens of one sequence with `length` in the cache: {T: (absorbed, expanded)}."""
+    rows = {}
+    latent, rope = (torch.randn(1, length, d, device=device).to(half(device)) for d in (rank, rope_dim))
+    up = (torch.randn(heads, 2 * width, rank, device=device) * rank**-0.5).to(half(device))
+    lengths = torch.tensor([length], dtype=torch.int32, device=device)
+    for tokens in (1, 8, 16, 32, 64, 128, 256, 512):
+        if tokens > length:
+            break
+        q_nope = torch.randn(1, heads, tokens, width, device=device).to(half(device))
+        q_rope = torch.randn(1, tokens, heads, rope_dim, device=device).to(half(device))
+        own = torch.arange(length - tokens, length, device=device)
+        mask = None if tokens == 1 else torch.arange(length, device=device) <= own[:, None]
+
+        def absorbed(q_nope=q_nope, q_rope=q_rope):
+            query = torch.einsum("bhtd,hdr->bthr", q_nope, up[:, :width])
+            attended = mla_decode(query, q_rope, latent, rope, lengths, softmax_scale=0.07)
+            return torch.einsum("bthr,hvr->bthv", attended, up[:, width:])
+
+        def expanded(q_nope=q_nope, q_rope=q_rope, mask=mask):
+            both = F.linear(latent, up.flatten(0, 1)).view(1, length, heads, -1).transpose(1, 2)
+            key = torch.cat([both[..., :width], rope[:, None].expand(-1, heads, -1, -1)], -1)
+            query = torch.cat([q_nope, q_rope.transpose(1, 2)], -1)
+            return F.scaled_dot_product_attention(query, key, both[..., width:], attn_mask=mask)
+
+        rows[tokens] = tuple(time_calls([way] * 3, device, 5) for way in (absorbed, expanded))
+    return rows
+
+
+def parts(arguments):
+    device = arguments.device
+    log = Log(arguments.out, "parts")
+    pool = Pool(min(arguments.processes, 1))
+    (bandwidth, _, name), _ = alone(pool, ceilings, device)
+    log.add(f"{name}: read {bandwidth:.0f} GB/s", kind="ceilings", device=name, gb_s=bandwidth)
+    for rank, rope_dim, heads in arguments.shape:
+        for batch, length in arguments.at:
+            limits = launcher.device_limits(torch.device(device))
+            known = [default_config(rank, rope_dim, heads, half(device), *limits[1:]), hopper_config(rank, rope_dim)]
+            for config in filter(None, known if device == "cuda" else known[:1]):
+                shape = (rank, rope_dim, heads, batch, length, 0, False)
+                row, problem = alone(pool, call_parts, shape, config, device)
+                log.add(
+                    f"{shape} {brief(config)}: {row or problem}", kind="parts", shape=shape, row=row, problem=problem
+                )
+        row, problem = alone(pool, absorbed_or_expanded, rank, rope_dim, heads, arguments.at[0][1], device)
+        log.add(f"absorbed, expanded: {row or problem}", kind="absorbed", row=row, problem=problem)
+    pool.close()
+    return False

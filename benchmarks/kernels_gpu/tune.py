@@ -1,0 +1,213 @@
+"""Time configurations of the decode kernel at given shapes, the most promising first."""
+
+import itertools
+import json
+from dataclasses import asdict, fields, replace
+
+import torch
+from common import Log, ceilings, half, left, measure
+from pool import Pool
+
+from mla_attention import decode_kernels, hopper_kernels
+from mla_attention.decode import decode_triton
+from mla_attention.tuning import (
+    DecodeConfig,
+    default_config,
+    hopper_chunks,
+    hopper_shared_memory,
+    power_of_two,
+    shared_memory,
+)
+
+SHARED_LIMIT = 227 * 1024
+PROCESSORS = 132  # of the H100, for the number of splits to try
+LARGEST_ERROR = 1e-2
+
+
+def candidates(rank, rope_dim, rows):
+    """Configurations of the Triton kernel worth trying for bf16: those that Hopper's shared memory and registers can hold."""
+    wide = power_of_two(max(rows, 16))
+    found = []
+    for block_m, block_n, warps, stages, per_sm in itertools.product(
+        (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3)
+    ):
+        if (block_m > wide and block_m != 64) or block_m < min(wide, 32):
+            continue
+        if (
+            (block_n == 16 and rank <= 256)
+            or (per_sm == 3 and rank > 256)
+            or (warps == 8 and block_m * rank < 64 * 128)
+        ):
+            continue
+        config = DecodeConfig(block_m, block_n, warps, stages, per_sm)
+        memory = shared_memory(config, rank, rope_dim, 2) + 1024
+        accumulators = block_m * rank / (32 * warps)
+        registers = 65536 // (32 * warps * per_sm) // 8 * 8
+        if memory * per_sm > SHARED_LIMIT or accumulators > 144 or accumulators + 60 > registers:
+            continue
+        if memory * per_sm < SHARED_LIMIT / 3 and per_sm < 3 and rank >= 96:
+            continue  # far too few bytes in flight
+        found.append(replace(config, registers=registers if registers < 255 else 0))
+    return sorted(found, key=lambda config: promise(config, rank, rope_dim, rows), reverse=True)
+
+
+def hopper_candidates(rank, rope_dim):
+    """Configurations of the Hopper kernel: as many stages as fit, two warpgroups or one, one program or several."""
+    found = []
+    chunks = -(-rank // 64)
+    for block_n, first, per_sm in itertools.product((64, 32), (0, chunks, 2), (1, 2, 3)):
+        groups = hopper_chunks(rank, rope_dim, min(first, chunks))[0]
+        if (groups[2] and per_sm > 1) or (not groups[2] and sum(groups) > {1: 4, 2: 2, 3: 1}[per_sm]):
+            continue
+        for stages in (8, 7, 6, 5, 4, 3, 2, 1):
+            config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, hopper=True, left=min(first, chunks))
+            if per_sm * (hopper_shared_memory(config, rank, rope_dim) + 1024) <= SHARED_LIMIT:
+                found.append(config)
+                break
+    return list(dict.fromkeys(found))
+
+
+def promise(config, rank, rope_dim, rows):
+    """Larger for configurations to time first: bytes in flight, and what costs registers or reads of shared memory."""
+    accumulators = config.block_m * rank / (32 * config.warps)
+    tiles = max(config.stages - (config.block_m < 64) - 1, 0.5)
+    ahead = config.per_sm * tiles * config.block_n * (rank + rope_dim) * 2
+    padding = config.block_m / min(max(rows, 16), config.block_m)
+    again = config.block_m < min(rows, 64)  # the cache is read once for every block of rows
+    slow = (accumulators > 96) * 0.3 + (padding - 1) * 0.2 + (config.block_n == 16) * 0.3 + again * 0.5
+    return min(ahead, 100e3) / 100e3 + (config.block_m >= 64) * 0.4 - slow
+
+
+def build(shape, config, num_splits, device):
+    """Compile for a shape into Triton's cache on disk, without a launch: it would disturb what is being timed."""
+    if device == "cpu":
+        return
+    for kernel in (
+        decode_kernels.mla_decode_fwd_kernel_split,
+        decode_kernels.mla_decode_fwd_kernel_combine,
+        hopper_kernels.mla_decode_fwd_kernel_hopper2,
+    ):
+        if "run" not in vars(kernel):
+            run = kernel.run
+            kernel.run = lambda *args, run=run, warmup, **options: run(*args, warmup=True, **options)
+    rank, rope_dim, heads, batch, length, page_size, _ = shape
+    short = page_size or 64
+    q = torch.empty(batch, 1, heads, rank, device=device, dtype=half(device))
+    qr = torch.empty(batch, 1, heads, rope_dim, device=device, dtype=half(device))
+    latent = torch.empty(batch, short, rank, device=device, dtype=half(device))
+    rope = torch.empty(batch, short, rope_dim, device=device, dtype=half(device))
+    lengths = torch.empty(batch, dtype=torch.int32, device=device)
+    table = torch.empty(batch, -(-length // page_size), dtype=torch.int32, device=device) if page_size else None
+    lse = torch.empty(batch, heads, 1, device=device)
+    decode_triton(q, qr, latent, rope, lengths, table, 0.1, num_splits, 0.0, 0, torch.empty_like(q), lse, config)
+
+
+def sweep(jobs, shape, builders, timer, arguments, log, tag):
+    """Time (config, splits) jobs in this order as they get built; the right ones, fastest first."""
+    waiting, built, found = list(enumerate(jobs)), [], []
+    while (waiting or built or builders.busy or builders.done or timer.busy or timer.done) and left(arguments) > 4:
+        while waiting and builders.room:
+            number, job = waiting.pop(0)
+            builders.start((shape, number, job), build, shape, *job, arguments.device)
+        for (of, number, job), _, problem in builders.finished():
+            if of != shape:
+                continue  # begun for the shape before, whose time was up
+            if problem:
+                log.add(
+                    f"not built: {job[0]}: {problem}", kind="unbuilt", **tag, config=asdict(job[0]), problem=problem
+                )
+            else:
+                built.append((number, job))
+        if built and timer.room:
+            built.sort()
+            number, job = built.pop(0)
+            timer.start((shape, *job), measure, shape, *job, arguments.device)
+        for (of, config, num_splits), row, problem in timer.finished(0.01):
+            if of != shape:
+                continue
+            what = {"config": asdict(config), "num_splits": num_splits}
+            if problem:
+                log.add(
+                    f"FAILED {config} splits {num_splits}: {problem}", kind="failed", **tag, **what, problem=problem
+                )
+            elif row["error"] > LARGEST_ERROR and arguments.device == "cuda":
+                log.add(
+                    f"WRONG by {row['error']:.1e}: {config} splits {num_splits}", kind="wrong", **tag, **what, **row
+                )
+            else:
+                log.add(f"{row['us']:8.1f} us {brief(config)} splits={num_splits}", kind="timing", **tag, **what, **row)
+                found.append((row, config, num_splits))
+    return sorted(found, key=lambda entry: entry[0]["us"])
+
+
+def brief(config):
+    return " ".join(f"{name}={int(value)}" for name, value in asdict(config).items() if value)
+
+
+def parsed(text):
+    """A configuration from words as `brief` prints them."""
+    words = dict(word.split("=") for word in text.split())
+    kinds = {field.name: field.type for field in fields(DecodeConfig)}
+    return DecodeConfig(**{name: kinds[name](int(value)) for name, value in words.items()})
+
+
+def variants(found, batch):
+    """What else to try on the fastest: dependent launch, other numbers of splits, fewer programs for short work."""
+    more = []
+    for _, config, _ in found[:3]:
+        fast = replace(config, pdl=True)
+        workers = PROCESSORS * config.per_sm
+        more += [(fast, s) for s in sorted({0, max(workers // batch, 1), max(2 * workers // batch, 1), 4}) if s <= 1024]
+        if batch < 16 and config.hopper:
+            more += [(replace(fast, min_tiles=tiles), 0) for tiles in (2, 4)]
+    return list(dict.fromkeys(more))
+
+
+def tune(arguments):
+    log = Log(arguments.out, "tune")
+    builders = Pool(arguments.processes)
+    timer = Pool(min(arguments.processes, 1))
+    timer.start(None, ceilings, arguments.device)
+    while not (done := timer.finished(1)):
+        pass
+    bandwidth, rate, device = done[0][1]
+    log.add(f"{device}: read {bandwidth:.0f} GB/s, matmul {rate:.0f} TFLOP/s", kind="ceilings", device=device,
+            gb_s=bandwidth, tflop_s=rate)  # fmt: skip
+    best = []
+    work = list(itertools.product(arguments.shape, arguments.at))
+    whole = arguments.seconds
+    for number, ((rank, rope_dim, heads), (batch, length)) in enumerate(work):
+        # An even share of what is left, so that every shape gets its turn, and a third of it for the second sweep.
+        arguments.seconds = whole
+        share = (left(arguments) - 4) / (len(work) - number)
+        end = whole - left(arguments) + share
+        tag = {"rank": rank, "rope_dim": rope_dim, "heads": heads, "batch": batch, "length": length}
+        shape = (rank, rope_dim, heads, batch, length, arguments.page_size, False)
+        jobs = [(config, 0) for config in arguments.config]
+        jobs += [(default_config(rank, rope_dim, heads, half(arguments.device)), 0)]
+        jobs += [(config, 0) for config in hopper_candidates(rank, rope_dim)]
+        jobs += [(config, 0) for config in candidates(rank, rope_dim, heads)]
+        jobs = list(dict.fromkeys(jobs))[: arguments.limit or None]
+        arguments.seconds = end - share / 3
+        found = sweep(jobs, shape, builders, timer, arguments, log, tag)
+        arguments.seconds = end
+        found += sweep(
+            variants(found, batch) if arguments.device == "cuda" else [], shape, builders, timer, arguments, log, tag
+        )
+        found.sort(key=lambda entry: entry[0]["us"])
+        for row, config, num_splits in found[:3]:
+            log.add(
+                f"BEST {rank}+{rope_dim} h={heads} {batch}x{length}: {row['us']:.1f} us {row['gb_s']:.0f} GB/s "
+                f"({row['gb_s'] / bandwidth:.0%}) {row['tflop_s']:.0f} TFLOP/s ({row['tflop_s'] / rate:.0%}) "
+                f"{brief(config)} splits={num_splits} error {row['error']:.1e}",
+                kind="best", **tag, **row, config=asdict(config), num_splits=num_splits,
+            )  # fmt: skip
+        if found:
+            row, config, num_splits = found[0]
+            best.append(tag | {"us": row["us"], "share": row["gb_s"] / bandwidth, "num_splits": num_splits,
+                               "config": asdict(config), "page_size": arguments.page_size})  # fmt: skip
+        report = {"device": device, "gb_s": bandwidth, "tflop_s": rate, "best": best}
+        (arguments.out / "tune.json").write_text(json.dumps(report, indent=1))
+    builders.close()
+    timer.close()
+    return False

@@ -1,0 +1,169 @@
+"""Decode attention for Multi-head Latent Attention at any rank: Triton kernels over contiguous and paged latent caches."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checks import DTYPES, check_integers, check_rows, check_shape, check_widths, expect
+from .naive import mask_extent, naive_decode, naive_write
+
+__all__ = ["mask_extent", "mla_decode", "mla_write", "naive_decode", "naive_write"]
+
+
+def mla_decode(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    *,
+    softmax_scale: float,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    softcap: float = 0.0,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    extent: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of absorbed queries on a latent cache that all heads share (arXiv 2405.04434, section 2.1.2).
+
+    The latents serve as keys and as values; the rotary keys only add to the scores. Split over the sequence as in
+    Flash-Decoding (Dao et al., 2023), with online softmax (arXiv 1805.02867).
+
+    Args:
+        q_latent: (B, T, H, r), queries carried through the key up-projection. T query tokens per sequence, the last T of
+            its `cache_seqlens` tokens; their own rows are already in the cache. r a multiple of 16, 16 to 576; H 1 to 128.
+        q_rope: (B, T, H, p), rotated queries. p a multiple of 16, 0 to 128.
+        latent_cache: (B, S, r), or (pages, page_size, r) with a block table. Any strides, numbers of a row side by side.
+            Rows past a sequence's length may hold anything, NaN included.
+        rope_cache: (B, S, p), or (pages, page_size, p).
+        cache_seqlens: (B,) int32, tokens in the cache of each sequence, 0 upwards, contiguous. Not read on the host.
+        softmax_scale: multiplies the scores, > 0.
+        block_table: (B, max_pages) int32, page of every page_size tokens; entries past a length are not read.
+        num_splits: parts into which every sequence is cut; None shares all the work out evenly over the card.
+        out: (B, T, H, r), written to and returned if given.
+        return_lse: also return the natural logarithm of the sum of exponentials, (B, H, T) float32.
+        softcap: scores become softcap * tanh(score / softcap); 0 leaves them.
+        window: a query sees its own token and the window - 1 before it; None, all.
+        mask: (B, T, S), boolean, true where a query sees a token; rows contiguous, B may be expanded. In place of
+            `cache_seqlens`, which is then None, and of causality: left padding, a static cache's unwritten part, trees of
+            drafts. Tokens outside `extent` are not read.
+        extent: `mask_extent(mask)`, if it is at hand; layers that share a mask need it once.
+
+    Returns:
+        Attended latents (B, T, H, r) in the queries' dtype, with the lse if asked for. A query that sees no token gets
+        zeros, and minus infinity.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is not as above.
+    """
+    expect(q_latent.dim() == 4, lambda: f"q_latent has {q_latent.dim()} dimensions, expected (B, T, H, r)")
+    batch, tokens, heads, rank = q_latent.shape
+    rope_dim = q_rope.shape[-1]
+    check_widths(rank, rope_dim, heads)
+    allowed = DTYPES if q_latent.is_cuda else (*DTYPES, torch.float64)
+    expect(q_latent.dtype in allowed, lambda: f"q_latent has dtype {q_latent.dtype}, expected one of {allowed}")
+    check_shape("q_rope", q_rope, batch, tokens, heads, rope_dim)
+    outer = batch if block_table is None else None
+    check_shape("latent_cache", latent_cache, outer, None, rank)
+    check_shape("rope_cache", rope_cache, latent_cache.shape[0], latent_cache.shape[1], rope_dim)
+    check_rows(
+        q_latent.dtype,
+        q_latent.device,
+        q_latent=q_latent,
+        q_rope=q_rope,
+        latent_cache=latent_cache,
+        rope_cache=rope_cache,
+    )
+    expect((mask is None) != (cache_seqlens is None), lambda: "one of cache_seqlens and mask must be given")
+    if mask is None:
+        check_shape("cache_seqlens", cache_seqlens, batch)
+        check_integers("cache_seqlens", cache_seqlens, q_latent.device)
+        expect(cache_seqlens.is_contiguous(), lambda: "cache_seqlens must be contiguous")
+    else:
+        expect(window is None, lambda: "a window cannot be combined with a mask: it is part of the mask")
+        check_shape("mask", mask, batch, tokens, latent_cache.shape[1] if block_table is None else None)
+        check_rows(torch.bool, q_latent.device, mask=mask)
+        extent = mask_extent(mask) if extent is None else extent
+        check_shape("extent", extent, 3, batch)
+        check_integers("extent", extent, q_latent.device)
+        expect(extent.is_contiguous(), lambda: "extent must be contiguous")
+    if block_table is not None:
+        check_shape("block_table", block_table, batch, None)
+        check_integers("block_table", block_table, q_latent.device)
+        expect(block_table.shape[1] <= 1 or block_table.stride(1) == 1, lambda: "block_table: rows must be contiguous")
+    expect(softmax_scale > 0, lambda: f"softmax_scale is {softmax_scale}, expected a positive number")
+    expect(
+        num_splits is None or 1 <= num_splits <= 1024, lambda: f"num_splits is {num_splits}, expected None or 1 to 1024"
+    )
+    expect(softcap >= 0, lambda: f"softcap is {softcap}, expected a positive number, or 0 for none")
+    expect(window is None or window > 0, lambda: f"window is {window}, expected a positive number, or None")
+    if out is None:
+        out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    else:
+        check_shape("out", out, *q_latent.shape)
+        check_rows(q_latent.dtype, q_latent.device, out=out)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q_latent.device)
+    ops.decode(
+        q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table, softmax_scale, num_splits or 0, softcap,
+        window or 0, mask, extent, out, lse,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def mla_write(
+    latent: Tensor,
+    k_rope: Tensor,
+    q_rope: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    positions: Tensor,
+    *,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Append T new tokens per sequence to the caches, in place, their keys rotated; return the rotated queries.
+
+    RoPE (arXiv 2104.09864) acts on complex planes: a row of p numbers holds p / 2 real parts, then p / 2 imaginary ones.
+
+    Args:
+        latent: (B, T, r), stored as they are.
+        k_rope: (B, T, p), keys before RoPE.
+        q_rope: (B, T, H, p), queries before RoPE.
+        cos, sin: (B, T, p / 2), of the tokens' angles, one per plane; float32 or the queries' dtype; B may be expanded.
+        latent_cache, rope_cache: as in `mla_decode`.
+        positions: (B, T), int32 or int64, index of the token in its sequence; a token of negative position is not stored.
+        block_table: as in `mla_decode`.
+
+    Returns:
+        Rotated queries (B, T, H, p), contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is not as above.
+    """
+    expect(latent.dim() == 3, lambda: f"latent has {latent.dim()} dimensions, expected (B, T, r)")
+    expect(q_rope.dim() == 4, lambda: f"q_rope has {q_rope.dim()} dimensions, expected (B, T, H, p)")
+    batch, tokens, rank = latent.shape
+    heads, rope_dim = q_rope.shape[2:]
+    check_widths(rank, rope_dim, heads)
+    check_shape("k_rope", k_rope, batch, tokens, rope_dim)
+    check_shape("q_rope", q_rope, batch, tokens, heads, rope_dim)
+    check_shape("cos", cos, batch, tokens, rope_dim // 2)
+    check_shape("sin", sin, batch, tokens, rope_dim // 2)
+    check_shape("positions", positions, batch, tokens)
+    check_shape("latent_cache", latent_cache, batch if block_table is None else None, None, rank)
+    check_shape("rope_cache", rope_cache, latent_cache.shape[0], latent_cache.shape[1], rope_dim)
+    check_rows(latent.dtype, latent.device, latent=latent, k_rope=k_rope, q_rope=q_rope,
+               latent_cache=latent_cache, rope_cache=rope_cache)  # fmt: skip
+    check_rows(cos.dtype, latent.device, cos=cos, sin=sin)
+    expect(
+        positions.dtype in (torch.int32, torch.int64),
+        lambda: f"positions has dtype {positions.dtype}, expected int32 or int64",
+    )
+    if block_table is not None:
+        check_shape("block_table", block_table, batch, None)
+        check_integers("block_table", block_table, latent.device)
+    return ops.write(latent, k_rope, q_rope, cos, sin, latent_cache, rope_cache, positions, block_table)

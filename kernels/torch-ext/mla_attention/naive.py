@@ -1,0 +1,116 @@
+"""Reference implementations in plain PyTorch: what the kernels must compute, in any precision, on any device."""
+
+import torch
+from torch import Tensor
+
+
+def gather_pages(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
+    """Paged cache (pages, page_size, d) as (B, max_pages * page_size, d). Entries of the table past a length are not used."""
+    page_size = cache.shape[1]
+    used = torch.arange(block_table.shape[1], device=cache.device) * page_size < cache_seqlens[:, None]
+    return cache[torch.where(used, block_table, 0).long()].flatten(1, 2)
+
+
+def mask_extent(mask: Tensor) -> Tensor:
+    """What a boolean mask (B, T, S) comes to, for each sequence: (3, B) int32.
+
+    First token that any query sees, one past the last (both 0 where none is seen), and whether anything between is hidden
+    from a query other than what comes after its own token: the last of T queries sees up to the last token, the one before
+    it one less, and so on. The kernels read the mask itself only where that third number is not 0.
+    """
+    tokens, length = mask.shape[1:]
+    position = torch.arange(length, device=mask.device)
+    seen = mask.any(1)
+    stop = torch.where(seen, position + 1, 0).amax(-1)
+    start = torch.where(seen, position, length).amin(-1).minimum(stop)
+    own = stop[:, None] - torch.arange(tokens - 1, -1, -1, device=mask.device)
+    plain = (position >= start[:, None, None]) & (position < own[:, :, None])
+    holed = (mask != plain).flatten(1).any(-1)
+    return torch.stack([start, stop, holed.to(start.dtype)]).to(torch.int32)
+
+
+def naive_decode(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    *,
+    softmax_scale: float,
+    block_table: Tensor | None = None,
+    softcap: float = 0.0,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the absorbed queries on the latents (arXiv 2405.04434, section 2.1.2), written out.
+
+    Arguments as `mla_decode`. Returns the attended latents (B, T, H, r) and the natural-log sum of exponentials (B, H, T),
+    both in `compute_dtype`. A query that sees no token gets zeros and minus infinity.
+    """
+    if mask is not None:
+        cache_seqlens = mask_extent(mask)[1]
+    if block_table is not None:
+        latent_cache = gather_pages(latent_cache, block_table, cache_seqlens)
+        rope_cache = gather_pages(rope_cache, block_table, cache_seqlens)
+    tokens = q_latent.shape[1]
+    position = torch.arange(latent_cache.shape[1], device=latent_cache.device)
+    outs, lses = [], []
+    for b in range(q_latent.shape[0]):  # one sequence at a time: the scores of all would not fit
+        length = cache_seqlens[b]
+        # What lies past the length may be NaN, which 0 * NaN would let through.
+        there = (position < length)[:, None]
+        latent = torch.where(there, latent_cache[b].to(compute_dtype), 0)
+        rope = torch.where(there, rope_cache[b].to(compute_dtype), 0)
+        logits = torch.einsum("thr,sr->hts", q_latent[b].to(compute_dtype), latent)
+        logits = (logits + torch.einsum("thp,sp->hts", q_rope[b].to(compute_dtype), rope)) * softmax_scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        own = (length - tokens + torch.arange(tokens, device=position.device))[:, None]
+        seen = position <= own
+        if window is not None:
+            seen = seen & (position > own - window)
+        if mask is not None:
+            seen = mask[b, :, : len(position)] & (position < length)
+        logits = logits.masked_fill(~seen, -torch.inf)
+        weights = torch.softmax(logits, dim=-1).masked_fill(~seen.any(-1, keepdim=True), 0)
+        outs.append(torch.einsum("hts,sr->thr", weights, latent))
+        lses.append(torch.logsumexp(logits, dim=-1))
+    return torch.stack(outs), torch.stack(lses)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on complex planes: x (..., 2m) holds m real then m imaginary parts, cos and sin (..., m)."""
+    real, imag = x.chunk(2, dim=-1)
+    return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
+
+
+def naive_write(
+    latent: Tensor,
+    k_rope: Tensor,
+    q_rope: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    positions: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Append latents and rotated keys to the caches, in place; return the rotated queries. Arguments as `mla_write`."""
+    cos, sin = cos.to(compute_dtype), sin.to(compute_dtype)
+    key = rotate(k_rope.to(compute_dtype), cos, sin).to(rope_cache.dtype)
+    query = rotate(q_rope.to(compute_dtype), cos[:, :, None], sin[:, :, None]).to(q_rope.dtype)
+    kept = positions >= 0
+    where = positions.clamp(min=0).long()
+    if block_table is None:
+        outer = torch.arange(positions.shape[0], device=positions.device)[:, None].expand_as(where)
+        inner = where
+    else:
+        page_size = latent_cache.shape[1]
+        outer = block_table.long().gather(1, where // page_size)
+        inner = where % page_size
+    latent_cache[outer[kept], inner[kept]] = latent[kept].to(latent_cache.dtype)
+    rope_cache[outer[kept], inner[kept]] = key[kept]
+    return query

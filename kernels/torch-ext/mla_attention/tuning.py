@@ -1,0 +1,147 @@
+"""How the decode kernels are cut up: tile sizes, warps, pipeline depth, and how many parts a sequence is cut into."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One way to launch the attending kernel.
+
+    block_m: query rows (heads x tokens) a program serves. block_n: tokens in a tile. warps, stages: as Triton's. per_sm:
+    programs that share a multiprocessor, for which there should be work. registers: cap per thread, 0 for none. pdl: let a
+    kernel's launch overlap the end of the one before.
+
+    hopper: the kernel of hopper_kernels, whose block_m is 64, block_n 32 or 64 and warps 4. There, left is the number of
+    chunks of 64 columns of the rank that the first warpgroup attends: 0 for half of them, all for one warpgroup alone; and
+    min_tiles is the fewest tiles worth a program of their own.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int = 4
+    stages: int = 2
+    per_sm: int = 1
+    registers: int = 0
+    pdl: bool = False
+    hopper: bool = False
+    left: int = 0
+    min_tiles: int = 1
+
+
+# Measured fastest of what was tried (docs/kernels.md): card, rank, rope dimension, most query rows. Where a card or a shape
+# is not listed, `default_config` shrinks tiles until they fit.
+TUNED = {
+    ("NVIDIA H100 80GB HBM3", 512, 64, 16): DecodeConfig(16, 32, stages=3),
+    ("NVIDIA H100 80GB HBM3", 512, 64, 32): DecodeConfig(32, 32, stages=3),
+    ("NVIDIA H100 80GB HBM3", 512, 64, 64): DecodeConfig(64, 64, warps=8),
+    ("NVIDIA H100 80GB HBM3", 512, 64, 128): DecodeConfig(64, 64, warps=8),
+    ("NVIDIA H100 80GB HBM3", 256, 64, 32): DecodeConfig(32, 64, stages=3),
+    ("NVIDIA H100 80GB HBM3", 160, 32, 16): DecodeConfig(16, 64, stages=3, per_sm=2, pdl=True),
+    ("NVIDIA H100 80GB HBM3", 96, 32, 32): DecodeConfig(32, 64, stages=3, per_sm=2, pdl=True),
+}
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rank_chunks(rank: int) -> tuple[int, int]:
+    """Two powers of two, or one and 0, that hold the rank with least padding: 512 -> (512, 0), 576 -> (512, 64)."""
+    whole = power_of_two(rank)
+    if whole == rank or rank < 32:
+        return max(whole, 16), 0
+    first = whole // 2
+    return first, max(power_of_two(rank - first), 16)
+
+
+def shared_memory(config: DecodeConfig, rank: int, rope_dim: int, bytes_per_number: int) -> int:
+    """Estimate of the shared memory of a program of the Triton kernel, in bytes: its queries and its tiles.
+
+    Triton keeps one tile fewer than there are stages, and one more where Hopper's asynchronous products read the keys,
+    which takes 64 rows of their first operand.
+    """
+    width = sum(rank_chunks(rank)) + (max(power_of_two(rope_dim), 16) if rope_dim else 0)
+    tiles = max(config.stages - (config.block_m < 64), 1)
+    return bytes_per_number * width * (config.block_m + config.block_n * tiles)
+
+
+def default_config(
+    rank: int, rope_dim: int, rows: int, dtype: torch.dtype, shared_limit: int = 227 * 1024, card: str = ""
+) -> DecodeConfig:
+    """The Triton kernel as measured fastest on this card, or so that it runs on any with `shared_limit` bytes of shared
+    memory for a program. `rows` is heads times query tokens.
+    """
+    if dtype != torch.float32:
+        listed = [key for key in TUNED if key[:3] == (card, rank, rope_dim) and key[3] >= rows]
+        if listed:
+            return TUNED[min(listed)]
+    block_m = min(max(power_of_two(rows), 16), 64)
+    if dtype == torch.float32:
+        # Exact products run on the ordinary units, where large tiles only spill.
+        config = DecodeConfig(block_m=16, block_n=16, stages=1)
+    elif block_m == 64:
+        config = DecodeConfig(block_m=64, block_n=64, warps=8, stages=2)
+    else:
+        config = DecodeConfig(block_m=block_m, block_n=32 if rank > 256 else 64, stages=3)
+    while shared_memory(config, rank, rope_dim, dtype.itemsize) > shared_limit and config.block_n > 16:
+        config = replace(config, block_n=config.block_n // 2)
+    while shared_memory(config, rank, rope_dim, dtype.itemsize) > shared_limit and config.stages > 1:
+        config = replace(config, stages=config.stages - 1)
+    # Wide ranks were measured faster with a program to each multiprocessor even where two fit.
+    fit_twice = 2 * (shared_memory(config, rank, rope_dim, dtype.itemsize) + 2048) <= shared_limit
+    return replace(config, per_sm=2) if fit_twice and config.warps == 4 and rank < 256 else config
+
+
+def choose_splits(config: DecodeConfig, processors: int, programs: int, capacity: int, paged: bool) -> int:
+    """Parts into which every sequence is cut, from what the host knows: not the lengths, but the cache's capacity.
+
+    `programs` is the number of programs if sequences are whole. One program for every place on the card; two where the
+    cache is paged, as lengths then tend to differ. Where there are more sequences than places, the number of parts, up to
+    four, that leaves the fewest places empty at the end.
+    """
+    places = processors * config.per_sm
+    useful = max(min(capacity // (2 * config.block_n), 1024), 1)
+    if programs <= places:
+        return min(max((1 + paged) * places // programs, 1), useful)
+
+    def lost(splits: int) -> float:
+        waves = programs * splits / places
+        return -(-(programs * splits) // places) / waves
+
+    return min(range(1, min(useful, 4) + 1), key=lambda splits: (round(lost(splits), 2), splits))
+
+
+def hopper_chunks(rank: int, rope_dim: int, left: int = 0) -> tuple[tuple[int, int, int, int], int, int]:
+    """Chunks of 64 columns of the latent in four groups, powers of two or 0, the first two of the first warpgroup; how
+    many chunks the rotary key takes, and their width, a power of two up to 64.
+    """
+    chunks = -(-rank // 64)
+    left = left or -(-chunks // 2)
+
+    def cut(count: int) -> tuple[int, int]:
+        whole = min(1 << max(count.bit_length() - 1, 0), 4) if count else 0
+        return whole, power_of_two(count - whole) if count > whole else 0
+
+    width = min(max(power_of_two(rope_dim), 16), 64)
+    return cut(left) + cut(chunks - left), -(-rope_dim // width), width
+
+
+def hopper_shared_memory(config: DecodeConfig, rank: int, rope_dim: int) -> int:
+    """Shared memory of a program of the Hopper kernel, in bytes: tiles, queries, weights, and what synchronises."""
+    groups, ropes, width = hopper_chunks(rank, rope_dim, config.left)
+    columns = sum(groups) * 64 + ropes * width
+    return 2 * (columns * (config.block_n * config.stages + 64) + 64 * config.block_n) + 2048
+
+
+def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> DecodeConfig | None:
+    """The Hopper kernel with as many stages as fit, or None where not two do."""
+    chunks = -(-rank // 64)
+    left, per_sm = (chunks, 2) if chunks <= 2 else (0, 1)
+    for block_n, stages in ((64, 4), (64, 3), (64, 2), (32, 4), (32, 3), (32, 2)):
+        config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, pdl=True, hopper=True, left=left)
+        if per_sm * (hopper_shared_memory(config, rank, rope_dim) + 1024) <= shared_limit:
+            return config
+    return None

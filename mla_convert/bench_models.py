@@ -1,0 +1,119 @@
+"""Models to measure, real or with random weights, and full caches for them; and the bytes of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from mla_convert.loading import is_converted
+from mla_convert.modeling.configuration_mla import config_class
+from mla_convert.modeling.modeling_mla import model_class
+from mla_convert.source import kv_heads
+
+
+class FullLayer(DynamicLayer):
+    """A cache layer of `length` tokens that is full but for the new one, which is written in place at its end."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new token, and give the whole."""
+        self.keys[:, :, -1:].copy_(key_states)
+        self.values[:, :, -1:].copy_(value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens before the new one."""
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset for the mask."""
+        return self.keys.shape[2], 0
+
+
+def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
+    """For each layer: heads, and widths of what is in the key slot and in the value slot."""
+    layers = range(config.num_hidden_layers)
+    if is_converted(config):
+        return [(1, config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [(kv_heads(config), width, width) for _ in layers]
+
+
+def full_cache(config: PreTrainedConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Cache:
+    """A cache of random normal numbers for `context` tokens."""
+
+    def filled(heads: int, width: int) -> Tensor:
+        return torch.empty(batch, heads, context, width, dtype=dtype, device=device).normal_()
+
+    cache = DynamicCache()
+    cache.layers = [FullLayer(filled(heads, k), filled(heads, v)) for heads, k, v in cache_shapes(config)]
+    return cache
+
+
+def held_bytes(device: torch.device, cache: Cache | None = None) -> int:
+    """Bytes that the device's allocator has given out; on the CPU, which keeps no count, those of the cache's tensors."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    layers = cache.layers if cache is not None else ()
+    return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
+
+
+def converted_config(original: PreTrainedConfig, rank: int, rope_dim: int) -> PreTrainedConfig:
+    """Configuration of the original's conversion to a uniform rank and rope dimension."""
+    fields = original.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
+        fields.pop(key, None)
+    _, width, _ = cache_shapes(original)[0]
+    return config_class(type(original))(
+        **fields, kv_lora_rank=rank, qk_rope_head_dim=rope_dim, qk_nope_head_dim=width, v_head_dim=width,
+        qk_head_dim=width + rope_dim,
+    )  # fmt: skip
+
+
+def shape_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """Configuration of a shape in `shapes.SHAPES`."""
+    fields = dict(fields)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def random_model(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, original: PreTrainedConfig | None = None
+) -> nn.Module:
+    """A model with random weights, built on the device. A converted one needs its original's configuration."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            if original is None:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            else:
+                config._attn_implementation = "sdpa"
+                model = model_class(AutoModelForCausalLM._model_mapping[type(original)])(config)
+                for name, index in model.named_buffers():
+                    if name.endswith("rope_freq_index"):
+                        index.copy_(torch.arange(len(index)))
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a step reads: all but the embedding, of which it reads a few rows, unless the head is tied."""
+    every = sum(weight.nbytes for weight in model.parameters())
+    tied = model.get_output_embeddings() is None or (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
+    return every - (0 if tied else model.get_input_embeddings().weight.nbytes)
+
+
+def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes that a token takes in the cache, over all layers."""
+    return sum(heads * (keys + values) for heads, keys, values in cache_shapes(config)) * dtype.itemsize

@@ -1,0 +1,147 @@
+"""`mla-convert bench`: how fast a model decodes, and how many sequences fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.errors import InputError, UsageError
+from mla_convert.shapes import SHAPES
+
+EXAMPLE = "mla-convert bench llama-8b-mla --against meta-llama/Llama-3.1-8B --context 8192,32768 --batch 1,max"
+
+SHAPE, WORK = "Random weights", "Work"
+
+Model = Annotated[str | None, typer.Argument(help="Folder, Hub id or recipe; converted or not.", show_default=False)]
+Against = Annotated[str | None, typer.Option(help="The original, named like MODEL.", show_default=False)]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help=f"Instead of MODEL: sizes of {', '.join(SHAPES)}, or a config.json. With --rank, its conversion against it.",
+        show_default=False,
+        rich_help_panel=SHAPE,
+    ),
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of the conversion.", show_default=False, rich_help_panel=SHAPE)]
+RopeDim = Annotated[int, typer.Option(help="Rotary dimensions of the conversion.", rich_help_panel=SHAPE)]
+Context = Annotated[str, typer.Option(help="Tokens in the cache, with commas between.", rich_help_panel=WORK)]
+Batch = Annotated[
+    str,
+    typer.Option(help="Sequences, with commas between; max is the largest that fits (CUDA).", rich_help_panel=WORK),
+]
+PromptTokens = Annotated[
+    str | None,
+    typer.Option("--prompt", help="Read prompts of so many tokens.", show_default=False, rich_help_panel=WORK),
+]
+Steps = Annotated[int, typer.Option(min=2, help="Steps timed at every point.", rich_help_panel=WORK)]
+Memory = Annotated[
+    str | None, typer.Option(help="Take at most this much of the card: 70GB.", show_default=False, rich_help_panel=WORK)
+]
+Price = Annotated[
+    float | None,
+    typer.Option(help="Price of the device per hour, for the cost of a million tokens.", show_default=False,
+                 rich_help_panel=WORK),
+]  # fmt: skip
+Device = Annotated[str, typer.Option(help="auto (CUDA if there), cpu, cuda, cuda:N.", rich_help_panel=WORK)]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.", rich_help_panel=WORK)]
+Plot = Annotated[
+    Path | None, typer.Option(help="Write tokens/s against context as SVG.", show_default=False, rich_help_panel=WORK)
+]
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: give whole numbers with commas between") from None
+    if min(found) < 1:
+        raise UsageError(f"{option} {text!r}: every number must be at least 1")
+    return found
+
+
+def _sides(model: str | None, against: str | None, shape: str | None, rank: int | None, rope_dim: int, dtype: Any,
+           device: Any) -> list[tuple[str, Any]]:  # fmt: skip
+    """Names of the models, and what builds each."""
+    from mla_convert.bench_models import converted_config, random_model, shape_config
+    from mla_convert.loading import find_model, load_model
+    from mla_convert.source import load_config
+
+    if (model is None) == (shape is None):
+        raise UsageError("give MODEL or --config, and not both")
+    if shape is None:
+        if rank is not None:
+            raise UsageError("--rank goes with --config: a MODEL has its own")
+        places = [(name, find_model(name)) for name in (model, against) if name]
+        return [(name, lambda place=place: load_model(place, dtype, device)) for name, place in places]
+    if against:
+        raise UsageError("--against goes with MODEL; --config with --rank measures both by itself")
+    if shape in SHAPES:
+        config = shape_config(SHAPES[shape])
+    elif Path(shape).exists():
+        path = Path(shape)
+        config = load_config(path if path.is_dir() else path.parent, shape)
+    else:
+        raise InputError(f"--config {shape!r} is neither a file nor one of {', '.join(SHAPES)}")
+    original = (shape, lambda: random_model(config, dtype, device))
+    if rank is None:
+        return [original]
+    converted = converted_config(config, rank, rope_dim)
+    return [(f"{shape} {rank}+{rope_dim}", lambda: random_model(converted, dtype, device, config)), original]
+
+
+def bench(
+    model: Model = None,
+    against: Against = None,
+    config: Shape = None,
+    rank: Rank = None,
+    rope_dim: RopeDim = 64,
+    context: Context = "8192",
+    batch: Batch = "1",
+    prompt: PromptTokens = None,
+    steps: Steps = 64,
+    memory: Memory = None,
+    price: Price = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    plot: Plot = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure decoding: tokens/s, latency, cache, largest batch, share of the memory's speed, cost. Any model or shape."""
+    silence_libraries(quiet)
+    contexts = _numbers(context, "--context")
+    batches = tuple(None if part == "max" else _numbers(part, "--batch")[0] for part in batch.split(","))
+    prompts = _numbers(prompt, "--prompt") if prompt else ()
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise UsageError(f"--dtype {dtype!r}: give bfloat16, float16 or float32")
+    if price is not None and not price > 0:
+        raise UsageError(f"--price {price}: give a positive price")
+    from rich.console import Console
+
+    from mla_convert.sizing import card_memory
+
+    limit = card_memory(None, memory)
+    import torch
+
+    from mla_convert import bench as measuring
+    from mla_convert.environment import pick_device
+    from mla_convert.speed_report import print_table, write_plot
+
+    where = pick_device(device)
+    sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), where)
+    wanted = measuring.Wanted(contexts, batches, prompts, limit, price, steps)
+    console = Console(stderr=True)
+    note = (lambda _: None) if quiet else (lambda words: console.print(words, style="dim", highlight=False))
+    figures = measuring.bench(sides, wanted, where, note)
+    if plot:
+        write_plot(figures, plot)
+    if json_:
+        typer.echo(json.dumps(figures, indent=2))
+    else:
+        print_table(figures, Console(highlight=False, width=None if Console().is_terminal else 140))

@@ -1,0 +1,87 @@
+"""Random decode cases, the reference's answer to them, and the tolerances; shared with the benchmark on a GPU."""
+
+import torch
+
+from mla_attention.naive import naive_decode
+
+# FlashMLA's own for dense decode (tests/test_flash_mla_dense_decoding.py and tests/kernelkit/compare.py): a number is right
+# if its absolute or its relative error is small, and the cosine distance of the whole output must be small as well. They
+# hold for caches of standard deviation 0.1, as its tests draw them.
+OUT_ABS, OUT_REL, OUT_COS = 8e-4, 2.01 / 128, 5e-6
+CACHE_SCALE = 0.1
+# Its queries are as small, which leaves the softmax all but flat and hides wrong scores. Ours are a hundred times larger:
+# scores of standard deviation 1. The absolute error that it allows the lse (1e-6, met where the lse is near 0) grows.
+QUERY_SCALE = 10.0
+LSE_ABS, LSE_REL = 1e-5, 8.01 / 65536
+# Stricter than FlashMLA: the distance of each row from the reference, over the row's norm, in units of the type's epsilon.
+# Rounding the weights and the output costs 0.5 at most each; faults in a few rows drown in a cosine over all of them.
+ROW_EPS, ROW_MIN = 1.25, 2e-5
+
+
+def make_case(batch, tokens, heads, rank, rope_dim, lengths, dtype, page_size=0, device="cpu", seed=0, spare=5):
+    """Arguments of `mla_decode` by name. What no query may read is NaN, and so are the pages that no sequence holds."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape, scale=CACHE_SCALE):
+        return (torch.randn(*shape, generator=generator, device=device, dtype=torch.float32) * scale).to(dtype)
+
+    case = {
+        "q_latent": normal(batch, tokens, heads, rank, scale=QUERY_SCALE),
+        "q_rope": normal(batch, tokens, heads, rope_dim, scale=QUERY_SCALE),
+        "cache_seqlens": torch.tensor(lengths, dtype=torch.int32, device=device),
+        "softmax_scale": (rank + rope_dim) ** -0.5,
+    }
+    if not page_size:
+        longest = max(*lengths, 1) + spare
+        latent, rope = normal(batch, longest, rank), normal(batch, longest, rope_dim)
+        for b, length in enumerate(lengths):
+            latent[b, length:] = torch.nan
+            rope[b, length:] = torch.nan
+        return case | {"latent_cache": latent, "rope_cache": rope}
+    held = [-(-length // page_size) for length in lengths]
+    pages = sum(held) + 3
+    order = torch.randperm(pages, generator=generator, device=device).to(torch.int32)
+    table = torch.full((batch, max(*held, 1) + 1), 2147480000, dtype=torch.int32, device=device)
+    latent, rope = normal(pages, page_size, rank), normal(pages, page_size, rope_dim)
+    taken = 0
+    for b, (length, count) in enumerate(zip(lengths, held, strict=True)):
+        table[b, :count] = order[taken : taken + count]
+        taken += count
+        if length % page_size:
+            latent[table[b, count - 1], length % page_size :] = torch.nan
+            rope[table[b, count - 1], length % page_size :] = torch.nan
+    latent[order[taken:].long()] = torch.nan
+    rope[order[taken:].long()] = torch.nan
+    return case | {"latent_cache": latent, "rope_cache": rope, "block_table": table}
+
+
+def disagreement(out, lse, case, **options) -> str | None:
+    """What is wrong with a result, or None: compared with the reference in float64."""
+    inputs = {name: value.double() if value.is_floating_point() else value
+              for name, value in case.items() if torch.is_tensor(value)}  # fmt: skip
+    inputs.setdefault("cache_seqlens", None)
+    want_out, want_lse = naive_decode(**inputs, softmax_scale=case["softmax_scale"], **options)
+    if not torch.equal(out.isfinite(), want_out.isfinite()) or not torch.equal(lse.isfinite(), want_lse.isfinite()):
+        return "NaN or infinity where there should be none, or none where there should be"
+    empty = ~want_lse.isfinite()
+    if not (lse[empty] == -torch.inf).all():
+        return "lse of a query that sees nothing is not minus infinity"
+    row_limit = max(ROW_EPS * torch.finfo(out.dtype).eps, ROW_MIN)
+    out, lse, want_lse = out.double(), lse.double().masked_fill(empty, 0), want_lse.masked_fill(empty, 0)
+    error = (out - want_out).abs()
+    row_error = (error.norm(dim=-1) / want_out.norm(dim=-1).clamp(min=1e-30)).max().item() if out.numel() else 0.0
+    wrong = (error >= OUT_ABS) & (error >= OUT_REL * (want_out.abs() + 1e-6))
+    if wrong.any():
+        return (
+            f"out differs in {int(wrong.sum())} of {wrong.numel()}, by up to {error.max().item():.2e}, "
+            f"in a row by up to {row_error:.1e} of its norm"
+        )
+    if row_error > row_limit:
+        return f"a row of out differs by {row_error:.1e} of its norm"
+    scale = (out * out + want_out * want_out).sum().item()
+    distance = 1 - 2 * (out * want_out).sum().item() / scale if scale else 0.0
+    if distance > OUT_COS:
+        return f"cosine distance {distance:.1e}"
+    error = (lse - want_lse).abs()
+    wrong = (error >= LSE_ABS) & (error >= LSE_REL * (want_lse.abs() + 1e-6))
+    return f"lse differs by up to {error.max().item():.2e}" if wrong.any() else None

@@ -1,0 +1,91 @@
+"""Run as a program: compile the kernels for sm_90a and launch them on a driver that does everything but run them.
+
+Finds what only a launch can: arguments that the launcher refuses, and kernels that the assembler does. Triton's own launcher
+is written in C; here its generator runs and its Python part, which makes tensor maps. PYTHONPATH leads to the package and
+to cases.py.
+"""
+
+import torch
+import triton.backends.nvidia.driver as nvidia
+from cases import make_case
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from mla_attention import decode as launcher
+from mla_attention.tuning import DecodeConfig
+
+launched = []
+
+
+class Utils:
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+
+    def load_binary(self, name, kernel, shared, device):
+        return 1, 2, 168, 0, 1024  # module, function, registers, spills, threads
+
+    def fill_tma_descriptor(self, *arguments):
+        return arguments
+
+    def unload_module(self, *arguments):
+        pass
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        constants = {
+            (source.fn.arg_names.index(k),) if isinstance(k, str) else k: v for k, v in source.constants.items()
+        }
+        maps = getattr(metadata, "tensordesc_meta", None)
+        nvidia.make_launcher(constants, source.signature, maps)
+        self.name = metadata.name
+        self.launch = nvidia.wrap_handle_tensordesc(self.record, source.signature, maps)
+
+    def record(self, *arguments):
+        launched.append((self.name, arguments[:3]))
+
+    def __call__(self, x, y, z, stream, function, *arguments):
+        self.launch(x, y, z, stream, function, 0, 0, None, None, *arguments)
+
+
+class Driver:
+    launcher_cls = Launcher
+    utils = Utils()
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def launch(config, rank, rope_dim, heads=32, tokens=1, page_size=0, num_splits=0, dtype=torch.bfloat16):
+    case = make_case(3, tokens, heads, rank, rope_dim, [400, 64, 5], dtype, page_size)
+    launcher.decode_triton(
+        case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"], case["cache_seqlens"],
+        case.get("block_table"), case["softmax_scale"], num_splits, 0.0, 0, torch.empty_like(case["q_latent"]),
+        torch.empty(3, heads, tokens), config,
+    )  # fmt: skip
+
+
+def main():
+    driver.set_active(Driver())
+    launcher.hopper_possible = lambda *_: True
+    launcher.device_limits = lambda device: (132, 232448, "")
+    launch(None, 512, 64)
+    launch(None, 96, 32, heads=9, tokens=3, page_size=16)
+    launch(DecodeConfig(64, 64, stages=2, pdl=True, hopper=True), 512, 64)
+    launch(DecodeConfig(64, 32, stages=2, hopper=True), 576, 128, heads=128, page_size=64, num_splits=4)
+    launch(DecodeConfig(64, 64, stages=4, per_sm=2, left=2, hopper=True), 96, 0, heads=9, dtype=torch.float16)
+    for name, grid in launched:
+        print(name, *grid)
+
+
+if __name__ == "__main__":
+    main()
