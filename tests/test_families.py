@@ -327,8 +327,9 @@ calibration text, closed form only (`--refine-steps 0 --dtype float32`), on a CP
 | Gemma 3 270M, Q4_K_M GGUF dequantised | 256 + 256, full | 2 × 128 | 2 × 256 | 33.204 | 33.204 |
 | Gemma 3 270M, Q4_K_M GGUF dequantised | 192 + 64, half | 16 × 512 | 4 × 512 | 39.789 | 49.942 (×1.2552) |
 
-The same on WikiText-2 (raw test, the first windows of 2048 tokens, not overlapping), calibrated on other text (OpenStax books), with what a CPU does
-when nothing is said (32 × 512 tokens, 30 steps a layer, sizes shared out) unless a row says otherwise; ± is one standard error of the ratio over windows:
+The same on WikiText-2 (raw test, the first windows of 2048 tokens, not overlapping), calibrated on other text (OpenStax
+books), with what a CPU does when nothing is said (32 × 512 tokens, 30 steps a layer, sizes shared out) unless a row says
+otherwise; ± is one standard error of the ratio over windows:
 
 | checkpoint | cache | windows | before | after |
 |---|---|---:|---:|---:|
@@ -337,8 +338,8 @@ when nothing is said (32 × 512 tokens, 30 steps a layer, sizes shared out) unle
 | Gemma 3 270M, Q4_K_M GGUF dequantised | 182 + 74, half | 4 | 25.545 | 68.143 (×2.67 ± 0.40) |
 | the same, uniform, closed form, 16 × 512 tokens | 192 + 64, half | 2 | 19.874 | 41.803 (×2.10 ± 0.36) |
 
-Gemma 3 loses far more here than in the first table. The windows are longer than those of calibration, and text and calibration text are of two kinds: which
-of the two it is, is not yet known.
+Gemma 3 loses far more here than in the first table. The windows are longer than those of calibration, and text and
+calibration text are of two kinds: which of these it is, is not known yet.
 
 ## Not converted
 
