@@ -406,11 +406,11 @@ def test_output_is_or_holds_the_source(refused, source, tmp_path, place):
 
 
 def test_parent_is_not_writable(refused, source, tmp_path, monkeypatch):
-    def touch(path, *_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    def probe(dir, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
     refused(RESOURCE, "text.txt", source, "--out", tmp_path / "text.txt" / "out")
-    monkeypatch.setattr(Path, "touch", touch)
+    monkeypatch.setattr("mla_convert.checkpoint.writer.tempfile.NamedTemporaryFile", probe)
     refused(RESOURCE, "Permission denied", source)
 
 

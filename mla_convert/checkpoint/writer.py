@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,9 +57,9 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
             f"output folder {out} exists and is not a converted model: choose another, or give --overwrite"
         )
     try:
-        probe = existing_parent(out) / f".{out.name}.probe"
-        probe.touch()
-        probe.unlink()
+        # a name of its own: several processes of one run look at once
+        with tempfile.NamedTemporaryFile(dir=existing_parent(out), prefix=f".{out.name[:32]}."):
+            pass
     except OSError as error:
         raise ResourceError(f"cannot write in {out.parent} ({error.strerror}): choose another --out") from error
 
