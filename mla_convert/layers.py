@@ -54,6 +54,12 @@ class LayerJob:
     writer: Writer
     progress: Progress
     refine: refine.RefineSettings
+    # E[g^2] (d,) at each layer's output: what an error in a channel costs
+    channels: list[Tensor] | None = None
+
+    def weights(self, index: int, targets: Activations) -> Tensor | None:
+        """Weights of channels behind layer `index`, for refinement towards `targets`."""
+        return None if self.channels is None else refine.channel_weights(self.channels[index], targets)
 
     def shard(self, index: int) -> str:
         """File of the embeddings (0), of layer i (i + 1), or of what comes after the layers (layers + 1)."""
@@ -187,6 +193,7 @@ def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> di
             streams.calib_original,
             replace(job.refine, steps=job.refine.block_steps, lr=job.refine.block_lr),
             lambda: job.progress.step(len(members)),
+            job.weights(members[-1].index, streams.calib_original),
         )
     clock.lap("refine_block")
     return {
@@ -220,7 +227,8 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
     clock.lap("factorise")
     closed_form = refine.output_error(student, original, states_original)
     targets = refine.residual_targets(original, states_original)
-    result = refine.refine(module, student, states, targets, job.refine, job.progress.step)
+    weight = job.weights(member.index, targets)
+    result = refine.refine(module, student, states, targets, job.refine, job.progress.step, weight)
     clock.lap("refine")
     return {
         "kv_lora_rank": module.kv_lora_rank,

@@ -20,7 +20,7 @@ from mla_convert.heal.settings import HealSettings
 from mla_convert.layers import refine_settings
 from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
-from mla_convert.sensitivity import TOKENS, aside_bytes
+from mla_convert.sensitivity import TOKENS, aside_bytes, is_measured
 from mla_convert.source import Source, open_source, parameters
 from mla_convert.texts import CALIB_DEFAULT, EVAL_LENGTH
 
@@ -72,7 +72,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         "parameters": {key: {side: counted[key] for side, counted in counts.items()} for key in ("attention", "model")},
         # beside the weights each layer names its rotary planes (int64)
         "disk_bytes": weights["after"] + sum(size.rope_dim // 2 for size in plan.layers) * 8,
-        "disk_aside_bytes": 0 if uniform else aside_bytes(plan),
+        "disk_aside_bytes": aside_bytes(plan) if is_measured(plan, config) else 0,
         "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
         "time": _time(config, source, plan, before, after),
         "warnings": [*source.notes, *sizing.warnings(plan)],
@@ -160,7 +160,7 @@ def _time(
         refine = refine_settings(config, device, calib[1], shape.hidden_size)
         windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
                           "block_steps": refine.block_steps, "batch": refine.batch,
-                          "measured": TOKENS[device.type] * shares_out(config, plan)}  # fmt: skip
+                          "measured": TOKENS[device.type] * is_measured(plan, config)}  # fmt: skip
     return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
 
 
