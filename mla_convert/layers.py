@@ -28,8 +28,8 @@ from mla_convert.skeleton import Skeleton, first_output
 # Where no block is asked for, on a GPU: layers refined together, at most, and while they take no more than so many bytes.
 BLOCK_LAYERS = 6
 BLOCK_BYTES = 6 << 30
-# Steps of a block for each step of its layers.
-BLOCK_STEPS = 3
+# A block gets as many steps as each of its layers for every so many calibration windows: more text has more to teach.
+BLOCK_WINDOWS = 100
 
 
 @dataclass
@@ -298,18 +298,21 @@ def _advance(job: LayerJob, member: _Member, streams: tuple[Activations, ...], o
                 states.advance(lambda hidden, own=own: first_output(member.layer(hidden, **own)))
 
 
-def refine_settings(config: ConvertConfig, device: torch.device, length: int, hidden: int) -> refine.RefineSettings:
+def refine_settings(
+    config: ConvertConfig, device: torch.device, calib: tuple[int, int], hidden: int
+) -> refine.RefineSettings:
     """Steps, batch and blocks where none are given: what a GPU does in a minute or two, and a token amount on a CPU.
 
-    :param length: tokens in a calibration window;  :param hidden: size of the residual stream.
+    :param calib: calibration windows, and tokens in one;  :param hidden: size of the residual stream.
     """
+    windows, length = calib
     cuda = device.type == "cuda"
     steps = (200 if cuda else 30) if config.refine_steps is None else config.refine_steps
     batch = max(1, (8192 if cuda else 2048) // length) if config.refine_batch is None else config.refine_batch
     block = config.refine_block
     if block is None:
         block = max(1, min(BLOCK_LAYERS, BLOCK_BYTES // _layer_bytes(batch * length, hidden))) if cuda else 1
-    block_steps = BLOCK_STEPS * steps if config.block_steps is None else config.block_steps
+    block_steps = steps * windows // BLOCK_WINDOWS if config.block_steps is None else config.block_steps
     return refine.RefineSettings(
         steps, batch, config.refine_lr, config.seed, block, block_steps if block > 1 else 0, config.block_lr
     )

@@ -47,12 +47,12 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     with phases.phase("text"):
         longest = getattr(source.config, "max_position_embeddings", None)
         check_conversion(config, longest)
-        windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest)
+        windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest, source.shape.hidden_size)
     written = selfwritten.share(config, source, device)
     for note in (notes := [*source.notes, *windows.notes]):
         progress.note(note)
 
-    refine = layers.refine_settings(config, device, windows.calib.shape[1], source.shape.hidden_size)
+    refine = layers.refine_settings(config, device, tuple(windows.calib.shape), source.shape.hidden_size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
                  "block_steps": refine.block_steps, "calib_self": written}  # fmt: skip
