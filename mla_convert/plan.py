@@ -15,12 +15,13 @@ DEFAULT_RATIO = 0.5
 TABLE = 32
 
 
-def table_frequencies(turning: int) -> range:
+def table_frequencies(turning: int, planes: int = TABLE) -> range:
     """Which of a model's `turning` frequencies planes of kind "table" may have: evenly spaced, from the fastest on.
 
-    Every n-th power of theta is again a table of DeepSeek's form, so an engine can be told of them by one number.
+    Every n-th power of theta is again a table of DeepSeek's form, so an engine can be told of them by one number; and the
+    fewer they are, the fewer rotary dims it stores: as many as there are planes, where that divides `turning`.
     """
-    step = max(1, turning // TABLE)
+    step = max(1, turning // max(min(planes, TABLE), 1))
     return range(0, turning, step)[:TABLE]
 
 
