@@ -15,13 +15,12 @@ DEFAULT_RATIO = 0.5
 TABLE = 32
 
 
-def table_frequencies(turning: int, planes: int = TABLE) -> range:
+def table_frequencies(turning: int) -> range:
     """Which of a model's `turning` frequencies planes of kind "table" may have: evenly spaced, from the fastest on.
 
-    Every n-th power of theta is again a table of DeepSeek's form, so an engine can be told of them by one number; and the
-    fewer they are, the fewer rotary dims it stores: as many as there are planes, where that divides `turning`.
+    Every n-th power of theta is again a table of DeepSeek's form, so an engine can be told of them by one number.
     """
-    step = max(1, turning // max(min(planes, TABLE), 1))
+    step = max(1, turning // TABLE)
     return range(0, turning, step)[:TABLE]
 
 

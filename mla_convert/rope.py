@@ -135,7 +135,7 @@ def table_planes(key_cov: Tensor, query_energy: Tensor, rho: Tensor, count: int)
     num_kv = key_cov.shape[1]
     charge = query_energy * (1 - rho.abs().square()).clamp_min(0)
     cost, write, read = _plane_basis(key_cov, by_group(charge, num_kv))
-    allowed = torch.tensor(table_frequencies(len(key_cov), count), dtype=torch.int64, device=rho.device)
+    allowed = torch.tensor(table_frequencies(len(key_cov)), dtype=torch.int64, device=rho.device)
     best = allowed[cost[allowed, 0].topk(count).indices]
     return _keep(best * num_kv, write, read, key_cov, query_energy, rho)
 

@@ -70,14 +70,6 @@ def test_portable_is_the_converted_model_in_stock_transformers(tabled, tmp_path,
     assert not list((tmp_path / "out").glob("*.py"))
 
 
-def test_fewer_planes_need_a_smaller_table(convert_pico, tmp_path):
-    """Half as many planes as frequencies: every second one, in every layer, and nothing cached beside them."""
-    converted = convert_pico("llama", rank=10, rope_dim=4, planes="table").out
-    found = export(converted, tmp_path / "out", pad="none")
-    assert (found.sizes.rope_dim, found.sizes.cache_numbers, found.source_numbers) == (4, 14, 14)
-    assert distance(logits(tmp_path / "out"), logits(converted)) < 1e-5
-
-
 def test_portable_needs_no_mla_convert(tabled, tmp_path):
     export(tabled("llama"), tmp_path / "out")
     code = (

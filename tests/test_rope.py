@@ -70,24 +70,21 @@ def test_choose_planes_loses_no_more_than_even_planes(spectrum):
         ).lost * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("count", range(N_F + 1))
+@pytest.mark.parametrize("count", [0, 1, N_F])
 def test_table_planes_are_the_best_with_a_frequency_each(count, spectrum):
     key_cov, energy, distance = spectrum
     rho = rope.mean_rotation(distance, INV_FREQ)
     planes = rope.table_planes(key_cov, energy, rho, count)
     assert len(planes.freq_index) == len(set(planes.freq_index.tolist())) == count
-    assert set(planes.freq_index.tolist()) <= set(table_frequencies(N_F, count))
     free = rope.choose_planes(key_cov, energy, rho, count)
-    assert free.lost <= planes.lost * (1 + 1e-9)
-    if N_F % max(count, 1) == 0:  # as many evenly spaced frequencies as planes: of each the plane that costs most
-        assert planes.lost <= rope.even_planes(key_cov, energy, rho, count).lost * (1 + 1e-9)
+    assert free.lost <= planes.lost <= rope.even_planes(key_cov, energy, rho, count).lost
+    if count == 1:  # nothing to choose between frequencies: the best of all planes
+        assert torch.equal(free.freq_index, planes.freq_index) and torch.isclose(free.lost, planes.lost)
 
 
 def test_a_table_has_frequencies_in_even_steps():
     assert table_frequencies(64) == range(0, 64, 2) and table_frequencies(32) == range(32)
     assert table_frequencies(48) == range(32) and table_frequencies(4) == range(4) and not table_frequencies(0)
-    assert table_frequencies(32, 16) == range(0, 32, 2) and table_frequencies(64, 16) == range(0, 64, 4)
-    assert table_frequencies(64, 24) == range(0, 64, 2) and table_frequencies(64, 40) == range(0, 64, 2)
 
 
 def test_content_maps_give_the_mean_of_what_no_plane_carries(spectrum):
