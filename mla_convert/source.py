@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from accelerate import init_empty_weights
+from gguf import GGUFReader
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -297,7 +299,30 @@ def _open_gguf(path: Path, weights: bool) -> Source:
     _forget_packing(model.config)
     family, tensors = find_family(model.config.model_type), parameters(model)
     family.check(model.config, path.name)
-    return Source(path.name, None, path.parent, path.name, model.config, family, MemoryReader(tensors))
+    notes = _first_token_notes(path)
+    return Source(path.name, None, path.parent, path.name, model.config, family, MemoryReader(tensors), notes)
+
+
+def _first_token_notes(path: Path) -> tuple[str, ...]:
+    """A warning where texts should begin with a token that the tokenizer, as transformers reads it, does not put there.
+
+    transformers 5.17 takes Gemma's vocabulary out of a GGUF file without that token and with half of its merges, silently.
+    """
+    fields = GGUFReader(path).fields
+    wanted, token = (fields.get(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "bos_token_id"))
+    if wanted is None or token is None or not wanted.contents():
+        return ()
+    try:
+        first = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)("")["input_ids"][:1]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()  # `Source.tokenizer` says so where one is needed
+    if first == [token.contents()]:
+        return ()
+    return (
+        f"{path.name} says that a text begins with token {token.contents()}, and its tokenizer as transformers "
+        f"{transformers.__version__} reads it does not put it there: if perplexity before conversion is high, try a newer "
+        f"transformers or the checkpoint that the file was made from",
+    )
 
 
 def _forget_packing(config: PreTrainedConfig) -> None:

@@ -104,8 +104,8 @@ GGUF_NAMES = {
 }
 
 
-def save_gguf(path: Path) -> Path:
-    """The llama variant as a GGUF file of F32 tensors, laid out as llama.cpp does."""
+def save_gguf(path: Path, add_bos: bool | None = None) -> Path:
+    """The llama variant as a GGUF file of F32 tensors, laid out as llama.cpp does; `add_bos` is what it says of first tokens."""
     built, vocab = model("llama"), tokenizer().get_vocab()
     config = built.config
     tokens = [*sorted(vocab, key=vocab.get), "Ġt", "Ġa"]  # transformers 5.17 misreads a single merge
@@ -122,6 +122,8 @@ def save_gguf(path: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("gpt2")
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_merges(["Ġ t", "Ġ a"])

@@ -17,6 +17,7 @@ from mla_convert import measure, texts
 from mla_convert.checkpoint.reader import SafetensorsReader
 from mla_convert.config import default_name
 from mla_convert.report import rows
+from mla_convert.source import open_source
 
 PROMPT = "The people of the islands"
 RANK, ROPE_DIM = 10, 6
@@ -304,6 +305,17 @@ def test_demo(cli, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(greedy(model, folder)).startswith(PROMPT)
+
+
+@pytest.mark.parametrize("add_bos", [None, False, True])
+def test_a_gguf_tokenizer_without_the_first_token_is_doubted(tmp_path, monkeypatch, add_bos):
+    file = pico.save_gguf(tmp_path / "tiny.gguf", add_bos)
+    tokenizer = open_source(str(file)).tokenizer()
+    for first in ([1], []):
+        monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, first=first, **__: {"input_ids": first})
+        notes = open_source(str(file)).notes
+        assert bool(notes) == (add_bos is True and not first)
+        assert all("begins with token 1" in note for note in notes)
 
 
 def test_gguf_source(convert_folder, tmp_path):
