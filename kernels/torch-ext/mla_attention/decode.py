@@ -141,9 +141,12 @@ def decode_triton(
     arguments = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap,
                  window, out, lse, part, part_lse)  # fmt: skip
     if config.hopper:
-        from .hopper import hopper_launch
+        if config.cuda:
+            from .hopper_cuda import cuda_launch as launch
+        else:
+            from .hopper import hopper_launch as launch
 
-        hopper_launch(*arguments, workers, config)
+        launch(*arguments, workers, config)
     else:
         _triton_launch(*arguments, config)
     if single:

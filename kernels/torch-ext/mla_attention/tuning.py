@@ -26,6 +26,7 @@ class DecodeConfig:
     registers: int = 0
     pdl: bool = False
     hopper: bool = False
+    cuda: bool = False
     left: int = 0
     min_tiles: int = 1
 
