@@ -47,10 +47,10 @@ def _side(name: str, columns: int) -> tuple[set[int], str]:
     """Widths of instructions, at most 256 columns each, and a function that issues them for all of a warpgroup's columns."""
     pieces = [(at, min(columns - at, 256)) for at in range(0, columns, 256)]
     body = "".join(
-        f"    mma_rs_{n}(d, {at // 2}, a0, a1, a2, a3, descriptor(at + {at // 64} * C_CHUNK, C_CHUNK));\n" for at, n in pieces
+        f"    mma_rs_{n}(d, {at // 2}, a0, a1, a2, a3, further(values, {at // 64} * C_CHUNK));\n" for at, n in pieces
     )
     return {n for _, n in pieces}, (
-        f"template <int S> __device__ __forceinline__ void mma_{name}(float (&d)[S], u32 a0, u32 a1, u32 a2, u32 a3, u32 at) {{\n"
+        f"template <int S> __device__ __forceinline__ void mma_{name}(float (&d)[S], u32 a0, u32 a1, u32 a2, u32 a3, u64 values) {{\n"
         f"{body}}}\n"
     )
 

@@ -62,6 +62,8 @@ template <int N> __device__ __forceinline__ void mma_wait() { asm volatile("wgmm
 __device__ __forceinline__ u64 descriptor(u32 address, u32 across) {
     return (u64)((address & 0x3ffff) >> 4) | ((u64)(across >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
 }
+// The same, so many bytes further on.
+__device__ __forceinline__ u64 further(u64 descriptor, int bytes) { return descriptor + (bytes >> 4); }
 template <int N> __device__ __forceinline__ void keep(float (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
@@ -263,13 +265,14 @@ mla_decode_hopper(const __grid_constant__ TensorMap c_map, const __grid_constant
                 const u32 stage = count % STAGES, at = base + AT_TILES + stage * STAGE;
                 float s[BLOCK_N / 2];
                 barrier_wait(full + 8 * stage, (count / STAGES) & 1);
+                const u64 queries = descriptor(__shfl_sync(~0u, base + AT_Q, 0), 16), keys = descriptor(__shfl_sync(~0u, at, 0), 16);
                 mma_fence();
 #pragma unroll
                 for (int c = 0; c < ALL; ++c)
 #pragma unroll
                     for (int k = 0; k < 4; ++k)
                         if (c < CHUNKS ? c * 64 + k * 16 < RANK : (c - CHUNKS) * 64 + k * 16 < ROPE)
-                            mma_scores(s, descriptor(base + AT_Q + c * Q_CHUNK + k * 32, 16), descriptor(at + c * C_CHUNK + k * 32, 16), c + k > 0);
+                            mma_scores(s, further(queries, c * Q_CHUNK + k * 32), further(keys, c * C_CHUNK + k * 32), c + k > 0);
                 mma_commit();
                 mma_wait<0>();
                 keep(s);
@@ -332,10 +335,11 @@ mla_decode_hopper(const __grid_constant__ TensorMap c_map, const __grid_constant
                 }
                 scale_rows(acc, f0, f1);
                 keep(acc);
+                const u64 values = descriptor(__shfl_sync(~0u, at, 0), C_CHUNK);
                 mma_fence();
 #pragma unroll
                 for (int k = 0; k < BLOCK_N / 16; ++k)
-                    mma_left(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], at + k * 2048);
+                    mma_left(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], further(values, k * 2048));
                 mma_commit();
                 mma_wait<0>();
                 keep(acc);
@@ -393,9 +397,10 @@ mla_decode_hopper(const __grid_constant__ TensorMap c_map, const __grid_constant
                 barrier_wait(full + 8 * stage, (count / STAGES) & 1);
                 scale_rows(acc, f0, f1);
                 keep(acc);
+                const u64 values = descriptor(__shfl_sync(~0u, at, 0), C_CHUNK);
                 mma_fence();
 #pragma unroll
-                for (int k = 0; k < BLOCK_N / 16; ++k) mma_right(acc, p[k].x, p[k].y, p[k].z, p[k].w, at + k * 2048);
+                for (int k = 0; k < BLOCK_N / 16; ++k) mma_right(acc, p[k].x, p[k].y, p[k].z, p[k].w, further(values, k * 2048));
                 mma_commit();
                 mma_wait<0>();
                 keep(acc);
