@@ -36,9 +36,9 @@ class Visible:
         self.mask = mask.view(torch.uint8) if self.masked else cache_seqlens.view(-1, 1, 1)
 
 
-def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
+def tma_possible(caches: list[Tensor], page_size: int, block_n: int, smaller_pages: bool = False) -> bool:
     """Whether tiles can be described to the tensor memory accelerator: 16-byte steps, tiles within one page."""
-    if page_size and page_size % block_n:
+    if page_size and page_size % block_n and not (smaller_pages and page_size in (16, 32)):
         return False
     return all(
         cache.data_ptr() % 16 == 0
@@ -49,13 +49,15 @@ def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
     )
 
 
-def hopper_possible(q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int, block_n: int) -> bool:
+def hopper_possible(
+    q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int, block_n: int, smaller_pages: bool = False
+) -> bool:
     """Whether the Hopper kernel can run here on these tensors, with tiles of `block_n` tokens."""
     return (
         q_latent.is_cuda
         and torch.cuda.get_device_capability(q_latent.device) == (9, 0)
         and q_latent.dtype in (torch.bfloat16, torch.float16)
-        and tma_possible([latent_cache, rope_cache], page_size, block_n)
+        and tma_possible([latent_cache, rope_cache], page_size, block_n, smaller_pages)
     )
 
 
@@ -125,7 +127,9 @@ def decode_triton(
     page_size = 0 if block_table is None else latent_cache.shape[1]
     if config is None and os.environ.get(HOPPER) == "1":
         config = hopper_config(rank, rope_dim, shared_limit)
-    if config and config.hopper and not hopper_possible(q_latent, latent_cache, rope_cache, page_size, config.block_n):
+    if config and config.hopper and not hopper_possible(
+        q_latent, latent_cache, rope_cache, page_size, config.block_n, config.cuda
+    ):
         config = None
     config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit, card)
     row_blocks = -(-rows // config.block_m)
@@ -140,24 +144,26 @@ def decode_triton(
     visible = Visible(cache_seqlens, mask, extent)
     arguments = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap,
                  window, out, lse, part, part_lse)  # fmt: skip
-    if config.hopper:
-        if config.cuda:
-            from .hopper_cuda import cuda_launch as launch
-        else:
-            from .hopper import hopper_launch as launch
+    if config.cuda:
+        from .hopper_cuda import cuda_launch
 
-        launch(*arguments, workers, config)
+        cuda_launch(*arguments, workers, config)
+        return
+    if config.hopper:
+        from .hopper import hopper_launch
+
+        hopper_launch(*arguments, workers, config)
     else:
         _triton_launch(*arguments, config)
     if single:
         return
     # Few rows: shorter pieces of the rank, so that enough programs fetch the parts.
     rank_chunk = min(power_of_two(rank), 128 if batch * rows * 4 <= processors * 8 else 512)
-    parts = power_of_two(num_splits or workers)
+    parts = max(power_of_two(num_splits or workers), 2)  # the compiler stumbles over blocks of one
     mla_decode_fwd_kernel_combine[(batch * rows, -(-rank // rank_chunk))](
         part, part_lse, visible.lengths, visible.starts, out, lse, window, batch, tokens, heads, rank, workers,
         config.min_tiles, *out.stride()[:3],
-        BATCH=power_of_two(batch), BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=parts,
+        BATCH=max(power_of_two(batch), 2), BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=parts,
         PART_CHUNK=min(8192 // rank_chunk, parts), SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0,
         PDL=config.pdl, num_warps=4, **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip

@@ -96,25 +96,31 @@ def compile_cubin(source: str, options: tuple[str, ...]) -> bytes:
 
 
 class Kernel:
-    """A kernel of a compiled source on the current device."""
+    """A kernel of a loaded module."""
 
-    def __init__(self, code: bytes, name: str, shared_bytes: int, threads: int):
-        self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
-        self.shared_bytes, self.threads = shared_bytes, threads
+    def __init__(self, module: ctypes.c_void_p, name: str, threads: int, shared_bytes: int):
+        self.function, self.threads, self.shared_bytes = ctypes.c_void_p(), threads, shared_bytes
         driver = _driver()
-        _check(driver.cuModuleLoadData(ctypes.byref(self.module), code), "loading a kernel")
-        _check(driver.cuModuleGetFunction(ctypes.byref(self.function), self.module, name.encode()), name)
-        _check(driver.cuFuncSetAttribute(self.function, _MAX_DYNAMIC_SHARED, shared_bytes), "shared memory")
+        _check(driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()), name)
+        if shared_bytes:
+            _check(driver.cuFuncSetAttribute(self.function, _MAX_DYNAMIC_SHARED, shared_bytes), "shared memory")
 
-    def launch(self, grid: tuple[int, int], arguments: tuple, pdl: bool) -> None:
+    def launch(self, grid: tuple[int, int, int], arguments: tuple, pdl: bool) -> None:
         """On PyTorch's current stream; `pdl` lets it begin before the kernel before it ends."""
         attribute = _Attribute(id=_PROGRAMMATIC_SERIALIZATION, value=1)
         config = _LaunchConfig(
-            *grid, 1, self.threads, 1, 1, self.shared_bytes, torch.cuda.current_stream().cuda_stream,
+            *grid, self.threads, 1, 1, self.shared_bytes, torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(attribute), int(pdl),
         )  # fmt: skip
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), "launch")
+
+
+def load_kernels(code: bytes, *kernels: tuple[str, int, int]) -> tuple[Kernel, ...]:
+    """Kernels of compiled code on the current device: (name, threads, bytes of dynamic shared memory) each."""
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "loading kernels")
+    return tuple(Kernel(module, *kernel) for kernel in kernels)
 
 
 class _Attribute(ctypes.Structure):
