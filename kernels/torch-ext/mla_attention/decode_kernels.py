@@ -157,7 +157,8 @@ def _store_rows(pointer, row_offset, in_range, acc, start: tl.constexpr, width, 
     tl.store(to, acc.to(pointer.dtype.element_ty), mask=in_range[:, None] & (d[None, :] < width))
 
 
-@triton.jit(do_not_specialize=["tokens", "window"])
+# Knowing that rows of a mask are aligned, Triton 3.6 chooses a layout that it then cannot lower with float32 products.
+@triton.jit(do_not_specialize=["tokens", "window", "stride_mb", "stride_mt"])
 def mla_decode_fwd_kernel_split(
     q_latent, q_rope, cache, rope, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, tokens, heads,
