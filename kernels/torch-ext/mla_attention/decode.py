@@ -6,7 +6,7 @@ import os
 import torch
 from torch import Tensor
 
-from .tuning import DecodeConfig, choose_splits, default_config, hopper_config, power_of_two, rank_chunks
+from .tuning import DecodeConfig, choose_splits, cuda_config, default_config, hopper_config, power_of_two, rank_chunks
 
 LOG2E = 1.4426950408889634
 # The Hopper kernel has run on an emulator only so far (docs/kernels.md): 1 asks for it.
@@ -125,8 +125,9 @@ def decode_triton(
         return
     processors, shared_limit, card = device_limits(q_latent.device)
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    if config is None and os.environ.get(HOPPER) == "1":
-        config = hopper_config(rank, rope_dim, shared_limit)
+    if config is None and os.environ.get(HOPPER):
+        choose = hopper_config if os.environ[HOPPER] == "gluon" else cuda_config
+        config = choose(rank, rope_dim, shared_limit)
     if config and config.hopper and not hopper_possible(
         q_latent, latent_cache, rope_cache, page_size, config.block_n, config.cuda
     ):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .nvrtc import Kernel, cached_cubin, load_kernels, matrix_map
+from .tuning import cuda_groups, cuda_shared_memory
 
 LOG2E = 1.4426950408889634
 ROWS = 64
@@ -80,18 +81,6 @@ def source(constants: dict[str, int]) -> str:
     return defines + (Path(__file__).parent / "hopper_decode.cu").read_text().replace(PLACE, products)
 
 
-def groups(rank: int) -> int:
-    """Warpgroups that compute."""
-    return 3 if rank <= 128 else 2
-
-
-def cuda_shared_memory(rank: int, rope_dim: int, block_n: int, stages: int) -> int:
-    """Shared memory of a program, in bytes: queries, tiles, what warpgroups exchange, barriers; and room to align them."""
-    columns = -(-rank // 64) + -(-rope_dim // 64)
-    exchanged = ROWS * block_n * 2 if rank > 256 else (groups(rank) - 1) * ROWS * 32 * 4
-    return columns * 128 * (ROWS + block_n * stages) + exchanged + groups(rank) * ROWS * 8 + 16 * stages + 32 + 1024
-
-
 @functools.cache
 def _kernels(device: int, constants: tuple[tuple[str, int], ...]) -> tuple[Kernel, ...]:
     """Attending, combining row by row, combining many parts of few rows."""
@@ -100,7 +89,7 @@ def _kernels(device: int, constants: tuple[tuple[str, int], ...]) -> tuple[Kerne
     shared = cuda_shared_memory(values["RANK"], values["ROPE"], values["BLOCK_N"], values["STAGES"])
     return load_kernels(
         code,
-        ("mla_decode_hopper", (groups(values["RANK"]) + 1) * 128, shared),
+        ("mla_decode_hopper", (cuda_groups(values["RANK"]) + 1) * 128, shared),
         ("mla_combine_rows", 256, 0),
         ("mla_combine_parts", 256, 0),
     )
@@ -116,6 +105,7 @@ def cuda_launch(
     page_size = 0 if block_table is None else latent_cache.shape[1]
     constants = {
         "RANK": rank, "ROPE": rope_dim, "BLOCK_N": config.block_n, "STAGES": config.stages,
+        "SEESAW": int(rank > 256 and config.seesaw),
         "BF16": int(q_latent.dtype == torch.bfloat16), "PAGE": page_size,
         "MASK": int(visible.masked), "WINDOW": int(window > 0), "SOFTCAP": int(softcap > 0), "PDL": int(config.pdl),
     }  # fmt: skip

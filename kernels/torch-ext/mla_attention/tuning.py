@@ -27,6 +27,7 @@ class DecodeConfig:
     pdl: bool = False
     hopper: bool = False
     cuda: bool = False
+    seesaw: bool = False
     left: int = 0
     min_tiles: int = 1
 
@@ -145,4 +146,27 @@ def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> D
         config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, pdl=True, hopper=True, left=left)
         if per_sm * (hopper_shared_memory(config, rank, rope_dim) + 1024) <= shared_limit:
             return config
+    return None
+
+
+def cuda_groups(rank: int) -> int:
+    """Warpgroups of the CUDA kernel that compute."""
+    return 3 if rank <= 128 else 2
+
+
+def cuda_shared_memory(rank: int, rope_dim: int, block_n: int, stages: int) -> int:
+    """Shared memory of a program of the CUDA kernel, in bytes: queries, tiles, what warpgroups exchange, barriers; and room
+    to align them.
+    """
+    columns = -(-rank // 64) + -(-rope_dim // 64)
+    exchanged = 64 * block_n * 2 if rank > 256 else (cuda_groups(rank) - 1) * 64 * 32 * 4
+    return columns * 128 * (64 + block_n * stages) + exchanged + 6 * 64 * 4 + 16 * stages + 32 + 1024
+
+
+def cuda_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> DecodeConfig | None:
+    """The CUDA kernel with as many stages as fit, or None where not two do."""
+    for block_n in (64, 32):
+        for stages in range(8, 1, -1):
+            if cuda_shared_memory(rank, rope_dim, block_n, stages) <= shared_limit:
+                return DecodeConfig(64, block_n, stages=stages, pdl=True, hopper=True, cuda=True)
     return None
