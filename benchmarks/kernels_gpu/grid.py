@@ -12,7 +12,7 @@ from pool import Pool
 from tune import candidates, hopper_candidates
 
 from mla_attention import mask_extent, mla_decode, mla_write, naive_write
-from mla_attention.decode import decode_triton
+from mla_attention.decode import launch_decode
 from mla_attention.tuning import DecodeConfig, default_config
 
 LENGTHS = ([0, 1, 15, 16], [17, 31, 33, 64], [63, 65, 127, 3], [1000, 4096, 1, 0], [700, 20, 513, 2049])
@@ -86,7 +86,7 @@ def run_group(group, device, cases=12):
         if group["mask"] and not group["page_size"] and not group["window"] and max(lengths) < 10000:
             mask = random_mask(case, tokens, lengths, group["mask"] == "holes", rng)
             del case["cache_seqlens"]
-        decode_triton(case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"],
+        launch_decode(case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"],
                       case.get("cache_seqlens"), case.get("block_table"), case["softmax_scale"], group["num_splits"],
                       group["softcap"], group["window"] or 0, out, lse, config, mask=mask,
                       extent=None if mask is None else mask_extent(mask))  # fmt: skip
@@ -107,7 +107,7 @@ def large_offsets(device):
     latent[:, :rows], rope[:, :rows] = case["latent_cache"], case["rope_cache"]
     small = dict(case)
     out, lse = torch.full_like(case["q_latent"], torch.nan), torch.full((3, 32, 1), torch.nan, device=device)
-    decode_triton(case["q_latent"], case["q_rope"], latent, rope, case["cache_seqlens"], None, case["softmax_scale"], 0,
+    launch_decode(case["q_latent"], case["q_rope"], latent, rope, case["cache_seqlens"], None, case["softmax_scale"], 0,
                   0.0, 0, out, lse)  # fmt: skip
     problem = disagreement(out, lse, small)
     del latent, rope

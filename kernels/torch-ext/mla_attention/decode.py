@@ -2,15 +2,18 @@
 
 import functools
 import os
+import warnings
 
 import torch
 from torch import Tensor
 
-from .tuning import DecodeConfig, choose_splits, cuda_config, default_config, hopper_config, power_of_two, rank_chunks
+from .tuning import DecodeConfig, choose_splits, default_config, hopper_config, power_of_two, rank_chunks
 
 LOG2E = 1.4426950408889634
-# The Hopper kernel has run on an emulator only so far (docs/kernels.md): 1 asks for it.
+# 0: the Triton kernels on Hopper as well.
 HOPPER = "MLA_ATTENTION_HOPPER"
+# Whether the CUDA kernels were tried and could not be compiled.
+_refused = False
 
 
 @functools.cache
@@ -36,9 +39,9 @@ class Visible:
         self.mask = mask.view(torch.uint8) if self.masked else cache_seqlens.view(-1, 1, 1)
 
 
-def tma_possible(caches: list[Tensor], page_size: int, block_n: int, smaller_pages: bool = False) -> bool:
-    """Whether tiles can be described to the tensor memory accelerator: 16-byte steps, tiles within one page."""
-    if page_size and page_size % block_n and not (smaller_pages and page_size in (16, 32)):
+def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
+    """Whether tiles can be described to the tensor memory accelerator: 16-byte steps, tiles made of whole pages or within one."""
+    if page_size and page_size % block_n and page_size not in (16, 32):
         return False
     return all(
         cache.data_ptr() % 16 == 0
@@ -50,28 +53,35 @@ def tma_possible(caches: list[Tensor], page_size: int, block_n: int, smaller_pag
 
 
 def hopper_possible(
-    q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int, block_n: int, smaller_pages: bool = False
+    q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, out: Tensor, page_size: int, block_n: int
 ) -> bool:
     """Whether the Hopper kernel can run here on these tensors, with tiles of `block_n` tokens."""
     return (
         q_latent.is_cuda
         and torch.cuda.get_device_capability(q_latent.device) == (9, 0)
         and q_latent.dtype in (torch.bfloat16, torch.float16)
-        and tma_possible([latent_cache, rope_cache], page_size, block_n, smaller_pages)
+        and latent_cache.shape[1] > 0
+        and tma_possible([latent_cache, rope_cache], page_size, block_n)
+        and out.data_ptr() % 16 == 0
+        and all(stride % 4 == 0 for stride in out.stride()[:3])
     )
 
 
-def _triton_launch(
+def _launch_triton(
     q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse,
-    part, part_lse, config,
+    processors, config,
 ):  # fmt: skip
-    """Launch the Triton kernel."""
-    from .decode_kernels import mla_decode_fwd_kernel_split
+    """Launch the Triton kernels."""
+    from .decode_kernels import mla_decode_fwd_kernel_combine, mla_decode_fwd_kernel_split
 
     batch, tokens, heads, rank = q_latent.shape
     rope_dim = q_rope.shape[3]
     r0, r1 = rank_chunks(rank)
+    rows = tokens * heads
     page_size = 0 if block_table is None else latent_cache.shape[1]
+    slots = batch * num_splits if num_splits > 1 else 0
+    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
+    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
     # The look-up of a page is a stage of its own in the pipeline: with one more, as many tiles stay in flight.
     stages = config.stages + (1 if page_size and config.stages > 1 else 0)
     options = {"num_warps": config.warps, "num_stages": stages}
@@ -79,7 +89,7 @@ def _triton_launch(
         options["maxnreg"] = config.registers
     if config.pdl:
         options["launch_pdl"] = True
-    mla_decode_fwd_kernel_split[(-(-tokens * heads // config.block_m), batch * num_splits)](
+    mla_decode_fwd_kernel_split[(-(-rows // config.block_m), batch * num_splits)](
         q_latent, q_rope, latent_cache, rope_cache, visible.lengths, visible.starts, visible.holes, visible.mask,
         visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
         softmax_scale * LOG2E, softcap, window, tokens, heads,
@@ -92,9 +102,37 @@ def _triton_launch(
         MASK=visible.masked, WINDOW=window > 0, SOFTCAP=softcap > 0,
         PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32", PDL=config.pdl, STAGES=stages, **options,
     )  # fmt: skip
+    if num_splits == 1:
+        return
+    # Few rows: shorter pieces of the rank, so that enough programs fetch the parts.
+    rank_chunk = min(power_of_two(rank), 128 if batch * rows * 4 <= processors * 8 else 512)
+    parts = power_of_two(num_splits)
+    mla_decode_fwd_kernel_combine[(batch * rows, -(-rank // rank_chunk))](
+        part, part_lse, visible.lengths, visible.starts, out, lse, window, tokens, heads, rank, *out.stride()[:3],
+        BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=parts, PART_CHUNK=min(8192 // rank_chunk, parts),
+        SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0, PDL=config.pdl, num_warps=4,
+        **({"launch_pdl": True} if config.pdl else {}),
+    )  # fmt: skip
 
 
-def decode_triton(
+def _launch_hopper(arguments: tuple, workers: int, config: DecodeConfig) -> bool:
+    """Launch the CUDA kernels; false, and a warning once, where they cannot be compiled or loaded."""
+    global _refused
+    if _refused:
+        return False
+    from .hopper import hopper_launch
+    from .nvrtc import KernelUnavailableError
+
+    try:
+        hopper_launch(*arguments, workers, config)
+    except KernelUnavailableError as error:
+        _refused = True
+        warnings.warn(f"mla_attention: the CUDA kernels for Hopper do not serve here: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def launch_decode(
     q_latent: Tensor,
     q_rope: Tensor,
     latent_cache: Tensor,
@@ -116,8 +154,6 @@ def decode_triton(
     With a mask (B, T, S), boolean, `extent` (3, B) is what `mask_extent` makes of it, and lengths are taken from there.
     Reads nothing back from the device, so that it can be captured in a CUDA graph.
     """
-    from .decode_kernels import mla_decode_fwd_kernel_combine
-
     batch, tokens, heads, rank = q_latent.shape
     rope_dim = q_rope.shape[3]
     rows = tokens * heads
@@ -125,46 +161,19 @@ def decode_triton(
         return
     processors, shared_limit, card = device_limits(q_latent.device)
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    if config is None and os.environ.get(HOPPER):
-        choose = hopper_config if os.environ[HOPPER] == "gluon" else cuda_config
-        config = choose(rank, rope_dim, shared_limit)
-    if config and config.hopper and not hopper_possible(
-        q_latent, latent_cache, rope_cache, page_size, config.block_n, config.cuda
-    ):
-        config = None
-    config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit, card)
-    row_blocks = -(-rows // config.block_m)
-    capacity = latent_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if not num_splits and not config.hopper:  # the Hopper kernel shares all tiles out evenly, whatever the lengths
-        num_splits = choose_splits(config, processors, batch * row_blocks, capacity, bool(page_size))
-    workers = batch * num_splits if num_splits else max(processors * config.per_sm // row_blocks, 1)
-    single = num_splits == 1 and not config.hopper  # the Hopper kernel leaves empty sequences to the combination
-    slots = 0 if single else (workers if num_splits else 2 * workers)
-    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
-    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
+    if config is None and os.environ.get(HOPPER) != "0":
+        config = hopper_config(rank, rope_dim, shared_limit)
     visible = Visible(cache_seqlens, mask, extent)
     arguments = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap,
-                 window, out, lse, part, part_lse)  # fmt: skip
-    if config.cuda:
-        from .hopper_cuda import cuda_launch
-
-        cuda_launch(*arguments, workers, config)
-        return
-    if config.hopper:
-        from .hopper import hopper_launch
-
-        hopper_launch(*arguments, workers, config)
-    else:
-        _triton_launch(*arguments, config)
-    if single:
-        return
-    # Few rows: shorter pieces of the rank, so that enough programs fetch the parts.
-    rank_chunk = min(power_of_two(rank), 128 if batch * rows * 4 <= processors * 8 else 512)
-    parts = max(power_of_two(num_splits or workers), 2)  # the compiler stumbles over blocks of one
-    mla_decode_fwd_kernel_combine[(batch * rows, -(-rank // rank_chunk))](
-        part, part_lse, visible.lengths, visible.starts, out, lse, window, batch, tokens, heads, rank, workers,
-        config.min_tiles, *out.stride()[:3],
-        BATCH=max(power_of_two(batch), 2), BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=parts,
-        PART_CHUNK=min(8192 // rank_chunk, parts), SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0,
-        PDL=config.pdl, num_warps=4, **({"launch_pdl": True} if config.pdl else {}),
-    )  # fmt: skip
+                 window, out, lse)  # fmt: skip
+    if config and config.hopper:
+        possible = hopper_possible(q_latent, latent_cache, rope_cache, out, page_size, config.block_n)
+        if possible and _launch_hopper(arguments, max(processors // -(-rows // config.block_m), 1), config):
+            return
+        config = None
+    config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit, card)
+    if not num_splits:
+        capacity = latent_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        row_blocks = -(-rows // config.block_m)
+        num_splits = choose_splits(config, processors, batch * row_blocks, capacity, bool(page_size))
+    _launch_triton(*arguments[:7], num_splits, *arguments[8:], processors, config)

@@ -5,11 +5,9 @@
 //
 // Up to rank 256, warpgroups take turns at tiles, each with a maximum, a sum and accumulators of its own, and put them
 // together at the end. Above, accumulators do not fit one warpgroup's registers, and two attend half of the columns each
-// (BY_COLUMNS). Where memory is the limit, the first of them computes all scores and weights, and hands the weights to the
-// second through shared memory. Where arithmetic is (SEESAW), they take turns at that: the tensor cores work for one while
-// the other one weighs.
+// (BY_COLUMNS): the first of them computes scores and weights, and hands the weights to the second through shared memory.
 //
-// The launcher defines RANK, ROPE, BLOCK_N, STAGES, SEESAW, BF16, PAGE, MASK, WINDOW, SOFTCAP, PDL, puts the matrix
+// The launcher defines RANK, ROPE, BLOCK_N, STAGES, BF16, PAGE, MASK, WINDOW, SOFTCAP, PDL, puts the matrix
 // instructions in place of the line that says so, and shares the layout of Arguments and of shared memory.
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -42,6 +40,9 @@ constexpr int COMPUTING = GROUPS == 2 ? 232 : 152, LOADING = GROUPS == 2 ? 40 : 
 constexpr int SLICE = 32, EXCHANGE = BY_COLUMNS ? ROWS * BLOCK_N * 2 : (GROUPS - 1) * ROWS * SLICE * 4;
 constexpr int AT_Q = 0, AT_TILES = ALL * Q_CHUNK, AT_EXCHANGE = AT_TILES + STAGES * STAGE, AT_STATE = AT_EXCHANGE + EXCHANGE,
               AT_BARRIERS = AT_STATE + 6 * ROWS * 4;
+// A wait tells phases of a barrier apart by parity alone, so whoever waits on one must see every phase: a stage whose tiles
+// went to several warpgroups could let one of them in while the tile before is still on its way.
+static_assert(BY_COLUMNS || STAGES % GROUPS == 0, "each stage belongs to one warpgroup");
 constexpr int PIECES = PAGE && PAGE < BLOCK_N ? BLOCK_N / PAGE : 1, PIECE = BLOCK_N / PIECES;  // boxes that a tile is loaded in
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
@@ -254,10 +255,9 @@ __device__ __forceinline__ void score(float (&s)[BLOCK_N / 2], u32 base, u32 at)
     mma_commit();
 }
 
-// Scores to weights, packed as the left operand of a product; the factors by which what was attended before shrinks. base0
-// and base1: the maxima of all tiles so far; this warpgroup's own are in `r`.
+// Scores to weights, packed as the left operand of a product; the factors by which what was attended before shrinks.
 __device__ __forceinline__ void weigh(const Arguments &a, const Stretch &t, int b, int tile, unsigned char *values, int barrier, Rows &r,
-                                      float base0, float base1, float (&s)[BLOCK_N / 2], u32 (&p)[BLOCK_N / 4], float &f0, float &f1) {
+                                      float (&s)[BLOCK_N / 2], u32 (&p)[BLOCK_N / 4], float &f0, float &f1) {
     const int lane = threadIdx.x & 31, n0 = tile * BLOCK_N;
     if (SOFTCAP) {
 #pragma unroll
@@ -295,11 +295,10 @@ __device__ __forceinline__ void weigh(const Arguments &a, const Stretch &t, int 
     x0 = fmaxf(x0, y0); x1 = fmaxf(x1, y1);
     x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, 1)); x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, 1));
     x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, 2)); x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, 2));
-    const float new0 = fmaxf(base0, x0 * scale), new1 = fmaxf(base1, x1 * scale);
+    const float new0 = fmaxf(r.m0, x0 * scale), new1 = fmaxf(r.m1, x1 * scale);
     // a row may have seen nothing yet: -inf - -inf is NaN
     const float shift0 = new0 == minus_infinity() ? 0.0f : new0, shift1 = new1 == minus_infinity() ? 0.0f : new1;
-    f0 = exp2_fast(base0 - shift0); f1 = exp2_fast(base1 - shift1);
-    const float own0 = SEESAW ? exp2_fast(r.m0 - shift0) : f0, own1 = SEESAW ? exp2_fast(r.m1 - shift1) : f1;
+    f0 = exp2_fast(r.m0 - shift0); f1 = exp2_fast(r.m1 - shift1);
     r.m0 = new0; r.m1 = new1;
     float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
 #pragma unroll
@@ -309,7 +308,7 @@ __device__ __forceinline__ void weigh(const Arguments &a, const Stretch &t, int 
         sum0 += e0; sum1 += e1; sum2 += e2; sum3 += e3;
         p[i / 2] = pack(e0, e1); p[i / 2 + 1] = pack(e2, e3);
     }
-    r.l0 = r.l0 * own0 + (sum0 + sum1); r.l1 = r.l1 * own1 + (sum2 + sum3);
+    r.l0 = r.l0 * f0 + (sum0 + sum1); r.l1 = r.l1 * f1 + (sum2 + sum3);
 }
 __device__ __forceinline__ void sum_rows(Rows &r) {
     r.l0 += __shfl_xor_sync(~0u, r.l0, 1); r.l1 += __shfl_xor_sync(~0u, r.l1, 1);
@@ -360,117 +359,6 @@ __device__ __forceinline__ void store_lse(const Arguments &a, float m, float l, 
     else a.part_lse[(i64)slot * rows + row] = lse;
 }
 
-#if RANK > 256 && SEESAW
-// One of two warpgroups that take turns at weighing tiles, and attend half of the columns of all of them. Both need every
-// tile's weights, maxima and factors in order: each tile's owner hands them over. One buffer is enough, because a thread
-// reads the other's from where it then writes its own. `p_full`: barriers of what each of the two has handed over.
-template <int SIDE>
-__device__ __forceinline__ void seesaw(const Arguments &a, Share share, int worker, unsigned char *smem, u32 base, u32 full, u32 empty, u32 q_full,
-                                       u32 q_empty, u32 p_full, Rows &r) {
-    constexpr int N = SIDE ? RIGHT_N : LEFT_N;
-    const int lane = threadIdx.x & 31, row_in = ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
-    uint4 *exchange = (uint4 *)(smem + AT_EXCHANGE) + (threadIdx.x & 127);
-    float *state = (float *)(smem + AT_STATE);
-    u32 count = 0, sequences = 0;
-    float acc[N / 2];
-    Stretch t;
-    int b;
-    while (next_stretch(a, share, t, b)) {
-        begin_rows(a, t, b, r);
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) acc[i] = 0;
-        float m0 = minus_infinity(), m1 = m0;  // of all tiles so far
-        barrier_wait(q_full, sequences & 1);
-        float f0, f1, s[BLOCK_N / 2];
-        u32 p[BLOCK_N / 4];
-        uint4 other[BLOCK_N / 16];
-        auto tile_at = [&](int tile) { return base + AT_TILES + (count + (tile - t.begin)) % STAGES * STAGE; };
-        auto arrived = [&](int tile) {
-            const u32 number = count + (tile - t.begin);
-            barrier_wait(full + 8 * (number % STAGES), (number / STAGES) & 1);
-        };
-        auto done = [&](int tile) {
-            keep(acc);
-            warp_arrive(empty + 8 * ((count + (tile - t.begin)) % STAGES));
-        };
-        auto weigh_own = [&](int tile) {
-            keep(s);
-            if (tile + 2 >= t.stop) warp_arrive(q_empty);
-            weigh(a, t, b, tile, smem + (tile_at(tile) - base), 1 + SIDE, r, m0, m1, s, p, f0, f1);
-            m0 = r.m0; m1 = r.m1;
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 16; ++i) exchange[i * 128] = make_uint4(p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]);
-            if ((lane & 3) == 0) {
-                state[row_in] = m0; state[row_in + 8] = m1;
-                state[ROWS + row_in] = f0; state[ROWS + row_in + 8] = f1;
-            }
-            warp_arrive(p_full + 8 * SIDE);
-        };
-        auto attend_own = [&](int tile) {
-            attend(acc, f0, f1, tile_at(tile) + (SIDE ? LEFT_N / 64 * C_CHUNK : 0), [&](int k, u64 values) {
-                if constexpr (SIDE) mma_right(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values);
-                else mma_left(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values);
-            });
-            mma_wait<0>();
-            done(tile);
-        };
-        auto attend_others = [&](int tile) {
-            barrier_wait(p_full + 8 * (1 - SIDE), ((count + (tile - t.begin)) >> 1) & 1);
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 16; ++i) other[i] = exchange[i * 128];
-            m0 = state[row_in]; m1 = state[row_in + 8];
-            f0 = state[ROWS + row_in]; f1 = state[ROWS + row_in + 8];
-            arrived(tile);
-            attend(acc, f0, f1, tile_at(tile) + (SIDE ? LEFT_N / 64 * C_CHUNK : 0), [&](int k, u64 values) {
-                if constexpr (SIDE) mma_right(acc, other[k].x, other[k].y, other[k].z, other[k].w, values);
-                else mma_left(acc, other[k].x, other[k].y, other[k].z, other[k].w, values);
-            });
-        };
-        int own = t.begin + ((count ^ SIDE) & 1);
-        if (own >= t.stop) warp_arrive(q_empty);
-        if (own == t.begin) {
-            arrived(own);
-            score(s, base, tile_at(own));
-            mma_wait<0>();
-            weigh_own(own);
-            attend_own(own);
-            own += 2;
-        }
-        for (; own < t.stop; own += 2) {
-            arrived(own);
-            score(s, base, tile_at(own));
-            attend_others(own - 1);
-            mma_wait<1>();
-            weigh_own(own);
-            mma_wait<0>();
-            done(own - 1);
-            attend_own(own);
-        }
-        if (own == t.stop) {
-            attend_others(own - 1);
-            mma_wait<0>();
-            done(own - 1);
-        }
-        count += t.stop - t.begin;
-        sum_rows(r);
-        // Sums of both, relative to the maximum of all; two sets of places, since one may be a stretch ahead.
-        const float shift0 = m0 == minus_infinity() ? 0.0f : m0, shift1 = m1 == minus_infinity() ? 0.0f : m1;
-        float *sums = state + 2 * ROWS + (sequences++ & 1) * 2 * ROWS;
-        const float l0 = r.l0 * exp2_fast(r.m0 - shift0), l1 = r.l1 * exp2_fast(r.m1 - shift1);
-        if ((lane & 3) == 0) { sums[SIDE * ROWS + row_in] = l0; sums[SIDE * ROWS + row_in + 8] = l1; }
-        threads_sync(3, 256);
-        const float total0 = l0 + sums[(1 - SIDE) * ROWS + row_in], total1 = l1 + sums[(1 - SIDE) * ROWS + row_in + 8];
-        const bool whole = t.begin == t.first && t.stop == t.last;
-        const int slot = slot_of(a, worker, t);
-        store_rows(a, acc, inverse(total0), inverse(total1), b, whole, slot, r.row, SIDE ? LEFT_N : 0);
-        if (!SIDE) {
-            store_lse(a, m0, total0, b, whole, slot, r.row);
-            store_lse(a, m1, total1, b, whole, slot, r.row + 8);
-        }
-    }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 mla_decode_hopper(const __grid_constant__ TensorMap c_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap q_map,
                   const __grid_constant__ TensorMap qr_map, const __grid_constant__ Arguments a) {
@@ -481,7 +369,7 @@ mla_decode_hopper(const __grid_constant__ TensorMap c_map, const __grid_constant
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) { barrier_init(full + 8 * i, 1); barrier_init(empty + 8 * i, BY_COLUMNS ? 8 : 4); }
-        barrier_init(q_full, 1); barrier_init(q_empty, BY_COLUMNS && !SEESAW ? 4 : 4 * GROUPS);
+        barrier_init(q_full, 1); barrier_init(q_empty, BY_COLUMNS ? 4 : 4 * GROUPS);
         barrier_init(p_full, 4); barrier_init(p_empty, 4);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -520,10 +408,7 @@ mla_decode_hopper(const __grid_constant__ TensorMap c_map, const __grid_constant
         }
     }
 
-#if RANK > 256 && SEESAW
-    if (group == 0) seesaw<0>(a, share, worker, smem, base, full, empty, q_full, q_empty, p_full, r);
-    else seesaw<1>(a, share, worker, smem, base, full, empty, q_full, q_empty, p_full, r);
-#elif RANK > 256
+#if RANK > 256
     if (group == 0) {  // scores, weights, left columns
         float acc[LEFT_N / 2];
         while (next_stretch(a, share, t, b)) {
@@ -540,7 +425,7 @@ mla_decode_hopper(const __grid_constant__ TensorMap c_map, const __grid_constant
                 mma_wait<0>();
                 keep(s);
                 if (tile == t.stop - 1) warp_arrive(q_empty);
-                weigh(a, t, b, tile, smem + (at - base), 1, r, r.m0, r.m1, s, p, f0, f1);
+                weigh(a, t, b, tile, smem + (at - base), 1, r, s, p, f0, f1);
                 barrier_wait(p_empty, (sent++ & 1) ^ 1);
 #pragma unroll
                 for (int i = 0; i < BLOCK_N / 16; ++i) exchange[i * 128] = make_uint4(p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]);
@@ -606,7 +491,7 @@ mla_decode_hopper(const __grid_constant__ TensorMap c_map, const __grid_constant
             mma_wait<0>();
             keep(s);
             if (tile + GROUPS >= t.stop) warp_arrive(q_empty);
-            weigh(a, t, b, tile, smem + (at - base), 1 + group, r, r.m0, r.m1, s, p, f0, f1);
+            weigh(a, t, b, tile, smem + (at - base), 1 + group, r, s, p, f0, f1);
             attend(acc, f0, f1, at, [&](int k, u64 values) { mma_left(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values); });
             mma_wait<0>();
             keep(acc);

@@ -6,6 +6,7 @@ No CUDA toolkit and no C++ compiler are needed: NVRTC is part of every CUDA buil
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,10 @@ _FLOAT16, _BFLOAT16, _SWIZZLE_128B, _L2_256B = 6, 9, 3, 3
 _MAX_DYNAMIC_SHARED, _PROGRAMMATIC_SERIALIZATION = 8, 6
 
 
+class KernelUnavailableError(RuntimeError):
+    """A kernel cannot be compiled or loaded on this machine."""
+
+
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
@@ -26,19 +31,15 @@ def _driver() -> ctypes.CDLL:
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
     major = (torch.version.cuda or "13").split(".")[0]
-    problems = []
-    for name in (f"libnvrtc.so.{major}", "libnvrtc.so"):
+    spec = importlib.util.find_spec("nvidia")  # where PyTorch's wheels put it
+    folders = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
+    beside = [str(path) for folder in folders for path in sorted(folder.glob(f"*/lib/libnvrtc.so.{major}"))]
+    for name in (f"libnvrtc.so.{major}", *beside, "libnvrtc.so"):
         try:
             return ctypes.CDLL(name)
         except OSError as error:
-            problems.append(str(error))
-    import importlib.util
-
-    spec = importlib.util.find_spec("nvidia")
-    for root in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(root).glob(f"*/lib/libnvrtc.so.{major}")):
-            return ctypes.CDLL(str(path))
-    raise OSError("; ".join(problems))
+            problem = error
+    raise KernelUnavailableError(f"the compiler library NVRTC is not there: {problem}")
 
 
 def _check(result: int, what: str) -> None:
@@ -51,7 +52,9 @@ def _check(result: int, what: str) -> None:
 def cached_cubin(source: str, options: tuple[str, ...]) -> bytes:
     """`compile_cubin`, kept on disk: in MLA_ATTENTION_CACHE, or mla_attention in the user's cache folder."""
     folder = os.environ.get("MLA_ATTENTION_CACHE")
-    folder = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mla_attention"
+    folder = (
+        Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mla_attention"
+    )
     key = hashlib.sha256("\0".join([source, *options, str(torch.version.cuda)]).encode()).hexdigest()
     path = folder / f"{key}.cubin"
     try:
@@ -72,12 +75,11 @@ def compile_cubin(source: str, options: tuple[str, ...]) -> bytes:
     """Machine code of CUDA C++ source.
 
     Raises:
-        RuntimeError: it does not compile; the message is the compiler's.
-        OSError: there is no compiler library.
+        KernelUnavailableError: there is no compiler library, or the source does not compile; then the message is the compiler's.
     """
     lib, program = _nvrtc(), ctypes.c_void_p()
     if lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mla_attention.cu", 0, None, None):
-        raise RuntimeError("NVRTC could not create a program")
+        raise KernelUnavailableError("NVRTC could not create a program")
     try:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         failed = lib.nvrtcCompileProgram(program, len(options), arguments)
@@ -86,7 +88,7 @@ def compile_cubin(source: str, options: tuple[str, ...]) -> bytes:
             lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             text = ctypes.create_string_buffer(size.value)
             lib.nvrtcGetProgramLog(program, text)
-            raise RuntimeError(f"NVRTC: {text.value.decode(errors='replace')}")
+            raise KernelUnavailableError(f"NVRTC: {text.value.decode(errors='replace')}")
         lib.nvrtcGetCUBINSize(program, ctypes.byref(size))
         code = ctypes.create_string_buffer(size.value)
         lib.nvrtcGetCUBIN(program, code)
@@ -117,10 +119,17 @@ class Kernel:
 
 
 def load_kernels(code: bytes, *kernels: tuple[str, int, int]) -> tuple[Kernel, ...]:
-    """Kernels of compiled code on the current device: (name, threads, bytes of dynamic shared memory) each."""
+    """Kernels of compiled code on the current device: (name, threads, bytes of dynamic shared memory) each.
+
+    Raises:
+        KernelUnavailableError: the driver does not take them.
+    """
     module = ctypes.c_void_p()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "loading kernels")
-    return tuple(Kernel(module, *kernel) for kernel in kernels)
+    try:
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "loading kernels")
+        return tuple(Kernel(module, *kernel) for kernel in kernels)
+    except RuntimeError as error:
+        raise KernelUnavailableError(str(error)) from error
 
 
 class _Attribute(ctypes.Structure):
