@@ -18,7 +18,7 @@ except ImportError:  # decoding then runs on the library's attention
     mla_attention = None
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-KERNELS = ("auto", "triton", "sdpa")
+KERNELS = ("auto", "kernels", "sdpa")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # What masks come to: all layers of a step are given the same one. With each, the version of the mask that it is of.
@@ -88,8 +88,8 @@ def kernel_attention(
     if reason is None and mask is None and tokens > 1:
         reason = "several query tokens need a mask"
     if reason is not None:
-        if choice == "triton":
-            raise ValueError(f'mla_kernel "triton" cannot decode: {reason}')
+        if choice == "kernels":
+            raise ValueError(f'mla_kernel "kernels" cannot decode: {reason}')
         return None
     lengths = extent = None
     if mask is None:

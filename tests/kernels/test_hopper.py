@@ -13,7 +13,7 @@ import torch
 from mla_attention import decode as launcher
 from mla_attention.hopper import Arguments, source
 from mla_attention.nvrtc import KernelUnavailableError
-from mla_attention.tuning import hopper_config, hopper_groups, hopper_shared_memory
+from mla_attention.tuning import hopper_config, hopper_groups, hopper_parts, hopper_shared_memory
 
 CONSTANTS = {"BF16": 1, "PAGE": 0, "MASK": 0, "WINDOW": 0, "SOFTCAP": 0, "PDL": 1}
 SIZES = [(512, 64, {}), (256, 64, {"PAGE": 16}), (96, 32, {"BF16": 0})]
@@ -80,13 +80,50 @@ def test_without_a_compiler_the_triton_kernels_serve(monkeypatch, recwarn):
     monkeypatch.setattr(launcher, "hopper_possible", lambda *_: True)
     served = []
     monkeypatch.setattr(launcher, "_launch_triton", lambda *arguments: served.append(arguments[-1]))
-    query, cache = torch.zeros(1, 1, 4, 64), torch.zeros(1, 8, 64)
+    query, cache = torch.zeros(1, 1, 4, 512), torch.zeros(1, 8, 512)
     lengths = torch.tensor([8], dtype=torch.int32)
     for _ in range(2):
         launcher.launch_decode(
-            query, query, cache, cache, lengths, None, 1.0, 0, 0.0, 0, query.clone(), torch.zeros(1, 4, 1)
+            query,
+            query[..., :64],
+            cache,
+            cache[..., :64],
+            lengths,
+            None,
+            1.0,
+            0,
+            0.0,
+            0,
+            query.clone(),
+            torch.zeros(1, 4, 1),
         )
     assert len(served) == 2 and not any(config.hopper for config in served)
     assert [str(warning.message) for warning in recwarn] == [
         "mla_attention: the CUDA kernels for Hopper do not serve here: no NVRTC"
     ]
+
+
+def test_parts():
+    assert hopper_parts(132, 32, 8192) == 4 and hopper_parts(66, 32, 8192) == 2 and hopper_parts(132, 128, 8192) == 1
+    assert hopper_parts(132, 1, 8192) == 0  # one sequence is shared out evenly anyway
+    assert hopper_parts(132, 100, 8192) == 0  # too many would have nothing to do
+    assert hopper_parts(132, 8, 2048) == 0 and hopper_parts(132, 200, 8192) == 0
+
+
+@pytest.mark.parametrize(
+    ("wish", "rank", "served"),
+    [("", 512, True), ("", 256, True), ("", 128, False), ("1", 128, True), ("0", 512, False)],
+)
+def test_what_runs_on_hopper(monkeypatch, wish, rank, served):
+    monkeypatch.setenv("MLA_ATTENTION_HOPPER", wish)
+    monkeypatch.setattr(launcher, "_refused", False)
+    monkeypatch.setattr(launcher, "hopper_possible", lambda *_: True)
+    launched = []
+    monkeypatch.setattr(launcher, "_launch_hopper", lambda *arguments: launched.append("cuda") or True)
+    monkeypatch.setattr(launcher, "_launch_triton", lambda *arguments: launched.append("triton"))
+    query, rope, cache = torch.zeros(1, 1, 4, rank), torch.zeros(1, 1, 4, 64), torch.zeros(1, 8, rank)
+    lengths = torch.tensor([8], dtype=torch.int32)
+    launcher.launch_decode(
+        query, rope, cache, torch.zeros(1, 8, 64), lengths, None, 1.0, 0, 0.0, 0, query.clone(), torch.zeros(1, 4, 1)
+    )
+    assert launched == ["cuda" if served else "triton"]

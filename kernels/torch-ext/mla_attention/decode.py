@@ -7,10 +7,19 @@ import warnings
 import torch
 from torch import Tensor
 
-from .tuning import DecodeConfig, choose_splits, default_config, hopper_config, power_of_two, rank_chunks
+from .tuning import (
+    DecodeConfig,
+    choose_splits,
+    default_config,
+    hopper_config,
+    hopper_measured,
+    hopper_parts,
+    power_of_two,
+    rank_chunks,
+)
 
 LOG2E = 1.4426950408889634
-# 0: the Triton kernels on Hopper as well.
+# On Hopper: 0 for the Triton kernels everywhere, 1 for the CUDA kernel also at ranks at which it was not measured.
 HOPPER = "MLA_ATTENTION_HOPPER"
 # Whether the CUDA kernels were tried and could not be compiled.
 _refused = False
@@ -161,14 +170,19 @@ def launch_decode(
         return
     processors, shared_limit, card = device_limits(q_latent.device)
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    if config is None and os.environ.get(HOPPER) != "0":
+    wish = os.environ.get(HOPPER, "")
+    if config is None and wish != "0" and (wish == "1" or hopper_measured(rank, rope_dim)):
         config = hopper_config(rank, rope_dim, shared_limit)
     visible = Visible(cache_seqlens, mask, extent)
-    arguments = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap,
-                 window, out, lse)  # fmt: skip
+    inputs = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale)
+    outputs = (softcap, window, out, lse)
     if config and config.hopper:
+        workers = max(processors // -(-rows // config.block_m), 1)
+        parts = num_splits
+        if not (parts or page_size or visible.masked):  # pages, and masks of left padding, speak for different lengths
+            parts = hopper_parts(workers, batch, latent_cache.shape[1])
         possible = hopper_possible(q_latent, latent_cache, rope_cache, out, page_size, config.block_n)
-        if possible and _launch_hopper(arguments, max(processors // -(-rows // config.block_m), 1), config):
+        if possible and _launch_hopper((*inputs, parts, *outputs), workers, config):
             return
         config = None
     config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit, card)
@@ -176,4 +190,4 @@ def launch_decode(
         capacity = latent_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         row_blocks = -(-rows // config.block_m)
         num_splits = choose_splits(config, processors, batch * row_blocks, capacity, bool(page_size))
-    _launch_triton(*arguments[:7], num_splits, *arguments[8:], processors, config)
+    _launch_triton(*inputs, num_splits, *outputs, processors, config)

@@ -133,5 +133,19 @@ def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> D
     for block_n in (64, 32):
         for stages in range(8 // step * step, 1, -step):
             if hopper_shared_memory(rank, rope_dim, block_n, stages) <= shared_limit:
-                return DecodeConfig(64, block_n, stages=stages, pdl=True, hopper=True)
+                return DecodeConfig(64, block_n, stages=stages, pdl=True, hopper=True, min_tiles=2)
     return None
+
+
+def hopper_measured(rank: int, rope_dim: int) -> bool:
+    """Whether the CUDA kernel has run on a card at such sizes, at length and without fault (docs/kernels.md)."""
+    return rank > 256 or (rank == 256 and rope_dim <= 64)
+
+
+def hopper_parts(workers: int, batch: int, capacity: int) -> int:
+    """Parts into which the CUDA kernel cuts every sequence of a batch that is likely of one length; 0: it shares tiles out
+    evenly, whatever the lengths, which has a few programs work on two sequences.
+    """
+    parts = workers // batch
+    enough = parts * batch * 16 >= workers * 15 and capacity >= parts * 4 * 64
+    return parts if batch > 1 and enough else 0
