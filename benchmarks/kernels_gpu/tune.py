@@ -129,6 +129,8 @@ def sweep(jobs, shape, builders, timer, arguments, log, tag):
 
 
 def brief(config):
+    if config is None:
+        return "default"
     return " ".join(f"{name}={int(value)}" for name, value in asdict(config).items() if value)
 
 

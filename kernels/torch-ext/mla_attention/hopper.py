@@ -12,11 +12,10 @@ from .tuning import hopper_groups, hopper_shared_memory
 
 LOG2E = 1.4426950408889634
 ROWS = 64
-PLACE = "//MATRIX INSTRUCTIONS//"
 
 
 class Arguments(ctypes.Structure):
-    """As in hopper_decode.cu."""
+    """As in hopper_common.cu."""
 
     _fields_ = [
         (name, kind)
@@ -83,7 +82,9 @@ def source(constants: dict[str, int]) -> str:
     products = "".join(_instruction(n, dtype, True) for n in sorted(widths))
     products = _instruction(block_n, dtype, False) + products + scores + sides
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    return defines + (Path(__file__).parent / "hopper_decode.cu").read_text().replace(PLACE, products)
+    here = Path(__file__).parent
+    common, attend, combine = ((here / f"hopper_{part}.cu").read_text() for part in ("common", "decode", "combine"))
+    return "\n".join((defines, common, products, attend, combine))
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The kernels as PyTorch operators, so that torch.compile and CUDA graphs take them whole.
 
-On CUDA they launch Triton; on the CPU the reference computes in float32 (float64 for float64 inputs).
+On CUDA they launch the kernels; on the CPU the reference computes in float32 (float64 for float64 inputs).
 """
 
 import torch
