@@ -1,5 +1,6 @@
 """How the decode kernels are cut up: tile sizes, warps, pipeline depth, and how many parts a sequence is cut into."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,6 +127,7 @@ def hopper_shared_memory(rank: int, rope_dim: int, block_n: int, stages: int) ->
     return columns * 128 * (64 + block_n * stages) + exchanged + 6 * 64 * 4 + 16 * stages + 32 + 1024
 
 
+@functools.cache
 def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> DecodeConfig | None:
     """The CUDA kernel with as many stages as fit, or None where not two do."""
     # Where warpgroups take turns at tiles, each has stages of its own: all others would have to see a barrier's every phase.
