@@ -11,10 +11,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
 
 from mla_convert.checkpoint.writer import stored_bytes
 from mla_convert.config import ConvertConfig
-from mla_convert.source import Source
+from mla_convert.source import Source, kv_heads
 
 # Share of the windows where none is asked for, on a GPU of which the whole original takes no more than MEMORY_SHARE.
 SHARE, MEMORY_SHARE = 0.5, 1 / 8
@@ -92,24 +93,112 @@ def load_whole(source: Source, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
+class _Layer(DynamicLayer):
+    """A cache layer of fixed length, written at a position that lies in device memory: a CUDA graph can be replayed on it."""
+
+    def __init__(self, position: Tensor, length: int):
+        super().__init__()
+        self.position, self.length = position, length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for all tokens, in the shapes of the first."""
+        self.keys, self.values = (
+            torch.zeros(*states.shape[:2], self.length, states.shape[3], dtype=states.dtype, device=states.device)
+            for states in (key_states, value_states)
+        )
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one token, and give the whole; what is not written yet is for the mask to hide."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys.index_copy_(2, self.position, key_states)
+        self.values.index_copy_(2, self.position, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens that it has room for: where the next one goes, only the device knows."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset for the mask."""
+        return self.length, 0
+
+
+class _Writer:
+    """The next token's logits, token by token; on CUDA a step is one CUDA graph, for launches are what it waits for."""
+
+    def __init__(self, model: nn.Module, texts: int, length: int):
+        self.model, self.device = model, model.device
+        self.ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.hidden = torch.finfo(model.dtype).min
+        self.mask = torch.empty(texts, 1, 1, length, dtype=model.dtype, device=self.device)
+        self.cache = Cache(layers=[_Layer(self.position, length) for _ in range(model.config.num_hidden_layers)])
+        self.graph, self.logits, self.capturable = None, None, self.device.type == "cuda"
+
+    def _run(self) -> Tensor:
+        self.mask.index_fill_(3, self.position, 0)
+        output = self.model(
+            input_ids=self.ids, attention_mask=self.mask, position_ids=self.position.expand(len(self.ids), 1),
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        return output.logits[:, -1]
+
+    def restart(self) -> None:
+        """New texts: nothing of the old ones is seen."""
+        self.position.zero_()
+        self.mask.fill_(self.hidden)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits (N, vocabulary) behind the tokens `ids` (N, 1), valid until the next call."""
+        self.ids.copy_(ids)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.logits = self._run()
+            if self.capturable:
+                self._capture()
+        self.position.add_(1)
+        return self.logits
+
+    def _capture(self) -> None:
+        """Record the step that has just run; running it again at the same position changes nothing.
+
+        A model that looks at its numbers on the way (experts, RoPE scaled by length) cannot be recorded, and runs step by step.
+        """
+        graph, self.capturable = torch.cuda.CUDAGraph(), False
+        try:
+            with torch.cuda.graph(graph):
+                logits = self._run()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return
+        graph.replay()
+        self.graph, self.logits = graph, logits
+
+
 @torch.no_grad()
 def write(model: nn.Module, count: int, length: int, first: int, seed: int) -> Tensor:
     """Texts (count, length), on the CPU, sampled token by token from the model's own distribution after `first`.
 
-    The end of a document does not end a text: the model goes on with another.
+    The end of a document does not end a text: the model goes on with another. A text longer than the narrowest attention
+    window is made of several, so that one mask serves all layers.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    parts = -(-length // (getattr(config, "sliding_window", None) or length))
+    if parts > 1:
+        return write(model, count * parts, -(-length // parts), first, seed).view(count, -1)[:, :length]
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    text_bytes = 2 * heads * width * config.num_hidden_layers * length * model.dtype.itemsize
-    texts = []
-    for size in torch.tensor_split(torch.arange(count), -(-count * text_bytes // CACHE_BYTES)):
-        ids, cache, written = torch.full((len(size), 1), first, device=model.device), None, []
+    text_bytes = 2 * kv_heads(config) * width * config.num_hidden_layers * length * model.dtype.itemsize
+    rounds = -(-count * text_bytes // CACHE_BYTES)
+    writer, texts = _Writer(model, -(-count // rounds), length), []
+    for _ in range(rounds):
+        writer.restart()
+        ids, written = torch.full_like(writer.ids, first), []
         for _ in range(length):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
+            ids = torch.multinomial(writer(ids).float().softmax(-1), 1, generator=generator)
             written.append(ids)
         texts.append(torch.cat(written, dim=1).cpu())
-    return torch.cat(texts)
+    return torch.cat(texts)[:count]
