@@ -84,11 +84,11 @@ def _memory_limit(device: torch.device, limit: int | None) -> Iterator[None]:
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device.index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
 def _free(device: torch.device) -> None:

@@ -22,6 +22,7 @@ class FullLayer(DynamicLayer):
         super().__init__()
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.tokens_written = torch.tensor(keys.shape[2] - 1, device=keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new token, and give the whole."""

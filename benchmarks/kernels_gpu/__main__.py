@@ -2,19 +2,16 @@ r"""The decode kernels on a GPU: correctness over the whole grid, tuning, and sp
 
 In this order, on a card that has not seen them yet (what docs/kernels.md calls not measured):
 
-    python benchmarks/kernels_gpu grid  --seconds 60
-    python benchmarks/kernels_gpu tune  --seconds 60 --limit 8 --shape 512,64,32 --shape 512,64,16 --shape 512,64,64 \
-        --shape 512,64,128 --at 32x8192
+    MLA_ATTENTION_HOPPER=1 python benchmarks/kernels_gpu grid --seconds 300
     python benchmarks/kernels_gpu tune  --seconds 60 --limit 5 --shape 256,64,32 --shape 128,64,32 --shape 96,32,32 \
         --shape 160,32,14 --shape 384,64,32 --shape 512,32,32 --at 32x8192
-    python benchmarks/kernels_gpu tune  --seconds 40 --limit 4 --shape 512,64,32 --at 1x8192 --at 1x32768 --at 1x131072 \
-        --at 8x8192
-    python benchmarks/kernels_gpu parts --seconds 20 --shape 512,64,32 --at 32x8192
+    python benchmarks/kernels_gpu tune  --seconds 40 --limit 4 --shape 512,64,32 --at 1x8192 --at 128x8192 --at 8x8192
+    python benchmarks/kernels_gpu parts --seconds 20 --shape 512,64,32 --at 32x8192 --at 128x8192
     python benchmarks/kernels_gpu speed --seconds 60 --tuned kernel-results/tune.json
-    mla-convert bench --config llama2-7b --rank 512 --context 8192 --batch max --memory 70GB --steps 24
-    mla-convert bench --config llama-8b --rank 512 --context 32768 --batch max --memory 70GB --steps 24
+    mla-convert bench --config llama2-7b --rank 512 --context 8192 --batch max --memory 70GB
+    mla-convert bench --config llama-8b --rank 512 --context 32768 --batch max --memory 70GB
 
-The last two again with MLA_ATTENTION_HOPPER=1 where tune found the Hopper kernel right and faster.
+The first also tries the CUDA kernel at ranks at which it is not the default.
 
 Results are printed as they come and written to --out as JSON lines, with a table at the end. Everything that runs on the GPU
 runs in processes of its own: a configuration that breaks one is reported, and the process replaced. Timing: several calls
@@ -59,6 +56,11 @@ def main():
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or [(512, 64, 32)]
     arguments.at = arguments.at or [(32, 8192)]
+    if arguments.device == "cpu":
+        import triton.runtime.interpreter
+        from conftest import let_numpy_index
+
+        let_numpy_index(triton.runtime.interpreter)
     return {"grid": grid, "tune": tune, "speed": speed, "parts": parts}[arguments.task](arguments)
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_attention.decode import decode_triton
+from mla_attention.decode import launch_decode
 
 DISTINCT_BYTES = 256e6
 START = time.monotonic()
@@ -55,8 +55,12 @@ def time_calls(calls, device, replays=9):
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
-    torch.cuda.synchronize()
+    start = time.perf_counter()
+    while True:  # clocks up
+        graph.replay()
+        torch.cuda.synchronize()
+        if time.perf_counter() - start > 0.015:
+            break
     times = []
     for _ in range(replays):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -136,7 +140,7 @@ def decode_calls(slices, config, num_splits):
     scale = (q.shape[3] + qr.shape[3]) ** -0.5
 
     def call(i):
-        decode_triton(q, qr, latent[i], rope[i], lengths, table, scale, num_splits, 0.0, 0, out, lse, config)
+        launch_decode(q, qr, latent[i], rope[i], lengths, table, scale, num_splits, 0.0, 0, out, lse, config)
 
     return [lambda i=i: call(i) for i in range(latent.shape[0])]
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 
 import torch
 from cases import CACHE_SCALE, disagreement, make_case
-from common import Log, device_name, half, left
+from common import Log, decode_calls, device_name, half, left, make_slices, row_error
 from pool import Pool
 from tune import candidates, hopper_candidates
 
 from mla_attention import mask_extent, mla_decode, mla_write, naive_write
-from mla_attention.decode import decode_triton
+from mla_attention.decode import launch_decode
 from mla_attention.tuning import DecodeConfig, default_config
 
 LENGTHS = ([0, 1, 15, 16], [17, 31, 33, 64], [63, 65, 127, 3], [1000, 4096, 1, 0], [700, 20, 513, 2049])
@@ -86,7 +86,7 @@ def run_group(group, device, cases=12):
         if group["mask"] and not group["page_size"] and not group["window"] and max(lengths) < 10000:
             mask = random_mask(case, tokens, lengths, group["mask"] == "holes", rng)
             del case["cache_seqlens"]
-        decode_triton(case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"],
+        launch_decode(case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"],
                       case.get("cache_seqlens"), case.get("block_table"), case["softmax_scale"], group["num_splits"],
                       group["softcap"], group["window"] or 0, out, lse, config, mask=mask,
                       extent=None if mask is None else mask_extent(mask))  # fmt: skip
@@ -107,7 +107,7 @@ def large_offsets(device):
     latent[:, :rows], rope[:, :rows] = case["latent_cache"], case["rope_cache"]
     small = dict(case)
     out, lse = torch.full_like(case["q_latent"], torch.nan), torch.full((3, 32, 1), torch.nan, device=device)
-    decode_triton(case["q_latent"], case["q_rope"], latent, rope, case["cache_seqlens"], None, case["softmax_scale"], 0,
+    launch_decode(case["q_latent"], case["q_rope"], latent, rope, case["cache_seqlens"], None, case["softmax_scale"], 0,
                   0.0, 0, out, lse)  # fmt: skip
     problem = disagreement(out, lse, small)
     del latent, rope
@@ -141,9 +141,33 @@ def operators(device):
     return disagreement(out, lse, case)
 
 
-def once(check, device):
+# Many tiles for every program, at full speed: rank, rope dimension, heads, batch, length, page size, ragged.
+REPEATED = [
+    (96, 32, 32, 32, 8192, 0, False), (128, 64, 32, 128, 8192, 0, False), (160, 32, 14, 32, 8192, 64, True),
+    (256, 64, 128, 32, 8192, 0, False), (512, 64, 128, 32, 8192, 64, True), (512, 64, 32, 8, 32768, 0, False),
+]  # fmt: skip
+
+
+def repeated(shape, device, times=40):
+    """What is wrong with a result that should have the same bits every time: a race shows as one that has not."""
+    slices, _, _ = make_slices(*shape, device)
+    error = row_error(slices, None, 0)
+    if error > 5e-3:
+        return f"a row is off by {error:.1e} of its norm"
+    out, first = slices[6], None
+    for _ in range(times):
+        out.fill_(torch.nan)
+        for call in reversed(decode_calls(slices, None, 0)):
+            call()
+        first = out.clone() if first is None else first
+        if not torch.equal(out, first):
+            return "a result differs from the one before"
+    return None
+
+
+def once(check, *arguments):
     """Outcome of a check that is no group, as one."""
-    return [({}, check(device))]
+    return [({}, check(*arguments))]
 
 
 def table(counts):
@@ -160,12 +184,13 @@ def grid(arguments):
     counts, kernels = Counter(), Counter()
     passed = failed = 0
     checks = [(check.__name__, once, check, device) for check in (operators, large_offsets)]
+    checks += [(f"repeated {shape}", once, repeated, shape, device) for shape in REPEATED]
     groups = grid_groups(arguments.seed)
     pool = Pool(arguments.processes, seconds_per_job=30)
     while True:
         while pool.room and left(arguments) > 0:
             name, function, *rest = checks.pop(0) if checks else (None, run_group, fitted(next(groups), device), device)
-            if name == "large_offsets" and device == "cpu":
+            if name and name.split()[0] in ("large_offsets", "repeated") and device == "cpu":
                 continue
             pool.start((name, rest[0]), function, *rest)
         for (name, group), results, problem in pool.finished():

@@ -1,5 +1,7 @@
 """Where the time of one call goes, and up to how many query tokens absorbed attention is the faster."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from common import Log, ceilings, decode_calls, half, make_slices, time_calls
@@ -8,7 +10,7 @@ from speed import alone
 from tune import brief
 
 from mla_attention import decode as launcher
-from mla_attention import decode_kernels, mla_decode
+from mla_attention import decode_kernels, hopper, mla_decode
 from mla_attention.tuning import default_config, hopper_config
 
 
@@ -18,20 +20,31 @@ class Nothing:
     def __getitem__(self, grid):
         return lambda *arguments, **options: None
 
+    def launch(self, *arguments):
+        pass
+
+
+@contextmanager
+def without_combination():
+    """Launch the attending kernels alone."""
+    triton, cuda = decode_kernels.mla_decode_fwd_kernel_combine, hopper._kernels
+    decode_kernels.mla_decode_fwd_kernel_combine = Nothing()
+    hopper._kernels = lambda *arguments: (cuda(*arguments)[0], Nothing(), Nothing())
+    yield
+    decode_kernels.mla_decode_fwd_kernel_combine, hopper._kernels = triton, cuda
+
 
 def call_parts(shape, config, device):
-    """Microseconds of a call, of its attending kernel alone, of that on a cache that fits the L2, and of the combination."""
+    """Microseconds of a call, of its attending kernel alone, and of that on a cache that fits the L2."""
     slices, _, _ = make_slices(*shape, device)
     calls = decode_calls(slices, config, 0)
     row = {"call": time_calls(calls, device)}
-    combine = decode_kernels.mla_decode_fwd_kernel_combine
-    decode_kernels.mla_decode_fwd_kernel_combine = Nothing()
-    row["attending"] = time_calls(calls, device)
     q, qr, latent, rope, *rest = slices
     # Every sequence reads the first one's rows: what then takes longer than the memory would is computing.
     same = (q, qr, latent[:1, :1].expand(1, *latent.shape[1:]), rope[:1, :1].expand(1, *rope.shape[1:]), *rest)
-    row["attending, cache in the L2"] = time_calls(decode_calls(same, config, 0) * 3, device)
-    decode_kernels.mla_decode_fwd_kernel_combine = combine
+    with without_combination():
+        row["attending"] = time_calls(calls, device)
+        row["attending, cache in the L2"] = time_calls(decode_calls(same, config, 0) * 3, device)
     return row
 
 

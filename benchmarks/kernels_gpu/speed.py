@@ -10,7 +10,7 @@ from pool import Pool
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tune import brief
 
-from mla_attention.tuning import DecodeConfig, default_config
+from mla_attention.tuning import DecodeConfig
 
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 ORIGINALS = (("Llama-3-8B", 8), ("Llama-2-7B", 32))  # name, key-value heads of 32
@@ -65,7 +65,7 @@ def speed(arguments):
             if left(arguments) < 10:
                 break
             entry = nearest(tuned, rank, rope_dim, heads, batch, length)
-            config = DecodeConfig(**entry["config"]) if entry else default_config(rank, rope_dim, heads, torch.bfloat16)
+            config = DecodeConfig(**entry["config"]) if entry else None
             num_splits = entry["num_splits"] if entry and not ragged else 0
             cache = ("paged" if page_size else "contiguous") + (" ragged" if ragged else "")
             tag = {"rank": rank, "rope_dim": rope_dim, "heads": heads, "batch": batch, "length": length, "cache": cache}

@@ -8,13 +8,12 @@ import torch
 from common import Log, ceilings, half, left, measure
 from pool import Pool
 
-from mla_attention import decode_kernels, hopper_kernels
-from mla_attention.decode import decode_triton
+from mla_attention import decode_kernels, nvrtc
+from mla_attention.decode import launch_decode
 from mla_attention.tuning import (
     DecodeConfig,
     default_config,
-    hopper_chunks,
-    hopper_shared_memory,
+    hopper_config,
     power_of_two,
     shared_memory,
 )
@@ -52,19 +51,8 @@ def candidates(rank, rope_dim, rows):
 
 
 def hopper_candidates(rank, rope_dim):
-    """Configurations of the Hopper kernel: as many stages as fit, two warpgroups or one, one program or several."""
-    found = []
-    chunks = -(-rank // 64)
-    for block_n, first, per_sm in itertools.product((64, 32), (0, chunks, 2), (1, 2, 3)):
-        groups = hopper_chunks(rank, rope_dim, min(first, chunks))[0]
-        if (groups[2] and per_sm > 1) or (not groups[2] and sum(groups) > {1: 4, 2: 2, 3: 1}[per_sm]):
-            continue
-        for stages in (8, 7, 6, 5, 4, 3, 2, 1):
-            config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, hopper=True, left=min(first, chunks))
-            if per_sm * (hopper_shared_memory(config, rank, rope_dim) + 1024) <= SHARED_LIMIT:
-                found.append(config)
-                break
-    return list(dict.fromkeys(found))
+    """The CUDA kernel as it is launched, and with smaller tiles."""
+    return [config for config in (hopper_config(rank, rope_dim),) if config]
 
 
 def promise(config, rank, rope_dim, rows):
@@ -85,11 +73,11 @@ def build(shape, config, num_splits, device):
     for kernel in (
         decode_kernels.mla_decode_fwd_kernel_split,
         decode_kernels.mla_decode_fwd_kernel_combine,
-        hopper_kernels.mla_decode_fwd_kernel_hopper2,
     ):
         if "run" not in vars(kernel):
             run = kernel.run
             kernel.run = lambda *args, run=run, warmup, **options: run(*args, warmup=True, **options)
+    nvrtc.Kernel.launch = lambda *_: None
     rank, rope_dim, heads, batch, length, page_size, _ = shape
     short = page_size or 64
     q = torch.empty(batch, 1, heads, rank, device=device, dtype=half(device))
@@ -99,7 +87,7 @@ def build(shape, config, num_splits, device):
     lengths = torch.empty(batch, dtype=torch.int32, device=device)
     table = torch.empty(batch, -(-length // page_size), dtype=torch.int32, device=device) if page_size else None
     lse = torch.empty(batch, heads, 1, device=device)
-    decode_triton(q, qr, latent, rope, lengths, table, 0.1, num_splits, 0.0, 0, torch.empty_like(q), lse, config)
+    launch_decode(q, qr, latent, rope, lengths, table, 0.1, num_splits, 0.0, 0, torch.empty_like(q), lse, config)
 
 
 def sweep(jobs, shape, builders, timer, arguments, log, tag):
@@ -141,6 +129,8 @@ def sweep(jobs, shape, builders, timer, arguments, log, tag):
 
 
 def brief(config):
+    if config is None:
+        return "default"
     return " ".join(f"{name}={int(value)}" for name, value in asdict(config).items() if value)
 
 

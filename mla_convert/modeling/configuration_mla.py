@@ -43,9 +43,9 @@ class MlaFields:
     # Cap of the attention logits; name of the stock attention's parameter with the sinks' logits.
     mla_softcap: float | None = None
     mla_sinks: str | None = None
-    # What attends when decoding: "triton" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
+    # What attends when decoding: "kernels" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
     # "auto" (the kernels where they can serve, else the library's). The variable MLA_CONVERT_KERNEL goes before it.
-    mla_kernel: str = "sdpa"
+    mla_kernel: str = "auto"
     # Version of the checkpoint format.
     mla_format: int = 1
 

@@ -18,7 +18,7 @@ except ImportError:  # decoding then runs on the library's attention
     mla_attention = None
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-KERNELS = ("auto", "triton", "sdpa")
+KERNELS = ("auto", "kernels", "sdpa")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # What masks come to: all layers of a step are given the same one. With each, the version of the mask that it is of.
@@ -88,8 +88,8 @@ def kernel_attention(
     if reason is None and mask is None and tokens > 1:
         reason = "several query tokens need a mask"
     if reason is not None:
-        if choice == "triton":
-            raise ValueError(f'mla_kernel "triton" cannot decode: {reason}')
+        if choice == "kernels":
+            raise ValueError(f'mla_kernel "kernels" cannot decode: {reason}')
         return None
     lengths = extent = None
     if mask is None:
@@ -124,25 +124,25 @@ def write_static(
 
     latent (B, 1, T, r), k_rope (B, 1, T, 2m) and q_rope (B, H, T, 2m) before RoPE, cos and sin (., T, m). Returns the whole
     of the cache, (B, 1, S, r) and (B, 1, S, 2m), and the rotated queries. Compiled models do without: the compiler fuses
-    rotation and append by itself.
+    rotation and append by itself. A cache layer of another class is written to if it has `keys`, `values` and a tensor
+    `tokens_written`, which is left as it is.
     """
     layers = getattr(cache, "layers", None) or ()
     layer = layers[layer_idx] if layer_idx < len(layers) else None
-    if type(layer) is not StaticLayer or cos is None or torch.compiler.is_compiling():
+    static = type(layer) is StaticLayer
+    if not (static or hasattr(layer, "tokens_written")) or cos is None or torch.compiler.is_compiling():
         return None
-    written = getattr(layer, "cumulative_length", None)
     needs_grad = latent.requires_grad or q_rope.requires_grad
-    if not isinstance(written, Tensor) or kernel_refusal(
-        latent, q_rope.shape[3], q_rope.shape[1], q_rope.dtype, needs_grad
-    ):
+    if kernel_refusal(latent, q_rope.shape[3], q_rope.shape[1], q_rope.dtype, needs_grad):
         return None
-    if not layer.is_initialized:
+    if static and not layer.is_initialized:
         layer.lazy_initialization(latent, k_rope)
-        written = layer.cumulative_length
-    if layer.keys.dtype != latent.dtype or layer.keys.shape[0] != latent.shape[0]:
+    written = getattr(layer, "cumulative_length" if static else "tokens_written", None)
+    if not isinstance(written, Tensor) or layer.keys.dtype != latent.dtype or layer.keys.shape[0] != latent.shape[0]:
         return None
     batch, _, tokens, _ = latent.shape
-    positions = (torch.arange(tokens, device=latent.device) + written).expand(batch, -1)
+    positions = written.view(1, 1) if tokens == 1 else torch.arange(tokens, device=latent.device) + written
+    positions = positions.expand(batch, tokens)
     q_rope = mla_attention.mla_write(
         latent.squeeze(1),
         k_rope.squeeze(1),
@@ -153,7 +153,8 @@ def write_static(
         layer.values.squeeze(1),
         positions,
     )
-    written.add_(tokens)
+    if static:
+        written.add_(tokens)
     return layer.keys, layer.values, q_rope.transpose(1, 2)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import disagreement, make_case
 
-from mla_attention.decode import decode_triton
+from mla_attention.decode import launch_decode
 from mla_attention.naive import mask_extent
 from mla_attention.tuning import DecodeConfig, choose_splits, default_config, rank_chunks, shared_memory
 
@@ -20,7 +20,7 @@ def decode(case, config, num_splits=0, softcap=0.0, window=None, **visible):
     batch, tokens, heads, _ = query.shape
     out = torch.full_like(query, torch.nan)
     lse = torch.full((batch, heads, tokens), torch.nan)
-    decode_triton(
+    launch_decode(
         query, case["q_rope"], case["latent_cache"], case["rope_cache"], case.get("cache_seqlens"), case.get("block_table"),
         case["softmax_scale"], num_splits, softcap, window or 0, out, lse, config, **visible,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def test_generation_is_the_same(model, cache, padding):
     prompt = torch.arange(2, 2 + 2 * 20, device="cuda").view(2, 20)
     mask = torch.ones_like(prompt)
     mask[0, :padding] = 0
-    for choice in ("sdpa", "triton"):
+    for choice in ("sdpa", "kernels"):
         for layer in model.model.layers:
             layer.self_attn.kernel = choice
         options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -44,7 +44,7 @@ def test_same_as_the_library(on_any_device, monkeypatch, tokens, mask, batch_of_
     monkeypatch.setattr(mla_attention, "mla_decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
     mask = None if mask is None else mask.expand(batch_of_mask, 1, -1, -1)
     arguments = (*inputs(tokens=tokens), mask, 0.3)
-    mine, _ = decode_mla.absorbed_attention(*arguments, kernel="triton")
+    mine, _ = decode_mla.absorbed_attention(*arguments, kernel="kernels")
     assert len(calls) == 1
     theirs, _ = decode_mla.absorbed_attention(*arguments, kernel="sdpa")
     torch.testing.assert_close(mine, theirs)
@@ -79,14 +79,14 @@ def test_a_mask_that_is_changed_is_looked_at_again(on_any_device):
     mask = padded()
     for _ in range(2):
         arguments = (*inputs(length=11), mask, 0.3)
-        mine = decode_mla.kernel_attention(*arguments, "triton")
+        mine = decode_mla.kernel_attention(*arguments, "kernels")
         torch.testing.assert_close(mine, decode_mla.absorbed_attention(*arguments)[0])
         mask[0, ..., 2:5] = False
     with torch.inference_mode():
         mask = padded()
         for _ in range(2):
             arguments = (*inputs(length=11), mask, 0.3)
-            mine = decode_mla.kernel_attention(*arguments, "triton")
+            mine = decode_mla.kernel_attention(*arguments, "kernels")
             torch.testing.assert_close(mine, decode_mla.absorbed_attention(*arguments)[0])
             mask[0, ..., 2:5] = False
 
@@ -96,10 +96,10 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(decode_mla, "mla_attention", mla_attention)
     assert decode_mla.kernel_attention(*arguments, "auto") is None
     with pytest.raises(ValueError, match="the cache is on cpu"):
-        decode_mla.kernel_attention(*arguments, "triton")
+        decode_mla.kernel_attention(*arguments, "kernels")
     monkeypatch.setattr(decode_mla, "mla_attention", None)
     with pytest.raises(ValueError, match="mla_attention is not installed"):
-        decode_mla.kernel_attention(*arguments, "triton")
+        decode_mla.kernel_attention(*arguments, "kernels")
 
 
 @pytest.mark.parametrize(
@@ -108,21 +108,21 @@ def test_refusals(monkeypatch):
 )
 def test_shapes_that_the_kernels_do_not_serve(on_any_device, changed, message):
     with pytest.raises(ValueError, match=message):
-        decode_mla.kernel_attention(*inputs(**changed), None, 0.3, "triton")
+        decode_mla.kernel_attention(*inputs(**changed), None, 0.3, "kernels")
 
 
 def test_gradients_and_masks_that_the_kernels_do_not_serve(on_any_device):
     tensors = inputs()
     with pytest.raises(ValueError, match="gradients are asked for"):
-        decode_mla.kernel_attention(tensors[0].requires_grad_(), *tensors[1:], None, 0.3, "triton")
+        decode_mla.kernel_attention(tensors[0].requires_grad_(), *tensors[1:], None, 0.3, "kernels")
     with pytest.raises(ValueError, match=r"mask is torch\.float32"), torch.no_grad():
-        decode_mla.kernel_attention(*tensors, torch.zeros(2, 1, 1, 9), 0.3, "triton")
+        decode_mla.kernel_attention(*tensors, torch.zeros(2, 1, 1, 9), 0.3, "kernels")
 
 
 def test_environment_goes_before_configuration(monkeypatch):
-    config = SimpleNamespace(mla_kernel="triton")
+    config = SimpleNamespace(mla_kernel="kernels")
     monkeypatch.delenv("MLA_CONVERT_KERNEL", raising=False)
-    assert decode_mla.kernel_choice(config) == "triton"
+    assert decode_mla.kernel_choice(config) == "kernels"
     monkeypatch.setenv("MLA_CONVERT_KERNEL", "sdpa")
     assert decode_mla.kernel_choice(config) == "sdpa"
     monkeypatch.setenv("MLA_CONVERT_KERNEL", "cuda")
@@ -145,7 +145,7 @@ def test_generation_is_the_same(on_any_device, monkeypatch, cache):
     write = mla_attention.mla_write
     monkeypatch.setattr(mla_attention, "mla_write", lambda *a, **k: writes.append(a) or write(*a, **k))
     outputs = []
-    for choice in ("sdpa", "triton"):
+    for choice in ("sdpa", "kernels"):
         for layer in model.model.layers:
             layer.self_attn.kernel = choice
         prompt = torch.arange(2 * 5).view(2, 5)

@@ -1,9 +1,10 @@
-"""Run as a program: compile the kernels for sm_90a and launch them on a driver that does everything but run them.
+"""Run as a program: compile the Triton kernels for sm_90a and launch all kernels on a driver that does everything but run them.
 
 Finds what only a launch can: arguments that the launcher refuses, and kernels that the assembler does. Triton's own launcher
-is written in C; here its generator runs and its Python part, which makes tensor maps. PYTHONPATH leads to the package and
-to cases.py.
+is written in C; here its generator runs. PYTHONPATH leads to the package and to cases.py.
 """
+
+import os
 
 import torch
 import triton.backends.nvidia.driver as nvidia
@@ -12,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from mla_attention import decode as launcher
+from mla_attention import hopper, nvrtc
 from mla_attention.tuning import DecodeConfig
 
 launched = []
@@ -67,22 +69,34 @@ class Driver:
 
 def launch(config, rank, rope_dim, heads=32, tokens=1, page_size=0, num_splits=0, dtype=torch.bfloat16):
     case = make_case(3, tokens, heads, rank, rope_dim, [400, 64, 5], dtype, page_size)
-    launcher.decode_triton(
+    launcher.launch_decode(
         case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"], case["cache_seqlens"],
         case.get("block_table"), case["softmax_scale"], num_splits, 0.0, 0, torch.empty_like(case["q_latent"]),
         torch.empty(3, heads, tokens), config,
     )  # fmt: skip
 
 
+class Kernel:
+    def __init__(self, name):
+        self.name = name
+
+    def launch(self, grid, arguments, pdl):
+        launched.append((self.name, grid))
+        assert [len(bytes(argument)) for argument in arguments] == [128] * (len(arguments) - 1) + [168]
+
+
 def main():
+    os.environ["MLA_ATTENTION_HOPPER"] = "1"
     driver.set_active(Driver())
-    launcher.hopper_possible = lambda *_: True
+    hopper._kernels = lambda *_: (Kernel("attend"), Kernel("combine_rows"), Kernel("combine_parts"))
+    hopper.matrix_map = lambda x, rows: (nvrtc.TensorMap(), x.stride(0) // x.stride(1))
     launcher.device_limits = lambda device: (132, 232448, "")
     launch(None, 512, 64)
     launch(None, 96, 32, heads=9, tokens=3, page_size=16)
-    launch(DecodeConfig(64, 64, stages=2, pdl=True, hopper=True), 512, 64)
-    launch(DecodeConfig(64, 32, stages=2, hopper=True), 576, 128, heads=128, page_size=64, num_splits=4)
-    launch(DecodeConfig(64, 64, stages=4, per_sm=2, left=2, hopper=True), 96, 0, heads=9, dtype=torch.float16)
+    launcher.hopper_possible = lambda *_: True
+    launch(None, 512, 64)
+    launch(None, 576, 128, heads=128, page_size=64, num_splits=4)
+    launch(DecodeConfig(64, 64, stages=4, min_tiles=2, hopper=True), 96, 0, heads=9, dtype=torch.float16)
     for name, grid in launched:
         print(name, *grid)
 

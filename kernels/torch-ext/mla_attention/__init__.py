@@ -1,4 +1,4 @@
-"""Decode attention for Multi-head Latent Attention at any rank: Triton kernels over contiguous and paged latent caches."""
+"""Decode attention for Multi-head Latent Attention at any rank, over contiguous and paged latent caches."""
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def mla_decode(
         cache_seqlens: (B,) int32, tokens in the cache of each sequence, 0 upwards, contiguous. Not read on the host.
         softmax_scale: multiplies the scores, > 0.
         block_table: (B, max_pages) int32, page of every page_size tokens; entries past a length are not read.
-        num_splits: parts into which every sequence is cut; None shares all the work out evenly over the card.
+        num_splits: parts into which every sequence is cut; None chooses, or shares all the work out evenly over the card.
         out: (B, T, H, r), written to and returned if given.
         return_lse: also return the natural logarithm of the sum of exponentials, (B, H, T) float32.
         softcap: scores become softcap * tanh(score / softcap); 0 leaves them.

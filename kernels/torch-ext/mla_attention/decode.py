@@ -2,15 +2,27 @@
 
 import functools
 import os
+import warnings
 
 import torch
 from torch import Tensor
 
-from .tuning import DecodeConfig, choose_splits, default_config, hopper_config, power_of_two, rank_chunks
+from .tuning import (
+    DecodeConfig,
+    choose_splits,
+    default_config,
+    hopper_config,
+    hopper_measured,
+    hopper_parts,
+    power_of_two,
+    rank_chunks,
+)
 
 LOG2E = 1.4426950408889634
-# The Hopper kernel has run on an emulator only so far (docs/kernels.md): 1 asks for it.
+# On Hopper: 0 for the Triton kernels everywhere, 1 for the CUDA kernel also at ranks at which it was not measured.
 HOPPER = "MLA_ATTENTION_HOPPER"
+# Whether the CUDA kernels were tried and could not be compiled.
+_refused = False
 
 
 @functools.cache
@@ -37,8 +49,8 @@ class Visible:
 
 
 def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
-    """Whether tiles can be described to the tensor memory accelerator: 16-byte steps, tiles within one page."""
-    if page_size and page_size % block_n:
+    """Whether tiles can be described to the tensor memory accelerator: 16-byte steps, tiles made of whole pages or within one."""
+    if page_size and page_size % block_n and page_size not in (16, 32):
         return False
     return all(
         cache.data_ptr() % 16 == 0
@@ -49,27 +61,36 @@ def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
     )
 
 
-def hopper_possible(q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, page_size: int, block_n: int) -> bool:
+def hopper_possible(
+    q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, out: Tensor, page_size: int, block_n: int
+) -> bool:
     """Whether the Hopper kernel can run here on these tensors, with tiles of `block_n` tokens."""
     return (
         q_latent.is_cuda
         and torch.cuda.get_device_capability(q_latent.device) == (9, 0)
         and q_latent.dtype in (torch.bfloat16, torch.float16)
+        and latent_cache.shape[1] > 0
         and tma_possible([latent_cache, rope_cache], page_size, block_n)
+        and out.data_ptr() % 16 == 0
+        and all(stride % 4 == 0 for stride in out.stride()[:3])
     )
 
 
-def _triton_launch(
+def _launch_triton(
     q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse,
-    part, part_lse, config,
+    processors, config,
 ):  # fmt: skip
-    """Launch the Triton kernel."""
-    from .decode_kernels import mla_decode_fwd_kernel_split
+    """Launch the Triton kernels."""
+    from .decode_kernels import mla_decode_fwd_kernel_combine, mla_decode_fwd_kernel_split
 
     batch, tokens, heads, rank = q_latent.shape
     rope_dim = q_rope.shape[3]
     r0, r1 = rank_chunks(rank)
+    rows = tokens * heads
     page_size = 0 if block_table is None else latent_cache.shape[1]
+    slots = batch * num_splits if num_splits > 1 else 0
+    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
+    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
     # The look-up of a page is a stage of its own in the pipeline: with one more, as many tiles stay in flight.
     stages = config.stages + (1 if page_size and config.stages > 1 else 0)
     options = {"num_warps": config.warps, "num_stages": stages}
@@ -77,7 +98,7 @@ def _triton_launch(
         options["maxnreg"] = config.registers
     if config.pdl:
         options["launch_pdl"] = True
-    mla_decode_fwd_kernel_split[(-(-tokens * heads // config.block_m), batch * num_splits)](
+    mla_decode_fwd_kernel_split[(-(-rows // config.block_m), batch * num_splits)](
         q_latent, q_rope, latent_cache, rope_cache, visible.lengths, visible.starts, visible.holes, visible.mask,
         visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
         softmax_scale * LOG2E, softcap, window, tokens, heads,
@@ -90,9 +111,37 @@ def _triton_launch(
         MASK=visible.masked, WINDOW=window > 0, SOFTCAP=softcap > 0,
         PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32", PDL=config.pdl, STAGES=stages, **options,
     )  # fmt: skip
+    if num_splits == 1:
+        return
+    # Few rows: shorter pieces of the rank, so that enough programs fetch the parts.
+    rank_chunk = min(power_of_two(rank), 128 if batch * rows * 4 <= processors * 8 else 512)
+    parts = power_of_two(num_splits)
+    mla_decode_fwd_kernel_combine[(batch * rows, -(-rank // rank_chunk))](
+        part, part_lse, visible.lengths, visible.starts, out, lse, window, tokens, heads, rank, *out.stride()[:3],
+        BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=parts, PART_CHUNK=min(8192 // rank_chunk, parts),
+        SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0, PDL=config.pdl, num_warps=4,
+        **({"launch_pdl": True} if config.pdl else {}),
+    )  # fmt: skip
 
 
-def decode_triton(
+def _launch_hopper(arguments: tuple, workers: int, config: DecodeConfig) -> bool:
+    """Launch the CUDA kernels; false, and a warning once, where they cannot be compiled or loaded."""
+    global _refused
+    if _refused:
+        return False
+    from .hopper import hopper_launch
+    from .nvrtc import KernelUnavailableError
+
+    try:
+        hopper_launch(*arguments, workers, config)
+    except KernelUnavailableError as error:
+        _refused = True
+        warnings.warn(f"mla_attention: the CUDA kernels for Hopper do not serve here: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def launch_decode(
     q_latent: Tensor,
     q_rope: Tensor,
     latent_cache: Tensor,
@@ -114,8 +163,6 @@ def decode_triton(
     With a mask (B, T, S), boolean, `extent` (3, B) is what `mask_extent` makes of it, and lengths are taken from there.
     Reads nothing back from the device, so that it can be captured in a CUDA graph.
     """
-    from .decode_kernels import mla_decode_fwd_kernel_combine
-
     batch, tokens, heads, rank = q_latent.shape
     rope_dim = q_rope.shape[3]
     rows = tokens * heads
@@ -123,38 +170,24 @@ def decode_triton(
         return
     processors, shared_limit, card = device_limits(q_latent.device)
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    if config is None and os.environ.get(HOPPER) == "1":
+    wish = os.environ.get(HOPPER, "")
+    if config is None and wish != "0" and (wish == "1" or hopper_measured(rank, rope_dim)):
         config = hopper_config(rank, rope_dim, shared_limit)
-    if config and config.hopper and not hopper_possible(q_latent, latent_cache, rope_cache, page_size, config.block_n):
+    visible = Visible(cache_seqlens, mask, extent)
+    inputs = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale)
+    outputs = (softcap, window, out, lse)
+    if config and config.hopper:
+        workers = max(processors // -(-rows // config.block_m), 1)
+        parts = num_splits
+        if not (parts or page_size or visible.masked):  # pages, and masks of left padding, speak for different lengths
+            parts = hopper_parts(workers, batch, latent_cache.shape[1])
+        possible = hopper_possible(q_latent, latent_cache, rope_cache, out, page_size, config.block_n)
+        if possible and _launch_hopper((*inputs, parts, *outputs), workers, config):
+            return
         config = None
     config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit, card)
-    row_blocks = -(-rows // config.block_m)
-    capacity = latent_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if not num_splits and not config.hopper:  # the Hopper kernel shares all tiles out evenly, whatever the lengths
+    if not num_splits:
+        capacity = latent_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        row_blocks = -(-rows // config.block_m)
         num_splits = choose_splits(config, processors, batch * row_blocks, capacity, bool(page_size))
-    workers = batch * num_splits if num_splits else max(processors * config.per_sm // row_blocks, 1)
-    single = num_splits == 1 and not config.hopper  # the Hopper kernel leaves empty sequences to the combination
-    slots = 0 if single else (workers if num_splits else 2 * workers)
-    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
-    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
-    visible = Visible(cache_seqlens, mask, extent)
-    arguments = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap,
-                 window, out, lse, part, part_lse)  # fmt: skip
-    if config.hopper:
-        from .hopper import hopper_launch
-
-        hopper_launch(*arguments, workers, config)
-    else:
-        _triton_launch(*arguments, config)
-    if single:
-        return
-    # Few rows: shorter pieces of the rank, so that enough programs fetch the parts.
-    rank_chunk = min(power_of_two(rank), 128 if batch * rows * 4 <= processors * 8 else 512)
-    parts = power_of_two(num_splits or workers)
-    mla_decode_fwd_kernel_combine[(batch * rows, -(-rank // rank_chunk))](
-        part, part_lse, visible.lengths, visible.starts, out, lse, window, batch, tokens, heads, rank, workers,
-        config.min_tiles, *out.stride()[:3],
-        BATCH=power_of_two(batch), BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=parts,
-        PART_CHUNK=min(8192 // rank_chunk, parts), SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0,
-        PDL=config.pdl, num_warps=4, **({"launch_pdl": True} if config.pdl else {}),
-    )  # fmt: skip
+    _launch_triton(*inputs, num_splits, *outputs, processors, config)

@@ -7,7 +7,7 @@ in base 2.
 The rank is cut in two power-of-two chunks, R0 + R1, because a tile's extent must be a power of two: 576 = 512 + 64 costs no
 padding, where 1024 would cost 78%.
 
-On Hopper, `hopper_kernels` takes its place wherever tiles can be described to the tensor memory accelerator.
+On Hopper, the CUDA kernels of `hopper_decode.cu` take their place where they can serve.
 """
 
 import triton
@@ -25,33 +25,6 @@ def _tile_range(length, start, tokens, window, BLOCK_N: tl.constexpr, WINDOW: tl
     if WINDOW:
         start = tl.maximum(start, length - tokens - window + 1)
     return tl.minimum(start // BLOCK_N, last), last
-
-
-@triton.jit
-def _even_shares(
-    lengths, starts, batch, tokens, window, workers, min_tiles,
-    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """Tiles of every sequence laid end to end: where each ends, how many it has, their sum, and how many workers share them."""
-    ids = tl.arange(0, BATCH)
-    length = tl.load(lengths + ids, mask=ids < batch, other=0)
-    start = length * 0
-    if MASK:
-        start = tl.load(starts + ids, mask=ids < batch, other=0)
-    first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
-    tiles = last - first
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0)
-    active = tl.maximum(tl.minimum(workers, (total + min_tiles - 1) // min_tiles), 1)
-    return ids, ends, tiles, total, active
-
-
-@triton.jit
-def _holder(tile, total, active):
-    """Which worker has a tile, of all laid end to end: each has total // active, the first few one more."""
-    each = total // active
-    long = (total - each * active) * (each + 1)  # tiles of those that have one more
-    return tl.where(tile < long, tile // (each + 1), (tile - long) // tl.maximum(each, 1) + total - each * active)
 
 
 @triton.jit
@@ -157,7 +130,8 @@ def _store_rows(pointer, row_offset, in_range, acc, start: tl.constexpr, width, 
     tl.store(to, acc.to(pointer.dtype.element_ty), mask=in_range[:, None] & (d[None, :] < width))
 
 
-@triton.jit(do_not_specialize=["tokens", "window"])
+# Knowing that rows of a mask are aligned, Triton 3.6 chooses a layout that it then cannot lower with float32 products.
+@triton.jit(do_not_specialize=["tokens", "window", "stride_mb", "stride_mt"])
 def mla_decode_fwd_kernel_split(
     q_latent, q_rope, cache, rope, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, tokens, heads,
@@ -255,12 +229,11 @@ def mla_decode_fwd_kernel_split(
         tl.store(part_lse + slot.to(tl.int64) * rows + row, nothing, mask=in_range)
 
 
-@triton.jit(do_not_specialize=["batch", "tokens", "window", "workers", "min_tiles"])
+@triton.jit(do_not_specialize=["tokens", "window"])
 def mla_decode_fwd_kernel_combine(
-    part, part_lse, lengths, starts, out, lse, window, batch, tokens, heads, rank, workers, min_tiles,
-    stride_ob, stride_ot, stride_oh,
-    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, RANK_CHUNK: tl.constexpr, PARTS: tl.constexpr, PART_CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    part, part_lse, lengths, starts, out, lse, window, tokens, heads, rank, stride_ob, stride_ot, stride_oh,
+    BLOCK_N: tl.constexpr, RANK_CHUNK: tl.constexpr, PARTS: tl.constexpr, PART_CHUNK: tl.constexpr, SPLITS: tl.constexpr,
+    MASK: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of the parts of one row of one sequence: grid (sequences * rows, chunks of the rank)."""
     rows = tokens * heads
@@ -271,22 +244,7 @@ def mla_decode_fwd_kernel_combine(
     if MASK:
         start = tl.load(starts + b)
     first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
-    if SPLITS > 0:
-        slot_0 = b * SPLITS
-        count = SPLITS
-        stride = 1
-        written = (last - first + SPLITS - 1) // SPLITS >= last - first  # the first split had it all
-    else:
-        ids, ends, tiles, total, active = _even_shares(
-            lengths, starts, batch, tokens, window, workers, min_tiles, BATCH, BLOCK_N, WINDOW, MASK
-        )
-        at = tl.sum(tl.where(ids == b, ends - tiles, 0), 0)
-        w_0 = _holder(at, total, active)
-        w_1 = _holder(at + last - first - 1, total, active)
-        slot_0 = 2 * w_0
-        count = w_1 - w_0 + 1
-        stride = 2
-        written = (w_0 == w_1) & (last > first)
+    written = (last - first + SPLITS - 1) // SPLITS >= last - first  # the first split had it all
     if PDL:
         gdc_wait()
     d = tl.program_id(1) * RANK_CHUNK + tl.arange(0, RANK_CHUNK)
@@ -297,22 +255,17 @@ def mla_decode_fwd_kernel_combine(
         tl.store(to_lse, -float("inf"))
     elif not written:
         j = tl.arange(0, PARTS)
-        slot = slot_0 + j * stride
-        if SPLITS == 0:
-            slot += (j == 0).to(tl.int32)
-        lse2 = tl.load(part_lse + slot.to(tl.int64) * rows + row, mask=j < count, other=-float("inf"))
+        slot = b * SPLITS + j
+        lse2 = tl.load(part_lse + slot.to(tl.int64) * rows + row, mask=j < SPLITS, other=-float("inf"))
         peak = tl.max(lse2, 0)
         shift = tl.where(peak == -float("inf"), 0.0, peak)
         lse2 = shift + tl.log2(tl.sum(tl.exp2(lse2 - shift), 0))
         finite = tl.where(lse2 == -float("inf"), 0.0, lse2)
         acc = tl.zeros([RANK_CHUNK], tl.float32)
-        for i0 in range(0, count, PART_CHUNK):
+        for i0 in range(0, SPLITS, PART_CHUNK):
             i = i0 + tl.arange(0, PART_CHUNK)
-            index = slot_0 + i * stride
-            if SPLITS == 0:
-                index += (i == 0).to(tl.int32)
-            at_row = index.to(tl.int64) * rows + row
-            weight = tl.exp2(tl.load(part_lse + at_row, mask=i < count, other=-float("inf")) - finite)
+            at_row = (b * SPLITS + i).to(tl.int64) * rows + row
+            weight = tl.exp2(tl.load(part_lse + at_row, mask=i < SPLITS, other=-float("inf")) - finite)
             # A part of weight nothing may never have been written.
             value = tl.load(
                 part + at_row[:, None] * rank + d[None, :], mask=(weight > 0)[:, None] & (d < rank)[None, :], other=0.0

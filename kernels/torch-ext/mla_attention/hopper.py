@@ -1,55 +1,148 @@
-"""Launch of the Hopper kernel."""
+"""Launch of the CUDA kernels for Hopper: their source for given sizes, and their arguments."""
 
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
-from .tuning import hopper_chunks, power_of_two
+from .nvrtc import Kernel, cached_cubin, load_kernels, matrix_map
+from .tuning import hopper_groups, hopper_shared_memory
 
 LOG2E = 1.4426950408889634
+ROWS = 64
+
+
+class Arguments(ctypes.Structure):
+    """As in hopper_common.cu."""
+
+    _fields_ = [
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_void_p, ("lengths", "starts", "holes", "block_table", "mask", "out", "lse", "part", "part_lse")),
+            (ctypes.c_int64, ("stride_tb", "stride_ob", "stride_ot", "stride_oh", "stride_mb", "stride_mt")),
+            (ctypes.c_float, ("scale_log2", "softcap")),
+            (
+                ctypes.c_int,
+                ("window", "batch", "tokens", "heads", "workers", "min_tiles", "splits", "c_rows", "k_rows"),
+            ),
+        )
+        for name in names
+    ]
+
+
+def _instruction(n: int, dtype: str, a_in_registers: bool) -> str:
+    """A function that issues one product of 64 rows, n columns and 16 in between, into d[at ..]."""
+    count = n // 2
+    numbers = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(d[at + {i}])' for i in range(count))
+    name = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} {{{numbers}}}"
+    if a_in_registers:
+        head = f"mma_rs_{n}(float (&d)[S], int at, u32 a0, u32 a1, u32 a2, u32 a3, u64 b)"
+        operands = f"{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, p, 1, 1, 1"
+        text = f"setp.eq.u32 p, 0, 0;\\n{name}, {operands};"
+        inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)'
+    else:
+        head = f"mma_ss_{n}(float (&d)[S], int at, u64 a, u64 b, int more)"
+        text = f"setp.ne.b32 p, %{count + 2}, 0;\\n{name}, %{count}, %{count + 1}, p, 1, 1, 0, 0;"
+        inputs = '"l"(a), "l"(b), "r"(more)'
+    body = f'asm volatile("{{\\n.reg .pred p;\\n{text}\\n}}" : {outputs} : {inputs});'
+    return f"template <int S> __device__ __forceinline__ void {head} {{\n    {body}\n}}\n"
+
+
+def _side(name: str, columns: int) -> tuple[set[int], str]:
+    """Widths of instructions, at most 256 columns each, and a function that issues them for a warpgroup's columns."""
+    pieces = [(at, min(columns - at, 256)) for at in range(0, columns, 256)]
+    calls = "".join(
+        f"    mma_rs_{n}(d, {at // 2}, a0, a1, a2, a3, further(values, {at // 64} * C_CHUNK));\n" for at, n in pieces
+    )
+    head = f"void mma_{name}(float (&d)[S], u32 a0, u32 a1, u32 a2, u32 a3, u64 values)"
+    return {n for _, n in pieces}, f"template <int S> __device__ __forceinline__ {head} {{\n{calls}}}\n"
+
+
+def left_columns(rank: int) -> int:
+    """Columns that the first warpgroup attends: all, or half of the chunks of 64 where the rank takes two warpgroups."""
+    return rank if rank <= 256 else -(-rank // 64) // 2 * 64
+
+
+def source(constants: dict[str, int]) -> str:
+    """CUDA C++ for these constants."""
+    rank, block_n = constants["RANK"], constants["BLOCK_N"]
+    dtype = "bf16" if constants["BF16"] else "f16"
+    left = left_columns(rank)
+    widths, sides = _side("left", left)
+    if rank > left:
+        more, right = _side("right", rank - left)
+        widths, sides = widths | more, sides + right
+    scores = (
+        "template <int S> __device__ __forceinline__ void mma_scores(float (&d)[S], u64 a, u64 b, int more) "
+        f"{{ mma_ss_{block_n}(d, 0, a, b, more); }}\n"
+    )
+    products = "".join(_instruction(n, dtype, True) for n in sorted(widths))
+    products = _instruction(block_n, dtype, False) + products + scores + sides
+    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    here = Path(__file__).parent
+    common, attend, combine = ((here / f"hopper_{part}.cu").read_text() for part in ("common", "decode", "combine"))
+    return "\n".join((defines, common, products, attend, combine))
+
+
+@functools.cache
+def _kernels(device: int, constants: tuple[tuple[str, int], ...]) -> tuple[Kernel, ...]:
+    """Attending, combining row by row, combining many parts of few rows."""
+    values = dict(constants)
+    code = cached_cubin(source(values), ("--gpu-architecture=sm_90a", "--std=c++17"))
+    shared = hopper_shared_memory(values["RANK"], values["ROPE"], values["BLOCK_N"], values["STAGES"])
+    return load_kernels(
+        code,
+        ("mla_decode_hopper", (hopper_groups(values["RANK"]) + 1) * 128, shared),
+        ("mla_combine_rows", 256, 0),
+        ("mla_combine_parts", 256, 0),
+    )
+
+
+def _rows_of(query: Tensor) -> Tensor:
+    """Queries (B, T, H, d) as (1, B * T * H, d), 16-byte aligned."""
+    rows = query.reshape(1, -1, query.shape[3])
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def hopper_launch(
     q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse,
-    part, part_lse, workers, config,
+    workers, config,
 ):  # fmt: skip
-    """Arguments as `decode_triton`; `workers` programs for every block of rows."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from .hopper_kernels import mla_decode_fwd_kernel_hopper
-
+    """Attend and combine. Arguments as `launch_decode`; `workers` programs for every block of rows share all tiles out evenly,
+    unless `num_splits` says in how many parts every sequence is cut.
+    """
     batch, tokens, heads, rank = q_latent.shape
-    rope_dim = q_rope.shape[3]
-    groups, ropes, width = hopper_chunks(rank, rope_dim, config.left)
-    wide, narrow = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(width * 2, 16, 2)
-
-    def matrix(x: Tensor, height: int, columns: tuple[int, ...], layout) -> tuple:
-        """Tensor maps of (outer, inner, d) as a matrix of rows, and the rows from one outer index to the next."""
-        stride = x.stride(1)
-        apart = x.stride(0) // stride if x.shape[0] > 1 else x.shape[1]
-        shape = [(x.shape[0] - 1) * apart + x.shape[1], x.shape[2]]
-        maps = tuple(TensorDescriptor(x, shape, [stride, 1], [height, extent], layout) for extent in columns)
-        return maps, apart
-
-    extents = tuple(64 * (group or groups[0]) for group in groups)
-    c_maps, c_rows = matrix(latent_cache, config.block_n, extents, wide)
-    q_maps, _ = matrix(q_latent.reshape(1, -1, rank), 64, extents, wide)
-    k_map, qr_map, k_rows = c_maps[0], q_maps[0], 0
+    rope_dim, rows = q_rope.shape[3], tokens * heads
+    page_size = 0 if block_table is None else latent_cache.shape[1]
+    constants = {
+        "RANK": rank, "ROPE": rope_dim, "BLOCK_N": config.block_n, "STAGES": config.stages,
+        "BF16": int(q_latent.dtype == torch.bfloat16), "PAGE": page_size,
+        "MASK": int(visible.masked), "WINDOW": int(window > 0), "SOFTCAP": int(softcap > 0), "PDL": int(config.pdl),
+    }  # fmt: skip
+    workers = batch * num_splits if num_splits else workers
+    slots = workers if num_splits else 2 * workers
+    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
+    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
+    attend, combine_rows, combine_parts = _kernels(q_latent.device.index or 0, tuple(constants.items()))
+    box = min(page_size or config.block_n, config.block_n)
+    c_map, c_rows = matrix_map(latent_cache, box)
+    q_map, _ = matrix_map(_rows_of(q_latent), ROWS)
+    k_map, qr_map, k_rows = c_map, q_map, 0
     if rope_dim:
-        (k_map,), k_rows = matrix(rope_cache, config.block_n, (width,), narrow)
-        (qr_map,), _ = matrix(q_rope.reshape(1, -1, rope_dim), 64, (width,), narrow)
-    # Registers of a thread at the start, and of those that compute once the loading warp has given up its own.
-    computing = 2 if groups[2] else 1
-    at_start = 65536 // (128 * (computing + 1) * config.per_sm) // 8 * 8
-    registers = (at_start * (computing + 1) - 24) // computing // 8 * 8
-    options = {"launch_pdl": True} if config.pdl else {}
-    mla_decode_fwd_kernel_hopper[(-(-tokens * heads // 64), workers)](
-        *c_maps, k_map, *q_maps, qr_map, visible.lengths, visible.starts, visible.holes, visible.mask,
-        visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
-        softmax_scale * LOG2E, softcap, window, batch, tokens, heads, workers, config.min_tiles,
-        0 if block_table is None else block_table.stride(0), *out.stride()[:3], *visible.mask.stride()[:2],
-        c_rows, k_rows,
-        rank=rank, BATCH=power_of_two(batch), BLOCK_N=config.block_n, GROUPS=groups, NR=ropes, RW=width,
-        STAGES=config.stages, REGISTERS=min(registers, 240), PAGE=0 if block_table is None else latent_cache.shape[1],
-        SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0, SOFTCAP=softcap > 0, PDL=config.pdl,
-        num_warps=4, maxnreg=min(at_start, 248), **options,
+        k_map, k_rows = matrix_map(rope_cache, box)
+        qr_map, _ = matrix_map(_rows_of(q_rope), ROWS)
+    arguments = Arguments(
+        visible.lengths.data_ptr(), visible.starts.data_ptr(), visible.holes.data_ptr(),
+        0 if block_table is None else block_table.data_ptr(), visible.mask.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        part.data_ptr(), part_lse.data_ptr(), 0 if block_table is None else block_table.stride(0), *out.stride()[:3],
+        *visible.mask.stride()[:2], softmax_scale * LOG2E, softcap, window, batch, tokens, heads, workers,
+        config.min_tiles, num_splits, c_rows, k_rows,
     )  # fmt: skip
+    attend.launch((-(-rows // ROWS), workers, 1), (c_map, k_map, q_map, qr_map, arguments), config.pdl)
+    if (num_splits or workers / batch) > 6:
+        combine_parts.launch((batch, rows, -(-rank // 128)), (arguments,), config.pdl)
+    else:
+        combine_rows.launch((batch, -(-rows // 8), 1), (arguments,), config.pdl)

@@ -1,6 +1,6 @@
 """The kernels as PyTorch operators, so that torch.compile and CUDA graphs take them whole.
 
-On CUDA they launch Triton; on the CPU the reference computes in float32 (float64 for float64 inputs).
+On CUDA they launch the kernels; on the CPU the reference computes in float32 (float64 for float64 inputs).
 """
 
 import torch
@@ -32,9 +32,9 @@ def decode(
     lse: Tensor,
 ) -> None:
     """Fill `out` and `lse`; see `mla_decode`. `num_splits` 0 is chosen by the kernel, `window` 0 is none."""
-    from .decode import decode_triton
+    from .decode import launch_decode
 
-    decode_triton(
+    launch_decode(
         q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table, softmax_scale, num_splits, softcap,
         window, out, lse, mask=mask, extent=extent,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """How the decode kernels are cut up: tile sizes, warps, pipeline depth, and how many parts a sequence is cut into."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +14,8 @@ class DecodeConfig:
     programs that share a multiprocessor, for which there should be work. registers: cap per thread, 0 for none. pdl: let a
     kernel's launch overlap the end of the one before.
 
-    hopper: the kernel of hopper_kernels, whose block_m is 64, block_n 32 or 64 and warps 4. There, left is the number of
-    chunks of 64 columns of the rank that the first warpgroup attends: 0 for half of them, all for one warpgroup alone; and
-    min_tiles is the fewest tiles worth a program of their own.
+    hopper: the CUDA kernel of hopper_decode.cu, whose block_m is 64 and block_n 32 or 64; warps does not apply. There, min_tiles
+    is the fewest tiles worth a program of their own.
     """
 
     block_m: int
@@ -26,7 +26,6 @@ class DecodeConfig:
     registers: int = 0
     pdl: bool = False
     hopper: bool = False
-    left: int = 0
     min_tiles: int = 1
 
 
@@ -114,34 +113,41 @@ def choose_splits(config: DecodeConfig, processors: int, programs: int, capacity
     return min(range(1, min(useful, 4) + 1), key=lambda splits: (round(lost(splits), 2), splits))
 
 
-def hopper_chunks(rank: int, rope_dim: int, left: int = 0) -> tuple[tuple[int, int, int, int], int, int]:
-    """Chunks of 64 columns of the latent in four groups, powers of two or 0, the first two of the first warpgroup; how
-    many chunks the rotary key takes, and their width, a power of two up to 64.
+def hopper_groups(rank: int) -> int:
+    """Warpgroups of the CUDA kernel that compute."""
+    return 3 if rank <= 128 else 2
+
+
+def hopper_shared_memory(rank: int, rope_dim: int, block_n: int, stages: int) -> int:
+    """Shared memory of a program of the CUDA kernel, in bytes: queries, tiles, what warpgroups exchange, barriers; and room
+    to align them.
     """
-    chunks = -(-rank // 64)
-    left = left or -(-chunks // 2)
-
-    def cut(count: int) -> tuple[int, int]:
-        whole = min(1 << max(count.bit_length() - 1, 0), 4) if count else 0
-        return whole, power_of_two(count - whole) if count > whole else 0
-
-    width = min(max(power_of_two(rope_dim), 16), 64)
-    return cut(left) + cut(chunks - left), -(-rope_dim // width), width
+    columns = -(-rank // 64) + -(-rope_dim // 64)
+    exchanged = 64 * block_n * 2 if rank > 256 else (hopper_groups(rank) - 1) * 64 * 32 * 4
+    return columns * 128 * (64 + block_n * stages) + exchanged + 6 * 64 * 4 + 16 * stages + 32 + 1024
 
 
-def hopper_shared_memory(config: DecodeConfig, rank: int, rope_dim: int) -> int:
-    """Shared memory of a program of the Hopper kernel, in bytes: tiles, queries, weights, and what synchronises."""
-    groups, ropes, width = hopper_chunks(rank, rope_dim, config.left)
-    columns = sum(groups) * 64 + ropes * width
-    return 2 * (columns * (config.block_n * config.stages + 64) + 64 * config.block_n) + 2048
-
-
+@functools.cache
 def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> DecodeConfig | None:
-    """The Hopper kernel with as many stages as fit, or None where not two do."""
-    chunks = -(-rank // 64)
-    left, per_sm = (chunks, 2) if chunks <= 2 else (0, 1)
-    for block_n, stages in ((64, 4), (64, 3), (64, 2), (32, 4), (32, 3), (32, 2)):
-        config = DecodeConfig(64, block_n, stages=stages, per_sm=per_sm, pdl=True, hopper=True, left=left)
-        if per_sm * (hopper_shared_memory(config, rank, rope_dim) + 1024) <= shared_limit:
-            return config
+    """The CUDA kernel with as many stages as fit, or None where not two do."""
+    # Where warpgroups take turns at tiles, each has stages of its own: all others would have to see a barrier's every phase.
+    step = hopper_groups(rank) if rank <= 256 else 1
+    for block_n in (64, 32):
+        for stages in range(8 // step * step, 1, -step):
+            if hopper_shared_memory(rank, rope_dim, block_n, stages) <= shared_limit:
+                return DecodeConfig(64, block_n, stages=stages, pdl=True, hopper=True, min_tiles=2)
     return None
+
+
+def hopper_measured(rank: int, rope_dim: int) -> bool:
+    """Whether the CUDA kernel has run on a card at such sizes, at length and without fault (docs/kernels.md)."""
+    return rank > 256 or (rank == 256 and rope_dim <= 64)
+
+
+def hopper_parts(workers: int, batch: int, capacity: int) -> int:
+    """Parts into which the CUDA kernel cuts every sequence of a batch that is likely of one length; 0: it shares tiles out
+    evenly, whatever the lengths, which has a few programs work on two sequences.
+    """
+    parts = workers // batch
+    enough = parts * batch * 16 >= workers * 15 and capacity >= parts * 4 * 64
+    return parts if batch > 1 and enough else 0
