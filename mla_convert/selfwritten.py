@@ -5,6 +5,7 @@ Sampling from the model to calibrate or distil it is known from quantisation (LL
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from mla_convert.source import Source
 SHARE, MEMORY_SHARE = 0.5, 1 / 8
 # Tokens of one text; a longer window holds several.
 TEXT_TOKENS = 512
-CACHE_BYTES = 4 << 30
+# What the cache of the texts that are written at once may take: of a GPU's free memory, and of a host's.
+CACHE_SHARE, CACHE_BYTES = 1 / 3, 4 << 30
 # What begins a document in the training data of many models whose tokenizers put nothing before a text.
 DOCUMENT = "<|endoftext|>"
 
@@ -93,23 +95,38 @@ def load_whole(source: Source, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def write(model: nn.Module, count: int, length: int, first: int, seed: int) -> Tensor:
+def write(
+    model: nn.Module, count: int, length: int, first: int, seed: int, advance: Callable[[int], None] | None = None
+) -> Tensor:
     """Texts (count, length), on the CPU, sampled token by token from the model's own distribution after `first`.
 
-    The end of a document does not end a text: the model goes on with another.
+    The end of a document does not end a text: the model goes on with another. `advance` is told how many of the
+    `steps(model, count, length)` forward passes are done.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    text_bytes = 2 * heads * width * config.num_hidden_layers * length * model.dtype.itemsize
-    texts = []
-    for size in torch.tensor_split(torch.arange(count), -(-count * text_bytes // CACHE_BYTES)):
+    parts = torch.tensor_split(torch.arange(count), steps(model, count, length) // length)
+    texts, done = [], 0
+    for size in parts:
         ids, cache, written = torch.full((len(size), 1), first, device=model.device), None, []
         for _ in range(length):
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
             written.append(ids)
+            done += 1
+            if advance:
+                advance(done)
         texts.append(torch.cat(written, dim=1).cpu())
     return torch.cat(texts)
+
+
+def steps(model: nn.Module, count: int, length: int) -> int:
+    """Forward passes that `write` needs: as many texts are written at once as there is room for their caches."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    text = 2 * heads * width * config.num_hidden_layers * length * model.dtype.itemsize
+    room = CACHE_BYTES
+    if model.device.type == "cuda":
+        room = int(torch.cuda.mem_get_info(model.device)[0] * CACHE_SHARE)
+    return length * min(count, -(-count * text // room))

@@ -193,19 +193,22 @@ def test_windows_of_a_schedule():
     schedule = Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=1)
     tokens = {64: 0, 128: 0}
     for step in range(200):
-        length, begins = schedule.begins(step)
+        length, windows = schedule.step(step)
+        begins = [window.begin for window in windows]
         tokens[length] += length * len(begins)
         assert len(begins) * length == schedule.tokens(step) == 256
         assert min(begins) >= 0 and max(begins) + length <= text.train_end  # never the held-out end
     assert tokens[64] / sum(tokens.values()) == pytest.approx(0.75, abs=0.01)
     # the same whatever was asked before, and another for another seed
     again = Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=1)
-    assert again.begins(77) == schedule.begins(77)
-    assert Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=2).begins(77) != schedule.begins(77)
+    assert again.step(77) == schedule.step(77)
+    assert Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=2).step(77) != schedule.step(77)
     # one pass takes every window once, the next cuts the text elsewhere
     single = Schedule(text, ((64, 1.0),), 64, 200, seed=0)
     count = text.train_end // 64 - 1
-    first, second = (sorted(single.begins(step)[1][0] for step in range(n * count, (n + 1) * count)) for n in (0, 1))
+    first, second = (
+        sorted(single.step(step)[1][0].begin for step in range(n * count, (n + 1) * count)) for n in (0, 1)
+    )
     assert set(np.diff(first)) == set(np.diff(second)) == {64} and first[0] % 64 != second[0] % 64
     with pytest.raises(InputError, match="give more text"):
         Schedule(corpus(100), ((128, 1.0),), 256, 1, seed=0)
@@ -250,24 +253,30 @@ def test_pieces_of_a_long_text_are_from_all_over(monkeypatch):
 
 def test_the_original_writes_text_of_its_own(small, tmp_path, monkeypatch):
     monkeypatch.setattr(run.selfwritten, "TEXT_TOKENS", 64)
-    added, add = [], data.add_documents
-    monkeypatch.setattr(
-        data, "add_documents", lambda folder, documents: (added.extend(documents), add(folder, documents))
-    )
-    report = heal(HealConfig(**{**small, "tokens": 8 * 512, "self_share": 0.5}, out=tmp_path / "out"), QUIET)
-    plain = heal(HealConfig(**{**small, "tokens": 8 * 512}, out=tmp_path / "plain"), QUIET)
-    assert len(added) == 4 * 512 / 64 and {len(ids) for ids in added} == {64}
+    added, add = [], data.add_written
+    monkeypatch.setattr(data, "add_written", lambda folder, ids: (added.append(ids), add(folder, ids)))
+    own = {**small, "tokens": 8 * 512, "self_share": 0.5}
+    report = heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
+    plain = heal(HealConfig(**{**own, "self_share": 0}, out=tmp_path / "plain"), QUIET)
+    assert [len(ids) for ids in added] == [4 * 512]
     assert report["heal"]["settings"]["self_share"] == 0.5
     curves = [[entry["kl"] for entry in each["heal"]["curve"]] for each in (report, plain)]
-    assert curves[0][0] == curves[1][0] and curves[0][-1] != curves[1][-1]  # what is held out is the same
+    assert curves[0][-1] < 0.9 * curves[0][0] and curves[0][-1] != curves[1][-1]
 
 
-def test_documents_are_added_before_the_others(tmp_path):
-    data._save(tmp_path, np.arange(100, dtype=np.int32), np.array([0, 60]))
-    data.add_documents(tmp_path, [[7, 8, 9], [5]])
+def test_what_the_original_wrote_has_its_share_of_the_windows(tmp_path):
+    data._save(tmp_path, np.arange(4000, dtype=np.int32), np.array([0, 60]))
+    data.add_written(tmp_path, np.full(1000, 7))
     found = open_corpus(tmp_path)
-    assert found.starts.tolist() == [0, 3, 4, 64] and found.ids[:6].tolist() == [7, 8, 9, 5, 0, 1]
-    assert len(found.ids) == 104 and found.train_end == 104 - 5  # a twentieth of the text alone
+    assert found.starts.tolist() == [0, 1000, 1060] and found.ids[[0, 999, 1000, 1001]].tolist() == [7, 7, 0, 1]
+    assert found.added_end == 950 and found.train_end == 4800  # a twentieth of each
+    schedule = Schedule(found, ((16, 1.0),), 128, 100, seed=0, share=0.25)
+    windows = [window for step in range(100) for window in schedule.step(step)[1]]
+    written = [window for window in windows if window.begin < 1000]
+    assert len(written) == len(windows) / 4 and max(window.begin for window in written) + 16 <= 950
+    assert sum(window.odd for window in written) == len(written) / 2  # so noise is in both kinds alike
+    for share, begins in ((0.0, [4800, 4832, 4864, 4896, 4928, 4960]), (0.5, [4800, 4864, 4928, 950])):
+        assert data.held_out(found, 32, share, most=6 * 32) == begins
 
 
 # The run

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -216,20 +217,31 @@ def _corpus(
         label = data.make_corpus(
             settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined
         )
-        if share := settings.self_share:
-            wanted = min(share * settings.tokens, share / (1 - share) * len(data.open_corpus(state.folder).ids))
-            progress.note(f"the original writes {wanted:,.0f} tokens of its own")
-            dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-            original, prefix = (
-                load_model(origin, dtype, accelerator.device),
-                texts.tokenise(tokenizer, "", special=True)[:1],
-            )
-            count, length = math.ceil(wanted / selfwritten.TEXT_TOKENS), selfwritten.TEXT_TOKENS - len(prefix)
-            rows = selfwritten.write(original, count, length, selfwritten.first_token(tokenizer), settings.seed)
-            data.add_documents(state.folder, [prefix + row for row in rows.tolist()])
+        if settings.self_share:
+            data.add_written(state.folder, _written(accelerator, settings, origin, tokenizer, progress))
         return {"label": label}
 
     return state.remember(LABEL, make)["label"]
+
+
+def _written(
+    accelerator: Accelerator, settings: HealSettings, origin: Place, tokenizer: Any, progress: Progress
+) -> np.ndarray:
+    """Token ids (N,) of texts that the original wrote."""
+    prefix = texts.tokenise(tokenizer, "", special=True)[:1]
+    count = math.ceil(data.written_tokens(settings) / selfwritten.TEXT_TOKENS)
+    length = selfwritten.TEXT_TOKENS - len(prefix)
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    original = load_model(origin, dtype, accelerator.device)
+    progress.note(f"the original writes {count:,} texts of {selfwritten.TEXT_TOKENS} tokens")
+    progress.begin("write", selfwritten.steps(original, count, length))
+    try:
+        rows = selfwritten.write(
+            original, count, length, selfwritten.first_token(tokenizer), settings.seed, progress.advance
+        )
+    finally:
+        progress.stop()
+    return np.concatenate([np.tile(np.asarray(prefix, dtype=np.int64), (count, 1)), rows.numpy()], axis=1).reshape(-1)
 
 
 def _measure(
