@@ -20,15 +20,12 @@ from torch import Tensor
 from mla_convert import texts
 from mla_convert.errors import InputError
 from mla_convert.heal.losses import IGNORED
-from mla_convert.heal.settings import HealSettings
 
 IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"
 # Share of the data, its end, that is never trained on; tokens of it that are looked at.
 HELD_OUT_SHARE, HELD_OUT_MAX = 1 / 20, 1 << 17
 # Looking takes at most about this share of a run: as many tokens, over all looks, are read and not trained on.
 LOOKED_AT = 0.1
-# Tokens that the original writes at most: more passes over them are nearly as good as more of them.
-WRITTEN_MAX = 1 << 22
 # Characters that a token is taken to be before any has been counted, to see whether a text is longer than needed.
 CHARACTERS = 4
 TOKENISED = 64  # pieces of documents tokenised at once
@@ -108,12 +105,6 @@ def _save(folder: Path, ids: np.ndarray, starts: np.ndarray, added: int = 0) -> 
 def wanted_tokens(tokens: int) -> int:
     """Tokens of text for a run over so many: each at most once, and the held-out end."""
     return round(tokens * (1 + 2 * HELD_OUT_SHARE)) + (1 << 12)
-
-
-def written_tokens(settings: HealSettings) -> int:
-    """Tokens that the original writes for a run: each is trained on once, or they are WRITTEN_MAX."""
-    longest = max(length for length, _ in settings.mix(None))
-    return max(round(min(settings.self_share * settings.tokens, WRITTEN_MAX)), 4 * longest)
 
 
 def open_corpus(folder: Path) -> Corpus:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
@@ -227,21 +228,19 @@ def _corpus(
 def _written(
     accelerator: Accelerator, settings: HealSettings, origin: Place, tokenizer: Any, progress: Progress
 ) -> np.ndarray:
-    """Token ids (N,) of texts that the original wrote."""
-    prefix = texts.tokenise(tokenizer, "", special=True)[:1]
-    count = math.ceil(data.written_tokens(settings) / selfwritten.TEXT_TOKENS)
-    length = selfwritten.TEXT_TOKENS - len(prefix)
+    """Token ids (N,) of texts that the original wrote, each behind the token that it continued."""
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     original = load_model(origin, dtype, accelerator.device)
-    progress.note(f"the original writes {count:,} texts of {selfwritten.TEXT_TOKENS} tokens")
-    progress.begin("write", selfwritten.steps(original, count, length))
+    limit = getattr(original.config, "max_position_embeddings", None) or selfwritten.TEXT_TOKENS
+    whole = min(selfwritten.TEXT_TOKENS, limit)
+    count, first = math.ceil(settings.written_tokens(limit) / whole), selfwritten.first_token(tokenizer)
+    progress.note(f"the original writes {count:,} texts of {whole} tokens")
+    progress.begin("write", selfwritten.steps(original, count, whole - 1))
     try:
-        rows = selfwritten.write(
-            original, count, length, selfwritten.first_token(tokenizer), settings.seed, progress.advance
-        )
+        rows = selfwritten.write(original, count, whole - 1, first, settings.seed, progress.advance)
     finally:
         progress.stop()
-    return np.concatenate([np.tile(np.asarray(prefix, dtype=np.int64), (count, 1)), rows.numpy()], axis=1).reshape(-1)
+    return F.pad(rows, (1, 0), value=first).flatten().numpy()
 
 
 def _measure(

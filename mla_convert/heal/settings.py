@@ -10,6 +10,8 @@ from mla_convert.amounts import Lengths, Tokens, parse_lengths
 from mla_convert.config import Trained
 
 LENGTH = 2048
+# Tokens that the original writes at most: several passes over them do nearly as well as more of them would.
+WRITTEN_MAX = 1 << 22
 
 
 class HealSettings(BaseModel):
@@ -48,6 +50,13 @@ class HealSettings(BaseModel):
     def mix(self, longest: int | None) -> tuple[tuple[int, float], ...]:
         """Window lengths with their shares of the tokens. `longest` is the model's limit, if it has one."""
         return parse_lengths(self.length or str(min(LENGTH, longest or LENGTH)))
+
+    def written_tokens(self, longest: int | None = None) -> int:
+        """Tokens that the original writes beforehand: all that are trained on, or WRITTEN_MAX, and a few windows at least."""
+        if not self.self_share:
+            return 0
+        window = max(length for length, _ in self.mix(longest))
+        return max(round(min(self.self_share * self.tokens, WRITTEN_MAX)), 4 * window)
 
 
 class HealConfig(HealSettings):
