@@ -90,6 +90,20 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
         assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6), name
 
 
+@pytest.mark.parametrize(("mix", "dtype"), [(Mix(), torch.float32), (Mix(0.5, 0.7), torch.float32), (Mix(), torch.bfloat16)])
+def test_kernel_is_the_loss(mix, dtype):
+    from mla_convert.heal import kernel
+
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = (5 * torch.randn(7, 4999, generator=draw) for _ in range(2))  # more than a block, and not whole ones
+    ours, theirs = ours.to(dtype), (ours + 0.5 * theirs).to(dtype)
+    labels = torch.randint(4999, (7,), generator=draw)
+    labels[2] = IGNORED
+    (sums, slope), (wanted, wanted_slope) = (f(ours, theirs, labels, mix, 0.3) for f in (kernel.compare, losses.compare))
+    torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope, wanted_slope, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2", "opt"])
 def test_head_does_all_that_the_model_does_to_its_logits(name):
     model = pico.model(name)
@@ -404,11 +418,18 @@ def test_nothing_gained_nothing_written(small, convert_pico, tmp_path):
 
 
 def test_early_stop(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LOOK_MIN", 256)
     monkeypatch.setattr(loop, "scheduled", lambda step, steps: 1.0 if step < 6 else 0.0)
     settings = {**small, "tokens": 60 * 512, "evaluations": 10, "patience": 2}
     report = heal(HealConfig(**settings, out=tmp_path / "out"), QUIET)
     record = report["heal"]
     assert record["stopped"].startswith("2 looks") and record["tokens"] == 18 * 512 and record["best_tokens"] == 6 * 512
+
+
+def test_looks_take_a_small_share_of_a_run():
+    for tokens, most, found in ((2 * 10**7, 20, (20, 1 << 17)), (4 * 10**6, 20, (20, 40000)), (200_000, 20, (9, 4444)),
+                                (20_000, 20, (4, 4096)), (10**8, 3, (3, 1 << 17))):  # fmt: skip
+        assert data.looks(tokens, most) == found
 
 
 def test_schedule_of_the_step_size():

@@ -24,8 +24,8 @@ from mla_convert.heal.losses import IGNORED
 IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"
 # Share of the data, its end, that is never trained on; tokens of it that are looked at.
 HELD_OUT_SHARE, HELD_OUT_MAX = 1 / 20, 1 << 17
-# Looking takes at most about this share of a run: as many tokens, over all looks, are read and not trained on.
-LOOKED_AT = 0.1
+# Tokens that are looked at, over all looks, as a share of those that are trained on; at least so many a look, in so many.
+LOOKED_AT, LOOK_MIN, LOOKS_MIN = 0.2, 1 << 12, 4
 # Characters that a token is taken to be before any has been counted, to see whether a text is longer than needed.
 CHARACTERS = 4
 TOKENISED = 64  # pieces of documents tokenised at once
@@ -234,6 +234,16 @@ def held_out(corpus: Corpus, length: int, share: float = 0.0, most: int = HELD_O
         count = min(len(windows), max(1, round(most * part / length))) if part else 0
         found += [windows[index * len(windows) // count] for index in range(count)]
     return found
+
+
+def looks(tokens: int, most: int) -> tuple[int, int]:
+    """How often a run of so many tokens looks at the held-out windows, `most` times at most, and at how many tokens of them.
+
+    Looking takes about a twelfth of the time of a run; one that is short looks less often, not at next to nothing.
+    """
+    room = LOOKED_AT * tokens
+    count = min(most, max(LOOKS_MIN, int(room // LOOK_MIN)))
+    return count, min(HELD_OUT_MAX, max(LOOK_MIN, round(room / count)))
 
 
 def held_length(corpus: Corpus, length: int) -> int:

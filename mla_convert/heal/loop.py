@@ -113,7 +113,7 @@ class Trainer:
             self.best = state.load()
             self.run = Run(**last)
         length = mix[0][0]
-        most = max(length, min(data.HELD_OUT_MAX, round(data.LOOKED_AT * settings.tokens / settings.evaluations)))
+        self._looks, most = data.looks(settings.tokens, settings.evaluations)
         self._watched = data.held_out(corpus, length, share, most), data.held_length(corpus, length)
 
     @property
@@ -124,7 +124,7 @@ class Trainer:
     def train(self) -> Run:
         """Train until the tokens are used up, or until it no longer pays; the best state is in `best` then."""
         run, settings = self.run, self.settings
-        every = max(1, round(self.steps / settings.evaluations))
+        every = max(1, round(self.steps / self._looks))
         saved = shown = time.perf_counter()
         began = saved - run.seconds
         if not run.curve:

@@ -35,7 +35,7 @@ class HealSettings(BaseModel):
     hidden_weight: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     evaluations: int = Field(20, ge=1)
-    patience: int = Field(6, ge=1)
+    patience: int = Field(10, ge=1)
     checkpoint_minutes: float = Field(10.0, ge=0)
     gradient_checkpointing: bool = False
     compile: bool | None = None
