@@ -12,17 +12,18 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
 
 from mla_convert.checkpoint.writer import stored_bytes
 from mla_convert.config import ConvertConfig
-from mla_convert.source import Source
+from mla_convert.source import Source, kv_heads
 
 # Share of the windows where none is asked for, on a GPU of which the whole original takes no more than MEMORY_SHARE.
 SHARE, MEMORY_SHARE = 0.5, 1 / 8
 # Tokens of one text; a longer window holds several.
 TEXT_TOKENS = 512
-# What the cache of the texts that are written at once may take: of a GPU's free memory, and of a host's.
-CACHE_SHARE, CACHE_BYTES = 1 / 3, 4 << 30
+# What the caches of texts that are written at once may take: of a GPU its share of what is free, if that is more.
+CACHE_BYTES, CACHE_SHARE = 4 << 30, 1 / 4
 # What begins a document in the training data of many models whose tokenizers put nothing before a text.
 DOCUMENT = "<|endoftext|>"
 
@@ -94,39 +95,124 @@ def load_whole(source: Source, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
+class _Layer(DynamicLayer):
+    """A cache layer of fixed length, written at a position that lies in device memory: a CUDA graph can be replayed on it."""
+
+    def __init__(self, position: Tensor, length: int):
+        super().__init__()
+        self.position, self.length = position, length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for all tokens, in the shapes of the first."""
+        self.keys, self.values = (
+            torch.zeros(*states.shape[:2], self.length, states.shape[3], dtype=states.dtype, device=states.device)
+            for states in (key_states, value_states)
+        )
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one token, and give the whole; what is not written yet is for the mask to hide."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys.index_copy_(2, self.position, key_states)
+        self.values.index_copy_(2, self.position, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens that it has room for: where the next one goes, only the device knows."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset for the mask."""
+        return self.length, 0
+
+
+class _Writer:
+    """The next token's logits, token by token; on CUDA a step is one CUDA graph, for launches are what it waits for."""
+
+    def __init__(self, model: nn.Module, texts: int, length: int):
+        self.model, self.device = model, model.device
+        self.ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.hidden = torch.finfo(model.dtype).min
+        self.mask = torch.empty(texts, 1, 1, length, dtype=model.dtype, device=self.device)
+        self.cache = Cache(layers=[_Layer(self.position, length) for _ in range(model.config.num_hidden_layers)])
+        self.graph, self.logits, self.capturable = None, None, self.device.type == "cuda"
+
+    def _run(self) -> Tensor:
+        self.mask.index_fill_(3, self.position, 0)
+        output = self.model(
+            input_ids=self.ids, attention_mask=self.mask, position_ids=self.position.expand(len(self.ids), 1),
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        return output.logits[:, -1]
+
+    def restart(self) -> None:
+        """New texts: nothing of the old ones is seen."""
+        self.position.zero_()
+        self.mask.fill_(self.hidden)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits (N, vocabulary) behind the tokens `ids` (N, 1), valid until the next call."""
+        self.ids.copy_(ids)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.logits = self._run()
+            if self.capturable:
+                self._capture()
+        self.position.add_(1)
+        return self.logits
+
+    def _capture(self) -> None:
+        """Record the step that has just run; running it again at the same position changes nothing.
+
+        A model that looks at its numbers on the way (experts, RoPE scaled by length) cannot be recorded, and runs step by step.
+        """
+        graph, self.capturable = torch.cuda.CUDAGraph(), False
+        try:
+            with torch.cuda.graph(graph):
+                logits = self._run()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return
+        graph.replay()
+        self.graph, self.logits = graph, logits
+
+
+def rounds(model: nn.Module, count: int, length: int) -> int:
+    """How often `write` begins anew: as many texts are written at once as there is room for their caches."""
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    text_bytes = 2 * kv_heads(config) * width * config.num_hidden_layers * length * model.dtype.itemsize
+    room = CACHE_BYTES
+    if model.device.type == "cuda":
+        room = max(room, int(torch.cuda.mem_get_info(model.device)[0] * CACHE_SHARE))
+    return min(count, -(-count * text_bytes // room))
+
+
 @torch.no_grad()
 def write(
-    model: nn.Module, count: int, length: int, first: int, seed: int, advance: Callable[[int], None] | None = None
+    model: nn.Module, count: int, length: int, first: int, seed: int, advance: Callable[[int], None] = lambda done: None
 ) -> Tensor:
     """Texts (count, length), on the CPU, sampled token by token from the model's own distribution after `first`.
 
-    The end of a document does not end a text: the model goes on with another. `advance` is told how many of the
-    `steps(model, count, length)` forward passes are done.
+    The end of a document does not end a text: the model goes on with another. A text longer than the narrowest attention
+    window is made of several, so that one mask serves all layers. `advance` is told how many tokens are written.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    parts = torch.tensor_split(torch.arange(count), steps(model, count, length) // length)
-    texts, done = [], 0
-    for size in parts:
-        ids, cache, written = torch.full((len(size), 1), first, device=model.device), None, []
-        for _ in range(length):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
-            written.append(ids)
-            done += 1
-            if advance:
-                advance(done)
-        texts.append(torch.cat(written, dim=1).cpu())
-    return torch.cat(texts)
-
-
-def steps(model: nn.Module, count: int, length: int) -> int:
-    """Forward passes that `write` needs: as many texts are written at once as there is room for their caches."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    text = 2 * heads * width * config.num_hidden_layers * length * model.dtype.itemsize
-    room = CACHE_BYTES
-    if model.device.type == "cuda":
-        room = int(torch.cuda.mem_get_info(model.device)[0] * CACHE_SHARE)
-    return length * min(count, -(-count * text // room))
+    parts = -(-length // (getattr(config, "sliding_window", None) or length))
+    if parts > 1:
+        return write(model, count * parts, -(-length // parts), first, seed, advance).view(count, -1)[:, :length]
+    times = rounds(model, count, length)
+    writer, texts = _Writer(model, -(-count // times), length), []
+    for number in range(times):
+        writer.restart()
+        ids, written = torch.full_like(writer.ids, first), []
+        for step in range(length):
+            ids = torch.multinomial(writer(ids).float().softmax(-1), 1, generator=generator)
+            written.append(ids)
+            advance((number * length + step + 1) * len(ids))
+        texts.append(torch.cat(written, dim=1).cpu())
+    return torch.cat(texts)[:count]

@@ -21,8 +21,8 @@ from mla_convert.source import open_source
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 NUMBER = re.compile(r"\d\.\de-\d\d|\d+%|\d\.\d\.\d+|\d+\.\d+\.\d+")
 # without noise: the few windows of a test would be half noise
-HALF = {"kv_ratio": 0.5, "calib_noise": 0}
-QUARTER = {"kv_ratio": 0.25, "calib_noise": 0, "refine_steps": 4, "refine_batch": 4}
+HALF = {"kv_ratio": 0.5, "calib_noise": 0, "calib_samples": 32}
+QUARTER = {"kv_ratio": 0.25, "calib_noise": 0, "calib_samples": 32, "refine_steps": 4, "refine_batch": 4}
 LENGTH = 40
 
 
@@ -136,7 +136,7 @@ def test_a_real_budget_is_finite_and_close(convert_pico, name):
         assert 0.4 < report.ratio < 2.5
         assert worst(report, "residual_error") <= worst(report, "residual_error_closed_form")
     assert report.cache["share_saved"] == pytest.approx(0.75, abs=0.05)
-    assert worst(half, "output_error_closed_form") < 0.75
+    assert worst(half, "output_error_closed_form") < 0.65
     # on random weights a quarter may be worth nothing; it is never much worse than that
     assert worst(half, "output_error_closed_form") <= worst(quarter, "output_error_closed_form") + 1e-6 < 1.1
 

@@ -41,6 +41,29 @@ def test_sampled_from_the_models_own_distribution(opened):
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt-oss", "qwen2", "pythia", "cohere2"])
+def test_steps_see_what_a_whole_text_sees(opened, name):
+    model = selfwritten.load_whole(opened(name), CPU)
+    length = getattr(model.config, "sliding_window", None) or 12
+    ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(0))
+    writer = selfwritten._Writer(model, 2, length)
+    with torch.no_grad():
+        for _ in range(2):  # the second time, the cache holds another text
+            writer.restart()
+            found = torch.stack([writer(ids[:, [step]]).clone() for step in range(length)], 1)
+        expected = model(ids, use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_texts_longer_than_a_window_are_several(opened):
+    model = selfwritten.load_whole(opened("gemma2"), CPU)
+    window = model.config.sliding_window
+    texts = selfwritten.write(model, 3, 2 * window + 1, first=1, seed=0)
+    assert texts.shape == (3, 2 * window + 1)
+    short = selfwritten.write(model, 9, -(-(2 * window + 1) // 3), first=1, seed=0)
+    assert torch.equal(texts, short.view(3, -1)[:, : 2 * window + 1])
+
+
 def test_pairs_of_windows_are_replaced():
     assert selfwritten.chosen(8, 0.5).tolist() == [False, False, True, True] * 2
     assert not selfwritten.chosen(8, 0.0).any() and selfwritten.chosen(7, 1.0).all()

@@ -235,7 +235,7 @@ def _written(
     whole = min(selfwritten.TEXT_TOKENS, limit)
     count, first = math.ceil(settings.written_tokens(limit) / whole), selfwritten.first_token(tokenizer)
     progress.note(f"the original writes {count:,} texts of {whole} tokens")
-    progress.begin("write", selfwritten.steps(original, count, whole - 1))
+    progress.begin("write", count * (whole - 1))
     try:
         rows = selfwritten.write(original, count, whole - 1, first, settings.seed, progress.advance)
     finally:
