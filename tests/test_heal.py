@@ -90,7 +90,9 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
         assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6), name
 
 
-@pytest.mark.parametrize(("mix", "dtype"), [(Mix(), torch.float32), (Mix(0.5, 0.7), torch.float32), (Mix(), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("mix", "dtype"), [(Mix(), torch.float32), (Mix(0.5, 0.7), torch.float32), (Mix(), torch.bfloat16)]
+)
 def test_kernel_is_the_loss(mix, dtype):
     from mla_convert.heal import kernel
 
@@ -99,7 +101,9 @@ def test_kernel_is_the_loss(mix, dtype):
     ours, theirs = ours.to(dtype), (ours + 0.5 * theirs).to(dtype)
     labels = torch.randint(4999, (7,), generator=draw)
     labels[2] = IGNORED
-    (sums, slope), (wanted, wanted_slope) = (f(ours, theirs, labels, mix, 0.3) for f in (kernel.compare, losses.compare))
+    (sums, slope), (wanted, wanted_slope) = (
+        f(ours, theirs, labels, mix, 0.3) for f in (kernel.compare, losses.compare)
+    )
     torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
 

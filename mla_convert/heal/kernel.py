@@ -18,7 +18,7 @@ NOTHING = tl.constexpr(-1e30)  # logit of what is no token
 
 @triton.jit
 def _compare(
-    ours, theirs, labels, gradient, sums, kl_weight, ce_weight, ignored, vocabulary: tl.constexpr, BLOCK: tl.constexpr
+    ours, theirs, labels, gradient, sums, kl_weight, ce_weight, ignored, vocabulary: tl.constexpr, size: tl.constexpr
 ):
     """A row of logits: KL, both cross-entropies, and the gradient. With s and t for model and original, over a row
 
@@ -30,11 +30,11 @@ def _compare(
     gradient += row * vocabulary
     label = tl.load(labels + row)
     kept = label != ignored
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, size)
 
     largest, largest_t = -float("inf"), -float("inf")
     total, total_t, apart = 0.0, 0.0, 0.0
-    for start in range(0, vocabulary, BLOCK):
+    for start in range(0, vocabulary, size):
         inside = start + columns < vocabulary
         s = tl.load(ours + start + columns, mask=inside, other=NOTHING).to(tl.float32)
         t = tl.load(theirs + start + columns, mask=inside, other=NOTHING).to(tl.float32)
@@ -52,7 +52,7 @@ def _compare(
     tl.store(sums + row * 3 + 2, tl.where(kept, lse_t - tl.load(theirs + target).to(tl.float32), 0.0))
 
     ce = tl.where(kept, ce_weight, 0.0)
-    for start in range(0, vocabulary, BLOCK):
+    for start in range(0, vocabulary, size):
         inside = start + columns < vocabulary
         s = tl.load(ours + start + columns, mask=inside, other=NOTHING).to(tl.float32)
         t = tl.load(theirs + start + columns, mask=inside, other=NOTHING).to(tl.float32)
@@ -70,7 +70,7 @@ def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: f
     sums = torch.empty(rows, 3, device=logits.device)
     _compare[(rows,)](
         logits, original, labels, gradient, sums, mix.kl * scale, mix.ce * scale, IGNORED,
-        vocabulary=vocabulary, BLOCK=BLOCK, num_warps=WARPS,
+        vocabulary=vocabulary, size=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     kl, ce, ce_original = sums.sum(0)
     return torch.stack([mix.kl * kl + mix.ce * ce, kl, ce, ce_original]), gradient

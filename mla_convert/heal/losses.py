@@ -7,6 +7,7 @@ its logits' gradient goes back through the head. So a vocabulary of 128k costs n
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,6 +88,15 @@ def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: f
     return sums, (gradient * scale).to(logits.dtype)
 
 
+def comparer(mix: Mix, device: torch.device) -> Callable:
+    """`compare`, or the kernel that does the same where one can run."""
+    if device.type == "cuda" and mix.temperature == 1.0 and importlib.util.find_spec("triton"):
+        from mla_convert.heal import kernel
+
+        return kernel.compare
+    return compare
+
+
 class _Distil(torch.autograd.Function):
     """Loss over all chunks; gradients are made on the way, and only multiplied in `backward`."""
 
@@ -131,17 +141,17 @@ def distil(
     head: Head,
     original_head: Head,
     mix: Mix,
-    comparer: Callable = compare,
+    compare_: Callable = compare,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a batch and its parts, all means over its tokens, from the outputs (B, L, d) of both models' last norm.
 
     `labels` (B, L) are the next tokens. Returns the loss, differentiable, and the four sums of `compare` by token.
-    `comparer` is `compare`, or a compiled one.
+    `compare_` is `compare`, or what does the same.
     """
     differentiate = torch.is_grad_enabled()
     parameters = head.parameters if differentiate else []
     return _Distil.apply(
-        hidden.flatten(0, 1), original_hidden.flatten(0, 1), labels.flatten(), head, original_head, mix, comparer,
+        hidden.flatten(0, 1), original_hidden.flatten(0, 1), labels.flatten(), head, original_head, mix, compare_,
         differentiate, *parameters,
     )  # fmt: skip
 
