@@ -114,11 +114,7 @@ class Trainer:
             self.run = Run(**last)
         length = mix[0][0]
         self._looks, most = data.looks(settings.tokens, settings.evaluations)
-        begins = data.held_out(corpus, length, share, most)
-        at_once = processes * max(1, self.micro_tokens // length)
-        if len(begins) > at_once:
-            begins = begins[: len(begins) - len(begins) % at_once]  # a batch of another size would be compiled anew
-        self._watched = begins, data.held_length(corpus, length)
+        self._watched = data.held_out(corpus, length, share, most), data.held_length(corpus, length)
 
     @property
     def steps(self) -> int:
