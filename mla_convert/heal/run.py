@@ -104,7 +104,8 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
         MlaConvertError: as `heal`; the conversion stays as it is.
     """
     given = {"data": config.heal_data or config.calib, "length": config.heal_length, "train": config.heal_train,
-             "lr": config.heal_lr, "eval": config.eval, "seed": config.seed, "teacher_revision": config.revision}  # fmt: skip
+             "lr": config.heal_lr, "self_share": config.heal_self_share,
+             "eval": config.eval, "seed": config.seed, "teacher_revision": config.revision}  # fmt: skip
     windows = report.evaluation["before"]
     try:
         content = heal(
