@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mla_convert import rope
+from mla_convert import linalg, rope
 
 __all__ = ["AttentionWeights", "Geometry", "MlaWeights", "Statistics", "factorise", "full_rank"]
 
@@ -192,7 +192,7 @@ def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
     :return: encode (r, n), decode (n, r), and tail (n, n - r) with E[error error^T] = tail tail^T.
     """
     factor = _cholesky(cov)
-    vectors = torch.linalg.eigh(factor.T @ metric @ factor).eigenvectors.flip(-1)
+    vectors = linalg.eigh(factor.T @ metric @ factor)[1].flip(-1)
     lead = vectors[:, :rank]
     encode = torch.linalg.solve_triangular(factor.T, lead, upper=True).T
     return encode, factor @ lead, factor @ vectors[:, rank:]

@@ -28,8 +28,8 @@ from mla_convert.skeleton import Skeleton, first_output
 # Where no block is asked for, on a GPU: layers refined together, at most, and while they take no more than so many bytes.
 BLOCK_LAYERS = 6
 BLOCK_BYTES = 6 << 30
-# Steps of a block for each step of its layers.
-BLOCK_STEPS = 3
+# A block gets as many steps as each of its layers for every so many calibration windows: more text has more to teach.
+BLOCK_WINDOWS = 100
 
 
 @dataclass
@@ -54,6 +54,12 @@ class LayerJob:
     writer: Writer
     progress: Progress
     refine: refine.RefineSettings
+    # E[g^2] (d,) at each layer's output: what an error in a channel costs
+    channels: list[Tensor] | None = None
+
+    def weights(self, index: int, targets: Activations) -> Tensor | None:
+        """Weights of channels behind layer `index`, for refinement towards `targets`."""
+        return None if self.channels is None else refine.channel_weights(self.channels[index], targets)
 
     def shard(self, index: int) -> str:
         """File of the embeddings (0), of layer i (i + 1), or of what comes after the layers (layers + 1)."""
@@ -187,6 +193,7 @@ def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> di
             streams.calib_original,
             replace(job.refine, steps=job.refine.block_steps, lr=job.refine.block_lr),
             lambda: job.progress.step(len(members)),
+            job.weights(members[-1].index, streams.calib_original),
         )
     clock.lap("refine_block")
     return {
@@ -220,7 +227,8 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
     clock.lap("factorise")
     closed_form = refine.output_error(student, original, states_original)
     targets = refine.residual_targets(original, states_original)
-    result = refine.refine(module, student, states, targets, job.refine, job.progress.step)
+    weight = job.weights(member.index, targets)
+    result = refine.refine(module, student, states, targets, job.refine, job.progress.step, weight)
     clock.lap("refine")
     return {
         "kv_lora_rank": module.kv_lora_rank,
@@ -290,18 +298,21 @@ def _advance(job: LayerJob, member: _Member, streams: tuple[Activations, ...], o
                 states.advance(lambda hidden, own=own: first_output(member.layer(hidden, **own)))
 
 
-def refine_settings(config: ConvertConfig, device: torch.device, length: int, hidden: int) -> refine.RefineSettings:
+def refine_settings(
+    config: ConvertConfig, device: torch.device, calib: tuple[int, int], hidden: int
+) -> refine.RefineSettings:
     """Steps, batch and blocks where none are given: what a GPU does in a minute or two, and a token amount on a CPU.
 
-    :param length: tokens in a calibration window;  :param hidden: size of the residual stream.
+    :param calib: calibration windows, and tokens in one;  :param hidden: size of the residual stream.
     """
+    windows, length = calib
     cuda = device.type == "cuda"
     steps = (200 if cuda else 30) if config.refine_steps is None else config.refine_steps
     batch = max(1, (8192 if cuda else 2048) // length) if config.refine_batch is None else config.refine_batch
     block = config.refine_block
     if block is None:
         block = max(1, min(BLOCK_LAYERS, BLOCK_BYTES // _layer_bytes(batch * length, hidden))) if cuda else 1
-    block_steps = BLOCK_STEPS * steps if config.block_steps is None else config.block_steps
+    block_steps = steps * windows // BLOCK_WINDOWS if config.block_steps is None else config.block_steps
     return refine.RefineSettings(
         steps, batch, config.refine_lr, config.seed, block, block_steps if block > 1 else 0, config.block_lr
     )

@@ -14,7 +14,7 @@ from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
 from mla_convert.engines.towards import towards
 from mla_convert.heal.run import check_conversion, heal_conversion
-from mla_convert.plan import make_plan, shares_out
+from mla_convert.plan import make_plan
 from mla_convert.progress import Progress
 from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
@@ -40,19 +40,19 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         output.check_output(out, source.folder, config.overwrite)
         plan = make_plan(config, source.shape)
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
-        aside = sensitivity.aside_bytes(plan) if shares_out(config, plan) else 0
+        aside = sensitivity.aside_bytes(plan) if sensitivity.is_measured(plan, config) else 0
         output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None) + aside)
         skeleton, tokenizer = Skeleton(source, device), source.tokenizer()
 
     with phases.phase("text"):
         longest = getattr(source.config, "max_position_embeddings", None)
         check_conversion(config, longest)
-        windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest)
+        windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest, source.shape.hidden_size)
     written = selfwritten.share(config, source, device)
     for note in (notes := [*source.notes, *windows.notes]):
         progress.note(note)
 
-    refine = layers.refine_settings(config, device, windows.calib.shape[1], source.shape.hidden_size)
+    refine = layers.refine_settings(config, device, tuple(windows.calib.shape), source.shape.hidden_size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
                  "block_steps": refine.block_steps, "calib_self": written}  # fmt: skip
@@ -66,9 +66,10 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         with phases.phase("embed"):
             streams = layers.open_streams(skeleton, calib, windows.measured)
         with phases.phase("allocate"):
-            plan = sensitivity.share_out(plan, config, refine.steps, skeleton, streams.calib_original, writer, progress)
+            states = streams.calib_original
+            plan, channels = sensitivity.measure(plan, config, refine.steps, skeleton, states, writer, progress)
         new_config = mla_config(source, plan, cast or source.dtype)
-        job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine)
+        job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine, channels)
         with phases.phase("ends"):
             layers.write_ends(job)
         progress.start(plan.shape.layers, refine.steps_per_layer)

@@ -20,9 +20,9 @@ from mla_convert.heal.settings import HealSettings
 from mla_convert.layers import refine_settings
 from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
-from mla_convert.sensitivity import TOKENS, aside_bytes
+from mla_convert.sensitivity import TOKENS, aside_bytes, is_measured
 from mla_convert.source import Source, open_source, parameters
-from mla_convert.texts import CALIB_DEFAULT, EVAL_LENGTH
+from mla_convert.texts import EVAL_LENGTH, calibration_size
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
 
@@ -72,7 +72,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         "parameters": {key: {side: counted[key] for side, counted in counts.items()} for key in ("attention", "model")},
         # beside the weights each layer names its rotary planes (int64)
         "disk_bytes": weights["after"] + sum(size.rope_dim // 2 for size in plan.layers) * 8,
-        "disk_aside_bytes": 0 if uniform else aside_bytes(plan),
+        "disk_aside_bytes": aside_bytes(plan) if is_measured(plan, config) else 0,
         "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
         "time": _time(config, source, plan, before, after),
         "warnings": [*source.notes, *sizing.warnings(plan)],
@@ -129,11 +129,6 @@ def _evaluation_windows(config: ConvertConfig, source: Source) -> tuple[int, int
     return config.eval_windows, config.eval_length or min(longest, EVAL_LENGTH)
 
 
-def _calibration_windows(config: ConvertConfig, on_gpu: bool) -> tuple[int, int]:
-    samples, length = CALIB_DEFAULT[on_gpu]
-    return config.calib_samples or samples, config.calib_length or length
-
-
 def _time(
     config: ConvertConfig, source: Source, plan: Plan, before: dict[str, int], after: dict[str, int]
 ) -> dict[str, Any]:
@@ -156,11 +151,11 @@ def _time(
     )
     windows = {}
     for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
-        calib = _calibration_windows(config, device.type == "cuda")
-        refine = refine_settings(config, device, calib[1], shape.hidden_size)
+        calib = calibration_size(config, device.type == "cuda", shape.hidden_size)
+        refine = refine_settings(config, device, calib, shape.hidden_size)
         windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
                           "block_steps": refine.block_steps, "batch": refine.batch,
-                          "measured": TOKENS[device.type] * shares_out(config, plan)}  # fmt: skip
+                          "measured": TOKENS[device.type] * is_measured(plan, config)}  # fmt: skip
     return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
 
 
@@ -201,7 +196,7 @@ def _host_memory(
         attention=sum(count for name, count in after.items() if name.startswith(f"{first}{source.family.attention}.")),
         hidden=plan.shape.hidden_size,
         itemsize=itemsize,
-        calibration_tokens=prod(_calibration_windows(config, on_gpu=False)),
+        calibration_tokens=prod(calibration_size(config, False, plan.shape.hidden_size)),
         evaluation_tokens=prod(_evaluation_windows(config, source)),
     )
     if source.gguf:  # transformers holds these whole, in float32

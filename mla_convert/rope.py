@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mla_convert.linalg import eigh
 from mla_convert.plan import table_frequencies
 
 __all__ = [
@@ -89,7 +90,7 @@ def _plane_basis(key_cov: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tenso
     :return: cost (n_f, G) of dropping plane (f, j), write (n_f, j, G) and its inverse read (n_f, G, j).
     """
     root = weight.clamp_min(weight.max() * 1e-12).clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
-    cost, vectors = torch.linalg.eigh(root[:, :, None] * key_cov * root[:, None, :])
+    cost, vectors = eigh(root[:, :, None] * key_cov * root[:, None, :])
     cost, vectors = cost.flip(-1).clamp_min(0), vectors.flip(-1)
     return cost, vectors.mH * root[:, None, :], vectors / root[:, :, None]
 

@@ -8,7 +8,7 @@ from the original: e^T E[g g^T] e / 2. With it, errors of different layers are i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,20 @@ def aside_bytes(plan: Plan) -> int:
     return plan.shape.layers * plan.shape.hidden_size * tokens
 
 
-def share_out(
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was measured: each layer's losses by size, and E[g^2] (d,) at each layer's output, over tokens."""
+
+    losses: list[LayerLoss]
+    channels: list[Tensor]
+
+
+def is_measured(plan: Plan, config: Settings) -> bool:
+    """Whether a conversion measures at all: to share sizes out, or to know which channels refinement must keep."""
+    return config.refine_steps != 0 or shares_out(config, plan)
+
+
+def measure(
     plan: Plan,
     config: Settings,
     steps: int,
@@ -55,39 +68,44 @@ def share_out(
     states: Activations,
     writer: Writer,
     progress: Progress,
-) -> Plan:
-    """The plan with sizes layer by layer, where it leaves anything to choose and the settings do not forbid it.
+) -> tuple[Plan, list[Tensor] | None]:
+    """The plan with sizes layer by layer, where it leaves anything to choose and the settings do not forbid it; E[g^2].
 
     :param steps: of refinement that each layer will get.
     :param states: embedded calibration windows; a few of them are used.
     """
-    if not shares_out(config, plan):
-        return plan
+    if not is_measured(plan, config):
+        return plan, None
+    shared = shares_out(config, plan)
     length = min(states.length, WINDOW)
     windows = min(states.windows, max(1, TOKENS[skeleton.device.type] // length))
     few = Activations(states.data[:windows, :length], skeleton.device, states.data.dtype)
     progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
-        losses = layer_losses(skeleton, few, plan, config.seed, writer, progress.layer_measured)
+        found = sensitivities(skeleton, few, plan, config.seed, writer, shared, progress.layer_measured)
     finally:
         progress.stop()
-    return replace(plan, sizes=allocate(plan, losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
+    if shared:
+        plan = replace(plan, sizes=allocate(plan, found.losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
+    return plan, found.channels
 
 
-def layer_losses(
+def sensitivities(
     skeleton: Skeleton,
     states: Activations,
     plan: Plan,
     seed: int,
     writer: Writer,
+    by_size: bool = True,
     tick: Callable[[], None] = lambda: None,
-) -> list[LayerLoss]:
-    """Expected loss of every layer by rank and by rotary dims, from embedded windows (changed in place).
+) -> Sensitivity:
+    """Expected loss of every layer by rank and by rotary dims, and by channel, from embedded windows (changed in place).
 
     :param writer: has room for the layers' inputs between the two passes.
+    :param by_size: without, only channels are measured.
     :param tick: called twice a layer.
     """
-    count, losses = plan.shape.layers, []
+    count, losses, channels = plan.shape.layers, [], []
     kwargs = skeleton.layer_kwargs(states.length)
     eager = attention_kwargs(skeleton, states.length)
     for index in range(count):
@@ -100,18 +118,25 @@ def layer_losses(
     for index in reversed(range(count)):
         states.data.copy_(writer.take_back(_file(index)))
         with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
-            metric = _backward(skeleton, layer, states, gradient, kwargs[index])
-            losses.append(_losses(skeleton, layer, states, metric, plan, kwargs[index], eager[index]))
+            metric, squares = _backward(skeleton, layer, states, gradient, kwargs[index])
+            channels.append(squares)
+            if by_size:
+                losses.append(_losses(skeleton, layer, states, metric, plan, kwargs[index], eager[index]))
         tick()
-    return losses[::-1]
+    return Sensitivity(losses[::-1], channels[::-1])
 
 
 def _file(index: int) -> str:
     return f"inputs-{index}.tmp"
 
 
-def _backward(skeleton: Skeleton, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict) -> Tensor:
-    """Carry `gradient` (N, L, d), in place, from a layer's output to its input; E[g g^T] (d, d) at its attention's output."""
+def _backward(
+    skeleton: Skeleton, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict
+) -> tuple[Tensor, Tensor]:
+    """Carry `gradient` (N, L, d), in place, from a layer's output to its input.
+
+    Returns E[g g^T] (d, d) at its attention's output, and E[g^2] (d,) at its own.
+    """
     family = skeleton.source.family
     attention, leave, kept = getattr(layer, family.attention), family.exit(layer), []
 
@@ -120,6 +145,7 @@ def _backward(skeleton: Skeleton, layer: nn.Module, states: Activations, gradien
         kept[0].retain_grad()
 
     metric = torch.zeros(states.hidden_size, states.hidden_size, dtype=torch.float64, device=states.device)
+    squares = torch.zeros(states.hidden_size, dtype=torch.float64, device=states.device)
     tokens, hook = 0, attention.register_forward_hook(keep)
     try:
         for window in range(states.windows):
@@ -127,17 +153,19 @@ def _backward(skeleton: Skeleton, layer: nn.Module, states: Activations, gradien
             hidden = states.get(part).requires_grad_(True)
             with torch.enable_grad(), skeleton.autocast():
                 output = first_output(layer(hidden, **kwargs))
-            output.backward(gradient[part].to(output.device, output.dtype))
-            gradient[part] = hidden.grad.to(gradient.device)
+            behind = gradient[part].to(output.device, output.dtype)
+            output.backward(behind)
             with torch.no_grad():
                 usual = _usual(hidden + leave(kept[0]))[0]
             rows = kept[0].grad[0].float()[usual]
             metric += (rows.T @ rows).double()
+            squares += behind[0].float()[usual].square().sum(0).double()
+            gradient[part] = hidden.grad.to(gradient.device)
             tokens += len(rows)
             kept.clear()
     finally:
         hook.remove()
-    return metric / tokens
+    return metric / tokens, squares / tokens
 
 
 @torch.no_grad()

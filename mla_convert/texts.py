@@ -23,7 +23,12 @@ DEFAULT_DATASET = f"{WIKITEXT}wikitext-2-raw-v1"
 SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
 SPLITS = {"calibration": "train", "evaluation": "test"}
 # Windows and tokens in one, by whether there is a GPU.
-CALIB_DEFAULT = {True: (256, 1024), False: (32, 512)}
+CALIB_DEFAULT = {True: (768, 1024), False: (32, 512)}
+# On a GPU, as many windows as this holds of the residual stream's width, but no fewer than LEAST_ON_GPU: wide models have
+# more to keep what they are by, and every window costs more.
+WIDTH_WINDOWS, LEAST_ON_GPU = 1 << 20, 256
+# Windows that are enough where none were asked for and the text holds no more.
+FEWEST = 32
 EVAL_LENGTH = 2048
 SUFFIXES = (".txt", ".md", ".jsonl", ".json")
 # As a held-out text: the last part of the calibration text, which calibration then does not see.
@@ -72,10 +77,18 @@ class Windows:
         return evaluation_protocol(self.evaluation)
 
 
-def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: int | None) -> Windows:
-    """All texts of a conversion, cut into windows. `longest` is the model's limit, if it has one."""
-    default_samples, default_length = CALIB_DEFAULT[on_gpu]
-    samples, length = config.calib_samples or default_samples, config.calib_length or default_length
+def calibration_size(config: ConvertConfig, on_gpu: bool, hidden: int) -> tuple[int, int]:
+    """Calibration windows and tokens in one; `hidden` is the size of the model's residual stream."""
+    samples, length = CALIB_DEFAULT[on_gpu]
+    if on_gpu:
+        samples = min(samples, max(LEAST_ON_GPU, WIDTH_WINDOWS // hidden))
+    return config.calib_samples or samples, config.calib_length or length
+
+
+def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: int | None, hidden: int) -> Windows:
+    """All texts of a conversion, cut into windows. `longest` is the model's limit, if it has one; `hidden` its width."""
+    samples, length = calibration_size(config, on_gpu, hidden)
+    fewest = config.calib_samples or min(samples, FEWEST)
     eval_length = config.eval_length or min(longest or EVAL_LENGTH, EVAL_LENGTH)
     calib_text, calib_label = load_text(config.calib, "calibration")
     eval_text, eval_label = load_text(config.eval, "evaluation")
@@ -90,7 +103,7 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: i
     given = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
     return Windows(
         calib=noised(
-            calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label),
+            calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label, fewest),
             config.calib_noise,
             tokenizer,
             config.seed,
@@ -245,14 +258,16 @@ def evaluation_protocol(windows: Tensor) -> str:
     return f"{count} window{'s' if count > 1 else ''} of {length} tokens, not overlapping"
 
 
-def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed: int, label: str) -> Tensor:
-    """Windows (count, length) from all over the text, in an order drawn by `seed`.
+def calibration_windows(
+    text: str, tokenizer: Any, count: int, length: int, seed: int, label: str, fewest: int | None = None
+) -> Tensor:
+    """Windows (count, length) from all over the text, in an order drawn by `seed`; `fewest` are enough.
 
     Each begins with the tokenizer's beginning-of-sequence token if it adds one: first tokens are attention sinks with
     outlying activations, and served text has them.
 
     Raises:
-        InputError: the text is too short for `count` windows.
+        InputError: the text is too short for `count` windows, or for `fewest` if that is given.
     """
     prefix = tokenise(tokenizer, "", special=True)[:1]
     body = length - len(prefix)
@@ -269,9 +284,9 @@ def calibration_windows(text: str, tokenizer: Any, count: int, length: int, seed
                 break
         if len(windows) >= count:
             break
-    if len(windows) < count:
+    if len(windows) < (fewest or count):
         raise InputError(
-            f"calibration text {label} is too short: it holds {len(windows)} windows of {length} tokens and {count} are "
+            f"calibration text {label} is too short: it holds {len(windows)} windows of {length} tokens and {fewest or count} are "
             f"wanted; give more text, or lower --calib-samples or --calib-length"
         )
     order = torch.randperm(len(windows), generator=generator)[:count]

@@ -71,9 +71,9 @@ def test_killed_between_the_shards_of_a_block(convert_folder, sources, tmp_path,
 
 def test_defaults():
     def found(device, hidden, **settings):
-        return refine_settings(ConvertConfig(source="x", **settings), torch.device(device), 1024, hidden)
+        return refine_settings(ConvertConfig(source="x", **settings), torch.device(device), (768, 1024), hidden)
 
-    assert found("cuda", 576).block > 1 and found("cuda", 576).block_steps > found("cuda", 576).steps
+    assert found("cuda", 576).block > 1 and found("cuda", 576).block_steps == 1536
     assert found("cuda", 8192).block == 1 and found("cuda", 8192).block_steps == 0  # memory
     assert found("cpu", 576).block == 1
     closed_form = found("cuda", 576, refine_steps=0)

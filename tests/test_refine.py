@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 from mla_convert.activations import Activations
-from mla_convert.refine import RefineSettings, _batches, output_error, refine, relative_error, residual_error
+from mla_convert.refine import (
+    CHANNEL_FLOOR,
+    RefineSettings,
+    _batches,
+    channel_weights,
+    output_error,
+    refine,
+    relative_error,
+    residual_error,
+)
 
 WINDOWS, LENGTH, SIZE = 20, 6, 8
 CPU = torch.device("cpu")
@@ -103,4 +112,21 @@ def test_pico_model_gets_better(convert_pico, name):
     for layer in refined.layers:
         assert layer["residual_error"] <= layer["residual_error_closed_form"]
     assert refined.layers[0]["residual_error"] < 0.9 * closed.layers[0]["residual_error"]
-    assert refined.layers[0]["residual_error_closed_form"] == closed.layers[0]["residual_error"]
+    same = "output_error_closed_form"  # the residual error is weighted by what is measured for refinement only
+    assert refined.layers[0][same] == closed.layers[0][same]
+
+
+def test_weights_of_channels():
+    """Channels count by what they cost; equal costs, or the same share of error everywhere, are as without weights."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([100.0, 1.0, 1.0, 0.1])
+    stream = Activations(torch.randn(6, 20, 4, generator=generator) * scale, torch.device("cpu"), torch.float32)
+    even = channel_weights(torch.ones(4, dtype=torch.float64), stream)
+    torch.testing.assert_close(even, torch.ones(4))
+    weight = channel_weights(1 / scale.double() ** 4, stream)
+    expected = stream.data
+    assert relative_error(1.1 * expected, expected, weight).item() == pytest.approx(0.01, rel=1e-3)
+    alone = [relative_error(expected + torch.eye(4)[i], expected, weight).item() for i in range(4)]
+    assert alone[0] < alone[1] < alone[3] and alone[1] == pytest.approx(alone[2])
+    # a channel that costs nothing still counts a little: few tokens have been looked at
+    assert alone[0] / alone[3] == pytest.approx(CHANNEL_FLOOR / 4, rel=0.05)

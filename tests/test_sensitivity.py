@@ -36,7 +36,7 @@ def tokens(seed=0):
 
 
 def whole_gradients(model, ids, drawn):
-    """Gradient of the drawn tokens' losses at each attention's output (layers, N, L, d), and at the last layer's."""
+    """Gradients of the drawn tokens' losses at each attention's output (layers, N, L, d), and at each layer's."""
     kept, outputs = [], []
 
     def keep(_module, _args, output):
@@ -45,15 +45,16 @@ def whole_gradients(model, ids, drawn):
         kept.append(tensor)
 
     hooks = [layer.self_attn.register_forward_hook(keep) for layer in model.model.layers]
-    last = model.model.norm.register_forward_pre_hook(
-        lambda _m, args: (args[0].retain_grad(), outputs.append(args[0]))[0]
-    )
+    hooks += [
+        reader.register_forward_pre_hook(lambda _m, args: (args[0].retain_grad(), outputs.append(args[0]))[0])
+        for reader in (*model.model.layers[1:], model.model.norm)
+    ]
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_(True)
     logits = model(inputs_embeds=inputs, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
-    for hook in (*hooks, last):
+    for hook in hooks:
         hook.remove()
-    return [tensor.grad for tensor in kept], outputs[0].grad
+    return [tensor.grad for tensor in kept], [tensor.grad for tensor in outputs]
 
 
 def test_gradient_of_drawn_tokens(skeleton):
@@ -68,7 +69,7 @@ def test_gradient_of_drawn_tokens(skeleton):
     gradient = skeleton.output_gradient(last["states"], torch.Generator().manual_seed(1))
     # which tokens were drawn follows from the gradient at the logits: the same noise, drawn again
     drawn = drawn_tokens(skeleton, last["states"], 1)
-    expected = whole_gradients(skeleton.whole, ids, drawn)[1]
+    expected = whole_gradients(skeleton.whole, ids, drawn)[1][-1]
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     # drawn, not the most likely ones: the mean loss is near the entropy
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
@@ -104,7 +105,7 @@ def test_metric_is_that_of_the_whole_model(skeleton, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "_losses", lambda *_: None)
     ids, plan = tokens(), make_plan(Settings(kv_ratio=0.5), skeleton.source.shape)
     with Writer(tmp_path / "out", {}) as writer:
-        sensitivity.layer_losses(skeleton, embedded(skeleton, ids), plan, 1, writer)
+        measured = sensitivity.sensitivities(skeleton, embedded(skeleton, ids), plan, 1, writer)
         assert not list(writer.folder.glob("*.tmp"))
     last = {}
     hook = skeleton.whole.model.norm.register_forward_pre_hook(
@@ -113,8 +114,11 @@ def test_metric_is_that_of_the_whole_model(skeleton, tmp_path, monkeypatch):
     with torch.no_grad():
         skeleton.whole.model(ids, use_cache=False)
     hook.remove()
-    gradients, _ = whole_gradients(skeleton.whole, ids, drawn_tokens(skeleton, last["states"], 1))
-    for metric, gradient in zip(found[::-1], gradients, strict=True):
+    gradients, behind = whole_gradients(skeleton.whole, ids, drawn_tokens(skeleton, last["states"], 1))
+    for squares, gradient in zip(measured.channels, behind, strict=True):
+        expected = gradient.flatten(0, 1).double().square().mean(0)
+        torch.testing.assert_close(squares, expected, rtol=1e-2, atol=1e-3 * float(expected.max()))
+    for (metric, _), gradient in zip(found[::-1], gradients, strict=True):
         rows = gradient.flatten(0, 1).double()
         expected = rows.T @ rows / len(rows)
         torch.testing.assert_close(metric, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
@@ -123,7 +127,7 @@ def test_metric_is_that_of_the_whole_model(skeleton, tmp_path, monkeypatch):
 def test_losses_fall_and_are_small_where_little_is_left_out(skeleton, tmp_path):
     plan = make_plan(Settings(kv_ratio=0.5), skeleton.source.shape)
     with Writer(tmp_path / "out", {}) as writer:
-        losses = sensitivity.layer_losses(skeleton, embedded(skeleton, tokens()), plan, 0, writer)
+        losses = sensitivity.sensitivities(skeleton, embedded(skeleton, tokens()), plan, 0, writer).losses
     assert len(losses) == plan.shape.layers
     for loss in losses:
         ranks, ropes = sorted(loss.rank), sorted(loss.rope)

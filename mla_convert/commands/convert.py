@@ -89,7 +89,10 @@ def convert(
         ),
     ] = None,
     calib_samples: Annotated[
-        int | None, typer.Option(help="Calibration windows. Default 256 (CPU: 32).", rich_help_panel=TEXT)
+        int | None,
+        typer.Option(
+            help="Calibration windows. Default 768, of wide models fewer, but 256 (CPU: 32).", rich_help_panel=TEXT
+        ),
     ] = None,
     calib_length: Annotated[
         int | None, typer.Option(help="Tokens in a calibration window. Default 1024 (CPU: 512).", rich_help_panel=TEXT)
@@ -152,7 +155,9 @@ def convert(
     ] = None,
     block_steps: Annotated[
         int | None,
-        typer.Option(help="Gradient steps a block. Default: three times a layer's.", rich_help_panel=REFINE),
+        typer.Option(
+            help="Gradient steps a block. Default: a layer's for every 100 calibration windows.", rich_help_panel=REFINE
+        ),
     ] = None,
     block_lr: Annotated[
         float | None,
