@@ -160,6 +160,22 @@ def test_hidden_states_can_be_part_of_the_loss(convert_pico, sources):
     assert loss - without == pytest.approx(2.0 * float(torch.stack(parts).mean()), rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["all", "attention"])
+def test_compiling_changes_nothing(convert_pico, sources, train):
+    converted = convert_pico("llama", kv_ratio=0.4, refine_steps=2).out  # layers of several sizes
+    ids = torch.randint(5, 200, (2, 24))
+    found = []
+    for compiled in (False, True):
+        pair = pair_of(sources("llama"), converted, train=train)
+        if compiled:
+            pair.compile()
+        loss, _ = pair(ids, ids)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in pair.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(convert_pico, sources):
     converted, ids = convert_pico("llama", rank=10, rope_dim=6).out, torch.randint(4, pico.VOCAB, (1, 20))
     gradients = []
