@@ -45,7 +45,7 @@ def small(convert_pico, sources):
     settings = {
         "folder": converted, "teacher": str(sources("llama")), "data": str(text), "device": "cpu", "tokens": 24 * 512,
         "length": "64", "step_tokens": 512, "micro_tokens": 256, "evaluations": 4, "lr": 0.01, "eval_windows": 2,
-        "eval_length": 48, "eval": "package:mla_demo/calibration.txt.gz",
+        "eval_length": 48, "eval": "package:mla_demo/calibration.txt.gz", "self_share": 0, "noise": 0,
     }  # fmt: skip
     return settings
 

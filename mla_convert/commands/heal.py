@@ -54,14 +54,14 @@ def heal(
     noise: Annotated[
         float | None,
         typer.Option(
-            help="Share of the tokens of every second window that are replaced by random ones. Default 0.",
+            help="Share of the tokens of every second window that are replaced by random ones. Default 0.3.",
             rich_help_panel=TEXT,
         ),
     ] = None,
     self_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of the text that the original writes itself, sampled from it beforehand. Default 0.",
+            help="Share of the text that the original writes itself, sampled from it beforehand. Default 0.25.",
             rich_help_panel=TEXT,
         ),
     ] = None,

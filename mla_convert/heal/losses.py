@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,12 +90,24 @@ def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: f
 
 
 def comparer(mix: Mix, device: torch.device) -> Callable:
-    """`compare`, or the kernel that does the same where one can run."""
-    if device.type == "cuda" and mix.temperature == 1.0 and importlib.util.find_spec("triton"):
-        from mla_convert.heal import kernel
+    """`compare`, or on a GPU the kernel that does the same, where it can be compiled and gives the same."""
+    if device.type != "cuda" or mix.temperature != 1.0 or not importlib.util.find_spec("triton"):
+        return compare
+    from mla_convert.heal import kernel
 
-        return kernel.compare
-    return compare
+    draw = torch.Generator(device).manual_seed(0)
+    ours, theirs = (4 * torch.randn(4, 5000, generator=draw, device=device).bfloat16() for _ in range(2))
+    labels = torch.tensor([1, 4999, IGNORED, 0], device=device)
+    try:
+        pairs = zip(
+            kernel.compare(ours, theirs, labels, mix, 1.0), compare(ours, theirs, labels, mix, 1.0), strict=True
+        )
+        for found, wanted in pairs:
+            torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-4)
+    except Exception as error:  # whatever a compiler raises
+        warnings.warn(f"the loss runs in PyTorch's operations, as its kernel does not work here: {error}", stacklevel=2)
+        return compare
+    return kernel.compare
 
 
 class _Distil(torch.autograd.Function):

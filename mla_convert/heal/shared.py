@@ -132,6 +132,7 @@ class Pair(nn.Module):
 
         Compiling whole layers of different sizes takes minutes where this takes seconds.
         """
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         torch._dynamo.config.recompile_limit = max(RECOMPILED, torch._dynamo.config.recompile_limit)
         join = torch.compile(MlaAttention.join, dynamic=True)
         for layer in self._layers:
