@@ -3,7 +3,9 @@
 import gc
 import json
 import math
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -67,20 +69,40 @@ def make_pair(converted, teacher, settings):
     return Pair(student, load_model(find_model(teacher), FROZEN, HOST), settings, FROZEN)
 
 
-def corpus_of(args, tokens, share=0.5):
-    """Text for runs of so many tokens, with what the original writes: made once for all parts."""
-    folder = Path(args.work) / f"corpus-{tokens}-{share}"
-    if not (folder / data.IDS).exists():
-        settings = settings_of(args, tokens=tokens, self_share=share)
-        origin = find_model(args.teacher)
-        tokenizer = load_tokenizer(origin)
-        data.make_corpus(args.data, tokenizer, data.wanted_tokens(tokens), folder)
-        if share:
+def mark(args, name):
+    """Say to processes that wait for it that a part is done."""
+    Path(args.work, f"{name}.done").touch()
+
+
+def await_mark(args, name, seconds=120):
+    end = time.time() + seconds
+    while name and not Path(args.work, f"{name}.done").exists() and time.time() < end:
+        time.sleep(0.05)
+
+
+def corpus_folder(args, tokens, written=True):
+    return Path(args.work) / f"corpus-{tokens}-{'mixed' if written else 'text'}"
+
+
+def corpus_of(args, tokens, written=True):
+    """Text for runs of so many tokens, with what the original writes or without: made once for all parts."""
+    folder, bare = corpus_folder(args, tokens, written), corpus_folder(args, tokens, False)
+    origin = find_model(args.teacher)
+    with ThreadPoolExecutor() as pool:
+        made = None
+        if not (bare / data.IDS).exists():
+            wanted = data.wanted_tokens(tokens)
+            made = pool.submit(data.make_corpus, args.data, load_tokenizer(origin), wanted, bare)
+        if written and not (folder / data.IDS).exists():
             began = time.perf_counter()
-            ids = run._written(accelerator(), settings, origin, tokenizer, Progress(quiet=True))
-            emit(args, part="written", tokens=len(ids), seconds=round(time.perf_counter() - began, 1))
+            engine, settings = accelerator(), settings_of(args, tokens=tokens)
+            ids = run._written(engine, settings, origin, load_tokenizer(origin), Progress(quiet=True))
+            emit(args, part="written", tokens=len(ids), seconds=round(time.perf_counter() - began, 1), peak_gb=peak())
+            made and made.result()
+            shutil.copytree(bare, folder, dirs_exist_ok=True)
             data.add_written(folder, ids)
             free()
+        made and made.result()
     return data.open_corpus(folder)
 
 

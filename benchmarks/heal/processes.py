@@ -2,7 +2,7 @@
 
 import time
 
-from common import DEVICE, accelerator, corpus_of, emit, make_pair, peak, settings_of, sync, trainer_of
+from common import DEVICE, accelerator, await_mark, corpus_of, emit, make_pair, peak, settings_of, sync, trainer_of
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -14,13 +14,14 @@ FSDP2 = {
 
 
 def main(args):
-    engine = accelerator()
-    device = engine.device if DEVICE.type == "cuda" else DEVICE
     tokens, steps = 2 * args.step_tokens, args.steps
-    settings = settings_of(args, lr=0.001, step_tokens=tokens, tokens=tokens * steps, evaluations=1)
+    settings = settings_of(args, lr=0.001, step_tokens=tokens, tokens=tokens * steps, evaluations=1, self_share=0)
+    pair = make_pair(args.converted[0], args.teacher, settings)
+    await_mark(args, args.gate, 600)
+    engine = accelerator()
     with engine.main_process_first():
-        corpus = corpus_of(args, tokens * steps, 0.0)
-    pair = make_pair(args.converted[0], args.teacher, settings).place(device)
+        corpus = corpus_of(args, args.tokens if args.gate else tokens * steps, False)
+    pair.place(engine.device if DEVICE.type == "cuda" else DEVICE)
     engine, trainer = trainer_of(args, pair, corpus, settings, f"state-{args.name}")
     inner, marks = trainer._step, []
 

@@ -14,6 +14,7 @@ from common import (
     emit,
     free,
     make_pair,
+    mark,
     peak,
     settings_of,
     sync,
@@ -29,6 +30,8 @@ VARIANTS = (
     ("attention, compiled", {"train": "attention", "compile": True}),
     ("all, checkpointed", {"gradient_checkpointing": True}),
 )
+
+QUICK = (("all, compiled", {"compile": True}),)
 
 
 def timed(args, name, step, steps=8, warm=3):
@@ -102,12 +105,13 @@ def ours(args, batch, name, **own):
 
 
 def main(args):
-    corpus = corpus_of(args, 20 * args.step_tokens, 0.0)
+    corpus = corpus_of(args, 20 * args.step_tokens, False)
     begins = [index * args.length for index in range(args.step_tokens // args.length)]
     batch = data.cut(corpus, begins, args.length).to(DEVICE)
-    for name, own in (("plain", None), *VARIANTS):
+    for name, own in (("plain", None), *(QUICK if args.quick else VARIANTS)):
         try:
             plain(args, batch) if own is None else ours(args, batch, name, **own)
         except Exception as error:
             emit(args, part="speed", name=name, error=repr(error)[:500])
         free()
+    mark(args, "speed")

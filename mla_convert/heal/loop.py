@@ -55,8 +55,12 @@ def scheduled(step: int, steps: int) -> float:
     warm = max(1, min(WARMUP_MAX, round(steps * WARMUP_SHARE)))
     if step < warm:
         return (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
+    return scheduled_at((step - warm) / max(1, steps - warm))
+
+
+def scheduled_at(done: float) -> float:
+    """The cosine alone: the share of the peak rate where a share of the run is `done`."""
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def make_optimizer(pair: Pair, settings: HealSettings) -> torch.optim.Optimizer:
