@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mla_convert import beyond
+from mla_convert.figures import calibration_words
 from mla_convert.report import Report, rows
 
 BODY = """
@@ -69,7 +70,7 @@ def write_card(report: Report, folder: Path) -> None:
         table="\n".join(f"| {' | '.join(row)} |" for row in rows(report)),
         text=evaluation["text"],
         protocol=evaluation["protocol"],
-        calibration=report.calibration["protocol"],
+        calibration=calibration_words(report.calibration),
         worst=_worst(report.layers),
         beyond=_beyond(report.beyond),
         folder=".",

@@ -31,6 +31,12 @@ def read_report(path: Path) -> dict[str, Any]:
     return content
 
 
+def calibration_words(calibration: dict[str, Any]) -> str:
+    """What a model was calibrated on, from a report's `calibration`."""
+    share = calibration.get("self_written") or 0
+    return calibration["protocol"] + (f", {share:.0%} of them written by the original itself" if share else "")
+
+
 def find_report(folder: Path) -> dict[str, Any]:
     """The report of a folder, empty where there is none that can be read."""
     try:

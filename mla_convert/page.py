@@ -10,7 +10,7 @@ from typing import Any
 
 from mla_convert import beyond, plots
 from mla_convert.errors import InputError
-from mla_convert.figures import look_up, read_report
+from mla_convert.figures import calibration_words, look_up, read_report
 from mla_convert.report import human_bytes, ratio_error, ratio_words
 from mla_convert.svg import Figure
 
@@ -51,7 +51,7 @@ def write_sweep_page(content: dict[str, Any], file: Path) -> None:
     words = escape(
         f"Perplexity over the original's on {evaluation['text']}: {evaluation['protocol']}; ± is one standard error over "
         f"windows. Held out: the same on {held_out['text']}, {held_out['protocol']}, by which a size is chosen. "
-        f"Calibrated on {points[0]['calibration']['protocol']}."
+        f"Calibrated on {calibration_words(points[0]['calibration'])}."
     )
     if chosen:
         words += escape(f" The ring is the smallest cache within ×{content['max_ppl_ratio']:g} on the held-out text.")
@@ -123,7 +123,7 @@ def _perplexity(report: dict[str, Any]) -> str:
     words = escape(
         f"On {evaluation['text']}: {evaluation['protocol']}. Lower is better. Most of the error bars is how much windows of "
         f"text differ, which both models share: the ratio is taken on the same ones, and its ± is what is "
-        f"left. Calibrated on {report['calibration']['protocol']}."
+        f"left. Calibrated on {calibration_words(report['calibration'])}."
     )
     if (held_out := evaluation.get("held_out")) and held_out["ratio"] is not None:
         words += escape(

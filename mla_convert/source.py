@@ -286,6 +286,7 @@ def _open_gguf(path: Path, weights: bool) -> Source:
     try:
         if not weights:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            _forget_packing(config)
             family = find_family(config.model_type)
             family.check(config, path.name)
             return Source(path.name, None, path.parent, path.name, config, family, _expected(config, path.name))
@@ -293,9 +294,16 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
+    _forget_packing(model.config)
     family, tensors = find_family(model.config.model_type), parameters(model)
     family.check(model.config, path.name)
     return Source(path.name, None, path.parent, path.name, model.config, family, MemoryReader(tensors))
+
+
+def _forget_packing(config: PreTrainedConfig) -> None:
+    """Take out of a configuration that its weights came packed in a GGUF file: what is read, and written, is not."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def load_config(folder: Path, label: str) -> PreTrainedConfig:

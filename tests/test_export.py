@@ -80,7 +80,8 @@ def test_portable_needs_no_mla_convert(tabled, tmp_path):
     )
     torch.save(IDS, tmp_path / "ids.pt")
     command = [sys.executable, "-c", code, tmp_path / "out", tmp_path / "ids.pt", tmp_path / "logits.pt"]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     name, found = torch.load(tmp_path / "logits.pt")
     assert name == "DeepseekV3ForCausalLM" and distance(found, logits(tabled("llama"))) < 1e-5
 

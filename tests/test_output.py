@@ -310,6 +310,7 @@ def test_gguf_source(convert_folder, tmp_path):
     (tmp_path / "text.txt").write_text(pico.text())
     report = convert_folder(pico.save_gguf(tmp_path / "tiny.gguf"), rank="full", rope_dim="full", dtype="float32")
     assert report.source["name"] == "tiny.gguf" and report.ratio == pytest.approx(1, abs=1e-5)
+    assert "quantization_config" not in json.loads((report.out / "config.json").read_text())
     model, original = AutoModelForCausalLM.from_pretrained(report.out).eval(), pico.model("llama")
     tokenizer = AutoTokenizer.from_pretrained(report.out)
     assert tokenizer.decode(tokenizer(PROMPT).input_ids) == PROMPT

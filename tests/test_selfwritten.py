@@ -6,6 +6,7 @@ import torch
 
 from mla_convert import selfwritten
 from mla_convert.config import ConvertConfig
+from mla_convert.figures import calibration_words
 from mla_convert.source import open_source
 
 CPU = torch.device("cpu")
@@ -89,3 +90,14 @@ def test_conversion(convert_folder, sources):
     first, second = (convert_folder(sources("llama"), calib_self=0.5, kv_ratio=0.5) for _ in range(2))
     assert first.calibration["self_written"] == 0.5 and first.checksums == second.checksums
     assert first.checksums != convert_folder(sources("llama"), calib_self=0, kv_ratio=0.5).checksums
+
+
+def test_reports_say_what_was_written():
+    words = "t.txt, 8 windows of 64 tokens"
+    assert (
+        calibration_words({"protocol": words, "self_written": 0.5})
+        == f"{words}, 50% of them written by the original itself"
+    )
+    assert (
+        calibration_words({"protocol": words, "self_written": 0.0}) == calibration_words({"protocol": words}) == words
+    )

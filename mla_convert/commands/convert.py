@@ -183,7 +183,7 @@ def convert(
     ] = None,
     heal_self_share: Annotated[
         float | None,
-        typer.Option(help="Share of its text that the original writes itself. Default 0.25.", rich_help_panel=HEAL),
+        typer.Option(help="Share of its text that the original writes itself. Default 0.5.", rich_help_panel=HEAL),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: NAME-mla here.", rich_help_panel=RUN)

@@ -13,7 +13,8 @@ from mla_convert.errors import UsageError
 
 EXAMPLE = "mla-convert export llama-8b-mla --profile portable --out llama-8b-vllm"
 PROFILES = (
-    "portable (no code; transformers, vLLM, SGLang), engine (GGUF and quantised weights), hf-code (biases, any RoPE)"
+    "portable (no code; transformers, vLLM, SGLang), engine (GGUF and quantised weights), hf-code (biases, norms on queries "
+    "and keys, RoPE scalings, any planes; transformers and vLLM, with --trust-remote-code)"
 )
 
 Profile = Annotated[str, typer.Option(help=f"{PROFILES}.")]

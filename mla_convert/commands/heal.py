@@ -61,7 +61,7 @@ def heal(
     self_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of the text that the original writes itself, sampled from it beforehand. Default 0.25.",
+            help="Share of the text that the original writes itself, sampled from it beforehand. Default 0.5.",
             rich_help_panel=TEXT,
         ),
     ] = None,

@@ -21,7 +21,9 @@ def serve_check(
     engine: Annotated[str, typer.Option(help="vllm, sglang, transformers or llama.cpp.", show_default=False)],
     against: Annotated[
         Path | None,
-        typer.Option(help="The converted model that DIR was exported from. Default: looked for beside DIR."),
+        typer.Option(
+            help="The converted model that DIR was exported from. Default: looked for beside DIR, by the name it had."
+        ),
     ] = None,
     python: Annotated[
         str | None, typer.Option(help="Interpreter of the environment that has the engine. Default: this one.")
@@ -38,8 +40,8 @@ def serve_check(
     limit: Annotated[
         float | None,
         typer.Option(
-            help="Difference of log-probabilities that is allowed: float32 the largest (default 1e-4), else the mean (default: "
-            "twice what bfloat16 costs our own model). Quantised weights need one of your own."
+            help="Difference of log-probabilities that is allowed: float32 the largest (default 1e-4, from our own model in "
+            "float64), else the mean (default: twice what bfloat16 costs our own model). Quantised weights need one of your own."
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON on stdout.")] = False,

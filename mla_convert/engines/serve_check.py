@@ -23,13 +23,18 @@ from mla_convert.texts import load_text
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
 PROMPTS, LENGTH, TOKENS, TOP = 4, 64, 16, 20
-# float32: largest difference of a log-probability. Rounded weights: times what rounding our own model costs, and a little.
+# float32: largest difference of a log-probability, from our own model in float64: two float32 evaluations of one model each
+# round, and may do so in opposite directions. Rounded weights: times what rounding our own model costs, and a little.
 EXACT, SLACK = 1e-4, 2.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found. Differences are of log-probabilities, against the converted model in float32."""
+    """What was found. Differences are of log-probabilities, from the converted model's in a higher precision.
+
+    `own_rounding` is the converted model's own difference in `dtype`, of the kind that `limit` is for: the largest in float32,
+    else the mean.
+    """
 
     engine: str
     version: str
@@ -52,7 +57,10 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.dtype == "float32":
-            rule = f"largest difference at most {self.limit:g} and the same greedy tokens"
+            rule = (
+                f"largest difference at most {self.limit:g} and the same greedy tokens; float32 costs our own model "
+                f"{self.own_rounding:.1e}"
+            )
         else:
             rule = f"mean difference at most {self.limit:.2g}; bfloat16 costs our own model {self.own_rounding:.2g}"
         return (
@@ -101,11 +109,10 @@ def serve_check(folder: Path, how: Asking, against: Path | None = None) -> Verdi
     prompts = fixed_prompts(load_tokenizer(original))
     dtype = _dtype(facts, how)
     answers = _ask(folder, how, prompts, facts["dtype"] if dtype == "gguf" else dtype)
-    exact, greedy = _own_answers(original, prompts, torch.float32)
-    rounding = 0.0
-    if dtype != "float32":
-        rounded, _ = _own_answers(original, prompts, torch.bfloat16)
-        rounding = _compare(_as_entries(rounded), exact)[1]
+    own, higher = (torch.float32, torch.float64) if dtype == "float32" else (torch.bfloat16, torch.float32)
+    exact, greedy = _own_answers(original, prompts, higher)
+    rounded, _ = _own_answers(original, prompts, own, continued=False)
+    rounding = _compare(_as_entries(rounded), exact)[0 if dtype == "float32" else 1]
     largest, mean, agreement = _compare([entry["logprobs"] for entry in answers["prompts"]], exact)
     same = sum(found["greedy"] == own for found, own in zip(answers["prompts"], greedy, strict=True))
     limit = (EXACT if dtype == "float32" else EXACT + SLACK * rounding) if how.limit is None else how.limit
@@ -226,16 +233,19 @@ def _free_port() -> int:
 
 @torch.no_grad()
 def _own_answers(
-    place: Any, prompts: list[list[int]], dtype: torch.dtype
+    place: Any, prompts: list[list[int]], dtype: torch.dtype, continued: bool = True
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """The converted model's log-probabilities (T-1, vocabulary) of each prompt, and its greedy continuations."""
+    """The converted model's log-probabilities (T-1, vocabulary) of each prompt, and its greedy continuations if asked for.
+
+    float64 is that of the weights, projections and attention: the library's norms and RoPE tables are float32 throughout.
+    """
     model = load_model(place, dtype, torch.device("cpu"))
     model.generation_config.eos_token_id = None
     logprobs, greedy = [], []
     for ids in prompts:
         tokens = torch.tensor([ids])
-        logprobs.append(model(tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1))
-        if dtype == torch.float32:
+        logprobs.append(model(tokens, use_cache=False).logits[0, :-1].double().log_softmax(-1))
+        if continued:
             made = model.generate(tokens, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
             greedy.append(made[0, len(ids) :].tolist())
     return logprobs, greedy
@@ -259,7 +269,8 @@ def _compare(answers: list[list[dict[int, float]]], exact: list[torch.Tensor]) -
     for lines, table in zip(answers, exact, strict=True):
         for line, own in zip(lines, table, strict=True):
             tokens = torch.tensor(list(line))
-            differences.append((torch.tensor(list(line.values())) - own[tokens]).abs())
+            found = torch.tensor(list(line.values()), dtype=torch.float64)
+            differences.append((found - own[tokens]).abs())
             agree.append(max(line, key=line.__getitem__) == int(own.argmax()))
     every = torch.cat(differences)
     if not torch.isfinite(every).all():

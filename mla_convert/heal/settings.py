@@ -24,7 +24,7 @@ class HealSettings(BaseModel):
     joined: bool = False
     length: Lengths | None = None
     noise: float = Field(0.3, ge=0, lt=1)
-    self_share: float = Field(0.25, ge=0, lt=1)
+    self_share: float = Field(0.5, ge=0, lt=1)
     train: Trained = "all"
     lora_rank: int = Field(64, ge=1)
     lr: float | None = Field(None, gt=0, le=1)
