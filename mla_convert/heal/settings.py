@@ -10,8 +10,8 @@ from mla_convert.amounts import Lengths, Tokens, parse_lengths
 from mla_convert.config import Trained
 
 LENGTH = 2048
-# Tokens that the original writes at most: several passes over them do nearly as well as more of them would.
-WRITTEN_MAX = 1 << 22
+# Passes over what the original writes, which takes as long as training on it; and the most that it writes.
+WRITTEN_PASSES, WRITTEN_MAX = 2, 1 << 22
 
 
 class HealSettings(BaseModel):
@@ -52,11 +52,11 @@ class HealSettings(BaseModel):
         return parse_lengths(self.length or str(min(LENGTH, longest or LENGTH)))
 
     def written_tokens(self, longest: int | None = None) -> int:
-        """Tokens that the original writes beforehand: all that are trained on, or WRITTEN_MAX, and a few windows at least."""
+        """Tokens that the original writes beforehand, a few windows at least."""
         if not self.self_share:
             return 0
         window = max(length for length, _ in self.mix(longest))
-        return max(round(min(self.self_share * self.tokens, WRITTEN_MAX)), 4 * window)
+        return max(round(min(self.self_share * self.tokens / WRITTEN_PASSES, WRITTEN_MAX)), 4 * window)
 
 
 class HealConfig(HealSettings):
