@@ -289,10 +289,10 @@ def test_the_original_writes_text_of_its_own(small, tmp_path, monkeypatch):
     monkeypatch.setattr(run.selfwritten, "TEXT_TOKENS", 64)
     added, add = [], data.add_written
     monkeypatch.setattr(data, "add_written", lambda folder, ids: (added.append(ids), add(folder, ids)))
-    own = {**small, "tokens": 8 * 512, "self_share": 0.5}
+    own = {**small, "tokens": 16 * 512, "self_share": 0.5}
     report = heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
     plain = heal(HealConfig(**{**own, "self_share": 0}, out=tmp_path / "plain"), QUIET)
-    assert [len(ids) for ids in added] == [2 * 512]
+    assert [len(ids) for ids in added] == [4 * 512]
     assert report["heal"]["settings"]["self_share"] == 0.5
     curves = [[entry["kl"] for entry in each["heal"]["curve"]] for each in (report, plain)]
     assert curves[0][-1] < 0.9 * curves[0][0] and curves[0][-1] != curves[1][-1]
