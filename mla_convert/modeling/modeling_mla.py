@@ -147,7 +147,8 @@ class MlaAttention(nn.Module):
         if past_key_values is not None and self.kernel != "sdpa":
             written = write_static(past_key_values, self.layer_idx, latent, k_rope, q_rope, cos, sin)
         if written is not None:
-            latent, k_rope, q_rope = written
+            latent, k_rope, q_rope = written  # rotated
+            cos = sin = None
         else:
             if cos is not None:
                 cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
