@@ -51,6 +51,7 @@ class Settings(BaseModel):
     heal_length: Lengths | None = None
     heal_train: Trained | None = None
     heal_lr: float | None = Field(None, gt=0, le=1)
+    heal_self_share: float | None = Field(None, ge=0, lt=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(0, ge=0)
 

@@ -200,20 +200,31 @@ def _sweep(report: dict[str, Any]) -> str:
 
 def _heal(report: dict[str, Any]) -> str:
     record = report.get("heal") or {}
-    points = [(entry["tokens"] / 1e6, entry["perplexity"], 0.0)
-              for entry in record.get("curve") or [] if entry.get("perplexity") is not None]  # fmt: skip
-    drawn = _draw(lambda width: plots.curve(points, width, "million tokens of distillation", "held-out perplexity"))
+    entries = record.get("curve") or []
+    size, unit = (
+        (1e6, "million") if max((entry["tokens"] for entry in entries), default=0) >= 1e6 else (1e3, "thousand")
+    )
+    points = [(entry["tokens"] / size, entry["kl"], 0.0) for entry in entries if entry.get("kl") is not None]
+    drawn = _draw(
+        lambda width: plots.curve(points, width, f"{unit} tokens of distillation", "held-out KL divergence, nats")
+    )
     if not drawn:
         return ""
     if "before" not in record:  # a curve alone
-        return _section("Healing", "Perplexity while the model learned from the original.", drawn)
+        return _section("Healing", "KL divergence from the original while the model learned from it.", drawn)
     trained = {"all": "all weights", "attention": "the attention's weights", "lora": "adapters of the attention"}
     kind, stopped = look_up(record, "settings.train"), record.get("stopped")
+    share = look_up(record, "settings.self_share")
+    text = (
+        f"{record.get('text')}, and on {share:.0%} of text that the original wrote itself"
+        if share
+        else record.get("text")
+    )
     words = escape(
         f"After the conversion, {trained.get(kind, 'weights')} learned the next-token distribution of {record.get('against')} "
-        f"on {record.get('text')}: {record['tokens'] / 1e6:.3g} million tokens in {_duration(record['seconds'])} on "
-        f"{record.get('device')}. The curve is the perplexity of its end, which was not trained on; the state with the "
-        f"least held-out loss, after {record['best_tokens'] / 1e6:.3g} million tokens, was kept."
+        f"on {text}: {record['tokens'] / size:.3g} {unit} tokens in {_duration(record['seconds'])} on "
+        f"{record.get('device')}. The curve is measured on the end of that text, which was not trained on; the state with the "
+        f"least loss there, after {record['best_tokens'] / size:.3g} {unit} tokens, was kept."
         + (f" Stopped early: {stopped}." if stopped else "")
     )  # fmt: skip
     rows = [list(row) for row in beyond.heal_rows(record["before"], report)]

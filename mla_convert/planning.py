@@ -162,7 +162,10 @@ def _time(
 def _healing(config: ConvertConfig, source: Source, plan: Plan, after: dict[str, int]) -> dict[str, Any]:
     """Memory and time of healing the conversion as its settings say."""
     shape, limit = plan.shape, getattr(source.config, "max_position_embeddings", None)
-    healing = HealSettings(tokens=config.heal_tokens, length=config.heal_length)
+    given = {"length": config.heal_length, "self_share": config.heal_self_share}
+    healing = HealSettings(
+        tokens=config.heal_tokens, **{key: value for key, value in given.items() if value is not None}
+    )
     tied = getattr(source.config, "tie_word_embeddings", False)
     experts = getattr(source.config, "num_experts_per_tok", None) or 1
     inner = getattr(source.config, "moe_intermediate_size", None) or getattr(source.config, "intermediate_size", None)
@@ -178,8 +181,9 @@ def _healing(config: ConvertConfig, source: Source, plan: Plan, after: dict[str,
     )
     train = config.heal_train or healing.train
     return estimate(
-        work, config.heal_tokens, train, max(each for each, _ in healing.mix(limit)), torch.get_num_threads()
-    )
+        work, config.heal_tokens, train, max(each for each, _ in healing.mix(limit)), torch.get_num_threads(),
+        healing.written_tokens(limit),
+    )  # fmt: skip
 
 
 def _host_memory(
@@ -244,6 +248,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         line(f"time: {low} to {high} {where} ({plan['time'][place]['basis']})")
     if heal := plan.get("heal"):
         what = f"healing, {heal['tokens']:,} tokens, {heal['train']} trained"
+        if written := heal["written_tokens"]:
+            what += f", {written:,} written by the original"
         for place, where in (("cpu", f"on {plan['time']['cpu']['cores']} of these cores"), ("h100", "on an H100")):
             low, high = (timing.duration(seconds) for seconds in heal[place]["seconds"])
             memory = human_bytes(heal[place]["memory_bytes"])

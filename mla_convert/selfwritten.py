@@ -5,6 +5,7 @@ Sampling from the model to calibrate or distil it is known from quantisation (LL
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from mla_convert.source import Source, kv_heads
 SHARE, MEMORY_SHARE = 0.5, 1 / 8
 # Tokens of one text; a longer window holds several.
 TEXT_TOKENS = 512
-CACHE_BYTES = 4 << 30
+# What the caches of texts that are written at once may take: of a GPU its share of what is free, if that is more.
+CACHE_BYTES, CACHE_SHARE = 4 << 30, 1 / 4
 # What begins a document in the training data of many models whose tokenizers put nothing before a text.
 DOCUMENT = "<|endoftext|>"
 
@@ -178,27 +180,39 @@ class _Writer:
         self.graph, self.logits = graph, logits
 
 
+def rounds(model: nn.Module, count: int, length: int) -> int:
+    """How often `write` begins anew: as many texts are written at once as there is room for their caches."""
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    text_bytes = 2 * kv_heads(config) * width * config.num_hidden_layers * length * model.dtype.itemsize
+    room = CACHE_BYTES
+    if model.device.type == "cuda":
+        room = max(room, int(torch.cuda.mem_get_info(model.device)[0] * CACHE_SHARE))
+    return min(count, -(-count * text_bytes // room))
+
+
 @torch.no_grad()
-def write(model: nn.Module, count: int, length: int, first: int, seed: int) -> Tensor:
+def write(
+    model: nn.Module, count: int, length: int, first: int, seed: int, advance: Callable[[int], None] = lambda done: None
+) -> Tensor:
     """Texts (count, length), on the CPU, sampled token by token from the model's own distribution after `first`.
 
     The end of a document does not end a text: the model goes on with another. A text longer than the narrowest attention
-    window is made of several, so that one mask serves all layers.
+    window is made of several, so that one mask serves all layers. `advance` is told how many tokens are written.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     config = model.config.get_text_config()
     parts = -(-length // (getattr(config, "sliding_window", None) or length))
     if parts > 1:
-        return write(model, count * parts, -(-length // parts), first, seed).view(count, -1)[:, :length]
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    text_bytes = 2 * kv_heads(config) * width * config.num_hidden_layers * length * model.dtype.itemsize
-    rounds = -(-count * text_bytes // CACHE_BYTES)
-    writer, texts = _Writer(model, -(-count // rounds), length), []
-    for _ in range(rounds):
+        return write(model, count * parts, -(-length // parts), first, seed, advance).view(count, -1)[:, :length]
+    times = rounds(model, count, length)
+    writer, texts = _Writer(model, -(-count // times), length), []
+    for number in range(times):
         writer.restart()
         ids, written = torch.full_like(writer.ids, first), []
-        for _ in range(length):
+        for step in range(length):
             ids = torch.multinomial(writer(ids).float().softmax(-1), 1, generator=generator)
             written.append(ids)
+            advance((number * length + step + 1) * len(ids))
         texts.append(torch.cat(written, dim=1).cpu())
     return torch.cat(texts)[:count]

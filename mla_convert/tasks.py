@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from datasets import disable_progress_bars
-from datasets.exceptions import DatasetNotFoundError
 from torch import OutOfMemoryError, nn
 
 from mla_convert.errors import InputError, ResourceError, UsageError, one_line
@@ -79,6 +77,9 @@ class Tasks:
     @contextlib.contextmanager
     def _harness(self, what: str) -> Iterator[None]:
         """Its failures as ours; its bars and words only on a terminal or with -v, and nothing on stdout."""
+        from datasets import disable_progress_bars
+        from datasets.exceptions import DatasetNotFoundError
+
         if not self._shown:
             disable_progress_bars()
         try:

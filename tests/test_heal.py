@@ -45,7 +45,7 @@ def small(convert_pico, sources):
     settings = {
         "folder": converted, "teacher": str(sources("llama")), "data": str(text), "device": "cpu", "tokens": 24 * 512,
         "length": "64", "step_tokens": 512, "micro_tokens": 256, "evaluations": 4, "lr": 0.01, "eval_windows": 2,
-        "eval_length": 48, "eval": "package:mla_demo/calibration.txt.gz",
+        "eval_length": 48, "eval": "package:mla_demo/calibration.txt.gz", "self_share": 0, "noise": 0,
     }  # fmt: skip
     return settings
 
@@ -88,6 +88,24 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
     assert float(sums[0]) == pytest.approx(loss, rel=1e-6)
     for name, gradient in wanted.items():
         assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("mix", "dtype"), [(Mix(), torch.float32), (Mix(0.5, 0.7), torch.float32), (Mix(), torch.bfloat16)]
+)
+def test_kernel_is_the_loss(mix, dtype):
+    from mla_convert.heal import kernel
+
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = (5 * torch.randn(7, 4999, generator=draw) for _ in range(2))  # more than a block, and not whole ones
+    ours, theirs = ours.to(dtype), (ours + 0.5 * theirs).to(dtype)
+    labels = torch.randint(4999, (7,), generator=draw)
+    labels[2] = IGNORED
+    (sums, slope), (wanted, wanted_slope) = (
+        f(ours, theirs, labels, mix, 0.3) for f in (kernel.compare, losses.compare)
+    )
+    torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope, wanted_slope, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2", "opt"])
@@ -142,6 +160,22 @@ def test_hidden_states_can_be_part_of_the_loss(convert_pico, sources):
     assert loss - without == pytest.approx(2.0 * float(torch.stack(parts).mean()), rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["all", "attention"])
+def test_compiling_changes_nothing(convert_pico, sources, train):
+    converted = convert_pico("llama", kv_ratio=0.4, refine_steps=2).out  # layers of several sizes
+    ids = torch.randint(5, 200, (2, 24))
+    found = []
+    for compiled in (False, True):
+        pair = pair_of(sources("llama"), converted, train=train)
+        if compiled:
+            pair.compile()
+        loss, _ = pair(ids, ids)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in pair.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(convert_pico, sources):
     converted, ids = convert_pico("llama", rank=10, rope_dim=6).out, torch.randint(4, pico.VOCAB, (1, 20))
     gradients = []
@@ -193,19 +227,22 @@ def test_windows_of_a_schedule():
     schedule = Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=1)
     tokens = {64: 0, 128: 0}
     for step in range(200):
-        length, begins = schedule.begins(step)
+        length, windows = schedule.step(step)
+        begins = [window.begin for window in windows]
         tokens[length] += length * len(begins)
         assert len(begins) * length == schedule.tokens(step) == 256
         assert min(begins) >= 0 and max(begins) + length <= text.train_end  # never the held-out end
     assert tokens[64] / sum(tokens.values()) == pytest.approx(0.75, abs=0.01)
     # the same whatever was asked before, and another for another seed
     again = Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=1)
-    assert again.begins(77) == schedule.begins(77)
-    assert Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=2).begins(77) != schedule.begins(77)
+    assert again.step(77) == schedule.step(77)
+    assert Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=2).step(77) != schedule.step(77)
     # one pass takes every window once, the next cuts the text elsewhere
     single = Schedule(text, ((64, 1.0),), 64, 200, seed=0)
     count = text.train_end // 64 - 1
-    first, second = (sorted(single.begins(step)[1][0] for step in range(n * count, (n + 1) * count)) for n in (0, 1))
+    first, second = (
+        sorted(single.step(step)[1][0].begin for step in range(n * count, (n + 1) * count)) for n in (0, 1)
+    )
     assert set(np.diff(first)) == set(np.diff(second)) == {64} and first[0] % 64 != second[0] % 64
     with pytest.raises(InputError, match="give more text"):
         Schedule(corpus(100), ((128, 1.0),), 256, 1, seed=0)
@@ -250,24 +287,30 @@ def test_pieces_of_a_long_text_are_from_all_over(monkeypatch):
 
 def test_the_original_writes_text_of_its_own(small, tmp_path, monkeypatch):
     monkeypatch.setattr(run.selfwritten, "TEXT_TOKENS", 64)
-    added, add = [], data.add_documents
-    monkeypatch.setattr(
-        data, "add_documents", lambda folder, documents: (added.extend(documents), add(folder, documents))
-    )
-    report = heal(HealConfig(**{**small, "tokens": 8 * 512, "self_share": 0.5}, out=tmp_path / "out"), QUIET)
-    plain = heal(HealConfig(**{**small, "tokens": 8 * 512}, out=tmp_path / "plain"), QUIET)
-    assert len(added) == 4 * 512 / 64 and {len(ids) for ids in added} == {64}
+    added, add = [], data.add_written
+    monkeypatch.setattr(data, "add_written", lambda folder, ids: (added.append(ids), add(folder, ids)))
+    own = {**small, "tokens": 16 * 512, "self_share": 0.5}
+    report = heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
+    plain = heal(HealConfig(**{**own, "self_share": 0}, out=tmp_path / "plain"), QUIET)
+    assert [len(ids) for ids in added] == [4 * 512]
     assert report["heal"]["settings"]["self_share"] == 0.5
     curves = [[entry["kl"] for entry in each["heal"]["curve"]] for each in (report, plain)]
-    assert curves[0][0] == curves[1][0] and curves[0][-1] != curves[1][-1]  # what is held out is the same
+    assert curves[0][-1] < 0.9 * curves[0][0] and curves[0][-1] != curves[1][-1]
 
 
-def test_documents_are_added_before_the_others(tmp_path):
-    data._save(tmp_path, np.arange(100, dtype=np.int32), np.array([0, 60]))
-    data.add_documents(tmp_path, [[7, 8, 9], [5]])
+def test_what_the_original_wrote_has_its_share_of_the_windows(tmp_path):
+    data._save(tmp_path, np.arange(4000, dtype=np.int32), np.array([0, 60]))
+    data.add_written(tmp_path, np.full(1000, 7))
     found = open_corpus(tmp_path)
-    assert found.starts.tolist() == [0, 3, 4, 64] and found.ids[:6].tolist() == [7, 8, 9, 5, 0, 1]
-    assert len(found.ids) == 104 and found.train_end == 104 - 5  # a twentieth of the text alone
+    assert found.starts.tolist() == [0, 1000, 1060] and found.ids[[0, 999, 1000, 1001]].tolist() == [7, 7, 0, 1]
+    assert found.added_end == 950 and found.train_end == 4800  # a twentieth of each
+    schedule = Schedule(found, ((16, 1.0),), 128, 100, seed=0, share=0.25)
+    windows = [window for step in range(100) for window in schedule.step(step)[1]]
+    written = [window for window in windows if window.begin < 1000]
+    assert len(written) == len(windows) / 4 and max(window.begin for window in written) + 16 <= 950
+    assert sum(window.odd for window in written) == len(written) / 2  # so noise is in both kinds alike
+    for share, begins in ((0.0, [4800, 4832, 4864, 4896, 4928, 4960]), (0.5, [4800, 4864, 4928, 950])):
+        assert data.held_out(found, 32, share, most=6 * 32) == begins
 
 
 # The run
@@ -395,11 +438,18 @@ def test_nothing_gained_nothing_written(small, convert_pico, tmp_path):
 
 
 def test_early_stop(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LOOK_MIN", 256)
     monkeypatch.setattr(loop, "scheduled", lambda step, steps: 1.0 if step < 6 else 0.0)
     settings = {**small, "tokens": 60 * 512, "evaluations": 10, "patience": 2}
     report = heal(HealConfig(**settings, out=tmp_path / "out"), QUIET)
     record = report["heal"]
     assert record["stopped"].startswith("2 looks") and record["tokens"] == 18 * 512 and record["best_tokens"] == 6 * 512
+
+
+def test_looks_take_a_small_share_of_a_run():
+    for tokens, most, found in ((2 * 10**7, 20, (20, 1 << 17)), (4 * 10**6, 20, (20, 40000)), (200_000, 20, (9, 4444)),
+                                (20_000, 20, (4, 4096)), (10**8, 3, (3, 1 << 17))):  # fmt: skip
+        assert data.looks(tokens, most) == found
 
 
 def test_schedule_of_the_step_size():

@@ -124,7 +124,7 @@ def test_layers_that_differ_are_drawn(report):
 def test_what_other_jobs_report(report):
     more = {
         "sweep": [{"numbers": n, "share": n / 32, "ratio": 1 + 3 / n, "stderr": 0.01} for n in (8, 16, 24)],
-        "heal": {"curve": [{"tokens": 1e6 * n, "perplexity": 30 - n} for n in range(1, 6)]},
+        "heal": {"curve": [{"tokens": 1e6 * n, "kl": 0.3 - 0.01 * n} for n in range(1, 6)]},
         "bench": {"device": "a card", "decode": [{"context": 8192, "before": 1000.0, "after": 2500.0}]},
     }
     html = page({**report, **more})

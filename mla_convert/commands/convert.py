@@ -181,6 +181,10 @@ def convert(
     heal_lr: Annotated[
         float | None, typer.Option(help="Peak step size, relative to each parameter's magnitude.", rich_help_panel=HEAL)
     ] = None,
+    heal_self_share: Annotated[
+        float | None,
+        typer.Option(help="Share of its text that the original writes itself. Default 0.5.", rich_help_panel=HEAL),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: NAME-mla here.", rich_help_panel=RUN)
     ] = None,

@@ -54,14 +54,14 @@ def heal(
     noise: Annotated[
         float | None,
         typer.Option(
-            help="Share of the tokens of every second window that are replaced by random ones. Default 0.",
+            help="Share of the tokens of every second window that are replaced by random ones. Default 0.3.",
             rich_help_panel=TEXT,
         ),
     ] = None,
     self_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of the text that the original writes itself, sampled from it beforehand. Default 0.",
+            help="Share of the text that the original writes itself, sampled from it beforehand. Default 0.5.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -115,11 +115,11 @@ def heal(
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile.", rich_help_panel=TRAINING)
     ] = None,
     evaluations: Annotated[
-        int | None, typer.Option(help="Looks at the held-out text. Default 20.", rich_help_panel=TRAINING)
+        int | None, typer.Option(help="Looks at the held-out text at most. Default 20.", rich_help_panel=TRAINING)
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="Looks without gain that end the run. Default 6.", rich_help_panel=TRAINING),
+        typer.Option(help="Looks without gain that end the run. Default 10.", rich_help_panel=TRAINING),
     ] = None,
     kl_weight: Annotated[
         float | None, typer.Option(help="Of KL(original ‖ model). Default 1.", rich_help_panel=LOSS)

@@ -13,6 +13,8 @@ MICRO = {"cpu": 1 << 12, "h100": 1 << 14}  # tokens of a forward pass, as healin
 LOGITS = (
     1 << 26
 ) * 26  # a chunk of both models' logits in bfloat16, and what their comparison makes of them in float32
+# A token that the original writes, in the time of one that is trained on: as the demo model on a CPU, within a factor of 2.
+WRITING = 1.0
 STATE = 16  # bytes of a trained number: itself, its gradient and two moments, in float32
 MEMORY_BASIS = (
     "weights, gradients, optimizer and a chunk of logits counted; activations as measured with SmolLM2-135M on one H100 "
@@ -53,11 +55,12 @@ class HealWork:
         return 2.0 * used + mixing * self.mixing_before + 4.0 * used + 2.0 * trained + 3.5 * mixing * self.mixing_after
 
 
-def estimate(work: HealWork, tokens: int, train: str, length: int, cores: int) -> dict[str, Any]:
-    """Memory of one device, and ranges of seconds on `cores` cores and on an H100."""
-    found: dict[str, Any] = {"tokens": tokens, "train": train, "length": length, "memory_basis": MEMORY_BASIS}
+def estimate(work: HealWork, tokens: int, train: str, length: int, cores: int, written: int = 0) -> dict[str, Any]:
+    """Memory of one device, and ranges of seconds on `cores` cores and on an H100; the original writes `written` tokens."""
+    found: dict[str, Any] = {"tokens": tokens, "written_tokens": written, "train": train, "length": length,
+                             "memory_basis": MEMORY_BASIS}  # fmt: skip
     for place, rate, basis in (("cpu", CPU_RATE * cores, CPU_BASIS), ("h100", H100_RATE, H100_BASIS)):
-        seconds = tokens * work.operations(train, length) / rate
+        seconds = (tokens + WRITING * written) * work.operations(train, length) / rate
         found[place] = {"seconds": [seconds / SPREAD, seconds * SPREAD], "basis": basis,
                         "memory_bytes": work.memory(train, place)}  # fmt: skip
     return found

@@ -6,6 +6,7 @@ one on other numbers of processes, see the same ones.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mla_convert.heal.losses import IGNORED
 IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"
 # Share of the data, its end, that is never trained on; tokens of it that are looked at.
 HELD_OUT_SHARE, HELD_OUT_MAX = 1 / 20, 1 << 17
+# Tokens that are looked at, over all looks, as a share of those that are trained on; at least so many a look, in so many.
+LOOKED_AT, LOOK_MIN, LOOKS_MIN = 0.2, 1 << 12, 4
 # Characters that a token is taken to be before any has been counted, to see whether a text is longer than needed.
 CHARACTERS = 4
 TOKENISED = 64  # pieces of documents tokenised at once
@@ -33,7 +36,8 @@ PIECE = 1 << 16  # characters of a piece: a tokenizer's time can grow faster tha
 class Corpus:
     """Token ids (N,) of all documents, one after another, and the offsets (D,) at which they begin.
 
-    The first `added` tokens are no part of the text that was given, by whose length the held-out end is measured.
+    The first `added` tokens are what the original wrote; behind them is the text that was given. The end of both is held
+    out.
     """
 
     ids: np.ndarray
@@ -42,9 +46,17 @@ class Corpus:
 
     @property
     def train_end(self) -> int:
-        """Where the held-out end begins."""
-        text = len(self.ids) - self.added
-        return len(self.ids) - min(HELD_OUT_MAX, max(1, round(text * HELD_OUT_SHARE)))
+        """Where the held-out end of the given text begins."""
+        return len(self.ids) - _held(len(self.ids) - self.added)
+
+    @property
+    def added_end(self) -> int:
+        """Where the held-out end of what the original wrote begins."""
+        return self.added - (_held(self.added) if self.added else 0)
+
+
+def _held(tokens: int) -> int:
+    return min(HELD_OUT_MAX, max(1, round(tokens * HELD_OUT_SHARE)))
 
 
 def make_corpus(spec: str | None, tokenizer: Any, wanted: int, folder: Path, joined: bool = False) -> str:
@@ -72,13 +84,15 @@ def make_corpus(spec: str | None, tokenizer: Any, wanted: int, folder: Path, joi
     return label
 
 
-def add_documents(folder: Path, documents: list[list[int]]) -> None:
-    """Put documents before those that `make_corpus` wrote: the held-out end stays what it was."""
+def add_written(folder: Path, ids: np.ndarray) -> None:
+    """Put what the original wrote (N,) before what `make_corpus` wrote, as one document.
+
+    Its texts follow one another in a window, and see each other: for a distillation a context is as good as another, and
+    windows of one document need no mask.
+    """
     corpus = open_corpus(folder)
-    lengths = [len(ids) for ids in documents]
-    starts = np.concatenate([np.cumsum([0, *lengths[:-1]]), corpus.starts + sum(lengths)]).astype(np.int64)
-    ids = np.concatenate([*(np.asarray(ids, dtype=np.int32) for ids in documents), corpus.ids])
-    _save(folder, ids, starts, corpus.added + sum(lengths))
+    starts = np.concatenate([[0], corpus.starts + len(ids)]).astype(np.int64)
+    _save(folder, np.concatenate([ids.astype(np.int32), corpus.ids]), starts, corpus.added + len(ids))
 
 
 def _save(folder: Path, ids: np.ndarray, starts: np.ndarray, added: int = 0) -> None:
@@ -201,35 +215,68 @@ def noised(batch: Batch, share: float, vocabulary: Tensor, keys: list[tuple[int,
     return Batch(ids, labels, batch.positions)
 
 
-def held_out(corpus: Corpus, length: int) -> list[int]:
-    """Offsets of the windows at the end of the data that are never trained on.
+def held_out(corpus: Corpus, length: int, share: float = 0.0, most: int = HELD_OUT_MAX) -> list[int]:
+    """Offsets of windows that are never trained on, of about `most` tokens: of the text's end and, by their share of the
+    training, of the end of what the original wrote.
 
     Raises:
-        InputError: not one.
+        InputError: not one of the text.
     """
-    begin = corpus.train_end
-    length = min(length, len(corpus.ids) - begin)
+    length = held_length(corpus, length)
     if length < 2:
         raise InputError(f"the text has {len(corpus.ids) - corpus.added} tokens, too few to heal on: give more text")
-    return list(range(begin, len(corpus.ids) - length + 1, length))
+    found = []
+    for begin, end, part in (
+        (corpus.train_end, len(corpus.ids), 1 - share),
+        (corpus.added_end, corpus.added, share),
+    ):
+        windows = range(begin, end - length + 1, length)
+        count = min(len(windows), max(1, round(most * part / length))) if part else 0
+        found += [windows[index * len(windows) // count] for index in range(count)]
+    return found
+
+
+def looks(tokens: int, most: int) -> tuple[int, int]:
+    """How often a run of so many tokens looks at the held-out windows, `most` times at most, and at how many tokens of them.
+
+    Looking takes about a twelfth of the time of a run; one that is short looks less often, not at next to nothing.
+    """
+    room = LOOKED_AT * tokens
+    count = min(most, max(LOOKS_MIN, int(room // LOOK_MIN)))
+    return count, min(HELD_OUT_MAX, max(LOOK_MIN, round(room / count)))
+
+
+def held_length(corpus: Corpus, length: int) -> int:
+    """Tokens of a held-out window: `length`, or all there are."""
+    return min(length, len(corpus.ids) - corpus.train_end)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a training window begins, and whether it is an odd one of its kind: those are noised, if any is."""
+
+    begin: int
+    odd: bool
 
 
 class Schedule:
     """Which windows every step sees: of each length in turn, by its share of the tokens, and of the text evenly.
 
-    `mix` is (length, share of tokens), `step_tokens` the tokens of a step over all processes. Every pass over the text
-    cuts it at another place and takes its windows in another order.
+    `mix` is (length, share of tokens), `step_tokens` the tokens of a step over all processes; `share` of the windows are of
+    what the original wrote. Every pass over a text cuts it at another place and takes its windows in another order.
     """
 
     def __init__(self, corpus: Corpus, mix: tuple[tuple[int, float], ...], step_tokens: int, steps: int, seed: int,
-                 processes: int = 1):  # fmt: skip
+                 processes: int = 1, share: float = 0.0):  # fmt: skip
         """A step's windows are a multiple of `processes`.
 
         Raises:
             InputError: not one window of text to train on.
         """
-        self._corpus, self._seed, self._orders = corpus, seed, {}
-        train = corpus.train_end
+        self._seed, self._orders = seed, {}
+        self._share = share if corpus.added else 0.0
+        self._texts = (corpus.added, corpus.train_end), (0, corpus.added_end)  # given, and written by the original
+        train = corpus.train_end - corpus.added
         for length, _ in mix:
             if length > train:
                 raise InputError(
@@ -252,19 +299,25 @@ class Schedule:
         length, _ = self.steps[step]
         return length * self.windows[length]
 
-    def begins(self, step: int) -> tuple[int, list[int]]:
-        """Window length of a step, and the offsets of its windows."""
-        length, first = self.steps[step]
-        return length, [self._begin(length, first + index) for index in range(self.windows[length])]
+    def step(self, number: int) -> tuple[int, list[Window]]:
+        """Window length of a step, and its windows."""
+        length, first = self.steps[number]
+        return length, [self._window(length, first + index) for index in range(self.windows[length])]
 
-    def _begin(self, length: int, number: int) -> int:
-        train = self._corpus.train_end
-        count = max(1, train // length - 1)
+    def _window(self, length: int, number: int) -> Window:
+        before = math.floor(number * self._share)  # windows of the original's own
+        written = math.floor((number + 1) * self._share) > before
+        index = before if written else number - before
+        return Window(self._begin(length, written, index), index % 2 == 1)
+
+    def _begin(self, length: int, written: bool, number: int) -> int:
+        first, stop = self._texts[written]
+        count = max(1, (stop - first) // length - 1)
         epoch, index = divmod(number, count)
-        key = length, epoch
+        key = length, written, epoch
         if key not in self._orders:
-            self._orders = {known: order for known, order in self._orders.items() if known[0] != length}
-            draw = np.random.default_rng((self._seed, length, epoch))
-            self._orders[key] = int(draw.integers(0, train - count * length + 1)), draw.permutation(count)
+            self._orders = {known: order for known, order in self._orders.items() if known[:2] != key[:2]}
+            draw = np.random.default_rng((self._seed, length, int(written), epoch))
+            self._orders[key] = int(draw.integers(0, stop - first - count * length + 1)), draw.permutation(count)
         offset, order = self._orders[key]
-        return offset + int(order[index]) * length
+        return first + offset + int(order[index]) * length

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mla_convert.heal import data
-from mla_convert.heal.data import Corpus, Schedule
+from mla_convert.heal.data import Corpus, Schedule, Window
 from mla_convert.heal.losses import IGNORED
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.shared import Pair
@@ -55,8 +55,12 @@ def scheduled(step: int, steps: int) -> float:
     warm = max(1, min(WARMUP_MAX, round(steps * WARMUP_SHARE)))
     if step < warm:
         return (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
+    return scheduled_at((step - warm) / max(1, steps - warm))
+
+
+def scheduled_at(done: float) -> float:
+    """The cosine alone: the share of the peak rate where a share of the run is `done`."""
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def make_optimizer(pair: Pair, settings: HealSettings) -> torch.optim.Optimizer:
@@ -99,7 +103,8 @@ class Trainer:
         self._vocabulary = vocabulary
         steps = max(1, round(settings.tokens / self.step_tokens))
         processes = accelerator.num_processes
-        self.schedule = Schedule(corpus, mix, self.step_tokens, steps, settings.seed, processes)
+        share = settings.self_share
+        self.schedule = Schedule(corpus, mix, self.step_tokens, steps, settings.seed, processes, share)
         if settings.gradient_checkpointing:
             pair.checkpoint_gradients()
         long = cuda and settings.tokens >= COMPILE_FROM
@@ -112,8 +117,8 @@ class Trainer:
             self.best = state.load()
             self.run = Run(**last)
         length = mix[0][0]
-        begins = data.held_out(corpus, length)
-        self._watched = begins, min(length, len(corpus.ids) - corpus.train_end)
+        self._looks, most = data.looks(settings.tokens, settings.evaluations)
+        self._watched = data.held_out(corpus, length, share, most), data.held_length(corpus, length)
 
     @property
     def steps(self) -> int:
@@ -123,7 +128,7 @@ class Trainer:
     def train(self) -> Run:
         """Train until the tokens are used up, or until it no longer pays; the best state is in `best` then."""
         run, settings = self.run, self.settings
-        every = max(1, round(self.steps / settings.evaluations))
+        every = max(1, round(self.steps / self._looks))
         saved = shown = time.perf_counter()
         began = saved - run.seconds
         if not run.curve:
@@ -198,8 +203,8 @@ class Trainer:
 
     def _step(self, step: int) -> Tensor:
         """One optimizer step over this process's share of the windows; (2,) loss over all of them and gradient norm."""
-        accelerator, (length, begins) = self.accelerator, self.schedule.begins(step)
-        own = [*enumerate(begins)][accelerator.process_index :: accelerator.num_processes]
+        accelerator, (length, windows) = self.accelerator, self.schedule.step(step)
+        own = [*enumerate(windows)][accelerator.process_index :: accelerator.num_processes]
         size = max(1, self.micro_tokens // length)
         parts = [own[start : start + size] for start in range(0, len(own), size)]
         factor = scheduled(step, self.steps)
@@ -220,12 +225,12 @@ class Trainer:
         self.optimizer.zero_grad()
         return torch.stack([accelerator.reduce(total, "mean"), norm.float()])
 
-    def _batch(self, step: int, windows: list[tuple[int, int]], length: int) -> data.Batch:
-        """Windows by their number in the step and offset; every second one is noised, if any is."""
-        batch = data.cut(self.corpus, [begin for _, begin in windows], length)
+    def _batch(self, step: int, windows: list[tuple[int, Window]], length: int) -> data.Batch:
+        """Windows with their number in the step; the odd ones are noised, if any is."""
+        batch = data.cut(self.corpus, [window.begin for _, window in windows], length)
         if not self.settings.noise:
             return batch
-        keys = [(self.settings.seed, step, number) if number % 2 else None for number, _ in windows]
+        keys = [(self.settings.seed, step, number) if window.odd else None for number, window in windows]
         return data.noised(batch, self.settings.noise, self._vocabulary, keys)
 
     def _look(self, began: float) -> None:

@@ -7,6 +7,8 @@ its logits' gradient goes back through the head. So a vocabulary of 128k costs n
 from __future__ import annotations
 
 import copy
+import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,6 +89,27 @@ def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: f
     return sums, (gradient * scale).to(logits.dtype)
 
 
+def comparer(mix: Mix, device: torch.device) -> Callable:
+    """`compare`, or on a GPU the kernel that does the same, where it can be compiled and gives the same."""
+    if device.type != "cuda" or mix.temperature != 1.0 or not importlib.util.find_spec("triton"):
+        return compare
+    from mla_convert.heal import kernel
+
+    draw = torch.Generator(device).manual_seed(0)
+    ours, theirs = (4 * torch.randn(4, 5000, generator=draw, device=device).bfloat16() for _ in range(2))
+    labels = torch.tensor([1, 4999, IGNORED, 0], device=device)
+    try:
+        pairs = zip(
+            kernel.compare(ours, theirs, labels, mix, 1.0), compare(ours, theirs, labels, mix, 1.0), strict=True
+        )
+        for found, wanted in pairs:
+            torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-4)
+    except Exception as error:  # whatever a compiler raises
+        warnings.warn(f"the loss runs in PyTorch's operations, as its kernel does not work here: {error}", stacklevel=2)
+        return compare
+    return kernel.compare
+
+
 class _Distil(torch.autograd.Function):
     """Loss over all chunks; gradients are made on the way, and only multiplied in `backward`."""
 
@@ -131,17 +154,17 @@ def distil(
     head: Head,
     original_head: Head,
     mix: Mix,
-    comparer: Callable = compare,
+    compare_: Callable = compare,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a batch and its parts, all means over its tokens, from the outputs (B, L, d) of both models' last norm.
 
     `labels` (B, L) are the next tokens. Returns the loss, differentiable, and the four sums of `compare` by token.
-    `comparer` is `compare`, or a compiled one.
+    `compare_` is `compare`, or what does the same.
     """
     differentiate = torch.is_grad_enabled()
     parameters = head.parameters if differentiate else []
     return _Distil.apply(
-        hidden.flatten(0, 1), original_hidden.flatten(0, 1), labels.flatten(), head, original_head, mix, comparer,
+        hidden.flatten(0, 1), original_hidden.flatten(0, 1), labels.flatten(), head, original_head, mix, compare_,
         differentiate, *parameters,
     )  # fmt: skip
 

@@ -9,7 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
@@ -102,7 +104,8 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
         MlaConvertError: as `heal`; the conversion stays as it is.
     """
     given = {"data": config.heal_data or config.calib, "length": config.heal_length, "train": config.heal_train,
-             "lr": config.heal_lr, "eval": config.eval, "seed": config.seed, "teacher_revision": config.revision}  # fmt: skip
+             "lr": config.heal_lr, "self_share": config.heal_self_share,
+             "eval": config.eval, "seed": config.seed, "teacher_revision": config.revision}  # fmt: skip
     windows = report.evaluation["before"]
     try:
         content = heal(
@@ -216,20 +219,29 @@ def _corpus(
         label = data.make_corpus(
             settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined
         )
-        if share := settings.self_share:
-            wanted = min(share * settings.tokens, share / (1 - share) * len(data.open_corpus(state.folder).ids))
-            progress.note(f"the original writes {wanted:,.0f} tokens of its own")
-            dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-            original, prefix = (
-                load_model(origin, dtype, accelerator.device),
-                texts.tokenise(tokenizer, "", special=True)[:1],
-            )
-            count, length = math.ceil(wanted / selfwritten.TEXT_TOKENS), selfwritten.TEXT_TOKENS - len(prefix)
-            rows = selfwritten.write(original, count, length, selfwritten.first_token(tokenizer), settings.seed)
-            data.add_documents(state.folder, [prefix + row for row in rows.tolist()])
+        if settings.self_share:
+            data.add_written(state.folder, _written(accelerator, settings, origin, tokenizer, progress))
         return {"label": label}
 
     return state.remember(LABEL, make)["label"]
+
+
+def _written(
+    accelerator: Accelerator, settings: HealSettings, origin: Place, tokenizer: Any, progress: Progress
+) -> np.ndarray:
+    """Token ids (N,) of texts that the original wrote, each behind the token that it continued."""
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    original = load_model(origin, dtype, accelerator.device)
+    limit = getattr(original.config, "max_position_embeddings", None) or selfwritten.TEXT_TOKENS
+    whole = min(selfwritten.TEXT_TOKENS, limit)
+    count, first = math.ceil(settings.written_tokens(limit) / whole), selfwritten.first_token(tokenizer)
+    progress.note(f"the original writes {count:,} texts of {whole} tokens")
+    progress.begin("write", count * (whole - 1))
+    try:
+        rows = selfwritten.write(original, count, whole - 1, first, settings.seed, progress.advance)
+    finally:
+        progress.stop()
+    return F.pad(rows, (1, 0), value=first).flatten().numpy()
 
 
 def _measure(

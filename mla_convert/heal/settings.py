@@ -10,6 +10,8 @@ from mla_convert.amounts import Lengths, Tokens, parse_lengths
 from mla_convert.config import Trained
 
 LENGTH = 2048
+# Passes over what the original writes, which takes as long as training on it; and the most that it writes.
+WRITTEN_PASSES, WRITTEN_MAX = 2, 1 << 22
 
 
 class HealSettings(BaseModel):
@@ -21,8 +23,8 @@ class HealSettings(BaseModel):
     data: str | None = None
     joined: bool = False
     length: Lengths | None = None
-    noise: float = Field(0.0, ge=0, lt=1)
-    self_share: float = Field(0.0, ge=0, lt=1)
+    noise: float = Field(0.3, ge=0, lt=1)
+    self_share: float = Field(0.5, ge=0, lt=1)
     train: Trained = "all"
     lora_rank: int = Field(64, ge=1)
     lr: float | None = Field(None, gt=0, le=1)
@@ -33,7 +35,7 @@ class HealSettings(BaseModel):
     hidden_weight: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     evaluations: int = Field(20, ge=1)
-    patience: int = Field(6, ge=1)
+    patience: int = Field(10, ge=1)
     checkpoint_minutes: float = Field(10.0, ge=0)
     gradient_checkpointing: bool = False
     compile: bool | None = None
@@ -48,6 +50,13 @@ class HealSettings(BaseModel):
     def mix(self, longest: int | None) -> tuple[tuple[int, float], ...]:
         """Window lengths with their shares of the tokens. `longest` is the model's limit, if it has one."""
         return parse_lengths(self.length or str(min(LENGTH, longest or LENGTH)))
+
+    def written_tokens(self, longest: int | None = None) -> int:
+        """Tokens that the original writes beforehand, a few windows at least."""
+        if not self.self_share:
+            return 0
+        window = max(length for length, _ in self.mix(longest))
+        return max(round(min(self.self_share * self.tokens / WRITTEN_PASSES, WRITTEN_MAX)), 4 * window)
 
 
 class HealConfig(HealSettings):

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mla_convert.errors import InputError, UsageError
-from mla_convert.heal.losses import Head, Mix, compare, distil, hidden_distance
+from mla_convert.heal.losses import Head, Mix, compare, comparer, distil, hidden_distance
 from mla_convert.heal.settings import HealSettings
+from mla_convert.modeling.modeling_mla import MlaAttention
 
 NOT_ADAPTED = ("q_b_proj",)  # the modeling code reads its weight and does not call it
 OWN, ORIGINAL = "own", "original"
+RECOMPILED = 32  # graphs of one function: with gradients and without, of several lengths and sizes
 
 
 class SharedAttention(nn.Module):
@@ -78,7 +80,7 @@ class Pair(nn.Module):
             raise InputError(f"the original has {len(originals)} layers and the converted model {len(layers)}")
         self._settings = settings
         self._mix = Mix(settings.kl_weight, settings.ce_weight, settings.temperature)
-        self._comparer = compare
+        self._compare = comparer(self._mix, torch.device("cpu"))
         self._layers = [*layers]
         # what accelerate's FSDP wraps one by one
         self._no_split_modules = list(student._no_split_modules or ())
@@ -116,6 +118,7 @@ class Pair(nn.Module):
     def place(self, device: torch.device) -> Pair:
         """Both models on a device."""
         self._original[0].to(device)
+        self._compare = comparer(self._mix, device)
         return self.to(device)
 
     def checkpoint_gradients(self) -> None:
@@ -124,16 +127,25 @@ class Pair(nn.Module):
             layer.forward = _Checkpointed(layer.forward)
 
     def compile(self) -> None:
-        """torch.compile of the loss and of all parts of a layer but attention, of which every layer has the same.
+        """torch.compile of the original's layers, of which one is as the other, and of the parts of the converted model's:
+        of its attention, which differs in size from layer to layer, what lies between the matrix products.
 
-        Attention differs in size from layer to layer: compiling it, too, takes minutes where this takes seconds.
+        Compiling whole layers of different sizes takes minutes where this takes seconds.
         """
-        originals = [] if self.shares else self._original[0].get_submodule(self.student.config.mla_layers)
-        for layer in [*self._layers, *originals]:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        torch._dynamo.config.recompile_limit = max(RECOMPILED, torch._dynamo.config.recompile_limit)
+        join = torch.compile(MlaAttention.join, dynamic=True)
+        for layer in self._layers:
             for name, part in layer.named_children():
                 if name != self.student.config.mla_attention:
-                    nn.Module.compile(part)
-        self._comparer = torch.compile(compare)
+                    part.compile()
+                else:
+                    (part.own if isinstance(part, SharedAttention) else part).join = join
+        if not self.shares:
+            for layer in self._original[0].get_submodule(self.student.config.mla_layers):
+                layer.compile()
+        if self._compare is compare:
+            self._compare = torch.compile(compare)
 
     @contextlib.contextmanager
     def _as_original(self) -> Iterator[None]:
@@ -156,7 +168,7 @@ class Pair(nn.Module):
             theirs = self._original[0].base_model(**inputs)
         ours = self.student.base_model(**inputs)
         hidden, target = ours.last_hidden_state, theirs.last_hidden_state
-        loss, sums = distil(hidden, target, labels, *self._heads, self._mix, self._comparer)
+        loss, sums = distil(hidden, target, labels, *self._heads, self._mix, self._compare)
         if self._settings.hidden_weight:
             loss = loss + self._settings.hidden_weight * hidden_distance(ours.hidden_states, theirs.hidden_states)
         return loss, sums

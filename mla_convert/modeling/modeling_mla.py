@@ -147,11 +147,14 @@ class MlaAttention(nn.Module):
         if past_key_values is not None and self.kernel != "sdpa":
             written = write_static(past_key_values, self.layer_idx, latent, k_rope, q_rope, cos, sin)
         if written is not None:
-            latent, k_rope, q_rope = written
+            latent, k_rope, q_rope = written  # rotated
+            cos = sin = None
         else:
             if cos is not None:
                 cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
-                q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+                if past_key_values is not None or not torch.is_grad_enabled():
+                    q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+                    cos = sin = None
             if past_key_values is not None:
                 latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
 
@@ -160,9 +163,21 @@ class MlaAttention(nn.Module):
         if few and past_key_values is not None and not self.training:
             output, weights = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
         else:
-            output, weights = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
+            output, weights = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, cos, sin, **kwargs)
         output = self.o_proj(output.reshape(batch, length, -1))
         return F.dropout(output, self.output_dropout, self.training), weights
+
+    @staticmethod
+    def join(q_nope, q_rope, k_nope, k_rope, cos=None, sin=None) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, T, nope + 2m) of their parts, of which the keys' rotary one (B, 1, T, 2m) is one for all heads.
+
+        `cos` and `sin` (B or 1, 1, T, m) rotate on the way. A function of tensors alone, so that training can compile it once
+        for layers of all sizes.
+        """
+        if cos is not None:
+            q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+        k_rope = k_rope.expand(-1, k_nope.shape[1], -1, -1)
+        return torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
 
     def _absorbed(self, q_nope, q_rope, latent, k_rope, mask) -> tuple[Tensor, Tensor | None]:
         """Decode: queries and outputs pass through the up-projections, the cache stays as it is. Output (B, T, H, v)."""
@@ -183,8 +198,13 @@ class MlaAttention(nn.Module):
         )
         return torch.einsum("bhtr,hvr->bthv", attended, up_value), weights
 
-    def _expanded(self, q_nope, q_rope, latent, k_rope, mask, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Prefill and training: keys and values of every head, then the library's attention. Output (B, T, H, v)."""
+    def _expanded(
+        self, q_nope, q_rope, latent, k_rope, mask, cos=None, sin=None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Prefill and training: keys and values of every head, then the library's attention. Output (B, T, H, v).
+
+        With `cos` and `sin` the rotary parts are not rotated yet.
+        """
         batch, _, length, _ = latent.shape
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         if self.softcap is not None:
@@ -200,8 +220,7 @@ class MlaAttention(nn.Module):
                 up = F.linear(latent.squeeze(1), weight[first:stop].flatten(0, 1))
             up = up.view(batch, length, stop - first, -1).transpose(1, 2)
             k_nope, value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-            key = torch.cat([k_nope, k_rope.expand(-1, stop - first, -1, -1)], dim=-1)
-            query = torch.cat([q_nope[:, first:stop], q_rope[:, first:stop]], dim=-1)
+            query, key = self.join(q_nope[:, first:stop], q_rope[:, first:stop], k_nope, k_rope, cos, sin)
             sink = {} if sinks is None else {"s_aux": sinks[first:stop]}
             return attend(self, query, key, value, mask, **kwargs, **sink)
 

@@ -1,0 +1,34 @@
+"""Short runs from one start and of equal length, judged on --eval and --other."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from common import DEVICE, corpus_of, emit, free, judge, judged, make_pair, settings_of, trainer_of, words
+
+TRIES = ("lr=0.002,noise=0.3,self_share=0.5", "lr=0.002,noise=0.3,self_share=0", "lr=0.002,noise=0,self_share=0.5",
+         "lr=0.001,noise=0.3,self_share=0.5", "lr=0.004,noise=0.3,self_share=0.5")  # fmt: skip
+
+
+def main(args):
+    tokens, sets, pairs = args.steps * args.step_tokens, judged(args), {}
+    for number, text in enumerate(args.tries):
+        own = words(text)
+        settings = settings_of(args, **{"tokens": tokens, "evaluations": 1, **own})
+        if settings.train not in pairs:
+            pairs.clear()
+            pair = make_pair(args.converted[0], args.teacher, settings).place(DEVICE)
+            pairs[settings.train] = pair, [(p, p.detach().clone()) for p in pair.parameters() if p.requires_grad]
+        pair, start = pairs[settings.train]
+        with torch.no_grad():
+            for parameter, value in start:
+                parameter.copy_(value)
+        engine, trainer = trainer_of(args, pair, corpus_of(args, tokens), settings, f"race-{number}")
+        before = judge(trainer.model, sets)
+        run = trainer.train()
+        emit(args, part="race", **own, before=before, after=judge(trainer.model, sets),
+             held_out=[entry["kl"] for entry in run.curve], tokens=run.tokens, seconds=run.seconds)  # fmt: skip
+        engine.free_memory(trainer.model, trainer.optimizer)
+        shutil.rmtree(Path(args.work) / f"race-{number}", ignore_errors=True)
+        del trainer
+        free()
