@@ -22,8 +22,9 @@ from mla_convert.source import Source, kv_heads
 SHARE, MEMORY_SHARE = 0.5, 1 / 8
 # Tokens of one text; a longer window holds several.
 TEXT_TOKENS = 512
-# What the caches of texts that are written at once may take: of a GPU its share of what is free, if that is more.
-CACHE_BYTES, CACHE_SHARE = 4 << 30, 1 / 4
+# What the caches of texts that are written at once may take: of a GPU's memory its share, if that is more. Not of what is free:
+# how many are written at once decides what is drawn, which is to be the same every time.
+CACHE_BYTES, CACHE_SHARE = 4 << 30, 1 / 8
 # What begins a document in the training data of many models whose tokenizers put nothing before a text.
 DOCUMENT = "<|endoftext|>"
 
@@ -187,7 +188,7 @@ def rounds(model: nn.Module, count: int, length: int) -> int:
     text_bytes = 2 * kv_heads(config) * width * config.num_hidden_layers * length * model.dtype.itemsize
     room = CACHE_BYTES
     if model.device.type == "cuda":
-        room = max(room, int(torch.cuda.mem_get_info(model.device)[0] * CACHE_SHARE))
+        room = max(room, int(torch.cuda.get_device_properties(model.device).total_memory * CACHE_SHARE))
     return min(count, -(-count * text_bytes // room))
 
 
