@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from mla_convert.loading import is_converted
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import model_class
-from mla_convert.source import kv_heads
+from mla_convert.source import head_width, kv_heads
 
 
 class FullLayer(DynamicLayer):
@@ -44,7 +44,7 @@ def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
     layers = range(config.num_hidden_layers)
     if is_converted(config):
         return [(1, config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     return [(kv_heads(config), width, width) for _ in layers]
 
 

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from mla_convert.errors import InputError
-from mla_convert.source import kv_heads
+from mla_convert.source import head_width, kv_heads
 from mla_convert.texts import Windows, evaluation_protocol
 
 # Logits held at once, tokens by vocabulary: 128 MB in float32.
@@ -214,5 +214,4 @@ def cache_bytes(model: nn.Module, ids: Tensor) -> float:
 
 def original_cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes a token that the original of a converted model caches, from the fields that its configuration keeps."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * kv_heads(config) * head_dim * config.num_hidden_layers * itemsize
+    return 2 * kv_heads(config) * head_width(config) * config.num_hidden_layers * itemsize

@@ -16,7 +16,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from mla_convert.checkpoint.writer import stored_bytes
 from mla_convert.config import ConvertConfig
-from mla_convert.source import Source, kv_heads
+from mla_convert.measure import original_cache_bytes
+from mla_convert.source import Source
+from mla_convert.texts import first_tokens
 
 # Share of the windows where none is asked for, on a GPU of which the whole original takes no more than MEMORY_SHARE.
 SHARE, MEMORY_SHARE = 0.5, 1 / 8
@@ -54,7 +56,7 @@ def mixed(windows: Tensor, share: float, source: Source, tokenizer: Any, device:
     count = int(replaced.sum())
     if not count:
         return windows
-    prefix = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    prefix = first_tokens(tokenizer)
     body = windows.shape[1] - len(prefix)
     pieces = -(-body // TEXT_TOKENS)
     model = load_whole(source, device)
@@ -71,7 +73,7 @@ def mixed(windows: Tensor, share: float, source: Source, tokenizer: Any, device:
 
 def first_token(tokenizer: Any) -> int:
     """What the model continues: what its tokenizer puts before a text, or what separates documents."""
-    prefix = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    prefix = first_tokens(tokenizer)
     if prefix:
         return prefix[0]
     document = tokenizer.get_vocab().get(DOCUMENT)
@@ -184,8 +186,7 @@ class _Writer:
 def rounds(model: nn.Module, count: int, length: int) -> int:
     """How often `write` begins anew: as many texts are written at once as there is room for their caches."""
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    text_bytes = 2 * kv_heads(config) * width * config.num_hidden_layers * length * model.dtype.itemsize
+    text_bytes = original_cache_bytes(config, model.dtype.itemsize) * length
     room = CACHE_BYTES
     if model.device.type == "cuda":
         room = max(room, int(torch.cuda.get_device_properties(model.device).total_memory * CACHE_SHARE))

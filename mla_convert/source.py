@@ -59,7 +59,7 @@ class Source:
         """Shape of the attention, from the configuration and the tensors present."""
         config, family = self.config, self.family
         heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head_dim = head_width(config)
         rope = getattr(config, "rope_parameters", None) or {}
         layers = range(config.num_hidden_layers)
         has_rope = tuple(bool(on) for on in getattr(config, family.rope_layers)) if family.rope_layers else ()
@@ -346,6 +346,11 @@ def load_config(folder: Path, label: str) -> PreTrainedConfig:
         if type(error).__module__.startswith("huggingface_hub"):
             raise InputError(f"configuration of {label} is not valid: {one_line(error)}") from error
         raise
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """Dims of a head: the stream's share of one where a family knows no other number."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_heads(config: PreTrainedConfig) -> int:

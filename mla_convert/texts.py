@@ -269,7 +269,7 @@ def calibration_windows(
     Raises:
         InputError: the text is too short for `count` windows, or for `fewest` if that is given.
     """
-    prefix = tokenise(tokenizer, "", special=True)[:1]
+    prefix = first_tokens(tokenizer)
     body = length - len(prefix)
     generator = torch.Generator().manual_seed(seed)
     # one window from each of many places, where there is text enough: neighbours tell the same story
@@ -312,6 +312,11 @@ def ordinary_tokens(tokenizer: Any) -> Tensor:
     """The ids of all tokens that are not special."""
     special = set(tokenizer.all_special_ids)
     return torch.tensor([token for token in range(tokenizer.vocab_size) if token not in special])
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before a text, if it puts one there."""
+    return tokenise(tokenizer, "", special=True)[:1]
 
 
 def tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:

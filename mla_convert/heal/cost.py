@@ -10,9 +10,8 @@ from mla_convert.timing import CPU_RATE, SPREAD
 # Operations a second of healing SmolLM2-135M on one H100, windows of 2048 tokens, without torch.compile.
 H100_RATE = 100e12
 MICRO = {"cpu": 1 << 12, "h100": 1 << 14}  # tokens of a forward pass, as healing chooses them
-LOGITS = (
-    1 << 26
-) * 26  # a chunk of both models' logits in bfloat16, and what their comparison makes of them in float32
+# A chunk of both models' logits in bfloat16, and what their comparison makes of them in float32.
+LOGITS = (1 << 26) * 26
 # A token that the original writes, in the time of one that is trained on: as the demo model on a CPU, within a factor of 2.
 WRITING = 1.0
 STATE = 16  # bytes of a trained number: itself, its gradient and two moments, in float32

@@ -71,7 +71,7 @@ def make_corpus(spec: str | None, tokenizer: Any, wanted: int, folder: Path, joi
     documents, label = texts.load_documents(spec, joined)
     if isinstance(documents, list):
         documents = _thinned(documents, wanted)
-    prefix = texts.tokenise(tokenizer, "", special=True)[:1]
+    prefix = texts.first_tokens(tokenizer)
     parts, starts, total = [], [], 0
     for ids in _tokenised(documents, tokenizer):
         starts.append(total)
