@@ -8,9 +8,15 @@ from copy import copy
 import torch
 from torch import Tensor
 
-# Above this the states of one set live in pinned host memory and travel batch by batch.
-DEVICE_BYTES = 5 << 28
+# A set of states that takes more than this, and more than this share of the device's memory, lives in pinned host memory and
+# travels batch by batch. There are five sets at most.
+DEVICE_BYTES, DEVICE_SHARE = 5 << 28, 1 / 24
 BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
+
+
+def device_room(device: torch.device) -> int:
+    """Bytes that one set of states may take on a CUDA device."""
+    return max(DEVICE_BYTES, int(torch.cuda.get_device_properties(device).total_memory * DEVICE_SHARE))
 
 
 class Activations:
@@ -19,7 +25,7 @@ class Activations:
     def __init__(self, data: Tensor, device: torch.device, dtype: torch.dtype, on_host: bool = False):
         self.device = device
         size = data.numel() * dtype.itemsize
-        if device.type == "cuda" and (on_host or size > DEVICE_BYTES):
+        if device.type == "cuda" and (on_host or size > device_room(device)):
             self.data = data.to(dtype).pin_memory()
         else:
             self.data = data.to(device, dtype, copy=True)

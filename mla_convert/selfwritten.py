@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
+from mla_convert.attend import GROUPED, attending
 from mla_convert.checkpoint.writer import stored_bytes
 from mla_convert.config import ConvertConfig
 from mla_convert.measure import original_cache_bytes
@@ -27,6 +28,8 @@ TEXT_TOKENS = 512
 # What the caches of texts that are written at once may take: of a GPU's memory its share, if that is more. Not of what is free:
 # how many are written at once decides what is drawn, which is to be the same every time.
 CACHE_BYTES, CACHE_SHARE = 4 << 30, 1 / 8
+# A cache's length is a multiple of this: attention copies masks that are not aligned.
+CACHE_UNIT = 64
 # What begins a document in the training data of many models whose tokenizers put nothing before a text.
 DOCUMENT = "<|endoftext|>"
 
@@ -135,6 +138,7 @@ class _Writer:
 
     def __init__(self, model: nn.Module, texts: int, length: int):
         self.model, self.device = model, model.device
+        length = -(-length // CACHE_UNIT) * CACHE_UNIT
         self.ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.hidden = torch.finfo(model.dtype).min
@@ -144,10 +148,11 @@ class _Writer:
 
     def _run(self) -> Tensor:
         self.mask.index_fill_(3, self.position, 0)
-        output = self.model(
-            input_ids=self.ids, attention_mask=self.mask, position_ids=self.position.expand(len(self.ids), 1),
-            past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
+        with attending(GROUPED, self.model):
+            output = self.model(
+                input_ids=self.ids, attention_mask=self.mask, position_ids=self.position.expand(len(self.ids), 1),
+                past_key_values=self.cache, use_cache=True,
+            )  # fmt: skip
         return output.logits[:, -1]
 
     def restart(self) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from mla_convert.amounts import parse_lengths, parse_tokens
 from mla_convert.errors import InputError, UsageError
-from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, losses, run
+from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, losses, passes, run
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
 from mla_convert.heal.losses import IGNORED, Head, Mix, distil
 from mla_convert.heal.shared import Pair
@@ -174,6 +175,62 @@ def test_compiling_changes_nothing(convert_pico, sources, train):
         loss.backward()
         found.append((loss.detach(), [p.grad for p in pair.parameters() if p.grad is not None]))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_windows_of_one_document_need_no_mask(convert_pico, sources, monkeypatch):
+    pair = pair_of(sources("llama"), convert_pico("llama", rank=16, rope_dim=6).out)
+    ids = torch.randint(4, pico.VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+    labels, positions = ids.roll(-1, 1), torch.arange(24).expand(2, -1)
+    with torch.no_grad():
+        plain, masked = pair(ids, labels)[1], pair(ids, labels, positions)[1]
+        packed = pair(ids, labels, positions % 12)[1]
+    assert torch.allclose(plain, masked, rtol=1e-5) and not torch.allclose(plain, packed, rtol=1e-3)
+    assert pair.student.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("replay", ["right", "wrong", "refused"])
+def test_captured_passes_are_checked(monkeypatch, replay):
+    """What is captured has to come to what an eager pass came to; else training goes on without. The graph is a stand-in."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    batches = [
+        data.Batch(torch.full((1, 3), float(n)), torch.zeros(1, 3), torch.zeros(1, 3) if n == 3 else None)
+        for n in range(1, 10)
+    ]
+    eager = []
+
+    def run(ids, labels, positions, share):
+        eager.append(float(ids[0, 0]))
+        loss = (weight * ids).sum() * share
+        loss.backward()
+        return loss.detach()
+
+    class Captured:
+        def __init__(self, run, batch, share):
+            if replay == "refused":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.share, self.loss = share, None
+
+        def __call__(self, batch):
+            scale = 2.0 if replay == "wrong" else 1.0
+            weight.grad += scale * batch.ids[0] * self.share
+            self.loss = (weight * batch.ids).sum().detach() * self.share
+            return self.loss
+
+    monkeypatch.setattr(passes, "_Captured", Captured)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    weight.grad = torch.zeros(3)
+    call = passes.Passes(run, [weight], capture=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for batch in batches:
+            weight.grad.zero_()
+            assert float(call(batch, 0.5, first=True)) == 1.5 * float(batch.ids[0, 0])
+            assert torch.equal(weight.grad, 0.5 * batch.ids[0])
+    assert (len(said), call.capture) == ((0, True) if replay == "right" else (1, False))
+    first = passes.EAGER_PASSES + 2  # one of the batches is packed, and runs eagerly
+    once_more = [float(first)] if replay == "wrong" else []
+    rest = [] if replay == "right" else [float(n) for n in range(first + 1, 10)]
+    assert eager == [float(n) for n in range(1, first + 1)] + once_more + rest
 
 
 def test_gradient_checkpointing_changes_nothing(convert_pico, sources):

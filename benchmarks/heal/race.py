@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from common import DEVICE, corpus_of, emit, free, judge, judged, make_pair, settings_of, trainer_of, words
+from common import DEVICE, corpus_folder, corpus_of, emit, free, judge, judged, make_pair, settings_of, trainer_of, words
 
 TRIES = ("lr=0.002,noise=0.3,self_share=0.5", "lr=0.002,noise=0.3,self_share=0", "lr=0.002,noise=0,self_share=0.5",
          "lr=0.001,noise=0.3,self_share=0.5", "lr=0.004,noise=0.3,self_share=0.5")  # fmt: skip
@@ -12,6 +12,8 @@ TRIES = ("lr=0.002,noise=0.3,self_share=0.5", "lr=0.002,noise=0.3,self_share=0",
 
 def main(args):
     tokens, sets, pairs = args.steps * args.step_tokens, judged(args), {}
+    # what was prepared for longer runs will do
+    drawn = args.tokens if corpus_folder(args, args.tokens).exists() else tokens
     for number, text in enumerate(args.tries):
         own = words(text)
         settings = settings_of(args, **{"tokens": tokens, "evaluations": 1, **own})
@@ -23,7 +25,7 @@ def main(args):
         with torch.no_grad():
             for parameter, value in start:
                 parameter.copy_(value)
-        engine, trainer = trainer_of(args, pair, corpus_of(args, tokens), settings, f"race-{number}")
+        engine, trainer = trainer_of(args, pair, corpus_of(args, drawn), settings, f"race-{number}")
         before = judge(trainer.model, sets)
         run = trainer.train()
         emit(args, part="race", **own, before=before, after=judge(trainer.model, sets),

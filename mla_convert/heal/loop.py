@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from mla_convert.heal import data
 from mla_convert.heal.data import Corpus, Schedule, Window
 from mla_convert.heal.losses import IGNORED
+from mla_convert.heal.passes import Passes
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.shared import Pair
 from mla_convert.heal.state import StateFolder, trained_state
@@ -28,7 +29,7 @@ MIN_SCALE = 1e-3  # a parameter smaller than this (a zero bias, say) moves as if
 WARMUP_SHARE, WARMUP_MAX = 0.05, 100
 FLOOR = 0.02  # of the peak rate, at the end
 CLIP = 1.0
-COMPILE_FROM = 4_000_000  # tokens on a GPU: compiling takes half a minute
+COMPILE_FROM = 4_000_000  # tokens on a GPU: compiling takes half a minute, and a graph of a pass its memory once more
 # SPIKES steps in a row whose loss is above SPIKE times the median of the RECENT ones before end the run.
 SPIKE, RECENT, SPIKES = 3.0, 50, 5
 ASK_EVERY = 16  # steps between asking all processes whether a checkpoint is due
@@ -112,6 +113,10 @@ class Trainer:
             pair.compile()
         self.model, self.optimizer = accelerator.prepare(pair, make_optimizer(pair, settings))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # several processes exchange gradients on the way; layers run again keep the state of the random generator
+        alone = cuda and accelerator.distributed_type == DistributedType.NO
+        capture = alone and not settings.gradient_checkpointing and settings.tokens >= COMPILE_FROM
+        self._pass = Passes(self._forward_backward, self.parameters, capture)
         self.run, self.best = Run(), None
         if (last := state.last()) is not None:
             self.best = state.load()
@@ -215,15 +220,18 @@ class Trainer:
             accelerator.sync_gradients = index == len(parts) - 1
             batch = self._batch(step, part, length).to(accelerator.device)
             with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
-                loss, _ = self.model(batch.ids, batch.labels, batch.positions)
-                loss = loss * (len(part) / len(own))
-                accelerator.backward(loss)
-            total += loss.detach()
+                total += self._pass(batch, len(part) / len(own), first=index == 0)
         norm = accelerator.clip_grad_norm_(self.parameters, CLIP)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm, device=total.device)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self._pass.capture)
         return torch.stack([accelerator.reduce(total, "mean"), norm.float()])
+
+    def _forward_backward(self, ids: Tensor, labels: Tensor, positions: Tensor | None, share: float) -> Tensor:
+        """Add the gradients of `share` times a batch's loss, and give that."""
+        loss = self.model(ids, labels, positions)[0] * share
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def _batch(self, step: int, windows: list[tuple[int, Window]], length: int) -> data.Batch:
         """Windows with their number in the step; the odd ones are noised, if any is."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mla_convert.attend import CAUSAL, attending
 from mla_convert.errors import InputError, UsageError
 from mla_convert.heal.losses import Head, Mix, compare, comparer, distil, hidden_distance
 from mla_convert.heal.settings import HealSettings
@@ -157,6 +158,12 @@ class Pair(nn.Module):
             for switch in self._switches:
                 switch.as_original = False
 
+    def _attending(self, length: int) -> contextlib.AbstractContextManager:
+        """For windows of one document: without masks, unless layers see less of a window than all before."""
+        models = self.student, self._original[0]
+        window = getattr(models[0].config.get_text_config(), "sliding_window", None)
+        return contextlib.nullcontext() if window and length > window else attending(CAUSAL, *models)
+
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss of windows (B, L), and the sums of `losses.compare` by token."""
         inputs = {"input_ids": ids, "use_cache": False}
@@ -164,9 +171,10 @@ class Pair(nn.Module):
             inputs["position_ids"] = positions
         if self._settings.hidden_weight:
             inputs["output_hidden_states"] = True
-        with torch.no_grad(), self._as_original():
-            theirs = self._original[0].base_model(**inputs)
-        ours = self.student.base_model(**inputs)
+        with self._attending(ids.shape[1]) if positions is None else contextlib.nullcontext():
+            with torch.no_grad(), self._as_original():
+                theirs = self._original[0].base_model(**inputs)
+            ours = self.student.base_model(**inputs)
         hidden, target = ours.last_hidden_state, theirs.last_hidden_state
         loss, sums = distil(hidden, target, labels, *self._heads, self._mix, self._compare)
         if self._settings.hidden_weight:
