@@ -4,7 +4,19 @@ import shutil
 from pathlib import Path
 
 import torch
-from common import DEVICE, corpus_folder, corpus_of, emit, free, judge, judged, make_pair, settings_of, trainer_of, words
+from common import (
+    DEVICE,
+    corpus_folder,
+    corpus_of,
+    emit,
+    free,
+    judge,
+    judged,
+    make_pair,
+    settings_of,
+    trainer_of,
+    words,
+)
 
 TRIES = ("lr=0.002,noise=0.3,self_share=0.5", "lr=0.002,noise=0.3,self_share=0", "lr=0.002,noise=0,self_share=0.5",
          "lr=0.001,noise=0.3,self_share=0.5", "lr=0.004,noise=0.3,self_share=0.5")  # fmt: skip
