@@ -179,11 +179,12 @@ def _metric(reads: Tensor, cost: Tensor) -> Tensor:
 def _cholesky(cov: Tensor) -> Tensor:
     """Lower factor of a covariance; one of less than full rank, as little text gives, gets just enough of a ridge."""
     ridge = RIDGE
-    while True:
+    while ridge < 1:
         factor, failed = torch.linalg.cholesky_ex(ridged(cov, ridge))
         if not failed:
             return factor
         ridge *= 10
+    raise torch.linalg.LinAlgError("a covariance is not finite")
 
 
 def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

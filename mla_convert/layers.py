@@ -29,7 +29,9 @@ from mla_convert.skeleton import Skeleton, first_output
 BLOCK_LAYERS = 6
 BLOCK_BYTES = 6 << 30
 # A block gets as many steps as each of its layers for every so many calibration windows: more text has more to teach.
-BLOCK_WINDOWS = 100
+BLOCK_WINDOWS = 125
+# What is read was looked at before, so that this is ours.
+FAILED = "it was finite before its conversion; try another --seed, --calib-samples or --dtype float32, and report it"
 
 
 @dataclass
@@ -167,7 +169,7 @@ def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> N
         reports = [report | found for report in reports]
     for member, report in zip(members, reports, strict=True):
         written = _layer_tensors(job, member)
-        check_finite(written)
+        check_finite(written, FAILED)
         job.writer.write_shard(job.shard(member.index + 1), written, report)
         _load_written(job, member, written)
 

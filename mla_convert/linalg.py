@@ -9,12 +9,16 @@ from torch import Tensor
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of symmetric matrices (..., n, n).
 
-    Where the GPU's solver does not converge, as on steeply graded spectra, LAPACK's does the work on the CPU.
+    Where the GPU's solver does not converge, as on steeply graded spectra, LAPACK's does the work on the CPU. Not always
+    does it say so: the result is looked at.
     """
-    try:
+    if not matrix.is_cuda:
         return torch.linalg.eigh(matrix)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        if vectors.isfinite().all():
+            return values, vectors
     except torch.linalg.LinAlgError:
-        if not matrix.is_cuda:
-            raise
-        values, vectors = torch.linalg.eigh(matrix.cpu())
-        return values.to(matrix.device), vectors.to(matrix.device)
+        pass
+    values, vectors = torch.linalg.eigh(matrix.cpu())
+    return values.to(matrix.device), vectors.to(matrix.device)

@@ -23,7 +23,7 @@ DEFAULT_DATASET = f"{WIKITEXT}wikitext-2-raw-v1"
 SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
 SPLITS = {"calibration": "train", "evaluation": "test"}
 # Windows and tokens in one, by whether there is a GPU.
-CALIB_DEFAULT = {True: (768, 1024), False: (32, 512)}
+CALIB_DEFAULT = {True: (2048, 1024), False: (32, 512)}
 # On a GPU, as many windows as this holds of the residual stream's width, but no fewer than LEAST_ON_GPU: wide models have
 # more to keep what they are by, and every window costs more.
 WIDTH_WINDOWS, LEAST_ON_GPU = 1 << 20, 256

@@ -73,7 +73,7 @@ def test_defaults():
     def found(device, hidden, **settings):
         return refine_settings(ConvertConfig(source="x", **settings), torch.device(device), (768, 1024), hidden)
 
-    assert found("cuda", 576).block > 1 and found("cuda", 576).block_steps == 1536
+    assert found("cuda", 576).block > 1 and found("cuda", 576).block_steps == 200 * 768 // 125
     assert found("cuda", 8192).block == 1 and found("cuda", 8192).block_steps == 0  # memory
     assert found("cpu", 576).block == 1
     closed_form = found("cuda", 576, refine_steps=0)

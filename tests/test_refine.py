@@ -1,5 +1,7 @@
 """Refinement may only help: toy modules for its laws, pico models for its use."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -100,9 +102,20 @@ def test_every_window_once_before_any_again():
 
 def test_errors_are_relative():
     expected = torch.randn(2, LENGTH, SIZE)
-    assert relative_error(1.1 * expected, expected).item() == pytest.approx(0.01, rel=1e-4)
+    assert relative_error(1.1 * expected, expected).item() == pytest.approx(math.log(1.01), rel=1e-4)
     states = Activations(expected, CPU, torch.float32)
     assert output_error(lambda x: 1.2 * x, lambda x: x, states) == pytest.approx(0.04, rel=1e-4)
+
+
+def test_a_token_past_mending_is_not_everything():
+    expected = torch.randn(1, 100, SIZE, generator=torch.Generator().manual_seed(0))
+    found = (1.1 * expected).requires_grad_(True)
+    with torch.no_grad():
+        found[0, 7] = 40 * expected[0, 7]  # massive in one model and not in the other
+    loss = relative_error(found, expected)
+    loss.backward()
+    size = found.grad[0].norm(dim=-1) * expected[0].norm(dim=-1)
+    assert loss.item() < 10 * math.log(1.01) and 0 < size[7] < size.median()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -125,8 +138,9 @@ def test_weights_of_channels():
     torch.testing.assert_close(even, torch.ones(4))
     weight = channel_weights(1 / scale.double() ** 4, stream)
     expected = stream.data
-    assert relative_error(1.1 * expected, expected, weight).item() == pytest.approx(0.01, rel=1e-3)
-    alone = [relative_error(expected + torch.eye(4)[i], expected, weight).item() for i in range(4)]
+    small = relative_error(1.01 * expected, expected, weight).item()  # so small that its logarithm is linear
+    assert small == pytest.approx(1e-4, rel=1e-3)
+    alone = [relative_error(expected + 0.1 * torch.eye(4)[i], expected, weight).item() for i in range(4)]
     assert alone[0] < alone[1] < alone[3] and alone[1] == pytest.approx(alone[2])
     # a channel that costs nothing still counts a little: few tokens have been looked at
     assert alone[0] / alone[3] == pytest.approx(CHANNEL_FLOOR / 4, rel=0.05)

@@ -157,8 +157,8 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and all(len(path.parts) == 1 and not path.anchor and name not in (".", "..") for path in parts)
 
 
-def check_finite(tensors: dict[str, Tensor]) -> None:
-    """Refuse weights with NaN or infinity.
+def check_finite(tensors: dict[str, Tensor], advice: str = "the checkpoint is damaged, fetch it again") -> None:
+    """Refuse weights with NaN or infinity; `advice` says what that means.
 
     Raises:
         InputError: names the first tensor that has one.
@@ -167,4 +167,4 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
         # A sum is finite only if every element is. Part by part: torch casts what it sums as a whole.
         parts = tensor.flatten().split(FINITE_CHUNK) if tensor.is_floating_point() else ()
         if not all(torch.isfinite(part.sum(dtype=torch.float64)) for part in parts):
-            raise InputError(f"tensor {name} has NaN or infinite values: the checkpoint is damaged, fetch it again")
+            raise InputError(f"tensor {name} has NaN or infinite values: {advice}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_convert.measure import Given
+from mla_convert.refine import relative_error
 
 # Logits of a chunk: tokens by vocabulary. 128 MB in bfloat16, of which a few copies are held.
 CHUNK = 1 << 26
@@ -170,13 +171,5 @@ def distil(
 
 
 def hidden_distance(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
-    """Mean over layers and tokens of |ours - theirs|^2 / |theirs|^2, for hidden states (B, L, d) of every layer.
-
-    Relative to each token, because a few tokens have massive activations (as in `refine.relative_error`).
-    """
-    return torch.stack(
-        [
-            ((a.float() - b.float()).square().mean(-1) / b.float().square().mean(-1).clamp_min(1e-12)).mean()
-            for a, b in zip(ours, theirs, strict=True)
-        ]
-    ).mean()
+    """Mean over layers of `refine.relative_error`, for hidden states (B, L, d) of every layer."""
+    return torch.stack([relative_error(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]).mean()

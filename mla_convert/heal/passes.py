@@ -61,7 +61,9 @@ class Passes:
             self._captured[key] = captured
             return captured.loss
         self.capture = False
-        warnings.warn(f"training runs without CUDA graphs: a captured pass came to another result, {wrong}", stacklevel=2)
+        warnings.warn(
+            f"training runs without CUDA graphs: a captured pass came to another result, {wrong}", stacklevel=2
+        )
         self._zero()
         return self._run(batch.ids, batch.labels, None, share)
 
