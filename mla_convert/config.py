@@ -42,10 +42,10 @@ class Settings(BaseModel):
     held_out: str | None = None
     refine_steps: int | None = Field(None, ge=0)
     refine_batch: int | None = Field(None, ge=1)
-    refine_lr: float = Field(0.02, gt=0, le=1)
+    refine_lr: float = Field(0.025, gt=0, le=1)
     refine_block: int | None = Field(None, ge=1)
     block_steps: int | None = Field(None, ge=0)
-    block_lr: float = Field(0.01, gt=0, le=1)
+    block_lr: float = Field(0.009, gt=0, le=1)
     heal_tokens: Tokens | None = Field(None, ge=1)
     heal_data: str | None = None
     heal_length: Lengths | None = None

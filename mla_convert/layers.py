@@ -177,29 +177,34 @@ def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> N
 def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
     """Refine the attentions of a block together against the original's residual stream behind it; a part of their report."""
     clock, inputs = _Clock(job.skeleton.device), streams.calib_converted
+    weight = job.weights(members[-1].index, streams.calib_original)
+
+    def through(hidden: Tensor) -> Tensor:
+        states = hidden
+        with job.skeleton.autocast():
+            for member in members:
+                states = first_output(member.layer(states, **member.kwargs[inputs.length]))
+        return states.float() - hidden
+
+    original = refine.outputs(through, inputs)
     with contextlib.ExitStack() as stack:
         for member in members:
             stack.enter_context(_converted(job, member))
-
-        def student(hidden: Tensor) -> Tensor:
-            states = hidden
-            with job.skeleton.autocast():
-                for member in members:
-                    states = first_output(member.layer(states, **member.kwargs[inputs.length]))
-            return states.float() - hidden
-
+        own = refine.own_error(through, inputs, original, weight)
+        del original
         result = refine.refine(
             nn.ModuleList(member.student for member in members),
-            student,
+            through,
             inputs,
             streams.calib_original,
-            replace(job.refine, steps=job.refine.block_steps, lr=job.refine.block_lr),
+            replace(job.refine, steps=job.refine.block_steps, lr=refine.step_size(job.refine.block_lr, own)),
             lambda: job.progress.step(len(members)),
-            job.weights(members[-1].index, streams.calib_original),
+            weight,
         )
     clock.lap("refine_block")
     return {
         "block": [members[0].index, members[-1].index],
+        "block_own_error": own,
         "block_error_before": result.error_before,
         "block_error": result.error_after,
         "block_steps": result.steps,
@@ -230,7 +235,9 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
     closed_form = refine.output_error(student, original, states_original)
     targets = refine.residual_targets(original, states_original)
     weight = job.weights(member.index, targets)
-    result = refine.refine(module, student, states, targets, job.refine, job.progress.step, weight)
+    own = refine.own_error(student, states, refine.outputs(original, states), weight)
+    settings = replace(job.refine, lr=refine.step_size(job.refine.lr, own))
+    result = refine.refine(module, student, states, targets, settings, job.progress.step, weight)
     clock.lap("refine")
     return {
         "kv_lora_rank": module.kv_lora_rank,
@@ -239,6 +246,7 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
         "energy": weights.energy,
         "output_error_closed_form": closed_form,
         "output_error": refine.output_error(student, original, states_original),
+        "own_error_closed_form": own,
         "residual_error_closed_form": result.error_before,
         "residual_error": result.error_after,
         "refine_steps": result.steps,

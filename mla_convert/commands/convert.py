@@ -91,7 +91,7 @@ def convert(
     calib_samples: Annotated[
         int | None,
         typer.Option(
-            help="Calibration windows. Default 768, of wide models fewer, but 256 (CPU: 32).", rich_help_panel=TEXT
+            help="Calibration windows. Default 2048, of wide models fewer, but 256 (CPU: 32).", rich_help_panel=TEXT
         ),
     ] = None,
     calib_length: Annotated[
@@ -144,7 +144,10 @@ def convert(
     ] = None,
     refine_lr: Annotated[
         float | None,
-        typer.Option(help="Step size relative to each parameter's magnitude. Default 0.02.", rich_help_panel=REFINE),
+        typer.Option(
+            help="Step size relative to each parameter's magnitude, less where little is lost. Default 0.025.",
+            rich_help_panel=REFINE,
+        ),
     ] = None,
     refine_block: Annotated[
         int | None,
@@ -156,12 +159,12 @@ def convert(
     block_steps: Annotated[
         int | None,
         typer.Option(
-            help="Gradient steps a block. Default: a layer's for every 100 calibration windows.", rich_help_panel=REFINE
+            help="Gradient steps a block. Default: a layer's for every 125 calibration windows.", rich_help_panel=REFINE
         ),
     ] = None,
     block_lr: Annotated[
         float | None,
-        typer.Option(help="Step size for blocks, as --refine-lr. Default 0.01.", rich_help_panel=REFINE),
+        typer.Option(help="Step size for blocks, as --refine-lr. Default 0.009.", rich_help_panel=REFINE),
     ] = None,
     heal_tokens: Annotated[
         str | None,
