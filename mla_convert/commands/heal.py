@@ -112,7 +112,12 @@ def heal(
         typer.Option("--gradient-checkpointing", help="Less memory, a third slower.", rich_help_panel=TRAINING),
     ] = False,
     compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile.", rich_help_panel=TRAINING)
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="torch.compile, and CUDA graphs on one GPU. Default from 4M tokens on a GPU.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Looks at the held-out text at most. Default 20.", rich_help_panel=TRAINING)

@@ -109,13 +109,13 @@ class Trainer:
         if settings.gradient_checkpointing:
             pair.checkpoint_gradients()
         long = cuda and settings.tokens >= COMPILE_FROM
-        if long if settings.compile is None else settings.compile:
+        if fast := long if settings.compile is None else settings.compile:
             pair.compile()
         self.model, self.optimizer = accelerator.prepare(pair, make_optimizer(pair, settings))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # several processes exchange gradients on the way; layers run again keep the state of the random generator
         alone = cuda and accelerator.distributed_type == DistributedType.NO
-        capture = alone and not settings.gradient_checkpointing and settings.tokens >= COMPILE_FROM
+        capture = fast and alone and not settings.gradient_checkpointing
         self._pass = Passes(self._forward_backward, self.parameters, capture)
         self.run, self.best = Run(), None
         if (last := state.last()) is not None:
