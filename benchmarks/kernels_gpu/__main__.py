@@ -1,8 +1,8 @@
 r"""The decode kernels on a GPU: correctness over the whole grid, tuning, and speed against what the card can do.
 
-In this order, on a card that has not seen them yet (what docs/kernels.md calls not measured):
+In this order, on a card that has not seen them yet:
 
-    MLA_ATTENTION_HOPPER=1 python benchmarks/kernels_gpu grid --seconds 300
+    python benchmarks/kernels_gpu grid  --seconds 300
     python benchmarks/kernels_gpu tune  --seconds 60 --limit 5 --shape 256,64,32 --shape 128,64,32 --shape 96,32,32 \
         --shape 160,32,14 --shape 384,64,32 --shape 512,32,32 --at 32x8192
     python benchmarks/kernels_gpu tune  --seconds 40 --limit 4 --shape 512,64,32 --at 1x8192 --at 128x8192 --at 8x8192
@@ -10,8 +10,6 @@ In this order, on a card that has not seen them yet (what docs/kernels.md calls 
     python benchmarks/kernels_gpu speed --seconds 60 --tuned kernel-results/tune.json
     mla-convert bench --config llama2-7b --rank 512 --context 8192 --batch max --memory 70GB
     mla-convert bench --config llama-8b --rank 512 --context 32768 --batch max --memory 70GB
-
-The first also tries the CUDA kernel at ranks at which it is not the default.
 
 Results are printed as they come and written to --out as JSON lines, with a table at the end. Everything that runs on the GPU
 runs in processes of its own: a configuration that breaks one is reported, and the process replaced. Timing: several calls

@@ -186,7 +186,7 @@ def grid(arguments):
     checks = [(check.__name__, once, check, device) for check in (operators, large_offsets)]
     checks += [(f"repeated {shape}", once, repeated, shape, device) for shape in REPEATED]
     groups = grid_groups(arguments.seed)
-    pool = Pool(arguments.processes, seconds_per_job=30)
+    pool = Pool(arguments.processes, seconds_per_job=60)
     while True:
         while pool.room and left(arguments) > 0:
             name, function, *rest = checks.pop(0) if checks else (None, run_group, fitted(next(groups), device), device)

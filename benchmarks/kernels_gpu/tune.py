@@ -67,7 +67,9 @@ def promise(config, rank, rope_dim, rows):
 
 
 def build(shape, config, num_splits, device):
-    """Compile for a shape into Triton's cache on disk, without a launch: it would disturb what is being timed."""
+    """Compile for a shape into the caches on disk, without a launch: it would disturb what is being timed. A process that
+    has done this launches nothing any more, so it is no place for anything else.
+    """
     if device == "cpu":
         return
     for kernel in (

@@ -1,11 +1,13 @@
-"""On a card: generation, captured and not. Numbers and the whole grid: benchmarks/kernels_gpu.
+"""On a card: generation and the operator, compiled and captured and not. Numbers and the whole grid: benchmarks/kernels_gpu.
 
 TRITON_INTERPRET=0 pytest -m gpu tests/kernels/test_gpu.py
 """
 
 import pytest
 import torch
+from cases import disagreement, make_case
 
+from mla_attention import mla_decode
 from mla_convert.modeling import configuration_mla, modeling_mla
 
 pytestmark = [
@@ -38,3 +40,33 @@ def test_generation_is_the_same(model, cache, padding):
         options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         outputs.append(model.generate(prompt, attention_mask=mask, pad_token_id=0, **options, **cache))
     torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("rank", "rope_dim"), [(512, 64), (96, 32)])
+def test_compiled_and_captured(rank, rope_dim):
+    """One graph for torch.compile; in a CUDA graph, other inputs than at the capture."""
+    lengths = [1000, 4096, 0, 17], [900, 4000, 3, 0]
+    first, second = (
+        make_case(4, 1, 32, rank, rope_dim, some, torch.bfloat16, device="cuda", seed=seed, spare=5000 - max(some))
+        for seed, some in enumerate(lengths)
+    )
+    scale = first.pop("softmax_scale")
+
+    def twice(inputs):
+        return mla_decode(**inputs, softmax_scale=scale) * 2
+
+    for mode in ("default", "reduce-overhead"):
+        compiled = torch.compile(twice, fullgraph=True, mode=mode)
+        for _ in range(3):
+            assert torch.equal(compiled(first).clone(), twice(first))
+    static = {name: value.clone() for name, value in first.items()}
+    graph = torch.cuda.CUDAGraph()
+    mla_decode(**static, softmax_scale=scale)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out, lse = mla_decode(**static, softmax_scale=scale, return_lse=True)
+    for name, value in static.items():
+        value.copy_(second[name])
+    for _ in range(3):
+        graph.replay()
+    assert disagreement(out, lse, second) is None

@@ -112,7 +112,7 @@ def test_parts():
 
 @pytest.mark.parametrize(
     ("wish", "rank", "served"),
-    [("", 512, True), ("", 256, True), ("", 128, False), ("1", 128, True), ("0", 512, False)],
+    [("", 512, True), ("", 128, True), ("", 16, True), ("1", 128, True), ("0", 512, False), ("0", 128, False)],
 )
 def test_what_runs_on_hopper(monkeypatch, wish, rank, served):
     monkeypatch.setenv("MLA_ATTENTION_HOPPER", wish)

@@ -4,8 +4,6 @@ Finds what only a launch can: arguments that the launcher refuses, and kernels t
 is written in C; here its generator runs. PYTHONPATH leads to the package and to cases.py.
 """
 
-import os
-
 import torch
 import triton.backends.nvidia.driver as nvidia
 from cases import make_case
@@ -86,7 +84,6 @@ class Kernel:
 
 
 def main():
-    os.environ["MLA_ATTENTION_HOPPER"] = "1"
     driver.set_active(Driver())
     hopper._kernels = lambda *_: (Kernel("attend"), Kernel("combine_rows"), Kernel("combine_parts"))
     hopper.matrix_map = lambda x, rows: (nvrtc.TensorMap(), x.stride(0) // x.stride(1))

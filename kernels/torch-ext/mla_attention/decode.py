@@ -12,14 +12,13 @@ from .tuning import (
     choose_splits,
     default_config,
     hopper_config,
-    hopper_measured,
     hopper_parts,
     power_of_two,
     rank_chunks,
 )
 
 LOG2E = 1.4426950408889634
-# On Hopper: 0 for the Triton kernels everywhere, 1 for the CUDA kernel also at ranks at which it was not measured.
+# 0 for the Triton kernels on Hopper, too.
 HOPPER = "MLA_ATTENTION_HOPPER"
 # Whether the CUDA kernels were tried and could not be compiled.
 _refused = False
@@ -170,8 +169,7 @@ def launch_decode(
         return
     processors, shared_limit, card = device_limits(q_latent.device)
     page_size = 0 if block_table is None else latent_cache.shape[1]
-    wish = os.environ.get(HOPPER, "")
-    if config is None and wish != "0" and (wish == "1" or hopper_measured(rank, rope_dim)):
+    if config is None and os.environ.get(HOPPER) != "0":
         config = hopper_config(rank, rope_dim, shared_limit)
     visible = Visible(cache_seqlens, mask, extent)
     inputs = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale)

@@ -139,11 +139,6 @@ def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> D
     return None
 
 
-def hopper_measured(rank: int, rope_dim: int) -> bool:
-    """Whether the CUDA kernel has run on a card at such sizes, at length and without fault (docs/kernels.md)."""
-    return rank > 256 or (rank == 256 and rope_dim <= 64)
-
-
 def hopper_parts(workers: int, batch: int, capacity: int) -> int:
     """Parts into which the CUDA kernel cuts every sequence of a batch that is likely of one length; 0: it shares tiles out
     evenly, whatever the lengths, which has a few programs work on two sequences.
