@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mla_convert import linalg, rope
+from mla_convert.errors import InputError
 
 __all__ = ["AttentionWeights", "Geometry", "MlaWeights", "Statistics", "factorise", "full_rank"]
 
@@ -177,14 +178,18 @@ def _metric(reads: Tensor, cost: Tensor) -> Tensor:
 
 
 def _cholesky(cov: Tensor) -> Tensor:
-    """Lower factor of a covariance; one of less than full rank, as little text gives, gets just enough of a ridge."""
+    """Lower factor of a covariance; one of less than full rank, as little text gives, gets just enough of a ridge.
+
+    Raises:
+        InputError: it is not finite.
+    """
     ridge = RIDGE
     while ridge < 1:
         factor, failed = torch.linalg.cholesky_ex(ridged(cov, ridge))
         if not failed:
             return factor
         ridge *= 10
-    raise torch.linalg.LinAlgError("a covariance is not finite")
+    raise InputError("the model's hidden states on the calibration text are not finite: try other --calib text")
 
 
 def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

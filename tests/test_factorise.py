@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from mla_convert import linalg
+from mla_convert.errors import InputError
 from mla_convert.factorise import AttentionWeights, Geometry, Statistics, factorise, full_rank
 
 HIDDEN, HEAD_DIM, LENGTH = 36, 8, 12
@@ -144,3 +146,28 @@ def test_key_moment_moves_the_error_to_tokens_nobody_attends_to():
     focused = dataclasses.replace(stats, key_moment=seen @ seen.T)
     kept = [factorise(weights, geometry, s, 16, 6).energy["rank_kept"] for s in (stats, focused)]
     assert kept[1] > kept[0] and kept[1] == pytest.approx(1)
+
+
+def test_statistics_that_are_not_finite_are_refused():
+    weights, geometry, statistics = make_layer(4, 2)
+    broken = dataclasses.replace(statistics, second_moment=statistics.second_moment * torch.nan)
+    with pytest.raises(InputError, match="not finite"):
+        factorise(weights, geometry, broken, 8, 4)
+
+
+def test_eigenvectors_are_looked_at(monkeypatch):
+    """A GPU's solver may give NaN without a word; the CPU's does the work then."""
+    matrix = torch.diag(torch.tensor([1.0, 2.0]))
+
+    class Silent(torch.Tensor):
+        is_cuda = True
+
+    real = torch.linalg.eigh
+    monkeypatch.setattr(
+        torch.linalg,
+        "eigh",
+        lambda m: (m, m * torch.nan) if isinstance(m, Silent) else real(m.as_subclass(torch.Tensor)),
+    )
+    monkeypatch.setattr(Silent, "cpu", lambda self: self.as_subclass(torch.Tensor), raising=False)
+    values, vectors = linalg.eigh(matrix.as_subclass(Silent))
+    assert values.tolist() == [1.0, 2.0] and vectors.isfinite().all()
