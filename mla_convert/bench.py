@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mla_convert.attend import GROUPED
 from mla_convert.bench_models import full_cache, held_bytes, read_bytes, token_bytes
 from mla_convert.environment import device_name, versions
 from mla_convert.errors import ResourceError, UsageError
@@ -32,8 +31,6 @@ from mla_convert.modeling.decode_mla import kernel_refusal
 from mla_convert.modeling.modeling_mla import MlaAttention
 
 WARM_UPS, STEPS = 3, 64
-# Name under which the original attends on a full cache: no mask, and the heads of a group as rows of one query.
-FULL = "mla_bench_full"
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
@@ -125,18 +122,6 @@ def copy_rate(device: torch.device) -> float:
     return 2 * size / statistics.median(times_ms(lambda: target.copy_(source), device, 9)) * 1e3
 
 
-def _attend_full(module, query, key, value, mask, dropout=0.0, scaling=None, **_: Any) -> tuple[Tensor, None]:
-    """One query token on a full cache: a group's heads are rows of one query, so that a key is read once for all."""
-    batch, heads, _, width = query.shape
-    rows = query.reshape(batch, key.shape[1], -1, width)
-    out = F.scaled_dot_product_attention(rows, key, value, scale=scaling)
-    return out.reshape(batch, heads, 1, -1).transpose(1, 2), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(FULL, _attend_full)
-ALL_MASK_ATTENTION_FUNCTIONS.register(FULL, lambda *_, **__: None)
-
-
 def _fastest_backend(config: PreTrainedConfig, cache: Cache) -> SDPBackend:
     """The backend of scaled_dot_product_attention that is fastest on this cache, for the original's sake."""
     layer = cache.layers[0]
@@ -166,7 +151,7 @@ def step_times(model: nn.Module, cache: Cache, batch: int, context: int, steps: 
     positions = torch.full((batch, 1), context - 1, device=device)
     converted = is_converted(model.config)
     backend = None if converted else _fastest_backend(model.config, cache)
-    before, model.config._attn_implementation = model.config._attn_implementation, FULL
+    before, model.config._attn_implementation = model.config._attn_implementation, GROUPED
 
     def step() -> None:
         logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits

@@ -186,11 +186,11 @@ def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> di
                 states = first_output(member.layer(states, **member.kwargs[inputs.length]))
         return states.float() - hidden
 
-    original = refine.outputs(through, inputs)
+    original = refine.streams(through, inputs)
     with contextlib.ExitStack() as stack:
         for member in members:
             stack.enter_context(_converted(job, member))
-        own = refine.own_error(through, inputs, original, weight)
+        own = refine.residual_error(through, inputs, original, weight)
         del original
         result = refine.refine(
             nn.ModuleList(member.student for member in members),
@@ -235,7 +235,7 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
     closed_form = refine.output_error(student, original, states_original)
     targets = refine.residual_targets(original, states_original)
     weight = job.weights(member.index, targets)
-    own = refine.own_error(student, states, refine.outputs(original, states), weight)
+    own = refine.residual_error(student, states, refine.streams(original, states), weight)
     settings = replace(job.refine, lr=refine.step_size(job.refine.lr, own))
     result = refine.refine(module, student, states, targets, settings, job.progress.step, weight)
     clock.lap("refine")

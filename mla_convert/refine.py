@@ -7,7 +7,7 @@ attention as target, so that each layer also mends what the earlier ones lost. N
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +129,16 @@ def _held_out(windows: int) -> range:
     return range(windows - min(HELD_OUT_MAX, max(1, round(windows * HELD_OUT_SHARE))), windows)
 
 
+def _at_held_out(states: Activations) -> Iterator[Tensor]:
+    """The held-out windows (1, L, d), one by one."""
+    return (states.get(slice(window, window + 1)) for window in _held_out(states.windows))
+
+
 @torch.no_grad()
 def output_error(student: Forward, original: Forward, states: Activations) -> float:
     """Mean square of the difference of two attention outputs on equal inputs, over the original's mean square."""
     wrong = total = 0.0
-    for window in _held_out(states.windows):
-        hidden = states.get(slice(window, window + 1))
+    for hidden in _at_held_out(states):
         expected = original(hidden)
         wrong += float((student(hidden) - expected).square().mean())
         total += float(expected.square().mean())
@@ -142,31 +146,22 @@ def output_error(student: Forward, original: Forward, states: Activations) -> fl
 
 
 @torch.no_grad()
-def residual_error(student: Forward, inputs: Activations, targets: Activations, weight: Tensor | None = None) -> float:
-    """Relative error of the residual stream on the held-out windows."""
-    total, windows = 0.0, _held_out(inputs.windows)
-    for window in windows:
-        part = slice(window, window + 1)
-        hidden = inputs.get(part)
-        total += float(relative_error(hidden + student(hidden), targets.get(part), weight))
-    return total / len(windows)
+def streams(forward: Forward, inputs: Activations) -> list[Tensor]:
+    """The residual stream (1, L, d) that `forward` leaves behind, for each held-out window."""
+    return [hidden + forward(hidden) for hidden in _at_held_out(inputs)]
 
 
 @torch.no_grad()
-def outputs(forward: Forward, inputs: Activations) -> list[Tensor]:
-    """What `forward` makes of each held-out window: its (1, L, d) on the inputs' device."""
-    return [forward(inputs.get(slice(window, window + 1))) for window in _held_out(inputs.windows)]
+def residual_error(
+    student: Forward, inputs: Activations, expected: Iterable[Tensor], weight: Tensor | None = None
+) -> float:
+    """Relative error of the residual stream on the held-out windows, of which `expected` are the streams to be.
 
-
-@torch.no_grad()
-def own_error(student: Forward, inputs: Activations, original: list[Tensor], weight: Tensor | None = None) -> float:
-    """Relative error of the residual stream on the held-out windows if the original had the same inputs: what these layers
-    lose themselves, without what came before. `original` are its `outputs`.
+    Towards the original's own states that is all that is lost so far; towards its `streams` on the same inputs it is what
+    these layers lose themselves.
     """
-    errors = []
-    for window, expected in zip(_held_out(inputs.windows), original, strict=True):
-        hidden = inputs.get(slice(window, window + 1))
-        errors.append(float(relative_error(hidden + student(hidden), hidden + expected, weight)))
+    pairs = zip(_at_held_out(inputs), expected, strict=True)
+    errors = [float(relative_error(hidden + student(hidden), wanted, weight)) for hidden, wanted in pairs]
     return sum(errors) / len(errors)
 
 
@@ -258,7 +253,7 @@ def refine(
 
     A step size that diverges, or a NaN, therefore costs time and never quality.
     """
-    before = best = residual_error(student, inputs, targets, weight)
+    before = best = residual_error(student, inputs, _at_held_out(targets), weight)
     if not settings.steps:
         return RefineResult(before, before, 0)
     parameters = [parameter.requires_grad_(True) for parameter in module.parameters()]
@@ -271,7 +266,7 @@ def refine(
         step(inputs.get(index), targets.get(index))
         on_step()
         if number % every == 0 or number == settings.steps:
-            error = residual_error(student, inputs, targets, weight)
+            error = residual_error(student, inputs, _at_held_out(targets), weight)
             if error < best:
                 best, kept = error, [parameter.detach().clone() for parameter in parameters]
             elif not math.isfinite(error):

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from mla_convert import bench, bench_models
+from mla_convert.attend import GROUPED
 from mla_convert.shapes import SHAPES
 from mla_convert.speed_report import plot, ratios
 
@@ -41,7 +42,7 @@ def test_a_step_is_the_model(models, which):
         cache.layers = [bench_models.FullLayer(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         for layer in cache.layers:
             layer.keys[:, :, -1] = torch.nan  # what the step writes
-        model.config._attn_implementation, before = bench.FULL, model.config._attn_implementation
+        model.config._attn_implementation, before = GROUPED, model.config._attn_implementation
         got = model(ids[:, -1:], position_ids=torch.full((2, 1), 8), past_key_values=cache).logits[:, -1]
         model.config._attn_implementation = before
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
