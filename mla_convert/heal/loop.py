@@ -23,7 +23,7 @@ from mla_convert.heal.state import StateFolder, trained_state
 from mla_convert.progress import Progress
 
 # By what is trained. For adapters, which start at zero, absolute; else relative to each parameter's root mean square.
-RATES = {"attention": 0.004, "all": 0.002, "lora": 1e-3}
+RATES = {"attention": 0.004, "all": 0.001, "lora": 1e-3}
 BETAS = (0.9, 0.95)
 MIN_SCALE = 1e-3  # a parameter smaller than this (a zero bias, say) moves as if it had this root mean square
 WARMUP_SHARE, WARMUP_MAX = 0.05, 100

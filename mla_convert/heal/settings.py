@@ -11,7 +11,7 @@ from mla_convert.config import Trained
 
 LENGTH = 2048
 # Passes over what the original writes, which takes as long as training on it; and the most that it writes.
-WRITTEN_PASSES, WRITTEN_MAX = 2, 1 << 22
+WRITTEN_PASSES, WRITTEN_MAX = 2, 1 << 23
 
 
 class HealSettings(BaseModel):
