@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from mla_convert import divergence
 from mla_convert.amounts import parse_lengths, parse_tokens
+from mla_convert.divergence import IGNORED, Head, Mix, distil
 from mla_convert.errors import InputError, UsageError
-from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, losses, passes, run
+from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, passes, run
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
-from mla_convert.heal.losses import IGNORED, Head, Mix, distil
 from mla_convert.heal.shared import Pair
 from mla_convert.loading import find_model, load_model
 from mla_convert.page import page
@@ -82,7 +83,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
         (loss * 3).backward()
         return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}, sums
 
-    monkeypatch.setattr(losses, "CHUNK", 7 * pico.VOCAB)  # 48 tokens in chunks of 7
+    monkeypatch.setattr(divergence, "CHUNK", 7 * pico.VOCAB)  # 48 tokens in chunks of 7
     loss, gradients, sums = run(chunked=True)
     expected, wanted, _ = run(chunked=False)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -95,7 +96,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
     ("mix", "dtype"), [(Mix(), torch.float32), (Mix(0.5, 0.7), torch.float32), (Mix(), torch.bfloat16)]
 )
 def test_kernel_is_the_loss(mix, dtype):
-    from mla_convert.heal import kernel
+    from mla_convert import divergence_kernel as kernel
 
     draw = torch.Generator().manual_seed(0)
     ours, theirs = (5 * torch.randn(7, 4999, generator=draw) for _ in range(2))  # more than a block, and not whole ones
@@ -103,7 +104,7 @@ def test_kernel_is_the_loss(mix, dtype):
     labels = torch.randint(4999, (7,), generator=draw)
     labels[2] = IGNORED
     (sums, slope), (wanted, wanted_slope) = (
-        f(ours, theirs, labels, mix, 0.3) for f in (kernel.compare, losses.compare)
+        f(ours, theirs, labels, mix, 0.3) for f in (kernel.compare, divergence.compare)
     )
     torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mla_convert import texts
+from mla_convert.divergence import IGNORED
 from mla_convert.errors import InputError
-from mla_convert.heal.losses import IGNORED
 
 IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"
 # Share of the data, its end, that is never trained on; tokens of it that are looked at.

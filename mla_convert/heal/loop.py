@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
+from mla_convert.divergence import IGNORED
 from mla_convert.heal import data
 from mla_convert.heal.data import Corpus, Schedule, Window
-from mla_convert.heal.losses import IGNORED
 from mla_convert.heal.passes import Passes
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.shared import Pair

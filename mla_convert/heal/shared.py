@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mla_convert.attend import CAUSAL, attending
+from mla_convert.divergence import Head, Mix, compare, comparer, distil
 from mla_convert.errors import InputError, UsageError
-from mla_convert.heal.losses import Head, Mix, compare, comparer, distil, hidden_distance
 from mla_convert.heal.settings import HealSettings
 from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.refine import relative_error
 
 NOT_ADAPTED = ("q_b_proj",)  # the modeling code reads its weight and does not call it
 OWN, ORIGINAL = "own", "original"
@@ -192,6 +193,11 @@ class _Checkpointed:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+
+
+def hidden_distance(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
+    """Mean over layers of `refine.relative_error`, for hidden states (B, L, d) of every layer."""
+    return torch.stack([relative_error(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]).mean()
 
 
 def peft() -> Any:

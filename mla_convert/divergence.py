@@ -1,7 +1,8 @@
-"""What healing minimises: the distance of a model's next-token distribution from its original's, over the whole vocabulary.
+"""The distance of a model's next-token distribution from its original's, over the whole vocabulary, and its gradient.
 
-Logits are never there for more than a chunk of tokens: loss and gradient of a chunk are found in one pass, in which also
-its logits' gradient goes back through the head. So a vocabulary of 128k costs no more memory than one of 32k.
+Healing minimises it, and so do the last steps of refinement. Logits are never there for more than a chunk of tokens: loss
+and gradient of a chunk are found in one pass, in which also its logits' gradient goes back through the head. So a vocabulary
+of 128k costs no more memory than one of 32k.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mla_convert.measure import Given
-from mla_convert.refine import relative_error
 
 # Logits of a chunk: tokens by vocabulary. 128 MB in bfloat16, of which a few copies are held.
 CHUNK = 1 << 26
@@ -94,7 +94,7 @@ def comparer(mix: Mix, device: torch.device) -> Callable:
     """`compare`, or on a GPU the kernel that does the same, where it can be compiled and gives the same."""
     if device.type != "cuda" or mix.temperature != 1.0 or not importlib.util.find_spec("triton"):
         return compare
-    from mla_convert.heal import kernel
+    from mla_convert import divergence_kernel as kernel
 
     draw = torch.Generator(device).manual_seed(0)
     ours, theirs = (4 * torch.randn(4, 5000, generator=draw, device=device).bfloat16() for _ in range(2))
@@ -168,8 +168,3 @@ def distil(
         hidden.flatten(0, 1), original_hidden.flatten(0, 1), labels.flatten(), head, original_head, mix, compare_,
         differentiate, *parameters,
     )  # fmt: skip
-
-
-def hidden_distance(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
-    """Mean over layers of `refine.relative_error`, for hidden states (B, L, d) of every layer."""
-    return torch.stack([relative_error(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]).mean()

@@ -1,4 +1,4 @@
-"""`losses.compare` at temperature 1 as one Triton kernel: both rows of logits are read twice, the second time from the GPU's
+"""`divergence.compare` at temperature 1 as one Triton kernel: both rows of logits are read twice, the second time from the GPU's
 cache, and the gradient is written once. Eager operations move some ten times as many bytes.
 """
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mla_convert.heal.losses import IGNORED, Mix
+from mla_convert.divergence import IGNORED, Mix
 
 BLOCK, WARPS = 4096, 8  # logits that a program holds at once, and its warps
 
@@ -62,7 +62,7 @@ def _compare(
 
 
 def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: float) -> tuple[Tensor, Tensor]:
-    """As `losses.compare`, for a mix of temperature 1."""
+    """As `divergence.compare`, for a mix of temperature 1."""
     assert mix.temperature == 1.0
     logits, original = logits.contiguous(), original.contiguous()
     rows, vocabulary = logits.shape
