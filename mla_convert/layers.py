@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ BLOCK_LAYERS = 6
 BLOCK_BYTES = 6 << 30
 # A block gets as many steps as each of its layers for every so many calibration windows: more text has more to teach.
 BLOCK_WINDOWS = 125
+# Share of the block's rate at which the last one then goes towards the next-token distribution.
+OUTPUT_RATE = 1 / 3
 # What is read was looked at before, so that this is ours.
 FAILED = "it was finite before its conversion; try another --seed, --calib-samples or --dtype float32, and report it"
 
@@ -59,9 +62,10 @@ class LayerJob:
     # E[g^2] (d,) at each layer's output: what an error in a channel costs
     channels: list[Tensor] | None = None
 
-    def weights(self, index: int, targets: Activations) -> Tensor | None:
-        """Weights of channels behind layer `index`, for refinement towards `targets`."""
-        return None if self.channels is None else refine.channel_weights(self.channels[index], targets)
+    def distance(self, index: int, targets: Activations) -> refine.Distance:
+        """What refinement towards `targets` minimises behind layer `index`."""
+        weight = None if self.channels is None else refine.channel_weights(self.channels[index], targets)
+        return partial(refine.relative_error, weight=weight)
 
     def shard(self, index: int) -> str:
         """File of the embeddings (0), of layer i (i + 1), or of what comes after the layers (layers + 1)."""
@@ -167,6 +171,9 @@ def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> N
         del entry
         found = _refine_block(job, members, streams)
         reports = [report | found for report in reports]
+    if job.refine.output_steps and members[-1].index == job.plan.shape.layers - 1:
+        found = _refine_output(job, members, streams)
+        reports = [report | found for report in reports]
     for member, report in zip(members, reports, strict=True):
         written = _layer_tensors(job, member)
         check_finite(written, FAILED)
@@ -176,8 +183,50 @@ def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> N
 
 def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
     """Refine the attentions of a block together against the original's residual stream behind it; a part of their report."""
-    clock, inputs = _Clock(job.skeleton.device), streams.calib_converted
-    weight = job.weights(members[-1].index, streams.calib_original)
+    clock = _Clock(job.skeleton.device)
+    distance = job.distance(members[-1].index, streams.calib_original)
+    own, result = _refine_together(
+        job, members, streams, job.refine.block_steps, job.refine.block_lr, distance, distance
+    )
+    clock.lap("refine_block")
+    return {
+        "block": [members[0].index, members[-1].index],
+        "block_own_error": own,
+        "block_error_before": result.error_before,
+        "block_error": result.error_after,
+        "block_steps": result.steps,
+        "block_seconds": clock.seconds["refine_block"],
+    }
+
+
+def _refine_output(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
+    """Refine the last block against what the original makes of the stream behind it: its next-token distribution."""
+    clock = _Clock(job.skeleton.device)
+    distance = job.distance(members[-1].index, streams.calib_original)
+    steps, lr = job.refine.output_steps, OUTPUT_RATE * job.refine.block_lr
+    with job.skeleton.divergence() as divergence:
+        _, result = _refine_together(job, members, streams, steps, lr, distance, divergence)
+    clock.lap("refine_output")
+    return {
+        "output_kl_before": result.error_before,
+        "output_kl": result.error_after,
+        "output_steps": result.steps,
+        "output_seconds": clock.seconds["refine_output"],
+    }
+
+
+def _refine_together(
+    job: LayerJob,
+    members: list[_Member],
+    streams: Streams,
+    steps: int,
+    lr: float,
+    distance: refine.Distance,
+    aim: refine.Distance,
+) -> tuple[float, refine.RefineResult]:
+    """Refine layers from the converted model's states before them towards the original's behind them, by what `aim` makes of
+    the two. Returns also the layers' own error, as `distance` has it, which the step size follows."""
+    inputs = streams.calib_converted
 
     def through(hidden: Tensor) -> Tensor:
         states = hidden
@@ -190,26 +239,12 @@ def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> di
     with contextlib.ExitStack() as stack:
         for member in members:
             stack.enter_context(_converted(job, member))
-        own = refine.residual_error(through, inputs, original, weight)
+        own = refine.residual_error(through, inputs, original, distance)
         del original
-        result = refine.refine(
-            nn.ModuleList(member.student for member in members),
-            through,
-            inputs,
-            streams.calib_original,
-            replace(job.refine, steps=job.refine.block_steps, lr=refine.step_size(job.refine.block_lr, own)),
-            lambda: job.progress.step(len(members)),
-            weight,
-        )
-    clock.lap("refine_block")
-    return {
-        "block": [members[0].index, members[-1].index],
-        "block_own_error": own,
-        "block_error_before": result.error_before,
-        "block_error": result.error_after,
-        "block_steps": result.steps,
-        "block_seconds": clock.seconds["refine_block"],
-    }
+        settings = replace(job.refine, steps=steps, lr=refine.step_size(lr, own))
+        together = nn.ModuleList(member.student for member in members)
+        advance = partial(job.progress.step, len(members))
+        return own, refine.refine(together, through, inputs, streams.calib_original, settings, advance, aim)
 
 
 def _attention(job: LayerJob, layer: nn.Module) -> nn.Module:
@@ -234,10 +269,10 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
     clock.lap("factorise")
     closed_form = refine.output_error(student, original, states_original)
     targets = refine.residual_targets(original, states_original)
-    weight = job.weights(member.index, targets)
-    own = refine.residual_error(student, states, refine.streams(original, states), weight)
+    distance = job.distance(member.index, targets)
+    own = refine.residual_error(student, states, refine.streams(original, states), distance)
     settings = replace(job.refine, lr=refine.step_size(job.refine.lr, own))
-    result = refine.refine(module, student, states, targets, settings, job.progress.step, weight)
+    result = refine.refine(module, student, states, targets, settings, job.progress.step, distance)
     clock.lap("refine")
     return {
         "kv_lora_rank": module.kv_lora_rank,
@@ -324,8 +359,9 @@ def refine_settings(
         block = max(1, min(BLOCK_LAYERS, BLOCK_BYTES // _layer_bytes(batch * length, hidden))) if cuda else 1
     block_steps = steps * windows // BLOCK_WINDOWS if config.block_steps is None else config.block_steps
     return refine.RefineSettings(
-        steps, batch, config.refine_lr, config.seed, block, block_steps if block > 1 else 0, config.block_lr
-    )
+        steps, batch, config.refine_lr, config.seed, block, block_steps if block > 1 else 0, config.block_lr,
+        config.output_steps,
+    )  # fmt: skip
 
 
 def _layer_bytes(tokens: int, hidden: int) -> int:

@@ -55,7 +55,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     refine = layers.refine_settings(config, device, tuple(windows.calib.shape), source.shape.hidden_size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
-                 "block_steps": refine.block_steps, "calib_self": written}  # fmt: skip
+                 "block_steps": refine.block_steps, "output_steps": refine.output_steps,
+                 "calib_self": written}  # fmt: skip
     identity = {"settings": settings, "source": source.fingerprint(), "device": environment.device_name(device),
                 "windows": [windows.calib.tolist(), windows.measured.tolist()],
                 "versions": environment.versions()}  # fmt: skip

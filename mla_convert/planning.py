@@ -148,13 +148,15 @@ def _time(
         attention_after=numbers(after, attention),
         mixing_before=shape.num_heads * 2 * shape.head_dim,
         mixing_after=shape.num_heads * (plan.qk_nope_head_dim + plan.rope_dim + shape.head_dim),
+        head=shape.hidden_size * source.config.vocab_size,
     )
     windows = {}
     for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
         calib = calibration_size(config, device.type == "cuda", shape.hidden_size)
         refine = refine_settings(config, device, calib, shape.hidden_size)
+        last = refine.output_steps / shape.layers  # the last block's, by layer
         windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
-                          "block_steps": refine.block_steps, "batch": refine.batch,
+                          "block_steps": refine.block_steps + last * refine.block, "output_steps": last, "batch": refine.batch,
                           "measured": TOKENS[device.type] * is_measured(plan, config)}  # fmt: skip
     return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
 

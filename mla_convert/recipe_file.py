@@ -47,6 +47,7 @@ def write_recipe(
         "refine_batch": refine.batch,
         "refine_block": refine.block,
         "block_steps": refine.block_steps,
+        "output_steps": refine.output_steps,
     }
     settings = {key: value for key, value in settings.items() if not key.startswith("heal_") or value is not None}
     local = []

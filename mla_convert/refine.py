@@ -33,6 +33,8 @@ OWN_ERROR = 0.01
 MIN_SCALE = 1e-3
 
 Forward = Callable[[Tensor], Tensor]
+# residual streams (B, L, d), the one found and the one that should be -> what is minimised, a mean over tokens
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class RefineSettings:
     """`steps` of `batch` windows for each layer; `lr` is relative to the root mean square of each parameter, and is that of
     an own error of OWN_ERROR or more (`step_size`).
 
-    Then `block` layers are refined together, in `block_steps` of `block_lr`; blocks of one are not refined again.
+    Then `block` layers are refined together, in `block_steps` of `block_lr`; blocks of one are not refined again. The last
+    block takes `output_steps` more, towards the original's next-token distribution.
     """
 
     steps: int
@@ -50,6 +53,7 @@ class RefineSettings:
     block: int = 1
     block_steps: int = 0
     block_lr: float = 0.009
+    output_steps: int = 0
 
     @property
     def steps_per_layer(self) -> int:
@@ -59,7 +63,7 @@ class RefineSettings:
 
 @dataclass(frozen=True)
 class RefineResult:
-    """Relative error of the residual stream on held-out windows, before and after."""
+    """Distance of the residual stream on held-out windows from what it should be, before and after."""
 
     error_before: float
     error_after: float
@@ -153,15 +157,15 @@ def streams(forward: Forward, inputs: Activations) -> list[Tensor]:
 
 @torch.no_grad()
 def residual_error(
-    student: Forward, inputs: Activations, expected: Iterable[Tensor], weight: Tensor | None = None
+    student: Forward, inputs: Activations, expected: Iterable[Tensor], distance: Distance = relative_error
 ) -> float:
-    """Relative error of the residual stream on the held-out windows, of which `expected` are the streams to be.
+    """Distance of the residual stream on the held-out windows from what it should be there, `expected`.
 
     Towards the original's own states that is all that is lost so far; towards its `streams` on the same inputs it is what
     these layers lose themselves.
     """
     pairs = zip(_at_held_out(inputs), expected, strict=True)
-    errors = [float(relative_error(hidden + student(hidden), wanted, weight)) for hidden, wanted in pairs]
+    errors = [float(distance(hidden + student(hidden), wanted)) for hidden, wanted in pairs]
     return sum(errors) / len(errors)
 
 
@@ -184,9 +188,9 @@ class _Step:
         student: Forward,
         settings: RefineSettings,
         example: Tensor,
-        weight: Tensor | None,
+        distance: Distance,
     ):
-        self.parameters, self.student, self.settings, self.weight = parameters, student, settings, weight
+        self.parameters, self.student, self.settings, self.distance = parameters, student, settings, distance
         self.hidden, self.target = torch.empty_like(example), torch.empty_like(example)
         self.graph, self.count = None, 0
         # relative to each parameter's size, so that one setting is safe on models of any scale
@@ -206,7 +210,7 @@ class _Step:
                 group["lr"] = rate * factor
 
     def _compute(self) -> None:
-        relative_error(self.hidden + self.student(self.hidden), self.target, self.weight).backward()
+        self.distance(self.hidden + self.student(self.hidden), self.target).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # a graph needs the gradients to stay where they are
@@ -247,26 +251,26 @@ def refine(
     targets: Activations,
     settings: RefineSettings,
     on_step: Callable[[], None] = lambda: None,
-    weight: Tensor | None = None,
+    distance: Distance = relative_error,
 ) -> RefineResult:
-    """Train `module`, which `student` runs, in place; keeps the state with the least held-out error, the start included.
+    """Train `module`, which `student` runs, in place; keeps the state with the least held-out `distance`, the start included.
 
     A step size that diverges, or a NaN, therefore costs time and never quality.
     """
-    before = best = residual_error(student, inputs, _at_held_out(targets), weight)
+    before = best = residual_error(student, inputs, _at_held_out(targets), distance)
     if not settings.steps:
         return RefineResult(before, before, 0)
     parameters = [parameter.requires_grad_(True) for parameter in module.parameters()]
     kept = [parameter.detach().clone() for parameter in parameters]
     train = max(1, _held_out(inputs.windows).start)
     batch = min(settings.batch, train)
-    step = _Step(parameters, student, settings, inputs.get(slice(0, batch)), weight)
+    step = _Step(parameters, student, settings, inputs.get(slice(0, batch)), distance)
     every = -(-settings.steps // CHECKS)
     for number, index in enumerate(_batches(train, batch, settings.steps, settings.seed), start=1):
         step(inputs.get(index), targets.get(index))
         on_step()
         if number % every == 0 or number == settings.steps:
-            error = residual_error(student, inputs, _at_held_out(targets), weight)
+            error = residual_error(student, inputs, _at_held_out(targets), distance)
             if error < best:
                 best, kept = error, [parameter.detach().clone() for parameter in parameters]
             elif not math.isfinite(error):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mla_convert.checkpoint.reader import check_finite
+from mla_convert.divergence import IGNORED, Head, Mix, comparer, distil
 from mla_convert.errors import InputError
 from mla_convert.source import Source
 
@@ -66,7 +67,8 @@ class Skeleton:
     """Runs a source model one layer at a time.
 
     Weights are loaded in float32, whatever the source stores; on CUDA the forward passes run under bfloat16 autocast.
-    Only one layer, or the embeddings, or the head, is in memory at any moment.
+    Only the layers that are asked for, or the embeddings, or a slice of the head, are in memory at any moment; all of the head
+    in `divergence` alone.
     """
 
     def __init__(self, source: Source, device: torch.device):
@@ -271,16 +273,49 @@ class Skeleton:
                 self._add_logits(hidden, targets, start, total, logit)
         return [(total - logit).cpu() for total, logit in zip(sums, picked, strict=True)]
 
+    def _head_tensors(self) -> dict[str, str]:
+        """Names of the stored tensors of the head, by the parameters that they fill."""
+        head = self.model.get_output_embeddings()
+        stored = {"weight": self._stored(self._path_of(head))}
+        return stored if head.bias is None else stored | {"bias": f"{self._path_of(head)}.bias"}
+
+    @contextlib.contextmanager
+    def _final_norm(self) -> Iterator[nn.Module]:
+        """The norm after the last layer, with its weights."""
+        norm = getattr(self.decoder, self.source.family.final_norm)
+        path = self._path_of(norm)
+        tensors = self.source.reader.read(f"{path}.{name}" for name, _ in norm.named_parameters())
+        check_finite(tensors)
+        with self._filled(norm, {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}):
+            yield norm
+
+    @contextlib.contextmanager
+    def divergence(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Loads the final norm and the whole head; gives a function of two outputs (B, L, hidden) of the last layer, the
+        converted model's and the original's: KL(original || converted) of the next token, nats, mean over tokens."""
+        head, stored, compare = self.model.get_output_embeddings(), self._head_tensors(), comparer(Mix(), self.device)
+        # the largest matrix of all; on CUDA it would be cast for every product
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        tensors = self.source.reader.read(stored.values())
+        check_finite(tensors)
+        with (
+            self._final_norm() as norm,
+            self._filled(head, {kind: tensors[name] for kind, name in stored.items()}, dtype),
+        ):
+            del tensors
+            output = Head(self.model)
+
+            def distance(found: Tensor, expected: Tensor) -> Tensor:
+                labels = torch.full(found.shape[:2], IGNORED, device=found.device)
+                with self.autocast():
+                    return distil(norm(found), norm(expected), labels, output, output, Mix(), compare)[0]
+
+            yield distance
+
     def _head_slices(self) -> Iterator[int]:
         """Loads the final norm and, one after another, slices of the head; yields the first token of each."""
-        head, norm = self.model.get_output_embeddings(), getattr(self.decoder, self.source.family.final_norm)
-        stored, path = {"weight": self._stored(self._path_of(head))}, self._path_of(norm)
-        if head.bias is not None:
-            stored["bias"] = f"{self._path_of(head)}.bias"
-        norms = self.source.reader.read(f"{path}.{name}" for name, _ in norm.named_parameters())
-        check_finite(norms)
-        norms = {name.removeprefix(f"{path}."): tensor for name, tensor in norms.items()}
-        with self._filled(norm, norms), self._frame_filled():
+        head, stored = self.model.get_output_embeddings(), self._head_tensors()
+        with self._final_norm(), self._frame_filled():
             rows = self.source.reader.shape(stored["weight"])[0]
             for start in range(0, rows, LOGIT_ROWS):
                 stop = min(start + LOGIT_ROWS, rows)

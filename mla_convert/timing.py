@@ -33,6 +33,7 @@ class LayerWork:
     attention_after: int
     mixing_before: int  # query heads times the widths of a key and a value
     mixing_after: int
+    head: int  # numbers in the output matrix
 
     def operations(
         self,
@@ -41,12 +42,13 @@ class LayerWork:
         steps: int,
         batch: int,
         measured: int = 0,
-        block_steps: int = 0,
+        block_steps: float = 0,
+        output_steps: float = 0,
     ) -> float:
         """Floating point operations, for windows of (how many, tokens each) and `steps` of `batch` windows.
 
         `measured`: tokens at which the loss of a smaller cache is measured, before sizes are shared out; `block_steps`:
-        more steps, through the whole layer.
+        more steps, through the whole layer; `output_steps`: those of them that go through the head as well.
         """
 
         def forward(weights: int, mixing: int, length: int) -> float:
@@ -68,6 +70,7 @@ class LayerWork:
         # frozen weights need no gradients of their own
         whole = 2.0 * forward(self.layer_after, self.mixing_after, length)
         total += block_steps * batch * length * (whole + forward(self.attention_after, self.mixing_after, length))
+        total += output_steps * batch * length * 6.0 * self.head  # of both models, and once back
         if measured:  # the layer forward, forward again and back; its attention at some fourteen sizes
             total += measured * 4 * forward(self.layer_before, self.mixing_before, length)
             total += measured * 14 * forward(self.attention_after, self.mixing_after, length)

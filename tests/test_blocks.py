@@ -30,6 +30,17 @@ def test_a_block_gains(convert_pico, name):
         assert layer["block_error"] < layer["block_error_before"] and layer["block_steps"] == 20
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "cohere"])
+def test_the_last_block_then_comes_nearer_in_what_it_predicts(convert_pico, name):
+    settings = {"kv_ratio": 0.3, "refine_steps": 0, "block_steps": 10, "block_lr": 0.02, "calib_samples": 64}
+    without, report = (convert_pico(name, refine_block=3, **settings, output_steps=steps) for steps in (0, 60))
+    for layer, other in zip(report.layers, without.layers, strict=True):
+        assert layer["output_kl"] < layer["output_kl_before"] and layer["output_steps"] == 60
+        assert layer["block_error"] == other["block_error"] and "output_kl" not in other
+    *others, last = convert_pico(name, **{**settings, "refine_block": 1, "block_steps": 0}, output_steps=60).layers
+    assert last["output_kl"] < last["output_kl_before"] and not any("output_kl" in layer for layer in others)
+
+
 def test_what_is_measured_is_what_is_written(convert_pico):
     report = convert_pico("llama", **SMALL, block_steps=30)
     windows = texts.evaluation_windows(pico.text(), AutoTokenizer.from_pretrained(report.out), 4, 48, "text")
@@ -73,6 +84,7 @@ def test_defaults():
     def found(device, hidden, **settings):
         return refine_settings(ConvertConfig(source="x", **settings), torch.device(device), (768, 1024), hidden)
 
+    assert found("cuda", 576).output_steps == 0 and found("cuda", 576, output_steps=9).output_steps == 9
     assert found("cuda", 576).block > 1 and found("cuda", 576).block_steps == 200 * 768 // 125
     assert found("cuda", 8192).block == 1 and found("cuda", 8192).block_steps == 0  # memory
     assert found("cpu", 576).block == 1

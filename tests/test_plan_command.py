@@ -232,7 +232,7 @@ def test_time_estimates_hold_what_was_measured(
     before = 2 * hidden * width * (heads + groups)
     after = hidden * (heads * (width + rope) + rank + rope + heads * width) + heads * 2 * width * rank
     work = timing.LayerWork(hidden, before + 3 * hidden * mlp, after + 3 * hidden * mlp, before, after,
-                            heads * 2 * width, heads * (2 * width + rope))  # fmt: skip
+                            heads * 2 * width, heads * (2 * width + rope), 0)  # fmt: skip
     shared_out = TOKENS["cuda"] if hidden == 4096 else 0
     windows = dict(calib=calib, evaluation=evaluation, steps=steps, batch=batch, measured=shared_out)
     found = timing.estimate(work, layers, {"cpu": windows, "h100": windows}, max(cores, 1))["cpu" if cores else "h100"]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from pico import VARIANTS, VOCAB, model
 
+from mla_convert import divergence
 from mla_convert import skeleton as skeleton_module
 from mla_convert.activations import Activations
 from mla_convert.skeleton import Skeleton
@@ -25,6 +26,30 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
             states.advance(lambda hidden, layer=layer, own=kwargs[index]: layer(hidden, **own))
     (losses,) = skeleton.token_losses([states.data], windows)
     torch.testing.assert_close(losses, pico.losses(model(name), windows), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
+    """From what the last layer gives, whatever a family does behind it: norm, biases, scales, soft caps."""
+    monkeypatch.setattr(divergence, "CHUNK", 7 * VOCAB)
+    skeleton = Skeleton(open_source(str(sources(name))), torch.device("cpu"))
+    draw = torch.Generator().manual_seed(3)
+    expected = torch.randn(2, 9, skeleton.source.config.hidden_size, generator=draw)
+    found = (expected + 0.3 * torch.randn(expected.shape, generator=draw)).requires_grad_(True)
+    with torch.no_grad():
+        for start in skeleton._head_slices():
+            assert start == 0  # one slice holds all of so small a vocabulary
+            ours, theirs = (skeleton._logits(each.flatten(0, 1)[None]).log_softmax(-1) for each in (found, expected))
+    with skeleton.divergence() as distance:
+        value = distance(found, expected)
+        assert float(distance(expected, expected)) == pytest.approx(0, abs=1e-6)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+    with torch.no_grad(), skeleton.divergence() as distance:
+        step = 1e-3 * found.grad / found.grad.norm()
+        gained = float(distance(found + step, expected) - distance(found - step, expected))
+    assert gained == pytest.approx(2e-3 * float(found.grad.norm()), rel=0.05)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
 def test_nothing_stays_in_memory(sources):

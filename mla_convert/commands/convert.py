@@ -166,6 +166,13 @@ def convert(
         float | None,
         typer.Option(help="Step size for blocks, as --refine-lr. Default 0.009.", rich_help_panel=REFINE),
     ] = None,
+    output_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Further steps of the last block (or layer), towards the original's next-token distribution. Default 0.",
+            rich_help_panel=REFINE,
+        ),
+    ] = None,
     heal_tokens: Annotated[
         str | None,
         typer.Option(
