@@ -184,10 +184,7 @@ def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> N
 def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
     """Refine the attentions of a block together against the original's residual stream behind it; a part of their report."""
     clock = _Clock(job.skeleton.device)
-    distance = job.distance(members[-1].index, streams.calib_original)
-    own, result = _refine_together(
-        job, members, streams, job.refine.block_steps, job.refine.block_lr, distance, distance
-    )
+    own, result = _refine_together(job, members, streams, job.refine.block_steps, job.refine.block_lr)
     clock.lap("refine_block")
     return {
         "block": [members[0].index, members[-1].index],
@@ -202,10 +199,9 @@ def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> di
 def _refine_output(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
     """Refine the last block against what the original makes of the stream behind it: its next-token distribution."""
     clock = _Clock(job.skeleton.device)
-    distance = job.distance(members[-1].index, streams.calib_original)
-    steps, lr = job.refine.output_steps, OUTPUT_RATE * job.refine.block_lr
+    lr = OUTPUT_RATE * job.refine.block_lr
     with job.skeleton.divergence() as divergence:
-        _, result = _refine_together(job, members, streams, steps, lr, distance, divergence)
+        _, result = _refine_together(job, members, streams, job.refine.output_steps, lr, divergence)
     clock.lap("refine_output")
     return {
         "output_kl_before": result.error_before,
@@ -221,12 +217,12 @@ def _refine_together(
     streams: Streams,
     steps: int,
     lr: float,
-    distance: refine.Distance,
-    aim: refine.Distance,
+    aim: refine.Distance | None = None,
 ) -> tuple[float, refine.RefineResult]:
     """Refine layers from the converted model's states before them towards the original's behind them, by what `aim` makes of
-    the two. Returns also the layers' own error, as `distance` has it, which the step size follows."""
-    inputs = streams.calib_converted
+    the two: their relative error, if None. Returns also the layers' own relative error, which the step size follows."""
+    inputs, targets = streams.calib_converted, streams.calib_original
+    distance = job.distance(members[-1].index, targets)
 
     def through(hidden: Tensor) -> Tensor:
         states = hidden
@@ -244,7 +240,7 @@ def _refine_together(
         settings = replace(job.refine, steps=steps, lr=refine.step_size(lr, own))
         together = nn.ModuleList(member.student for member in members)
         advance = partial(job.progress.step, len(members))
-        return own, refine.refine(together, through, inputs, streams.calib_original, settings, advance, aim)
+        return own, refine.refine(together, through, inputs, targets, settings, advance, aim or distance)
 
 
 def _attention(job: LayerJob, layer: nn.Module) -> nn.Module:
