@@ -46,7 +46,7 @@ class Settings(BaseModel):
     refine_block: int | None = Field(None, ge=1)
     block_steps: int | None = Field(None, ge=0)
     block_lr: float = Field(0.009, gt=0, le=1)
-    output_steps: int = Field(0, ge=0)
+    output_steps: int | None = Field(None, ge=0)
     heal_tokens: Tokens | None = Field(None, ge=1)
     heal_data: str | None = None
     heal_length: Lengths | None = None

@@ -31,8 +31,8 @@ BLOCK_LAYERS = 6
 BLOCK_BYTES = 6 << 30
 # A block gets as many steps as each of its layers for every so many calibration windows: more text has more to teach.
 BLOCK_WINDOWS = 125
-# Share of the block's rate at which the last one then goes towards the next-token distribution.
-OUTPUT_RATE = 1 / 3
+# The last block then goes towards the next-token distribution: one step for so many of a block's, and at which share of its rate.
+OUTPUT_SHARE, OUTPUT_RATE = 4, 1 / 3
 # What is read was looked at before, so that this is ours.
 FAILED = "it was finite before its conversion; try another --seed, --calib-samples or --dtype float32, and report it"
 
@@ -354,10 +354,18 @@ def refine_settings(
     if block is None:
         block = max(1, min(BLOCK_LAYERS, BLOCK_BYTES // _layer_bytes(batch * length, hidden))) if cuda else 1
     block_steps = steps * windows // BLOCK_WINDOWS if config.block_steps is None else config.block_steps
+    block_steps = block_steps if block > 1 else 0
+    output_steps = config.output_steps
+    if output_steps is None:  # on a CPU the head is most of a small model's work
+        output_steps = block_steps // OUTPUT_SHARE if cuda else 0
     return refine.RefineSettings(
-        steps, batch, config.refine_lr, config.seed, block, block_steps if block > 1 else 0, config.block_lr,
-        config.output_steps,
-    )  # fmt: skip
+        steps, batch, config.refine_lr, config.seed, block, block_steps, config.block_lr, output_steps
+    )
+
+
+def output_advances(settings: refine.RefineSettings, layers: int) -> int:
+    """Steps towards the next-token distribution, counted once for each layer that takes them."""
+    return settings.output_steps * len(blocks(layers, settings.block)[-1])
 
 
 def _layer_bytes(tokens: int, hidden: int) -> int:

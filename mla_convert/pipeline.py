@@ -73,7 +73,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine, channels)
         with phases.phase("ends"):
             layers.write_ends(job)
-        progress.start(plan.shape.layers, refine.steps_per_layer)
+        further = layers.output_advances(refine, plan.shape.layers)
+        progress.start(plan.shape.layers, refine.steps_per_layer, further)
         try:
             with phases.phase("layers"):
                 layer_reports = layers.convert_layers(job, streams)

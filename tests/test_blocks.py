@@ -1,11 +1,14 @@
 """Layers refined together: never worse, for any family, and the model that is measured is the one that is written."""
 
+import io
+
 import pico
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mla_convert import measure, texts
+from mla_convert import convert, measure, progress, texts
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import ConvertConfig
 from mla_convert.layers import blocks, refine_settings
@@ -39,6 +42,31 @@ def test_the_last_block_then_comes_nearer_in_what_it_predicts(convert_pico, name
         assert layer["block_error"] == other["block_error"] and "output_kl" not in other
     *others, last = convert_pico(name, **{**settings, "refine_block": 1, "block_steps": 0}, output_steps=60).layers
     assert last["output_kl"] < last["output_kl_before"] and not any("output_kl" in layer for layer in others)
+
+
+def test_the_bar_counts_every_step(sources, tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(progress.Bars):
+        def update(self, task, **given):
+            super().update(task, **given)
+            seen.append((self.tasks[0].completed, self.tasks[0].total))
+
+        def advance(self, task, count=1):
+            super().advance(task, count)
+            seen.append((self.tasks[0].completed, self.tasks[0].total))
+
+    monkeypatch.setattr(progress, "Bars", Watched)
+    source = sources("llama")
+    text = str(source.parent / "text.txt")
+    config = ConvertConfig(source=str(source), out=tmp_path / "out", calib=text, eval=text, calib_samples=16,
+                           calib_length=48, eval_windows=4, eval_length=48, kv_ratio=0.4, uniform=True, device="cpu",
+                           refine_steps=2, refine_block=2, block_steps=3, output_steps=7)  # fmt: skip
+    convert(config, progress.Progress(Console(file=io.StringIO(), force_terminal=True)))
+    # 3 layers of 2 + 3 steps and one for all else, and the last two or one of 7 more
+    further = 7 * len(blocks(3, 2)[-1])
+    assert seen[-1] == (3 * 6 + further, 3 * 6 + further)
+    assert all(done <= total for done, total in seen)
 
 
 def test_what_is_measured_is_what_is_written(convert_pico):
@@ -84,10 +112,12 @@ def test_defaults():
     def found(device, hidden, **settings):
         return refine_settings(ConvertConfig(source="x", **settings), torch.device(device), (768, 1024), hidden)
 
-    assert found("cuda", 576).output_steps == 0 and found("cuda", 576, output_steps=9).output_steps == 9
     assert found("cuda", 576).block > 1 and found("cuda", 576).block_steps == 200 * 768 // 125
-    assert found("cuda", 8192).block == 1 and found("cuda", 8192).block_steps == 0  # memory
-    assert found("cpu", 576).block == 1
+    assert found("cuda", 576).output_steps == 200 * 768 // 125 // 4
+    assert found("cuda", 576, output_steps=0).output_steps == 0 and found("cuda", 576, output_steps=9).output_steps == 9
+    large = found("cuda", 8192)
+    assert large.block == 1 and large.block_steps == large.output_steps == 0  # memory
+    assert found("cpu", 576).block == 1 and found("cpu", 576, refine_block=4).output_steps == 0
     closed_form = found("cuda", 576, refine_steps=0)
     assert closed_form.steps == closed_form.block_steps == 0
     assert found("cpu", 576, refine_block=4, block_steps=7).block_steps == 7

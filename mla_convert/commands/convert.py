@@ -169,7 +169,8 @@ def convert(
     output_steps: Annotated[
         int | None,
         typer.Option(
-            help="Further steps of the last block (or layer), towards the original's next-token distribution. Default 0.",
+            help="Further steps of the last block (or layer), towards the original's next-token distribution. Default: a "
+            "quarter of a block's (CPU: 0).",
             rich_help_panel=REFINE,
         ),
     ] = None,

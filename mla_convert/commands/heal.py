@@ -54,7 +54,7 @@ def heal(
     noise: Annotated[
         float | None,
         typer.Option(
-            help="Share of the tokens of every second window that are replaced by random ones. Default 0.3.",
+            help="Share of the tokens of every second window that are replaced by random ones. Default 0.",
             rich_help_panel=TEXT,
         ),
     ] = None,

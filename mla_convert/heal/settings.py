@@ -23,7 +23,7 @@ class HealSettings(BaseModel):
     data: str | None = None
     joined: bool = False
     length: Lengths | None = None
-    noise: float = Field(0.3, ge=0, lt=1)
+    noise: float = Field(0.0, ge=0, lt=1)
     self_share: float = Field(0.5, ge=0, lt=1)
     train: Trained = "all"
     lora_rank: int = Field(64, ge=1)
