@@ -13,6 +13,7 @@ Settings, beside any that --add names:
     default             what a conversion does when nothing is said
     uniform             the same sizes in every layer
     single layers       no blocks: every layer is refined by itself only
+    residual only       the last block has no steps towards the next-token distribution
     no noise            calibration text as it is
     closed form         no gradient step
     even planes         the best plane of evenly spaced frequencies stays rotary, the others lose their rotation undamped;
@@ -45,6 +46,7 @@ SETTINGS = {
     "default": [],
     "uniform": ["--uniform"],
     "single layers": ["--refine-block", "1"],
+    "residual only": ["--output-steps", "0"],
     "no noise": ["--calib-noise", "0"],
     "closed form": ["--refine-steps", "0"],
     "even planes": ["--planes", "even", "--uniform", "--refine-steps", "0", "--calib-noise", "0"],

@@ -428,6 +428,22 @@ def test_same_seed_same_bytes(small, tmp_path):
     assert noisy["checksums"] != first["checksums"]
 
 
+def test_every_try_of_a_race_has_its_own_loss(small, tmp_path):
+    benchmark, results = Path(__file__).parents[1] / "benchmarks" / "heal", tmp_path / "race.jsonl"
+    common = "lr=0.01,noise=0,self_share=0"
+    tries = [common, common, f"{common},ce_weight=4", f"{common},hidden_weight=1", f"{common},temperature=2", common]
+    command = [sys.executable, benchmark, "race", small["folder"], "--teacher", small["teacher"], "--data", small["data"],
+               "--eval", small["data"], "--results", results, "--work", tmp_path / "work", "--length", 48,
+               "--step-tokens", 480, "--steps", 6, "--tokens", 9999, "--try", *tries]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    first, again, *others, last = (row["held_out"] for row in rows if row["part"] == "race")
+    assert first == again == last and len(others) == 3
+    for other in others:
+        assert other[0] == first[0] and other[-1] != first[-1]
+
+
 def test_killed_and_gone_on(small, tmp_path):
     """SIGKILL after a checkpoint; the same command then gives the loss curve and the bytes of a run that was left alone."""
     options = {**small, "tokens": 48 * 512, "checkpoint_minutes": 0.0}

@@ -20,20 +20,23 @@ from common import (
 
 TRIES = ("lr=0.002,noise=0.3,self_share=0.5", "lr=0.002,noise=0.3,self_share=0", "lr=0.002,noise=0,self_share=0.5",
          "lr=0.001,noise=0.3,self_share=0.5", "lr=0.004,noise=0.3,self_share=0.5")  # fmt: skip
+# Settings that the models and their loss know nothing of: tries that differ in these alone share a pair.
+OF_THE_RUN = {"tokens", "step_tokens", "micro_tokens", "evaluations", "patience", "lr", "noise", "self_share", "seed"}
 
 
 def main(args):
-    tokens, sets, pairs = args.steps * args.step_tokens, judged(args), {}
+    tokens, sets, pair, known = args.steps * args.step_tokens, judged(args), None, None
     # what was prepared for longer runs will do
     drawn = args.tokens if corpus_folder(args, args.tokens).exists() else tokens
     for number, text in enumerate(args.tries):
         own = words(text)
         settings = settings_of(args, **{"tokens": tokens, "evaluations": 1, **own})
-        if settings.train not in pairs:
-            pairs.clear()
+        needed = settings.model_dump(exclude=OF_THE_RUN)
+        if needed != known:
+            known, pair, start = needed, None, None
+            free()
             pair = make_pair(args.converted[0], args.teacher, settings).place(DEVICE)
-            pairs[settings.train] = pair, [(p, p.detach().clone()) for p in pair.parameters() if p.requires_grad]
-        pair, start = pairs[settings.train]
+            start = [(p, p.detach().clone()) for p in pair.parameters() if p.requires_grad]
         with torch.no_grad():
             for parameter, value in start:
                 parameter.copy_(value)
