@@ -356,6 +356,23 @@ def test_the_original_writes_text_of_its_own(small, tmp_path, monkeypatch):
     assert curves[0][-1] < 0.9 * curves[0][0] and curves[0][-1] != curves[1][-1]
 
 
+@pytest.mark.parametrize("kl_weight, has_labels", [(1.0, False), (0.0, True)])
+def test_cross_entropy_is_that_of_the_given_text(small, tmp_path, monkeypatch, kl_weight, has_labels):
+    monkeypatch.setattr(run.selfwritten, "TEXT_TOKENS", 64)
+    seen, inner = [], loop.Trainer._batch
+
+    def batch(trainer, step, windows, length):
+        found = inner(trainer, step, windows, length)
+        for (_, window), labels in zip(windows, found.labels, strict=True):
+            seen.append((window.begin < trainer.corpus.added, bool((labels != IGNORED).any())))
+        return found
+
+    monkeypatch.setattr(loop.Trainer, "_batch", batch)
+    own = {**small, "tokens": 8 * 512, "self_share": 0.5, "ce_weight": 0.5, "kl_weight": kl_weight}
+    heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
+    assert set(seen) == {(True, has_labels), (False, True)}
+
+
 def test_what_the_original_wrote_has_its_share_of_the_windows(tmp_path):
     data._save(tmp_path, np.arange(4000, dtype=np.int32), np.array([0, 60]))
     data.add_written(tmp_path, np.full(1000, 7))

@@ -234,8 +234,15 @@ class Trainer:
         return loss.detach()
 
     def _batch(self, step: int, windows: list[tuple[int, Window]], length: int) -> data.Batch:
-        """Windows with their number in the step; the odd ones are noised, if any is."""
-        batch = data.cut(self.corpus, [window.begin for _, window in windows], length)
+        """Windows with their number in the step; the odd ones are noised, if any is.
+
+        The labels of what the original wrote are drawn from its prediction: their cross-entropy says in one token, with
+        noise, what the KL says over the whole vocabulary. Where there is a KL they have none.
+        """
+        begins = [window.begin for _, window in windows]
+        batch = data.cut(self.corpus, begins, length)
+        if self.settings.ce_weight and self.settings.kl_weight:
+            batch.labels[torch.tensor(begins) < self.corpus.added] = IGNORED
         if not self.settings.noise:
             return batch
         keys = [(self.settings.seed, step, number) if window.odd else None for number, window in windows]
