@@ -40,12 +40,13 @@ def main(args):
         with torch.no_grad():
             for parameter, value in start:
                 parameter.copy_(value)
-        engine, trainer = trainer_of(args, pair, corpus_of(args, drawn), settings, f"race-{number}")
+        name = f"race-{Path(args.converted[0]).name}-{number}"
+        engine, trainer = trainer_of(args, pair, corpus_of(args, drawn), settings, name)
         before = judge(trainer.model, sets)
         run = trainer.train()
         emit(args, part="race", **own, before=before, after=judge(trainer.model, sets),
              held_out=[entry["kl"] for entry in run.curve], tokens=run.tokens, seconds=run.seconds)  # fmt: skip
         engine.free_memory(trainer.model, trainer.optimizer)
-        shutil.rmtree(Path(args.work) / f"race-{number}", ignore_errors=True)
+        shutil.rmtree(Path(args.work) / name, ignore_errors=True)
         del trainer
         free()
