@@ -74,7 +74,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         with phases.phase("ends"):
             layers.write_ends(job)
         further = layers.output_advances(refine, plan.shape.layers)
-        progress.start(plan.shape.layers, refine.steps_per_layer, further)
+        progress.start(plan.shape.layers, refine.steps_per_layer, "layer", further)
         try:
             with phases.phase("layers"):
                 layer_reports = layers.convert_layers(job, streams)

@@ -30,7 +30,7 @@ class Progress:
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
-    def start(self, layers: int, steps: int, further: int = 0, label: str = "layer") -> None:
+    def start(self, layers: int, steps: int, label: str = "layer", further: int = 0) -> None:
         """Begin a loop over `layers`, each with `steps` refinement steps, and the last ones with `further` in all."""
         self._layer, self._layers, self._steps, self._further, self._label = 0, layers, steps, further, label
         self._start = self._shown = time.perf_counter()

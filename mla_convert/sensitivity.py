@@ -80,7 +80,7 @@ def measure(
     length = min(states.length, WINDOW)
     windows = min(states.windows, max(1, TOKENS[skeleton.device.type] // length))
     few = Activations(states.data[:windows, :length], skeleton.device, states.data.dtype)
-    progress.start(2 * plan.shape.layers, 0, label="measuring step")
+    progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
         found = sensitivities(skeleton, few, plan, config.seed, writer, shared, progress.layer_measured)
     finally:

@@ -333,7 +333,7 @@ otherwise; ± is one standard error of the ratio over windows:
 
 | checkpoint | cache | windows | before | after |
 |---|---|---:|---:|---:|
-| SmolLM2 135M Instruct, Q4_1 GGUF dequantised | 141 + 51, half | 4 | 24.146 | 31.206 (×1.292 ± 0.040) |
+| SmolLM2 135M Instruct, Q4_1 GGUF dequantised | 141 + 51, half | 4 | 24.146 | 31.609 (×1.309 ± 0.043) |
 | Qwen2.5-Coder 0.5B Instruct, Q4_K_M GGUF dequantised | 96 + 32, half | 4 | 36.911 | 40.960 (×1.110 ± 0.044) |
 | the same, before channels were weighed | 58 + 22, a third | 4 | 36.911 | 81.465 (×2.21 ± 0.22) |
 | Gemma 3 270M, Q4_K_M GGUF dequantised | 182 + 74, half | 4 | 25.545 | 38.555 (×1.51 ± 0.10) |

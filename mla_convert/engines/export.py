@@ -102,7 +102,7 @@ def export(
 
     sources = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
     with Writer(out.resolve(), {"export": content, "source": sources}) as writer:
-        progress.start(len(model.layers), 0, label="exporting")
+        progress.start(len(model.layers), 0, "exporting")
         try:
             for number, tensors in enumerate(_shards(model, form)):
                 file = f"model-{number + 1:05d}-of-{len(model.layers) + 2:05d}.safetensors"
