@@ -17,7 +17,7 @@ from mla_convert.config import ConvertConfig
 from mla_convert.engines.towards import towards
 from mla_convert.heal.cost import HealWork, estimate
 from mla_convert.heal.settings import HealSettings
-from mla_convert.layers import refine_settings
+from mla_convert.layers import output_advances, refine_settings
 from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
 from mla_convert.sensitivity import TOKENS, aside_bytes, is_measured
@@ -154,10 +154,10 @@ def _time(
     for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
         calib = calibration_size(config, device.type == "cuda", shape.hidden_size)
         refine = refine_settings(config, device, calib, shape.hidden_size)
-        last = refine.output_steps / shape.layers  # the last block's, by layer
+        last = output_advances(refine, shape.layers) / shape.layers  # of the last block's layers, by layer
         windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
-                          "block_steps": refine.block_steps + last * refine.block, "output_steps": last, "batch": refine.batch,
-                          "measured": TOKENS[device.type] * is_measured(plan, config)}  # fmt: skip
+                          "block_steps": refine.block_steps + last, "output_steps": refine.output_steps / shape.layers,
+                          "batch": refine.batch, "measured": TOKENS[device.type] * is_measured(plan, config)}  # fmt: skip
     return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
 
 

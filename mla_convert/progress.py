@@ -22,7 +22,7 @@ class Progress:
         self.verbose = verbose
         self._bars: Bars | None = None
         self._task: Any = None
-        self._layer, self._layers, self._steps, self._further, self._label = 0, 0, 0, 0, ""
+        self._layer, self._layers, self._steps, self._label = 0, 0, 0, ""
         self._start = self._shown = time.perf_counter()
 
     def note(self, text: str) -> None:
@@ -32,7 +32,7 @@ class Progress:
 
     def start(self, layers: int, steps: int, label: str = "layer", further: int = 0) -> None:
         """Begin a loop over `layers`, each with `steps` refinement steps, and the last ones with `further` in all."""
-        self._layer, self._layers, self._steps, self._further, self._label = 0, layers, steps, further, label
+        self._layer, self._layers, self._steps, self._label = 0, layers, steps, label
         self._start = self._shown = time.perf_counter()
         if self.console.is_terminal and not self.quiet:
             self._bars = Bars(*COLUMNS, console=self.console, transient=True)
@@ -73,7 +73,8 @@ class Progress:
     def _done(self, words: str = "") -> None:
         self._layer += 1
         if self._bars:
-            done = self._layer * (self._steps + 1) + self._further * (self._layer == self._layers)
+            ended = self._layer == self._layers
+            done = self._bars.tasks[0].total if ended else self._layer * (self._steps + 1)
             text = f"{self._label} {min(self._layer + 1, self._layers)}/{self._layers}"
             self._bars.update(self._task, completed=done, description=text)
         due = time.perf_counter() - self._shown > 10 or (words and self._layer == self._layers)

@@ -359,18 +359,23 @@ def test_the_original_writes_text_of_its_own(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kl_weight, has_labels", [(1.0, False), (0.0, True)])
 def test_cross_entropy_is_that_of_the_given_text(small, tmp_path, monkeypatch, kl_weight, has_labels):
     monkeypatch.setattr(run.selfwritten, "TEXT_TOKENS", 64)
-    seen, inner = [], loop.Trainer._batch
+    seen, inner = [], loop.Trainer._cut
 
-    def batch(trainer, step, windows, length):
-        found = inner(trainer, step, windows, length)
-        for (_, window), labels in zip(windows, found.labels, strict=True):
-            seen.append((window.begin < trainer.corpus.added, bool((labels != IGNORED).any())))
+    def cut(trainer, begins, length):
+        """Of a window: who wrote it, whether it is held out, whether it has labels."""
+        found, corpus = inner(trainer, begins, length), trainer.corpus
+        for begin, labels in zip(begins, found.labels, strict=True):
+            written = begin < corpus.added
+            held = begin >= (corpus.added_end if written else corpus.train_end)
+            seen.append((written, held, bool((labels != IGNORED).any())))
         return found
 
-    monkeypatch.setattr(loop.Trainer, "_batch", batch)
-    own = {**small, "tokens": 8 * 512, "self_share": 0.5, "ce_weight": 0.5, "kl_weight": kl_weight}
+    monkeypatch.setattr(loop.Trainer, "_cut", cut)
+    own = {**small, "tokens": 16 * 512, "self_share": 0.5, "ce_weight": 0.5, "kl_weight": kl_weight}
     heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
-    assert set(seen) == {(True, has_labels), (False, True)}
+    assert set(seen) == {(True, held, has_labels) for held in (False, True)} | {
+        (False, held, True) for held in (False, True)
+    }
 
 
 def test_what_the_original_wrote_has_its_share_of_the_windows(tmp_path):

@@ -18,8 +18,7 @@ from common import (
     words,
 )
 
-TRIES = ("lr=0.002,noise=0.3,self_share=0.5", "lr=0.002,noise=0.3,self_share=0", "lr=0.002,noise=0,self_share=0.5",
-         "lr=0.001,noise=0.3,self_share=0.5", "lr=0.004,noise=0.3,self_share=0.5")  # fmt: skip
+TRIES = ("", "lr=0.0005", "lr=0.002", "self_share=0", "noise=0.3", "ce_weight=0.1")
 # Settings that the models and their loss know nothing of: tries that differ in these alone share a pair.
 OF_THE_RUN = {"tokens", "step_tokens", "micro_tokens", "evaluations", "patience", "lr", "noise", "self_share", "seed"}
 

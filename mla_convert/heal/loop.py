@@ -234,19 +234,23 @@ class Trainer:
         return loss.detach()
 
     def _batch(self, step: int, windows: list[tuple[int, Window]], length: int) -> data.Batch:
-        """Windows with their number in the step; the odd ones are noised, if any is.
-
-        The labels of what the original wrote are drawn from its prediction: their cross-entropy says in one token, with
-        noise, what the KL says over the whole vocabulary. Where there is a KL they have none.
-        """
-        begins = [window.begin for _, window in windows]
-        batch = data.cut(self.corpus, begins, length)
-        if self.settings.ce_weight and self.settings.kl_weight:
-            batch.labels[torch.tensor(begins) < self.corpus.added] = IGNORED
+        """Windows with their number in the step; the odd ones are noised, if any is."""
+        batch = self._cut([window.begin for _, window in windows], length)
         if not self.settings.noise:
             return batch
         keys = [(self.settings.seed, step, number) if window.odd else None for number, window in windows]
         return data.noised(batch, self.settings.noise, self._vocabulary, keys)
+
+    def _cut(self, begins: list[int], length: int) -> data.Batch:
+        """Windows of the corpus, trained on or held out.
+
+        The labels of what the original wrote are drawn from its prediction: their cross-entropy says in one token, with
+        noise, what the KL says over the whole vocabulary. Where both are minimised they have none.
+        """
+        batch = data.cut(self.corpus, begins, length)
+        if self.settings.ce_weight and self.settings.kl_weight:
+            batch.labels[torch.tensor(begins) < self.corpus.added] = IGNORED
+        return batch
 
     def _look(self, began: float) -> None:
         """Measure on the held-out windows, and keep the state if none was better."""
@@ -276,7 +280,7 @@ class Trainer:
             start = (number * count + index) * size
             own = begins[start : start + size]
             # every process runs the model equally often, as sharded weights are gathered by all; the odd ones weigh nothing
-            batch = data.cut(self.corpus, own or begins[:1], length).to(accelerator.device)
+            batch = self._cut(own or begins[:1], length).to(accelerator.device)
             _, sums = self.model(batch.ids, batch.labels, batch.positions)
             if own:
                 total[:4] += sums.double() * batch.ids.numel()
