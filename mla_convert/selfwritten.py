@@ -6,6 +6,7 @@ Sampling from the model to calibrate or distil it is known from quantisation (LL
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ TEXT_TOKENS = 512
 # What the caches of texts that are written at once may take: of a GPU's memory its share, if that is more. Not of what is free:
 # how many are written at once decides what is drawn, which is to be the same every time.
 CACHE_BYTES, CACHE_SHARE = 4 << 30, 1 / 8
-# A cache's length is a multiple of this: attention copies masks that are not aligned.
+# A cache grows by so many tokens: attention copies masks that are not aligned, and a CUDA graph is for one length.
 CACHE_UNIT = 64
 # What begins a document in the training data of many models whose tokenizers put nothing before a text.
 DOCUMENT = "<|endoftext|>"
@@ -101,91 +102,108 @@ def load_whole(source: Source, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
-class _Layer(DynamicLayer):
-    """A cache layer of fixed length, written at a position that lies in device memory: a CUDA graph can be replayed on it."""
+@dataclass
+class _Place:
+    """Where the next token goes, in device memory, (1,); how many tokens there is room for, and how many attention looks at."""
 
-    def __init__(self, position: Tensor, length: int):
+    position: Tensor
+    room: int
+    seen: int
+
+
+class _Layer(DynamicLayer):
+    """A cache layer of fixed size, written at a position that lies in device memory: a CUDA graph can be replayed on it."""
+
+    def __init__(self, place: _Place):
         super().__init__()
-        self.position, self.length = position, length
+        self.place = place
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for all tokens, in the shapes of the first."""
         self.keys, self.values = (
-            torch.zeros(*states.shape[:2], self.length, states.shape[3], dtype=states.dtype, device=states.device)
+            torch.zeros(*states.shape[:2], self.place.room, states.shape[3], dtype=states.dtype, device=states.device)
             for states in (key_states, value_states)
         )
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token, and give the whole; what is not written yet is for the mask to hide."""
+        """Write one token, and give all that are looked at; which of them are not written yet is for the mask to hide."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys.index_copy_(2, self.position, key_states)
-        self.values.index_copy_(2, self.position, value_states)
-        return self.keys, self.values
+        self.keys.index_copy_(2, self.place.position, key_states)
+        self.values.index_copy_(2, self.place.position, value_states)
+        return self.keys[:, :, : self.place.seen], self.values[:, :, : self.place.seen]
 
     def get_seq_length(self) -> int:
-        """Tokens that it has room for: where the next one goes, only the device knows."""
-        return self.length
+        """Tokens that are looked at: where the next one goes, only the device knows."""
+        return self.place.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for the mask."""
-        return self.length, 0
+        return self.place.seen, 0
 
 
 class _Writer:
-    """The next token's logits, token by token; on CUDA a step is one CUDA graph, for launches are what it waits for."""
+    """The next token's logits, token by token; on CUDA a step is one CUDA graph, for launches are what it waits for.
+
+    Attention looks at what is written, rounded up to CACHE_UNIT: there is a graph for every such length.
+    """
 
     def __init__(self, model: nn.Module, texts: int, length: int):
         self.model, self.device = model, model.device
-        length = -(-length // CACHE_UNIT) * CACHE_UNIT
+        room = -(-length // CACHE_UNIT) * CACHE_UNIT
         self.ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.place = _Place(torch.zeros(1, dtype=torch.int64, device=self.device), room, 0)
         self.hidden = torch.finfo(model.dtype).min
-        self.mask = torch.empty(texts, 1, 1, length, dtype=model.dtype, device=self.device)
-        self.cache = Cache(layers=[_Layer(self.position, length) for _ in range(model.config.num_hidden_layers)])
-        self.graph, self.logits, self.capturable = None, None, self.device.type == "cuda"
+        self.mask = torch.empty(texts, 1, 1, room, dtype=model.dtype, device=self.device)
+        self.cache = Cache(layers=[_Layer(self.place) for _ in range(model.config.num_hidden_layers)])
+        self.written, self.capturable = 0, self.device.type == "cuda"
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def _run(self) -> Tensor:
-        self.mask.index_fill_(3, self.position, 0)
+        self.mask.index_fill_(3, self.place.position, 0)
         with attending(GROUPED, self.model):
             output = self.model(
-                input_ids=self.ids, attention_mask=self.mask, position_ids=self.position.expand(len(self.ids), 1),
-                past_key_values=self.cache, use_cache=True,
+                input_ids=self.ids, attention_mask=self.mask[..., : self.place.seen],
+                position_ids=self.place.position.expand(len(self.ids), 1), past_key_values=self.cache, use_cache=True,
             )  # fmt: skip
         return output.logits[:, -1]
 
     def restart(self) -> None:
         """New texts: nothing of the old ones is seen."""
-        self.position.zero_()
+        self.written = 0
+        self.place.position.zero_()
         self.mask.fill_(self.hidden)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits (N, vocabulary) behind the tokens `ids` (N, 1), valid until the next call."""
         self.ids.copy_(ids)
-        if self.graph:
-            self.graph.replay()
+        self.place.seen = (self.written // CACHE_UNIT + 1) * CACHE_UNIT
+        if self.place.seen in self.graphs:
+            graph, logits = self.graphs[self.place.seen]
+            graph.replay()
         else:
-            self.logits = self._run()
+            logits = self._run()
             if self.capturable:
                 self._capture()
-        self.position.add_(1)
-        return self.logits
+        self.place.position.add_(1)
+        self.written += 1
+        return logits
 
     def _capture(self) -> None:
-        """Record the step that has just run; running it again at the same position changes nothing.
+        """Record the step that has just run, for those that follow. The graphs never run at once, and share memory.
 
         A model that looks at its numbers on the way (experts, RoPE scaled by length) cannot be recorded, and runs step by step.
         """
-        graph, self.capturable = torch.cuda.CUDAGraph(), False
+        graph, first = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=first and first[0].pool()):
                 logits = self._run()
         except RuntimeError:
             torch.cuda.synchronize()
+            self.capturable = False
             return
-        graph.replay()
-        self.graph, self.logits = graph, logits
+        self.graphs[self.place.seen] = graph, logits
 
 
 def rounds(model: nn.Module, count: int, length: int) -> int:

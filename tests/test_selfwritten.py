@@ -43,7 +43,8 @@ def test_sampled_from_the_models_own_distribution(opened):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt-oss", "qwen2", "pythia", "cohere2"])
-def test_steps_see_what_a_whole_text_sees(opened, name):
+def test_steps_see_what_a_whole_text_sees(opened, name, monkeypatch):
+    monkeypatch.setattr(selfwritten, "CACHE_UNIT", 8)  # so that the cache grows on the way
     model = selfwritten.load_whole(opened(name), CPU)
     length = getattr(model.config, "sliding_window", None) or 12
     ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(0))
