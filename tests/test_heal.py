@@ -542,6 +542,16 @@ def test_early_stop(small, tmp_path, monkeypatch):
     assert record["stopped"].startswith("2 looks") and record["tokens"] == 18 * 512 and record["best_tokens"] == 6 * 512
 
 
+def test_what_is_gained_at_the_end_is_waited_for(small, tmp_path, monkeypatch):
+    """Large steps take away more than they give where little is lost; the run is no failure while it gets better."""
+    looks, found = iter([1.0, 3.0, 2.5, 2.0, 1.5, 0.5]), loop.Trainer.held_out
+    monkeypatch.setattr(loop.Trainer, "held_out", lambda self: {**found(self), "loss": next(looks)})
+    monkeypatch.setattr(data, "LOOK_MIN", 256)
+    settings = {**small, "tokens": 20 * 512, "evaluations": 5, "patience": 2}
+    record = heal(HealConfig(**settings, out=tmp_path / "out"), QUIET)["heal"]
+    assert record["stopped"] is None and record["best_tokens"] == record["tokens"] == 20 * 512
+
+
 def test_looks_take_a_small_share_of_a_run():
     for tokens, most, found in ((2 * 10**7, 20, (20, 1 << 17)), (4 * 10**6, 20, (20, 40000)), (200_000, 20, (9, 4444)),
                                 (20_000, 20, (4, 4096)), (10**8, 3, (3, 1 << 17))):  # fmt: skip

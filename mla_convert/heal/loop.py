@@ -44,6 +44,7 @@ class Run:
     seconds: float = 0.0
     best: float = math.inf
     best_tokens: int = 0
+    lowest: float = math.inf  # of the looks behind the start
     waited: int = 0
     noted: int = 0  # losses that are in the curve
     stopped: str | None = None
@@ -261,10 +262,14 @@ class Trainer:
                           "loss": round(statistics.fmean(recent), 6) if recent else None})  # fmt: skip
         if not math.isfinite(loss):
             run.stopped = "the loss was not finite"
-        elif loss < run.best:
-            run.best, run.best_tokens, run.waited = loss, run.tokens, 0
+            return
+        if loss < run.best:
+            run.best, run.best_tokens = loss, run.tokens
             self.best = trained_state(self.accelerator, self.model) if run.tokens else None
-        else:
+        # not compared with the start: where little is lost, large steps lose more, and small ones gain it back at the end
+        if run.tokens and loss < run.lowest:
+            run.lowest, run.waited = loss, 0
+        elif run.tokens:
             run.waited += 1
             if run.waited >= self.settings.patience:
                 run.stopped = f"{run.waited} looks at the held-out text found nothing better"
