@@ -372,7 +372,8 @@ def test_cross_entropy_is_that_of_the_given_text(small, tmp_path, monkeypatch, k
 
     monkeypatch.setattr(loop.Trainer, "_cut", cut)
     own = {**small, "tokens": 16 * 512, "self_share": 0.5, "ce_weight": 0.5, "kl_weight": kl_weight}
-    heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
+    report = heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
+    assert report["notes"].count(run.ADAPTED_NOTE) == 1
     assert set(seen) == {(True, held, has_labels) for held in (False, True)} | {
         (False, held, True) for held in (False, True)
     }
@@ -399,6 +400,7 @@ def test_what_the_original_wrote_has_its_share_of_the_windows(tmp_path):
 def test_heals(small, tmp_path):
     before = json.loads((small["folder"] / "report.json").read_text())
     report = heal(HealConfig(**small, out=tmp_path / "healed"), QUIET)
+    assert run.ERRORS_NOTE in report["notes"] and run.ADAPTED_NOTE not in report["notes"]
     record = report["heal"]
     assert [entry["tokens"] for entry in record["curve"]] == [0, *(6 * 512 * n for n in range(1, 5))]
     assert record["curve"][-1]["kl"] < 0.8 * record["curve"][0]["kl"]

@@ -130,7 +130,11 @@ def heal(
         float | None, typer.Option(help="Of KL(original ‖ model). Default 1.", rich_help_panel=LOSS)
     ] = None,
     ce_weight: Annotated[
-        float | None, typer.Option(help="Of the given text's cross-entropy. Default 0.", rich_help_panel=LOSS)
+        float | None,
+        typer.Option(
+            help="Of the given text's cross-entropy, which teaches that text and not the original. Default 0.",
+            rich_help_panel=LOSS,
+        ),
     ] = None,
     hidden_weight: Annotated[
         float | None,

@@ -38,6 +38,10 @@ from mla_convert.source import Place
 
 LABEL, BEFORE = "text.json", "before.json"
 ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"
+ADAPTED_NOTE = (
+    "healed with the text's cross-entropy too: what that takes off the perplexity is adaptation to the text; the KL divergence "
+    "says how far the model is from its original"
+)
 
 
 def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -312,12 +316,13 @@ def _report(
 ) -> dict[str, Any]:
     """The conversion's report with the healed model's figures; those that they replace are kept under `heal`."""
     evaluation = {key: value for key, value in after["evaluation"].items() if key not in ("kl", "agreement")}
+    notes = [ERRORS_NOTE, *([ADAPTED_NOTE] if record["settings"]["ce_weight"] else [])]
     return {
         **report,
         "evaluation": evaluation,
         "beyond": after["beyond"],
         "phases": {**report["phases"], **phases.results},
-        "notes": [*(note for note in report.get("notes") or [] if note != ERRORS_NOTE), ERRORS_NOTE],
+        "notes": [*(note for note in report.get("notes") or [] if note not in notes), *notes],
         "heal": {
             **record,
             "before": before,
