@@ -117,10 +117,11 @@ def _untouched(heal: dict[str, Any]) -> str:
     """What is still the original's, and what was trained end to end, in a sentence."""
     if not heal:
         return "everything but the\nattention is the original's."
-    every = heal["settings"]["train"] == "all"
+    every, weight = heal["settings"]["train"] == "all", heal["settings"].get("ce_weight")
+    adapted = f", and trained on the text itself (cross-entropy, weight {weight:g})," if weight else ""
     return (
-        f"then {'all weights were' if every else 'the attention was'}\ndistilled from the original on {heal['tokens']:,} tokens "
-        f"of {heal['text']}{'' if every else '; everything else is the original' + chr(39) + 's'}."
+        f"then {'all weights were' if every else 'the attention was'}\ndistilled from the original{adapted} on {heal['tokens']:,} "
+        f"tokens of {heal['text']}{'' if every else '; everything else is the original' + chr(39) + 's'}."
     )
 
 

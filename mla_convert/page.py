@@ -220,11 +220,17 @@ def _heal(report: dict[str, Any]) -> str:
         if share
         else record.get("text")
     )
+    weight = look_up(record, "settings.ce_weight")
+    adapted = (
+        f" The text's cross-entropy counted as well, with weight {weight:g}: part of the perplexity is adaptation to it."
+        if weight
+        else ""
+    )
     words = escape(
         f"After the conversion, {trained.get(kind, 'weights')} learned the next-token distribution of {record.get('against')} "
         f"on {text}: {record['tokens'] / size:.3g} {unit} tokens in {_duration(record['seconds'])} on "
         f"{record.get('device')}. The curve is measured on the end of that text, which was not trained on; the state with the "
-        f"least loss there, after {record['best_tokens'] / size:.3g} {unit} tokens, was kept."
+        f"least loss there, after {record['best_tokens'] / size:.3g} {unit} tokens, was kept.{adapted}"
         + (f" Stopped early: {stopped}." if stopped else "")
     )  # fmt: skip
     rows = [list(row) for row in beyond.heal_rows(record["before"], report)]

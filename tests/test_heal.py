@@ -374,6 +374,8 @@ def test_cross_entropy_is_that_of_the_given_text(small, tmp_path, monkeypatch, k
     own = {**small, "tokens": 16 * 512, "self_share": 0.5, "ce_weight": 0.5, "kl_weight": kl_weight}
     report = heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
     assert report["notes"].count(run.ADAPTED_NOTE) == 1
+    assert "cross-entropy counted as well, with weight 0.5" in (tmp_path / "out" / "report.html").read_text()
+    assert "cross-entropy, weight 0.5" in (tmp_path / "out" / "README.md").read_text()
     assert set(seen) == {(True, held, has_labels) for held in (False, True)} | {
         (False, held, True) for held in (False, True)
     }
