@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from mla_convert.attend import GROUPED, attending
 from mla_convert.checkpoint.writer import stored_bytes
@@ -104,27 +104,23 @@ def load_whole(source: Source, device: torch.device) -> nn.Module:
 
 @dataclass
 class _Place:
-    """Where the next token goes, in device memory, (1,); how many tokens there is room for, and how many attention looks at."""
+    """Where the next token goes: `position` (1,) says so on the device, `written` here."""
 
     position: Tensor
-    room: int
-    seen: int
+    written: int = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens that attention looks at, that one included."""
+        return (self.written // CACHE_UNIT + 1) * CACHE_UNIT
 
 
-class _Layer(DynamicLayer):
+class _Layer(StaticLayer):
     """A cache layer of fixed size, written at a position that lies in device memory: a CUDA graph can be replayed on it."""
 
-    def __init__(self, place: _Place):
-        super().__init__()
+    def __init__(self, place: _Place, room: int):
+        super().__init__(room)
         self.place = place
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for all tokens, in the shapes of the first."""
-        self.keys, self.values = (
-            torch.zeros(*states.shape[:2], self.place.room, states.shape[3], dtype=states.dtype, device=states.device)
-            for states in (key_states, value_states)
-        )
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one token, and give all that are looked at; which of them are not written yet is for the mask to hide."""
@@ -153,11 +149,11 @@ class _Writer:
         self.model, self.device = model, model.device
         room = -(-length // CACHE_UNIT) * CACHE_UNIT
         self.ids = torch.zeros(texts, 1, dtype=torch.int64, device=self.device)
-        self.place = _Place(torch.zeros(1, dtype=torch.int64, device=self.device), room, 0)
+        self.place = _Place(torch.zeros(1, dtype=torch.int64, device=self.device))
         self.hidden = torch.finfo(model.dtype).min
         self.mask = torch.empty(texts, 1, 1, room, dtype=model.dtype, device=self.device)
-        self.cache = Cache(layers=[_Layer(self.place) for _ in range(model.config.num_hidden_layers)])
-        self.written, self.capturable = 0, self.device.type == "cuda"
+        self.cache = Cache(layers=[_Layer(self.place, room) for _ in range(model.config.num_hidden_layers)])
+        self.capturable = self.device.type == "cuda"
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def _run(self) -> Tensor:
@@ -171,14 +167,13 @@ class _Writer:
 
     def restart(self) -> None:
         """New texts: nothing of the old ones is seen."""
-        self.written = 0
+        self.place.written = 0
         self.place.position.zero_()
         self.mask.fill_(self.hidden)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits (N, vocabulary) behind the tokens `ids` (N, 1), valid until the next call."""
         self.ids.copy_(ids)
-        self.place.seen = (self.written // CACHE_UNIT + 1) * CACHE_UNIT
         if self.place.seen in self.graphs:
             graph, logits = self.graphs[self.place.seen]
             graph.replay()
@@ -187,7 +182,7 @@ class _Writer:
             if self.capturable:
                 self._capture()
         self.place.position.add_(1)
-        self.written += 1
+        self.place.written += 1
         return logits
 
     def _capture(self) -> None:

@@ -266,10 +266,11 @@ class Trainer:
         if loss < run.best:
             run.best, run.best_tokens = loss, run.tokens
             self.best = trained_state(self.accelerator, self.model) if run.tokens else None
-        # not compared with the start: where little is lost, large steps lose more, and small ones gain it back at the end
-        if run.tokens and loss < run.lowest:
+        if not run.tokens:
+            return  # where little is lost, large steps lose more and small ones gain it back: the start is not what to wait for
+        if loss < run.lowest:
             run.lowest, run.waited = loss, 0
-        elif run.tokens:
+        else:
             run.waited += 1
             if run.waited >= self.settings.patience:
                 run.stopped = f"{run.waited} looks at the held-out text found nothing better"
