@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from mla_convert.caching import with_cache
 from mla_convert.errors import InputError
 from mla_convert.source import head_width, kv_heads
 from mla_convert.texts import Windows, evaluation_protocol
@@ -202,7 +203,7 @@ def cache_bytes(model: nn.Module, ids: Tensor) -> float:
     cache = DynamicCache(config=model.config)
     held, start = {}, ids[None, :tokens].to(model.device)
     with contextlib.suppress(TypeError):  # state-space models take no such cache
-        model(input_ids=start, past_key_values=cache, use_cache=True)
+        model(input_ids=start, **with_cache(model, cache))
     for layer in cache.layers:
         for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if part is not None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
 from mla_convert.attend import GROUPED, attending
+from mla_convert.caching import with_cache
 from mla_convert.checkpoint.writer import stored_bytes
 from mla_convert.config import ConvertConfig
 from mla_convert.measure import original_cache_bytes
@@ -161,7 +162,7 @@ class _Writer:
         with attending(GROUPED, self.model):
             output = self.model(
                 input_ids=self.ids, attention_mask=self.mask[..., : self.place.seen],
-                position_ids=self.place.position.expand(len(self.ids), 1), past_key_values=self.cache, use_cache=True,
+                position_ids=self.place.position.expand(len(self.ids), 1), **with_cache(self.model, self.cache),
             )  # fmt: skip
         return output.logits[:, -1]
 
