@@ -34,7 +34,7 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 ```
 
-With `import mla_convert` neither needs the flag. `generate` caches {after} numbers per token and layer, in transformers'
+With `import mla_convert` neither needs the flag. {tried}`generate` caches {after} numbers per token and layer, in transformers'
 own dynamic and static caches.
 
 ## Limits
@@ -74,6 +74,7 @@ def write_card(report: Report, folder: Path) -> None:
         worst=_worst(report.layers),
         beyond=_beyond(report.beyond),
         folder=".",
+        tried=_tried(report.self_check),
         licence=_licence(source),
     )
     (folder / "README.md").write_text(
@@ -122,6 +123,22 @@ def _untouched(heal: dict[str, Any]) -> str:
     return (
         f"then {'all weights were' if every else 'the attention was'}\ndistilled from the original{adapted} on {heal['tokens']:,} "
         f"tokens of {heal['text']}{'' if every else '; everything else is the original' + chr(39) + 's'}."
+    )
+
+
+def _tried(check: dict[str, Any]) -> str:
+    """With which versions the folder was tried, in a sentence."""
+    if not check:
+        return ""
+    found = check["versions"]
+    part = (
+        ""
+        if check["layers"] == check["of_layers"]
+        else f" (the first {check['layers']} of {check['of_layers']} layers)"
+    )
+    return (
+        f"Tried{part} with transformers {found.get('transformers')} and torch {found.get('torch')}: greedy text with a dynamic "
+        f"and a static cache is that without one. "
     )
 
 

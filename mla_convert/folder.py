@@ -8,12 +8,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from packaging.version import Version
+
 from mla_convert.card import write_card
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.modeling import configuration_mla, decode_mla, modeling_mla
 from mla_convert.page import PAGE, write_page
 from mla_convert.report import Report
+from mla_convert.selfcheck import self_check
 from mla_convert.source import Source
+from mla_convert.version import TRIED_TRANSFORMERS
 
 # Keys under which older tokenizers kept where they were loaded from, on the machine of whoever saved them.
 PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
@@ -23,6 +29,7 @@ def write_config(config: Any, stock_class: str, folder: Path) -> None:
     """config.json of the converted counterpart of `stock_class`, and the code that it needs."""
     name = configuration_mla.PREFIX + stock_class
     config.architectures = [name]
+    config.mla_transformers = max(TRIED_TRANSFORMERS, transformers.__version__, key=Version)
     config.auto_map = {
         "AutoConfig": f"configuration_mla.{type(config).__name__}",
         "AutoModelForCausalLM": f"modeling_mla.{name}",
@@ -50,11 +57,18 @@ def write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> None:
         source.generation_config().save_pretrained(folder)
 
 
-def finish(source: Source, tokenizer: Any, config: Any, stock_class: str, writer: Writer, report: Report) -> None:
-    """Write everything but the weights, then give the folder its name."""
+def finish(
+    source: Source, tokenizer: Any, config: Any, stock_class: str, writer: Writer, report: Report, device: torch.device
+) -> None:
+    """Write everything but the weights, try what was written, then give the folder its name.
+
+    Raises:
+        SelfCheckFailed: the model does not generate what it should.
+    """
     write_tokenizer(source, tokenizer, writer.folder)
     write_config(config, stock_class, writer.folder)
     writer.write_index()
+    report.self_check = self_check(writer.folder, device)
     write_card(report, writer.folder)
     report.write(writer.folder)
     write_page(report.as_dict(), writer.folder / PAGE)

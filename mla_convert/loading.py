@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
     if place.gguf and dtype == "auto":
         dtype = torch.float32
     options = _gguf(place) if place.gguf else {"use_safetensors": True, "trust_remote_code": False}
-    with _readable(place.label), _no_bars():
+    with _readable(place.label), quietly():
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, **options
         )
@@ -117,13 +118,17 @@ def _gguf(place: Place) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _no_bars():
-    """Without transformers' progress bars: what to show is the caller's choice."""
-    shown = logging.is_progress_bar_enabled()
+def quietly():
+    """Without transformers' progress bars and advice: what to show is the caller's choice."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(max(level, logging.ERROR))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

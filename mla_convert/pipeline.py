@@ -101,5 +101,5 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             out=out,
         )  # fmt: skip
         write_recipe(writer.folder, config, source, plan, windows, refine, written, result)
-        folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result)
+        folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result, device)
     return heal_conversion(config, result, progress) if config.heal_tokens else result

@@ -38,6 +38,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     beyond: dict[str, Any] = field(default_factory=dict)  # added by `eval --into-report`
     heal: dict[str, Any] = field(default_factory=dict)  # added by `heal`
+    self_check: dict[str, Any] = field(default_factory=dict)  # what `selfcheck` says of the folder
     out: Path | None = None
 
     @property
@@ -49,7 +50,7 @@ class Report:
         """As written to report.json: without the local output path, NaN and infinity as null."""
         content = asdict(self)
         content.pop("out")
-        for added in ("beyond", "heal"):
+        for added in ("beyond", "heal", "self_check"):
             if not content[added]:
                 content.pop(added)
         return finite(content)

@@ -28,6 +28,7 @@ from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import mean
 from mla_convert.plan import TABLE
 from mla_convert.progress import Progress
+from mla_convert.selfcheck import self_check
 from mla_convert.source import COPIED, kv_heads
 
 EXPORT = "export.json"
@@ -230,8 +231,15 @@ def _write_rest(model: Converted, writer: Writer, content: dict[str, Any], resul
         for file in model.folder.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    facts = {"source": model.label, **result.as_dict(), "versions": versions(), "checksums": writer.checksums()}
+    writer.write_index()
+    tried = {} if result.profile == "engine" else {"self_check": self_check(folder)}
+    facts = {
+        "source": model.label,
+        **result.as_dict(),
+        "versions": versions(),
+        "checksums": writer.checksums(),
+        **tried,
+    }
     (folder / EXPORT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     write_readme(folder, model.label, facts)
-    writer.write_index()
     writer.publish()

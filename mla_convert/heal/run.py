@@ -34,6 +34,7 @@ from mla_convert.loading import find_model, find_original, is_converted, load_mo
 from mla_convert.probes import Probes
 from mla_convert.progress import Progress
 from mla_convert.report import Report
+from mla_convert.selfcheck import self_check
 from mla_convert.source import Place
 
 LABEL, BEFORE = "text.json", "before.json"
@@ -94,6 +95,7 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
                 record = _record(settings, origin, label, run, accelerator)
                 result = _report(report, record, before, _figures(after), phases)
                 result["checksums"] = writer.checksums()
+                result["self_check"] = self_check(writer.folder, accelerator.device)
                 write_report(result, writer.folder)
                 writer.publish()
         accelerator.wait_for_everyone()

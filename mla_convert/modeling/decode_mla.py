@@ -117,6 +117,22 @@ def kernel_attention(
     return attended.transpose(1, 2)
 
 
+def update_cache(cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Append latents (B, 1, T, r) and rotated keys (B, 1, T, 2m) to a cache of transformers; all that it then holds.
+
+    A cache that quantises takes whole groups of numbers: to it rows go with zeros behind them, up to the next whole group.
+    """
+    layers = getattr(cache, "layers", None) or ()
+    group = getattr(layers[layer_idx], "q_group_size", None) if layer_idx < len(layers) else None
+    if not group:
+        return cache.update(latent, k_rope, layer_idx)
+    whole = tuple(
+        F.pad(rows, (0, -rows.shape[-1] % group or group * (not rows.shape[-1]))) for rows in (latent, k_rope)
+    )
+    held = cache.update(*whole, layer_idx)
+    return tuple(rows[..., : own.shape[-1]] for rows, own in zip(held, (latent, k_rope), strict=True))
+
+
 def write_static(
     cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:

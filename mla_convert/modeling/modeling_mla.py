@@ -11,10 +11,12 @@ mla_attention and Triton are there as well, its kernels decode on CUDA (see deco
 
 import importlib
 import inspect
+import warnings
 
 import torch
 import torch.nn.functional as F
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,6 +27,7 @@ from .decode_mla import (
     leave_out_hidden,
     linear_map,
     rotate_planes,
+    update_cache,
     weigh,
     write_static,
 )
@@ -188,7 +191,7 @@ class MlaAttention(nn.Module):
                     q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
                     cos = sin = None
             if past_key_values is not None:
-                latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+                latent, k_rope = update_cache(past_key_values, self.layer_idx, latent, k_rope)
 
         # With several queries, only an explicit mask says which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
@@ -340,9 +343,21 @@ def attention_class(base: type) -> type:
     return type(PREFIX + base.__name__, (MlaAttention, base), fields)
 
 
+def warn_if_untried(config) -> None:
+    """Say, once, that the installed transformers is newer than any that this code was tried with."""
+    tried = config.mla_transformers
+    if tried and Version(transformers.__version__) > Version(tried):
+        warnings.warn(
+            f"this converted model was tried with transformers up to {tried}, and {transformers.__version__} is installed: "
+            f"`mla-convert verify --run` tries it again, `mla-convert refresh` renews its code",
+            stacklevel=2,
+        )
+
+
 def install(model) -> None:
     """Replace every attention of a stock causal language model (built from an Mla configuration) by MLA."""
     config = model.config
+    warn_if_untried(config)
     for layer_idx, layer in enumerate(model.get_submodule(config.mla_layers)):
         stock = getattr(layer, config.mla_attention)
         setattr(layer, config.mla_attention, attention_class(type(stock))(config, layer_idx, stock))
