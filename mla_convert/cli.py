@@ -106,6 +106,7 @@ def main() -> None:
     """Entry point: every expected failure is one line on stderr and its exit code."""
     try:
         code = app(standalone_mode=False)
+        _say_if_untried()
         if code == Interrupted.exit_code:  # what typer makes of Ctrl-C
             raise Interrupted("interrupted")
         sys.exit(code)
@@ -122,6 +123,15 @@ def main() -> None:
     except Exception as error:
         again = "" if is_verbose() else "; run it again with -v to see where"
         _fail(f"this is a bug, please report it: {type(error).__name__}: {error}{again}", MlaConvertError.exit_code)
+
+
+def _say_if_untried() -> None:
+    """One line on stderr after a command that used a transformers newer than any that the tests have run with."""
+    if "transformers" in sys.modules and "mla_convert.environment" in sys.modules:
+        from mla_convert.environment import untried
+
+        if line := untried():
+            typer.echo(f"mla-convert: {line}", err=True)
 
 
 def _fail(message: str, code: int) -> None:

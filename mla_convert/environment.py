@@ -12,8 +12,10 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from packaging.version import Version
 
 from mla_convert.errors import ResourceError, UsageError
+from mla_convert.version import TRIED_TRANSFORMERS, __version__
 
 
 def versions() -> dict[str, str]:
@@ -26,6 +28,19 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def untried() -> str | None:
+    """One line if the transformers in use is newer than the newest that the tests have run with."""
+    import transformers  # what only wants to know versions need not wait for it
+
+    installed = transformers.__version__
+    if Version(installed) <= Version(TRIED_TRANSFORMERS):
+        return None
+    return (
+        f"transformers {installed} is newer than {TRIED_TRANSFORMERS}, the newest that mla_convert {__version__} was tested with: "
+        f"what it writes is tried before it is called done"
+    )
 
 
 def pick_device(name: str) -> torch.device:

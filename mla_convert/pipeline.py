@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -51,6 +52,9 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     written = selfwritten.share(config, source, device)
     for note in (notes := [*source.notes, *windows.notes]):
         progress.note(note)
+    if untried := environment.untried():
+        warnings.warn(untried, stacklevel=2)
+        notes.append(untried)
 
     refine = layers.refine_settings(config, device, tuple(windows.calib.shape), source.shape.hidden_size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})

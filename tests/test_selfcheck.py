@@ -101,3 +101,41 @@ def test_a_model_larger_than_memory_is_tried_in_part(convert_pico, monkeypatch):
     monkeypatch.setattr(selfcheck.psutil, "virtual_memory", lambda: type("", (), {"available": size * 0.1})())
     with pytest.raises(ResourceError, match="GB are free"):
         self_check(report.out)
+
+
+def test_a_newer_transformers_than_any_tested_is_said_once(cli, tmp_path, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "99.0.0")
+    code, _, err = cli(
+        "demo", "--rank", 56, "--rope-dim", 72, "--calib-samples", 2, "--calib-length", 32, "--eval-windows", 1, "--eval-length",
+        32, "--refine-steps", 0, "--uniform", "--device", "cpu", "--out", tmp_path / "out", "-q",
+    )  # fmt: skip
+    (line,) = err.splitlines()
+    assert code == 0 and "transformers 99.0.0 is newer than" in line
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any("99.0.0" in note for note in report["notes"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mla_transformers"] == "99.0.0"
+
+
+def test_code_on_a_newer_transformers_than_it_was_tried_with_warns(folder, tmp_path, monkeypatch, recwarn):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert not [w for w in recwarn if "was tried with" in str(w.message)]
+    monkeypatch.setattr(modeling_mla.transformers, "__version__", "99.0.0")
+    with pytest.warns(UserWarning, match="tried with transformers up to .*99.0.0 is installed.*refresh"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_supported_versions_are_said_where_people_look():
+    from pathlib import Path
+
+    from mla_convert.version import OLDEST_TRANSFORMERS, TRIED_TRANSFORMERS
+
+    root = Path(__file__).parents[1]
+    pinned = f'"transformers>={OLDEST_TRANSFORMERS.removesuffix(".0")}"'
+    assert pinned in (root / "pyproject.toml").read_text()
+    for page in ("README.md", "docs/faq.md"):
+        text = (root / page).read_text()
+        assert f"{OLDEST_TRANSFORMERS} to {TRIED_TRANSFORMERS}" in text, page
