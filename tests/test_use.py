@@ -1,5 +1,7 @@
 """What people do with a converted model as with any other: adapters, weights in few bits, caches of all kinds, training."""
 
+import copy
+
 import pico
 import pytest
 import torch
@@ -241,3 +243,67 @@ def test_cached_rows_that_nobody_sees_may_be_nan(additive, need_weights):
     for rows in (latent, k_rope):
         rows[0, :, :3] = rows[1, :, 5:7] = torch.nan
     torch.testing.assert_close(absorbed_attention(query, q_rope, latent, k_rope, given, 0.3, need_weights)[0], expected)
+
+
+def test_a_step_of_trl(folder, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    settings = trl.SFTConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
+        max_length=32,
+    )  # fmt: skip
+    rows = Dataset.from_dict(
+        {"text": ["The people of the islands.", "Bread and salt.", "They sailed.", "A house of stone."]}
+    )
+    model = load(folder)
+    before = model.model.layers[0].self_attn.kv_b_proj.weight.clone()
+    trl.SFTTrainer(model, args=settings, train_dataset=rows, processing_class=pico.tokenizer()).train()
+    assert not torch.equal(before, model.model.layers[0].self_attn.kv_b_proj.weight)
+
+
+# What users do with generate. At full rank a converted model must say what its original says.
+K = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+def assisted(model):
+    assistant = copy.deepcopy(model)
+    torch.manual_seed(3)
+    for parameter in assistant.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return model.generate(IDS[:1], assistant_model=assistant, **K)
+
+
+def cropped(model):
+    cache = DynamicCache(config=model.config)
+    model(IDS[:1, :9], **with_cache(model, cache))
+    cache.crop(-3)
+    return model(IDS[:1, 6:10], **with_cache(model, cache)).logits.argmax(-1)
+
+
+def reused(model):
+    cache = DynamicCache(config=model.config)
+    first = model.generate(IDS[:1], past_key_values=cache, **K)
+    return model.generate(torch.cat([first, IDS[1:, :5]], dim=1), past_key_values=cache, **K)
+
+
+FEATURES = {
+    "beams": lambda model: model.generate(IDS, num_beams=3, num_return_sequences=2, **K),
+    "assisted": assisted,
+    "prompt lookup": lambda model: model.generate(IDS[:1].repeat(1, 2), prompt_lookup_num_tokens=3, **K),
+    "cropped": cropped,
+    "reused": reused,
+    "chunked prefill": lambda model: model.generate(IDS, prefill_chunk_size=5, **K),
+    "embeddings": lambda model: model.generate(inputs_embeds=model.get_input_embeddings()(IDS), **K),
+    "packed": lambda model: model(
+        IDS[:1], position_ids=torch.tensor([[*range(8), *range(9)]]), use_cache=False
+    ).logits.argmax(-1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_generation_in_all_ways(sources, convert_pico, name, feature):
+    ours = load(convert_pico(name, rank="full", rope_dim="full").out)
+    assert torch.equal(FEATURES[feature](ours), FEATURES[feature](load(sources(name))))
