@@ -38,6 +38,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         source = open_source(config.source, config.revision)
         config = towards(config, source)
         output.check_output(out, source.folder, config.overwrite)
+        # what is carried over is looked at now: hours later it would be too late to refuse it
+        licence, _ = source.license(), source.copied_files()
         plan = make_plan(config, source.shape)
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
         aside = sensitivity.aside_bytes(plan) if sensitivity.is_measured(plan, config) else 0
@@ -84,7 +86,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             streamed = [streams.eval_original.data, streams.eval_converted.data]
             losses = skeleton.token_losses(streamed, windows.measured)
         result = report.Report(
-            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, source.license()),
+            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, licence),
             # labels, not paths: a report is made to be published
             settings={**settings, **windows.labels(config)},
             versions=environment.versions(),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert.figures import REPORT, finite, mean
+from mla_convert.files import write_file
 from mla_convert.plan import AttentionShape, Plan
 
 SCHEMA = 1
@@ -38,6 +39,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     beyond: dict[str, Any] = field(default_factory=dict)  # added by `eval --into-report`
     heal: dict[str, Any] = field(default_factory=dict)  # added by `heal`
+    self_check: dict[str, Any] = field(default_factory=dict)  # what the folder was tried with before it got its name
     out: Path | None = None
 
     @property
@@ -49,14 +51,14 @@ class Report:
         """As written to report.json: without the local output path, NaN and infinity as null."""
         content = asdict(self)
         content.pop("out")
-        for added in ("beyond", "heal"):
+        for added in ("beyond", "heal", "self_check"):
             if not content[added]:
                 content.pop(added)
         return finite(content)
 
     def write(self, folder: Path) -> None:
         """Write report.json."""
-        (folder / REPORT).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_file(folder / REPORT, json.dumps(self.as_dict(), indent=2) + "\n")
 
 
 def source_figures(

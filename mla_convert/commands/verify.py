@@ -19,10 +19,10 @@ def verify(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check a converted folder: checksums, tensor names, shapes, values. Exit code 4 names the first fault."""
+    """Check every byte of a converted or exported folder, tensor names, shapes, values. Exit code 4 names the first fault."""
     silence_libraries(quiet)
     from mla_convert.report import human_bytes
-    from mla_convert.verify import Fault
+    from mla_convert.sums import Fault
     from mla_convert.verify import verify as verify_folder
 
     try:
@@ -45,6 +45,8 @@ def verify(
             "shards": found.shards,
             "tensors": found.tensors,
             "bytes": found.bytes,
+            "files": found.files,
+            "note": found.note,
         }
         typer.echo(json.dumps(content, indent=2))
     else:
@@ -52,3 +54,5 @@ def verify(
             f"{folder}: {found.shards} shards, {found.tensors} tensors, {human_bytes(found.bytes)}: checksums, names, "
             f"shapes and values are right"
         )
+        if found.note:
+            typer.echo(found.note)
