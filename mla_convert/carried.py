@@ -126,6 +126,16 @@ def without_code(name: str, content: bytes) -> bytes:
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
+def tokenizer_code(folder: Path) -> str | None:
+    """The class in the folder's own code that its tokenizer would be read by, if its settings name one."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_bytes())["auto_map"]["AutoTokenizer"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    names = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
+    return names[0][:80] if names else None
+
+
 def _stripped(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _stripped(item) for key, item in value.items() if key not in CODE_KEYS}

@@ -14,12 +14,14 @@ import psutil
 import torch
 
 from mla_convert.errors import ResourceError, UsageError
+from mla_convert.version import __version__
 
 
 def versions() -> dict[str, str]:
     """Versions of what shapes the result."""
-    names = ("mla_convert", "torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
-    found = {"python": platform.python_version()}
+    names = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
+    # our own from the code that runs: metadata of an editable install may be older
+    found = {"python": platform.python_version(), "mla_convert": __version__}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

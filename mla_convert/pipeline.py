@@ -10,6 +10,7 @@ import torch
 
 from mla_convert import environment, folder, layers, measure, report, selfwritten, sensitivity, texts
 from mla_convert.attention import mla_config
+from mla_convert.carried import tokenizer_code
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
 from mla_convert.engines.towards import towards
@@ -51,7 +52,11 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         check_conversion(config, longest)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest, source.shape.hidden_size)
     written = selfwritten.share(config, source, device)
-    for note in (notes := [*source.notes, *windows.notes]):
+    code = None if source.gguf else tokenizer_code(source.folder)
+    stock = [
+        f"the tokenizer of {source.name} names code of its own ({code}), which is not run: a class of transformers' reads it"
+    ]
+    for note in (notes := [*source.notes, *(stock if code else []), *windows.notes]):
         progress.note(note)
 
     refine = layers.refine_settings(config, device, tuple(windows.calib.shape), source.shape.hidden_size)

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from mla_convert.carried import carried_files, licence_files
+from mla_convert.carried import carried_files, licence_files, tokenizer_code
 from mla_convert.checkpoint.dequantise import DequantisedReader, can_dequantise
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
@@ -114,6 +114,11 @@ class Source:
         try:
             return read_tokenizer(self.folder, self.gguf)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if not self.gguf and (code := tokenizer_code(self.folder)):
+                raise InputError(
+                    f"the tokenizer of {self.name} is code of its own ({code}), which is never run, and no class of transformers' "
+                    f"reads it: give a checkpoint whose tokenizer does without"
+                ) from error
             raise InputError(f"{self.name} has no readable tokenizer ({one_line(error)})") from error
 
     def license(self) -> dict[str, Any]:

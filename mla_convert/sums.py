@@ -93,12 +93,13 @@ def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
         Fault: the first file that is not as it says.
     """
     stated, present, found = read(folder), listed(folder), {}
+    for name in present:
+        if name not in stated and name not in accept:
+            raise Fault(f"{name} is not listed in {SUMS}: it does not belong here", name)
     for name in stated:
         if name not in present:
             raise Fault(f"{name} is missing: {SUMS} lists it", name)
     for name in present:
-        if name not in stated and name not in accept:
-            raise Fault(f"{name} is not listed in {SUMS}: it does not belong here", name)
         found[name] = _digest(folder, name)
         if name not in accept and found[name] != stated[name]:
             raise Fault(
