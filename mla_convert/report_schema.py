@@ -126,8 +126,8 @@ _probe = _object({}, {"match": _mean, "log_probability": _mean})
 _cell = _object({}, {"match": _number, "log_probability": _number})
 _beyond = _object({}, {
     "next_token": _object({"kl": _mean, "agreement": _mean, "text": _words, "protocol": _words}),
-    "greedy": _object({"prompts": _count, "prompt_tokens": _count, "tokens": _count, "text": _words},
-                      {"prefix": _mean, "exact": _mean}),
+    "greedy": _object({"prompts": _count, "prompt_tokens": _count, "tokens": _count, "text": _words, "prefix": _mean,
+                       "exact": _mean}),
     "passkey": _object({"keys": _count, "guessing": _number}, {
         "lengths": _each(_object({"length": _count}, {"before": _probe, "after": _probe})),
         "results": _each(_object({"length": _count, "depth": _number}, {"before": _cell, "after": _cell})),
