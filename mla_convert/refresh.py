@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from mla_convert.code import code_files
 from mla_convert.environment import versions
 from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import REPORT, finite
-from mla_convert.files import recover, write_file
+from mla_convert.files import write_file
 from mla_convert.intact import EXPORT, check_intact, describing_file
 from mla_convert.page import PAGE, write_page
 from mla_convert.report_schema import check_report
-from mla_convert.revise import check_exchange, revised
+from mla_convert.revise import check_exchange, revised, tidy
 
 # Loads the folder that is about to be published and tries it; what it returns goes into the report as `self_check`.
 SelfCheck = Callable[[Path], dict[str, Any]]
@@ -30,15 +29,14 @@ BESIDE = (CARD, REPORT, PAGE, EXPORT, "model.safetensors.index.json", "config.js
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What a refresh changed: `written` and `removed` are names of files, empty where nothing was to do."""
+    """What a refresh wrote anew: names of files, none where nothing was to do."""
 
     folder: Path
     written: list[str]
-    removed: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """For `refresh --json`."""
-        return {"folder": str(self.folder), "written": self.written, "removed": self.removed}
+        return {"folder": str(self.folder), "written": self.written}
 
 
 def refresh(folder: Path, accept: Iterable[str] = (), self_check: SelfCheck | None = None) -> Refreshed:
@@ -53,8 +51,7 @@ def refresh(folder: Path, accept: Iterable[str] = (), self_check: SelfCheck | No
         UsageError: an accepted file that is not there, or that is a weight.
         ResourceError: the disk does not suffice.
     """
-    if not folder.is_dir() and os.path.lexists(folder.parent / f".{folder.name}.old"):
-        recover(folder)
+    tidy(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder of a converted model")
     accept = check_accepted(folder, accept)
@@ -66,21 +63,18 @@ def refresh(folder: Path, accept: Iterable[str] = (), self_check: SelfCheck | No
         and found.sealed
         and not any(found.digests[name] != stated for name, stated in sums.read(folder).items())
     ):
-        return Refreshed(folder, [], [])
+        return Refreshed(folder, [])
     check_exchange(folder)
     kind = describing_file(folder)
     with revised(folder) as staging:
         for name, content in changed.items():
             write_file(staging / name, content)
         _describe(staging, kind, found.report, accept, self_check(staging) if self_check else None)
-        before = {} if not found.sealed else sums.read(folder)
         kept = {name: digest for name, digest in found.digests.items() if name in found.checksums}
         sums.seal(staging, kept)
-        after = sums.read(staging)
-    written = sorted(
-        name for name, digest in after.items() if before.get(name) != digest and name not in found.checksums
-    )
-    return Refreshed(folder, [*written, sums.SUMS], [])
+        before, after = _digests(folder, found.digests), sums.read(staging)
+    written = sorted(name for name, digest in after.items() if before.get(name) != digest)
+    return Refreshed(folder, [*written, sums.SUMS])
 
 
 def check_accepted(folder: Path, accept: Iterable[str]) -> tuple[str, ...]:
@@ -124,6 +118,10 @@ def outdated(folder: Path) -> dict[str, bytes]:
             content = (folder / name).read_bytes()
             wanted[name] = carried.without_code(name, content)
     return {name: content for name, content in wanted.items() if _bytes(folder / name) != content}
+
+
+def _digests(folder: Path, known: dict[str, str]) -> dict[str, str]:
+    return {name: known.get(name) or sums.sha256(folder / name) for name in sums.listed(folder)}
 
 
 def _bytes(path: Path) -> bytes | None:

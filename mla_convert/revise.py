@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from mla_convert import sums
 from mla_convert.errors import InputError, ResourceError
-from mla_convert.files import on_disk, publish, recover, remove, write_file
+from mla_convert.files import aside, on_disk, publish, recover, remove, write_file
 from mla_convert.sums import SUMS
 
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV)
@@ -47,6 +47,20 @@ def revised(folder: Path) -> Iterator[Path]:
             remove(staging)
 
 
+def tidy(folder: Path) -> None:
+    """Away with what a run that was killed has left beside a folder; a folder that it had put aside comes back."""
+    folder = Path(os.path.realpath(folder))
+    if any(map(os.path.lexists, (staging_folder(folder), aside(folder), lock_file(folder)))) and can_exchange(folder):
+        with locked(folder), on_disk(folder.name, folder.parent):
+            recover(folder)
+            remove(staging_folder(folder))
+
+
+def lock_file(folder: Path) -> Path:
+    """What is locked while a folder is written."""
+    return folder.parent / f".{folder.name}.lock"
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else of ours writes to that folder meanwhile.
@@ -54,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ResourceError: somebody does, or its parent cannot be written.
     """
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    lock = FileLock(lock_file(folder))
     try:
         lock.acquire(timeout=0)
     except Timeout:

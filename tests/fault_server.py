@@ -26,7 +26,7 @@ def child(asked, out, err):
     try:
         os.dup2(out, 1)
         os.dup2(err, 2)
-        sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))
+        sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
         sys.argv = ["mla-convert", *asked["argv"]]
         layer.fault_arm(asked["below"].encode(), ctypes.c_long(asked["at"]), asked["kind"])
         mla_convert.cli.main()

@@ -178,7 +178,7 @@ def small_text(text, work):
     return path
 
 
-JOBS = {"convert": 4, "convert over": 2, "export": 3, "refresh": 5, "heal": 1}
+JOBS = {"convert": 2, "convert over": 1, "export": 1, "refresh": 2, "heal": 0}
 
 
 @pytest.mark.parametrize("name", JOBS)

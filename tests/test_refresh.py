@@ -107,7 +107,7 @@ def test_changed_on_purpose(folder, cli):
     (folder / "README.md").write_text("# mine\n")
     assert cli("verify", folder)[0] == INPUT
     assert cli("refresh", folder)[0] == INPUT
-    code, out, err = cli("refresh", folder, "--accept", "README.md")
+    code, _out, err = cli("refresh", folder, "--accept", "README.md")
     assert code == 0 and not err
     assert (folder / "README.md").read_text() == "# mine\n" and cli("verify", folder)[0] == 0
     for name in ("modeling_mla.py", "report.json", "config.json", "nothing.md", "../x", "LICENSE"):
@@ -183,9 +183,9 @@ def test_two_at_once(old):
 
 
 def test_not_a_folder(cli, tmp_path):
-    code, out, err = cli("refresh", tmp_path / "nowhere")
+    code, _, err = cli("refresh", tmp_path / "nowhere")
     assert code == INPUT and len(err.splitlines()) == 1
-    code, out, err = cli("refresh", tmp_path)
+    code, _out, err = cli("refresh", tmp_path)
     assert code == INPUT and "report.json is missing" in err
 
 

@@ -295,8 +295,9 @@ def whole(folder):
         "bench": {"device": "a card", "decode": [{"context": 8192, "before": 1000.0, "after": 2500.0}]},
         "beyond": {
             "next_token": {"kl": mean, "agreement": mean, "text": "t", "protocol": "p"},
-            "tasks": {"harness": "1", "limit": None, "results": {"arc": {"metrics": {"acc": {"before": mean, "after": mean}}}}},
-            "passkey": {"keys": 2, "guessing": -11.5, "results": [{"length": 64, "depth": 0.5, "before": {"match": 1}, "after": {}}]},
+            "tasks": {"harness": "1", "limit": 5, "results": {"arc": {"metrics": {"acc": {"before": mean, "after": mean}}}}},
+            "passkey": {"keys": 2, "guessing": -11.5,
+                        "results": [{"length": 64, "depth": 0.5, "before": {"match": 1}, "after": {}}]},
         },
     }  # fmt: skip
 
@@ -362,8 +363,10 @@ CARDS = [
     ("license: &a [*a]", None), ("license: 'a\n\n  b'", None), ("license: \"a`b\"", None), ("license: '<script>'", None),
     ("license: mit\nlicense_name: [x]\nlicense_link: 5", "mit"), ("license: mit\nlicense_link: 'x) [y](z'", "mit"),
     ("license: " + "x" * 999, None), ("- a\n- b", None), ("license: \"\\u0000\"", None), ("license: mit\nlicense: other", "other"),
-    ("license: other\nlicense_name: '---'\nlicense_link: LICENSE", "other"), ("a: " + "[" * 3000, None), ("license: \"\\ud800\"", None),
-    ("license: 1__9:30:99999999999999999999", "1__9:30:99999999999999999999"), ("tags: !!binary x\nlicense: mit", None), ("? !!set\n: 1", None),
+    ("license: other\nlicense_name: '---'\nlicense_link: LICENSE", "other"), ("a: " + "[" * 3000, None),
+    ("license: \"\\ud800\"", None),
+    ("license: 1__9:30:99999999999999999999", "1__9:30:99999999999999999999"),
+    ("tags: !!binary x\nlicense: mit", None), ("? !!set\n: 1", None),
 ]  # fmt: skip
 
 
@@ -383,8 +386,10 @@ def test_odd_cards(folder, tmp_path, metadata, expected):
     assert ModelCard.load(tmp_path / "README.md").data.license == (expected or "unknown")
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe---\nlicense: mit\n---\n", b"\xef\xbb\xbf---\nlicense: mit\n---\n", b"---\r\nlicense: mit\r\n---\r\n",
-                                     b"---\nlicense: mit\n", b"", gzip.compress(b"x"), b"---\n---\n"])  # fmt: skip
+@pytest.mark.parametrize("content", [
+    b"\xff\xfe---\nlicense: mit\n---\n", b"\xef\xbb\xbf---\nlicense: mit\n---\n", b"---\r\nlicense: mit\r\n---\r\n",
+    b"---\nlicense: mit\n", b"", gzip.compress(b"x"), b"---\n---\n",
+])  # fmt: skip
 def test_cards_in_odd_bytes(tmp_path, content):
     (tmp_path / "README.md").write_bytes(content)
     assert read_licence(tmp_path)["license"] in ("mit", None)

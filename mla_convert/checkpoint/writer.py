@@ -23,6 +23,7 @@ from mla_convert.checkpoint.reader import INDEX, Reader
 from mla_convert.errors import InputError, ResourceError
 from mla_convert.figures import REPORT
 from mla_convert.files import disk_error, on_disk, permissions, publish, recover, remove, write_file
+from mla_convert.revise import lock_file, staging_folder
 from mla_convert.sums import seal, sha256
 
 JOURNAL = "journal.jsonl"
@@ -80,7 +81,7 @@ class Writer:
         self.out = out
         self.folder = out.parent / f".{out.name}.partial"
         self._identity = json.dumps(identity, sort_keys=True, default=str)
-        self._lock = FileLock(out.parent / f".{out.name}.lock")
+        self._lock = FileLock(lock_file(out))
         self._made = [path for path in out.absolute().parents if not path.exists()]
         self.finished: dict[str, dict] = {}
 
@@ -102,6 +103,7 @@ class Writer:
                 f"another conversion is writing {self.out}: wait for it, or choose another --out"
             ) from None
         recover(self.out)
+        remove(staging_folder(self.out))
         self.finished = self._resume()
         if not self.finished:
             shutil.rmtree(self.folder, ignore_errors=True)
