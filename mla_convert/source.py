@@ -36,7 +36,8 @@ from mla_convert.licence import read_licence
 from mla_convert.plan import AttentionShape
 
 PACKAGE = "package:"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "ATTRIBUTION*",
+             "COPYING*", "USE_POLICY*"]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
             f"output folder {out} exists and is not a converted model: choose another, or give --overwrite"
         )
     try:
-        # a name of its own: several processes of one run look at once
-        with tempfile.NamedTemporaryFile(dir=existing_parent(out), prefix=f".{out.name[:32]}."):
+        # without a name, where the system can: nothing is left of it, and several processes of one run look at once
+        with tempfile.TemporaryFile(dir=existing_parent(out)):
             pass
     except OSError as error:
         raise ResourceError(f"cannot write in {out.parent} ({error.strerror}): choose another --out") from error
@@ -115,7 +115,7 @@ class Writer:
     def _sweep(self) -> None:
         """Away with what a run that was killed left half-written: all but finished shards is made again."""
         for path in self.folder.iterdir():
-            if path.name not in self.finished:
+            if path.name not in self.finished and path.name != JOURNAL:
                 remove(path)
 
     def __exit__(self, kind, error, trace) -> None:
