@@ -106,7 +106,7 @@ def publish(made: Path, out: Path) -> None:
     if not os.path.lexists(out):
         made.rename(out)
     elif exchange(made, out):
-        made.rename(old)
+        remove(made)  # which is the old folder now
     else:
         out.rename(old)
         try:

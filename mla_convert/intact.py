@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,10 @@ def check_intact(folder: Path, accept: Iterable[str] = ()) -> Intact:
         Fault: the first file that is changed, missing or more.
     """
     file = describing_file(folder)
-    sealed = (folder / SUMS).exists()
-    digests = sums.check(folder, accept) if sealed else {}
+    # a link that leads nowhere is there, and read as damaged
+    digests = sums.check(folder, accept) if os.path.lexists(folder / SUMS) else {}
     report = _report(folder, file)
-    sums.is_sealed(folder, report, file)
+    sealed = sums.is_sealed(folder, report, file)
     checksums = _checksums(report, file)
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
@@ -72,7 +73,7 @@ def check_input(folder: Path) -> str | None:
     Raises:
         Fault: the first file that is changed, missing or more.
     """
-    if not any((folder / file).exists() for file in (SUMS, REPORT, EXPORT)):
+    if not any(os.path.lexists(folder / file) for file in (SUMS, REPORT, EXPORT)):
         return f"{folder} has no {REPORT} and no {SUMS}: its bytes are taken as they are"
     return check_intact(folder).note(folder)
 

@@ -95,7 +95,8 @@ def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
     stated, present, found = read(folder), listed(folder), {}
     for name in present:
         if name not in stated and name not in accept:
-            raise Fault(f"{name} is not listed in {SUMS}: it does not belong here", name)
+            shown = name if NAME.fullmatch(name) else ascii(name[:100])
+            raise Fault(f"{shown} is not listed in {SUMS}: it does not belong here", name)
     for name in stated:
         if name not in present:
             raise Fault(f"{name} is missing: {SUMS} lists it", name)

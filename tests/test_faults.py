@@ -155,7 +155,18 @@ def jobs(server, sources, converted, text, tmp_path_factory):
             return Job(
                 server,
                 work,
-                lambda out: ["export", converted, "--profile", "hf-code", "--pad", "none", "--out", out, "--overwrite", "-q"],
+                lambda out: [
+                    "export",
+                    converted,
+                    "--profile",
+                    "hf-code",
+                    "--pad",
+                    "none",
+                    "--out",
+                    out,
+                    "--overwrite",
+                    "-q",
+                ],
             )
         if name == "refresh":
             return Job(server, work, lambda out: ["refresh", out, "-q"], old(work / "old"))

@@ -353,6 +353,17 @@ def test_sums_have_one_form(folder, change):
     assert fault(folder).file == SUMS
 
 
+def test_sums_that_lead_nowhere(folder, tmp_path):
+    (folder / SUMS).unlink()
+    (folder / SUMS).symlink_to(tmp_path / "nowhere")
+    assert fault(folder).file == SUMS
+
+
+def test_file_more_by_an_unprintable_name(folder):
+    (folder / "a\nb\x1b[0m\udcff").write_text("x")
+    assert "\\n" in str(fault(folder)) and str(fault(folder)).isprintable()
+
+
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="there is no sha256sum")
 def test_sums_are_what_sha256sum_reads(folder):
     done = subprocess.run(["sha256sum", "-c", SUMS], cwd=folder, capture_output=True, text=True)

@@ -158,7 +158,8 @@ def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
     report = read_report(folder)
     if not isinstance(report.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
         raise InputError(f"{config.folder} is not the folder of a converted model")
-    check_unknown(folder, report["checksums"])
+    if config.out is None or os.path.realpath(config.out) == str(folder):
+        check_unknown(folder, report["checksums"])  # what is not written again would be lost
     return folder, report
 
 
