@@ -10,6 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mla_convert import beyond
 from mla_convert.figures import calibration_words
+from mla_convert.files import write_file
+from mla_convert.licence import CARD
 from mla_convert.report import Report, rows
 
 BODY = """
@@ -53,6 +55,11 @@ DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?@(?P<sp
 
 def write_card(report: Report, folder: Path) -> None:
     """Write README.md into the folder of a converted model."""
+    write_file(folder / CARD, card_text(report))
+
+
+def card_text(report: Report) -> str:
+    """The content of README.md."""
     source, evaluation, cache = report.source, report.evaluation, report.cache
     on_hub = source["revision"] is not None
     link = f"[{source['name']}](https://huggingface.co/{source['name']}), at revision `{source['revision']}`,"
@@ -77,9 +84,7 @@ def write_card(report: Report, folder: Path) -> None:
         tried=_tried(report.self_check),
         licence=_licence(source),
     )
-    (folder / "README.md").write_text(
-        str(ModelCard(f"---\n{_metadata(report, on_hub).to_yaml()}\n---\n{body}")), encoding="utf-8"
-    )
+    return str(ModelCard(f"---\n{_metadata(report, on_hub).to_yaml()}\n---\n{body}"))
 
 
 def _metadata(report: Report, on_hub: bool) -> ModelCardData:

@@ -16,6 +16,7 @@ from mla_convert.errors import InputError
 from mla_convert.figures import mean
 from mla_convert.planning import shape_figures
 from mla_convert.report import human_bytes
+from mla_convert.report_schema import check_report
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import Source, locate, open_source
 
@@ -45,6 +46,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
             source.reader.dtype(tensor)  # refuses what is quantised
         Skeleton(source, torch.device("cpu"))  # refuses missing and misshapen tensors
         source.tokenizer()
+        source.copied_files()  # refuses links to what is not the checkpoint's
     return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
 
 
@@ -118,6 +120,7 @@ def _converted(label: str, revision: str | None, config: dict[str, Any], report:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"config.json of {label} lacks what a converted model has ({error!r})") from error
     try:
+        check_report(report)
         evaluation = report["evaluation"]
         result["report"] = {
             "source": report["source"]["name"],
@@ -130,7 +133,7 @@ def _converted(label: str, revision: str | None, config: dict[str, Any], report:
             "calibration": report["calibration"]["protocol"],
             "converted_by": f"mla_convert {report['versions']['mla_convert']}",
         }
-    except (KeyError, TypeError, ValueError):
+    except (InputError, KeyError, TypeError, ValueError):
         pass  # a folder without a whole report: what its configuration says stands
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import struct
 import warnings
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
+from mla_convert.checkpoint.reader import INDEX, SINGLE, is_plain_name
 from mla_convert.config import find_recipe, recipe_files
 from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.figures import look_up
-from mla_convert.source import PACKAGE, Place, load_config, locate
+from mla_convert.source import PACKAGE, Place, load_config, locate, read_tokenizer
 
 PREFIX = "mla_"  # of a converted model's model_type
 EXPORTED = "mla_convert"  # key of an exported model's config.json
@@ -66,7 +68,7 @@ def model_config(place: Place) -> PreTrainedConfig:
     if not place.gguf:
         return load_config(place.folder, place.label)
     with _readable(place.label):
-        return AutoConfig.from_pretrained(place.folder, gguf_file=place.gguf)
+        return AutoConfig.from_pretrained(place.folder, gguf_file=place.gguf, trust_remote_code=False)
 
 
 def is_converted(config: PreTrainedConfig) -> bool:
@@ -81,7 +83,7 @@ def load_tokenizer(place: Place) -> Any:
         InputError: it has none that transformers can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+        return read_tokenizer(place.folder, place.gguf)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{place.label} has no readable tokenizer ({one_line(error)})") from error
 
@@ -100,7 +102,10 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
         )
     if place.gguf and dtype == "auto":
         dtype = torch.float32
-    options = _gguf(place) if place.gguf else {"use_safetensors": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": False, **_gguf(place)}
+    if not place.gguf:
+        check_weight_files(place)
+        options["use_safetensors"] = True
     with _readable(place.label), quietly():
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, **options
@@ -111,6 +116,29 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
             f"tensor {min(info['missing_keys'])} is missing from {place.label}: fetch the checkpoint again"
         )
     return model.eval().requires_grad_(False).to(device)
+
+
+def check_weight_files(place: Place) -> None:
+    """Refuse a folder that would lead transformers to weights that are no safetensors file in it: to a pickle, say.
+
+    Raises:
+        InputError: its index, or its configuration, names such a file.
+    """
+    index = getattr(model_config(place), "transformers_weights", None)
+    if index is None and not (place.folder / SINGLE).exists():
+        index = INDEX
+    files = {index or SINGLE}
+    if index and (place.folder / str(index)).is_file() and str(index).endswith(".index.json"):
+        try:
+            files = set(json.loads((place.folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} in {place.label} is not a shard index ({error!r}): fetch it again") from error
+    for file in files - {INDEX}:
+        if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(".safetensors"):
+            raise InputError(
+                f"{place.label} names {file!r} as a file of its weights, and only safetensors files in the folder are read: "
+                f"anything else could run code"
+            )
 
 
 def _gguf(place: Place) -> dict[str, str]:

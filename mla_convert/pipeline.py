@@ -11,6 +11,7 @@ import torch
 
 from mla_convert import environment, folder, layers, measure, report, selfwritten, sensitivity, texts
 from mla_convert.attention import mla_config
+from mla_convert.carried import tokenizer_code
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
 from mla_convert.engines.towards import towards
@@ -39,6 +40,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         source = open_source(config.source, config.revision)
         config = towards(config, source)
         output.check_output(out, source.folder, config.overwrite)
+        # what is carried over is looked at now: hours later it would be too late to refuse it
+        licence, _ = source.license(), source.copied_files()
         plan = make_plan(config, source.shape)
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
         aside = sensitivity.aside_bytes(plan) if sensitivity.is_measured(plan, config) else 0
@@ -50,7 +53,11 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         check_conversion(config, longest)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest, source.shape.hidden_size)
     written = selfwritten.share(config, source, device)
-    for note in (notes := [*source.notes, *windows.notes]):
+    code = None if source.gguf else tokenizer_code(source.folder)
+    stock = [
+        f"the tokenizer of {source.name} names code of its own ({code}), which is not run: a class of transformers' reads it"
+    ]
+    for note in (notes := [*source.notes, *(stock if code else []), *windows.notes]):
         progress.note(note)
     if untried := environment.untried():
         warnings.warn(untried, stacklevel=2)
@@ -88,7 +95,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             streamed = [streams.eval_original.data, streams.eval_converted.data]
             losses = skeleton.token_losses(streamed, windows.measured)
         result = report.Report(
-            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, source.license()),
+            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, licence),
             # labels, not paths: a report is made to be published
             settings={**settings, **windows.labels(config)},
             versions=environment.versions(),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert.figures import REPORT, finite, mean
+from mla_convert.files import write_file
 from mla_convert.plan import AttentionShape, Plan
 
 SCHEMA = 1
@@ -57,7 +58,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write report.json."""
-        (folder / REPORT).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_file(folder / REPORT, json.dumps(self.as_dict(), indent=2) + "\n")
 
 
 def source_figures(

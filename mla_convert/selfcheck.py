@@ -21,17 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
+from mla_convert.code import code_files
 from mla_convert.environment import device_name, versions
 from mla_convert.errors import MlaConvertError, ResourceError, one_line
 from mla_convert.loading import is_converted, quietly
-from mla_convert.modeling import configuration_mla, decode_mla, modeling_mla
+from mla_convert.modeling import modeling_mla
 from mla_convert.source import load_config
 
-# Files that stand beside the weights: of a converted model, and of one exported with code.
-CODE = (
-    tuple(Path(module.__file__) for module in (configuration_mla, decode_mla, modeling_mla)),
-    (Path(modeling_mla.__file__).parents[1] / "engines" / "modeling_mla_served.py",),
-)
 # Tokens of the prompt and generated: more and fewer than the number of queries up to which attention is absorbed.
 PROMPT, NEW = modeling_mla.MAX_ABSORBED_QUERIES + 4, 6
 # Logits with and without a cache may differ by this share of their range: what rounding comes to, and no more.
@@ -95,10 +91,10 @@ def _failed(what: str) -> str:
     )
 
 
-def own_code(folder: Path) -> tuple[Path, ...]:
-    """The files of this version that the Python files in a folder are, byte for byte; none, if some are not."""
+def own_code(folder: Path) -> list[str]:
+    """Names of the Python files in a folder, if they are, byte for byte, this version's for converted or exported models."""
     files = {path.name: path.read_bytes() for path in folder.glob("*.py")}
-    return next((own for own in CODE if files == {path.name: path.read_bytes() for path in own}), ())
+    return sorted(files) if files in (code_files(), code_files(exported=True)) else []
 
 
 def _load(folder: Path, device: torch.device) -> tuple[nn.Module, int, int]:
@@ -140,7 +136,7 @@ def _classes(folder: Path) -> tuple[PreTrainedConfig, Any]:
     return model.config_class.from_pretrained(folder), model
 
 
-def _import_package(folder: Path, code: tuple[Path, ...]) -> dict[str, Any]:
+def _import_package(folder: Path, code: list[str]) -> dict[str, Any]:
     """The modules of a folder, as parts of a package of their own, by name: as transformers imports them."""
     name = "mla_checked"
     for known in [key for key in sys.modules if key.partition(".")[0] == name]:
@@ -150,7 +146,8 @@ def _import_package(folder: Path, code: tuple[Path, ...]) -> dict[str, Any]:
     sys.modules[name] = package
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder gets no file that it is not to have
     try:
-        return {path.stem: importlib.import_module(f"{name}.{path.stem}") for path in code}
+        stems = [file.removesuffix(".py") for file in code]
+        return {stem: importlib.import_module(f"{name}.{stem}") for stem in stems}
     finally:
         sys.dont_write_bytecode = writes
 

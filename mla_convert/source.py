@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from accelerate import init_empty_weights
 from gguf import GGUFReader
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -26,19 +25,19 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from mla_convert.carried import carried_files, licence_files, tokenizer_code
 from mla_convert.checkpoint.dequantise import DequantisedReader, can_dequantise
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
 from mla_convert.config import unknown_source
 from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.families import FAMILIES, Family, find_family
+from mla_convert.licence import read_licence
 from mla_convert.plan import AttentionShape
 
 PACKAGE = "package:"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
-# What is carried over as it is; weights, indices and anything executable are not.
-COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-          "generation_config.json", "*.model", "LICENSE*", "NOTICE*", "ATTRIBUTION*")  # fmt: skip
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "ATTRIBUTION*",
+             "COPYING*", "USE_POLICY*"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,22 +113,21 @@ class Source:
             InputError: it has none that transformers can read.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.folder, **({"gguf_file": self.gguf} if self.gguf else {}))
+            return read_tokenizer(self.folder, self.gguf)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if not self.gguf and (code := tokenizer_code(self.folder)):
+                raise InputError(
+                    f"the tokenizer of {self.name} is code of its own ({code}), which is never run, and no class of transformers' "
+                    f"reads it: give a checkpoint whose tokenizer does without"
+                ) from error
             raise InputError(f"{self.name} has no readable tokenizer ({one_line(error)})") from error
 
     def license(self) -> dict[str, Any]:
         """What the source's model card says of its licence: `license`, and `license_name` and `license_link` if it does.
 
-        Nothing is made up: without a card, or a licence in it, `license` is None.
+        Nothing is made up: without a card, or a licence in it that can be carried over, `license` is None.
         """
-        try:
-            data = ModelCard.load(self.folder / "README.md").data.to_dict()
-        except (OSError, ValueError, yaml.YAMLError):
-            data = {}
-        found = {key: data[key] for key in ("license_name", "license_link") if isinstance(data.get(key), str)}
-        named = data.get("license")
-        return {"license": named if isinstance(named, str | list) else None, **found}
+        return read_licence(self.folder)
 
     def fingerprint(self) -> list[Any]:
         """What changes when the weights or the configuration do: names, sizes and times of the files they come from."""
@@ -138,12 +136,16 @@ class Source:
         return [self.name, self.revision, stats, self.config.to_json_string()]
 
     def copied_files(self) -> list[Path]:
-        """Tokenizer, generation and licence files that are carried over as they are."""
+        """Tokenizer, generation and licence files that are carried over.
+
+        Raises:
+            InputError: one of them is a link to something outside the folder.
+        """
         if self.gguf:
             return []
-        found = {path for pattern in COPIED for path in self.folder.glob(pattern) if path.is_file()}
+        found = carried_files(self.folder)
         if (self.folder.parent / "__init__.py").exists():  # a packaged checkpoint: its licence stands beside it
-            found |= {path for pattern in ("LICENSE*", "ATTRIBUTION*") for path in self.folder.parent.glob(pattern)}
+            found += licence_files(self.folder.parent)
         return sorted(found)
 
     def generation_config(self) -> GenerationConfig:
@@ -287,13 +289,15 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _open_gguf(path: Path, weights: bool) -> Source:
     try:
         if not weights:
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
             _forget_packing(config)
             family = find_family(config.model_type)
             family.check(config, path.name)
             return Source(path.name, None, path.parent, path.name, config, family, _expected(config, path.name))
         # transformers dequantises a GGUF file as a whole: these sources are held in memory
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
     _forget_packing(model.config)
@@ -313,7 +317,7 @@ def _first_token_notes(path: Path) -> tuple[str, ...]:
     if wanted is None or token is None or not wanted.contents():
         return ()
     try:
-        first = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)("")["input_ids"][:1]
+        first = read_tokenizer(path.parent, path.name)("")["input_ids"][:1]
     except (OSError, ValueError, KeyError, TypeError):
         return ()  # `Source.tokenizer` says so where one is needed
     if first == [token.contents()]:
@@ -329,6 +333,14 @@ def _forget_packing(config: PreTrainedConfig) -> None:
     """Take out of a configuration that its weights came packed in a GGUF file: what is read, and written, is not."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+def read_tokenizer(folder: Path, gguf: str | None = None) -> Any:
+    """The tokenizer of a folder or GGUF file, by a class of transformers': code of the folder's own is never run.
+
+    Without `trust_remote_code=False` transformers asks on stdin whether to run it.
+    """
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {}))
 
 
 def load_config(folder: Path, label: str) -> PreTrainedConfig:

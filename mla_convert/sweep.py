@@ -25,11 +25,13 @@ from mla_convert.checkpoint.writer import check_output
 from mla_convert.config import ConvertConfig
 from mla_convert.errors import GateFailed, InputError, MlaConvertError
 from mla_convert.figures import REPORT, find_report, finite, read_report
-from mla_convert.page import PAGE, write_page, write_sweep_page
+from mla_convert.files import publish
+from mla_convert.page import PAGE, page_text, write_sweep_page
 from mla_convert.pipeline import convert
 from mla_convert.plan import make_plan
 from mla_convert.progress import Progress
 from mla_convert.report import ratio_error, ratio_words
+from mla_convert.revise import replace_files
 from mla_convert.source import Source, open_source
 from mla_convert.texts import FROM_CALIB
 
@@ -264,20 +266,15 @@ def _check_folder(folder: Path) -> None:
 
 def _publish(made: Path, out: Path, points: list[dict[str, Any]]) -> None:
     """A finished conversion, with the frontier in its report, under a name that it gets only when all of it is there."""
-    draft, old = out.parent / f".{out.name}.draft", out.parent / f".{out.name}.old"
-    for path in (draft, old):
-        shutil.rmtree(path, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.parent / f".{out.name}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(made, draft)
         report = read_report(draft)
         report["sweep"] = [{key: entry[key] for key in ("numbers", "share", "ratio", "stderr")} for entry in points]
-        (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        write_page(report, draft / PAGE)
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_files(draft, {REPORT: json.dumps(report, indent=2) + "\n", PAGE: page_text(report)})
+        publish(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import mla_convert.pipeline
 from mla_convert import errors
 from mla_convert.cli import EXIT_CODES
+from mla_convert.sums import seal
 
 PAGE = (Path(__file__).parents[1] / "docs" / "exit-codes.md").read_text()
 MEANINGS, TABLE = (
@@ -86,6 +87,25 @@ class World:
         file.write_bytes(file.read_bytes()[:-1] + b"?")
         return ("verify", self.converted)
 
+    def own_tokenizer(self):
+        own = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+        self.json(self.source / "config.json", model_type="smollm3")
+        self.json(self.source / "tokenizer_config.json", **own)
+        return (self.source, *self.small())
+
+    def link(self):
+        (self.path / "secret").write_text("x")
+        (self.source / "LICENSE").symlink_to(self.path / "secret")
+        return (self.source, *self.small())
+
+    def others(self):
+        (self.converted / "SHA256SUMS").unlink()
+        (self.converted / "notes.txt").write_text("x")
+        report = json.loads((self.converted / "report.json").read_text())
+        report["versions"]["mla_convert"] = "0.1.0"
+        (self.converted / "report.json").write_text(json.dumps(report))
+        return ("refresh", self.converted)
+
     def family(self):
         self.json(self.source / "config.json", model_type="mamba")
         return (self.source, *self.small())
@@ -116,6 +136,7 @@ class World:
     def private(self):
         with open(self.converted / "README.md", "a") as card:
             card.write("/home/somebody/models")
+        seal(self.converted)
         return self.push()
 
     def push(self, repo=REPO, *options):
@@ -169,6 +190,9 @@ CASES = {
     "a recipe with a key that no recipe has": lambda w: w.recipe(),
     "an output folder that holds something else": lambda w: w.occupied(),
     "a converted folder that was changed": lambda w: w.changed(),
+    "a tokenizer that is code of its own": lambda w: w.own_tokenizer(),
+    "a source with a link to something outside of it": lambda w: w.link(),
+    "a refresh of a folder with files of somebody else's": lambda w: w.others(),
     "healing that gains nothing": lambda world: world.heal("--lr", 1, "--patience", 1),
     "a push of an unfinished conversion": lambda w: w.unfinished(),
     "a push of something private": lambda w: w.private(),

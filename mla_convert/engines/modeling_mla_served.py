@@ -122,7 +122,7 @@ class MlaServedRotaryEmbedding(DeepseekV3RotaryEmbedding):
     """Angles of all layers' tables one after another, each table twice as the stock class has it: (B, T, tables * 2m)."""
 
     @staticmethod
-    def compute_default_rope_parameters(config, **_):
+    def compute_default_rope_parameters(config, *_, **__):
         """inv_freq (tables * 2m,) in radians per position, and no scaling."""
         tables = torch.tensor(config.mla_inv_freq, dtype=torch.float)
         return torch.cat([tables, tables], dim=-1).flatten(), 1.0
