@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
+from mla_convert.checkpoint.files import refuse_adapter, weight_files
+from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.config import find_recipe, recipe_files
 from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.figures import look_up
@@ -30,6 +32,7 @@ def find_model(name: str, revision: str | None = None) -> Place:
     """
     recipe = None if Path(name).expanduser().exists() else find_recipe(name)
     place = locate(recipe.source, recipe.revision) if recipe else locate(name, revision)
+    refuse_adapter(place.folder, place.label)
     if not place.gguf and not (place.folder / "config.json").is_file():
         raise InputError(f"{place.label} has no config.json: give a folder that holds a transformers checkpoint")
     return place
@@ -57,15 +60,14 @@ def find_original(report: dict[str, Any]) -> Place | None:
 
 
 def model_config(place: Place) -> PreTrainedConfig:
-    """The model's configuration. For GGUF, transformers reads it from the file.
+    """The model's configuration; that of a GGUF file is made of its metadata.
 
     Raises:
         InputError: it cannot be read.
     """
     if not place.gguf:
         return load_config(place.folder, place.label)
-    with _readable(place.label):
-        return AutoConfig.from_pretrained(place.folder, gguf_file=place.gguf)
+    return open_gguf(place.folder / place.gguf).config
 
 
 def is_converted(config: PreTrainedConfig) -> bool:
@@ -97,13 +99,16 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
             f"{place.label} is exported for engines (profile {exported.get('profile')}), and transformers' own classes would "
             f"misread it: give the converted model that it was made from"
         )
-    if place.gguf and dtype == "auto":
-        dtype = torch.float32
-    options = _gguf(place) if place.gguf else {"use_safetensors": True, "trust_remote_code": False}
+    if place.gguf:
+        with _no_bars():
+            model = open_gguf(place.folder / place.gguf).load(torch.float32 if dtype == "auto" else dtype)
+        return model.eval().requires_grad_(False).to(device)
+    weight_files(place.folder)  # refuses pickles, which transformers would read where an index names them
     with _readable(place.label), _no_bars():
         model, info = AutoModelForCausalLM.from_pretrained(
-            place.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, **options
-        )
+            place.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, use_safetensors=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     # transformers makes up what it does not find, and says so only in its log
     if info["missing_keys"]:
         raise InputError(
