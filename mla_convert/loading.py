@@ -33,8 +33,11 @@ def find_model(name: str, revision: str | None = None) -> Place:
     recipe = None if Path(name).expanduser().exists() else find_recipe(name)
     place = locate(recipe.source, recipe.revision) if recipe else locate(name, revision)
     refuse_adapter(place.folder, place.label)
-    if not place.gguf and not (place.folder / "config.json").is_file():
+    if place.gguf:
+        return place
+    if not (place.folder / "config.json").is_file():
         raise InputError(f"{place.label} has no config.json: give a folder that holds a transformers checkpoint")
+    weight_files(place.folder)  # refuses pickles, which transformers would read where an index names them
     return place
 
 
@@ -93,21 +96,22 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
     Raises:
         InputError: its weights are missing, damaged, of other shapes than its configuration says, or pickled.
     """
-    exported = None if place.gguf else getattr(model_config(place), EXPORTED, None)
+    if place.gguf:
+        with _no_bars():
+            model = open_gguf(place.folder / place.gguf).load(torch.float32 if dtype == "auto" else dtype)
+        return model.eval().requires_grad_(False).to(device)
+    config = model_config(place)
+    exported = getattr(config, EXPORTED, None)
     if isinstance(exported, dict) and exported.get("profile") != "portable":
         raise InputError(
             f"{place.label} is exported for engines (profile {exported.get('profile')}), and transformers' own classes would "
             f"misread it: give the converted model that it was made from"
         )
-    if place.gguf:
-        with _no_bars():
-            model = open_gguf(place.folder / place.gguf).load(torch.float32 if dtype == "auto" else dtype)
-        return model.eval().requires_grad_(False).to(device)
-    weight_files(place.folder)  # refuses pickles, which transformers would read where an index names them
+    weight_files(place.folder)  # as find_model does, for those who know the folder already
     with _readable(place.label), _no_bars():
         model, info = AutoModelForCausalLM.from_pretrained(
-            place.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, use_safetensors=True,
-            trust_remote_code=False,
+            place.folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False,
+            use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
     # transformers makes up what it does not find, and says so only in its log
     if info["missing_keys"]:

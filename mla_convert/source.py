@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from mla_convert.checkpoint.dequantise import DequantisedReader, can_dequantise
-from mla_convert.checkpoint.files import refuse_adapter
+from mla_convert.checkpoint.dequantise import DequantisedReader, take_quantization
+from mla_convert.checkpoint.files import INDEX, SINGLE, refuse_adapter
 from mla_convert.checkpoint.gguf_file import gguf_parts, is_gguf
 from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.checkpoint.layout import ModelReader
@@ -175,8 +175,9 @@ class Source:
 def open_source(name: str, revision: str | None = None, weights: bool = True) -> Source:
     """Open a source lazily: configuration and tensor headers are read, no weights (GGUF files excepted).
 
-    Without `weights` only its configuration is read (from the Hub: config.json alone; of a GGUF file: its metadata).
-    Its tensors are then those that the configuration asks for, on the meta device.
+    Without `weights` only its configuration is read (from the Hub: config.json alone; of a GGUF file: its metadata), and
+    compared with the headers of weights that lie beside it. Its tensors are then those that the configuration asks for, on
+    the meta device.
 
     Raises:
         InputError: not found, not a checkpoint, architecture not supported, files missing or damaged.
@@ -249,23 +250,31 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     notes = [f"{label} is multimodal ({model_type}): only its language model is converted"] if part else []
     with makes_sense(label):
         config = _read_config(folder, label, part)
-        quantization = _quantization(config, label)
+        quantization = take_quantization(config, label)
         family.check(config, label)
         expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
         notes += check_classes(content, expected.model, label, part)
         source = Source(label, revision, folder, None, config, family, expected, tuple(notes))
-        _ = source.shape, source.sliding_windows  # refuses sizes that are no numbers
-    return _with_weights(source, expected, quantization, part) if weights else source
+        _check_derived(source)
+    if weights or (revision is None and any((folder / name).is_file() for name in (SINGLE, INDEX))):
+        found = _with_weights(source, expected, quantization, part, weights)
+        return found if weights else replace(source, notes=found.notes)
+    return source
 
 
-def _with_weights(source: Source, expected: _Expected, quantization: dict[str, Any] | None, part: bool) -> Source:
-    """The source with the reader of its tensors, which are checked to be all that its configuration asks for."""
+def _with_weights(
+    source: Source, expected: _Expected, quantization: dict[str, Any] | None, part: bool, compare: bool
+) -> Source:
+    """The source with the reader of its tensors, which are checked to be all that its configuration asks for.
+
+    Headers are read; and with `compare` the values of tied tensors that are stored twice.
+    """
     stored: Reader = SafetensorsReader(source.folder)
     notes = [*source.notes, *stored.notes]
     if quantization:
         stored = DequantisedReader(stored, quantization)
     reader = ModelReader(stored, {*expected.names(), *expected.tied}, source.family)
-    tied, more = settle_ties(reader, expected.tied, source.name)
+    tied, more = settle_ties(reader, expected.tied, source.name, compare)
     notes += more
     if not tied:
         source.config.tie_word_embeddings = False
@@ -286,27 +295,6 @@ def _json_config(folder: Path, label: str) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"config.json of {label} is not a JSON object ({one_line(error)}): fetch it again") from error
     return content
-
-
-def _quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | None:
-    """How a checkpoint is quantised, taken out of its configuration: what is read, and written, is not.
-
-    Raises:
-        InputError: in a way that is not read here.
-    """
-    how = getattr(config, "quantization_config", None)
-    if not how:
-        return None
-    how = dict(how if isinstance(how, dict) else how.to_dict())
-    method = how.get("quant_method")
-    how["quant_method"] = getattr(method, "value", method)
-    if not can_dequantise(how):
-        raise InputError(
-            f"{label} is quantised ({how['quant_method'] or 'its configuration says how'}): of quantised checkpoints FP8, MXFP4 "
-            f"and GGUF are read; give one of these, or the checkpoint that it was made from"
-        )
-    del config.quantization_config
-    return how
 
 
 class _Expected(MemoryReader):
@@ -347,7 +335,7 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         expected = _expected(config, path.name)
         family = find_family(config.model_type)
         source = Source(path.name, None, path.parent, path.name, config, family, expected, notes)
-        _ = source.shape, source.sliding_windows
+        _check_derived(source)
     # transformers dequantises a GGUF file as a whole: these sources are held in memory
     return replace(source, reader=MemoryReader(parameters(found.load()))) if weights else source
 
@@ -355,11 +343,15 @@ def _open_gguf(path: Path, weights: bool) -> Source:
 def load_config(folder: Path, label: str) -> PreTrainedConfig:
     """The configuration of a transformers folder, by a class that is installed: never by code from the folder.
 
+    Nor by code that it names: an implementation of attention may be one from the Hub.
+
     Raises:
         InputError: missing, damaged or not valid.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config._attn_implementation = config._experts_implementation = None
+        return config
     except MemoryError:
         raise
     except Exception as error:  # settings of any kind, and the strict classes' own errors, which share no public base
@@ -397,3 +389,11 @@ def _check_sizes(config: PreTrainedConfig, label: str) -> None:
         raise InputError(
             f"configuration of {label} is not valid: {layers} layers, {heads} query heads, {groups} key/value heads"
         )
+
+
+def _check_derived(source: Source) -> None:
+    """Refuse sizes that are made of settings and are no numbers."""
+    _ = source.shape
+    for window in source.sliding_windows:
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise InputError(f"configuration of {source.name} is not valid: sliding_window {window!r}")

@@ -144,10 +144,11 @@ def _missing(name: str, unused: list[str], label: str) -> str:
     return f"tensor {name} is missing from {label}: fetch the checkpoint again"
 
 
-def settle_ties(reader: ModelReader, tied: dict[str, str], label: str) -> tuple[bool, list[str]]:
+def settle_ties(reader: ModelReader, tied: dict[str, str], label: str, compare: bool) -> tuple[bool, list[str]]:
     """Whether the weights are tied as config.json says (`tied`: parameter -> the one it is tied to), and notes.
 
-    As transformers does: stored once, under either name, they are one tensor; stored twice and unlike, they are not tied.
+    As transformers does: stored once, under either name, they are one tensor; stored twice and unlike, they are not tied
+    (without `compare` their values are not looked at).
 
     Raises:
         InputError: stored twice in two shapes.
@@ -158,7 +159,7 @@ def settle_ties(reader: ModelReader, tied: dict[str, str], label: str) -> tuple[
             continue
         if origin not in held:
             reader.leave_out(target, instead=origin)
-        elif _equal(reader, target, origin, label):
+        elif not compare or _equal(reader, target, origin, label):
             reader.leave_out(target)
         else:
             return False, [

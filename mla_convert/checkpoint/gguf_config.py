@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from mla_convert.checkpoint.gguf_file import GgufFile
-from mla_convert.checkpoint.gguf_rope import FACTORS, set_rope
+from mla_convert.checkpoint.gguf_rope import head_dim, set_rope
 from mla_convert.errors import InputError
 
 # Key of the metadata -> settings of which the configuration has one; counts are whole numbers from 1.
@@ -35,6 +35,8 @@ NUMBERS = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
 }
+# Where a file is silent, transformers has the tokens of one checkpoint.
+TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 # Taken up below, or nothing that changes what the model computes.
 HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 WINDOW = ("attention.sliding_window", "attention.sliding_window_pattern")
@@ -61,6 +63,8 @@ def apply_metadata(config: PreTrainedConfig, file: GgufFile) -> list[str]:
     for key, names in NUMBERS.items():
         if key in said:
             _set(config, file, key, names, _number(said[key], file, key))
+    for key, name in TOKENS.items():
+        setattr(config, name, file.metadata.get(f"tokenizer.ggml.{key}"))
     _set_heads(config, file, said)
     notes = _set_window(config, file, said) + _set_scale(config, file, said)
     _set_biases(config, file)
@@ -164,7 +168,13 @@ def _set_scale(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -
     scale = _number(said[SCALE], file, SCALE) if SCALE in said else 0.0
     has_own = hasattr(config, "query_pre_attn_scalar")
     if scale and has_own:
-        config.query_pre_attn_scalar = scale**-2
+        taken = round(scale**-2)  # a whole number, as the configuration has it
+        if not taken or abs(scale * taken**0.5 - 1) > 1e-5:
+            raise InputError(
+                f"{file.name} has {file.architecture}.{SCALE} = {scale}, which is 1/sqrt of no whole number, as transformers "
+                f"needs it: give the checkpoint that it was made from"
+            )
+        config.query_pre_attn_scalar = taken
     elif scale and abs(scale * head_dim(config) ** 0.5 - 1) > 1e-4:
         raise InputError(
             f"{file.name} has {file.architecture}.{SCALE} = {scale}, and a {config.model_type} model of transformers has the "
@@ -181,16 +191,8 @@ def _set_scale(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -
     return []
 
 
-def head_dim(config: PreTrainedConfig) -> int:
-    """Width of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _set_biases(config: PreTrainedConfig, file: GgufFile) -> None:
     """Biases that are the configuration's choice: there if the first layer's projections have them."""
     for setting, names in (("attention_bias", ("attn_q", "attn_k", "attn_v")), ("mlp_bias", ("ffn_up",))):
         if hasattr(config, setting):
             setattr(config, setting, any(f"blk.0.{name}.bias" in file.tensors for name in names))
-
-
-__all__ = ["FACTORS", "apply_metadata", "head_dim"]

@@ -43,6 +43,8 @@ def set_rope(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -> 
             raise InputError(
                 f"{file.name} has {file.architecture}.{key} = {value!r}, which is no number: fetch it again"
             )
+        if key in (BASE, WIDTH) and not value:
+            raise InputError(f"{file.name} has {file.architecture}.{key} = 0: fetch it again")
     by_layer = config.rope_parameters.get("full_attention")
     main = dict(by_layer or config.rope_parameters)
     main = {key: main[key] for key in ("rope_theta", "partial_rotary_factor") if key in main} | {"rope_type": "default"}
@@ -69,13 +71,14 @@ def _unknown(file: GgufFile, key: str, value: Any) -> InputError:
     )
 
 
-def _head(config: PreTrainedConfig) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
+    """Width of a head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _width(config: PreTrainedConfig, file: GgufFile, given: dict[str, Any]) -> dict[str, float]:
     """The share of a head that RoPE turns."""
-    width, head = int(given.get(WIDTH) or _head(config)), _head(config)
+    width, head = int(given.get(WIDTH) or head_dim(config)), head_dim(config)
     if config.model_type in PARTIAL:
         # transformers' default is that of one checkpoint
         return {"partial_rotary_factor": width / head}
@@ -93,7 +96,7 @@ def _scaling(config: PreTrainedConfig, file: GgufFile, given: dict[str, Any], ma
     if kind == "linear" and factor in (0.0, 1.0):
         kind = "none"
     tensors = [name for name in FACTORS if name in file.tensors]
-    width = int(_head(config) * main.get("partial_rotary_factor", 1.0))
+    width = int(head_dim(config) * main.get("partial_rotary_factor", 1.0))
     if tensors:
         if kind not in ("none", "longrope", "su") or "full_attention" in (config.rope_parameters or {}):
             raise InputError(
