@@ -89,14 +89,10 @@ def test_an_index_need_not_name_every_tensor(sharded):
 
 
 def test_an_index_without_metadata_is_read(sharded):
+    """transformers reads none; the files are as clear as with it."""
     change(sharded / INDEX, drop=("metadata",))
-    assert torch.equal(
-        open_source(str(sharded)).reader.read([EMBEDDING])[EMBEDDING], load_file(sharded / shard_of(sharded))[EMBEDDING]
-    )
-
-
-def shard_of(folder):
-    return json.loads((folder / INDEX).read_text())["weight_map"][EMBEDDING]
+    found = open_source(str(sharded)).reader.read([EMBEDDING])[EMBEDDING]
+    assert torch.equal(found, pico.model("llama").state_dict()[EMBEDDING])
 
 
 def test_a_file_that_the_configuration_names(source):
@@ -230,7 +226,7 @@ def test_heads_by_the_name_of_the_class(source, kind):
 
 
 def test_classes_that_are_read_as_another(source):
-    for names in (["LlamaForCausalLM"], ["LLaMAForCausalLM"], None, [], "LlamaForCausalLM", ["A", "LlamaForCausalLM"]):
+    for names in (["LlamaForCausalLM"], ["LLaMAForCausalLM"], None, [], ["A", "LlamaForCausalLM"]):
         change(source / CONFIG, architectures=names)
         assert not open_source(str(source)).notes
     for name in ("LlamaModel", "MistralForCausalLM"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class GgufModel:
 
     file: GgufFile
     config: PreTrainedConfig
-    notes: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]]
+    notes: list[str]
 
     def load(self, dtype: str | torch.dtype = torch.float32) -> nn.Module:
         """The model with its weights, dequantised as a whole by transformers.
@@ -45,12 +46,18 @@ class GgufModel:
                     path.parent, gguf_file=path.name, config=self.config, dtype=dtype, output_loading_info=True
                 ),
             )
-        for kind in ("missing_keys", "mismatched_keys"):
-            if info[kind]:
-                name = min(map(str, info[kind]))
-                raise InputError(
-                    f"tensor {name} is not read by transformers from {self.file.name}: give the checkpoint it was made from"
-                )
+        lacking = [*info["missing_keys"], *info["mismatched_keys"]]
+        # older versions take a shape as it comes
+        lacking += [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.shape != self.shapes.get(name, parameter.shape)
+        ]
+        if lacking:
+            raise InputError(
+                f"tensor {min(map(str, lacking))} is not read by transformers from {self.file.name}: give the checkpoint that it "
+                f"was made from"
+            )
         forget_packing(model.config)
         return model
 
@@ -73,8 +80,7 @@ def open_gguf(path: Path, check: Callable[[PreTrainedConfig], Any] = lambda conf
     forget_packing(config)
     check(config)
     notes = _guarded(file, lambda: apply_metadata(config, file))
-    _check_tensors(file, config)
-    return GgufModel(file, config, notes)
+    return GgufModel(file, config, _check_tensors(file, config), notes)
 
 
 def forget_packing(config: PreTrainedConfig) -> None:
@@ -93,8 +99,8 @@ def _guarded(file: GgufFile, make: Callable[[], Any]) -> Any:
         raise InputError(f"{file.name} cannot be read as GGUF: {one_line(error)}") from error
 
 
-def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> None:
-    """Every tensor of the model is in the file, in its size, and every tensor of the file in the model.
+def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model is in the file, in its size, and every tensor of the file in the model: the model's shapes.
 
     transformers makes up the first kind, and leaves out the second.
     """
@@ -125,6 +131,7 @@ def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> None:
                 f"tensor {stored} of {file.name} has no place in transformers' {type(model).__name__}: give the checkpoint that "
                 f"it was made from"
             )
+    return wanted
 
 
 def _names(file: GgufFile, config: PreTrainedConfig, wanted: list[str]) -> dict[str, list[str]]:
