@@ -192,7 +192,7 @@ def first_token_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
     if not wanted or token is None:
         return ()
     try:
-        first = first_tokens(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+        first = first_tokens(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False))
     except Exception:  # `Source.tokenizer` says so where one is needed
         return ()
     if first == [token]:

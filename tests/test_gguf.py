@@ -16,11 +16,12 @@ from mla_convert.source import open_source
 GEMMA = {"pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
          "post_attention_layernorm": "post_attention_norm"}  # fmt: skip
 OTHERS = {
-    "self_attn.qkv_proj": "attn_qkv",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
+    "self_attn.qkv_proj": "attn_qkv", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_up_proj": "ffn_up", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down", "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}  # fmt: skip
 TYPES = gguf.RopeScalingType
 IDS = torch.randint(4, pico.VOCAB, (1, 150), generator=torch.Generator().manual_seed(1))
 
@@ -50,6 +51,13 @@ def stored(model, arch):
             tensor = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         if arch.startswith("gemma") and "norm" in name:
             tensor = tensor + 1
+        if name.endswith("experts.gate_up_proj"):
+            layer = name.split(".")[2]
+            for part, half in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True):
+                tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = half.contiguous().numpy()
+            continue
+        if "shared_expert_gate" in name:
+            tensor = tensor[0]
         for table in (GEMMA if arch.startswith("gemma") else {}, OTHERS, pico.GGUF_NAMES):
             for ours, theirs in table.items():
                 name = name.replace(ours, theirs)
@@ -358,6 +366,15 @@ def test_biases_are_those_in_the_file(tmp_path):
     for own in ({"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}):
         model = build(head_dim=8, **own)
         assert_same(model, write(tmp_path / "tiny.gguf", model))
+
+
+@pytest.mark.parametrize("model_type, own", [("qwen3_moe", {"head_dim": 8, "norm_topk_prob": True}),
+                                             ("qwen2_moe", {"shared_expert_intermediate_size": 40})])  # fmt: skip
+def test_experts(tmp_path, model_type, own):
+    model = build(model_type, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **own)
+    said = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32,
+            "expert_shared_feed_forward_length": own.get("shared_expert_intermediate_size")}  # fmt: skip
+    assert_same(model, write(tmp_path / "tiny.gguf", model, model_type.replace("_moe", "moe"), **said))
 
 
 @pytest.mark.parametrize("vocabulary_size", [200, 300])
