@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from mla_convert.checkpoint.dequantise import DequantisedReader, take_quantization
 from mla_convert.checkpoint.files import ADAPTER, INDEX, SINGLE, refuse_adapter
-from mla_convert.checkpoint.gguf_file import gguf_parts, is_gguf
+from mla_convert.checkpoint.gguf_config import sampling
+from mla_convert.checkpoint.gguf_file import gguf_parts, is_gguf, read_gguf
 from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
@@ -36,6 +37,7 @@ from mla_convert.plan import AttentionShape
 from mla_convert.source_checks import (
     MOST_LAYERS,
     check_classes,
+    check_derived,
     check_tensors,
     first_token_notes,
     makes_sense,
@@ -158,10 +160,12 @@ class Source:
     def generation_config(self) -> GenerationConfig:
         """Generation defaults where the source has no file of its own: from its configuration, as transformers has them.
 
-        Configurations take up no sampling settings, so those in config.json are read from there.
+        Configurations take up no sampling settings, so those in config.json, or a GGUF file's metadata, are read from there.
         """
         if self.gguf:
-            return GenerationConfig.from_model_config(self.config)
+            found = GenerationConfig.from_model_config(self.config)
+            found.update(**sampling(read_gguf(self.folder / self.gguf)))
+            return found
         try:
             return GenerationConfig.from_pretrained(
                 self.folder, config_file_name="config.json", _from_model_config=True
@@ -255,7 +259,7 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
         expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
         notes += check_classes(content, expected.model, label, part)
         source = Source(label, revision, folder, None, config, family, expected, tuple(notes))
-        _check_derived(source)
+        check_derived(source)
     if weights or (revision is None and any((folder / name).is_file() for name in (SINGLE, INDEX))):
         found = _with_weights(source, expected, quantization, part, weights)
         return found if weights else replace(source, notes=found.notes)
@@ -335,7 +339,8 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         expected = _expected(config, path.name)
         family = find_family(config.model_type)
         source = Source(path.name, None, path.parent, path.name, config, family, expected, notes)
-        _check_derived(source)
+        check_derived(source)
+    sampling(found.file)  # refuses before the work what would be refused after it
     # transformers dequantises a GGUF file as a whole: these sources are held in memory
     return replace(source, reader=MemoryReader(parameters(found.load()))) if weights else source
 
@@ -389,11 +394,3 @@ def _check_sizes(config: PreTrainedConfig, label: str) -> None:
         raise InputError(
             f"configuration of {label} is not valid: {layers} layers, {heads} query heads, {groups} key/value heads"
         )
-
-
-def _check_derived(source: Source) -> None:
-    """Refuse sizes that are made of settings and are no numbers."""
-    _ = source.shape
-    for window in source.sliding_windows:
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise InputError(f"configuration of {source.name} is not valid: sliding_window {window!r}")

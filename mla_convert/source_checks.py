@@ -51,6 +51,20 @@ def makes_sense(label: str) -> Iterator[None]:
         raise InputError(f"configuration of {label} does not make a model: {one_line(error)}") from error
 
 
+def check_derived(source: Any) -> None:
+    """Refuse settings of a source from which its sizes, windows or defaults of generation cannot be made.
+
+    Raises:
+        InputError: names the window; other settings run into `makes_sense`.
+    """
+    _ = source.shape
+    for window in source.sliding_windows:
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise InputError(f"configuration of {source.name} is not valid: sliding_window {window!r}")
+    if not source.gguf and not (source.folder / "generation_config.json").exists():
+        source.generation_config()
+
+
 def refuse_audio(content: dict[str, Any], label: str) -> None:
     """Refuse a model of sound: the language model inside it continues what its encoder heard, not text.
 

@@ -344,6 +344,20 @@ def test_files_that_hold_no_model(tmp_path, name):
     refused(write(tmp_path / "tiny.gguf", build(head_dim=8), general__type=name), "general.type")
 
 
+def test_recommended_sampling_is_carried_over(tmp_path):
+    model = build(head_dim=8)
+    said = {"temp": 0.75, "top_k": 20, "min_p": 0.0625}
+    path = write(tmp_path / "tiny.gguf", model, **{f"general__sampling__{key}": value for key, value in said.items()})
+    found = open_source(str(path), weights=False).generation_config()
+    assert (found.temperature, found.top_k, found.min_p, found.do_sample) == (0.75, 20, 0.0625, True)
+    path = write(tmp_path / "tiny.gguf", model, general__sampling__temp="hot")
+    with pytest.raises(InputError, match=r"general\.sampling\.temp"):
+        open_source(str(path), weights=False)
+    for said in ({}, {"general__sampling__temp": 0.0}):
+        found = open_source(str(write(tmp_path / "tiny.gguf", model, **said)), weights=False).generation_config()
+        assert not found.do_sample and found.temperature in (None, 1.0)
+
+
 # ---- tensors
 
 

@@ -37,6 +37,14 @@ NUMBERS = {
 }
 # Where a file is silent, transformers has the tokens of one checkpoint.
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+# Recommended settings of generation, and what transformers calls them.
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 # Taken up below, or nothing that changes what the model computes.
 HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 WINDOW = ("attention.sliding_window", "attention.sliding_window_pattern")
@@ -196,3 +204,22 @@ def _set_biases(config: PreTrainedConfig, file: GgufFile) -> None:
     for setting, names in (("attention_bias", ("attn_q", "attn_k", "attn_v")), ("mlp_bias", ("ffn_up",))):
         if hasattr(config, setting):
             setattr(config, setting, any(f"blk.0.{name}.bias" in file.tensors for name in names))
+
+
+def sampling(file: GgufFile) -> dict[str, Any]:
+    """The settings of generation that a file recommends, by transformers' names; it says of no others.
+
+    Raises:
+        InputError: one of them is no number.
+    """
+    found: dict[str, Any] = {}
+    for key, name in SAMPLING.items():
+        value = file.metadata.get(f"general.sampling.{key}")
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise InputError(f"{file.name} has general.sampling.{key} = {value!r}, which is no number: fetch it again")
+        found[name] = value
+    # no temperature at all is the most likely token
+    greedy = found.get("temperature") == 0
+    return {"do_sample": False} if greedy else found and {"do_sample": True, **found}
