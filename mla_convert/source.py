@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from mla_convert.checkpoint.dequantise import DequantisedReader, take_quantization
-from mla_convert.checkpoint.files import ADAPTER, INDEX, SINGLE, refuse_adapter
+from mla_convert.checkpoint.files import INDEX, SINGLE, refuse_adapter
 from mla_convert.checkpoint.gguf_config import sampling
 from mla_convert.checkpoint.gguf_file import gguf_parts, is_gguf, read_gguf
 from mla_convert.checkpoint.gguf_model import open_gguf
@@ -187,7 +187,7 @@ def open_source(name: str, revision: str | None = None, weights: bool = True) ->
         InputError: not found, not a checkpoint, architecture not supported, files missing or damaged.
         ResourceError: the Hub cannot be reached.
     """
-    place = locate(name, revision, HUB_FILES if weights else ["config.json", ADAPTER])
+    place = locate(name, revision, HUB_FILES if weights else ["config.json"])
     if place.gguf:
         return _open_gguf(place.folder / place.gguf, weights)
     return _open_folder(place.folder, place.label, place.revision, weights)
