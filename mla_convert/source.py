@@ -355,7 +355,11 @@ def load_config(folder: Path, label: str) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config._attn_implementation = config._experts_implementation = None
+        for own in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if own is not None and own._attn_implementation not in (None, "eager", "sdpa"):
+                own._attn_implementation = None
+            if own is not None:
+                own._experts_implementation = None
         return config
     except MemoryError:
         raise
