@@ -16,6 +16,7 @@ from mla_convert.checkpoint.files import refuse_adapter, weight_files
 from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.config import find_recipe, recipe_files
 from mla_convert.errors import InputError, ResourceError, one_line
+from mla_convert.families import FAMILIES
 from mla_convert.figures import look_up
 from mla_convert.source import PACKAGE, Place, load_config, locate
 
@@ -99,7 +100,7 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
     if place.gguf:
         with _no_bars():
             model = open_gguf(place.folder / place.gguf).load(torch.float32 if dtype == "auto" else dtype)
-        return model.eval().requires_grad_(False).to(device)
+        return _ready(model, device)
     config = model_config(place)
     exported = getattr(config, EXPORTED, None)
     if isinstance(exported, dict) and exported.get("profile") != "portable":
@@ -118,6 +119,14 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
         raise InputError(
             f"tensor {min(info['missing_keys'])} is missing from {place.label}: fetch the checkpoint again"
         )
+    return _ready(model, device)
+
+
+def _ready(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model to measure, frozen, with all of its attention."""
+    family = FAMILIES.get(model.config.model_type)
+    if family and (family.softcap or family.sinks):
+        model.set_attn_implementation("eager")  # not every version says that SDPA leaves them out
     return model.eval().requires_grad_(False).to(device)
 
 
