@@ -53,7 +53,8 @@ def write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> None:
         content["tokenizer_class"] = type(tokenizer).__name__
         write_file(own, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if not (folder / "generation_config.json").exists():
-        source.generation_config().save_pretrained(folder)
+        # as it is, even where settings contradict each other: save_pretrained refuses what transformers loads
+        source.generation_config().to_json_file(folder / "generation_config.json")
 
 
 def finish(

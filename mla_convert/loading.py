@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import struct
 import warnings
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
-from mla_convert.checkpoint.reader import INDEX, SINGLE, is_plain_name
+from mla_convert.checkpoint.files import refuse_adapter, weight_files
+from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.config import find_recipe, recipe_files
 from mla_convert.errors import InputError, ResourceError, one_line
+from mla_convert.families import FAMILIES
 from mla_convert.figures import look_up
 from mla_convert.source import PACKAGE, Place, load_config, locate, read_tokenizer
 
@@ -33,8 +34,12 @@ def find_model(name: str, revision: str | None = None) -> Place:
     """
     recipe = None if Path(name).expanduser().exists() else find_recipe(name)
     place = locate(recipe.source, recipe.revision) if recipe else locate(name, revision)
-    if not place.gguf and not (place.folder / "config.json").is_file():
+    refuse_adapter(place.folder, place.label)
+    if place.gguf:
+        return place
+    if not (place.folder / "config.json").is_file():
         raise InputError(f"{place.label} has no config.json: give a folder that holds a transformers checkpoint")
+    weight_files(place.folder)  # refuses pickles, which transformers would read where an index names them
     return place
 
 
@@ -60,15 +65,14 @@ def find_original(report: dict[str, Any]) -> Place | None:
 
 
 def model_config(place: Place) -> PreTrainedConfig:
-    """The model's configuration. For GGUF, transformers reads it from the file.
+    """The model's configuration; that of a GGUF file is made of its metadata.
 
     Raises:
         InputError: it cannot be read.
     """
     if not place.gguf:
         return load_config(place.folder, place.label)
-    with _readable(place.label):
-        return AutoConfig.from_pretrained(place.folder, gguf_file=place.gguf, trust_remote_code=False)
+    return open_gguf(place.folder / place.gguf).config
 
 
 def is_converted(config: PreTrainedConfig) -> bool:
@@ -94,55 +98,37 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
     Raises:
         InputError: its weights are missing, damaged, of other shapes than its configuration says, or pickled.
     """
-    exported = None if place.gguf else getattr(model_config(place), EXPORTED, None)
+    if place.gguf:
+        with quietly():
+            model = open_gguf(place.folder / place.gguf).load(torch.float32 if dtype == "auto" else dtype)
+        return _ready(model, device)
+    config = model_config(place)
+    exported = getattr(config, EXPORTED, None)
     if isinstance(exported, dict) and exported.get("profile") != "portable":
         raise InputError(
             f"{place.label} is exported for engines (profile {exported.get('profile')}), and transformers' own classes would "
             f"misread it: give the converted model that it was made from"
         )
-    if place.gguf and dtype == "auto":
-        dtype = torch.float32
-    options: dict[str, Any] = {"trust_remote_code": False, **_gguf(place)}
-    if not place.gguf:
-        check_weight_files(place)
-        options["use_safetensors"] = True
+    weight_files(place.folder)  # as find_model does, for those who know the folder already
     with _readable(place.label), quietly():
         model, info = AutoModelForCausalLM.from_pretrained(
-            place.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, **options
-        )
+            place.folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False,
+            use_safetensors=True, trust_remote_code=False,
+        )  # fmt: skip
     # transformers makes up what it does not find, and says so only in its log
     if info["missing_keys"]:
         raise InputError(
             f"tensor {min(info['missing_keys'])} is missing from {place.label}: fetch the checkpoint again"
         )
+    return _ready(model, device)
+
+
+def _ready(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model to measure, frozen, with all of its attention."""
+    family = FAMILIES.get(model.config.model_type)
+    if family and (family.softcap or family.sinks):
+        model.set_attn_implementation("eager")  # not every version says that SDPA leaves them out
     return model.eval().requires_grad_(False).to(device)
-
-
-def check_weight_files(place: Place) -> None:
-    """Refuse a folder that would lead transformers to weights that are no safetensors file in it: to a pickle, say.
-
-    Raises:
-        InputError: its index, or its configuration, names such a file.
-    """
-    index = getattr(model_config(place), "transformers_weights", None)
-    if index is None and not (place.folder / SINGLE).exists():
-        index = INDEX
-    files = {index or SINGLE}
-    if index and (place.folder / str(index)).is_file() and str(index).endswith(".index.json"):
-        try:
-            files = set(json.loads((place.folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} in {place.label} is not a shard index ({error!r}): fetch it again") from error
-    for file in files - {INDEX}:
-        if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(".safetensors"):
-            raise InputError(
-                f"{place.label} names {file!r} as a file of its weights, and only safetensors files in the folder are read: "
-                f"anything else could run code"
-            )
-
-
-def _gguf(place: Place) -> dict[str, str]:
-    return {"gguf_file": place.gguf} if place.gguf else {}
 
 
 @contextlib.contextmanager

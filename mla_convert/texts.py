@@ -315,8 +315,12 @@ def ordinary_tokens(tokenizer: Any) -> Tensor:
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before a text, if it puts one there."""
-    return tokenise(tokenizer, "", special=True)[:1]
+    """The tokens that the tokenizer puts before a text, if it does; those that it puts behind one are not among them."""
+    bare, whole = (tokenise(tokenizer, "1", special) for special in (False, True))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    return []
 
 
 def tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:

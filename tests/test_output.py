@@ -312,7 +312,11 @@ def test_a_gguf_tokenizer_without_the_first_token_is_doubted(tmp_path, monkeypat
     file = pico.save_gguf(tmp_path / "tiny.gguf", add_bos)
     tokenizer = open_source(str(file)).tokenizer()
     for first in ([1], []):
-        monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, first=first, **__: {"input_ids": first})
+
+        def ids(*_, add_special_tokens=True, first=first, **__):
+            return {"input_ids": first * add_special_tokens + [9]}
+
+        monkeypatch.setattr(type(tokenizer), "__call__", ids)
         notes = open_source(str(file)).notes
         assert bool(notes) == (add_bos is True and not first)
         assert all("begins with token 1" in note for note in notes)
