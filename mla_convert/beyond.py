@@ -11,6 +11,7 @@ from typing import Any
 
 from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import REPORT, finite, look_up, read_report
+from mla_convert.words import expanded
 
 Row = tuple[str, str, str]
 
@@ -111,7 +112,7 @@ def check_target(model: str) -> Path:
         UsageError: not a local folder.
         InputError: its report cannot be read, or is not that of a conversion.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not folder.is_dir():
         raise UsageError(f"--into-report needs the folder of a converted model, and {model} is none")
     if not isinstance(read_report(folder).get("checksums"), dict):

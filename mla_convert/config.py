@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mla_convert.amounts import Lengths, Tokens
 from mla_convert.errors import InputError, UsageError
+from mla_convert.words import expanded
 from mla_convert.yaml_marks import Marks
 
 YAML = (".yaml", ".yml")
@@ -189,7 +190,7 @@ def recipe_file(name: str) -> Any:
     """
     files = recipe_files()
     if Path(name).suffix in YAML or (Path(name).is_file() and name not in files):
-        return Path(name).expanduser()
+        return expanded(name)
     found = packaged_recipe(name)
     if found is None:
         raise InputError(f"{name!r} is neither a YAML file nor a packaged recipe: {_recipe_hint(name)}")
@@ -239,7 +240,7 @@ def build_config(options: dict[str, Any]) -> ConvertConfig:
 def _recipe_of_source(source: str) -> Recipe | None:
     """The recipe that a SOURCE names by path or name; None where it names a checkpoint."""
     if Path(source).suffix in YAML:
-        return load_recipe(Path(source).expanduser())
+        return load_recipe(expanded(source))
     return None if Path(source).exists() else find_recipe(source)
 
 

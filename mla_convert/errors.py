@@ -37,6 +37,12 @@ class Interrupted(MlaConvertError):  # noqa: N818  (nothing went wrong)
     exit_code = 130
 
 
+class ReaderGone(Exception):  # noqa: N818  (as when a pager is left)
+    """Whoever read our output has closed it: nothing to say, and nobody to say it to."""
+
+    exit_code = 141  # of a process that SIGPIPE ended
+
+
 def one_line(error: BaseException) -> str:
     """An error's message as one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -17,6 +17,7 @@ from typing import Any
 
 from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import find_report, finite, look_up, read_report
+from mla_convert.words import expanded
 
 DEFAULT_REGRESSION = 0.01
 ROUNDING = 1e-9
@@ -284,7 +285,7 @@ def run_gate(
 
 def _report_of(model: str) -> tuple[dict[str, Any], str]:
     """The report of a local folder, of its own path, or of a Hub id; and the model's name."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists():
         from mla_convert.source import locate
 

@@ -16,6 +16,7 @@ from mla_convert.config import find_recipe, recipe_files
 from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.figures import look_up
 from mla_convert.source import PACKAGE, Place, load_config, locate
+from mla_convert.words import expanded
 
 PREFIX = "mla_"  # of a converted model's model_type
 EXPORTED = "mla_convert"  # key of an exported model's config.json
@@ -28,7 +29,7 @@ def find_model(name: str, revision: str | None = None) -> Place:
         InputError: nothing there by that name, or a folder that is no checkpoint.
         ResourceError: the Hub cannot be reached.
     """
-    recipe = None if Path(name).expanduser().exists() else find_recipe(name)
+    recipe = None if expanded(name).exists() else find_recipe(name)
     place = locate(recipe.source, recipe.revision) if recipe else locate(name, revision)
     if not place.gguf and not (place.folder / "config.json").is_file():
         raise InputError(f"{place.label} has no config.json: give a folder that holds a transformers checkpoint")

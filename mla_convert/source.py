@@ -33,6 +33,7 @@ from mla_convert.config import unknown_source
 from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.families import FAMILIES, Family, find_family
 from mla_convert.plan import AttentionShape
+from mla_convert.words import expanded
 
 PACKAGE = "package:"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
@@ -187,7 +188,7 @@ def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES)
     if name.startswith(PACKAGE):
         package, _, inner = name.removeprefix(PACKAGE).partition("/")
         return Place(Path(str(resources.files(package))) / inner, package)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise InputError(f"{path} not found: give an existing .gguf file")

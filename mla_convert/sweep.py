@@ -32,6 +32,7 @@ from mla_convert.progress import Progress
 from mla_convert.report import ratio_error, ratio_words
 from mla_convert.source import Source, open_source
 from mla_convert.texts import FROM_CALIB
+from mla_convert.words import expanded
 
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
 WORK = ".work"  # for conversions that are not kept
@@ -244,7 +245,7 @@ def _digest(content: Any) -> str:
 
 def _stamp(spec: str | None) -> list[int] | None:
     """What changes when a text file does."""
-    path = Path(spec).expanduser() if spec else None
+    path = expanded(spec) if spec else None
     return [path.stat().st_size, path.stat().st_mtime_ns] if path and path.is_file() else None
 
 

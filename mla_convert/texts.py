@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mla_convert.config import ConvertConfig
 from mla_convert.errors import InputError, ResourceError
+from mla_convert.words import expanded
 
 PACKAGE = "package:"
 WIKITEXT = "Salesforce/wikitext:"
@@ -169,7 +170,7 @@ def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iter
     if spec.startswith(PACKAGE):
         package, _, file = spec.removeprefix(PACKAGE).partition("/")
         return _read_file(Path(str(resources.files(package))) / file), spec.removeprefix(PACKAGE)
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_file():
         return _read_file(path), path.name
     if path.name.removesuffix(".gz").endswith(SUFFIXES) or spec.startswith((".", "/", "~")):
@@ -184,7 +185,7 @@ def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
     """
     if spec is None:
         return (label if label == f"{DEFAULT_DATASET}@{SPLITS[purpose]}" else SHIPPED[purpose]), False
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if not spec.startswith(PACKAGE) and path.is_file():
         return path.name, True
     return spec, False

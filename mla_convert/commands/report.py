@@ -10,6 +10,7 @@ import typer
 
 from mla_convert.commands.shared import Verbose
 from mla_convert.errors import InputError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert report llama-8b-mla --html llama.html"
 
@@ -35,4 +36,4 @@ def report(
     if file.is_dir():
         raise InputError(f"--html {file} is a folder: give a file")
     write_page(content, file)
-    typer.echo(json.dumps(content, indent=2) if json_ else str(file))
+    say(json.dumps(content, indent=2) if json_ else str(file))

@@ -55,6 +55,12 @@ def silence_libraries(quiet: bool = False) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    for name in ("datasets", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns when data sets are read in other processes
+    # whatever the library and its level: a failure is our own one line, and what is no failure is no news
+    logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
+    warnings.showwarning = _no_warning  # libraries set filters of their own
+
+
+def _no_warning(*_: object) -> None:
+    return

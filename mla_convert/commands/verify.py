@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert verify llama-8b-mla"
 
@@ -36,7 +37,7 @@ def verify(
                 "tensor": fault.tensor,
                 "fault": str(fault),
             }
-            typer.echo(json.dumps(content, indent=2))
+            say(json.dumps(content, indent=2))
         raise
     if json_:
         content = {
@@ -46,9 +47,9 @@ def verify(
             "tensors": found.tensors,
             "bytes": found.bytes,
         }
-        typer.echo(json.dumps(content, indent=2))
+        say(json.dumps(content, indent=2))
     else:
-        typer.echo(
+        say(
             f"{folder}: {found.shards} shards, {found.tensors} tensors, {human_bytes(found.bytes)}: checksums, names, "
             f"shapes and values are right"
         )

@@ -35,6 +35,7 @@ from mla_convert.probes import Probes
 from mla_convert.progress import Progress
 from mla_convert.report import Report
 from mla_convert.source import Place
+from mla_convert.words import expanded
 
 LABEL, BEFORE = "text.json", "before.json"
 ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"
@@ -144,7 +145,7 @@ def _accelerator(config: HealConfig) -> Accelerator:
 
 
 def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
-    folder = Path(os.path.realpath(config.folder.expanduser()))
+    folder = Path(os.path.realpath(expanded(config.folder)))
     if not folder.is_dir():
         raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
     report = read_report(folder)
