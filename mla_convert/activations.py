@@ -8,6 +8,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from mla_convert.errors import InputError
+
 # A set of states that takes more than this, and more than this share of the device's memory, lives in pinned host memory and
 # travels batch by batch. There are five sets at most.
 DEVICE_BYTES, DEVICE_SHARE = 5 << 28, 1 / 24
@@ -67,3 +69,16 @@ class Activations:
         """Replace every state by the layer's output for it."""
         for batch in self.batches():
             self.put(batch, layer(self.get(batch)))
+
+    def check_finite(self, where: str) -> None:
+        """Refuse states that nothing can be made of; `where` they come from, for the message.
+
+        Raises:
+            InputError: one of them is NaN or infinite.
+        """
+        # a sum is finite only if all that is in it is
+        if not all(torch.isfinite(self.data[batch].sum(dtype=torch.float64)) for batch in self.batches()):
+            raise InputError(
+                f"{where} makes hidden states of NaN or infinity: its weights are too large to compute with, so the "
+                f"checkpoint is damaged; fetch it again"
+            )

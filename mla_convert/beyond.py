@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_convert.errors import InputError, UsageError
-from mla_convert.figures import REPORT, finite, look_up, read_report
+from mla_convert.figures import REPORT, finite, is_evaluated, look_up, read_report
 from mla_convert.words import expanded
 
 Row = tuple[str, str, str]
@@ -157,6 +157,8 @@ def to_report(content: dict[str, Any]) -> Any:
 
 def _numbers(evaluation: dict[str, Any]) -> dict[str, Any]:
     """An evaluation with its figures as numbers again: JSON has null for those that are not finite."""
+    if not is_evaluated(evaluation):
+        return evaluation
     found = {**evaluation, "ratio": math.nan if evaluation["ratio"] is None else evaluation["ratio"]}
     for side in ("before", "after"):
         value = evaluation[side]["value"]

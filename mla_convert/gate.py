@@ -164,6 +164,11 @@ def _figure(
 ) -> tuple[float | None, str]:
     """A figure and "", or None and why there is none that counts."""
     value = look_up(figures, path)
+    if value is None and path.startswith("evaluation.") and look_up(figures, "evaluation.skipped"):
+        return (
+            None,
+            "the model was converted with --eval none and is not evaluated: leave out --from-report to measure it",
+        )
     if value is None:
         return None, f"{path} is missing, or was not a finite number when it was written"
     if not _is_number(value):

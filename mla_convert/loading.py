@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from mla_convert.config import find_recipe, recipe_files
 from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.figures import look_up
 from mla_convert.source import PACKAGE, Place, load_config, locate
+from mla_convert.tokenizer import read_tokenizer
 from mla_convert.words import expanded
 
 PREFIX = "mla_"  # of a converted model's model_type
@@ -80,10 +81,7 @@ def load_tokenizer(place: Place) -> Any:
     Raises:
         InputError: it has none that transformers can read.
     """
-    try:
-        return AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{place.label} has no readable tokenizer ({one_line(error)})") from error
+    return read_tokenizer(place.folder, place.label, **_gguf(place))
 
 
 def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> torch.nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mla_convert import beyond, plots
 from mla_convert.errors import InputError
-from mla_convert.figures import calibration_words, look_up, read_report
+from mla_convert.figures import calibration_words, is_evaluated, look_up, read_report
 from mla_convert.report import human_bytes, ratio_error, ratio_words
 from mla_convert.svg import Figure
 
@@ -27,7 +27,7 @@ def write_page(report: dict[str, Any] | Path, file: Path) -> None:
     content = report if isinstance(report, dict) else read_report(report)
     try:
         text = page(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"report.json is not that of a conversion ({error!r}): there is no page to make") from error
     file.write_text(text, encoding="utf-8")
 
@@ -85,12 +85,15 @@ def _document(title: str, parts: list[str]) -> str:
 def _head(report: dict[str, Any]) -> str:
     cache, evaluation = report["cache"], report["evaluation"]
     per_token = {side: human_bytes(size) for side, size in cache["bytes_per_token"].items()}
-    before, after = (evaluation[side]["value"] for side in ("before", "after"))
     error = ratio_error(evaluation)
     spread = f", ratio ± {error:.4f}" if error else ""
+    measured = "not evaluated"
+    if is_evaluated(evaluation):
+        before, after = (evaluation[side]["value"] for side in ("before", "after"))
+        measured = f"{_figure(before)} → {_figure(after)}{spread}"
     found = [
         ("KV cache", f"−{cache['share_saved']:.1%}", f"{per_token['before']} → {per_token['after']} per token"),
-        ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), f"{_figure(before)} → {_figure(after)}{spread}"),
+        ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), measured),
         ("took", _duration(report["seconds"]), escape(report["device"])),
     ]
     cells = "".join(f"<div><dt>{what}</dt><dd>{figure}</dd><small>{more}</small></div>" for what, figure, more in found)
@@ -120,6 +123,9 @@ def _cache(report: dict[str, Any]) -> str:
 
 def _perplexity(report: dict[str, Any]) -> str:
     evaluation = report["evaluation"]
+    if not is_evaluated(evaluation):
+        words = f"Not evaluated: it was converted with --eval none. Calibrated on {calibration_words(report['calibration'])}."
+        return _section("Perplexity", escape(words), "")
     words = escape(
         f"On {evaluation['text']}: {evaluation['protocol']}. Lower is better. Most of the error bars is how much windows of "
         f"text differ, which both models share: the ratio is taken on the same ones, and its ± is what is "

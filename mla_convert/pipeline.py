@@ -45,9 +45,9 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         skeleton, tokenizer = Skeleton(source, device), source.tokenizer()
 
     with phases.phase("text"):
-        longest = getattr(source.config, "max_position_embeddings", None)
-        check_conversion(config, longest)
-        windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest, source.shape.hidden_size)
+        model = texts.reach(source.config, learned=not source.family.rotary)
+        check_conversion(config, model.longest)
+        windows = texts.load_windows(config, tokenizer, device.type == "cuda", model, source.shape.hidden_size)
     written = selfwritten.share(config, source, device)
     for note in (notes := [*source.notes, *windows.notes]):
         progress.note(note)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from mla_convert.checkpoint.dequantise import DequantisedReader, can_dequantise
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
-from mla_convert.config import unknown_source
+from mla_convert.config import PACKAGE, packaged, unknown_source
+from mla_convert.config_file import read_config
 from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.families import FAMILIES, Family, find_family
 from mla_convert.plan import AttentionShape
-from mla_convert.words import expanded
+from mla_convert.tokenizer import read_tokenizer
+from mla_convert.words import expanded, plain
 
-PACKAGE = "package:"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 # What is carried over as it is; weights, indices and anything executable are not.
 COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -114,10 +114,7 @@ class Source:
         Raises:
             InputError: it has none that transformers can read.
         """
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, **({"gguf_file": self.gguf} if self.gguf else {}))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.name} has no readable tokenizer ({one_line(error)})") from error
+        return read_tokenizer(self.folder, self.name, **({"gguf_file": self.gguf} if self.gguf else {}))
 
     def license(self) -> dict[str, Any]:
         """What the source's model card says of its licence: `license`, and `license_name` and `license_link` if it does.
@@ -186,15 +183,14 @@ def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES)
         ResourceError: the Hub cannot be reached.
     """
     if name.startswith(PACKAGE):
-        package, _, inner = name.removeprefix(PACKAGE).partition("/")
-        return Place(Path(str(resources.files(package))) / inner, package)
+        return Place(packaged(name, "checkpoint"), name.removeprefix(PACKAGE).partition("/")[0])
     path = expanded(name)
     if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise InputError(f"{path} not found: give an existing .gguf file")
-        return Place(path.parent, path.name, gguf=path.name)
+        return Place(path.parent, plain(path.name), gguf=path.name)
     if path.is_dir():
-        return Place(path, path.resolve().name)
+        return Place(path, plain(path.resolve().name))
     if path.exists():
         raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -220,14 +216,8 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
 
 
 def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) -> Source:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{label} has no config.json: give a folder that holds a transformers checkpoint")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model_type = content.get("model_type", "none given")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"config.json of {label} is not a JSON object ({one_line(error)}): fetch it again") from error
+    content = read_config(folder, label)
+    model_type = content.get("model_type", "none given")
     text = content.get("text_config")
     part = text.get("model_type") if isinstance(text, dict) else None
     # of a multimodal checkpoint the language model is read, if it is of a family
@@ -238,10 +228,27 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     if stored and quantization:
         stored = DequantisedReader(stored, quantization)
     family.check(config, label)
+    if stored:
+        _check_layers(config, stored.names(), family, label)
     expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
     reader = ModelReader(stored, expected.names(), family) if stored else expected
     notes = (f"{label} is multimodal ({model_type}): only its language model is converted",) if part in FAMILIES else ()
     return Source(label, revision, folder, None, config, family, reader, notes)
+
+
+def _check_layers(config: PreTrainedConfig, names: list[str], family: Family, label: str) -> None:
+    """Refuse a configuration with more layers than there are weights for, before a model of so many is built.
+
+    Raises:
+        InputError: names the first layer that is missing.
+    """
+    place = re.compile(rf"(?:^|\.){re.escape(family.layers.rpartition('.')[2])}\.(\d{{1,9}})\.")
+    held = {int(found[1]) for name in names if (found := place.search(name))}
+    if held and config.num_hidden_layers > max(held) + 1:
+        raise InputError(
+            f"tensor {family.layers}.{max(held) + 1}.* is missing from {label}: its configuration says "
+            f"{config.num_hidden_layers} layers and its weights have {max(held) + 1}: they do not belong together"
+        )
 
 
 def _quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | None:
@@ -270,9 +277,8 @@ def _expected(config: PreTrainedConfig, label: str) -> Reader:
     try:
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # whatever a setting that makes no sense runs into
-        raise InputError(f"configuration of {label} does not make a model: {error!r}") from error
+    except Exception as error:  # whatever a setting that makes no sense runs into
+        raise InputError(f"configuration of {label} does not make a model: {one_line(error)}") from error
     return MemoryReader(parameters(model))
 
 
@@ -314,8 +320,8 @@ def _first_token_notes(path: Path) -> tuple[str, ...]:
     if wanted is None or token is None or not wanted.contents():
         return ()
     try:
-        first = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)("")["input_ids"][:1]
-    except (OSError, ValueError, KeyError, TypeError):
+        first = read_tokenizer(path.parent, path.name, gguf_file=path.name)("")["input_ids"][:1]
+    except InputError:
         return ()  # `Source.tokenizer` says so where one is needed
     if first == [token.contents()]:
         return ()
@@ -338,15 +344,11 @@ def load_config(folder: Path, label: str) -> PreTrainedConfig:
     Raises:
         InputError: missing, damaged or not valid.
     """
+    read_config(folder, label)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"configuration of {label} cannot be read: {one_line(error)}") from error
-    except Exception as error:
-        # the strict configuration classes raise their own errors, which share no public base
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise InputError(f"configuration of {label} is not valid: {one_line(error)}") from error
-        raise
+    except Exception as error:  # whatever a setting that makes no sense runs into, errors of no public base among it
+        raise InputError(f"configuration of {label} is not valid: {one_line(error)}") from error
 
 
 def head_width(config: PreTrainedConfig) -> int:

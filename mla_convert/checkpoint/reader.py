@@ -130,7 +130,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         try:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{INDEX} in {folder} is not a shard index ({error!r}): fetch it again") from error
         for file in set(files.values()):
             if not is_plain_name(file):
