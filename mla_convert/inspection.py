@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mla_convert.checkpoint.writer import REPORT
 from mla_convert.config_file import check_sizes
-from mla_convert.errors import InputError
+from mla_convert.errors import InputError, one_line
 from mla_convert.figures import is_evaluated, mean
 from mla_convert.planning import shape_figures
 from mla_convert.report import human_bytes
@@ -122,7 +122,7 @@ def _converted(label: str, revision: str | None, config: dict[str, Any], report:
             "report": _reported(report),
         }
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"config.json of {label} lacks what a converted model has ({error!r})") from error
+        raise InputError(f"config.json of {label} lacks what a converted model has ({one_line(error)})") from error
 
 
 def _reported(report: dict[str, Any]) -> dict[str, Any] | None:

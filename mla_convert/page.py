@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_convert import beyond, plots
-from mla_convert.errors import InputError
+from mla_convert.errors import InputError, one_line
 from mla_convert.figures import calibration_words, is_evaluated, look_up, read_report
 from mla_convert.report import human_bytes, ratio_error, ratio_words
 from mla_convert.svg import Figure
@@ -28,7 +28,9 @@ def write_page(report: dict[str, Any] | Path, file: Path) -> None:
     try:
         text = page(content)
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"report.json is not that of a conversion ({error!r}): there is no page to make") from error
+        raise InputError(
+            f"report.json is not that of a conversion ({one_line(error)}): there is no page to make"
+        ) from error
     file.write_text(text, encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from mla_convert.progress import Progress
 from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
+from mla_convert.words import check_name
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> report.Report:
@@ -33,6 +34,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     device = environment.pick_device(config.device)
     phases = environment.Phases(device)
     out = config.out or Path(default_name(config.source))
+    check_name(out)
 
     with phases.phase("open"):
         source = open_source(config.source, config.revision)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +33,7 @@ from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.families import FAMILIES, Family, find_family
 from mla_convert.plan import AttentionShape
 from mla_convert.tokenizer import read_tokenizer
-from mla_convert.words import expanded, plain
+from mla_convert.words import check_name, expanded, plain
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 # What is carried over as it is; weights, indices and anything executable are not.
@@ -190,6 +189,7 @@ def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES)
             raise InputError(f"{path} not found: give an existing .gguf file")
         return Place(path.parent, plain(path.name), gguf=path.name)
     if path.is_dir():
+        check_name(path)
         return Place(path, plain(path.resolve().name))
     if path.exists():
         raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
@@ -301,7 +301,9 @@ def _open_gguf(path: Path, weights: bool) -> Source:
             return Source(path.name, None, path.parent, path.name, config, family, _expected(config, path.name))
         # transformers dequantises a GGUF file as a whole: these sources are held in memory
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
+    except InputError:
+        raise
+    except Exception as error:  # whatever the numbers of a damaged header run into
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
     _forget_packing(model.config)
     family, tensors = find_family(model.config.model_type), parameters(model)

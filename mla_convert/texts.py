@@ -87,20 +87,17 @@ class Reach:
     learned: bool = False
     vocabulary: int | None = None
 
-    def length(self, given: int | None, default: int, option: str) -> int:
-        """Tokens of a window: what was given by `option`, or the default where the model reaches so far.
-
-        Raises:
-            InputError: more than the model has positions for.
-        """
+    def length(self, given: int | None, default: int) -> int:
+        """Tokens of a window: what was given, or the default; no more than there are positions."""
         if given is None:
             return min(default, self.longest or default)
-        if self.learned and self.longest and given > self.longest:
-            raise InputError(
-                f"{option} {given} is longer than the {self.longest} positions that the model has learned: "
-                f"give at most {self.longest}"
-            )
-        return given
+        return min(given, self.longest) if self.learned and self.longest else given
+
+    def note(self, given: int | None, option: str) -> list[str]:
+        """That the windows are shorter than `option` asked for, if they are."""
+        if given is None or self.length(given, given) == given:
+            return []
+        return [f"the model has learned {self.longest} positions: windows are so long, not {option} {given}"]
 
     def check(self, windows: Tensor, label: str) -> Tensor:
         """Windows that the model has an embedding for every token of.
@@ -123,31 +120,23 @@ def reach(config: Any, learned: bool) -> Reach:
 
 
 def calibration_size(config: ConvertConfig, on_gpu: bool, hidden: int, model: Reach = Reach()) -> tuple[int, int]:
-    """Calibration windows and tokens in one; `hidden` is the size of the model's residual stream.
-
-    Raises:
-        InputError: windows that the model has no positions for.
-    """
+    """Calibration windows and tokens in one; `hidden` is the size of the model's residual stream."""
     samples, length = CALIB_DEFAULT[on_gpu]
     if on_gpu:
         samples = min(samples, max(LEAST_ON_GPU, WIDTH_WINDOWS // hidden))
-    return config.calib_samples or samples, model.length(config.calib_length, length, "--calib-length")
+    return config.calib_samples or samples, model.length(config.calib_length, length)
 
 
 def evaluation_length(config: ConvertConfig, model: Reach) -> int:
-    """Tokens of an evaluation window.
-
-    Raises:
-        InputError: more than the model has positions for.
-    """
-    return model.length(config.eval_length, EVAL_LENGTH, "--eval-length")
+    """Tokens of an evaluation window."""
+    return model.length(config.eval_length, EVAL_LENGTH)
 
 
 def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Reach, hidden: int) -> Windows:
     """All texts of a conversion, cut into windows, for a model with a residual stream of `hidden`.
 
     Raises:
-        InputError: a text or a length that cannot be used, or a tokenizer of another model.
+        InputError: a text that cannot be used, or a tokenizer of another model.
     """
     samples, length = calibration_size(config, on_gpu, hidden, model)
     fewest = config.calib_samples or min(samples, FEWEST)
@@ -170,12 +159,14 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Rea
     evaluation = calib[:1]  # says at least whether what the model computes is finite
     if evaluated:
         evaluation = evaluation_windows(eval_text, tokenizer, config.eval_windows, eval_length, eval_label)
+    notes = [f"no {purpose} text was given: using {label}" for purpose, (spec, label) in given.items() if not spec]
+    notes += model.note(config.calib_length, "--calib-length") + model.note(config.eval_length, "--eval-length")
     return Windows(
         calib=noised(calib, config.calib_noise, tokenizer, config.seed, model.vocabulary),
         evaluation=model.check(evaluation, eval_label),
         calib_text=calib_label,
         eval_text=eval_label,
-        notes=[f"no {purpose} text was given: using {label}" for purpose, (spec, label) in given.items() if not spec],
+        notes=notes,
         held_out=held_out,
         held_out_text=held_out_label,
         evaluated=evaluated,

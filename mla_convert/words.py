@@ -97,3 +97,13 @@ def expanded(name: str | Path) -> Path:
     except RuntimeError:
         user = str(name).partition("/")[0]
         raise InputError(f"{name} cannot be found: {user} names nobody's home folder; give the path in full") from None
+
+
+def check_name(path: Path) -> None:
+    """Refuse a folder for weights whose name is no Unicode: safetensors opens no file there.
+
+    Raises:
+        InputError: it is one.
+    """
+    if any("\ud800" <= sign <= "\udfff" for sign in str(path)):
+        raise InputError(f"the name of folder {path} is not UTF-8, and safetensors opens no file in it: rename it")

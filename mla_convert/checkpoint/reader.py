@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mla_convert.errors import InputError
+from mla_convert.errors import InputError, one_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -90,7 +90,7 @@ class SafetensorsReader:
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError, ValueError, struct.error) as error:
-            raise InputError(f"shard {file} is damaged or truncated ({error}): fetch it again") from error
+            raise InputError(f"shard {file} is damaged or truncated ({one_line(error)}): fetch it again") from error
 
     def names(self) -> list[str]:
         return list(self._file_of)
@@ -131,7 +131,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{INDEX} in {folder} is not a shard index ({error!r}): fetch it again") from error
+            raise InputError(f"{INDEX} in {folder} is not a shard index ({one_line(error)}): fetch it again") from error
         for file in set(files.values()):
             if not is_plain_name(file):
                 raise InputError(f"{INDEX} names {file!r}, which is outside the folder: this checkpoint is not safe")
@@ -141,7 +141,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
             with safe_open(folder / SINGLE, framework="pt", device="cpu") as file:
                 return dict.fromkeys(file.keys(), SINGLE)
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{SINGLE} in {folder} is damaged or truncated ({error}): fetch it again") from error
+            raise InputError(
+                f"{SINGLE} in {folder} is damaged or truncated ({one_line(error)}): fetch it again"
+            ) from error
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise InputError(

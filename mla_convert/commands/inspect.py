@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries, tell_place
 from mla_convert.errors import InputError
 from mla_convert.words import say
 
@@ -41,4 +41,6 @@ def inspect(
     if json_:
         say(json.dumps(found, indent=2))
     else:
-        print_inspection(found, Terminal())
+        console = Terminal()
+        print_inspection(found, console)
+        tell_place(config.source, found["name"], console)

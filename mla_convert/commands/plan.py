@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, rank_or_full, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, rank_or_full, silence_libraries, tell_place
 from mla_convert.words import say
 
 EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"
@@ -55,4 +55,6 @@ def plan(
     if json_:
         say(json.dumps(result, indent=2))
     else:
-        print_plan(result, Terminal())
+        console = Terminal()
+        print_plan(result, console)
+        tell_place(config.source, result["source"]["name"], console)

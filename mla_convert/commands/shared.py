@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class _Talk:
@@ -41,6 +45,12 @@ def rank_or_full(value: str | None) -> int | str | None:
         return int(value)
     except ValueError:
         raise typer.BadParameter(f"{value!r} is neither a whole number nor 'full'") from None
+
+
+def tell_place(source: str, name: str, console: Console) -> None:
+    """Which path a local checkpoint was read from, where its name alone does not say so."""
+    if name != source and Path(source).exists():
+        console.print(f"read from {source}", soft_wrap=True)
 
 
 def silence_libraries(quiet: bool = False) -> None:
