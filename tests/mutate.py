@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 NESTED = "[" * 100_000
-VALUES = [None, True, False, "", "x", "../x", "\x1b[31mred\n", "\ud800", "é" * 300, [], {}, [[]], [None], {"a": {}}, 0, -1, 1, 3, 0.5,
-          -0.0, 2**31, 2**63, -(2**63), 10**30, 1e308, -1e308, math.nan, math.inf, -math.inf, "3", "1e9", [1, 2, 3], [-1],
+VALUES = [None, True, False, "", "x", "../x", "\x1b[31mred\n", "\ud800", "é" * 300, [], {}, [[]], [None], {"a": {}}, 0, -1, 1,
+          3, 0.5, -0.0, 2**31, 2**63, -(2**63), 10**30, 1e308, -1e308, math.nan, math.inf, -math.inf, "3", "1e9", [1, 2, 3], [-1],
           ["a", 7]]  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def _run(case: Case, folder: Path, codes: tuple[int, ...]) -> str | None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
         os.close(handle)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.argv = ["mla-convert", *arguments]
     code: Any = 0
     try:
@@ -235,6 +235,11 @@ def _start(cases: list[Case], queue: list[int], codes: tuple[int, ...], place: P
     try:
         import shutil
 
+        from typer.main import get_command
+
+        from mla_convert import cli
+
+        cli.app = get_command(cli.app)  # built once, and not for every case
         place.mkdir(parents=True, exist_ok=True)
         os.chdir(place)
         for index in queue:

@@ -144,8 +144,9 @@ def test_weights_too_large_to_compute_with(name, options, cli, sources, tmp_path
     tensors[name][:] = 3e38 * torch.where(tensors[name] > 0, 1.0, -1.0)
     save_file(tensors, source / WEIGHTS, {"format": "pt"})
     text = tmp_path / "text.txt"
-    code, out, err = cli(source, "--calib", text, "--eval", text, "--calib-samples", 4, "--calib-length", 32, "--eval-windows", 1,
-                         "--eval-length", 32, "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out", *options)  # fmt: skip
+    small = ("--calib", text, "--eval", text, "--calib-samples", 4, "--calib-length", 32, "--eval-windows", 1,
+             "--eval-length", 32, "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out")  # fmt: skip
+    code, out, err = cli(source, *small, *options)
     assert code == INPUT and not out and len(err.splitlines()) == 1, err
     assert any(
         word in err for word in ("layer model.layers.", "attention of layer", "embed", "head or final norm", "gradient")
@@ -170,8 +171,8 @@ def test_float16_that_overflows_says_which_dtype_would_do(cli, sources, tmp_path
 def test_a_tokenizer_with_more_tokens_than_the_embedding(cli, sources, tmp_path):
     source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
     text = tmp_path / "text.txt"
-    options = ("--calib", text, "--eval", text, "--calib-samples", 4, "--calib-length", 32, "--eval-windows", 1, "--eval-length", 32,
-               "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out", "-q")  # fmt: skip
+    options = ("--calib", text, "--eval", text, "--calib-samples", 4, "--calib-length", 32, "--eval-windows", 1,
+               "--eval-length", 32, "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out", "-q")  # fmt: skip
     tokenizer = pico.tokenizer()
     tokenizer.add_tokens([f"<extra{number}>" for number in range(40)])
     tokenizer.save_pretrained(source)

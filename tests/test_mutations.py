@@ -1,5 +1,6 @@
 """Damaged inputs, thousands of them: each is taken for what it is, or refused in one line that a user can act on."""
 
+import gzip
 import json
 import random
 from functools import partial
@@ -10,12 +11,15 @@ import pytest
 import torch
 from mutate import Case, mutated_bytes, mutated_json, mutated_safetensors, run_cases
 
+from mla_convert.errors import InputError
+from mla_convert.text_files import read_documents
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE_FAILED = 3
 FAMILIES = ("llama", "gpt2", "gemma3", "mixtral")
 # Kinds of input, and how many of each a run of 1 draws.
-COUNTS = {"config": 600, "index": 200, "header": 250, "tokenizer": 150, "tokenizer_config": 150, "gguf": 150, "recipe": 200,
-          "report": 250, "converted config": 150, "text": 150}  # fmt: skip
+COUNTS = {"config": 400, "index": 150, "header": 200, "tokenizer": 150, "tokenizer_config": 100, "gguf": 100, "recipe": 350,
+          "report": 400, "converted config": 250}  # fmt: skip
 RECIPE = """description: A test's recipe.
 source: SOURCE
 aliases: [mutant]
@@ -66,7 +70,9 @@ def differ(ours, theirs):
     if ours.shape != theirs.shape or not torch.equal(ours.isfinite(), theirs.isfinite()):
         return "logits differ in shape or in what is finite"
     known = theirs.isfinite()
-    gap = float((ours - theirs)[known].abs().max()) if known.any() else 0.0
+    if not known.any():
+        return None
+    gap = float((ours - theirs)[known].abs().max())
     return f"logits differ by {gap}" if gap > 1e-3 * float(theirs[known].abs().max()) else None
 
 
@@ -146,8 +152,8 @@ def gguf_case(inputs, draw, number):
 
 def recipe_case(inputs, draw, number):
     text = RECIPE.replace("SOURCE", str(inputs["llama"])).encode()
-    scalars = ["!!float x", "!!int ''", "2001-99-99", "9" * 5000, "0x", "*a", "&a [*a]", "{{}}", "!!python/object:os.system x", "- -",
-               "[" * 2000, "\x00", "null", "1e400", ".nan", "-1", "[]", "|\n    x", "'", "\ud800"]  # fmt: skip
+    scalars = ["!!float x", "!!int ''", "2001-99-99", "9" * 5000, "0x", "*a", "&a [*a]", "{{}}", "!!python/object:os.system x",
+               "- -", "[" * 2000, "\x00", "null", "1e400", ".nan", "-1", "[]", "|\n    x", "'", "\ud800"]  # fmt: skip
     if number % 2:
         lines = text.split(b"\n")
         place = draw.randrange(len(lines) - 1)
@@ -193,21 +199,6 @@ def converted_case(inputs, draw, number):
     return Case(f"{command} of converted config {number}", make)
 
 
-def text_case(inputs, draw, number):
-    rows = "".join(json.dumps({"text": pico.text(300)}) + "\n" for _ in range(4)).encode()
-    plain = pico.text(1200).encode()
-    name, content = draw.choice(
-        [("t.jsonl", rows), ("t.txt", plain), ("t.JSON", rows), ("t.txt.gz", plain), ("t.csv", b"text\n" + plain)]
-    )
-
-    def make(folder: Path) -> list[str]:
-        (folder / name).write_bytes(mutated_bytes(content, draw))
-        (folder / "calib.txt").write_bytes(plain)
-        return ["sweep", str(inputs["llama"]), "--calib", str(folder / name), "--eval", "none"]
-
-    return Case(f"text {number} {name}", make)
-
-
 MAKERS = {"config": config_case, "index": index_case, "header": header_case, "tokenizer": tokenizer_case,
           "tokenizer_config": partial(tokenizer_case, file="tokenizer_config.json"), "gguf": gguf_case, "recipe": recipe_case,
           "report": report_case, "converted config": converted_case}  # fmt: skip
@@ -223,3 +214,34 @@ def wrong_ones(kind, inputs, seed, count):
 def test_every_mutation_is_taken_rightly_or_refused_in_a_line(kind, inputs):
     wrong = wrong_ones(kind, inputs, 0, COUNTS[kind])
     assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong[:20])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("kind", MAKERS)
+def test_many_more_mutations(kind, seed, inputs):
+    wrong = wrong_ones(kind, inputs, seed, COUNTS[kind])
+    assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong[:20])
+
+
+def test_there_are_enough():
+    assert sum(COUNTS.values()) >= 2000
+
+
+def test_mutated_texts_are_read_or_refused(tmp_path):
+    draw, plain = random.Random(0), pico.text(1500)
+    rows = "".join(json.dumps({"text": part}) + "\n" for part in plain.split("\n") if part).encode()
+    wholes = {"t.jsonl": rows, "t.json": b"[" + rows.strip().replace(b"\n", b",") + b"]", "t.txt": plain.encode(),
+              "t.csv": b"text\n" + plain.encode(), "t.jsonl.gz": gzip.compress(rows),
+              "t.txt.gz": gzip.compress(plain.encode())}  # fmt: skip
+    for number in range(1500):
+        name, whole = draw.choice(list(wholes.items()))
+        (tmp_path / name).write_bytes(mutated_bytes(whole, draw))
+        try:
+            found = read_documents(tmp_path / name)
+        except InputError as refused:
+            assert name in str(refused) and "\n" not in str(refused) and len(str(refused)) < 500, number
+        else:
+            assert all(
+                isinstance(text, str) and text.encode("utf-8") is not None and "\0" not in text for text in found
+            ), number

@@ -136,8 +136,11 @@ def test_a_name_that_is_no_utf8(cli, sources, text, tmp_path, monkeypatch):
     assert not Path("other").exists() and not Path(f"{folder}-mla").exists()
 
 
-@pytest.mark.parametrize("arguments", [("inspect", "~nosuchuser/m"), ("plan", "~nosuchuser/r.yaml"), ("gate", "~nosuchuser/m", "--max-ppl", 9),
-                                       ("heal", "~nosuchuser/m"), ("inspect", "x" * 5000), ("eval", "~nosuchuser/m")])  # fmt: skip
+PLACES = [("inspect", "~nosuchuser/m"), ("plan", "~nosuchuser/r.yaml"), ("gate", "~nosuchuser/m", "--max-ppl", 9),
+          ("heal", "~nosuchuser/m"), ("inspect", "x" * 5000), ("eval", "~nosuchuser/m")]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", PLACES, ids=lambda words: words[0])
 def test_places_that_cannot_be(cli, arguments):
     code, printed, err = cli(*arguments)
     assert code == INPUT and len(err.splitlines()) == 1 and not printed
