@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from copy import copy
 
 import torch
 from torch import Tensor
 
+from mla_convert.checkpoint.reader import LARGEST
 from mla_convert.errors import InputError
 
 # A set of states that takes more than this, and more than this share of the device's memory, lives in pinned host memory and
@@ -74,11 +76,11 @@ class Activations:
         """Refuse states that nothing can be made of; `where` they come from, for the message.
 
         Raises:
-            InputError: one of them is NaN or infinite.
+            InputError: one of them is NaN, infinite, or has no square.
         """
-        # a sum is finite only if all that is in it is
-        if not all(torch.isfinite(self.data[batch].sum(dtype=torch.float64)) for batch in self.batches()):
+        largest = [float(torch.linalg.vector_norm(self.data[batch], math.inf)) for batch in self.batches()]
+        if not all(size <= LARGEST for size in largest):
             raise InputError(
-                f"{where} makes hidden states of NaN or infinity: its weights are too large to compute with, so the "
+                f"{where} makes hidden states of NaN, infinity or close to it: its weights are too large to compute with, so the "
                 f"checkpoint is damaged; fetch it again"
             )

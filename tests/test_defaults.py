@@ -131,26 +131,30 @@ def test_layers_that_say_nothing(variant, name, sources, convert_folder, tmp_pat
     assert 0.2 < half.ratio < 4
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight",
-     "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"],
-)  # fmt: skip
+TENSORS = ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight",
+           "model.layers.1.input_layernorm.weight",
+           "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [3e38, 9e17])
 @pytest.mark.parametrize("options", [(), ("--uniform",), ("--eval", "none")])
-def test_weights_too_large_to_compute_with(name, options, cli, sources, tmp_path):
+@pytest.mark.parametrize("name", TENSORS)
+def test_weights_too_large_to_compute_with(name, options, size, cli, sources, tmp_path):
     source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
-    (tmp_path / "text.txt").write_text(pico.text(8000))
-    tensors = load_file(source / WEIGHTS)
-    tensors[name][:] = 3e38 * torch.where(tensors[name] > 0, 1.0, -1.0)
-    save_file(tensors, source / WEIGHTS, {"format": "pt"})
     text = tmp_path / "text.txt"
+    text.write_text(pico.text(8000))
+    tensors = load_file(source / WEIGHTS)
+    tensors[name][:] = size * torch.where(tensors[name] > 0, 1.0, -1.0)
+    save_file(tensors, source / WEIGHTS, {"format": "pt"})
     small = ("--calib", text, "--eval", text, "--calib-samples", 4, "--calib-length", 32, "--eval-windows", 1,
-             "--eval-length", 32, "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out")  # fmt: skip
+             "--eval-length", 32, "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out", "-q")  # fmt: skip
     code, out, err = cli(source, *small, *options)
+    if code == 0 and size < 1e18:  # what can be computed with gives figures
+        evaluation = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
+        assert options == ("--eval", "none") or math.isfinite(evaluation["after"]["value"])
+        return
     assert code == INPUT and not out and len(err.splitlines()) == 1, err
-    assert any(
-        word in err for word in ("layer model.layers.", "attention of layer", "embed", "head or final norm", "gradient")
-    ), err
+    assert size < 1e18 or name in err
     assert not (tmp_path / "out").exists()
 
 
