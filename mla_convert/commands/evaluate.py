@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries, tell_place
 from mla_convert.errors import ResourceError, UsageError
 from mla_convert.words import say
 
@@ -154,4 +154,6 @@ def evaluate(
     if json_:
         say(json.dumps(found.as_dict(), indent=2))
     else:
-        print_evaluation(found, Terminal())
+        console = Terminal()
+        print_evaluation(found, console)
+        tell_place(model, found.model, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,8 +49,8 @@ def rank_or_full(value: str | None) -> int | str | None:
 
 
 def tell_place(source: str, name: str, console: Console) -> None:
-    """Which path a local checkpoint was read from, where its name alone does not say so."""
-    if name != source and Path(source).exists():
+    """Which path a local checkpoint was read from, where a name of signs and brackets alone does not say so."""
+    if name != source and not re.fullmatch(r"[\w./~-]*", source) and Path(source).exists():
         console.print(f"read from {source}", soft_wrap=True)
 
 

@@ -281,6 +281,22 @@ class Window:
     odd: bool
 
 
+def check_enough(corpus: Corpus, mix: tuple[tuple[int, float], ...]) -> None:
+    """Refuse a text that is too short to train on and to look at, before anything is measured.
+
+    Raises:
+        InputError: not one window of each.
+    """
+    train = corpus.train_end - corpus.added
+    for length, _ in mix:
+        if length > train:
+            raise InputError(
+                f"the text has {train} tokens to train on, fewer than one window of {length}: give more text, "
+                f"or lower --length"
+            )
+    held_out(corpus, mix[0][0])
+
+
 class Schedule:
     """Which windows every step sees: of each length in turn, by its share of the tokens, and of the text evenly.
 
@@ -298,13 +314,7 @@ class Schedule:
         self._seed, self._orders = seed, {}
         self._share = share if corpus.added else 0.0
         self._texts = (corpus.added, corpus.train_end), (0, corpus.added_end)  # given, and written by the original
-        train = corpus.train_end - corpus.added
-        for length, _ in mix:
-            if length > train:
-                raise InputError(
-                    f"the text has {train} tokens to train on, fewer than one window of {length}: give more text, "
-                    f"or lower --length"
-                )
+        check_enough(corpus, mix)
         self.windows = {length: -(-max(1, step_tokens // length) // processes) * processes for length, _ in mix}
         self.steps: list[tuple[int, int]] = []  # length and number of the first window, of every step
         used, taken, total = dict.fromkeys(self.windows, 0), dict.fromkeys(self.windows, 0), 0

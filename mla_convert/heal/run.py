@@ -225,6 +225,7 @@ def _corpus(
             settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined,
             texts.reach(model_config(place), learned=False),
         )  # fmt: skip
+        data.check_enough(data.open_corpus(state.folder), settings.mix(None))
         if settings.self_share:
             data.add_written(state.folder, _written(accelerator, settings, origin, tokenizer, progress))
         return {"label": label}
