@@ -84,7 +84,7 @@ def convert(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: .txt, .jsonl (either .gz), or a data set NAME:CONFIG@SPLIT. Default: WikiText-2 "
+            help="Calibration text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Default: WikiText-2 "
             "from the Hub, or the packaged text when that cannot be reached.",
             rich_help_panel=TEXT,
         ),
@@ -115,7 +115,12 @@ def convert(
         ),
     ] = None,
     eval_: Annotated[
-        str | None, typer.Option("--eval", help="Evaluation text, named like --calib's.", rich_help_panel=TEXT)
+        str | None,
+        typer.Option(
+            "--eval",
+            help="Evaluation text, named like --calib's; 'none': no evaluation, which the report then says.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     eval_windows: Annotated[
         int | None, typer.Option(help="Evaluation windows at most. Default 40.", rich_help_panel=TEXT)

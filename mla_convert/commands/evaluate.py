@@ -26,7 +26,7 @@ Text = Annotated[
     str | None,
     typer.Option(
         "--eval",
-        help="Text: .txt, .jsonl (either .gz), or a data set NAME:CONFIG@SPLIT. Default: the conversion's if it can be "
+        help="Text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Default: the conversion's if it can be "
         "found, else WikiText-2 from the Hub, or the packaged text when that cannot be reached.",
         show_default=False,
         rich_help_panel=MEASURE,

@@ -33,7 +33,7 @@ def heal(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on: .txt, .jsonl (either .gz), or a data set NAME:CONFIG@SPLIT, which is streamed. Its end "
+            help="Text to train on: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT, which is streamed. Its end "
             "is held out. Default: WikiText-2 from the Hub, or the packaged text when that cannot be reached.",
             rich_help_panel=TEXT,
             show_default=False,
