@@ -32,6 +32,7 @@ KEYS = {
     "vocab_size": "vocabulary",
     **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window", "n_ctx"), "context"),
 }  # fmt: skip
+MOST_TOKEN = 1 << 31
 # Lists with an entry a layer.
 PER_LAYER = 64 * SIZES["layers"]
 # Layers times the numbers of one, roughly: no model has so many.
@@ -70,6 +71,10 @@ def check_sizes(content: dict[str, Any], label: str) -> None:
             check_sizes(value, label)
         elif isinstance(value, list) and len(value) > PER_LAYER:
             raise InputError(f"config.json of {label} has {len(value)} entries in {plain(key)}: no model has so many")
+        elif key.endswith("_token_id") and isinstance(value, int) and abs(value) > MOST_TOKEN:
+            raise InputError(
+                f"config.json of {label} has {plain(key)} = {_shown(value)}, which is no token: fetch it again"
+            )
         elif key in KEYS and isinstance(value, int | float) and not isinstance(value, bool):
             _check(key, value, label)
     _check_whole(content, label)
@@ -77,18 +82,22 @@ def check_sizes(content: dict[str, Any], label: str) -> None:
 
 def _check(key: str, value: float, label: str) -> None:
     most = SIZES[KEYS[key]]
-    if not math.isfinite(value) or value > most:
-        shown = f"{value:.3g}" if abs(value) > 1e15 else value
+    if value > most or value != value or value == -math.inf:
         raise InputError(
-            f"config.json of {label} has {key} = {shown}, and at most {most} are believed: it is damaged; fetch it again"
+            f"config.json of {label} has {key} = {_shown(value)}, and at most {most} are believed: it is damaged; fetch it again"
         )
+
+
+def _shown(value: float) -> str:
+    """A number of any size in a few digits."""
+    return str(value) if abs(value) < 1e15 else f"{float(max(min(value, 10**300), -(10**300))):.3g}"
 
 
 def _check_whole(content: dict[str, Any], label: str) -> None:
     """Sizes that are fine one by one and together make what no machine holds."""
     largest = dict.fromkeys(SIZES, 1.0)
     for key, value in content.items():
-        if key in KEYS and isinstance(value, int) and not isinstance(value, bool):
+        if key in KEYS and isinstance(value, int) and value > 0:
             largest[KEYS[key]] = max(largest[KEYS[key]], float(value))
     count = largest["layers"] * largest["width"] ** 2 * largest["experts"]
     if count > LARGEST:

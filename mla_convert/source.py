@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -277,6 +278,10 @@ def _expected(config: PreTrainedConfig, label: str) -> Reader:
     try:
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        for module in model.modules():
+            scale = getattr(module, "scaling", None)
+            if isinstance(scale, complex) or (isinstance(scale, float) and not math.isfinite(scale)):
+                raise ValueError(f"attention would be scaled by {scale}")
     except Exception as error:  # whatever a setting that makes no sense runs into
         raise InputError(f"configuration of {label} does not make a model: {one_line(error)}") from error
     return MemoryReader(parameters(model))

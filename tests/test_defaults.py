@@ -225,3 +225,22 @@ def test_more_layers_than_there_are_weights_for(cli, sources, tmp_path):
     (source / "config.json").write_text(json.dumps({**content, "num_hidden_layers": 900}))
     code, _, err = cli("inspect", source)
     assert code == INPUT and "model.layers.3.* is missing" in err
+
+
+@pytest.mark.parametrize(
+    "fields", [{"pad_token_id": 10**30}, {"num_hidden_layers": 10**400}, {"bos_token_id": -(10**400)}]
+)
+def test_numbers_that_no_machine_has(fields, cli, sources, tmp_path):
+    source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**content, **fields}))
+    code, out, err = cli("inspect", source)
+    assert code == INPUT and len(err.splitlines()) == 1 and next(iter(fields)) in err and not out
+
+
+def test_a_scale_that_is_no_number(cli, sources, tmp_path):
+    source = Path(shutil.copytree(sources("gemma3"), tmp_path / "source"))
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**content, "query_pre_attn_scalar": -8}))
+    code, _, err = cli("inspect", source)
+    assert code == INPUT and len(err.splitlines()) == 1 and "scaled by" in err
