@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mla_convert.errors import InputError, UsageError
-from mla_convert.figures import REPORT, finite, look_up, read_report
+from mla_convert.figures import REPORT, finite, is_evaluated, look_up, read_report
 from mla_convert.intact import check_intact
+from mla_convert.words import expanded
 
 Row = tuple[str, str, str]
 
@@ -111,7 +112,7 @@ def check_target(model: str) -> Path:
         UsageError: not a local folder.
         InputError: its report cannot be read or is not that of a conversion, or a file of it is damaged.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not folder.is_dir():
         raise UsageError(f"--into-report needs the folder of a converted model, and {model} is none")
     if not isinstance(read_report(folder).get("checksums"), dict):
@@ -155,6 +156,8 @@ def to_report(content: dict[str, Any]) -> Any:
 
 def _numbers(evaluation: dict[str, Any]) -> dict[str, Any]:
     """An evaluation with its figures as numbers again: JSON has null for those that are not finite."""
+    if not is_evaluated(evaluation):
+        return evaluation
     found = {**evaluation, "ratio": math.nan if evaluation["ratio"] is None else evaluation["ratio"]}
     for side in ("before", "after"):
         value = evaluation[side]["value"]

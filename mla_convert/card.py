@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mla_convert import beyond
-from mla_convert.figures import calibration_words
+from mla_convert.figures import calibration_words, is_evaluated
 from mla_convert.files import write_file
 from mla_convert.licence import CARD
 from mla_convert.report import Report, rows
@@ -18,13 +18,13 @@ BODY = """
 # {name} with Multi-head Latent Attention
 
 {base} with its {before} key/value numbers per token and layer replaced by a latent of {rank} and a rotary key of
-{rope}: **{saved:.1%} less KV cache**, perplexity **×{ratio:.4f}**. Converted by mla_convert {version}; {untouched}
+{rope}: **{saved:.1%} less KV cache**, perplexity {ratio}. Converted by mla_convert {version}; {untouched}
 
 | | before | after | change |
 |---|---:|---:|---:|
 {table}
 
-Perplexity on {text}: {protocol}. Calibrated on {calibration}. {worst}`report.json` has every
+{measured} Calibrated on {calibration}. {worst}`report.json` has every
 figure, `report.html` shows them, and `recipe.yaml` repeats the run.
 {beyond}
 ## Load
@@ -42,7 +42,7 @@ own dynamic and static caches.
 ## Limits
 
 Attention runs through PyTorch's SDPA (or eager); flash and flex attention are not supported, nor are serving engines that
-do not load transformers models. The perplexity above is for the text named; measure yours. What the original was made for,
+do not load transformers models. {yours}What the original was made for,
 and what it gets wrong, holds for this model too.
 
 ## Licence
@@ -71,12 +71,12 @@ def card_text(report: Report) -> str:
         rank=cache["kv_lora_rank"],
         rope=cache["qk_rope_head_dim"],
         saved=cache["share_saved"],
-        ratio=evaluation["ratio"],
+        ratio=f"**×{evaluation['ratio']:.4f}**" if is_evaluated(evaluation) else "not evaluated",
         version=report.versions.get("mla_convert", ""),
         untouched=_untouched(report.heal),
         table="\n".join(f"| {' | '.join(row)} |" for row in rows(report)),
-        text=evaluation["text"],
-        protocol=evaluation["protocol"],
+        measured=_measured(evaluation),
+        yours="The perplexity above is for the text named; measure yours. " if is_evaluated(evaluation) else "",
         calibration=calibration_words(report.calibration),
         worst=_worst(report.layers),
         beyond=_beyond(report.beyond),
@@ -87,9 +87,16 @@ def card_text(report: Report) -> str:
     return str(ModelCard(f"---\n{_metadata(report, on_hub).to_yaml()}\n---\n{body}"))
 
 
+def _measured(evaluation: dict[str, Any]) -> str:
+    """What perplexity was measured on, in a sentence."""
+    if not is_evaluated(evaluation):
+        return "Perplexity was not evaluated (`--eval none`): measure it with `mla-convert eval` before you use this model."
+    return f"Perplexity on {evaluation['text']}: {evaluation['protocol']}."
+
+
 def _metadata(report: Report, on_hub: bool) -> ModelCardData:
     source, evaluation = report.source, report.evaluation
-    dataset = DATASET.match(evaluation["text"])
+    dataset = DATASET.match(evaluation["text"] or "")
     where = (
         {"dataset_type": dataset["name"], "dataset_config": dataset["config"], "dataset_split": dataset["split"]}
         if dataset
@@ -105,6 +112,7 @@ def _metadata(report: Report, on_hub: bool) -> ModelCardData:
             **where,
         )
         for name, key in (("perplexity", "after"), ("perplexity of the original", "before"))
+        if is_evaluated(evaluation)
     ]
     return ModelCardData(
         model_name=f"{source['name']} MLA",
@@ -114,7 +122,7 @@ def _metadata(report: Report, on_hub: bool) -> ModelCardData:
         pipeline_tag="text-generation",
         license=source.get("license") or "unknown",
         tags=["mla", "multi-head-latent-attention", "kv-cache", "mla_convert"],
-        eval_results=results,
+        eval_results=results or None,
         **{key: source[key] for key in ("license_name", "license_link") if source.get(key)},
     )
 

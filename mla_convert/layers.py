@@ -99,6 +99,7 @@ def open_streams(skeleton: Skeleton, calib: Tensor, evaluation: Tensor) -> Strea
     calib_dtype = torch.bfloat16 if skeleton.device.type == "cuda" else torch.float32
     embedded, evaluated = skeleton.embed(calib), skeleton.embed(evaluation)
     pair = [Activations(embedded, skeleton.device, calib_dtype) for _ in range(2)]
+    pair[0].check_finite(f"the embedding {skeleton.embedding}")
     # read once a layer, in order: host memory will do
     return Streams(*pair, *(Activations(evaluated, skeleton.device, torch.float32, on_host=True) for _ in range(2)))
 
@@ -176,7 +177,7 @@ def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> N
         reports = [report | found for report in reports]
     for member, report in zip(members, reports, strict=True):
         written = _layer_tensors(job, member)
-        check_finite(written, FAILED)
+        check_finite(written, _too_large(member, dtype=job.dtype or job.skeleton.source.dtype) or FAILED)
         job.writer.write_shard(job.shard(member.index + 1), written, report)
         _load_written(job, member, written)
 
@@ -311,6 +312,14 @@ def _layer_tensors(job: LayerJob, member: _Member) -> dict[str, Tensor]:
     return {**job.stored(kept), **own}
 
 
+def _too_large(member: _Member, dtype: torch.dtype) -> str | None:
+    """What to do where numbers that were finite are not as they are written, in a narrow dtype."""
+    finite = all(tensor.isfinite().all() for tensor in member.student.state_dict().values())
+    if not finite or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
+        return None
+    return f"{str(dtype).removeprefix('torch.')} has no room for it; give --dtype bfloat16 or float32"
+
+
 def _load_written(job: LayerJob, member: _Member, written: dict[str, Tensor]) -> None:
     """The student as it was written, rounding included: what follows sees the model that users will load."""
     prefix = f"{job.skeleton.layer_prefix(member.index)}{job.skeleton.source.family.attention}."
@@ -337,6 +346,9 @@ def _advance(job: LayerJob, member: _Member, streams: tuple[Activations, ...], o
             own = member.kwargs[states.length]
             with job.skeleton.autocast():
                 states.advance(lambda hidden, own=own: first_output(member.layer(hidden, **own)))
+            states.check_finite(
+                f"layer {job.skeleton.layer_prefix(member.index)[:-1]}{'' if original else ', converted,'}"
+            )
 
 
 def refine_settings(

@@ -19,7 +19,9 @@ from mla_convert.config import find_recipe, recipe_files
 from mla_convert.errors import InputError, ResourceError, one_line
 from mla_convert.families import FAMILIES
 from mla_convert.figures import look_up
-from mla_convert.source import PACKAGE, Place, load_config, locate, read_tokenizer
+from mla_convert.source import PACKAGE, Place, load_config, locate
+from mla_convert.tokenizer import read_tokenizer
+from mla_convert.words import expanded
 
 PREFIX = "mla_"  # of a converted model's model_type
 EXPORTED = "mla_convert"  # key of an exported model's config.json
@@ -32,7 +34,7 @@ def find_model(name: str, revision: str | None = None) -> Place:
         InputError: nothing there by that name, or a folder that is no checkpoint.
         ResourceError: the Hub cannot be reached.
     """
-    recipe = None if Path(name).expanduser().exists() else find_recipe(name)
+    recipe = None if expanded(name).exists() else find_recipe(name)
     place = locate(recipe.source, recipe.revision) if recipe else locate(name, revision)
     refuse_adapter(place.folder, place.label)
     if place.gguf:
@@ -86,10 +88,8 @@ def load_tokenizer(place: Place) -> Any:
     Raises:
         InputError: it has none that transformers can read.
     """
-    try:
-        return read_tokenizer(place.folder, place.gguf)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{place.label} has no readable tokenizer ({one_line(error)})") from error
+    gguf = {"gguf_file": place.gguf} if place.gguf else {}
+    return read_tokenizer(place.folder, place.label, **gguf)
 
 
 def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> torch.nn.Module:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mla_convert import beyond, plots
-from mla_convert.errors import InputError
-from mla_convert.figures import calibration_words, look_up, read_report
+from mla_convert.errors import InputError, one_line
+from mla_convert.figures import calibration_words, is_evaluated, look_up, read_report
 from mla_convert.files import write_file
 from mla_convert.report import human_bytes, ratio_error, ratio_words
 from mla_convert.report_schema import check_report
@@ -39,7 +39,9 @@ def page_text(report: dict[str, Any]) -> str:
     try:
         return page(report)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-        raise InputError(f"report.json is not that of a conversion ({error!r}): there is no page to make") from error
+        raise InputError(
+            f"report.json is not that of a conversion ({one_line(error)}): there is no page to make"
+        ) from error
 
 
 def page(report: dict[str, Any]) -> str:
@@ -95,16 +97,15 @@ def _document(title: str, parts: list[str]) -> str:
 def _head(report: dict[str, Any]) -> str:
     cache, evaluation = report["cache"], report["evaluation"]
     per_token = {side: human_bytes(size) for side, size in cache["bytes_per_token"].items()}
-    before, after = (evaluation[side]["value"] for side in ("before", "after"))
     error = ratio_error(evaluation)
     spread = f", ratio ± {error:.4f}" if error else ""
+    measured = "not evaluated"
+    if is_evaluated(evaluation):
+        before, after = (evaluation[side]["value"] for side in ("before", "after"))
+        measured = f"{_figure(before)} → {_figure(after)}{spread}"
     found = [
         ("KV cache", f"−{cache['share_saved']:.1%}", escape(f"{per_token['before']} → {per_token['after']} per token")),
-        (
-            "perplexity",
-            _figure(evaluation["ratio"], "×{:.3f}"),
-            escape(f"{_figure(before)} → {_figure(after)}{spread}"),
-        ),
+        ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), escape(measured)),
         ("took", _duration(report["seconds"]), escape(report["device"])),
     ]
     cells = "".join(
@@ -137,6 +138,9 @@ def _cache(report: dict[str, Any]) -> str:
 
 def _perplexity(report: dict[str, Any]) -> str:
     evaluation = report["evaluation"]
+    if not is_evaluated(evaluation):
+        words = f"Not evaluated: it was converted with --eval none. Calibrated on {calibration_words(report['calibration'])}."
+        return _section("Perplexity", escape(words), "")
     words = escape(
         f"On {evaluation['text']}: {evaluation['protocol']}. Lower is better. Most of the error bars is how much windows of "
         f"text differ, which both models share: the ratio is taken on the same ones, and its ± is what is "

@@ -21,6 +21,7 @@ from mla_convert.progress import Progress
 from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
+from mla_convert.words import check_name
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> report.Report:
@@ -35,6 +36,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     device = environment.pick_device(config.device)
     phases = environment.Phases(device)
     out = config.out or Path(default_name(config.source))
+    check_name(out)
 
     with phases.phase("open"):
         source = open_source(config.source, config.revision)
@@ -49,9 +51,9 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         skeleton, tokenizer = Skeleton(source, device), source.tokenizer()
 
     with phases.phase("text"):
-        longest = getattr(source.config, "max_position_embeddings", None)
-        check_conversion(config, longest)
-        windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest, source.shape.hidden_size)
+        model = texts.reach(source.config, learned=not source.family.rotary)
+        check_conversion(config, model.longest)
+        windows = texts.load_windows(config, tokenizer, device.type == "cuda", model, source.shape.hidden_size)
     written = selfwritten.share(config, source, device)
     code = None if source.gguf else tokenizer_code(source.folder)
     stock = [

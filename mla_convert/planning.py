@@ -22,7 +22,7 @@ from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
 from mla_convert.sensitivity import TOKENS, aside_bytes, is_measured
 from mla_convert.source import Source, open_source, parameters
-from mla_convert.texts import EVAL_LENGTH, calibration_size
+from mla_convert.texts import Reach, calibration_size, evaluation_length, reach
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
 
@@ -125,8 +125,11 @@ def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
 
 
 def _evaluation_windows(config: ConvertConfig, source: Source) -> tuple[int, int]:
-    longest = getattr(source.config, "max_position_embeddings", None) or EVAL_LENGTH
-    return config.eval_windows, config.eval_length or min(longest, EVAL_LENGTH)
+    return config.eval_windows, evaluation_length(config, _reach(source))
+
+
+def _reach(source: Source) -> Reach:
+    return reach(source.config, learned=not source.family.rotary)
 
 
 def _time(
@@ -152,7 +155,7 @@ def _time(
     )
     windows = {}
     for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
-        calib = calibration_size(config, device.type == "cuda", shape.hidden_size)
+        calib = calibration_size(config, device.type == "cuda", shape.hidden_size, _reach(source))
         refine = refine_settings(config, device, calib, shape.hidden_size)
         last = output_advances(refine, shape.layers) / shape.layers  # of the last block's layers, by layer
         windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
@@ -198,7 +201,7 @@ def _host_memory(
         attention=sum(count for name, count in after.items() if name.startswith(f"{first}{source.family.attention}.")),
         hidden=plan.shape.hidden_size,
         itemsize=itemsize,
-        calibration_tokens=prod(calibration_size(config, False, plan.shape.hidden_size)),
+        calibration_tokens=prod(calibration_size(config, False, plan.shape.hidden_size, _reach(source))),
         evaluation_tokens=prod(_evaluation_windows(config, source)),
     )
     if source.gguf:  # transformers holds these whole, in float32

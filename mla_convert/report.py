@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert.figures import REPORT, finite, mean
+from mla_convert.figures import REPORT, finite, is_evaluated, mean
 from mla_convert.files import write_file
 from mla_convert.plan import AttentionShape, Plan
 
@@ -43,8 +43,8 @@ class Report:
     out: Path | None = None
 
     @property
-    def ratio(self) -> float:
-        """Perplexity after conversion over the original's."""
+    def ratio(self) -> float | None:
+        """Perplexity after conversion over the original's; None where it was not evaluated."""
         return self.evaluation["ratio"]
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,6 +118,8 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
     for context, size in cache["bytes_at_context"].items():
         table.append((f"KV cache at {int(context) // 1024}k context", human_bytes(size["before"]),
                       human_bytes(size["after"]), f"-{1 - size['after'] / size['before']:.1%}"))  # fmt: skip
+    if not is_evaluated(evaluation):
+        return [*table, ("perplexity", "not evaluated", "not evaluated", "")]
     before, after = evaluation["before"]["value"], evaluation["after"]["value"]
     if unhealed := report.heal.get("before"):
         value = unhealed["evaluation"]["after"]["value"]
@@ -158,7 +160,9 @@ def print_summary(report: Report, console: Console) -> None:
     console.print(table)
     evaluation = report.evaluation
     spread = "; ± is one standard error over windows" if ratio_error(evaluation) else ""
-    texts = [f"perplexity on {evaluation['text']}: {evaluation['protocol']}{spread}"]
+    texts = ["perplexity was not evaluated, as --eval none asked: `mla-convert eval` does it later"]
+    if is_evaluated(evaluation):
+        texts = [f"perplexity on {evaluation['text']}: {evaluation['protocol']}{spread}"]
     if held_out := evaluation.get("held_out"):
         texts.append(f"held-out text is {held_out['text']}: {held_out['protocol']}")
     for text in texts:

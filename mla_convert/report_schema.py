@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mla_convert.errors import InputError
+from mla_convert.figures import NOT_EVALUATED
 
 Check = Callable[[Any, str], None]
 LARGEST = 1e18  # of any figure: beyond that nothing here was measured
@@ -111,12 +112,20 @@ def _anything(value: Any, where: str) -> None:
     return
 
 
+def _evaluation(value: Any, where: str) -> None:
+    if isinstance(value, dict) and value.get("skipped"):  # --eval none: there are no figures
+        if value != NOT_EVALUATED:
+            raise _fail(where, "without figures", value)
+        return
+    _figures(value, where)
+
+
 _pair = _object({"before": _amount, "after": _amount})
 _mean = _object({}, {"value": _number, "error": _amount})
 _side = _object({"value": _maybe(_amount)}, {"log_error": _amount, "windows": _count, "length": _count})
 _measured = {"text": _words, "protocol": _words, "before": _side, "after": _side, "ratio": _maybe(_amount)}
 _held_out = _object(_measured, {"ratio_log_error": _amount})
-_evaluation = _object(_measured, {"ratio_log_error": _amount, "held_out": _held_out})
+_figures = _object(_measured, {"ratio_log_error": _amount, "held_out": _held_out})
 _entry = _object({}, {
     "layer": _count, "kv_lora_rank": _count, "qk_rope_head_dim": _count,
     "plane_frequencies": _each(_count), "energy": _table(_maybe(_number)),
@@ -167,6 +176,7 @@ CHECK = _object(
     },
     {
         "notes": _each(_words),
+        "self_check": _object({"versions": _table(_words), "layers": _count, "of_layers": _count}),
         "beyond": _beyond,
         "heal": _heal,
         "sweep": _each(_object({"share": _number}, {"ratio": _number, "stderr": _amount, "numbers": _number})),

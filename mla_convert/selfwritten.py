@@ -65,7 +65,7 @@ def mixed(windows: Tensor, share: float, source: Source, tokenizer: Any, device:
     body = windows.shape[1] - len(prefix)
     pieces = -(-body // TEXT_TOKENS)
     model = load_whole(source, device)
-    written = write(model, count * pieces, -(-body // pieces), first_token(tokenizer), seed)
+    written = write(model, count * pieces, -(-body // pieces), first_token(tokenizer, model.config.vocab_size), seed)
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -76,14 +76,15 @@ def mixed(windows: Tensor, share: float, source: Source, tokenizer: Any, device:
     return found
 
 
-def first_token(tokenizer: Any) -> int:
-    """What the model continues: what its tokenizer puts before a text, or what separates documents."""
+def first_token(tokenizer: Any, vocabulary: int | None = None) -> int:
+    """What the model continues: what its tokenizer puts before a text, or what separates documents.
+
+    `vocabulary`: rows of the model's embedding, which may be fewer than the tokenizer's tokens.
+    """
     prefix = first_tokens(tokenizer)
-    if prefix:
-        return prefix[0]
     document = tokenizer.get_vocab().get(DOCUMENT)
-    known = (document, tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
+    known = (*prefix, document, tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None and (vocabulary is None or token < vocabulary))
 
 
 def load_whole(source: Source, device: torch.device) -> nn.Module:

@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from mla_convert.carried import carried_files, licence_files, tokenizer_code
+from mla_convert.carried import carried_files, licence_files
 from mla_convert.checkpoint.dequantise import DequantisedReader, take_quantization
 from mla_convert.checkpoint.files import INDEX, SINGLE, refuse_adapter
 from mla_convert.checkpoint.gguf_config import sampling
-from mla_convert.checkpoint.gguf_file import gguf_parts, is_gguf, read_gguf
+from mla_convert.checkpoint.gguf_file import gguf_parts, read_gguf
 from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
-from mla_convert.config import unknown_source
-from mla_convert.errors import InputError, ResourceError, one_line
+from mla_convert.config import PACKAGE
+from mla_convert.config_file import read_config
+from mla_convert.errors import InputError, one_line
 from mla_convert.families import FAMILIES, Family, find_family
 from mla_convert.licence import read_licence
+from mla_convert.place import HUB_FILES, Place, locate
 from mla_convert.plan import AttentionShape
 from mla_convert.source_checks import (
     MOST_LAYERS,
     check_classes,
     check_derived,
+    check_layers,
+    check_scaling,
     check_tensors,
     first_token_notes,
     makes_sense,
     refuse_audio,
     settle_ties,
 )
+from mla_convert.tokenizer import read_tokenizer
 
-PACKAGE = "package:"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "ATTRIBUTION*",
-             "COPYING*", "USE_POLICY*"]  # fmt: skip
+__all__ = ["PACKAGE", "Place", "Source", "head_width", "kv_heads", "load_config", "locate", "open_source", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -123,15 +115,7 @@ class Source:
         Raises:
             InputError: it has none that transformers can read.
         """
-        try:
-            return read_tokenizer(self.folder, self.gguf)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if not self.gguf and (code := tokenizer_code(self.folder)):
-                raise InputError(
-                    f"the tokenizer of {self.name} is code of its own ({code}), which is never run, and no class of transformers' "
-                    f"reads it: give a checkpoint whose tokenizer does without"
-                ) from error
-            raise InputError(f"{self.name} has no readable tokenizer ({one_line(error)})") from error
+        return read_tokenizer(self.folder, self.name, **({"gguf_file": self.gguf} if self.gguf else {}))
 
     def license(self) -> dict[str, Any]:
         """What the source's model card says of its licence: `license`, and `license_name` and `license_link` if it does.
@@ -195,59 +179,9 @@ def open_source(name: str, revision: str | None = None, weights: bool = True) ->
     return _open_folder(place.folder, place.label, place.revision, weights)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a model's files lie on this machine. `label` names it in reports; `gguf` is the file, if it is one."""
-
-    folder: Path
-    label: str
-    revision: str | None = None
-    gguf: str | None = None
-
-
-def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> Place:
-    """The folder of a packaged checkpoint, a local folder, a `.gguf` file, or a Hub id, of which `files` are fetched.
-
-    Raises:
-        InputError: nothing there by that name.
-        ResourceError: the Hub cannot be reached.
-    """
-    if name.startswith(PACKAGE):
-        package, _, inner = name.removeprefix(PACKAGE).partition("/")
-        return Place(Path(str(resources.files(package))) / inner, package)
-    path = Path(name).expanduser()
-    if is_gguf(path) and not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"{path} not found: give an existing .gguf file")
-        return Place(path.parent, path.name, gguf=path.name)
-    if path.is_dir():
-        return Place(path, path.resolve().name)
-    if path.exists():
-        raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise unknown_source(name)
-    folder = _download(name, revision, files)
-    return Place(folder, name, folder.name)
-
-
-def _download(name: str, revision: str | None, files: list[str]) -> Path:
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except GatedRepoError as error:
-        raise InputError(
-            f"{name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        where = f" at revision {revision}" if revision else ""
-        raise InputError(f"{name}{where} is neither a local folder nor on the Hub (or it is private)") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ResourceError(
-            f"the Hub cannot be reached for {name}, which is no local folder: {one_line(error)}"
-        ) from error
-
-
 def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) -> Source:
-    content = _json_config(folder, label)
+    refuse_adapter(folder, label)
+    content = read_config(folder, label)
     model_type, text = content.get("model_type", "none given"), content.get("text_config")
     part = isinstance(text, dict) and isinstance(text.get("model_type"), str) and text["model_type"] in FAMILIES
     # of a multimodal checkpoint the language model is read, if it is of a family
@@ -258,28 +192,35 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
         config = _read_config(folder, label, part)
         quantization = take_quantization(config, label)
         family.check(config, label)
+        here = weights or (revision is None and any((folder / name).is_file() for name in (SINGLE, INDEX)))
+        stored = SafetensorsReader(folder) if here else None
+        if stored:
+            check_layers(config.num_hidden_layers, stored.names(), family, label)
         expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
         notes += check_classes(content, expected.model, label, part)
         source = Source(label, revision, folder, None, config, family, expected, tuple(notes))
         check_derived(source)
-    if weights or (revision is None and any((folder / name).is_file() for name in (SINGLE, INDEX))):
-        found = _with_weights(source, expected, quantization, part, weights)
+    if stored:
+        found = _with_weights(source, stored, expected, quantization, part, weights)
         return found if weights else replace(source, notes=found.notes)
     return source
 
 
 def _with_weights(
-    source: Source, expected: _Expected, quantization: dict[str, Any] | None, part: bool, compare: bool
+    source: Source,
+    stored: SafetensorsReader,
+    expected: _Expected,
+    quantization: dict[str, Any] | None,
+    part: bool,
+    compare: bool,
 ) -> Source:
     """The source with the reader of its tensors, which are checked to be all that its configuration asks for.
 
     Headers are read; and with `compare` the values of tied tensors that are stored twice.
     """
-    stored: Reader = SafetensorsReader(source.folder)
     notes = [*source.notes, *stored.notes]
-    if quantization:
-        stored = DequantisedReader(stored, quantization)
-    reader = ModelReader(stored, {*expected.names(), *expected.tied}, source.family)
+    numbers: Reader = DequantisedReader(stored, quantization) if quantization else stored
+    reader = ModelReader(numbers, {*expected.names(), *expected.tied}, source.family)
     tied, more = settle_ties(reader, expected.tied, source.name, compare)
     notes += more
     if not tied:
@@ -287,20 +228,6 @@ def _with_weights(
         expected = _expected(source.config, source.name)
     notes += check_tensors(reader, expected.names(), source.name, part)
     return replace(source, reader=reader, notes=tuple(notes))
-
-
-def _json_config(folder: Path, label: str) -> dict[str, Any]:
-    """config.json as it stands."""
-    refuse_adapter(folder, label)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{label} has no config.json: give a folder that holds a transformers checkpoint")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        _ = content.keys()
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"config.json of {label} is not a JSON object ({one_line(error)}): fetch it again") from error
-    return content
 
 
 class _Expected(MemoryReader):
@@ -318,7 +245,9 @@ class _Expected(MemoryReader):
 def _expected(config: PreTrainedConfig, label: str) -> _Expected:
     """The tensors that a configuration asks for, in its dtype."""
     with makes_sense(label), init_empty_weights(include_buffers=True):
-        return _Expected(AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32))
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        check_scaling(model, label)
+        return _Expected(model)
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -347,14 +276,6 @@ def _open_gguf(path: Path, weights: bool) -> Source:
     return replace(source, reader=MemoryReader(parameters(found.load()))) if weights else source
 
 
-def read_tokenizer(folder: Path, gguf: str | None = None) -> Any:
-    """The tokenizer of a folder or GGUF file, by a class of transformers': code of the folder's own is never run.
-
-    Without `trust_remote_code=False` transformers asks on stdin whether to run it.
-    """
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {}))
-
-
 def load_config(folder: Path, label: str) -> PreTrainedConfig:
     """The configuration of a transformers folder, by a class that is installed: never by code from the folder.
 
@@ -363,6 +284,7 @@ def load_config(folder: Path, label: str) -> PreTrainedConfig:
     Raises:
         InputError: missing, damaged or not valid.
     """
+    read_config(folder, label)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for own in (config, *(getattr(config, name, None) for name in config.sub_configs)):

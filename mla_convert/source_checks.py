@@ -7,6 +7,7 @@ up what it does not find.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.errors import InputError, MlaConvertError, one_line
+from mla_convert.families import Family
 from mla_convert.texts import first_tokens
+from mla_convert.tokenizer import read_tokenizer
 
 # Rows of a matrix that are compared together.
 ROWS = 4096
@@ -206,7 +208,7 @@ def first_token_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
     if not wanted or token is None:
         return ()
     try:
-        first = first_tokens(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False))
+        first = first_tokens(read_tokenizer(path.parent, path.name, gguf_file=path.name))
     except Exception:  # `Source.tokenizer` says so where one is needed
         return ()
     if first == [token]:
@@ -216,3 +218,30 @@ def first_token_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
         f"{version('transformers')} reads it does not put it there: if perplexity before conversion is high, try a newer "
         f"transformers or the checkpoint that the file was made from",
     )
+
+
+def check_layers(layers: int, names: Iterable[str], family: Family, label: str) -> None:
+    """Refuse a configuration with more layers than there are weights for, before a model of so many is built.
+
+    Raises:
+        InputError: names the first layer that is missing.
+    """
+    place = re.compile(rf"(?:^|\.){re.escape(family.layers.rpartition('.')[2])}\.(\d{{1,9}})\.")
+    held = {int(found[1]) for name in names if (found := place.search(name))}
+    if held and layers > max(held) + 1:
+        raise InputError(
+            f"tensor {family.layers}.{max(held) + 1}.* is missing from {label}: its configuration says {layers} layers and its "
+            f"weights have {max(held) + 1}: they do not belong together"
+        )
+
+
+def check_scaling(model: torch.nn.Module, label: str) -> None:
+    """Refuse a configuration whose attention would be scaled by what is no number.
+
+    Raises:
+        InputError: there is such a layer.
+    """
+    for module in model.modules():
+        scale = getattr(module, "scaling", None)
+        if isinstance(scale, complex) or (isinstance(scale, float) and not math.isfinite(scale)):
+            raise InputError(f"configuration of {label} does not make a model: attention would be scaled by {scale}")

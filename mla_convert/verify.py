@@ -68,8 +68,8 @@ def _index(folder: Path) -> tuple[dict[str, str], Any]:
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         weight_map, total = dict(content["weight_map"].items()), content["metadata"]["total_size"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Fault(f"{INDEX} is not a shard index ({error!r})", INDEX) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Fault(f"{INDEX} is not a shard index ({one_line(error)})", INDEX) from error
     return weight_map, total
 
 

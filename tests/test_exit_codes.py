@@ -77,6 +77,25 @@ class World:
         save_file(tensors, file, {"format": "pt"})
         return (self.source, *self.small())
 
+    def huge(self):
+        file = self.source / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+        save_file(tensors, file, {"format": "pt"})
+        return (self.source, *self.small())
+
+    def tokenizer(self):
+        (self.source / "tokenizer.json").write_text("{}")
+        return (self.source, *self.small())
+
+    def sizes(self):
+        self.json(self.source / "config.json", num_hidden_layers=10**6)
+        return ("plan", self.source)
+
+    def unnamed_json(self):
+        (self.path / "rows.txt").write_text('{"text": "one"}\n{"text": "two"}\n')
+        return (self.source, *self.small("--calib", self.path / "rows.txt"))
+
     def truncated(self):
         file = self.source / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
@@ -175,6 +194,7 @@ CASES = {
     "options that contradict each other": lambda w: (w.source, "--rank", 4, "--kv-ratio", 0.5),
     "a gate without a limit": lambda w: ("gate", w.converted, "--from-report"),
     "healing on the text that it is measured on": lambda world: world.heal("--eval", world.text),
+    "healing, or a held-out text, without an evaluation": lambda w: (w.source, "--eval", "none", "--held-out", "calib"),
     "a repository name that the Hub cannot have": lambda w: w.push("no//name"),
     "a figure outside its limit": lambda w: ("gate", w.converted, "--from-report", "--min-kv-saving", "99%", "--json"),
     "a figure that is missing or NaN": lambda w: w.no_figure(),
@@ -185,6 +205,11 @@ CASES = {
     "a model that is converted already": lambda w: (w.converted, *w.small()),
     "weights that are missing or damaged": lambda w: w.truncated(),
     "weights that are NaN or infinite": lambda w: w.nan(),
+    "weights too large to compute with": lambda w: w.huge(),
+    "sizes that no model has": lambda w: w.sizes(),
+    "a tokenizer that is damaged": lambda w: w.tokenizer(),
+    "a text that is JSON and not named so": lambda w: w.unnamed_json(),
+    "a folder of nobody (~user)": lambda w: ("inspect", "~nosuchuser/model"),
     "a rank above full rank": lambda w: (w.source, *w.small("--rank", 4000)),
     "a text that is not found or too short": lambda w: (w.source, *w.small("--eval", "nowhere.txt")),
     "a recipe with a key that no recipe has": lambda w: w.recipe(),

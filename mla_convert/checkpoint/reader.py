@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mla_convert.checkpoint.files import INDEX, WeightFiles, is_plain_name, weight_files
-from mla_convert.errors import InputError
+from mla_convert.errors import InputError, one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Numbers looked at together by check_finite.
 FINITE_CHUNK = 1 << 24
+# Squares of what is larger are no numbers in float32, so that norms make nothing of them.
+LARGEST = 1e18
 
 __all__ = ["DTYPES", "INDEX", "MemoryReader", "Reader", "SafetensorsReader", "check_finite", "is_plain_name"]
 
@@ -100,7 +103,7 @@ class SafetensorsReader:
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError, ValueError, struct.error) as error:
-            raise InputError(f"shard {file} is damaged or truncated ({error}): fetch it again") from error
+            raise InputError(f"shard {file} is damaged or truncated ({one_line(error)}): fetch it again") from error
 
     def names(self) -> list[str]:
         return list(self._file_of)
@@ -143,13 +146,16 @@ def _twice_note(twice: list[str], file_of: dict[str, str]) -> tuple[str, ...]:
 
 
 def check_finite(tensors: dict[str, Tensor], advice: str = "the checkpoint is damaged, fetch it again") -> None:
-    """Refuse weights with NaN or infinity; `advice` says what that means.
+    """Refuse weights with NaN, infinity, or what cannot be computed with; `advice` says what that means.
 
     Raises:
         InputError: names the first tensor that has one.
     """
     for name, tensor in tensors.items():
-        # A sum is finite only if every element is. Part by part: torch casts what it sums as a whole.
         parts = tensor.flatten().split(FINITE_CHUNK) if tensor.is_floating_point() else ()
-        if not all(torch.isfinite(part.sum(dtype=torch.float64)) for part in parts):
-            raise InputError(f"tensor {name} has NaN or infinite values: {advice}")
+        for low, high in (part.aminmax() for part in parts if part.numel()):
+            largest = max(-float(low), float(high))
+            if not (math.isfinite(float(low)) and math.isfinite(largest)):
+                raise InputError(f"tensor {name} has NaN or infinite values: {advice}")
+            if largest > LARGEST:
+                raise InputError(f"tensor {name} has values up to {largest:.1e}, too large to compute with: {advice}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert refresh llama-8b-mla"
 
@@ -36,8 +37,8 @@ def refresh(
 
     found = refresh_folder(folder, accept or ())
     if json_:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))
     elif found.written:
-        typer.echo(f"{folder}: written anew: {', '.join(found.written)}")
+        say(f"{folder}: written anew: {', '.join(found.written)}")
     else:
-        typer.echo(f"{folder}: nothing to do: its files are this version's, and each is under checksum")
+        say(f"{folder}: nothing to do: its files are this version's, and each is under checksum")

@@ -11,6 +11,7 @@ import typer
 
 from mla_convert.commands.shared import Verbose
 from mla_convert.errors import InputError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert report llama-8b-mla --html llama.html"
 
@@ -43,4 +44,4 @@ def report(
         file.write_text(page_text(content), encoding="utf-8")
     else:
         write_page(content, Path(os.path.realpath(file)))
-    typer.echo(json.dumps(content, indent=2) if json_ else str(file))
+    say(json.dumps(content, indent=2) if json_ else str(file))

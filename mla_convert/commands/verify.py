@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert verify llama-8b-mla"
 
@@ -42,7 +43,7 @@ def verify(
                 "tensor": fault.tensor,
                 "fault": str(fault),
             }
-            typer.echo(json.dumps(content, indent=2))
+            say(json.dumps(content, indent=2))
         raise
     tried = _tried(folder) if run else None
     if json_:
@@ -56,28 +57,26 @@ def verify(
             "note": found.note,
             **({"self_check": tried} if tried else {}),
         }
-        typer.echo(json.dumps(content, indent=2))
+        say(json.dumps(content, indent=2))
     else:
-        typer.echo(
+        say(
             f"{folder}: {found.shards} shards, {found.tensors} tensors, {human_bytes(found.bytes)}: checksums, names, "
             f"shapes and values are right"
         )
         if found.note:
-            typer.echo(found.note)
+            say(found.note)
         if tried:
             part = (
                 ""
                 if tried["layers"] == tried["of_layers"]
                 else f"the first {tried['layers']} of {tried['of_layers']} layers, "
             )
-            typer.echo(
+            say(
                 f"generates the same with a dynamic and a static cache as without ({part}transformers "
                 f"{tried['versions']['transformers']}, torch {tried['versions']['torch']}, {tried['seconds']} s)"
             )
             if not tried["own_code"]:
-                typer.echo(
-                    "its Python files are not this version's and were not run: `mla-convert refresh` renews them"
-                )
+                say("its Python files are not this version's and were not run: `mla-convert refresh` renews them")
 
 
 def _tried(folder: Path) -> dict[str, Any]:

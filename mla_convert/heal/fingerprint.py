@@ -10,6 +10,7 @@ from pathlib import Path
 from mla_convert.errors import InputError
 from mla_convert.sums import sha256
 from mla_convert.texts import PACKAGE
+from mla_convert.words import expanded
 
 # Of a model's folder what changes its answers: weights, configuration, tokenizer.
 KINDS = (".safetensors", ".json", ".model", ".txt", ".jinja")
@@ -44,5 +45,5 @@ def text_content(spec: str | None) -> str | None:
     if spec.startswith(PACKAGE):
         package, _, name = spec.removeprefix(PACKAGE).partition("/")
         return hashlib.sha256(resources.files(package).joinpath(name).read_bytes()).hexdigest()
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     return sha256(path) if path.is_file() else None

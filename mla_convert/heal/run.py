@@ -41,6 +41,7 @@ from mla_convert.refresh import check_unknown, outdated
 from mla_convert.report import Report
 from mla_convert.selfcheck import self_check
 from mla_convert.source import Place
+from mla_convert.words import expanded
 
 LABEL, BEFORE = "text.json", "before-{}.json"
 ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"
@@ -156,7 +157,7 @@ def _accelerator(config: HealConfig) -> Accelerator:
 
 
 def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
-    folder = Path(os.path.realpath(config.folder.expanduser()))
+    folder = Path(os.path.realpath(expanded(config.folder)))
     if not folder.is_dir():
         raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
     report = read_report(folder)
@@ -252,8 +253,10 @@ def _corpus(
     def tokenised() -> dict[str, str]:
         tokenizer = load_tokenizer(place)
         label = data.make_corpus(
-            settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined
-        )
+            settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined,
+            texts.reach(model_config(place), learned=False),
+        )  # fmt: skip
+        data.check_enough(data.open_corpus(state.folder), settings.mix(None))
         if settings.self_share:
             data.add_written(state.folder, _written(accelerator, settings, origin, tokenizer, progress))
         return {"label": label}
@@ -269,7 +272,8 @@ def _written(
     original = load_model(origin, dtype, accelerator.device)
     limit = getattr(original.config, "max_position_embeddings", None) or selfwritten.TEXT_TOKENS
     whole = min(selfwritten.TEXT_TOKENS, limit)
-    count, first = math.ceil(settings.written_tokens(limit) / whole), selfwritten.first_token(tokenizer)
+    count = math.ceil(settings.written_tokens(limit) / whole)
+    first = selfwritten.first_token(tokenizer, original.config.vocab_size)
     progress.note(f"the original writes {count:,} texts of {whole} tokens")
     progress.begin("write", count * (whole - 1))
     try:
@@ -311,7 +315,9 @@ def _train(
     frozen = torch.bfloat16 if on_gpu else torch.float32
     student = load_model(place, "auto" if settings.train != "all" else torch.float32, host)
     pair = Pair(student, load_model(origin, frozen, host), settings, frozen).place(accelerator.device)
-    vocabulary = texts.ordinary_tokens(load_tokenizer(place)) if settings.noise else None
+    vocabulary = (
+        texts.ordinary_tokens(load_tokenizer(place), model_config(place).vocab_size) if settings.noise else None
+    )
     trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, progress, vocabulary)
     run = trainer.train()
     best = trainer.best
