@@ -123,7 +123,14 @@ def update_cache(cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple
     A cache that quantises takes whole groups of numbers: to it rows go with zeros behind them, up to the next whole group.
     """
     layers = getattr(cache, "layers", None) or ()
-    group = getattr(layers[layer_idx], "q_group_size", None) if layer_idx < len(layers) else None
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    group = getattr(layer, "q_group_size", None)
+    held = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
+    if isinstance(held, Tensor) and held.dim() == 4 and held.shape[1] != 1:
+        raise ValueError(
+            f"this cache was laid out for {held.shape[1]} heads of keys, and a converted model caches one latent for all: let "
+            f"the first forward pass lay it out"
+        )
     if not group:
         return cache.update(latent, k_rope, layer_idx)
     whole = tuple(
