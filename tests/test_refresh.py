@@ -1,5 +1,6 @@
 """`refresh` gives an earlier version's folder this version's files, whole or not at all, and nothing else."""
 
+import importlib
 import json
 import os
 import shutil
@@ -10,12 +11,15 @@ import pytest
 from mla_convert import revise, sums
 from mla_convert.code import code_files
 from mla_convert.engines.export import export
+from mla_convert.environment import newest_tried
 from mla_convert.errors import InputError, ResourceError, UsageError
 from mla_convert.refresh import refresh
+from mla_convert.selfcheck import SelfCheckFailed
 from mla_convert.sums import SUMS, Fault
 from mla_convert.verify import verify
 
 INPUT, USAGE = 4, 2
+module = importlib.import_module("mla_convert.refresh")
 WEIGHTS = "*.safetensors"
 
 
@@ -115,26 +119,29 @@ def test_changed_on_purpose(folder, cli):
             refresh(folder, [name])
 
 
-def test_self_check_goes_into_the_report(old):
-    seen = []
+def test_the_refreshed_folder_is_tried_before_it_takes_the_place_of_the_old_one(old, monkeypatch):
+    seen, check = [], module.self_check
 
-    def check(staged):
+    def watched(staged):
         seen.append((staged != old, (staged / "modeling_mla.py").read_bytes() == code_files()["modeling_mla.py"]))
-        return {"transformers": "9.9"}
+        return check(staged)
 
-    refresh(old, self_check=check)
+    monkeypatch.setattr(module, "self_check", watched)
+    refresh(old)
     assert seen == [(True, True)]
-    assert json.loads((old / "report.json").read_text())["self_check"] == {"transformers": "9.9"}
+    assert json.loads((old / "report.json").read_text())["self_check"]["passed"]
+    assert json.loads((old / "config.json").read_text())["mla_transformers"] == newest_tried()
 
 
-def test_self_check_that_fails_leaves_the_old_folder(old):
+def test_self_check_that_fails_leaves_the_old_folder(old, monkeypatch):
     before = contents(old)
 
     def check(staged):
-        raise InputError("it talks nonsense")
+        raise SelfCheckFailed("it talks nonsense")
 
-    with pytest.raises(InputError, match="nonsense"):
-        refresh(old, self_check=check)
+    monkeypatch.setattr(module, "self_check", check)
+    with pytest.raises(SelfCheckFailed, match="nonsense"):
+        refresh(old)
     assert contents(old) == before and [path.name for path in old.parent.iterdir()] == ["converted"]
 
 

@@ -139,3 +139,30 @@ def test_supported_versions_are_said_where_people_look():
     for page in ("README.md", "docs/faq.md"):
         text = (root / page).read_text()
         assert f"{OLDEST_TRANSFORMERS} to {TRIED_TRANSFORMERS}" in text, page
+
+
+def test_verify_run_repeats_it_on_any_folder(folder, cli, tmp_path, monkeypatch):
+    code, out, err = cli("verify", folder, "--run")
+    assert code == 0 and "generates the same with a dynamic and a static cache as without" in out, err
+    code, out, _ = cli("verify", folder, "--run", "--json")
+    assert code == 0 and json.loads(out)["self_check"]["passed"] and json.loads(out)["self_check"]["own_code"]
+
+    def fails(*_):
+        raise SelfCheckFailed("self-check: it says something else")
+
+    monkeypatch.setattr(selfcheck, "_compare", fails)
+    code, _, err = cli("verify", folder, "--run")
+    assert code == 1 and err.splitlines() == ["mla-convert: self-check: it says something else"]
+
+
+def test_exports_are_tried_too(convert_pico, cli, tmp_path):
+    source = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    for profile in ("portable", "hf-code", "engine"):
+        out = tmp_path / profile
+        code, _, err = cli("export", source, "--profile", profile, "--out", out, "-q")
+        assert code == 0, err
+        assert json.loads((out / "export.json").read_text()).get("self_check", {}).get("passed") == (
+            profile != "engine" or None
+        )
+        code, _, err = cli("verify", out, "--run")
+        assert code == (2 if profile == "engine" else 0), err
