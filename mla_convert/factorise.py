@@ -216,16 +216,21 @@ def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics
 
     :param gain: of squared rotary logits; cov, tail: see _latent; metrics: of keys and of values.
     """
-    tiny = torch.finfo(torch.float64).tiny
-    rope_lost, rope_total = float(planes.lost) * gain, max(float(planes.total) * gain, tiny)
-    key_total, value_total = (max(float((m * cov).sum()), tiny) for m in metrics)
+    rope_lost, rope_total = float(planes.lost) * gain, float(planes.total) * gain
+    key_total, value_total = (float((m * cov).sum()) for m in metrics)
     key_lost, value_lost = (max(0.0, float((tail * (m @ tail)).sum())) for m in metrics)
+    # Of what is no more than rounding no share can be lost: layers may be silent.
+    least = torch.finfo(torch.float64).eps * (rope_total + key_total + value_total)
+
+    def share(lost: float, total: float) -> float:
+        return lost / total if total > least else 0.0
+
     return {
-        "rope_kept": 1 - rope_lost / rope_total,
-        "rank_kept": 1 - (key_lost + value_lost) / (key_total + value_total),
-        "logit_error": ((rope_lost + key_lost) / rope_total) ** 0.5,
-        "value_error": (value_lost / value_total) ** 0.5,
-        "output_error": ((rope_lost + key_lost + value_lost) / value_total) ** 0.5,
+        "rope_kept": 1 - share(rope_lost, rope_total),
+        "rank_kept": 1 - share(key_lost + value_lost, key_total + value_total),
+        "logit_error": share(rope_lost + key_lost, rope_total) ** 0.5,
+        "value_error": share(value_lost, value_total) ** 0.5,
+        "output_error": share(rope_lost + key_lost + value_lost, value_total) ** 0.5,
     }
 
 

@@ -410,7 +410,7 @@ def test_parent_is_not_writable(refused, source, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
     refused(RESOURCE, "text.txt", source, "--out", tmp_path / "text.txt" / "out")
-    monkeypatch.setattr("mla_convert.checkpoint.writer.tempfile.NamedTemporaryFile", probe)
+    monkeypatch.setattr("mla_convert.checkpoint.writer.tempfile.TemporaryFile", probe)
     refused(RESOURCE, "Permission denied", source)
 
 

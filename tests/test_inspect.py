@@ -87,7 +87,7 @@ def test_hub_by_its_configuration(sources, tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         return shutil.copy(sources("qwen2") / "config.json", folder) and folder
 
-    monkeypatch.setattr(sources_module, "snapshot_download", download)
+    monkeypatch.setattr("mla_convert.place.snapshot_download", download)
     found = inspect_checkpoint("owner/name")
     assert (found["name"], found["revision"], found["basis"]) == ("owner/name", "0123abc", CONFIG_ONLY)
     assert found["biases"] == ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]

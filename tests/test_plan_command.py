@@ -110,7 +110,7 @@ def test_hub_source_costs_its_config_only(published, tmp_path, monkeypatch):
         (tmp_path / "snapshots").mkdir()
         return shutil.move(published("llama-8b"), tmp_path / "snapshots" / "0123abc")
 
-    monkeypatch.setattr(source, "snapshot_download", download)
+    monkeypatch.setattr("mla_convert.place.snapshot_download", download)
     found = plan("llama-8b", revision="main")
     assert asked == [("meta-llama/Llama-3.1-8B", "main", ["config.json"])]
     assert found["source"] == {"name": "meta-llama/Llama-3.1-8B", "revision": "0123abc", "model_type": "llama"}
