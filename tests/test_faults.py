@@ -16,7 +16,7 @@ FULL, BROKEN, KILL = 1, 2, 3
 RESOURCE = 5
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-TIMED = ("report.json", "report.html", "SHA256SUMS")  # hold how long things took
+TIMED = ("report.json", "report.html", "export.json", "SHA256SUMS")  # hold how long things took
 pytestmark = pytest.mark.skipif(
     not COMPILER or not sys.platform.startswith("linux"), reason="needs Linux and a C compiler"
 )

@@ -145,8 +145,10 @@ def _twice_note(twice: list[str], file_of: dict[str, str]) -> tuple[str, ...]:
     return (f"tensor {twice[0]}{others} stands in two shards: taken from {file_of[twice[0]]}, as transformers does",)
 
 
-def check_finite(tensors: dict[str, Tensor], advice: str = "the checkpoint is damaged, fetch it again") -> None:
-    """Refuse weights with NaN, infinity, or what cannot be computed with; `advice` says what that means.
+def check_finite(
+    tensors: dict[str, Tensor], advice: str = "the checkpoint is damaged, fetch it again", most: float = LARGEST
+) -> None:
+    """Refuse weights with NaN, infinity, or numbers above `most`, which cannot be computed with; `advice` says what that means.
 
     Raises:
         InputError: names the first tensor that has one.
@@ -157,5 +159,5 @@ def check_finite(tensors: dict[str, Tensor], advice: str = "the checkpoint is da
             largest = max(-float(low), float(high))
             if not (math.isfinite(float(low)) and math.isfinite(largest)):
                 raise InputError(f"tensor {name} has NaN or infinite values: {advice}")
-            if largest > LARGEST:
+            if largest > most:
                 raise InputError(f"tensor {name} has values up to {largest:.1e}, too large to compute with: {advice}")

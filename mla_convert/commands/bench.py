@@ -144,4 +144,4 @@ def bench(
     if json_:
         say(json.dumps(figures, indent=2))
     else:
-        print_table(figures, Terminal(highlight=False, width=None if Terminal().is_terminal else 140))
+        print_table(figures, Terminal(width=None if Terminal().is_terminal else 140))
