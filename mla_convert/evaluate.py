@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from mla_convert import environment, texts
+from mla_convert import environment, kinds, texts
 from mla_convert.beyond import conditions, probe_rows
 from mla_convert.config import Settings
 from mla_convert.errors import InputError, UsageError
@@ -35,6 +35,8 @@ from mla_convert.probes import Prober, Probes
 from mla_convert.progress import Progress
 from mla_convert.report import human_bytes
 from mla_convert.source import PACKAGE, Place
+from mla_convert.suite import figures as suite_figures
+from mla_convert.suite import suite_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -56,6 +58,7 @@ class Evaluation:
     ratio: Mean | None = None
     kl: Mean | None = None
     agreement: Mean | None = None
+    suite: dict[str, Any] | None = None
     dtype: str = ""
     device: str = ""
     seconds: float = 0.0
@@ -88,6 +91,7 @@ class Evaluation:
                     "ratio_log_error": self.ratio and self.ratio.error,
                     "kl": self.kl and asdict(self.kl),
                     "agreement": self.agreement and asdict(self.agreement),
+                    **({"suite": self.suite} if self.suite else {}),
                 },
                 "beyond": self.beyond,
                 "dtype": self.dtype,
@@ -137,6 +141,7 @@ def evaluate_model(
     text: str | None = None,
     windows: int | None = None,
     length: int | None = None,
+    suite_windows: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     probes: Probes | None = None,
@@ -144,7 +149,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure a model: a folder, Hub id, `.gguf` file or recipe; with `against`, also its distance from that original.
 
-    `text`, `windows` and `length` choose the evaluation windows (see `load_eval_windows`). Both models run in one `dtype`:
+    `text`, `windows` and `length` choose the evaluation windows (see `load_eval_windows`); `suite_windows` are those of each
+    kind of the packaged suite (0: none; None: as in the model's report, or a few). Both models run in one `dtype`:
     the one that `model` is stored in unless another is given. One decoder is in memory at a time. `probes` are what else to
     measure, of both.
 
@@ -168,7 +174,9 @@ def evaluate_model(
     converted, limit = is_converted(config), getattr(config, "max_position_embeddings", None)
     report = find_report(place.folder) if converted else {}
     chosen, label, notes = load_eval_windows(text, tokenizer, windows, length, limit, report)
-    if int(chosen.max()) >= getattr(config, "vocab_size", math.inf):
+    kinds_of = suite_of(tokenizer, suite_windows, where.type == "cuda", chosen, report)
+    read = [*chosen, *(kinds_of.windows if kinds_of else [])]
+    if max(int(ids.max()) for ids in read) >= getattr(config, "vocab_size", math.inf):
         raise InputError(f"the tokenizer of {place.label} has more tokens than its model: they do not belong together")
     if origin:
         _check_same_tokenizer(chosen, tokenizer, origin)
@@ -178,17 +186,18 @@ def evaluate_model(
 
     loaded = _load(place, dtype if dtype == "auto" else getattr(torch, dtype), where, progress)
     stored, itemsize, after = loaded.dtype, loaded.dtype.itemsize, cache_bytes(loaded, chosen[0])
-    ours = Readout(loaded, chosen, _ticker(progress, place.label))
+    ours = Readout(loaded, read, _ticker(progress, place.label))
     probed, reference = prober.run(loaded, partial(_ticker, progress, place.label)), None
     del loaded
     before, theirs = original_cache_bytes(config, itemsize) if converted else None, None
     if origin:
         loaded = _load(origin, stored, where, progress)
         before = cache_bytes(loaded, chosen[0])
-        theirs = Readout(loaded, chosen, _ticker(progress, origin.label))
+        theirs = Readout(loaded, read, _ticker(progress, origin.label))
         reference = prober.run(loaded, partial(_ticker, progress, origin.label))
         del loaded
     scores = score(ours, chosen, theirs)
+    by_kind = kinds_of and suite_figures(kinds_of, score(ours, kinds_of.windows, theirs, first=len(chosen)))
     where_from = {"text": label, "protocol": texts.evaluation_protocol(chosen)}
     ran_on = {"dtype": str(stored).removeprefix("torch."), "device": environment.device_name(where)}
     beyond = {key: {**where_from, **part} if key == "greedy" else part
@@ -206,6 +215,7 @@ def evaluate_model(
         **where_from,
         **ran_on,
         after=perplexity(scores.losses),
+        suite=by_kind,
         bytes_after=after,
         bytes_before=before,
         before_is_measured=origin is not None,
@@ -266,7 +276,7 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     if found.kl and found.agreement:
         table.append(("KL divergence, nats", "", _with_error(found.kl.value, found.kl.error, 5), ""))
         table.append(("next-token agreement", "", _with_error(found.agreement.value, found.agreement.error, 4), ""))
-    return table
+    return table + kinds.summary_rows(finite(found.suite))
 
 
 def _with_error(value: float, error: float, digits: int) -> str:
@@ -282,6 +292,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for row in rows(evaluation):
         table.add_row(*row)
     console.print(table)
+    if evaluation.suite:
+        console.print(kinds.table(finite(evaluation.suite)))
     if probed := probe_rows(evaluation.beyond):
         table = Table()
         for column, justify in (("beyond perplexity", "left"), ("original", "right"), ("model", "right")):
@@ -295,6 +307,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         lines.insert(1, "KL(original ‖ model) and the share of equal most likely next tokens are means over tokens")
     if evaluation.bytes_before is not None and not evaluation.before_is_measured:
         lines.insert(1, "the original's cache is computed from config.json; --against measures it")
+    if evaluation.suite:
+        lines[-1:-1] = [kinds.conditions(evaluation.suite)]
     lines[-1:-1] = conditions({key: part for key, part in evaluation.beyond.items() if key != "next_token"})
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mla_convert import beyond, plots
+from mla_convert import beyond, kinds, plots
 from mla_convert.errors import InputError
 from mla_convert.figures import calibration_words, look_up, read_report
 from mla_convert.report import human_bytes, ratio_error, ratio_words
@@ -34,8 +34,8 @@ def write_page(report: dict[str, Any] | Path, file: Path) -> None:
 
 def page(report: dict[str, Any]) -> str:
     """The page as text."""
-    parts = [_head(report), _cache(report), _perplexity(report), _beyond(report), _planes(report), _layers(report), _sweep(report),
-             _heal(report), _bench(report), _time(report), _details(report)]  # fmt: skip
+    parts = [_head(report), _cache(report), _perplexity(report), _kinds(report), _beyond(report), _planes(report), _layers(report),
+             _sweep(report), _heal(report), _bench(report), _time(report), _details(report)]  # fmt: skip
     return _document(f"{report['source']['name']} with Multi-head Latent Attention", parts)
 
 
@@ -93,6 +93,10 @@ def _head(report: dict[str, Any]) -> str:
         ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), f"{_figure(before)} → {_figure(after)}{spread}"),
         ("took", _duration(report["seconds"]), escape(report["device"])),
     ]
+    if kinds.compared(suite := evaluation.get("suite")):
+        worst = suite["worst"]
+        more = f"{escape(worst['kind'])}; KL {_figure(suite['kl']['value'], '{:.4f}')} nats over all kinds"
+        found.insert(2, ("worst kind of text", _figure(worst["ratio"], "×{:.3f}"), more))
     cells = "".join(f"<div><dt>{what}</dt><dd>{figure}</dd><small>{more}</small></div>" for what, figure, more in found)
     revision = report["source"].get("revision")
     at = f" at revision <code>{escape(revision[:12])}</code>" if revision else ""
@@ -132,6 +136,14 @@ def _perplexity(report: dict[str, Any]) -> str:
     if evaluation["ratio"] is None:
         return _section("Perplexity", words + " One of them is not finite.", "")
     return _section("Perplexity", words, _draw(lambda width: plots.perplexity(evaluation, width)))
+
+
+def _kinds(report: dict[str, Any]) -> str:
+    suite = report["evaluation"].get("suite")
+    if not suite:
+        return ""
+    found = _table(list(kinds.COLUMNS), [list(row) for row in kinds.rows(suite)], "t" + "n" * (len(kinds.COLUMNS) - 1))
+    return _section("Kinds of text", escape(kinds.conditions(suite)), found)
 
 
 def _beyond(report: dict[str, Any]) -> str:
