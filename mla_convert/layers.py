@@ -27,7 +27,7 @@ from mla_convert.progress import Progress
 from mla_convert.schedule import groups
 from mla_convert.skeleton import Skeleton, first_output
 
-# Of a block's step size, that of the last steps.
+# Of a block's step size, that of the last steps, where one block takes them; of more layers together it is less by as much.
 OUTPUT_RATE = 1 / 3
 # What is read was looked at before, so that this is ours.
 FAILED = "it was finite before its conversion; try another --seed, --calib-samples or --dtype float32, and report it"
@@ -226,7 +226,7 @@ def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> di
 def _refine_output(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
     """Refine the last layers against what the original makes of the stream behind it: its next-token distribution."""
     clock = _Clock(job.skeleton.device)
-    lr = OUTPUT_RATE * job.refine.block_lr
+    lr = OUTPUT_RATE * job.refine.block_lr * min(1.0, job.refine.block / len(members))
     with job.skeleton.divergence() as divergence:
         _, result = _refine_together(job, members, streams, job.refine.output_steps, lr, divergence)
     clock.lap("refine_output")

@@ -1,9 +1,10 @@
-"""How the texts that a model writes itself begin, how freely it chooses their words, and whose turn it is in a dialogue.
+"""How the texts that a model writes itself begin, how freely it chooses their tokens, and whose turn it is in a dialogue.
 
 From the start of a document alone a model writes mostly of what its training data began with most often. Its other sides
 appear behind other beginnings: the chat template's user turn (an instruction-tuned model then writes questions as well as
 answers; Magpie, arXiv 2406.08464), code, headings, licences' first words, other languages. And what it knows by heart appears
-when likely words are preferred: at temperature 1 one unlikely word ends a recital.
+when unlikely tokens are left out: one of them ends a recital. Lower temperatures do that too, but a small model then repeats
+itself without end (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from torch import Tensor
 
 # Of ten texts so many begin a document, a dialogue, or with one of the OPENINGS; without a chat template there are no dialogues.
 DOCUMENTS, DIALOGUES = 3, 3
-# Texts take these temperatures in turn, after FREE tokens at temperature 1, which make texts with equal openings differ.
-TEMPERATURES, FREE = (1.0, 1.0, 0.8, 0.6), 8
+# Texts leave out, in turn, tokens that are less likely than this share of the likeliest one (min-p, arXiv 2407.01082).
+FLOORS = (0.0, 0.05, 0.1)
+# So many more texts are written than are wanted, and those that repeat themselves most are dropped.
+SPARE = 1 / 4
+# Tokens of a passage that counts as repeated when it occurs again in its text.
+PASSAGE = 4
 # Tokens after which a user's turn ends if the model has not ended it.
 LONGEST_TURN = 96
 
@@ -88,34 +93,32 @@ def turns(tokenizer: Any, first: int) -> Turns | None:
 class Script:
     """Tells N texts that are written at once how they begin and go on, token by token, without a look at the device."""
 
-    def __init__(self, prompts: list[list[int]], temperatures: Tensor, chats: Tensor, tails: Turns | None, length: int):
-        """`prompts` are the texts' first tokens, `temperatures` and `chats` (N,) theirs and whether they are dialogues."""
+    def __init__(self, prompts: list[list[int]], floors: Tensor, chats: Tensor, tails: Turns | None, length: int):
+        """`prompts` are the texts' first tokens, `floors` (N,) as FLOORS, and `chats` (N,) whether they are dialogues."""
         room = min(max(map(len, prompts), default=0), length)
         ids = torch.full((len(prompts), room), -1)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt[:room], dtype=torch.int64)
-        self.ids, self.temperatures = ids, temperatures[:, None]
-        self.free_until = torch.tensor([len(prompt) + FREE for prompt in prompts])[:, None]
+        self.ids, self.floors = ids, floors[:, None]
         self.dialogue, self.tails = chats[:, None], tails
 
     def to(self, device: torch.device) -> Script:
         """On the device that writes, at the start of the texts."""
-        self.ids, self.temperatures, self.free_until = (
-            each.to(device) for each in (self.ids, self.temperatures, self.free_until)
-        )
+        self.ids, self.floors = self.ids.to(device), self.floors.to(device)
         self.dialogue = self.dialogue.to(device) & (self.tails is not None)
         if self.tails:
             user, assistant = self.tails.after_user, self.tails.after_assistant
             self._line = torch.tensor([*user, -1, *assistant, -1], device=device)
             self._starts = torch.tensor([0, len(user) + 1], device=device)
-            zero = torch.zeros_like(self.free_until)
+            zero = torch.zeros(self.floors.shape, dtype=torch.int64, device=device)
             # whose turn it is (0: the user's), tokens written in it, and where in the line the text is, or -1
             self._side, self._age, self._at = zero.clone(), zero.clone(), zero - 1
         return self
 
-    def heat(self, step: int) -> Tensor:
-        """Temperature (N, 1) of the token at `step`."""
-        return torch.where(step < self.free_until, 1.0, self.temperatures)
+    def likely(self, probabilities: Tensor) -> Tensor:
+        """Next-token probabilities (N, V), not normalised, without those that are left out."""
+        least = self.floors * probabilities.amax(-1, keepdim=True)
+        return torch.where(probabilities < least, 0.0, probabilities)
 
     def direct(self, step: int, drawn: Tensor) -> Tensor:
         """The tokens (N, 1) that are written at `step` where `drawn` were drawn."""
@@ -166,6 +169,17 @@ class Openings:
                 prompts.append(tails.head)
             else:
                 prompts.append([] if place < DOCUMENTS else encoded[int(order[index])])
-        heats = torch.tensor(TEMPERATURES)[torch.randint(len(TEMPERATURES), (total,), generator=generator)]
+        floors = torch.tensor(FLOORS)[torch.randint(len(FLOORS), (total,), generator=generator)]
         parts = (slice(start, start + batch) for start in range(0, total, batch))
-        return [Script(prompts[part], heats[part], chats[part], tails, length) for part in parts]
+        return [Script(prompts[part], floors[part], chats[part], tails, length) for part in parts]
+
+
+def varied(texts: Tensor, count: int) -> Tensor:
+    """Those `count` of the texts (N, T) that repeat themselves least, in their order.
+
+    A small model may fall into saying one thing without end, from which nothing can be learnt.
+    """
+    length = min(PASSAGE, texts.shape[1])
+    distinct = torch.tensor([len({tuple(row) for row in text.unfold(0, length, 1).tolist()}) for text in texts])
+    best = distinct.sort(descending=True, stable=True).indices[:count]
+    return texts[best.sort().values]

@@ -80,10 +80,11 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     for note in (notes := [*source.notes, *windows.notes]):
         progress.note(note)
 
-    refine = schedule.refine_settings(config, device, tuple(windows.calib.shape), source.shape.hidden_size)
+    size = source.shape.hidden_size, schedule.layer_numbers(source)
+    refine = schedule.refine_settings(config, device, tuple(windows.calib.shape), *size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
-                 "block_steps": refine.block_steps, "output_steps": refine.output_steps,
+                 "block_steps": refine.block_steps, "output_steps": refine.output_steps, "output_layers": refine.output_layers,
                  "calib_self": written}  # fmt: skip
     identity = {"settings": settings, "source": source.fingerprint(), "device": environment.device_name(device),
                 "windows": [windows.calib.tolist(), windows.measured.tolist()],

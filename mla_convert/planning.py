@@ -157,7 +157,7 @@ def _time(
     for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
         evaluation = _evaluation_windows(config, source, device.type == "cuda")
         calib = calibration_size(config, device.type == "cuda", shape.hidden_size)
-        refine = refine_settings(config, device, calib, shape.hidden_size)
+        refine = refine_settings(config, device, calib, shape.hidden_size, work.layer_before)
         last = output_advances(refine, shape.layers) / shape.layers  # of the last block's layers, by layer
         windows[place] = {"calib": calib, "evaluation": evaluation, "steps": refine.steps,
                           "block_steps": refine.block_steps + last, "output_steps": refine.output_steps / shape.layers,

@@ -50,6 +50,8 @@ def write_recipe(
         "refine_block": refine.block,
         "block_steps": refine.block_steps,
         "output_steps": refine.output_steps,
+        "output_layers": refine.output_layers,
+        "suite_windows": report.evaluation["suite"]["windows"] if "suite" in report.evaluation else 0,
     }
     settings = {key: value for key, value in settings.items() if not key.startswith("heal_") or value is not None}
     local = []

@@ -19,12 +19,14 @@ from mla_convert.attend import GROUPED, attending
 from mla_convert.checkpoint.writer import stored_bytes
 from mla_convert.config import ConvertConfig
 from mla_convert.measure import original_cache_bytes
-from mla_convert.openings import Openings
+from mla_convert.openings import SPARE, Openings, varied
 from mla_convert.source import Source
 from mla_convert.texts import first_tokens
 
 # Share of the windows where none is asked for, on a GPU of which the whole original takes no more than MEMORY_SHARE.
 SHARE, MEMORY_SHARE = 0.5, 1 / 8
+# Whether texts begin in many ways (openings.py) or all as documents do.
+OPENED = True
 # Tokens of one text; a longer window holds several.
 TEXT_TOKENS = 512
 # What the caches of texts that are written at once may take: of a GPU's memory its share, if that is more. Not of what is free:
@@ -66,7 +68,9 @@ def mixed(windows: Tensor, share: float, source: Source, tokenizer: Any, device:
     pieces = -(-body // TEXT_TOKENS)
     model = load_whole(source, device)
     first = first_token(tokenizer)
-    written = write(model, count * pieces, -(-body // pieces), first, seed, openings=Openings(tokenizer, first, seed))
+    wanted, opened = count * pieces, Openings(tokenizer, first, seed) if OPENED else None
+    spare = int(wanted * SPARE) if opened else 0
+    written = varied(write(model, wanted + spare, -(-body // pieces), first, seed, openings=opened), wanted)
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -244,10 +248,10 @@ def write(
         script = scripts[number].to(model.device) if scripts else None
         ids, written = torch.full_like(writer.ids, first), []
         for step in range(length):
-            logits = writer(ids).float()
+            probabilities = writer(ids).float().softmax(-1)
             if script:
-                logits = logits / script.heat(step)
-            ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                probabilities = script.likely(probabilities)
+            ids = torch.multinomial(probabilities, 1, generator=generator)
             if script:
                 ids = script.direct(step, ids)
             written.append(ids)

@@ -1,6 +1,7 @@
 """Layers refined together: never worse, for any family, and the model that is measured is the one that is written."""
 
 import io
+import math
 
 import pico
 import pytest
@@ -12,7 +13,8 @@ from mla_convert import convert, measure, progress, texts
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import ConvertConfig
 from mla_convert.refine import RefineSettings
-from mla_convert.schedule import blocks, groups, refine_settings
+from mla_convert.schedule import blocks, groups, layer_numbers, refine_settings
+from mla_convert.source import open_source
 
 SMALL = {"kv_ratio": 0.4, "refine_steps": 3, "refine_block": 2}
 
@@ -54,6 +56,20 @@ def test_the_last_blocks_are_a_group():
     assert sizes(24, output_layers=7) == [[6], [6], [6, 6]] == sizes(24, output_layers=12)
     assert sizes(24, output_layers=99) == [[6, 6, 6, 6]]
     assert sizes(24, output_layers=99, output_steps=0) == [[6], [6], [6], [6]]
+
+
+def test_as_many_layers_take_the_last_steps_as_fit(sources):
+    def layers(numbers):
+        return refine_settings(
+            ConvertConfig(source="x"), torch.device("cuda"), (768, 1024), 1536, numbers
+        ).output_layers
+
+    assert layers(0) == 21 and layers(50_000_000) < 21  # of a card of 80 GB, where there is none
+    assert layers(10**11) == 1  # experts that no card holds: the last block alone
+    source = open_source(str(sources("llama")))
+    found = layer_numbers(source)
+    with_biases = [name for name in source.reader.names() if name.startswith("model.layers.0.")]
+    assert found == sum(math.prod(source.reader.shape(name)) for name in with_biases)
 
 
 def test_several_blocks_come_nearer_together(convert_pico):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mla_convert import openings, selfwritten
-from mla_convert.openings import LONGEST_TURN, Openings, Script, Turns, turns
+from mla_convert.openings import LONGEST_TURN, Openings, Script, Turns, turns, varied
 from mla_convert.source import open_source
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -66,12 +66,21 @@ def test_a_turn_that_does_not_end_is_ended():
     assert found.index(2) == LONGEST_TURN and found.count(2) == 1  # an answer may be as long as it likes
 
 
-def test_words_are_free_at_first():
-    script = Script([[1, 2], []], torch.tensor([0.5, 0.5]), torch.zeros(2, dtype=torch.bool), None, 40)
-    script.to(torch.device("cpu"))
-    assert script.heat(0).flatten().tolist() == [1, 1]
-    assert script.heat(openings.FREE).flatten().tolist() == [1, 0.5]
-    assert script.heat(openings.FREE + 2).flatten().tolist() == [0.5, 0.5]
+def test_unlikely_tokens_are_left_out():
+    script = Script([[], []], torch.tensor([0.0, 0.1]), torch.zeros(2, dtype=torch.bool), None, 40).to(
+        torch.device("cpu")
+    )
+    found = script.likely(torch.tensor([[0.6, 0.35, 0.05], [0.6, 0.35, 0.05]]))
+    assert found.tolist() == [[pytest.approx(0.6), pytest.approx(0.35), pytest.approx(0.05)],
+                              [pytest.approx(0.6), pytest.approx(0.35), 0]]  # fmt: skip
+
+
+def test_texts_that_repeat_themselves_are_dropped():
+    texts = torch.stack(
+        [torch.arange(20), torch.ones(20, dtype=torch.int64), torch.arange(20) % 3, torch.arange(20, 40)]
+    )
+    assert torch.equal(varied(texts, 2), texts[[0, 3]]) and torch.equal(varied(texts, 3), texts[[0, 2, 3]])
+    assert torch.equal(varied(texts, 4), texts)
 
 
 def test_texts_are_of_many_kinds(tokenizer):
@@ -81,10 +90,10 @@ def test_texts_are_of_many_kinds(tokenizer):
     bare = torch.cat([(each.ids[:, 0] < 0) for each in (first, second)]).float().mean()
     assert float(dialogue) == pytest.approx(0.3, abs=0.02) and float(bare) == pytest.approx(0.3, abs=0.02)
     begun = {tuple(row.tolist()) for row in first.ids}
-    heats = {round(heat, 3) for heat in first.temperatures.flatten().tolist()}
-    assert len(begun) > 20 and heats == set(openings.TEMPERATURES)
+    floors = {round(floor, 3) for floor in first.floors.flatten().tolist()}
+    assert len(begun) > 20 and floors == set(openings.FLOORS)
     again = Openings(tokenizer, 1, 0).scripts(150, 80, 64)[0]
-    assert torch.equal(again.ids, first.ids) and torch.equal(again.temperatures, first.temperatures)
+    assert torch.equal(again.ids, first.ids) and torch.equal(again.floors, first.floors)
     tokenizer.chat_template = None
     assert not Openings(tokenizer, 1, 0).scripts(10, 10, 64)[0].dialogue.any()
 

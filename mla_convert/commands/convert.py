@@ -179,7 +179,7 @@ def convert(
     output_steps: Annotated[
         int | None,
         typer.Option(
-            help="Further steps of the last block (or layer), towards the original's next-token distribution. Default: a "
+            help="Further steps of the last layers, towards the original's next-token distribution. Default: a "
             "quarter of a block's (CPU: 0).",
             rich_help_panel=REFINE,
         ),
@@ -187,7 +187,8 @@ def convert(
     output_layers: Annotated[
         int | None,
         typer.Option(
-            help="Layers at the end, in whole blocks, that take those further steps together. Default: the last block's.",
+            help="Layers at the end, in whole blocks, that take those further steps together. Default: as many as fit in "
+            "a quarter of a GPU (CPU: the last one's).",
             rich_help_panel=REFINE,
         ),
     ] = None,
