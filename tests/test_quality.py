@@ -109,7 +109,8 @@ def test_a_quantised_cache_is_measured_as_a_conversion_is(quantised, sources):
     }
     config = ConvertConfig(source=str(sources("llama")), device="cpu", suite_windows=1, **settings)
     fine, rough = (quantised.evaluate(config, bits, 8, False) for bits in (8, 2))
-    assert fine["evaluation"]["kl"]["value"] < 1e-3 < rough["evaluation"]["kl"]["value"]
+    divergence = [found["evaluation"]["kl"]["value"] for found in (fine, rough)]
+    assert divergence[0] < 5e-3 and divergence[1] > 20 * divergence[0]
     assert fine["evaluation"]["suite"]["worst"]["ratio"] and fine["cache"]["share_saved"] == 1 - 12 / 16
     with pytest.raises(InputError, match="do not come in groups of 5"):
         quantised.evaluate(config, 4, 5, False)
