@@ -307,17 +307,18 @@ def mixed_windows(
 ) -> tuple[Tensor, list[int]]:
     """Windows (n, length), fewest <= n <= count, of several texts (text, label, weight), and how many are of each.
 
-    Where a text holds fewer than its share, those that hold more make up for it. Windows of all texts are in one random order.
+    Where a text holds fewer than its share, those that hold more make up for it;
+    one that holds none is refused. Windows of all texts are in one random order.
 
     Raises:
-        InputError: together they are too short.
+        InputError: one of them, or all together, are too short.
     """
     if len(weighted) == 1:
         ((text, label, _),) = weighted
         windows = calibration_windows(text, tokenizer, count, length, seed, label, fewest)
         return windows, [len(windows)]
     wanted = mixture.quotas([weight for _, _, weight in weighted], count)
-    found = [calibration_windows(text, tokenizer, want, length, seed, label, 0) if want else None
+    found = [calibration_windows(text, tokenizer, want, length, seed, label, 1) if want else None
              for (text, label, _), want in zip(weighted, wanted, strict=True)]  # fmt: skip
     held = [0 if windows is None else len(windows) for windows in found]
     for index, (text, label, _) in enumerate(weighted):

@@ -71,6 +71,12 @@ def test_a_short_text_is_made_up_for(files):
         load(config(files, "a.txt", "c.txt", calib_samples=1200))
 
 
+def test_a_text_that_gives_nothing_is_refused(files):
+    (files / "d.txt").write_text("too short")
+    with pytest.raises(InputError, match=r"calibration text d\.txt is too short: it holds 0 windows"):
+        load(config(files, "a.txt", "d.txt"))
+
+
 def test_one_text_is_cut_as_before(files):
     alone = load(ConvertConfig(**{**config(files, "a.txt").model_dump(), "calib": f"{files}/a.txt"}))
     assert torch.equal(alone.calib, load(config(files, "a.txt")).calib) and alone.calib_text == "a.txt"
