@@ -85,8 +85,8 @@ def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict
             raise InputError(f"heads of {width} numbers do not come in groups of {group}, or have no Hadamard matrix")
         if skeleton.implementation != "sdpa":
             raise InputError(f"{source.name} has its attention written out: its keys cannot be caught on the way")
-        longest = getattr(source.config, "max_position_embeddings", None)
-        windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest, shape.hidden_size)
+        reach = texts.reach(source.config, learned=not source.family.rotary)
+        windows = texts.load_windows(config, tokenizer, device.type == "cuda", reach, shape.hidden_size)
         kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
     ALL_ATTENTION_FUNCTIONS[NAME] = attention(bits, group, turned, skeleton.implementation)
     with environment.deterministic(config.seed), phases.phase("layers"):

@@ -84,8 +84,8 @@ def evaluate(config: ConvertConfig) -> dict:
             )
         plan = make_plan(config, shape)
         plan = Plan(plan.cache_numbers, 0, shape)
-        longest = getattr(source.config, "max_position_embeddings", None)
-        windows = texts.load_windows(config, source.tokenizer(), device.type == "cuda", longest, shape.hidden_size)
+        model = texts.reach(source.config, learned=not source.family.rotary)
+        windows = texts.load_windows(config, source.tokenizer(), device.type == "cuda", model, shape.hidden_size)
     with environment.deterministic(config.seed), phases.phase("layers"):
         streams = layers.open_streams(skeleton, windows.calib, windows.measured)
         originals = (streams.calib_original, streams.eval_original)

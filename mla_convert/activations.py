@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from copy import copy
 
 import torch
 from torch import Tensor
+
+from mla_convert.checkpoint.reader import LARGEST
+from mla_convert.errors import InputError
 
 # A set of states that takes more than this, and more than this share of the device's memory, lives in pinned host memory and
 # travels batch by batch. There are five sets at most.
@@ -67,3 +71,16 @@ class Activations:
         """Replace every state by the layer's output for it."""
         for batch in self.batches():
             self.put(batch, layer(self.get(batch)))
+
+    def check_finite(self, where: str) -> None:
+        """Refuse states that nothing can be made of; `where` they come from, for the message.
+
+        Raises:
+            InputError: one of them is NaN, infinite, or has no square.
+        """
+        largest = [float(torch.linalg.vector_norm(self.data[batch], math.inf)) for batch in self.batches()]
+        if not all(size <= LARGEST for size in largest):
+            raise InputError(
+                f"{where} makes hidden states of NaN, infinity or close to it: its weights are too large to compute with, so the "
+                f"checkpoint is damaged; fetch it again"
+            )

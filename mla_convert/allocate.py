@@ -32,7 +32,7 @@ def most_rank(plan: Plan, loss: LayerLoss) -> int:
 
 def most_rope(plan: Plan, unit: int) -> int:
     """Most rotary dims that a layer may get: never all, which is another kind of layer, without content keys."""
-    return min(max(MAX_ROPE, plan.rope_dim), plan.shape.full_rope_dim - unit) // unit * unit
+    return max(0, min(max(MAX_ROPE, plan.rope_dim), plan.shape.full_rope_dim - unit) // unit * unit)
 
 
 def probes(plan: Plan, unit: int) -> tuple[list[int], list[int]]:

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from mla_convert.attend import GROUPED
 from mla_convert.bench_models import full_cache, held_bytes, read_bytes, token_bytes
+from mla_convert.caching import with_cache
 from mla_convert.environment import device_name, versions
 from mla_convert.errors import ResourceError, UsageError
 from mla_convert.loading import is_converted
@@ -154,7 +155,7 @@ def step_times(model: nn.Module, cache: Cache, batch: int, context: int, steps: 
     before, model.config._attn_implementation = model.config._attn_implementation, GROUPED
 
     def step() -> None:
-        logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=ids, position_ids=positions, **with_cache(model, cache)).logits
         ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     try:
@@ -193,7 +194,7 @@ def prompt_time(model: nn.Module, tokens: int, batch: int, repeats: int = 3) -> 
     ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
 
     def read() -> None:
-        model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, **with_cache(model, DynamicCache()), logits_to_keep=1)
 
     times_ms(read, model.device, 1)
     middle = statistics.median(times_ms(read, model.device, repeats))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mla_convert.errors import InputError, UsageError
-from mla_convert.figures import REPORT, finite, look_up, read_report
+from mla_convert.figures import REPORT, finite, is_evaluated, look_up, read_report
+from mla_convert.intact import check_intact
+from mla_convert.words import expanded
 
 Row = tuple[str, str, str]
 
@@ -116,13 +117,14 @@ def check_target(model: str) -> Path:
 
     Raises:
         UsageError: not a local folder.
-        InputError: its report cannot be read, or is not that of a conversion.
+        InputError: its report cannot be read or is not that of a conversion, or a file of it is damaged.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not folder.is_dir():
         raise UsageError(f"--into-report needs the folder of a converted model, and {model} is none")
     if not isinstance(read_report(folder).get("checksums"), dict):
         raise InputError(f"{folder / REPORT} has no checksums: not that of a finished conversion")
+    check_intact(folder)  # what is changed in a damaged folder would look right afterwards
     return folder
 
 
@@ -134,21 +136,19 @@ def write_into_report(folder: Path, found: dict[str, Any]) -> None:
     Raises:
         InputError: a report that cannot be read, or that no page can be made of.
     """
-    from mla_convert.card import write_card
-    from mla_convert.page import PAGE, write_page
+    from mla_convert.card import CARD, card_text
+    from mla_convert.page import PAGE, page_text
+    from mla_convert.revise import replace_files
 
     content = read_report(folder)
     content["beyond"] = {**(content.get("beyond") or {}), **finite(found)}
+    html = page_text(content)  # refuses a report that is not whole
     try:
         report = to_report(content)
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{folder / REPORT} is not that of a conversion ({error})") from error
-    # the page first: it refuses a report that is not whole, and then nothing has been changed.
-    write_page(content, folder / PAGE)
-    write_card(report, folder)
-    temporary = folder / f".{REPORT}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / REPORT)
+    made = {PAGE: html, CARD: card_text(report), REPORT: json.dumps(content, indent=2) + "\n"}
+    replace_files(folder, made)
 
 
 def to_report(content: dict[str, Any]) -> Any:
@@ -163,6 +163,8 @@ def to_report(content: dict[str, Any]) -> Any:
 
 def _numbers(evaluation: dict[str, Any]) -> dict[str, Any]:
     """An evaluation with its figures as numbers again: JSON has null for those that are not finite."""
+    if not is_evaluated(evaluation):
+        return evaluation
     found = {**evaluation, "ratio": math.nan if evaluation["ratio"] is None else evaluation["ratio"]}
     for side in ("before", "after"):
         value = evaluation[side]["value"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_convert.activations import Activations
+from mla_convert.errors import InputError
 from mla_convert.factorise import Statistics
 from mla_convert.families import Family
 from mla_convert.modeling.modeling_mla import MlaAttention
@@ -99,6 +100,9 @@ def layer_statistics(
     """All statistics of one layer, from the hidden states that enter it.
 
     `student` is the module to be: its norms, if it has some, say what keys, values and queries are linear functions of.
+
+    Raises:
+        InputError: they are not finite.
     """
     family = skeleton.source.family
     norm, key_value, query = family.entry(layer), lambda rows: rows, None
@@ -107,8 +111,14 @@ def layer_statistics(
         query = head_moments(states, lambda hidden: student.normed_query(norm(hidden)), student.num_heads)
     with skeleton.attention("eager"), skeleton.autocast():
         distance, key_moment = attention_moments(states, layer, family, kwargs, key_value)
+    moment = second_moment(states, lambda hidden: key_value(norm(hidden)))
+    if not all(torch.isfinite(part).all() for part in (moment, distance, key_moment)):
+        raise InputError(
+            f"the attention of layer {getattr(layer, family.attention).layer_idx} computes NaN or infinity on the calibration "
+            f"text: its weights are too large to compute with, so the checkpoint is damaged; fetch it again"
+        )
     return Statistics(
-        second_moment=second_moment(states, lambda hidden: key_value(norm(hidden))),
+        second_moment=moment,
         distance=distance,
         inv_freq=skeleton.rotation(getattr(layer, family.attention).layer_idx, kwargs).inv_freq,
         key_moment=key_moment,

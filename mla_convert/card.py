@@ -9,20 +9,22 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mla_convert import beyond, kinds
-from mla_convert.figures import calibration_words, finite
+from mla_convert.figures import calibration_words, finite, is_evaluated
+from mla_convert.files import write_file
+from mla_convert.licence import CARD
 from mla_convert.report import Report, rows
 
 BODY = """
 # {name} with Multi-head Latent Attention
 
 {base} with its {before} key/value numbers per token and layer replaced by a latent of {rank} and a rotary key of
-{rope}: **{saved:.1%} less KV cache**, perplexity **×{ratio:.4f}**{headline}. Converted by mla_convert {version}; {untouched}
+{rope}: **{saved:.1%} less KV cache**, perplexity {ratio}{headline}. Converted by mla_convert {version}; {untouched}
 
 | | before | after | change |
 |---|---:|---:|---:|
 {table}
 
-Perplexity on {text}: {protocol}. Calibrated on {calibration}. {worst}`report.json` has every
+{measured} Calibrated on {calibration}. {worst}`report.json` has every
 figure, `report.html` shows them, and `recipe.yaml` repeats the run.
 {kinds}{beyond}
 ## Load
@@ -34,13 +36,13 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 ```
 
-With `import mla_convert` neither needs the flag. `generate` caches {after} numbers per token and layer, in transformers'
+With `import mla_convert` neither needs the flag. {tried}`generate` caches {after} numbers per token and layer, in transformers'
 own dynamic and static caches.
 
 ## Limits
 
 Attention runs through PyTorch's SDPA (or eager); flash and flex attention are not supported, nor are serving engines that
-do not load transformers models. The perplexity above is for the text named; measure yours. What the original was made for,
+do not load transformers models. {yours}What the original was made for,
 and what it gets wrong, holds for this model too.
 
 ## Licence
@@ -53,6 +55,11 @@ DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?@(?P<sp
 
 def write_card(report: Report, folder: Path) -> None:
     """Write README.md into the folder of a converted model."""
+    write_file(folder / CARD, card_text(report))
+
+
+def card_text(report: Report) -> str:
+    """The content of README.md."""
     source, evaluation, cache = report.source, report.evaluation, report.cache
     on_hub = source["revision"] is not None
     link = f"[{source['name']}](https://huggingface.co/{source['name']}), at revision `{source['revision']}`,"
@@ -64,28 +71,34 @@ def write_card(report: Report, folder: Path) -> None:
         rank=cache["kv_lora_rank"],
         rope=cache["qk_rope_head_dim"],
         saved=cache["share_saved"],
-        ratio=evaluation["ratio"],
+        ratio=f"**×{evaluation['ratio']:.4f}**" if is_evaluated(evaluation) else "not evaluated",
         headline=_headline(evaluation.get("suite")),
         kinds=_kinds(finite(evaluation.get("suite"))),
         version=report.versions.get("mla_convert", ""),
         untouched=_untouched(report.heal),
         table="\n".join(f"| {' | '.join(row)} |" for row in rows(report)),
-        text=evaluation["text"],
-        protocol=evaluation["protocol"],
+        measured=_measured(evaluation),
+        yours="The perplexity above is for the text named; measure yours. " if is_evaluated(evaluation) else "",
         calibration=calibration_words(report.calibration),
         worst=_worst(report.layers),
         beyond=_beyond(report.beyond),
         folder=".",
+        tried=_tried(report.self_check),
         licence=_licence(source),
     )
-    (folder / "README.md").write_text(
-        str(ModelCard(f"---\n{_metadata(report, on_hub).to_yaml()}\n---\n{body}")), encoding="utf-8"
-    )
+    return str(ModelCard(f"---\n{_metadata(report, on_hub).to_yaml()}\n---\n{body}"))
+
+
+def _measured(evaluation: dict[str, Any]) -> str:
+    """What perplexity was measured on, in a sentence."""
+    if not is_evaluated(evaluation):
+        return "Perplexity was not evaluated (`--eval none`): measure it with `mla-convert eval` before you use this model."
+    return f"Perplexity on {evaluation['text']}: {evaluation['protocol']}."
 
 
 def _metadata(report: Report, on_hub: bool) -> ModelCardData:
     source, evaluation = report.source, report.evaluation
-    dataset = DATASET.match(evaluation["text"])
+    dataset = DATASET.match(evaluation["text"] or "")
     where = (
         {"dataset_type": dataset["name"], "dataset_config": dataset["config"], "dataset_split": dataset["split"]}
         if dataset
@@ -101,6 +114,7 @@ def _metadata(report: Report, on_hub: bool) -> ModelCardData:
             **where,
         )
         for name, key in (("perplexity", "after"), ("perplexity of the original", "before"))
+        if is_evaluated(evaluation)
     ]
     return ModelCardData(
         model_name=f"{source['name']} MLA",
@@ -110,7 +124,7 @@ def _metadata(report: Report, on_hub: bool) -> ModelCardData:
         pipeline_tag="text-generation",
         license=source.get("license") or "unknown",
         tags=["mla", "multi-head-latent-attention", "kv-cache", "mla_convert"],
-        eval_results=results,
+        eval_results=results or None,
         **{key: source[key] for key in ("license_name", "license_link") if source.get(key)},
     )
 
@@ -124,6 +138,22 @@ def _untouched(heal: dict[str, Any]) -> str:
     return (
         f"then {'all weights were' if every else 'the attention was'}\ndistilled from the original{adapted} on {heal['tokens']:,} "
         f"tokens of {heal['text']}{'' if every else '; everything else is the original' + chr(39) + 's'}."
+    )
+
+
+def _tried(check: dict[str, Any]) -> str:
+    """With which versions the folder was tried, in a sentence."""
+    if not check:
+        return ""
+    found = check["versions"]
+    part = (
+        ""
+        if check["layers"] == check["of_layers"]
+        else f" (the first {check['layers']} of {check['of_layers']} layers)"
+    )
+    return (
+        f"Tried{part} with transformers {found.get('transformers')} and torch {found.get('torch')}: greedy text with a dynamic "
+        f"and a static cache is that without one. "
     )
 
 

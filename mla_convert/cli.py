@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import sys
 import traceback
 from typing import Annotated, Any
@@ -20,18 +22,22 @@ from mla_convert.commands import (
     plan,
     push,
     recipes,
+    refresh,
     report,
     serve_check,
     sweep,
     verify,
 )
 from mla_convert.commands.shared import is_verbose
-from mla_convert.errors import GateFailed, Interrupted, MlaConvertError
+from mla_convert.errors import GateFailed, InputError, Interrupted, MlaConvertError, ReaderGone, ResourceError
+from mla_convert.words import drop_output, open_streams, say
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a bug, 2 usage, 3 a gate failed, 4 bad input, 5 resources (disk, device, network), "
     "130 interrupted."
 )
+# What the system says of names that no file can have.
+NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 # The base of all errors of the parser: click's own, or the copy of click that newer typers carry.
 ParserError = typer.BadParameter.__base__
 
@@ -69,7 +75,7 @@ def _version(show: bool) -> None:
 
         found = {"cuda": "none (this torch is built without)", **versions()}
         order = sorted(found, key=lambda name: (name != "mla_convert", name == "cuda"))  # ours first, cuda last
-        typer.echo("\n".join(f"{name} {found[name]}" for name in order))
+        say("\n".join(f"{name} {found[name]}" for name in order))
         raise typer.Exit
 
 
@@ -91,6 +97,7 @@ for name, command, example in (
     ("inspect", inspect.inspect, inspect.EXAMPLE),
     ("recipes", recipes.recipes, recipes.EXAMPLE),
     ("verify", verify.verify, verify.EXAMPLE),
+    ("refresh", refresh.refresh, refresh.EXAMPLE),
     ("eval", evaluate.evaluate, evaluate.EXAMPLE),
     ("bench", bench.bench, bench.EXAMPLE),
     ("gate", gate.gate, gate.EXAMPLE),
@@ -104,28 +111,62 @@ for name, command, example in (
 
 def main() -> None:
     """Entry point: every expected failure is one line on stderr and its exit code."""
+    open_streams()
     try:
-        code = app(standalone_mode=False)
-        if code == Interrupted.exit_code:  # what typer makes of Ctrl-C
-            raise Interrupted("interrupted")
-        sys.exit(code)
+        code = _run()
     except ParserError as error:
         if not sys.argv[1:]:  # typer has shown the help
             sys.exit(error.exit_code)
         _fail(f"{error.format_message()} (--help lists the options)", error.exit_code)
+    except ReaderGone as gone:
+        drop_output()
+        code = gone.exit_code
     except MlaConvertError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", Interrupted.exit_code)
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 5)
+        drop_output()  # it may be stdout's own
+        code = InputError.exit_code if error.errno in NAMES else ResourceError.exit_code
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), code)
+    except RecursionError:
+        _fail("an input is nested too deep to be read: it is damaged, or not what it is named", InputError.exit_code)
     except Exception as error:
         again = "" if is_verbose() else "; run it again with -v to see where"
         _fail(f"this is a bug, please report it: {type(error).__name__}: {error}{again}", MlaConvertError.exit_code)
+    sys.exit(code)
+
+
+def _run() -> int | None:
+    """Run the command that was typed, and give out all that it printed."""
+    try:
+        code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise ReaderGone from None
+    except SystemExit as stop:  # the parser's way to say that nobody reads its help any more
+        if stop.code == 1:
+            raise ReaderGone from None
+        raise
+    _say_if_untried()
+    if code == Interrupted.exit_code:  # what typer makes of Ctrl-C
+        raise Interrupted("interrupted")
+    return code
+
+
+def _say_if_untried() -> None:
+    """One line on stderr after a command that used a transformers newer than any that the tests have run with."""
+    if "transformers" in sys.modules and "mla_convert.environment" in sys.modules:
+        from mla_convert.environment import untried
+
+        if line := untried():
+            say(f"mla-convert: {line}", err=True)
 
 
 def _fail(message: str, code: int) -> None:
     if is_verbose() and sys.exc_info()[0] not in (None, KeyboardInterrupt, GateFailed):
         traceback.print_exc()
-    typer.echo(f"mla-convert: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(ReaderGone, OSError):
+        say(f"mla-convert: {' '.join(message.split())}", err=True)
     sys.exit(code)

@@ -12,9 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mla_convert.amounts import Lengths, Tokens
-from mla_convert.errors import InputError, UsageError
-from mla_convert.yaml_marks import Marks
+from mla_convert.errors import InputError, UsageError, one_line
+from mla_convert.words import expanded
+from mla_convert.yaml_marks import Marks, Scalars
 
+PACKAGE = "package:"
 YAML = (".yaml", ".yml")
 Full = Literal["full"]
 Trained = Literal["attention", "all", "lora"]
@@ -62,6 +64,13 @@ class Settings(BaseModel):
     def _rank_or_ratio(self) -> Settings:
         if self.rank is not None and self.kv_ratio is not None:
             raise ValueError("rank and kv_ratio are two ways to say one thing: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_or_not(self) -> Settings:
+        measured = next((key for key in ("held_out", "heal_tokens") if getattr(self, key) is not None), None)
+        if self.eval == "none" and measured:
+            raise ValueError(f"{measured} needs an evaluation, and eval is none: leave out one of them")
         return self
 
     @model_validator(mode="after")
@@ -119,10 +128,10 @@ def load_recipe(path: Any) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path.name} cannot be read ({' '.join(str(error).split())})") from error
     try:
-        marks, content = Marks(text), yaml.safe_load(text)
+        marks, content = Marks(text), yaml.load(text, Scalars)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        problem = getattr(error, "problem", None) or one_line(error)
         raise InputError(f"recipe {path.name}{_at(mark and mark.line + 1)}: not valid YAML: {problem}") from error
     repeated = marks.duplicate()
     if repeated:
@@ -191,7 +200,7 @@ def recipe_file(name: str) -> Any:
     """
     files = recipe_files()
     if Path(name).suffix in YAML or (Path(name).is_file() and name not in files):
-        return Path(name).expanduser()
+        return expanded(name)
     found = packaged_recipe(name)
     if found is None:
         raise InputError(f"{name!r} is neither a YAML file nor a packaged recipe: {_recipe_hint(name)}")
@@ -241,7 +250,7 @@ def build_config(options: dict[str, Any]) -> ConvertConfig:
 def _recipe_of_source(source: str) -> Recipe | None:
     """The recipe that a SOURCE names by path or name; None where it names a checkpoint."""
     if Path(source).suffix in YAML:
-        return load_recipe(Path(source).expanduser())
+        return load_recipe(expanded(source))
     return None if Path(source).exists() else find_recipe(source)
 
 
@@ -251,6 +260,19 @@ def _recipe_output(name: str, recipe: Recipe) -> str:
     if path.suffix not in YAML:
         return default_name(name)
     return default_name(recipe.source if path.stem == "recipe" else path.stem)
+
+
+def packaged(name: str, what: str) -> Path:
+    """Where `package:NAME/INNER` lies. `what` it is, for the message.
+
+    Raises:
+        InputError: there is no such package.
+    """
+    package, _, inner = name.removeprefix(PACKAGE).partition("/")
+    try:
+        return Path(str(resources.files(package))) / inner
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{what} {name} not found: there is no package {package!r} ({one_line(error)})") from error
 
 
 def default_name(source: str) -> str:

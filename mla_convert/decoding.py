@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from mla_convert.caching import with_cache
 from mla_convert.measure import Mean, mean
 
 
@@ -30,7 +31,7 @@ class Decoder:
 
     def _run(self, ids: Sequence[int], **options: Any) -> Tensor:
         given = torch.tensor([list(ids)], device=self._model.device)
-        return self._model(input_ids=given, past_key_values=self._cache, use_cache=True, **options).logits[0, -1]
+        return self._model(input_ids=given, **with_cache(self._model, self._cache), **options).logits[0, -1]
 
     @torch.no_grad()
     def feed(self, token: int) -> Tensor:

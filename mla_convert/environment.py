@@ -12,20 +12,43 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from packaging.version import Version
 
 from mla_convert.errors import ResourceError, UsageError
+from mla_convert.version import TRIED_TRANSFORMERS, __version__
 
 
 def versions() -> dict[str, str]:
     """Versions of what shapes the result."""
-    names = ("mla_convert", "torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
-    found = {"python": platform.python_version()}
+    names = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
+    # our own from the code that runs: metadata of an editable install may be older
+    found = {"python": platform.python_version(), "mla_convert": __version__}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def newest_tried() -> str:
+    """The newest transformers that code of this version was tried with, once what is written passes the self-check."""
+    import transformers
+
+    return max(TRIED_TRANSFORMERS, transformers.__version__, key=Version)
+
+
+def untried() -> str | None:
+    """One line if the transformers in use is newer than the newest that the tests have run with."""
+    import transformers  # what only wants to know versions need not wait for it
+
+    installed = transformers.__version__
+    if Version(installed) <= Version(TRIED_TRANSFORMERS):
+        return None
+    return (
+        f"transformers {installed} is newer than {TRIED_TRANSFORMERS}, the newest that mla_convert {__version__} was tested with: "
+        f"what it writes is tried before it is called done"
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -37,7 +37,15 @@ class Interrupted(MlaConvertError):  # noqa: N818  (nothing went wrong)
     exit_code = 130
 
 
+class ReaderGone(Exception):  # noqa: N818  (as when a pager is left)
+    """Whoever read our output has closed it: nothing to say, and nobody to say it to."""
+
+    exit_code = 141  # of a process that SIGPIPE ended
+
+
 def one_line(error: BaseException) -> str:
-    """An error's message as one line of at most 200 characters."""
+    """An error's message as one line of at most 200 characters; of a key that is not there, that it is not there."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text += " is missing"
     return text if len(text) <= 200 else text[:197] + "..."

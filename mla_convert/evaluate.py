@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from mla_convert import environment, kinds, texts
 from mla_convert.beyond import conditions, probe_rows
-from mla_convert.config import Settings
+from mla_convert.config import PACKAGE, Settings
 from mla_convert.errors import InputError, UsageError
+from mla_convert.families import FAMILIES
 from mla_convert.figures import find_report, finite, look_up
-from mla_convert.loading import find_model, is_converted, load_model, load_tokenizer, model_config
+from mla_convert.loading import PREFIX, find_model, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.measure import (
     Mean,
     Perplexity,
@@ -34,9 +35,10 @@ from mla_convert.measure import (
 from mla_convert.probes import Prober, Probes
 from mla_convert.progress import Progress
 from mla_convert.report import human_bytes
-from mla_convert.source import PACKAGE, Place
+from mla_convert.source import Place
 from mla_convert.suite import figures as suite_figures
 from mla_convert.suite import suite_of
+from mla_convert.text_files import is_text_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -104,32 +106,39 @@ class Evaluation:
 
 
 def load_eval_windows(
-    spec: str | None, tokenizer: Any, count: int | None, length: int | None, longest: int | None, report: dict[str, Any]
+    spec: str | None, tokenizer: Any, count: int | None, length: int | None, model: texts.Reach, report: dict[str, Any]
 ) -> tuple[Tensor, str, list[str]]:
     """Evaluation windows (n, L), the label of their text, and notes about what was chosen for the user.
 
     What is not given is as in the model's report, so that the windows are those of its conversion, and as in a
-    conversion's defaults where there is no report. `longest` is the model's limit.
+    conversion's defaults where there is no report.
 
     Raises:
         InputError, ResourceError: as `texts.load_text` and `texts.evaluation_windows`.
     """
-    count = count or look_up(report, "settings.eval_windows") or Settings.model_fields["eval_windows"].default
-    length = length or look_up(report, "settings.eval_length") or min(longest or texts.EVAL_LENGTH, texts.EVAL_LENGTH)
+    count = count or _setting(report, "eval_windows", 1) or Settings.model_fields["eval_windows"].default
+    length = length or _setting(report, "eval_length", 2)
     chosen, why = (spec, "") if spec else _text_of(report)
     text, label = texts.load_text(chosen, "evaluation")
-    notes = [f"{why}: using {label}"] if why else []
-    return texts.evaluation_windows(text, tokenizer, count, length, label), label, notes
+    notes = [*([f"{why}: using {label}"] if why else []), *model.note(length, "--eval-length")]
+    windows = texts.evaluation_windows(text, tokenizer, count, model.length(length, texts.EVAL_LENGTH), label)
+    return model.check(windows, label), label, notes
+
+
+def _setting(report: dict[str, Any], name: str, least: int) -> int | None:
+    """A number among a report's settings; None where it has none that makes sense."""
+    found = look_up(report, f"settings.{name}")
+    return found if isinstance(found, int) and not isinstance(found, bool) and found >= least else None
 
 
 def _text_of(report: dict[str, Any]) -> tuple[str | None, str]:
     """The text that a report was measured on, as `--eval` takes it, and why it was chosen. Reports hold no paths."""
     label, why = look_up(report, "settings.eval"), "no evaluation text was given"
-    if not isinstance(label, str) or not label:
+    if not isinstance(label, str) or label in ("", texts.NONE):
         return None, why
     if PACKAGE + label in texts.SHIPPED.values():
         return PACKAGE + label, why
-    if label.removesuffix(".gz").endswith(texts.SUFFIXES) or "/" not in label:
+    if is_text_name(label) or "/" not in label:
         return None, f"{why}, and of the conversion's only the name is known ({label})"
     return label, why
 
@@ -173,11 +182,13 @@ def evaluate_model(
     config, tokenizer = model_config(place), load_tokenizer(place)
     converted, limit = is_converted(config), getattr(config, "max_position_embeddings", None)
     report = find_report(place.folder) if converted else {}
-    chosen, label, notes = load_eval_windows(text, tokenizer, windows, length, limit, report)
+    learned = not getattr(FAMILIES.get(config.model_type.removeprefix(PREFIX)), "rotary", True)
+    reach = texts.reach(config, learned)
+    chosen, label, notes = load_eval_windows(text, tokenizer, windows, length, reach, report)
     kinds_of = suite_of(tokenizer, suite_windows, where.type == "cuda", chosen, report)
     read = [*chosen, *(kinds_of.windows if kinds_of else [])]
-    if max(int(ids.max()) for ids in read) >= getattr(config, "vocab_size", math.inf):
-        raise InputError(f"the tokenizer of {place.label} has more tokens than its model: they do not belong together")
+    if kinds_of:
+        reach.check(kinds_of.windows, "the packaged suite")
     if origin:
         _check_same_tokenizer(chosen, tokenizer, origin)
     for note in notes:

@@ -98,8 +98,12 @@ def _affine(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def ridged(moment: Tensor, ridge: float) -> Tensor:
-    """Symmetric (..., n, n) matrices plus `ridge` times their mean diagonal on the diagonal."""
-    floor = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny) * ridge
+    """Symmetric (..., n, n) matrices plus `ridge` times their mean diagonal on the diagonal.
+
+    Of a zero matrix, as layers whose weights are zero give, `ridge` itself: there is no scale to be small beside.
+    """
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    floor = torch.where(mean > torch.finfo(moment.dtype).tiny / ridge, mean, torch.ones_like(mean)) * ridge
     return (moment + moment.mT) / 2 + floor[..., None, None] * torch.eye(moment.shape[-1]).to(moment)
 
 
@@ -155,9 +159,12 @@ def _rope_rows(planes: rope.Planes, k: Tensor, q: Tensor) -> tuple[Tensor, Tenso
 
 
 def _balance(up: Tensor, down: Tensor) -> Tensor:
-    """Factor that makes two sides with these mean squares equal, one where either is zero."""
+    """Factor that makes two sides with these mean squares about equal, one where either is zero.
+
+    A power of two: weights that only change sides stay what they are to the last bit.
+    """
     ratio = (up / down) ** 0.25
-    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).log2().round().exp2()
 
 
 def _reads(k_maps: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mla_convert.errors import InputError
+from mla_convert.errors import InputError, one_line
 
 REPORT = "report.json"
+# `evaluation` of a conversion with --eval none.
+NOT_EVALUATED = {"skipped": True, "text": None, "protocol": None, "before": None, "after": None, "ratio": None,
+                 "ratio_log_error": None}  # fmt: skip
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -24,8 +27,8 @@ def read_report(path: Path) -> dict[str, Any]:
         raise InputError(f"{file} not found: give a converted folder, or a report.json")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not readable JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not readable JSON ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} is not a report: it holds no JSON object")
     return content
@@ -35,6 +38,11 @@ def calibration_words(calibration: dict[str, Any]) -> str:
     """What a model was calibrated on, from a report's `calibration`."""
     share = calibration.get("self_written") or 0
     return calibration["protocol"] + (f", {share:.0%} of them written by the original itself" if share else "")
+
+
+def is_evaluated(evaluation: dict[str, Any]) -> bool:
+    """Whether a report's `evaluation` holds figures: with --eval none it does not."""
+    return not evaluation.get("skipped")
 
 
 def find_report(folder: Path) -> dict[str, Any]:

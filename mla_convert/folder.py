@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mla_convert.card import write_card
+from mla_convert.carried import carry
 from mla_convert.checkpoint.writer import Writer
-from mla_convert.modeling import configuration_mla, decode_mla, modeling_mla
+from mla_convert.code import write_code
+from mla_convert.environment import newest_tried
+from mla_convert.files import on_disk, write_file
+from mla_convert.modeling import configuration_mla
 from mla_convert.page import PAGE, write_page
 from mla_convert.report import Report
+from mla_convert.selfcheck import self_check
 from mla_convert.source import Source
 
 # Keys under which older tokenizers kept where they were loaded from, on the machine of whoever saved them.
@@ -23,19 +29,19 @@ def write_config(config: Any, stock_class: str, folder: Path) -> None:
     """config.json of the converted counterpart of `stock_class`, and the code that it needs."""
     name = configuration_mla.PREFIX + stock_class
     config.architectures = [name]
+    config.mla_transformers = newest_tried()
     config.auto_map = {
         "AutoConfig": f"configuration_mla.{type(config).__name__}",
         "AutoModelForCausalLM": f"modeling_mla.{name}",
     }
     config.save_pretrained(folder)
-    for module in (configuration_mla, decode_mla, modeling_mla):
-        shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
+    write_code(folder)
 
 
 def write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> None:
-    """The source's tokenizer, generation and licence files as they are, or new ones where it has none (GGUF)."""
+    """The source's tokenizer, generation and licence files, without code of its own, or new ones where it has none (GGUF)."""
     for file in source.copied_files():
-        shutil.copyfile(file, folder / file.name)
+        carry(file, folder)
     own = folder / "tokenizer_config.json"
     if not own.exists():
         tokenizer.save_pretrained(folder)
@@ -45,17 +51,32 @@ def write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> None:
     if content.get("tokenizer_class") != type(tokenizer).__name__ or paths:
         content = {key: value for key, value in content.items() if key not in paths}
         content["tokenizer_class"] = type(tokenizer).__name__
-        own.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_file(own, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if not (folder / "generation_config.json").exists():
-        source.generation_config().save_pretrained(folder)
+        # as it is, even where settings contradict each other: save_pretrained refuses what transformers loads
+        source.generation_config().to_json_file(folder / "generation_config.json")
 
 
-def finish(source: Source, tokenizer: Any, config: Any, stock_class: str, writer: Writer, report: Report) -> None:
-    """Write everything but the weights, then give the folder its name."""
-    write_tokenizer(source, tokenizer, writer.folder)
-    write_config(config, stock_class, writer.folder)
-    writer.write_index()
-    write_card(report, writer.folder)
-    report.write(writer.folder)
-    write_page(report.as_dict(), writer.folder / PAGE)
-    writer.publish()
+def finish(
+    source: Source,
+    tokenizer: Any,
+    config: Any,
+    stock_class: str,
+    writer: Writer,
+    report: Report,
+    device: torch.device,
+) -> None:
+    """Write everything but the weights, try what was written, then give the folder its name.
+
+    Raises:
+        SelfCheckFailed: the model does not generate what it should.
+    """
+    with on_disk("the output", writer.out.parent):
+        write_tokenizer(source, tokenizer, writer.folder)
+        write_config(config, stock_class, writer.folder)
+        writer.write_index()
+        report.self_check = self_check(writer.folder, device)
+        write_card(report, writer.folder)
+        report.write(writer.folder)
+        write_page(report.as_dict(), writer.folder / PAGE)
+        writer.publish()

@@ -17,6 +17,7 @@ from typing import Any
 
 from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import find_report, finite, look_up, read_report
+from mla_convert.words import expanded
 
 DEFAULT_REGRESSION = 0.01
 ROUNDING = 1e-9
@@ -210,6 +211,11 @@ def _figure(
 ) -> tuple[float | None, str]:
     """A figure and "", or None and why there is none that counts."""
     value = look_up(figures, path)
+    if value is None and path.startswith("evaluation.") and look_up(figures, "evaluation.skipped"):
+        return (
+            None,
+            "the model was converted with --eval none and is not evaluated: leave out --from-report to measure it",
+        )
     if value is None:
         return None, f"{path} is missing, or was not a finite number when it was written"
     if not _is_number(value):
@@ -333,7 +339,7 @@ def run_gate(
 
 def _report_of(model: str) -> tuple[dict[str, Any], str]:
     """The report of a local folder, of its own path, or of a Hub id; and the model's name."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists():
         from mla_convert.source import locate
 

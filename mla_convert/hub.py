@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hashlib
 import re
 import time
 from collections.abc import Iterator
@@ -25,18 +26,19 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from mla_convert import sums
+from mla_convert.carried import carried_files
 from mla_convert.checkpoint.reader import INDEX
+from mla_convert.code import CODE
 from mla_convert.errors import InputError, MlaConvertError, ResourceError, UsageError, one_line
 from mla_convert.figures import REPORT, look_up, read_report
+from mla_convert.licence import CARD
 from mla_convert.page import PAGE
 from mla_convert.progress import Progress
-from mla_convert.source import COPIED
 from mla_convert.verify import verify
 
-CARD = "README.md"
 # What a conversion writes beside the weights and what it carries over; nothing else in the folder is uploaded.
-BESIDE = (CARD, REPORT, PAGE, INDEX, "config.json", "configuration_mla.py", "decode_mla.py", "modeling_mla.py",
-          "recipe.yaml")  # fmt: skip
+BESIDE = (CARD, REPORT, PAGE, INDEX, "config.json", *CODE, "recipe.yaml")
 # A vocabulary may hold any words: there only what is surely private counts.
 VOCABULARY = ("tokenizer.json", "vocab*", "merges.txt", "*.model", "added_tokens.json")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
@@ -86,11 +88,15 @@ def push(
     progress = progress or Progress()
     check_name(repo)
     progress.note(f"checking {folder}")
-    verify(folder)
+    if note := verify(folder).note:
+        progress.note(note)
     files = belonging(folder)
     check_private(folder, files)
     contents: dict[str, Path | bytes] = {file: folder / file for file in files}
     contents[CARD] = card_for(folder, repo)
+    if sums.SUMS in files:  # of what is uploaded, the card as it is there
+        stated = {**sums.read(folder), CARD: hashlib.sha256(contents[CARD]).hexdigest()}
+        contents[sums.SUMS] = sums.text(stated).encode()
 
     api = HfApi()
     with _hub_errors(repo), _bars(progress):
@@ -161,7 +167,7 @@ def check_name(repo: str) -> None:
 
 
 def belonging(folder: Path) -> list[str]:
-    """Names of the files of a conversion, the weights that its report lists among them; what else lies there is not.
+    """Names of the files of a conversion: all that SHA256SUMS lists; in an earlier version's folder, what it wrote.
 
     Raises:
         InputError: one that every conversion has is missing.
@@ -169,8 +175,10 @@ def belonging(folder: Path) -> list[str]:
     for file in BESIDE:
         if file != PAGE and not (folder / file).is_file():  # folders of the first version have no page
             raise InputError(f"{folder} has no {file}: not a finished conversion")
+    if (folder / sums.SUMS).is_file():
+        return sorted({*sums.read(folder), sums.SUMS})
     shards = read_report(folder)["checksums"]
-    carried = {path.name for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    carried = {path.name for path in carried_files(folder)}
     return sorted({*shards, *carried, *(file for file in BESIDE if (folder / file).is_file())})
 
 

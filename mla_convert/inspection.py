@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert.checkpoint.writer import REPORT
-from mla_convert.errors import InputError
-from mla_convert.figures import mean
+from mla_convert.config_file import check_sizes
+from mla_convert.errors import InputError, one_line
+from mla_convert.figures import is_evaluated, mean
 from mla_convert.planning import shape_figures
 from mla_convert.report import human_bytes
+from mla_convert.report_schema import check_report
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import Source, locate, open_source
 
@@ -36,6 +39,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
     place = locate(name, revision, ["config.json", REPORT])
     content = {} if place.gguf else _json(place.folder / "config.json")
     if str(content.get("model_type", "")).startswith("mla_"):
+        check_sizes(content, place.label)
         return _converted(place.label, place.revision, content, _json(place.folder / REPORT))
     local = not place.gguf and place.revision is None
     source = open_source(name, revision, weights=False)
@@ -45,6 +49,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
             source.reader.dtype(tensor)  # refuses what is quantised
         Skeleton(source, torch.device("cpu"))  # refuses missing and misshapen tensors
         source.tokenizer()
+        source.copied_files()  # refuses links to what is not the checkpoint's
     return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
 
 
@@ -52,7 +57,7 @@ def _json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is no such file or it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -98,41 +103,67 @@ def _rope(config: Any) -> dict[str, Any]:
 
 def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     try:
-        layers = int(config["num_hidden_layers"])
+        layers = config["num_hidden_layers"]
         # where layers differ there is a list beside the largest
-        ranks = config.get("kv_lora_ranks") or [config["kv_lora_rank"]] * layers
-        rope_dims = config.get("qk_rope_head_dims") or [config["qk_rope_head_dim"]] * layers
-        result = {
+        sizes = [config.get(f"{name}s") or [config[name]] * layers for name in ("kv_lora_rank", "qk_rope_head_dim")]
+        if not (layers == len(sizes[0]) == len(sizes[1])) or not all(
+            type(size) is int for each in sizes for size in each
+        ):
+            raise ValueError("sizes that are not a whole number for each layer")
+        return {
             "name": label,
             "revision": revision,
             "kind": "converted",
             "convertible": False,
             "model_type": config["model_type"],
             "layers": layers,
-            "kv_lora_rank": mean(ranks),
-            "qk_rope_head_dim": mean(rope_dims),
-            "cache_numbers_per_token_per_layer": mean(map(int.__add__, ranks, rope_dims)),
+            "kv_lora_rank": mean(sizes[0]),
+            "qk_rope_head_dim": mean(sizes[1]),
+            "cache_numbers_per_token_per_layer": mean(map(int.__add__, *sizes)),
             "dtype": str(config.get("dtype") or "float32"),
-            "report": None,
+            "report": _reported(report),
         }
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"config.json of {label} lacks what a converted model has ({error!r})") from error
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"config.json of {label} lacks what a converted model has ({one_line(error)})") from error
+
+
+def _reported(report: dict[str, Any]) -> dict[str, Any] | None:
+    """What a report says, or None where it is not whole: what the configuration says stands."""
     try:
-        evaluation = report["evaluation"]
-        result["report"] = {
-            "source": report["source"]["name"],
-            "source_revision": report["source"]["revision"],
-            "share_saved": float(report["cache"]["share_saved"]),
-            "cache_bytes_per_token": dict(report["cache"]["bytes_per_token"]),
-            "perplexity": {side: evaluation[side]["value"] for side in ("before", "after")},
-            "perplexity_ratio": evaluation["ratio"],
-            "evaluation": f"{evaluation['text']}: {evaluation['protocol']}",
-            "calibration": report["calibration"]["protocol"],
-            "converted_by": f"mla_convert {report['versions']['mla_convert']}",
+        check_report(report)
+        evaluation, per_token = report["evaluation"], report["cache"]["bytes_per_token"]
+        skipped = not is_evaluated(evaluation)
+        return {
+            "source": _text(report["source"]["name"]),
+            "source_revision": report["source"]["revision"] and _text(report["source"]["revision"]),
+            "share_saved": _number(report["cache"]["share_saved"]),
+            "cache_bytes_per_token": {side: _number(per_token[side]) for side in ("before", "after")},
+            "perplexity": {
+                side: _measured(None if skipped else evaluation[side]["value"]) for side in ("before", "after")
+            },
+            "perplexity_ratio": _measured(evaluation["ratio"]),
+            "evaluation": None if skipped else f"{_text(evaluation['text'])}: {_text(evaluation['protocol'])}",
+            "calibration": _text(report["calibration"]["protocol"]),
+            "converted_by": f"mla_convert {_text(report['versions']['mla_convert'])}",
         }
-    except (KeyError, TypeError, ValueError):
-        pass  # a folder without a whole report: what its configuration says stands
-    return result
+    except (InputError, AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError("no number")
+    return value
+
+
+def _measured(value: Any) -> float | None:
+    return None if value is None else _number(value)
 
 
 def print_inspection(found: dict[str, Any], console: Console) -> None:
@@ -187,14 +218,17 @@ def _converted_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         return rows
     cache, perplexity = report["cache_bytes_per_token"], report["perplexity"]
     revision = f" at {report['source_revision']}" if report["source_revision"] else ""
-    values = [_figure(perplexity["before"]), _figure(perplexity["after"])]
+    words = "not evaluated"
+    if report["evaluation"]:
+        values = [_figure(perplexity["before"]), _figure(perplexity["after"])]
+        words = f"{values[0]} → {values[1]} (×{_figure(report['perplexity_ratio'], 4)})"
     return [
         *rows,
         ("source", f"{report['source']}{revision}"),
         ("KV cache per token", f"{human_bytes(cache['before'])} → {human_bytes(cache['after'])}"),
         ("saved", f"{report['share_saved']:.1%}"),
-        ("perplexity", f"{values[0]} → {values[1]} (×{_figure(report['perplexity_ratio'], 4)})"),
-        ("measured on", report["evaluation"]),
+        ("perplexity", words),
+        *([("measured on", report["evaluation"])] if report["evaluation"] else []),
         ("calibrated on", report["calibration"]),
         ("by", report["converted_by"]),
     ]

@@ -108,6 +108,7 @@ def open_streams(skeleton: Skeleton, calib: Tensor, evaluation: Tensor, suite: T
     calib_dtype = torch.bfloat16 if skeleton.device.type == "cuda" else torch.float32
     embedded = skeleton.embed(calib)
     pairs = [[Activations(embedded, skeleton.device, calib_dtype) for _ in range(2)]]
+    pairs[0][0].check_finite(f"the embedding {skeleton.embedding}")
     for windows in (evaluation, suite):
         if windows is not None:
             embedded = skeleton.embed(windows)
@@ -183,7 +184,7 @@ def _convert_group(job: LayerJob, parts: list[list[_Member]], streams: Streams) 
         reports = [report | found for report in reports]
     for member, report in zip(members, reports, strict=True):
         written = _layer_tensors(job, member)
-        check_finite(written, FAILED)
+        check_finite(written, _too_large(member, dtype=job.dtype or job.skeleton.source.dtype) or FAILED)
         job.writer.write_shard(job.shard(member.index + 1), written, report)
         _load_written(job, member, written)
 
@@ -339,6 +340,14 @@ def _layer_tensors(job: LayerJob, member: _Member) -> dict[str, Tensor]:
     return {**job.stored(kept), **own}
 
 
+def _too_large(member: _Member, dtype: torch.dtype) -> str | None:
+    """What to do where numbers that were finite are not as they are written, in a narrow dtype."""
+    finite = all(tensor.isfinite().all() for tensor in member.student.state_dict().values())
+    if not finite or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
+        return None
+    return f"{str(dtype).removeprefix('torch.')} has no room for it; give --dtype bfloat16 or float32"
+
+
 def _load_written(job: LayerJob, member: _Member, written: dict[str, Tensor]) -> None:
     """The student as it was written, rounding included: what follows sees the model that users will load."""
     prefix = f"{job.skeleton.layer_prefix(member.index)}{job.skeleton.source.family.attention}."
@@ -365,3 +374,6 @@ def _advance(job: LayerJob, member: _Member, streams: tuple[Activations, ...], o
             own = member.kwargs[states.length]
             with job.skeleton.autocast():
                 states.advance(lambda hidden, own=own: first_output(member.layer(hidden, **own)))
+            states.check_finite(
+                f"layer {job.skeleton.layer_prefix(member.index)[:-1]}{'' if original else ', converted,'}"
+            )

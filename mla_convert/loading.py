@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
+from mla_convert.checkpoint.files import refuse_adapter, weight_files
+from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.config import find_recipe, recipe_files
 from mla_convert.errors import InputError, ResourceError, one_line
+from mla_convert.families import FAMILIES
 from mla_convert.figures import look_up
 from mla_convert.source import PACKAGE, Place, load_config, locate
+from mla_convert.tokenizer import read_tokenizer
+from mla_convert.words import expanded
 
 PREFIX = "mla_"  # of a converted model's model_type
 EXPORTED = "mla_convert"  # key of an exported model's config.json
@@ -28,10 +34,14 @@ def find_model(name: str, revision: str | None = None) -> Place:
         InputError: nothing there by that name, or a folder that is no checkpoint.
         ResourceError: the Hub cannot be reached.
     """
-    recipe = None if Path(name).expanduser().exists() else find_recipe(name)
+    recipe = None if expanded(name).exists() else find_recipe(name)
     place = locate(recipe.source, recipe.revision) if recipe else locate(name, revision)
-    if not place.gguf and not (place.folder / "config.json").is_file():
+    refuse_adapter(place.folder, place.label)
+    if place.gguf:
+        return place
+    if not (place.folder / "config.json").is_file():
         raise InputError(f"{place.label} has no config.json: give a folder that holds a transformers checkpoint")
+    weight_files(place.folder)  # refuses pickles, which transformers would read where an index names them
     return place
 
 
@@ -57,15 +67,14 @@ def find_original(report: dict[str, Any]) -> Place | None:
 
 
 def model_config(place: Place) -> PreTrainedConfig:
-    """The model's configuration. For GGUF, transformers reads it from the file.
+    """The model's configuration; that of a GGUF file is made of its metadata.
 
     Raises:
         InputError: it cannot be read.
     """
     if not place.gguf:
         return load_config(place.folder, place.label)
-    with _readable(place.label):
-        return AutoConfig.from_pretrained(place.folder, gguf_file=place.gguf)
+    return open_gguf(place.folder / place.gguf).config
 
 
 def is_converted(config: PreTrainedConfig) -> bool:
@@ -79,10 +88,8 @@ def load_tokenizer(place: Place) -> Any:
     Raises:
         InputError: it has none that transformers can read.
     """
-    try:
-        return AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{place.label} has no readable tokenizer ({one_line(error)})") from error
+    gguf = {"gguf_file": place.gguf} if place.gguf else {}
+    return read_tokenizer(place.folder, place.label, **gguf)
 
 
 def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -91,39 +98,51 @@ def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> 
     Raises:
         InputError: its weights are missing, damaged, of other shapes than its configuration says, or pickled.
     """
-    exported = None if place.gguf else getattr(model_config(place), EXPORTED, None)
+    if place.gguf:
+        with quietly():
+            model = open_gguf(place.folder / place.gguf).load(torch.float32 if dtype == "auto" else dtype)
+        return _ready(model, device)
+    config = model_config(place)
+    exported = getattr(config, EXPORTED, None)
     if isinstance(exported, dict) and exported.get("profile") != "portable":
         raise InputError(
             f"{place.label} is exported for engines (profile {exported.get('profile')}), and transformers' own classes would "
             f"misread it: give the converted model that it was made from"
         )
-    if place.gguf and dtype == "auto":
-        dtype = torch.float32
-    options = _gguf(place) if place.gguf else {"use_safetensors": True, "trust_remote_code": False}
-    with _readable(place.label), _no_bars():
+    weight_files(place.folder)  # as find_model does, for those who know the folder already
+    with _readable(place.label), quietly():
         model, info = AutoModelForCausalLM.from_pretrained(
-            place.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, **options
-        )
+            place.folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False,
+            use_safetensors=True, trust_remote_code=False,
+        )  # fmt: skip
     # transformers makes up what it does not find, and says so only in its log
     if info["missing_keys"]:
         raise InputError(
             f"tensor {min(info['missing_keys'])} is missing from {place.label}: fetch the checkpoint again"
         )
+    return _ready(model, device)
+
+
+def _ready(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model to measure, frozen, with all of its attention."""
+    family = FAMILIES.get(model.config.model_type)
+    if family and (family.softcap or family.sinks):
+        model.set_attn_implementation("eager")  # not every version says that SDPA leaves them out
     return model.eval().requires_grad_(False).to(device)
 
 
-def _gguf(place: Place) -> dict[str, str]:
-    return {"gguf_file": place.gguf} if place.gguf else {}
-
-
 @contextlib.contextmanager
-def _no_bars():
-    """Without transformers' progress bars: what to show is the caller's choice."""
-    shown = logging.is_progress_bar_enabled()
+def quietly():
+    """Without transformers' progress bars and advice: what to show is the caller's choice."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(max(level, logging.ERROR))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from mla_convert.caching import with_cache
 from mla_convert.errors import InputError
+from mla_convert.figures import NOT_EVALUATED
 from mla_convert.source import head_width, kv_heads
 from mla_convert.texts import Windows, evaluation_protocol
 
@@ -28,6 +30,8 @@ from mla_convert.texts import Windows, evaluation_protocol
 LOGITS = 1 << 25
 # Tokens of the forward pass that fills the cache to be measured.
 CACHE_TOKENS = 16
+# Nats of a loss whose exponential is a number.
+MOST = 700.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,29 @@ class Mean:
 def perplexity(losses: Tensor) -> Perplexity:
     """From token losses (windows, length-1) in nats."""
     found = mean(losses)
-    return Perplexity(math.exp(min(found.value, 700.0)), found.error, losses.shape[0], losses.shape[1] + 1)
+    return Perplexity(math.exp(min(found.value, MOST)), found.error, losses.shape[0], losses.shape[1] + 1)
 
 
 def figures(windows: Windows, scores: Scores) -> dict[str, Any]:
-    """What a report says of its evaluation, from the scores of both models on `windows.measured`."""
-    count, before, after = len(windows.evaluation), scores.original, scores.losses
+    """What a report says of its evaluation, from the scores of both models on `windows.measured`.
+
+    Raises:
+        InputError: a perplexity is not finite.
+    """
+    before, after = scores.original, scores.losses
+    for model, losses in (("the original", before), ("the converted model", after)):
+        if not losses.double().mean(dim=1).max() < MOST:
+            raise InputError(
+                f"the perplexity of {model} is not finite: weights of its head or final norm are too large to compute with"
+                + (
+                    ", so the checkpoint is damaged; fetch it again"
+                    if model == "the original"
+                    else "; try --dtype float32"
+                )
+            )
+    if not windows.evaluated:
+        return dict(NOT_EVALUATED)
+    count = len(windows.evaluation)
     found = _compared(windows.eval_text, windows.eval_protocol, before[:count], after[:count])
     found |= {"kl": asdict(mean(scores.kl[:count])), "agreement": asdict(mean(scores.agreement[:count]))}
     if windows.held_out is not None:
@@ -80,7 +101,7 @@ def ratio(losses: Tensor, original: Tensor) -> Mean:
     `error` is that of its logarithm, paired: how hard a window is for both models is no part of it.
     """
     found = mean(losses - original)
-    return Mean(math.exp(min(found.value, 700.0)), found.error)
+    return Mean(math.exp(min(found.value, MOST)), found.error)
 
 
 def mean(values: Tensor) -> Mean:
@@ -207,7 +228,7 @@ def cache_bytes(model: nn.Module, ids: Tensor) -> float:
     cache = DynamicCache(config=model.config)
     held, start = {}, ids[None, :tokens].to(model.device)
     with contextlib.suppress(TypeError):  # state-space models take no such cache
-        model(input_ids=start, past_key_values=cache, use_cache=True)
+        model(input_ids=start, **with_cache(model, cache))
     for layer in cache.layers:
         for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if part is not None:

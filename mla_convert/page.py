@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mla_convert import beyond, kinds, plots
-from mla_convert.errors import InputError
-from mla_convert.figures import calibration_words, look_up, read_report
+from mla_convert.errors import InputError, one_line
+from mla_convert.figures import calibration_words, is_evaluated, look_up, read_report
+from mla_convert.files import write_file
 from mla_convert.report import human_bytes, ratio_error, ratio_words
+from mla_convert.report_schema import check_report
 from mla_convert.svg import Figure
 
 PAGE = "report.html"
@@ -19,17 +21,27 @@ WIDE, NARROW = 768, 343  # CSS pixels of a column on a desktop and on a phone of
 
 
 def write_page(report: dict[str, Any] | Path, file: Path) -> None:
-    """Make the page of a report (its content, a report.json or its folder) and write it.
+    """Make the page of a report (its content, a report.json or its folder) and write it. A link of that name is replaced.
 
     Raises:
         InputError: no report, or one that lacks what every conversion reports.
     """
-    content = report if isinstance(report, dict) else read_report(report)
+    write_file(file, page_text(report if isinstance(report, dict) else read_report(report)))
+
+
+def page_text(report: dict[str, Any]) -> str:
+    """The page of a report that may hold anything.
+
+    Raises:
+        InputError: it lacks what every conversion reports, or holds something else there.
+    """
+    check_report(report)
     try:
-        text = page(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"report.json is not that of a conversion ({error!r}): there is no page to make") from error
-    file.write_text(text, encoding="utf-8")
+        return page(report)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        raise InputError(
+            f"report.json is not that of a conversion ({one_line(error)}): there is no page to make"
+        ) from error
 
 
 def page(report: dict[str, Any]) -> str:
@@ -66,7 +78,7 @@ def write_sweep_page(content: dict[str, Any], file: Path) -> None:
         f"<header><h1>{escape(content['source'])}</h1><p class='sub'>at {len(points)} sizes of its cache</p></header>"
     )
     parts = [head, _section("The frontier", words, drawn), _table(columns, rows, "n" * len(columns))]
-    file.write_text(_document(f"{content['source']}: quality and cache size", parts), encoding="utf-8")
+    write_file(file, _document(f"{content['source']}: quality and cache size", parts))
 
 
 def _document(title: str, parts: list[str]) -> str:
@@ -85,27 +97,33 @@ def _document(title: str, parts: list[str]) -> str:
 def _head(report: dict[str, Any]) -> str:
     cache, evaluation = report["cache"], report["evaluation"]
     per_token = {side: human_bytes(size) for side, size in cache["bytes_per_token"].items()}
-    before, after = (evaluation[side]["value"] for side in ("before", "after"))
     error = ratio_error(evaluation)
     spread = f", ratio ± {error:.4f}" if error else ""
+    measured = "not evaluated"
+    if is_evaluated(evaluation):
+        before, after = (evaluation[side]["value"] for side in ("before", "after"))
+        measured = f"{_figure(before)} → {_figure(after)}{spread}"
     found = [
-        ("KV cache", f"−{cache['share_saved']:.1%}", f"{per_token['before']} → {per_token['after']} per token"),
-        ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), f"{_figure(before)} → {_figure(after)}{spread}"),
+        ("KV cache", f"−{cache['share_saved']:.1%}", escape(f"{per_token['before']} → {per_token['after']} per token")),
+        ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), escape(measured)),
         ("took", _duration(report["seconds"]), escape(report["device"])),
     ]
     if kinds.compared(suite := evaluation.get("suite")):
         worst = suite["worst"]
         more = f"{escape(worst['kind'])}; KL {_figure(suite['kl']['value'], '{:.4f}')} nats over all kinds"
         found.insert(2, ("worst kind of text", _figure(worst["ratio"], "×{:.3f}"), more))
-    cells = "".join(f"<div><dt>{what}</dt><dd>{figure}</dd><small>{more}</small></div>" for what, figure, more in found)
+    cells = "".join(
+        f"<div><dt>{what}</dt><dd>{escape(figure)}</dd><small>{more}</small></div>" for what, figure, more in found
+    )
     revision = report["source"].get("revision")
     at = f" at revision <code>{escape(revision[:12])}</code>" if revision else ""
     sizes = {(layer.get("kv_lora_rank"), layer.get("qk_rope_head_dim")) for layer in report["layers"]}
     spread = ", averaged over layers" if len(sizes) > 1 else ""
+    rank, rope = (escape(str(cache[key])) for key in ("kv_lora_rank", "qk_rope_head_dim"))
     return (
         f"<header><h1>{escape(report['source']['name'])}</h1>"
-        f'<p class="sub">converted to Multi-head Latent Attention{at}: a latent of {cache["kv_lora_rank"]} numbers and a '
-        f'rotary key of {cache["qk_rope_head_dim"]}{spread}</p><dl class="figures">{cells}</dl></header>'
+        f'<p class="sub">converted to Multi-head Latent Attention{at}: a latent of {rank} numbers and a '
+        f'rotary key of {rope}{spread}</p><dl class="figures">{cells}</dl></header>'
     )
 
 
@@ -113,7 +131,7 @@ def _cache(report: dict[str, Any]) -> str:
     cache = report["cache"]
     heads = look_up(report, "source.key_value_heads"), look_up(report, "source.head_dim")
     known = heads if all(heads) else None
-    words = (
+    words = escape(
         f"A token used to leave {cache['numbers_per_token_per_layer']['before']} numbers in the cache of every layer, and now "
         f"leaves {cache['numbers_per_token_per_layer']['after']}, of {cache['bytes_per_number']} bytes each."
     )
@@ -124,6 +142,9 @@ def _cache(report: dict[str, Any]) -> str:
 
 def _perplexity(report: dict[str, Any]) -> str:
     evaluation = report["evaluation"]
+    if not is_evaluated(evaluation):
+        words = f"Not evaluated: it was converted with --eval none. Calibrated on {calibration_words(report['calibration'])}."
+        return _section("Perplexity", escape(words), "")
     words = escape(
         f"On {evaluation['text']}: {evaluation['protocol']}. Lower is better. Most of the error bars is how much windows of "
         f"text differ, which both models share: the ratio is taken on the same ones, and its ± is what is "

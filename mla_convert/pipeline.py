@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mla_convert import (
     texts,
 )
 from mla_convert.attention import mla_config
+from mla_convert.carried import tokenizer_code
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig, default_name
 from mla_convert.engines.towards import towards
@@ -32,6 +34,7 @@ from mla_convert.progress import Progress
 from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
+from mla_convert.words import check_name
 
 
 def evaluated(
@@ -60,11 +63,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
     device = environment.pick_device(config.device)
     phases = environment.Phases(device)
     out = config.out or Path(default_name(config.source))
+    check_name(out)
 
     with phases.phase("open"):
         source = open_source(config.source, config.revision)
         config = towards(config, source)
         output.check_output(out, source.folder, config.overwrite)
+        # what is carried over is looked at now: hours later it would be too late to refuse it
+        licence, _ = source.license(), source.copied_files()
         plan = make_plan(config, source.shape)
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
         aside = sensitivity.aside_bytes(plan) if sensitivity.is_measured(plan, config) else 0
@@ -72,13 +78,24 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         skeleton, tokenizer = Skeleton(source, device), source.tokenizer()
 
     with phases.phase("text"):
-        longest = getattr(source.config, "max_position_embeddings", None)
-        check_conversion(config, longest)
-        windows = texts.load_windows(config, tokenizer, device.type == "cuda", longest, source.shape.hidden_size)
-        kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
+        model = texts.reach(source.config, learned=not source.family.rotary)
+        check_conversion(config, model.longest)
+        windows = texts.load_windows(config, tokenizer, device.type == "cuda", model, source.shape.hidden_size)
+        kinds = None
+        if windows.evaluated:
+            kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
+        if kinds:
+            model.check(kinds.windows, "the packaged suite")
     written = selfwritten.share(config, source, device)
-    for note in (notes := [*source.notes, *windows.notes]):
+    code = None if source.gguf else tokenizer_code(source.folder)
+    stock = [
+        f"the tokenizer of {source.name} names code of its own ({code}), which is not run: a class of transformers' reads it"
+    ]
+    for note in (notes := [*source.notes, *(stock if code else []), *windows.notes]):
         progress.note(note)
+    if untried := environment.untried():
+        warnings.warn(untried, stacklevel=2)
+        notes.append(untried)
 
     size = source.shape.hidden_size, schedule.layer_numbers(source)
     refine = schedule.refine_settings(config, device, tuple(windows.calib.shape), *size)
@@ -112,7 +129,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         with phases.phase("evaluate"):
             evaluation = evaluated(skeleton, streams, windows, kinds)
         result = report.Report(
-            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, source.license()),
+            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, licence),
             # labels, not paths: a report is made to be published
             settings={**settings, **windows.labels(config)},
             versions=environment.versions(),
@@ -129,5 +146,5 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             out=out,
         )  # fmt: skip
         write_recipe(writer.folder, config, source, plan, windows, refine, written, result)
-        folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result)
+        folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result, device)
     return heal_conversion(config, result, progress) if config.heal_tokens else result

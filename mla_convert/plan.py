@@ -138,8 +138,9 @@ def shares_out(settings: Settings, plan: Plan) -> bool:
 
 
 def size_unit(plan: Plan) -> int:
-    """What per-layer sizes are multiples of."""
-    return UNIT if min(plan.rank, plan.shape.full_rope_dim - 1) >= UNIT else 2
+    """What per-layer sizes are multiples of. A model without RoPE has ranks alone to share out."""
+    smallest = min(plan.rank, plan.shape.full_rope_dim - 1) if plan.shape.full_rope_dim else plan.rank
+    return UNIT if smallest >= UNIT else 2
 
 
 def make_plan(settings: Settings, shape: AttentionShape) -> Plan:

@@ -23,7 +23,7 @@ from mla_convert.schedule import output_advances, refine_settings
 from mla_convert.sensitivity import TOKENS, aside_bytes, is_measured
 from mla_convert.source import Source, open_source, parameters
 from mla_convert.suite import suite_size
-from mla_convert.texts import EVAL_LENGTH, calibration_size
+from mla_convert.texts import Reach, calibration_size, evaluation_length, reach
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
 
@@ -127,9 +127,12 @@ def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
 
 def _evaluation_windows(config: ConvertConfig, source: Source, on_gpu: bool) -> tuple[int, int]:
     """Windows that perplexity is measured on and tokens in one; those of the packaged suite count by their tokens."""
-    longest = getattr(source.config, "max_position_embeddings", None) or EVAL_LENGTH
-    length = config.eval_length or min(longest, EVAL_LENGTH)
+    length = evaluation_length(config, _reach(source))
     return config.eval_windows + -(-prod(suite_size(config, on_gpu, length)) // length), length
+
+
+def _reach(source: Source) -> Reach:
+    return reach(source.config, learned=not source.family.rotary)
 
 
 def _time(
@@ -156,7 +159,7 @@ def _time(
     windows = {}
     for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
         evaluation = _evaluation_windows(config, source, device.type == "cuda")
-        calib = calibration_size(config, device.type == "cuda", shape.hidden_size)
+        calib = calibration_size(config, device.type == "cuda", shape.hidden_size, _reach(source))
         refine = refine_settings(config, device, calib, shape.hidden_size, work.layer_before)
         last = output_advances(refine, shape.layers) / shape.layers  # of the last block's layers, by layer
         windows[place] = {"calib": calib, "evaluation": evaluation, "steps": refine.steps,
@@ -202,7 +205,7 @@ def _host_memory(
         attention=sum(count for name, count in after.items() if name.startswith(f"{first}{source.family.attention}.")),
         hidden=plan.shape.hidden_size,
         itemsize=itemsize,
-        calibration_tokens=prod(calibration_size(config, False, plan.shape.hidden_size)),
+        calibration_tokens=prod(calibration_size(config, False, plan.shape.hidden_size, _reach(source))),
         evaluation_tokens=prod(_evaluation_windows(config, source, False)),
     )
     if source.gguf:  # transformers holds these whole, in float32

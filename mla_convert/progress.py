@@ -9,15 +9,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(),
-           TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
+from mla_convert.terminal import Terminal
+
+COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+           TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
 
 
 class Progress:
     """Progress over layers; the unit is one refinement step (plus one for everything else a layer needs)."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False, verbose: bool = False):
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Terminal(stderr=True)
         self.quiet = quiet
         self.verbose = verbose
         self._bars: Bars | None = None

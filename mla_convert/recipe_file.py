@@ -44,7 +44,7 @@ def write_recipe(
         "calib_samples": windows.calib.shape[0],
         "calib_length": windows.calib.shape[1],
         "calib_self": self_written,
-        "eval_length": windows.evaluation.shape[1],
+        "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,
         "refine_steps": refine.steps,
         "refine_batch": refine.batch,
         "refine_block": refine.block,

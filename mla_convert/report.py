@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert import kinds
-from mla_convert.figures import REPORT, finite, mean
+from mla_convert.figures import REPORT, finite, is_evaluated, mean
+from mla_convert.files import write_file
 from mla_convert.plan import AttentionShape, Plan
 
 SCHEMA = 1
@@ -39,25 +40,26 @@ class Report:
     notes: list[str] = field(default_factory=list)
     beyond: dict[str, Any] = field(default_factory=dict)  # added by `eval --into-report`
     heal: dict[str, Any] = field(default_factory=dict)  # added by `heal`
+    self_check: dict[str, Any] = field(default_factory=dict)  # what `selfcheck` says of the folder
     out: Path | None = None
 
     @property
-    def ratio(self) -> float:
-        """Perplexity after conversion over the original's."""
+    def ratio(self) -> float | None:
+        """Perplexity after conversion over the original's; None where it was not evaluated."""
         return self.evaluation["ratio"]
 
     def as_dict(self) -> dict[str, Any]:
         """As written to report.json: without the local output path, NaN and infinity as null."""
         content = asdict(self)
         content.pop("out")
-        for added in ("beyond", "heal"):
+        for added in ("beyond", "heal", "self_check"):
             if not content[added]:
                 content.pop(added)
         return finite(content)
 
     def write(self, folder: Path) -> None:
         """Write report.json."""
-        (folder / REPORT).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_file(folder / REPORT, json.dumps(self.as_dict(), indent=2) + "\n")
 
 
 def source_figures(
@@ -117,6 +119,8 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
     for context, size in cache["bytes_at_context"].items():
         table.append((f"KV cache at {int(context) // 1024}k context", human_bytes(size["before"]),
                       human_bytes(size["after"]), f"-{1 - size['after'] / size['before']:.1%}"))  # fmt: skip
+    if not is_evaluated(evaluation):
+        return [*table, ("perplexity", "not evaluated", "not evaluated", "")]
     before, after = evaluation["before"]["value"], evaluation["after"]["value"]
     if unhealed := report.heal.get("before"):
         value = unhealed["evaluation"]["after"]["value"]
@@ -159,7 +163,9 @@ def print_summary(report: Report, console: Console) -> None:
     if suite := finite(evaluation.get("suite")):
         console.print(kinds.table(suite))
     spread = "; ± is one standard error over windows" if ratio_error(evaluation) else ""
-    texts = [f"perplexity on {evaluation['text']}: {evaluation['protocol']}{spread}"]
+    texts = ["perplexity was not evaluated, as --eval none asked: `mla-convert eval` does it later"]
+    if is_evaluated(evaluation):
+        texts = [f"perplexity on {evaluation['text']}: {evaluation['protocol']}{spread}"]
     if held_out := evaluation.get("held_out"):
         texts.append(f"held-out text is {held_out['text']}: {held_out['protocol']}")
     if suite:

@@ -89,7 +89,9 @@ def _plane_basis(key_cov: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tenso
     :param weight: (n_f, G) cost of an error in a key.
     :return: cost (n_f, G) of dropping plane (f, j), write (n_f, j, G) and its inverse read (n_f, G, j).
     """
-    root = weight.clamp_min(weight.max() * 1e-12).clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
+    # where no error costs anything, as when values, queries or outputs are zero, all weigh the same
+    top = weight.max()
+    root = (weight / top if top > 0 else torch.ones_like(weight)).clamp_min(1e-12).sqrt()
     cost, vectors = eigh(root[:, :, None] * key_cov * root[:, None, :])
     cost, vectors = cost.flip(-1).clamp_min(0), vectors.flip(-1)
     return cost, vectors.mH * root[:, None, :], vectors / root[:, :, None]
@@ -123,8 +125,13 @@ def choose_planes(key_cov: Tensor, query_energy: Tensor, rho: Tensor, count: int
     :param query_energy: (H, n_f) E|q|^2 times the weight of the head.
     :param rho: (H, n_f) mean rotations.
     """
+    n_f, num_kv = key_cov.shape[:2]
+    if count == n_f * num_kv:
+        # Nothing is chosen. The heads' own planes round as the original does, whatever biases its keys have.
+        own = torch.eye(num_kv, dtype=key_cov.dtype, device=key_cov.device).expand(n_f, -1, -1)
+        return _keep(torch.arange(count, device=key_cov.device), own, own, key_cov, query_energy, rho)
     charge = query_energy * (1 - rho.abs().square()).clamp_min(0)
-    cost, write, read = _plane_basis(key_cov, by_group(charge, key_cov.shape[1]))
+    cost, write, read = _plane_basis(key_cov, by_group(charge, num_kv))
     return _keep(cost.flatten().topk(count).indices, write, read, key_cov, query_energy, rho)
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
 from mla_convert.attend import GROUPED, attending
+from mla_convert.caching import with_cache
 from mla_convert.checkpoint.writer import stored_bytes
 from mla_convert.config import ConvertConfig
 from mla_convert.measure import original_cache_bytes
@@ -67,7 +68,7 @@ def mixed(windows: Tensor, share: float, source: Source, tokenizer: Any, device:
     body = windows.shape[1] - len(prefix)
     pieces = -(-body // TEXT_TOKENS)
     model = load_whole(source, device)
-    first = first_token(tokenizer)
+    first = first_token(tokenizer, model.config.vocab_size)
     wanted, opened = count * pieces, Openings(tokenizer, first, seed) if OPENED else None
     spare = int(wanted * SPARE) if opened else 0
     written = varied(write(model, wanted + spare, -(-body // pieces), first, seed, openings=opened), wanted)
@@ -81,14 +82,15 @@ def mixed(windows: Tensor, share: float, source: Source, tokenizer: Any, device:
     return found
 
 
-def first_token(tokenizer: Any) -> int:
-    """What the model continues: what its tokenizer puts before a text, or what separates documents."""
+def first_token(tokenizer: Any, vocabulary: int | None = None) -> int:
+    """What the model continues: what its tokenizer puts before a text, or what separates documents.
+
+    `vocabulary`: rows of the model's embedding, which may be fewer than the tokenizer's tokens.
+    """
     prefix = first_tokens(tokenizer)
-    if prefix:
-        return prefix[0]
     document = tokenizer.get_vocab().get(DOCUMENT)
-    known = (document, tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
+    known = (*prefix, document, tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None and (vocabulary is None or token < vocabulary))
 
 
 def load_whole(source: Source, device: torch.device) -> nn.Module:
@@ -167,7 +169,7 @@ class _Writer:
         with attending(GROUPED, self.model):
             output = self.model(
                 input_ids=self.ids, attention_mask=self.mask[..., : self.place.seen],
-                position_ids=self.place.position.expand(len(self.ids), 1), past_key_values=self.cache, use_cache=True,
+                position_ids=self.place.position.expand(len(self.ids), 1), **with_cache(self.model, self.cache),
             )  # fmt: skip
         return output.logits[:, -1]
 

@@ -19,6 +19,7 @@ from mla_convert.attention import build_attention, factorise_layer, fill_attenti
 from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import Settings
+from mla_convert.errors import InputError
 from mla_convert.factorise import ridged
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import LayerSize, Plan, shares_out, size_unit
@@ -112,6 +113,7 @@ def sensitivities(
         writer.put_aside(_file(index), states.data.cpu())
         with skeleton.layer(index, skeleton.layer_tensors(index)) as layer, skeleton.autocast():
             states.advance(lambda hidden, layer=layer, own=kwargs[index]: first_output(layer(hidden, **own)))
+        states.check_finite(f"layer {skeleton.layer_prefix(index)[:-1]}")
         tick()
     generator = torch.Generator(skeleton.device).manual_seed(seed)
     gradient = skeleton.output_gradient(states.data, generator)
@@ -136,6 +138,9 @@ def _backward(
     """Carry `gradient` (N, L, d), in place, from a layer's output to its input.
 
     Returns E[g g^T] (d, d) at its attention's output, and E[g^2] (d,) at its own.
+
+    Raises:
+        InputError: they are not finite.
     """
     family = skeleton.source.family
     attention, leave, kept = getattr(layer, family.attention), family.exit(layer), []
@@ -165,6 +170,11 @@ def _backward(
             kept.clear()
     finally:
         hook.remove()
+    if not (torch.isfinite(metric).all() and torch.isfinite(squares).all()):
+        raise InputError(
+            f"the model's loss has no finite gradient at layer {attention.layer_idx}: weights behind it are too large to "
+            f"compute with, so the checkpoint is damaged; fetch it again"
+        )
     return metric / tokens, squares / tokens
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.divergence import IGNORED, Head, Mix, comparer, distil
-from mla_convert.errors import InputError
+from mla_convert.errors import InputError, one_line
 from mla_convert.source import Source
 
 # Logits computed at once, tokens by vocabulary: bounds the memory of a large vocabulary.
@@ -74,8 +74,11 @@ class Skeleton:
     def __init__(self, source: Source, device: torch.device):
         self.source = source
         self.device = device
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
+        except Exception as error:  # whatever a setting that makes no sense runs into
+            raise InputError(f"configuration of {source.name} does not make a model: {one_line(error)}") from error
         # SDPA knows neither soft caps nor sinks, and not every version of the stock classes says so
         written_out = source.family.softcap or source.family.sinks or not self.model._supports_sdpa
         self.implementation = "eager" if written_out else "sdpa"

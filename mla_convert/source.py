@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import yaml
 from accelerate import init_empty_weights
-from gguf import GGUFReader
-from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from mla_convert.checkpoint.dequantise import DequantisedReader, can_dequantise
+from mla_convert.carried import carried_files, licence_files
+from mla_convert.checkpoint.dequantise import DequantisedReader, take_quantization
+from mla_convert.checkpoint.files import INDEX, SINGLE, refuse_adapter
+from mla_convert.checkpoint.gguf_config import sampling
+from mla_convert.checkpoint.gguf_file import gguf_parts, read_gguf
+from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
-from mla_convert.config import unknown_source
-from mla_convert.errors import InputError, ResourceError, one_line
+from mla_convert.config import PACKAGE
+from mla_convert.config_file import read_config
+from mla_convert.errors import InputError, one_line
 from mla_convert.families import FAMILIES, Family, find_family
+from mla_convert.licence import read_licence
+from mla_convert.place import HUB_FILES, Place, locate
 from mla_convert.plan import AttentionShape
+from mla_convert.source_checks import (
+    MOST_LAYERS,
+    check_classes,
+    check_derived,
+    check_layers,
+    check_scaling,
+    check_tensors,
+    first_token_notes,
+    makes_sense,
+    refuse_audio,
+    settle_ties,
+)
+from mla_convert.tokenizer import read_tokenizer
 
-PACKAGE = "package:"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
-# What is carried over as it is; weights, indices and anything executable are not.
-COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-          "generation_config.json", "*.model", "LICENSE*", "NOTICE*", "ATTRIBUTION*")  # fmt: skip
+__all__ = ["PACKAGE", "Place", "Source", "head_width", "kv_heads", "load_config", "locate", "open_source", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -113,49 +115,59 @@ class Source:
         Raises:
             InputError: it has none that transformers can read.
         """
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, **({"gguf_file": self.gguf} if self.gguf else {}))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.name} has no readable tokenizer ({one_line(error)})") from error
+        return read_tokenizer(self.folder, self.name, **({"gguf_file": self.gguf} if self.gguf else {}))
 
     def license(self) -> dict[str, Any]:
         """What the source's model card says of its licence: `license`, and `license_name` and `license_link` if it does.
 
-        Nothing is made up: without a card, or a licence in it, `license` is None.
+        Nothing is made up: without a card, or a licence in it that can be carried over, `license` is None.
         """
-        try:
-            data = ModelCard.load(self.folder / "README.md").data.to_dict()
-        except (OSError, ValueError, yaml.YAMLError):
-            data = {}
-        found = {key: data[key] for key in ("license_name", "license_link") if isinstance(data.get(key), str)}
-        named = data.get("license")
-        return {"license": named if isinstance(named, str | list) else None, **found}
+        return read_licence(self.folder)
 
     def fingerprint(self) -> list[Any]:
         """What changes when the weights or the configuration do: names, sizes and times of the files they come from."""
-        files = [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        files = gguf_parts(self.folder / self.gguf) if self.gguf else sorted(self.folder.glob("*.safetensors"))
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return [self.name, self.revision, stats, self.config.to_json_string()]
 
     def copied_files(self) -> list[Path]:
-        """Tokenizer, generation and licence files that are carried over as they are."""
+        """Tokenizer, generation and licence files that are carried over.
+
+        Raises:
+            InputError: one of them is a link to something outside the folder.
+        """
         if self.gguf:
             return []
-        found = {path for pattern in COPIED for path in self.folder.glob(pattern) if path.is_file()}
+        found = carried_files(self.folder)
         if (self.folder.parent / "__init__.py").exists():  # a packaged checkpoint: its licence stands beside it
-            found |= {path for pattern in ("LICENSE*", "ATTRIBUTION*") for path in self.folder.parent.glob(pattern)}
+            found += licence_files(self.folder.parent)
         return sorted(found)
 
     def generation_config(self) -> GenerationConfig:
-        """Generation defaults where the source has no file of its own."""
-        return GenerationConfig.from_model_config(self.config)
+        """Generation defaults where the source has no file of its own: from its configuration, as transformers has them.
+
+        Configurations take up no sampling settings, so those in config.json, or a GGUF file's metadata, are read from there.
+        """
+        if self.gguf:
+            found = GenerationConfig.from_model_config(self.config)
+            found.update(**sampling(read_gguf(self.folder / self.gguf)))
+            return found
+        try:
+            return GenerationConfig.from_pretrained(
+                self.folder, config_file_name="config.json", _from_model_config=True
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"sampling settings in config.json of {self.name} cannot be read: {one_line(error)}"
+            ) from error
 
 
 def open_source(name: str, revision: str | None = None, weights: bool = True) -> Source:
     """Open a source lazily: configuration and tensor headers are read, no weights (GGUF files excepted).
 
-    Without `weights` only its configuration is read (from the Hub: config.json alone; of a GGUF file: its metadata).
-    Its tensors are then those that the configuration asks for, on the meta device.
+    Without `weights` only its configuration is read (from the Hub: config.json alone; of a GGUF file: its metadata), and
+    compared with the headers of weights that lie beside it. Its tensors are then those that the configuration asks for, on
+    the meta device.
 
     Raises:
         InputError: not found, not a checkpoint, architecture not supported, files missing or damaged.
@@ -167,112 +179,75 @@ def open_source(name: str, revision: str | None = None, weights: bool = True) ->
     return _open_folder(place.folder, place.label, place.revision, weights)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a model's files lie on this machine. `label` names it in reports; `gguf` is the file, if it is one."""
-
-    folder: Path
-    label: str
-    revision: str | None = None
-    gguf: str | None = None
-
-
-def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> Place:
-    """The folder of a packaged checkpoint, a local folder, a `.gguf` file, or a Hub id, of which `files` are fetched.
-
-    Raises:
-        InputError: nothing there by that name.
-        ResourceError: the Hub cannot be reached.
-    """
-    if name.startswith(PACKAGE):
-        package, _, inner = name.removeprefix(PACKAGE).partition("/")
-        return Place(Path(str(resources.files(package))) / inner, package)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"{path} not found: give an existing .gguf file")
-        return Place(path.parent, path.name, gguf=path.name)
-    if path.is_dir():
-        return Place(path, path.resolve().name)
-    if path.exists():
-        raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise unknown_source(name)
-    folder = _download(name, revision, files)
-    return Place(folder, name, folder.name)
-
-
-def _download(name: str, revision: str | None, files: list[str]) -> Path:
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except GatedRepoError as error:
-        raise InputError(
-            f"{name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        where = f" at revision {revision}" if revision else ""
-        raise InputError(f"{name}{where} is neither a local folder nor on the Hub (or it is private)") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ResourceError(
-            f"the Hub cannot be reached for {name}, which is no local folder: {one_line(error)}"
-        ) from error
-
-
 def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) -> Source:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{label} has no config.json: give a folder that holds a transformers checkpoint")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model_type = content.get("model_type", "none given")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"config.json of {label} is not a JSON object ({one_line(error)}): fetch it again") from error
-    text = content.get("text_config")
-    part = text.get("model_type") if isinstance(text, dict) else None
+    refuse_adapter(folder, label)
+    content = read_config(folder, label)
+    model_type, text = content.get("model_type", "none given"), content.get("text_config")
+    part = isinstance(text, dict) and isinstance(text.get("model_type"), str) and text["model_type"] in FAMILIES
     # of a multimodal checkpoint the language model is read, if it is of a family
-    family = FAMILIES[part] if part in FAMILIES else find_family(str(model_type), content.keys())
-    config = _read_config(folder, label, part in FAMILIES)
-    quantization = _quantization(config, label)
-    stored = SafetensorsReader(folder) if weights else None
-    if stored and quantization:
-        stored = DequantisedReader(stored, quantization)
-    family.check(config, label)
-    expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
-    reader = ModelReader(stored, expected.names(), family) if stored else expected
-    notes = (f"{label} is multimodal ({model_type}): only its language model is converted",) if part in FAMILIES else ()
-    return Source(label, revision, folder, None, config, family, reader, notes)
+    family = FAMILIES[text["model_type"]] if part else find_family(str(model_type), content.keys())
+    refuse_audio(content, label)
+    notes = [f"{label} is multimodal ({model_type}): only its language model is converted"] if part else []
+    with makes_sense(label):
+        config = _read_config(folder, label, part)
+        quantization = take_quantization(config, label)
+        family.check(config, label)
+        here = weights or (revision is None and any((folder / name).is_file() for name in (SINGLE, INDEX)))
+        stored = SafetensorsReader(folder) if here else None
+        if stored:
+            check_layers(config.num_hidden_layers, stored.names(), family, label)
+        expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
+        notes += check_classes(content, expected.model, label, part)
+        source = Source(label, revision, folder, None, config, family, expected, tuple(notes))
+        check_derived(source)
+    if stored:
+        found = _with_weights(source, stored, expected, quantization, part, weights)
+        return found if weights else replace(source, notes=found.notes)
+    return source
 
 
-def _quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | None:
-    """How a checkpoint is quantised, taken out of its configuration: what is read, and written, is not.
+def _with_weights(
+    source: Source,
+    stored: SafetensorsReader,
+    expected: _Expected,
+    quantization: dict[str, Any] | None,
+    part: bool,
+    compare: bool,
+) -> Source:
+    """The source with the reader of its tensors, which are checked to be all that its configuration asks for.
 
-    Raises:
-        InputError: in a way that is not read here.
+    Headers are read; and with `compare` the values of tied tensors that are stored twice.
     """
-    how = getattr(config, "quantization_config", None)
-    if not how:
-        return None
-    how = dict(how if isinstance(how, dict) else how.to_dict())
-    method = how.get("quant_method")
-    how["quant_method"] = getattr(method, "value", method)
-    if not can_dequantise(how):
-        raise InputError(
-            f"{label} is quantised ({how['quant_method'] or 'its configuration says how'}): of quantised checkpoints FP8, MXFP4 "
-            f"and GGUF are read; give one of these, or the checkpoint that it was made from"
-        )
-    del config.quantization_config
-    return how
+    notes = [*source.notes, *stored.notes]
+    numbers: Reader = DequantisedReader(stored, quantization) if quantization else stored
+    reader = ModelReader(numbers, {*expected.names(), *expected.tied}, source.family)
+    tied, more = settle_ties(reader, expected.tied, source.name, compare)
+    notes += more
+    if not tied:
+        source.config.tie_word_embeddings = False
+        expected = _expected(source.config, source.name)
+    notes += check_tensors(reader, expected.names(), source.name, part)
+    return replace(source, reader=reader, notes=tuple(notes))
 
 
-def _expected(config: PreTrainedConfig, label: str) -> Reader:
-    """The tensors that a configuration asks for, on the meta device, in its dtype; a tied head is not among them."""
-    try:
-        with init_empty_weights(include_buffers=True):
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # whatever a setting that makes no sense runs into
-        raise InputError(f"configuration of {label} does not make a model: {error!r}") from error
-    return MemoryReader(parameters(model))
+class _Expected(MemoryReader):
+    """The tensors that a configuration asks for, on the meta device; a tied head is not among them.
+
+    `model` is the class that it makes, `tied` has the parameters that are others' as well: name -> the other's name.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(parameters(model))
+        self.model = type(model).__name__
+        self.tied = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
+
+
+def _expected(config: PreTrainedConfig, label: str) -> _Expected:
+    """The tensors that a configuration asks for, in its dtype."""
+    with makes_sense(label), init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        check_scaling(model, label)
+        return _Expected(model)
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -285,67 +260,43 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _open_gguf(path: Path, weights: bool) -> Source:
-    try:
-        if not weights:
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            _forget_packing(config)
-            family = find_family(config.model_type)
-            family.check(config, path.name)
-            return Source(path.name, None, path.parent, path.name, config, family, _expected(config, path.name))
-        # transformers dequantises a GGUF file as a whole: these sources are held in memory
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
-        raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
-    _forget_packing(model.config)
-    family, tensors = find_family(model.config.model_type), parameters(model)
-    family.check(model.config, path.name)
-    notes = _first_token_notes(path)
-    return Source(path.name, None, path.parent, path.name, model.config, family, MemoryReader(tensors), notes)
+    def check(config: PreTrainedConfig) -> None:
+        find_family(config.model_type).check(config, path.name)
 
-
-def _first_token_notes(path: Path) -> tuple[str, ...]:
-    """A warning where texts should begin with a token that the tokenizer, as transformers reads it, does not put there.
-
-    transformers 5.17 takes Gemma's vocabulary out of a GGUF file without that token and with half of its merges, silently.
-    """
-    fields = GGUFReader(path).fields
-    wanted, token = (fields.get(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "bos_token_id"))
-    if wanted is None or token is None or not wanted.contents():
-        return ()
-    try:
-        first = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)("")["input_ids"][:1]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()  # `Source.tokenizer` says so where one is needed
-    if first == [token.contents()]:
-        return ()
-    return (
-        f"{path.name} says that a text begins with token {token.contents()}, and its tokenizer as transformers "
-        f"{transformers.__version__} reads it does not put it there: if perplexity before conversion is high, try a newer "
-        f"transformers or the checkpoint that the file was made from",
-    )
-
-
-def _forget_packing(config: PreTrainedConfig) -> None:
-    """Take out of a configuration that its weights came packed in a GGUF file: what is read, and written, is not."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    found = open_gguf(path, check)
+    config, notes = found.config, (*found.notes, *first_token_notes(path, found.file.metadata))
+    with makes_sense(path.name):
+        _check_sizes(config, path.name)
+        expected = _expected(config, path.name)
+        family = find_family(config.model_type)
+        source = Source(path.name, None, path.parent, path.name, config, family, expected, notes)
+        check_derived(source)
+    sampling(found.file)  # refuses before the work what would be refused after it
+    # transformers dequantises a GGUF file as a whole: these sources are held in memory
+    return replace(source, reader=MemoryReader(parameters(found.load()))) if weights else source
 
 
 def load_config(folder: Path, label: str) -> PreTrainedConfig:
     """The configuration of a transformers folder, by a class that is installed: never by code from the folder.
 
+    Nor by code that it names: an implementation of attention may be one from the Hub.
+
     Raises:
         InputError: missing, damaged or not valid.
     """
+    read_config(folder, label)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"configuration of {label} cannot be read: {one_line(error)}") from error
-    except Exception as error:
-        # the strict configuration classes raise their own errors, which share no public base
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise InputError(f"configuration of {label} is not valid: {one_line(error)}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for own in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if own is not None and own._attn_implementation not in (None, "eager", "sdpa"):
+                own._attn_implementation = None
+            if own is not None:
+                own._experts_implementation = None
+        return config
+    except MemoryError:
         raise
+    except Exception as error:  # settings of any kind, and the strict classes' own errors, which share no public base
+        raise InputError(f"configuration of {label} cannot be read: {one_line(error)}") from error
 
 
 def head_width(config: PreTrainedConfig) -> int:
@@ -368,10 +319,14 @@ def _read_config(folder: Path, label: str, part: bool) -> PreTrainedConfig:
         for key in ("quantization_config", "tie_word_embeddings", "dtype"):
             if getattr(whole, key, None) is not None:
                 setattr(config, key, getattr(whole, key))
-    groups = kv_heads(config)
-    if config.num_hidden_layers < 1 or groups < 1 or config.num_attention_heads % groups:
-        raise InputError(
-            f"configuration of {label} is not valid: {config.num_hidden_layers} layers, {config.num_attention_heads} "
-            f"query heads, {groups} key/value heads"
-        )
+    _check_sizes(config, label)
     return config
+
+
+def _check_sizes(config: PreTrainedConfig, label: str) -> None:
+    """Refuse numbers of layers and heads that no model has."""
+    layers, heads, groups = config.num_hidden_layers, config.num_attention_heads, kv_heads(config)
+    if not 1 <= layers <= MOST_LAYERS or groups < 1 or heads < 1 or heads % groups:
+        raise InputError(
+            f"configuration of {label} is not valid: {layers} layers, {heads} query heads, {groups} key/value heads"
+        )

@@ -23,15 +23,18 @@ from rich.table import Table
 from mla_convert import environment, mixture
 from mla_convert.checkpoint.writer import check_output
 from mla_convert.config import ConvertConfig
-from mla_convert.errors import GateFailed, InputError, MlaConvertError
+from mla_convert.errors import GateFailed, InputError, MlaConvertError, UsageError
 from mla_convert.figures import REPORT, find_report, finite, read_report
-from mla_convert.page import PAGE, write_page, write_sweep_page
+from mla_convert.files import publish
+from mla_convert.page import PAGE, page_text, write_sweep_page
 from mla_convert.pipeline import convert
 from mla_convert.plan import make_plan
 from mla_convert.progress import Progress
 from mla_convert.report import ratio_error, ratio_words
+from mla_convert.revise import replace_files
 from mla_convert.source import Source, open_source
-from mla_convert.texts import FROM_CALIB
+from mla_convert.texts import FROM_CALIB, NONE
+from mla_convert.words import expanded
 
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
 WORK = ".work"  # for conversions that are not kept
@@ -73,11 +76,14 @@ def sweep(
     `config.out` is given too, that conversion is written there. `keep` leaves all conversions in `folder`.
 
     Raises:
+        UsageError: without an evaluation there is nothing to draw.
         InputError: a folder, source or size that cannot be used; all sizes are looked at before the first conversion.
         GateFailed: no point is good enough; all are in sweep.json.
         MlaConvertError: whatever a conversion raises; finished points stay in sweep.json.
     """
     progress = progress or Progress()
+    if config.eval == NONE:
+        raise UsageError(f"a sweep is a comparison of evaluations: --eval {NONE} leaves nothing to compare")
     config = config.model_copy(update={"held_out": config.held_out or FROM_CALIB})
     source = open_source(config.source, config.revision, weights=False)
     _check_folder(folder)
@@ -245,7 +251,7 @@ def _digest(content: Any) -> str:
 
 def _stamp(spec: str | None) -> list[int] | None:
     """What changes when a text file does."""
-    path = Path(spec).expanduser() if spec else None
+    path = expanded(spec) if spec else None
     return [path.stat().st_size, path.stat().st_mtime_ns] if path and path.is_file() else None
 
 
@@ -265,20 +271,15 @@ def _check_folder(folder: Path) -> None:
 
 def _publish(made: Path, out: Path, points: list[dict[str, Any]]) -> None:
     """A finished conversion, with the frontier in its report, under a name that it gets only when all of it is there."""
-    draft, old = out.parent / f".{out.name}.draft", out.parent / f".{out.name}.old"
-    for path in (draft, old):
-        shutil.rmtree(path, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.parent / f".{out.name}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(made, draft)
         report = read_report(draft)
         report["sweep"] = [{key: entry[key] for key in ("numbers", "share", "ratio", "stderr")} for entry in points]
-        (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        write_page(report, draft / PAGE)
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_files(draft, {REPORT: json.dumps(report, indent=2) + "\n", PAGE: page_text(report)})
+        publish(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

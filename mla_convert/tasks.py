@@ -17,6 +17,7 @@ from torch import OutOfMemoryError, nn
 
 from mla_convert.errors import InputError, ResourceError, UsageError, one_line
 from mla_convert.progress import Progress
+from mla_convert.words import expanded
 
 BATCH = 8
 FILES = (".yaml", ".yml")
@@ -36,9 +37,9 @@ class Tasks:
             raise UsageError('--tasks needs lm-evaluation-harness: pip install "lm_eval>=0.4.13" (the extra eval)')
         # The harness takes a path as well, but says of one that is not there only that no task has such a name.
         for name in names:
-            if name.endswith(FILES) and not Path(name).expanduser().is_file():
+            if name.endswith(FILES) and not expanded(name).is_file():
                 raise InputError(f"task file {name} not found")
-        self.names = [str(Path(name).expanduser().resolve()) if name.endswith(FILES) else name for name in names]
+        self.names = [str(expanded(name).resolve()) if name.endswith(FILES) else name for name in names]
         self.limit, self._shown = limit, progress.verbose or (not progress.quiet and sys.stderr.isatty())
         with self._harness("cannot be loaded"):
             from lm_eval.tasks import TaskManager

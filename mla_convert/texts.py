@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mla_convert import mixture
-from mla_convert.config import ConvertConfig
-from mla_convert.errors import InputError, ResourceError
+from mla_convert.config import PACKAGE, ConvertConfig, packaged
+from mla_convert.errors import InputError, ResourceError, UsageError, one_line
+from mla_convert.text_files import is_text_name, read_documents
+from mla_convert.words import expanded, plain
 
-PACKAGE = "package:"
 WIKITEXT = "Salesforce/wikitext:"
 DEFAULT_DATASET = f"{WIKITEXT}wikitext-2-raw-v1"
 SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
@@ -31,7 +27,8 @@ WIDTH_WINDOWS, LEAST_ON_GPU = 1 << 20, 256
 # Windows that are enough where none were asked for and the text holds no more.
 FEWEST = 32
 EVAL_LENGTH = 2048
-SUFFIXES = (".txt", ".md", ".jsonl", ".json")
+# As an evaluation text: none, and no evaluation.
+NONE = "none"
 # As a held-out text: the last part of the calibration text, which calibration then does not see.
 FROM_CALIB, CALIB_SHARE = "calib", 0.9
 # Text is tokenised piece by piece, in characters; no tokenizer here packs more than this many characters into a token.
@@ -46,6 +43,7 @@ class Windows:
     """Token windows (N, L) of all texts, what they are in words, and notes about defaults that were fallen back on.
 
     `held_out` are windows to choose settings by, of the length of those of `evaluation`, which then need not be chosen on.
+    Without `evaluated`, nothing is to be said of `evaluation`, which is then a window of the calibration text.
     """
 
     calib: Tensor
@@ -55,6 +53,7 @@ class Windows:
     notes: list[str]
     held_out: Tensor | None = None
     held_out_text: str | None = None
+    evaluated: bool = True
     # windows of each calibration text, by its label
     calib_counts: dict[str, int] | None = None
 
@@ -80,24 +79,77 @@ class Windows:
         return evaluation_protocol(self.evaluation)
 
 
-def calibration_size(config: ConvertConfig, on_gpu: bool, hidden: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Reach:
+    """What a model can read: windows of `longest` tokens, where it has a limit, and tokens below `vocabulary`.
+
+    `learned`: positions from `longest` on do not exist, as the model has an embedding for each.
+    """
+
+    longest: int | None = None
+    learned: bool = False
+    vocabulary: int | None = None
+
+    def length(self, given: int | None, default: int) -> int:
+        """Tokens of a window: what was given, or the default; no more than there are positions."""
+        if given is None:
+            return min(default, self.longest or default)
+        return min(given, self.longest) if self.learned and self.longest else given
+
+    def note(self, given: int | None, option: str) -> list[str]:
+        """That the windows are shorter than `option` asked for, if they are."""
+        if given is None or self.length(given, given) == given:
+            return []
+        return [f"the model has learned {self.longest} positions: windows are so long, not {option} {given}"]
+
+    def check(self, windows: Tensor, label: str) -> Tensor:
+        """Windows that the model has an embedding for every token of.
+
+        Raises:
+            InputError: there is a token that it has none for.
+        """
+        most = int(windows.max())
+        if self.vocabulary is not None and most >= self.vocabulary:
+            raise InputError(
+                f"the tokenizer makes token {most} of {label}, and the model's embedding has {self.vocabulary} rows: "
+                f"tokenizer and weights do not belong together"
+            )
+        return windows
+
+
+def reach(config: Any, learned: bool) -> Reach:
+    """The reach of the model that a configuration describes. `learned`: it has learned positions instead of RoPE."""
+    return Reach(getattr(config, "max_position_embeddings", None), learned, getattr(config, "vocab_size", None))
+
+
+def calibration_size(config: ConvertConfig, on_gpu: bool, hidden: int, model: Reach = Reach()) -> tuple[int, int]:
     """Calibration windows and tokens in one; `hidden` is the size of the model's residual stream."""
     samples, length = CALIB_DEFAULT[on_gpu]
     if on_gpu:
         samples = min(samples, max(LEAST_ON_GPU, WIDTH_WINDOWS // hidden))
-    return config.calib_samples or samples, config.calib_length or length
+    return config.calib_samples or samples, model.length(config.calib_length, length)
 
 
-def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: int | None, hidden: int) -> Windows:
-    """All texts of a conversion, cut into windows. `longest` is the model's limit, if it has one; `hidden` its width."""
-    samples, length = calibration_size(config, on_gpu, hidden)
+def evaluation_length(config: ConvertConfig, model: Reach) -> int:
+    """Tokens of an evaluation window."""
+    return model.length(config.eval_length, EVAL_LENGTH)
+
+
+def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Reach, hidden: int) -> Windows:
+    """All texts of a conversion, cut into windows, for a model with a residual stream of `hidden`.
+
+    Raises:
+        InputError: a text that cannot be used, or a tokenizer of another model.
+    """
+    samples, length = calibration_size(config, on_gpu, hidden, model)
     fewest = config.calib_samples or min(samples, FEWEST)
-    eval_length = config.eval_length or min(longest or EVAL_LENGTH, EVAL_LENGTH)
+    eval_length = evaluation_length(config, model)
     given = mixture.parts(config.calib)
     loaded = [load_text(part.spec, "calibration") for part in given]
     calib_texts, labels = [text for text, _ in loaded], [label for _, label in loaded]
     calib_label = mixture.label(labels, given) if config.calib else mixture.PACKAGED_LABEL
-    eval_text, eval_label = load_text(config.eval, "evaluation")
+    evaluated = config.eval != NONE
+    eval_text, eval_label = load_text(config.eval, "evaluation") if evaluated else ("", NONE)
     held_out, held_out_label = None, None
     if config.held_out == FROM_CALIB:
         cuts = [int(len(text) * CALIB_SHARE) for text in calib_texts]
@@ -108,19 +160,25 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: i
         rest, held_out_label = load_text(config.held_out, "held-out")
     if held_out_label:
         held_out = evaluation_windows(rest, tokenizer, config.eval_windows, eval_length, held_out_label, "held-out")
+        model.check(held_out, held_out_label)
+    stood_in = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
     weighted = [(text, label, part.weight) for text, label, part in zip(calib_texts, labels, given, strict=True)]
     calib, counts = mixed_windows(weighted, tokenizer, samples, length, config.seed, fewest)
-    stood_in = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
+    model.check(calib, calib_label)
+    evaluation = calib[:1]  # says at least whether what the model computes is finite
+    if evaluated:
+        evaluation = evaluation_windows(eval_text, tokenizer, config.eval_windows, eval_length, eval_label)
+    notes = [f"no {purpose} text was given: using {label}" for purpose, (spec, label) in stood_in.items() if not spec]
+    notes += model.note(config.calib_length, "--calib-length") + model.note(config.eval_length, "--eval-length")
     return Windows(
-        calib=noised(calib, config.calib_noise, tokenizer, config.seed),
-        evaluation=evaluation_windows(eval_text, tokenizer, config.eval_windows, eval_length, eval_label),
+        calib=noised(calib, config.calib_noise, tokenizer, config.seed, model.vocabulary),
+        evaluation=model.check(evaluation, eval_label),
         calib_text=calib_label,
         eval_text=eval_label,
-        notes=[
-            f"no {purpose} text was given: using {label}" for purpose, (spec, label) in stood_in.items() if not spec
-        ],
+        notes=notes,
         held_out=held_out,
         held_out_text=held_out_label,
+        evaluated=evaluated,
         calib_counts=dict(zip(labels, counts, strict=True)),
     )
 
@@ -128,7 +186,7 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, longest: i
 def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
     """The text that `spec` names and a label for reports. `purpose` is "calibration", "evaluation" or "held-out".
 
-    `spec` is a file (.txt, .jsonl with a "text" field, either one gzipped), `package:NAME/FILE`, or a data set as
+    `spec` is a file (text, or .jsonl, .csv, .tsv or .parquet with a "text": `text_files`), `package:NAME/FILE`, or a data set as
     `NAME[:CONFIG][@SPLIT]`. None is WikiText-2 from the Hub, or the packaged text (CC BY) where the Hub cannot be reached.
 
     Raises:
@@ -168,6 +226,10 @@ def _together(rows: Iterable[str]) -> Iterator[str]:
 
 def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iterable[str], str]:
     """Documents and label. Only a data set may be streamed."""
+    if spec == NONE:
+        raise UsageError(
+            f"{NONE} is no {purpose} text: only a conversion's --eval can be {NONE}; a file of that name is ./{NONE}"
+        )
     if spec is None:
         try:
             return _load_dataset(f"{DEFAULT_DATASET}@{SPLITS[purpose]}", streaming)
@@ -175,12 +237,14 @@ def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iter
             documents, label = _load(SHIPPED[purpose], purpose)
             return documents, f"{label} (WikiText-2 could not be fetched from the Hub)"
     if spec.startswith(PACKAGE):
-        package, _, file = spec.removeprefix(PACKAGE).partition("/")
-        return _read_file(Path(str(resources.files(package))) / file), spec.removeprefix(PACKAGE)
-    path = Path(spec).expanduser()
+        file = packaged(spec, purpose)
+        if not file.is_file():
+            raise InputError(f"{purpose} text {spec} not found: the package has no such file")
+        return read_documents(file), spec.removeprefix(PACKAGE)
+    path = expanded(spec)
     if path.is_file():
-        return _read_file(path), path.name
-    if path.name.removesuffix(".gz").endswith(SUFFIXES) or spec.startswith((".", "/", "~")):
+        return read_documents(path), plain(path.name)
+    if is_text_name(path.name) or spec.startswith((".", "/", "~")):
         raise InputError(f"{purpose} text {spec} not found: give an existing file or a data set name")
     return _load_dataset(spec, streaming)
 
@@ -190,37 +254,14 @@ def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
 
     A local file is named without its folder. Where none was given it is what stood in for it.
     """
+    if spec == NONE and purpose == "evaluation":
+        return spec, False
     if spec is None:
         return (label if label == f"{DEFAULT_DATASET}@{SPLITS[purpose]}" else SHIPPED[purpose]), False
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if not spec.startswith(PACKAGE) and path.is_file():
-        return path.name, True
+        return plain(path.name), True
     return spec, False
-
-
-def _read_file(path: Path) -> list[str]:
-    """The documents of a file: one, or one a line of JSON."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"text file {path.name} cannot be read ({error}): give UTF-8 text") from error
-    as_json = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-    documents = _jsonl_texts(text, path.name) if as_json else [text]
-    if not any(document.strip() for document in documents):
-        raise InputError(f"text file {path.name} is empty")
-    return documents
-
-
-def _jsonl_texts(content: str, name: str) -> list[str]:
-    texts = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            try:
-                texts.append("" + json.loads(line)["text"])  # anything but a string is a TypeError
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f'line {number} of {name} is not a JSON object with a "text" field') from error
-    return texts
 
 
 def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
@@ -236,11 +277,18 @@ def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
         raise ResourceError(
             f"data set {spec!r} cannot be fetched: give a text file, or a name that the Hub has"
         ) from error
-    except (ValueError, KeyError, StopIteration) as error:
-        raise InputError(f"data set {spec!r}: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # whatever the rows of others run into
+        raise InputError(f"data set {spec!r} cannot be read: {one_line(error)}") from error
     if "text" not in columns:
         raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(columns)}')
-    return (row["text"] for row in rows) if streaming else rows["text"], spec
+    return (_rows(rows, spec) if streaming else list(_rows(rows, spec))), spec
+
+
+def _rows(rows: Iterable[dict[str, Any]], spec: str) -> Iterator[str]:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row["text"], str):
+            raise InputError(f'row {number} of data set {spec!r} has no string in its column "text"')
+        yield row["text"]
 
 
 def evaluation_windows(
@@ -334,13 +382,14 @@ def mixed_windows(
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))], held
 
 
-def noised(windows: Tensor, share: float, tokenizer: Any, seed: int) -> Tensor:
+def noised(windows: Tensor, share: float, tokenizer: Any, seed: int, vocabulary: int | None = None) -> Tensor:
     """Windows (N, L), in every second of which `share` of the tokens, but the first, are others of the vocabulary at random.
 
     A latent has room for what calibration looks at and for little else: on text of one kind it becomes a specialist. Tokens
-    from all of the vocabulary, and contexts that no text has, keep it general. Special tokens are not drawn.
+    from all of the vocabulary, and contexts that no text has, keep it general. Special tokens are not drawn, nor those from
+    `vocabulary` on.
     """
-    drawn = ordinary_tokens(tokenizer)
+    drawn = ordinary_tokens(tokenizer, vocabulary)
     generator = torch.Generator().manual_seed(seed)
     part = windows[1::2]
     hit = torch.rand(part.shape, generator=generator) < share
@@ -349,15 +398,27 @@ def noised(windows: Tensor, share: float, tokenizer: Any, seed: int) -> Tensor:
     return windows.index_copy(0, torch.arange(1, len(windows), 2), torch.where(hit, random, part))
 
 
-def ordinary_tokens(tokenizer: Any) -> Tensor:
-    """The ids of all tokens that are not special."""
+def ordinary_tokens(tokenizer: Any, vocabulary: int | None = None) -> Tensor:
+    """The ids of all tokens that are not special, and that a model of so many rows has an embedding for.
+
+    Raises:
+        InputError: there is none.
+    """
     special = set(tokenizer.all_special_ids)
-    return torch.tensor([token for token in range(tokenizer.vocab_size) if token not in special])
+    count = min(tokenizer.vocab_size, tokenizer.vocab_size if vocabulary is None else vocabulary)
+    found = [token for token in range(count) if token not in special]
+    if not found:
+        raise InputError("the tokenizer has no tokens but special ones: it is damaged, or of another model")
+    return torch.tensor(found)
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before a text, if it puts one there."""
-    return tokenise(tokenizer, "", special=True)[:1]
+    """The tokens that the tokenizer puts before a text, if it does; those that it puts behind one are not among them."""
+    bare, whole = (tokenise(tokenizer, "1", special) for special in (False, True))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    return []
 
 
 def tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:

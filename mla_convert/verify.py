@@ -14,23 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mla_convert.checkpoint.reader import DTYPES, INDEX, check_finite, is_plain_name
-from mla_convert.checkpoint.writer import sha256
 from mla_convert.errors import InputError, one_line
 from mla_convert.families import find_family
-from mla_convert.figures import REPORT, read_report
+from mla_convert.figures import REPORT
+from mla_convert.intact import EXPORT, check_intact, describing_file
 from mla_convert.loading import PREFIX, is_converted
 from mla_convert.source import load_config
+from mla_convert.sums import Fault
 
 FREQUENCIES = "rope_freq_index"
-
-
-class Fault(InputError):  # noqa: N818  (it describes a folder)
-    """The first thing found wrong: in which file, and of which tensor if it is one's."""
-
-    def __init__(self, message: str, file: str, tensor: str | None = None):
-        super().__init__(message)
-        self.file = file
-        self.tensor = tensor
 
 
 @dataclass(frozen=True)
@@ -41,14 +33,16 @@ class Verified:
     shards: int
     tensors: int
     bytes: int
+    files: int  # that are under checksum
+    note: str | None = None  # of an earlier version's folder: what is not
 
 
 def verify(folder: Path) -> Verified:
-    """Check a converted folder: every byte that it holds, without loading the model.
+    """Check a finished folder: every byte that it holds, without loading the model.
 
-    In this order: report.json and the shards that it lists, files that it does not list, each shard's sha256, the index
-    against the shards, names and shapes against the model that config.json describes, and every tensor's dtype and values.
-    Memory: one tensor at a time.
+    In this order: that every file is there, none is more, and each has the sha256 that SHA256SUMS (of the shards: also
+    report.json) states; the index against the shards; names and shapes against the model that config.json describes; and every
+    tensor's dtype and values. Memory: one tensor at a time. Of an exported folder everything but the model's names and shapes.
 
     Raises:
         Fault: the first thing that is wrong, with its file and tensor.
@@ -56,47 +50,15 @@ def verify(folder: Path) -> Verified:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder of a converted model")
-    checksums = _checksums(folder)
-    for path in sorted(folder.rglob("*.safetensors")):
-        if path.relative_to(folder).as_posix() not in checksums:
-            name = path.relative_to(folder).as_posix()
-            raise Fault(f"{name} is not among the shards that {REPORT} lists: it does not belong here", name)
-    for file, expected in checksums.items():
-        _check_shard(folder, file, expected)
+    found = check_intact(folder)
     weight_map, total = _index(folder)
-    headers = _check_index(folder, checksums, weight_map)
-    frequencies = _check_model(folder, weight_map, headers)
-    size = sum(_check_tensors(folder, file, frequencies) for file in checksums)
+    headers = _check_index(folder, found.checksums, weight_map)
+    exported = describing_file(folder) == EXPORT
+    frequencies = 0 if exported else _check_model(folder, weight_map, headers)
+    size = sum(_check_tensors(folder, file, frequencies) for file in found.checksums)
     if total != size:
         raise Fault(f"{INDEX} says that the tensors have {total} bytes, and they have {size}", INDEX)
-    return Verified(folder, len(checksums), len(weight_map), size)
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """sha256 by shard, in order, from report.json."""
-    try:
-        report = read_report(folder)
-    except InputError as error:
-        missing = not (folder / REPORT).exists()
-        raise Fault(f"{REPORT} is missing: not a finished conversion" if missing else str(error), REPORT) from error
-    found = report.get("checksums")
-    if not isinstance(found, dict) or not found:
-        raise Fault(f"{REPORT} has no checksums: not a finished conversion", REPORT)
-    for file, digest in found.items():
-        if not is_plain_name(file) or not file.endswith(".safetensors") or not isinstance(digest, str):
-            raise Fault(f"{REPORT} lists {file!r} among its checksums, which is no shard of this folder", REPORT)
-    return dict(sorted(found.items()))
-
-
-def _check_shard(folder: Path, file: str, expected: str) -> None:
-    if not (folder / file).is_file():
-        raise Fault(f"{file} is missing: {REPORT} lists it", file)
-    try:
-        found = sha256(folder / file)
-    except OSError as error:
-        raise Fault(f"{file} cannot be read: {error.strerror}", file) from error
-    if found != expected:
-        raise Fault(f"{file} has sha256 {found[:12]}…, {REPORT} says {expected[:12]}…: damaged or changed", file)
+    return Verified(folder, len(found.checksums), len(weight_map), size, len(found.digests), found.note(folder))
 
 
 def _index(folder: Path) -> tuple[dict[str, str], Any]:
@@ -106,8 +68,8 @@ def _index(folder: Path) -> tuple[dict[str, str], Any]:
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         weight_map, total = dict(content["weight_map"].items()), content["metadata"]["total_size"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Fault(f"{INDEX} is not a shard index ({error!r})", INDEX) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Fault(f"{INDEX} is not a shard index ({one_line(error)})", INDEX) from error
     return weight_map, total
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from mla_convert.errors import one_line
+
 Location = tuple[str | int, ...]
 
 
@@ -34,6 +36,24 @@ class Marks:
     def duplicate(self) -> tuple[str, int] | None:
         """The first key that stands twice in one mapping, as `outer.key`, and the line of the second; None if none."""
         return _duplicate(self._root, "", set())
+
+
+class Scalars(yaml.SafeLoader):
+    """PyYAML's safe loader; a scalar that it cannot make a value of is an error of YAML, with its line."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """The value of a node.
+
+        Raises:
+            yaml.YAMLError: it has none.
+        """
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(
+                problem=f"no {kind} ({one_line(error)})", problem_mark=node.start_mark
+            ) from error
 
 
 def _children(node: Any) -> Iterator[tuple[str, int, Any]]:

@@ -25,7 +25,7 @@ def _load(name: str):
     return module
 
 
-pico, fake_hub = _load("pico"), _load("fake_hub")
+pico, fake_hub, mutate = _load("pico"), _load("fake_hub"), _load("mutate")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mla_convert import beyond, decoding, passkey
 from mla_convert.errors import InputError
 from mla_convert.page import page
+from mla_convert.sums import seal
 from mla_convert.verify import verify
 
 USAGE, INPUT = 2, 4
@@ -216,7 +217,9 @@ def test_report_of_figures_that_are_not_finite(cli, folder, small):
     content = json.loads(file.read_text())
     content["evaluation"] |= {"ratio": None, "after": {**content["evaluation"]["after"], "value": None}}
     file.write_text(json.dumps(content))
+    seal(folder)
     assert cli("eval", folder, *small, "--passkey-length", 160, "--into-report")[0] == 0
+    verify(folder)
     assert json.loads(file.read_text())["evaluation"] == content["evaluation"]
 
 

@@ -180,11 +180,11 @@ def test_windows_are_the_conversions_unless_told(convert_pico, measure):
     assert found.protocol == report.evaluation["protocol"]
     assert len(found.notes) == 1 and "text.txt" in found.notes[0] and found.text in found.notes[0]
     shipped = {"settings": {"eval": "mla_demo/evaluation.txt.gz", "eval_windows": 3, "eval_length": 32}}
-    ids, label, _ = evaluate.load_eval_windows(None, pico.tokenizer(), None, None, 256, shipped)
+    ids, label, _ = evaluate.load_eval_windows(None, pico.tokenizer(), None, None, texts.Reach(256), shipped)
     assert ids.shape == (3, 32) and label == "mla_demo/evaluation.txt.gz"
-    ids, _, _ = evaluate.load_eval_windows(None, pico.tokenizer(), None, None, 256, {})
+    ids, _, _ = evaluate.load_eval_windows(None, pico.tokenizer(), None, None, texts.Reach(256), {})
     assert ids.shape == (40, 256)
-    ids, _, _ = evaluate.load_eval_windows(None, pico.tokenizer(), None, None, None, {"settings": {}})
+    ids, _, _ = evaluate.load_eval_windows(None, pico.tokenizer(), None, None, texts.Reach(), {"settings": {}})
     assert ids.shape[1] == 2048
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import mla_convert.pipeline
 from mla_convert import errors
 from mla_convert.cli import EXIT_CODES
+from mla_convert.sums import seal
 
 PAGE = (Path(__file__).parents[1] / "docs" / "exit-codes.md").read_text()
 MEANINGS, TABLE = (
@@ -76,6 +77,25 @@ class World:
         save_file(tensors, file, {"format": "pt"})
         return (self.source, *self.small())
 
+    def huge(self):
+        file = self.source / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+        save_file(tensors, file, {"format": "pt"})
+        return (self.source, *self.small())
+
+    def tokenizer(self):
+        (self.source / "tokenizer.json").write_text("{}")
+        return (self.source, *self.small())
+
+    def sizes(self):
+        self.json(self.source / "config.json", num_hidden_layers=10**6)
+        return ("plan", self.source)
+
+    def unnamed_json(self):
+        (self.path / "rows.txt").write_text('{"text": "one"}\n{"text": "two"}\n')
+        return (self.source, *self.small("--calib", self.path / "rows.txt"))
+
     def truncated(self):
         file = self.source / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
@@ -85,6 +105,25 @@ class World:
         file = next(self.converted.glob("model-00002*"))
         file.write_bytes(file.read_bytes()[:-1] + b"?")
         return ("verify", self.converted)
+
+    def own_tokenizer(self):
+        own = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+        self.json(self.source / "config.json", model_type="smollm3")
+        self.json(self.source / "tokenizer_config.json", **own)
+        return (self.source, *self.small())
+
+    def link(self):
+        (self.path / "secret").write_text("x")
+        (self.source / "LICENSE").symlink_to(self.path / "secret")
+        return (self.source, *self.small())
+
+    def others(self):
+        (self.converted / "SHA256SUMS").unlink()
+        (self.converted / "notes.txt").write_text("x")
+        report = json.loads((self.converted / "report.json").read_text())
+        report["versions"]["mla_convert"] = "0.1.0"
+        (self.converted / "report.json").write_text(json.dumps(report))
+        return ("refresh", self.converted)
 
     def family(self):
         self.json(self.source / "config.json", model_type="mamba")
@@ -116,6 +155,7 @@ class World:
     def private(self):
         with open(self.converted / "README.md", "a") as card:
             card.write("/home/somebody/models")
+        seal(self.converted)
         return self.push()
 
     def push(self, repo=REPO, *options):
@@ -154,6 +194,7 @@ CASES = {
     "options that contradict each other": lambda w: (w.source, "--rank", 4, "--kv-ratio", 0.5),
     "a gate without a limit": lambda w: ("gate", w.converted, "--from-report"),
     "healing on the text that it is measured on": lambda world: world.heal("--eval", world.text),
+    "healing, or a held-out text, without an evaluation": lambda w: (w.source, "--eval", "none", "--held-out", "calib"),
     "a repository name that the Hub cannot have": lambda w: w.push("no//name"),
     "a figure outside its limit": lambda w: ("gate", w.converted, "--from-report", "--min-kv-saving", "99%", "--json"),
     "a figure that is missing or NaN": lambda w: w.no_figure(),
@@ -164,11 +205,19 @@ CASES = {
     "a model that is converted already": lambda w: (w.converted, *w.small()),
     "weights that are missing or damaged": lambda w: w.truncated(),
     "weights that are NaN or infinite": lambda w: w.nan(),
+    "weights too large to compute with": lambda w: w.huge(),
+    "sizes that no model has": lambda w: w.sizes(),
+    "a tokenizer that is damaged": lambda w: w.tokenizer(),
+    "a text that is JSON and not named so": lambda w: w.unnamed_json(),
+    "a folder of nobody (~user)": lambda w: ("inspect", "~nosuchuser/model"),
     "a rank above full rank": lambda w: (w.source, *w.small("--rank", 4000)),
     "a text that is not found or too short": lambda w: (w.source, *w.small("--eval", "nowhere.txt")),
     "a recipe with a key that no recipe has": lambda w: w.recipe(),
     "an output folder that holds something else": lambda w: w.occupied(),
     "a converted folder that was changed": lambda w: w.changed(),
+    "a tokenizer that is code of its own": lambda w: w.own_tokenizer(),
+    "a source with a link to something outside of it": lambda w: w.link(),
+    "a refresh of a folder with files of somebody else's": lambda w: w.others(),
     "healing that gains nothing": lambda world: world.heal("--lr", 1, "--patience", 1),
     "a push of an unfinished conversion": lambda w: w.unfinished(),
     "a push of something private": lambda w: w.private(),

@@ -116,6 +116,7 @@ def arguments(folder, served, sources, tmp_path):
         "inspect": (sources("llama"),),
         "recipes": (),
         "verify": (folder,),
+        "refresh": (folder,),
         "eval": (folder, *windows),
         "bench": (folder, "--context", 16, "--steps", 2, "--device", "cpu", "--dtype", "float32"),
         "gate": (folder, "--min-kv-saving", "10%", *windows),
@@ -135,7 +136,21 @@ def test_json_alone_is_on_stdout(hub, cli, arguments, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["convert", "heal", "sweep", "plan", "inspect", "verify", "eval", "bench", "gate", "export", "serve-check", "push"],
+    [
+        "convert",
+        "heal",
+        "sweep",
+        "plan",
+        "inspect",
+        "verify",
+        "refresh",
+        "eval",
+        "bench",
+        "gate",
+        "export",
+        "serve-check",
+        "push",
+    ],
 )
 def test_quiet_says_nothing_on_stderr(hub, cli, arguments, name):
     code, _, err = cli(name, *arguments[name], "--quiet")

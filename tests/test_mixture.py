@@ -21,7 +21,7 @@ def files(tmp_path):
 
 
 def load(config, tokenizer=None):
-    return texts.load_windows(config, tokenizer or pico.tokenizer(), False, 256, 48)
+    return texts.load_windows(config, tokenizer or pico.tokenizer(), False, texts.Reach(256), 48)
 
 
 def config(files, *calib, **settings):

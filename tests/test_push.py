@@ -14,6 +14,7 @@ from mla_convert import hub as hub_module
 from mla_convert.errors import InputError
 from mla_convert.hub import check_private, push
 from mla_convert.progress import Progress
+from mla_convert.sums import seal
 from mla_convert.verify import verify
 
 USAGE, GATE, INPUT, RESOURCE = 2, 3, 4, 5
@@ -42,16 +43,14 @@ def change_json(path, **fields):
 
 
 def test_what_arrives_is_the_folder(hub, folder, tmp_path):
-    (folder / "notes.txt").write_text("not part of a conversion")
-    (folder / "checkpoint.bin").write_bytes(b"neither")
-    (folder / ".secret").write_text("nor this")
+    (folder / ".gitattributes").write_text("what git puts there")
     done = push(folder, REPO, progress=QUIET)
     assert not hub.repos[REPO].private and done.url == f"{hub.url}/{REPO}" and done.revision == "main"
     there = hub.files(REPO)
-    expected = {path.name for path in folder.iterdir()} - {"notes.txt", "checkpoint.bin", ".secret"}
+    expected = {path.name for path in folder.iterdir()} - {".gitattributes"}
     assert set(there) - {".gitattributes"} == expected == set(done.files)
     assert {"report.html", "report.json", "recipe.yaml", "model.safetensors.index.json", "modeling_mla.py"} <= expected
-    for file in expected - {"README.md"}:
+    for file in expected - {"README.md", "SHA256SUMS"}:
         assert there[file] == (folder / file).read_bytes(), file
     assert f'from_pretrained("{REPO}", trust_remote_code=True)' in there["README.md"].decode()
     assert hub.repos[REPO].messages == ["initial commit", "source with Multi-head Latent Attention, rank 10 + 6 rotary"]
@@ -141,6 +140,7 @@ def test_private_things_are_refused(hub, folder, cli, file, text):
         (folder / file).write_text(json.dumps(content))
     else:
         (folder / file).write_text((folder / file).read_text() + f"\n# {text}\n")
+    seal(folder)
     result = cli("push", folder, REPO, "-q")
     assert_refused(result, INPUT, file, "token" if "hf_" in text else "local path")
     assert not hub.requests and fake_hub.TOKEN not in result[2]
@@ -148,6 +148,7 @@ def test_private_things_are_refused(hub, folder, cli, file, text):
 
 def test_what_a_source_says_is_public_already(hub, folder):
     (folder / "chat_template.jinja").write_text("You are an agent. Work in /home/user/project.")
+    seal(folder)
     assert "chat_template.jinja" in push(folder, REPO, progress=QUIET).files
 
 
@@ -180,6 +181,32 @@ def test_a_source_tokenizer_that_names_a_path_is_cleaned(sources, convert_folder
 
 
 # ---- what is refused before anything is sent
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "checkpoint.bin", ".secret", "evil.py"])
+def test_what_is_no_part_of_the_conversion(hub, folder, cli, name):
+    (folder / name).write_text("x")
+    assert_refused(cli("push", folder, REPO, "-q"), INPUT, name)
+    assert not hub.requests
+
+
+def test_what_was_changed(hub, folder, cli):
+    (folder / "modeling_mla.py").write_text((folder / "modeling_mla.py").read_text() + "# planted\n")
+    assert_refused(cli("push", folder, REPO, "-q"), INPUT, "modeling_mla.py")
+    assert not hub.requests
+
+
+def test_folder_of_an_earlier_version(hub, folder, cli):
+    """Only what that version wrote goes, and that the rest was not checked is said."""
+    report = json.loads((folder / "report.json").read_text())
+    report["versions"]["mla_convert"] = "0.1.0"
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "SHA256SUMS").unlink()
+    (folder / "tokenizer_evil.py").write_text("x")
+    (folder / "notes.txt").write_text("x")
+    code, out, err = cli("push", folder, REPO, "--json")
+    assert code == 0 and "only its shards are under checksum" in " ".join(err.split())
+    assert not {"tokenizer_evil.py", "notes.txt"} & set(json.loads(out)["files"]) and "tokenizer.json" in out
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/", "bad name", "me/ä", "just-a-name"])

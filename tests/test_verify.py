@@ -1,14 +1,16 @@
 """`verify` accepts what was written and names the first thing that is wrong with anything else."""
 
 import json
+import random
 import shutil
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_convert.checkpoint.writer import sha256
-from mla_convert.verify import Fault, verify
+from mla_convert.sums import SUMS, Fault, listed, seal, sha256
+from mla_convert.verify import verify
 
 INPUT = 4
 INDEX = "model.safetensors.index.json"
@@ -34,10 +36,11 @@ def change_json(folder, name, change):
     content = json.loads((folder / name).read_text())
     change(content)
     (folder / name).write_text(json.dumps(content))
+    seal(folder)
 
 
 def reseal(folder, file):
-    """Record a shard's checksum as it is now."""
+    """Record a shard's checksum as it is now, everywhere."""
     change_json(folder, "report.json", lambda report: report["checksums"].update({file: sha256(folder / file)}))
 
 
@@ -109,7 +112,7 @@ def test_stray_shard(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     shutil.copy(folder / LAYER, folder / name)
     found = fault(folder)
-    assert found.file == name and name in str(found)
+    assert found.file == name.partition("/")[0] and found.file in str(found)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -184,6 +187,7 @@ def test_index_not_usable(folder, content):
     (folder / INDEX).unlink()
     if content is not None:
         (folder / INDEX).write_text(content)
+    seal(folder)
     assert fault(folder).file == INDEX
 
 
@@ -231,6 +235,7 @@ def test_config_not_readable(folder, content):
     (folder / "config.json").unlink()
     if content is not None:
         (folder / "config.json").write_text(content)
+    seal(folder)
     assert fault(folder).file == "config.json"
 
 
@@ -251,6 +256,7 @@ def test_report_not_usable(folder, content):
     (folder / "report.json").unlink()
     if content is not None:
         (folder / "report.json").write_text(content)
+    seal(folder)
     assert fault(folder).file == "report.json"
 
 
@@ -279,3 +285,135 @@ def test_command(cli, folder, tmp_path):
     for path in (tmp_path / "nowhere", folder / LAYER):
         code, out, err = cli("verify", path)
         assert code == INPUT and not out and "not a folder" in err
+
+
+# ---- every byte of every file
+
+
+def flip(path, draw):
+    content = bytearray(path.read_bytes())
+    place = draw.randrange(len(content))
+    content[place] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def test_any_bit_of_any_file(folder):
+    draw, kept = random.Random(0), {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"README.md", "report.html", "recipe.yaml", "modeling_mla.py", "tokenizer.json", SUMS} <= kept.keys()
+    for name, content in sorted(kept.items()):
+        for _ in range(40 if name == SUMS else 6):
+            flip(folder / name, draw)
+            found = fault(folder)
+            assert found.file == name or name == SUMS
+            (folder / name).write_bytes(content)
+    assert verify(folder).files == len(kept) - 1
+
+
+@pytest.mark.slow
+def test_any_bit_of_any_file_often(folder):
+    draw = random.Random(1)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for _ in range(200):
+            flip(path, draw)
+            fault(folder)
+            path.write_bytes(content)
+
+
+def test_file_gone(folder):
+    for name in [*listed(folder), SUMS]:
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        found = fault(folder)
+        assert found.file == name and "missing" in str(found)
+        (folder / name).write_bytes(content)
+    verify(folder)
+
+
+@pytest.mark.parametrize("name", ["evil.py", ".hidden", "tokenizer.py", "more/config.json", "__pycache__/x.pyc"])
+def test_file_more(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    assert fault(folder).file == name.partition("/")[0]
+
+
+def test_what_the_hub_puts_beside_is_left_alone(folder):
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    verify(folder)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.upper(), lambda text: text + "\n", lambda text: text.replace("\n", "\r\n"), lambda text: text.strip(),
+    lambda text: text.replace("  ", " *"), lambda text: "# sums\n" + text, lambda text: "", lambda text: text + text,
+    lambda text: "".join(sorted(text.splitlines(True))), lambda text: text.replace("  README", "  ./README"),
+])  # fmt: skip
+def test_sums_have_one_form(folder, change):
+    (folder / SUMS).write_bytes(change((folder / SUMS).read_text()).encode())
+    assert fault(folder).file == SUMS
+
+
+def test_sums_that_lead_nowhere(folder, tmp_path):
+    (folder / SUMS).unlink()
+    (folder / SUMS).symlink_to(tmp_path / "nowhere")
+    assert fault(folder).file == SUMS
+
+
+def test_file_more_by_an_unprintable_name(folder):
+    (folder / "a\nb\x1b[0m\udcff").write_text("x")
+    assert "\\n" in str(fault(folder)) and str(fault(folder)).isprintable()
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="there is no sha256sum")
+def test_sums_are_what_sha256sum_reads(folder):
+    done = subprocess.run(["sha256sum", "-c", SUMS], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == len(listed(folder))
+
+
+def older(folder):
+    """As version 0.1.0 wrote it."""
+    change_json(folder, "report.json", lambda report: report["versions"].update(mla_convert="0.1.0"))
+    (folder / SUMS).unlink()
+
+
+def test_folder_of_an_earlier_version(folder, cli):
+    older(folder)
+    assert "refresh" in verify(folder).note
+    code, out, err = cli("verify", folder)
+    assert code == 0 and not err and "only its shards are under checksum" in out.splitlines()[1]
+    (folder / "tokenizer.json").unlink()
+    verify(folder)
+    flip(folder / LAYER, random.Random(0))
+    assert fault(folder).file == LAYER
+
+
+@pytest.mark.parametrize("by", ["0.2.0.dev0", "0.2.0", "1.0", "0.1", None, 5, "new"])
+def test_only_an_earlier_version_may_have_no_sums(folder, by):
+    change_json(folder, "report.json", lambda report: report["versions"].update(mla_convert=by))
+    (folder / SUMS).unlink()
+    if by == "0.1":
+        assert verify(folder).note
+    else:
+        assert fault(folder).file == SUMS
+
+
+def test_link_to_the_same_bytes_is_no_fault(folder, tmp_path):
+    """As in the Hub's cache."""
+    (folder / LAYER).rename(tmp_path / "blob")
+    (folder / LAYER).symlink_to(tmp_path / "blob")
+    verify(folder)
+
+
+def test_export(tmp_path, convert_pico):
+    from mla_convert.engines.export import export
+
+    source = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    export(source, tmp_path / "out", "hf-code")
+    assert verify(tmp_path / "out").note is None
+    draw = random.Random(0)
+    for path in sorted((tmp_path / "out").iterdir()):
+        content = path.read_bytes()
+        flip(path, draw)
+        fault(tmp_path / "out")
+        path.write_bytes(content)
+    verify(tmp_path / "out")

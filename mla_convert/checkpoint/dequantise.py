@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mla_convert.checkpoint.reader import SafetensorsReader
@@ -26,6 +27,27 @@ def can_dequantise(quantization: dict[str, Any]) -> bool:
     return method in ("fp8", "mxfp4") or (
         method == "compressed-tensors" and quantization.get("format") == "float-quantized"
     )
+
+
+def take_quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | None:
+    """How a checkpoint is quantised, taken out of its configuration: what is read, and written, is not.
+
+    Raises:
+        InputError: in a way that is not read here.
+    """
+    how = getattr(config, "quantization_config", None)
+    if not how:
+        return None
+    how = dict(how if isinstance(how, dict) else how.to_dict())
+    method = how.get("quant_method")
+    how["quant_method"] = getattr(method, "value", method)
+    if not can_dequantise(how):
+        raise InputError(
+            f"{label} is quantised ({how['quant_method'] or 'its configuration says how'}): of quantised checkpoints FP8, MXFP4 "
+            f"and GGUF are read; give one of these, or the checkpoint that it was made from"
+        )
+    del config.quantization_config
+    return how
 
 
 class DequantisedReader:

@@ -18,7 +18,7 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 class ModelReader:
-    """Reads what the model asks for (`wanted` names) from what is stored; whatever else is stored does not exist.
+    """Reads what the model asks for (`wanted` names) from what is stored; `unused` is whatever else is stored.
 
     Names may lack the model's prefix (GPT-2's first checkpoints), have one more (the language model of a multimodal one) or
     be older ones, and experts may be stored one by one where the model has them in one tensor.
@@ -30,6 +30,7 @@ class ModelReader:
         prefix = family.layers.partition(".")[0] + "."
         self._plain: dict[str, str] = {}
         self._experts: dict[str, dict[tuple[str, int], str]] = {}
+        self.unused: list[str] = []
         for name in stored.names():
             new = name
             for before, after in family.renamed:
@@ -39,11 +40,17 @@ class ModelReader:
             forms = (name, new, prefix + name, prefix + new, inner, prefix + inner)
             own = next((form for form in forms if form in wanted), None)
             if own:
+                if own in self._plain:
+                    raise InputError(
+                        f"tensors {self._plain[own]} and {name} both stand for {own}: take one of them out"
+                    )
                 self._plain[own] = name
             elif expert and expert[3] in family.experts:
                 down = expert[3] == family.experts[2]
                 fused = f"{expert[1]}.{'down_proj' if down else 'gate_up_proj'}"
                 self._experts.setdefault(fused, {})[expert[3], int(expert[2])] = name
+            else:
+                self.unused.append(name)
         self._parts = {name: self._ordered(name, found, family) for name, found in self._experts.items()}
 
     @staticmethod
@@ -56,6 +63,12 @@ class ModelReader:
                 if (kind, expert) not in found:
                     raise InputError(f"expert {expert} of {fused} has no {kind}: fetch the checkpoint again")
         return [[found[kind, expert] for kind in kinds] for expert in range(count)]
+
+    def leave_out(self, name: str, instead: str | None = None) -> None:
+        """No longer have the tensor `name`; `instead` has what is stored for it."""
+        stored = self._plain.pop(name)
+        if instead:
+            self._plain[instead] = stored
 
     def names(self) -> list[str]:
         return [*self._plain, *self._parts]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
 import struct
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mla_convert.errors import InputError
+from mla_convert.checkpoint.files import INDEX, WeightFiles, is_plain_name, weight_files
+from mla_convert.errors import InputError, one_line
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Numbers looked at together by check_finite.
 FINITE_CHUNK = 1 << 24
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Squares of what is larger are no numbers in float32, so that norms make nothing of them.
+LARGEST = 1e18
+
+__all__ = ["DTYPES", "INDEX", "MemoryReader", "Reader", "SafetensorsReader", "check_finite", "is_plain_name"]
 
 
 class Reader(Protocol):
@@ -64,24 +66,35 @@ class MemoryReader:
 
 
 class SafetensorsReader:
-    """A folder with `model.safetensors`, or shards with an index. Files are mapped only while tensors are read."""
+    """A folder with `model.safetensors`, or shards with an index. Files are mapped only while tensors are read.
+
+    As transformers does: all tensors of a file count, whether or not the index names them, and of a tensor that stands in
+    two files the last. `notes` say where the index has it otherwise.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._file_of = _weight_map(folder)
+        self._file_of: dict[str, str] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for file in sorted(set(self._file_of.values())):
-            self._read_header(file)
+        weights = weight_files(folder)
+        twice = {name for file in weights.files for name in self._read_header(file, weights)}
+        self.notes = _twice_note(sorted(twice), self._file_of)
 
-    def _read_header(self, file: str) -> None:
-        wanted = [name for name, holder in self._file_of.items() if holder == file]
+    def _read_header(self, file: str, weights: WeightFiles) -> list[str]:
+        """Take up the tensors of one file; names of those that an earlier file has as well."""
         with self._open(file) as shard:
-            held = set(shard.keys())
-            for name in wanted:
+            held = dict.fromkeys(shard.keys())
+            for name in (name for name, holder in weights.promised.items() if holder == file):
                 if name not in held:
-                    raise InputError(f"tensor {name} is missing from {file}, where {INDEX} says it is: fetch it again")
+                    raise InputError(
+                        f"tensor {name} is missing from {file}, where {weights.index} says it is: fetch it again"
+                    )
+            twice = [name for name in held if name in self._file_of]
+            for name in held:
                 view = shard.get_slice(name)
                 self._headers[name] = (tuple(view.get_shape()), view.get_dtype())
+                self._file_of[name] = file
+        return twice
 
     def _open(self, file: str):
         path = self._folder / file
@@ -90,7 +103,7 @@ class SafetensorsReader:
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError, ValueError, struct.error) as error:
-            raise InputError(f"shard {file} is damaged or truncated ({error}): fetch it again") from error
+            raise InputError(f"shard {file} is damaged or truncated ({one_line(error)}): fetch it again") from error
 
     def names(self) -> list[str]:
         return list(self._file_of)
@@ -124,47 +137,25 @@ class SafetensorsReader:
             return shard.get_slice(name)[start:stop].clone()
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name inside `folder`."""
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{INDEX} in {folder} is not a shard index ({error!r}): fetch it again") from error
-        for file in set(files.values()):
-            if not is_plain_name(file):
-                raise InputError(f"{INDEX} names {file!r}, which is outside the folder: this checkpoint is not safe")
-        return files
-    if (folder / SINGLE).is_file():
-        try:
-            with safe_open(folder / SINGLE, framework="pt", device="cpu") as file:
-                return dict.fromkeys(file.keys(), SINGLE)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{SINGLE} in {folder} is damaged or truncated ({error}): fetch it again") from error
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if pickles:
-        raise InputError(
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code and is not read: "
-            f"convert it to safetensors first"
-        )
-    raise InputError(f"{folder} has no {SINGLE} and no {INDEX}: give a folder with safetensors weights")
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a file name stays inside its folder under both POSIX and Windows rules."""
-    parts = (PurePosixPath(name), PureWindowsPath(name))
-    return bool(name) and all(len(path.parts) == 1 and not path.anchor and name not in (".", "..") for path in parts)
+def _twice_note(twice: list[str], file_of: dict[str, str]) -> tuple[str, ...]:
+    """What to say of tensors that stand in two files."""
+    if not twice:
+        return ()
+    others = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
+    return (f"tensor {twice[0]}{others} stands in two shards: taken from {file_of[twice[0]]}, as transformers does",)
 
 
 def check_finite(tensors: dict[str, Tensor], advice: str = "the checkpoint is damaged, fetch it again") -> None:
-    """Refuse weights with NaN or infinity; `advice` says what that means.
+    """Refuse weights with NaN, infinity, or what cannot be computed with; `advice` says what that means.
 
     Raises:
         InputError: names the first tensor that has one.
     """
     for name, tensor in tensors.items():
-        # A sum is finite only if every element is. Part by part: torch casts what it sums as a whole.
         parts = tensor.flatten().split(FINITE_CHUNK) if tensor.is_floating_point() else ()
-        if not all(torch.isfinite(part.sum(dtype=torch.float64)) for part in parts):
-            raise InputError(f"tensor {name} has NaN or infinite values: {advice}")
+        for low, high in (part.aminmax() for part in parts if part.numel()):
+            largest = max(-float(low), float(high))
+            if not (math.isfinite(float(low)) and math.isfinite(largest)):
+                raise InputError(f"tensor {name} has NaN or infinite values: {advice}")
+            if largest > LARGEST:
+                raise InputError(f"tensor {name} has values up to {largest:.1e}, too large to compute with: {advice}")

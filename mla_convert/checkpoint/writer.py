@@ -7,8 +7,6 @@ that was killed finds its finished shards there; the output appears under its ow
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +22,9 @@ from torch import Tensor
 from mla_convert.checkpoint.reader import INDEX, Reader
 from mla_convert.errors import InputError, ResourceError
 from mla_convert.figures import REPORT
+from mla_convert.files import disk_error, on_disk, permissions, publish, recover, remove, write_file
+from mla_convert.revise import lock_file, staging_folder
+from mla_convert.sums import seal, sha256
 
 JOURNAL = "journal.jsonl"
 MARK = "mla_convert"
@@ -57,8 +58,8 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
             f"output folder {out} exists and is not a converted model: choose another, or give --overwrite"
         )
     try:
-        # a name of its own: several processes of one run look at once
-        with tempfile.NamedTemporaryFile(dir=existing_parent(out), prefix=f".{out.name[:32]}."):
+        # without a name, where the system can: nothing is left of it, and several processes of one run look at once
+        with tempfile.TemporaryFile(dir=existing_parent(out)):
             pass
     except OSError as error:
         raise ResourceError(f"cannot write in {out.parent} ({error.strerror}): choose another --out") from error
@@ -80,11 +81,20 @@ class Writer:
         self.out = out
         self.folder = out.parent / f".{out.name}.partial"
         self._identity = json.dumps(identity, sort_keys=True, default=str)
-        self._lock = FileLock(out.parent / f".{out.name}.lock")
+        self._lock = FileLock(lock_file(out))
         self._made = [path for path in out.absolute().parents if not path.exists()]
         self.finished: dict[str, dict] = {}
 
     def __enter__(self) -> Writer:
+        try:
+            with on_disk("the output", self.out.parent):
+                self._open()
+        except BaseException:
+            self._close(keep=False, failed=True)
+            raise
+        return self
+
+    def _open(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -92,34 +102,50 @@ class Writer:
             raise ResourceError(
                 f"another conversion is writing {self.out}: wait for it, or choose another --out"
             ) from None
+        recover(self.out)
+        remove(staging_folder(self.out))
         self.finished = self._resume()
         if not self.finished:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            self._append({"identity": self._identity})
-        return self
+        self._sweep()
+        lines = [{"identity": self._identity}, *self.finished.values()]
+        write_file(self.folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def _sweep(self) -> None:
+        """Away with what a run that was killed left half-written: all but finished shards is made again."""
+        for path in self.folder.iterdir():
+            if path.name not in self.finished and path.name != JOURNAL:
+                remove(path)
 
     def __exit__(self, kind, error, trace) -> None:
         # An interrupted run keeps its finished layers for the next one; a failed one leaves nothing.
         layers = sum(bool(entry["note"]) for entry in self.finished.values())
-        if isinstance(error, KeyboardInterrupt) and layers:
+        keep = isinstance(error, KeyboardInterrupt) and layers > 0
+        if keep:
             error.args = (f"{layers} layers are kept in {self.folder}: run the same command to go on, or delete it",)
-        else:
+        self._close(keep, failed=kind is not None)
+
+    def _close(self, keep: bool, failed: bool) -> None:
+        held = self._lock.is_locked
+        if held and not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
         with contextlib.suppress(OSError):
-            os.unlink(self._lock.lock_file)
-        if kind is not None:
+            self._lock.release()
+        if held:  # else it is somebody else's
+            with contextlib.suppress(OSError):
+                os.unlink(self._lock.lock_file)
+        if failed:
             with contextlib.suppress(OSError):
                 for path in self._made:
                     path.rmdir()
 
     def _resume(self) -> dict[str, dict]:
         """Journal entries by shard, if the journal is of this conversion and the shards still match it."""
-        try:
-            lines = [json.loads(line) for line in (self.folder / JOURNAL).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError):
-            return {}
+        lines = []
+        with contextlib.suppress(OSError, ValueError):  # a last line that is not whole was being written
+            for line in (self.folder / JOURNAL).read_text(encoding="utf-8").splitlines():
+                lines.append(json.loads(line))
         if not lines or lines[0].get("identity") != self._identity:
             return {}
         finished = {}
@@ -154,15 +180,16 @@ class Writer:
 
     @contextlib.contextmanager
     def _disk(self, file: str) -> Iterator[None]:
-        """Turns what the disk has against writing `file` into one line."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            if not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        """Turns what the disk has against writing `file` into one line; safetensors has no other reason to fail."""
+        with on_disk(file, self.out.parent):
+            try:
+                yield
+            except SafetensorError as error:
+                if disk_error(error) is not None:
+                    raise
                 raise ResourceError(
                     f"could not write {file} in {self.out.parent} ({error}): free disk space"
                 ) from error
-            raise
 
     def put_aside(self, file: str, tensor: Tensor) -> None:
         """Keep a tensor on disk until `take_back`; it is no part of the output."""
@@ -178,9 +205,7 @@ class Writer:
     @staticmethod
     def _seal(path: Path) -> None:
         # safetensors writes 0600 whatever the umask says, and does not sync
-        umask = os.umask(0)
-        os.umask(umask)
-        path.chmod(0o666 & ~umask)
+        path.chmod(permissions())
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
@@ -194,27 +219,18 @@ class Writer:
         weight_map = {name: shard["file"] for shard in shards for name in shard["tensors"]}
         total = sum(size for shard in shards for size in shard["tensors"].values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_file(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def checksums(self) -> dict[str, str]:
         """sha256 of every shard."""
         return {file: self.finished[file]["sha256"] for file in sorted(self.finished)}
 
     def publish(self) -> None:
-        """Give the finished folder its name. What stood there before is replaced only now."""
-        (self.folder / JOURNAL).unlink()
-        old = self.out.parent / f".{self.out.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.out.exists():
-            self.out.rename(old)
-        self.folder.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, as hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        """Put everything under checksum and give the folder its name. What stood there is replaced only now, and at once."""
+        with on_disk("the output", self.out.parent):
+            (self.folder / JOURNAL).unlink()
+            seal(self.folder, self.checksums())
+            publish(self.folder, self.out)
 
 
 def check_space(out: Path, needed: int) -> None:

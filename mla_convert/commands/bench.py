@@ -11,6 +11,7 @@ import typer
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.errors import InputError, UsageError
 from mla_convert.shapes import SHAPES
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert bench llama-8b-mla --against meta-llama/Llama-3.1-8B --context 8192,32768 --batch 1,max"
 
@@ -122,9 +123,8 @@ def bench(
         raise UsageError(f"--dtype {dtype!r}: give bfloat16, float16 or float32")
     if price is not None and not price > 0:
         raise UsageError(f"--price {price}: give a positive price")
-    from rich.console import Console
-
     from mla_convert.sizing import card_memory
+    from mla_convert.terminal import Terminal
 
     limit = card_memory(None, memory)
     import torch
@@ -136,12 +136,12 @@ def bench(
     where = pick_device(device)
     sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), where)
     wanted = measuring.Wanted(contexts, batches, prompts, limit, price, steps)
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     note = (lambda _: None) if quiet else (lambda words: console.print(words, style="dim", highlight=False))
     figures = measuring.bench(sides, wanted, where, note)
     if plot:
         write_plot(figures, plot)
     if json_:
-        typer.echo(json.dumps(figures, indent=2))
+        say(json.dumps(figures, indent=2))
     else:
-        print_table(figures, Console(highlight=False, width=None if Console().is_terminal else 140))
+        print_table(figures, Terminal(highlight=False, width=None if Terminal().is_terminal else 140))

@@ -12,6 +12,7 @@ import typer
 from mla_convert.commands.push import HUB, Private
 from mla_convert.commands.shared import Quiet, Verbose, is_verbose, rank_or_full, silence_libraries
 from mla_convert.errors import Interrupted, MlaConvertError, ResourceError, UsageError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert llama-8b --rank 512 --out llama-8b-mla"
 SIZE, TEXT, REFINE, RUN = "Cache size", "Calibration and evaluation text", "Refinement", "Output and device"
@@ -84,7 +85,7 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="TEXT[=WEIGHT]",
-            help="Calibration text: .txt, .jsonl (either .gz), or a data set NAME:CONFIG@SPLIT. Give several, with weights, "
+            help="Calibration text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Give several, with weights, "
             "for all that the model is for. Default: packaged texts of several kinds.",
             show_default=False,
             rich_help_panel=TEXT,
@@ -116,7 +117,12 @@ def convert(
         ),
     ] = None,
     eval_: Annotated[
-        str | None, typer.Option("--eval", help="Evaluation text, named like --calib's.", rich_help_panel=TEXT)
+        str | None,
+        typer.Option(
+            "--eval",
+            help="Evaluation text, named like --calib's; 'none': no evaluation, which the report then says.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     eval_windows: Annotated[
         int | None, typer.Option(help="Evaluation windows at most. Default 40.", rich_help_panel=TEXT)
@@ -284,11 +290,10 @@ def run_conversion(
 
     config = build_config(options)
     silence_libraries(quiet)
-    from rich.console import Console
-
     from mla_convert.pipeline import convert as convert_checkpoint
     from mla_convert.progress import Progress
     from mla_convert.report import print_summary
+    from mla_convert.terminal import Terminal
 
     progress = Progress(quiet=quiet, verbose=is_verbose())
     if export:
@@ -303,9 +308,9 @@ def run_conversion(
         hub.check_access(push_to_hub)
     report = run_guarded(lambda: convert_checkpoint(config, progress))
     if as_json:
-        typer.echo(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
+        say(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
     else:
-        print_summary(report, Console())
+        print_summary(report, Terminal())
     if export:
         _export(report.out, export, quiet or as_json)
     if push_to_hub:
@@ -314,7 +319,7 @@ def run_conversion(
         except MlaConvertError as error:
             error.args = (f"{error}; the converted model is in {report.out}, to be pushed later",)
             raise
-        typer.echo(f"{len(done.files)} files are at {done.url}", err=as_json)
+        say(f"{len(done.files)} files are at {done.url}", err=as_json)
 
 
 def _export(folder: Path, profile: str, quiet: bool) -> None:
@@ -326,7 +331,7 @@ def _export(folder: Path, profile: str, quiet: bool) -> None:
     except MlaConvertError as error:
         error.args = (f"{error}; the converted model is in {folder}",)
         raise
-    typer.echo(summary(found), err=True)
+    say(summary(found), err=True)
 
 
 def run_guarded(work: Callable[[], Any]) -> Any:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries, tell_place
 from mla_convert.errors import ResourceError, UsageError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert eval llama-8b-mla --against meta-llama/Llama-3.1-8B"
 
@@ -25,7 +26,7 @@ Text = Annotated[
     str | None,
     typer.Option(
         "--eval",
-        help="Text: .txt, .jsonl (either .gz), or a data set NAME:CONFIG@SPLIT. Default: the conversion's if it can be "
+        help="Text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Default: the conversion's if it can be "
         "found, else WikiText-2 from the Hub, or the packaged text when that cannot be reached.",
         show_default=False,
         rich_help_panel=MEASURE,
@@ -143,12 +144,12 @@ def evaluate(
         raise UsageError("--into-report has nothing to write: give --against, --passkey or --tasks")
     folder = check_target(model) if into_report else None
 
-    from rich.console import Console
     from torch import OutOfMemoryError
 
     from mla_convert.evaluate import evaluate_model, print_evaluation
     from mla_convert.probes import GREEDY_TOKENS, Probes
     from mla_convert.progress import Progress
+    from mla_convert.terminal import Terminal
 
     probes = Probes(passkey=passkey or passkey_length is not None, passkey_length=passkey_length, greedy=greedy,
                     greedy_tokens=GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
@@ -162,6 +163,8 @@ def evaluate(
     if folder:
         write_into_report(folder, found.beyond)
     if json_:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))
     else:
-        print_evaluation(found, Console())
+        console = Terminal()
+        print_evaluation(found, console)
+        tell_place(model, found.model, console)

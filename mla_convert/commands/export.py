@@ -10,6 +10,7 @@ import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries
 from mla_convert.errors import UsageError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert export llama-8b-mla --profile portable --out llama-8b-vllm"
 PROFILES = (
@@ -45,9 +46,9 @@ def export(
     """Write DIR as a DeepSeek-V3 checkpoint, which vLLM, SGLang, llama.cpp and transformers know."""
     found = run_export(folder, profile, out, pad, dtype, gguf, overwrite, quiet)
     if json_:
-        typer.echo(json.dumps({"out": str(found.out), **found.as_dict()}, indent=2))
+        say(json.dumps({"out": str(found.out), **found.as_dict()}, indent=2))
     else:
-        typer.echo(summary(found))
+        say(summary(found))
 
 
 def run_export(

@@ -24,6 +24,7 @@ from mla_convert.commands.evaluate import (
 )
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.errors import GateFailed, InputError, ResourceError, UsageError
+from mla_convert.words import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,7 +150,7 @@ def gate(
         junit.parent.mkdir(parents=True, exist_ok=True)
         junit.write_text(junit_xml(verdict, time.perf_counter() - began), encoding="utf-8")
     if json_:
-        typer.echo(json.dumps(verdict.as_dict(), indent=2))
+        say(json.dumps(verdict.as_dict(), indent=2))
     else:
         print_verdict(verdict)
     tell_github(verdict, to_stderr=json_)
@@ -199,9 +200,10 @@ def judge(
 
 def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | None = None) -> None:
     """The table of checks, and why those that failed did."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text as Plain
+
+    from mla_convert.terminal import Terminal
 
     table = Table(title=Plain(f"gate: {verdict.model}"), title_justify="left")
     for column, justify in (("check", "left"), ("figure", "right"), ("limit", "right"), ("", "left")):
@@ -211,7 +213,7 @@ def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | 
         table.add_row(
             result.name, result.figure_text, result.limit_text, Plain("pass" if result.passed else "FAIL", style)
         )
-    console = console or Console(stderr=to_stderr)
+    console = console or Terminal(stderr=to_stderr)
     console.print(table)
     for line in (*(f"{result.name}: {result.reason}" for result in verdict.results if not result.passed),
                  f"figures {verdict.basis}"):  # fmt: skip
@@ -224,7 +226,7 @@ def tell_github(verdict: Verdict, to_stderr: bool) -> None:
 
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in error_lines(verdict):
-            typer.echo(line, err=to_stderr)  # the runner reads both
+            say(line, err=to_stderr)  # the runner reads both
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(summary, "a", encoding="utf-8") as file:
             file.write(markdown(verdict))

@@ -10,6 +10,7 @@ import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries
 from mla_convert.errors import Interrupted, ResourceError, UsageError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert heal llama-8b-mla --teacher meta-llama/Llama-3.1-8B --data my-domain.txt --tokens 20M"
 TEXT, TRAINING, LOSS, RUN = "Text", "Training", "Loss", "Output and device"
@@ -32,7 +33,7 @@ def heal(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on: .txt, .jsonl (either .gz), or a data set NAME:CONFIG@SPLIT, which is streamed. Its end "
+            help="Text to train on: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT, which is streamed. Its end "
             "is held out. Default: WikiText-2 from the Hub, or the packaged text when that cannot be reached.",
             rich_help_panel=TEXT,
             show_default=False,
@@ -176,12 +177,12 @@ def heal(
     except ValidationError as error:
         raise UsageError(first_problem(error)) from error
     silence_libraries(quiet)
-    from rich.console import Console
     from torch import OutOfMemoryError
 
     from mla_convert.heal.run import heal as run
     from mla_convert.heal.run import print_summary
     from mla_convert.progress import Progress
+    from mla_convert.terminal import Terminal
 
     try:
         report = run(config, Progress(quiet=quiet, verbose=is_verbose()))
@@ -192,6 +193,6 @@ def heal(
     if not report:  # not the first of several processes
         return
     if json_:
-        typer.echo(json.dumps(report, indent=2))
+        say(json.dumps(report, indent=2))
     else:
-        print_summary(report, config.out or config.folder, Console())
+        print_summary(report, config.out or config.folder, Terminal())

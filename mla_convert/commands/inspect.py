@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries, tell_place
 from mla_convert.errors import InputError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert inspect ./my-model"
 
@@ -28,17 +29,18 @@ def inspect(
 
     config = build_config({"source": path, "revision": revision})
     silence_libraries(quiet)
-    from rich.console import Console
-
     from mla_convert.inspection import inspect_checkpoint, print_inspection
+    from mla_convert.terminal import Terminal
 
     try:
         found = inspect_checkpoint(config.source, config.revision)
     except InputError as error:
         if json_:
-            typer.echo(json.dumps({"name": path, "convertible": False, "reason": str(error)}, indent=2))
+            say(json.dumps({"name": path, "convertible": False, "reason": str(error)}, indent=2))
         raise
     if json_:
-        typer.echo(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
     else:
-        print_inspection(found, Console())
+        console = Terminal()
+        print_inspection(found, console)
+        tell_place(config.source, found["name"], console)

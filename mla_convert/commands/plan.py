@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, rank_or_full, silence_libraries
+from mla_convert.commands.shared import Quiet, Verbose, rank_or_full, silence_libraries, tell_place
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"
 
@@ -47,12 +48,13 @@ def plan(
     sizes["engine"] = for_
     config = build_config({"source": source, "revision": revision, **sizes})
     silence_libraries(quiet)
-    from rich.console import Console
-
     from mla_convert.planning import plan_conversion, print_plan
+    from mla_convert.terminal import Terminal
 
     result = plan_conversion(config, card, gpu)
     if json_:
-        typer.echo(json.dumps(result, indent=2))
+        say(json.dumps(result, indent=2))
     else:
-        print_plan(result, Console())
+        console = Terminal()
+        print_plan(result, console)
+        tell_place(config.source, result["source"]["name"], console)

@@ -26,6 +26,7 @@ from mla_convert.commands.gate import (
 )
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.errors import GateFailed, UsageError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert push llama-8b-mla my-org/llama-8b-mla --private --min-kv-saving 70% --from-report"
 HUB = "Hub"
@@ -105,6 +106,6 @@ def push(
     done = hub.push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=commit_message,
                     progress=progress)  # fmt: skip
     if json_:
-        typer.echo(json.dumps(done.as_dict(), indent=2))
+        say(json.dumps(done.as_dict(), indent=2))
     else:
-        typer.echo(f"{len(done.files)} files are at {done.url}")
+        say(f"{len(done.files)} files are at {done.url}")

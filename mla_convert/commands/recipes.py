@@ -9,6 +9,7 @@ import typer
 
 from mla_convert.commands.shared import Verbose
 from mla_convert.errors import UsageError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert recipes show llama-8b"
 
@@ -39,16 +40,17 @@ def recipes(
         file = recipe_file(words[0])
         recipe = load_recipe(file)  # one that is not valid is not shown
         if json_:
-            typer.echo(json.dumps(entry(file.name.rpartition(".")[0], recipe), indent=2))
+            say(json.dumps(entry(file.name.rpartition(".")[0], recipe), indent=2))
         else:
-            typer.echo(file.read_text(encoding="utf-8"), nl=False)
+            say(file.read_text(encoding="utf-8"), end="")
         return
     known = {name: load_recipe(file) for name, file in recipe_files().items()}
     if json_:
-        typer.echo(json.dumps([entry(name, recipe) for name, recipe in known.items()], indent=2))
+        say(json.dumps([entry(name, recipe) for name, recipe in known.items()], indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from mla_convert.terminal import Terminal
 
     table = Table(title="mla-convert NAME", title_justify="left", show_lines=True)
     table.add_column("name", no_wrap=True)
@@ -56,7 +58,7 @@ def recipes(
     table.add_column("size", no_wrap=True)
     for name, recipe in known.items():
         table.add_row("\n".join([name, *recipe.aliases]), f"{recipe.source}\n{recipe.description}", _size(recipe))
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _size(recipe: Any) -> str:

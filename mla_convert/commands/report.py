@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from mla_convert.commands.shared import Verbose
 from mla_convert.errors import InputError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert report llama-8b-mla --html llama.html"
 
@@ -28,11 +30,18 @@ def report(
 ) -> None:
     """Make report.html anew from the report.json in DIR: plots of cache, perplexity, planes and layers, in one file."""
     from mla_convert.figures import read_report
-    from mla_convert.page import PAGE, write_page
+    from mla_convert.page import PAGE, page_text, write_page
+    from mla_convert.revise import replace_files
 
     content = read_report(folder)
-    file = html or (folder if folder.is_dir() else folder.parent) / PAGE
+    place = folder if folder.is_dir() else folder.parent
+    file = html or place / PAGE
     if file.is_dir():
         raise InputError(f"--html {file} is a folder: give a file")
-    write_page(content, file)
-    typer.echo(json.dumps(content, indent=2) if json_ else str(file))
+    if file.name == PAGE and os.path.realpath(file.parent) == os.path.realpath(place):
+        replace_files(place, {PAGE: page_text(content)})
+    elif file.exists() and not file.is_file():  # /dev/stdout, say
+        file.write_text(page_text(content), encoding="utf-8")
+    else:
+        write_page(content, Path(os.path.realpath(file)))
+    say(json.dumps(content, indent=2) if json_ else str(file))

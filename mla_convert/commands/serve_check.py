@@ -10,6 +10,7 @@ import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.errors import GateFailed
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert serve-check llama-8b-vllm --engine vllm --against llama-8b-mla"
 
@@ -56,9 +57,9 @@ def serve_check(
     how = Asking(engine, python, dtype, model_impl, trust_remote_code, gguf, server, limit)
     found = check(folder, how, against)
     if json_:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))
     elif not quiet:
-        typer.echo(str(found))
+        say(str(found))
     if not found.ok:
         raise GateFailed(
             f"{engine} answers other than the converted model: log-probabilities differ by {found.mean_difference:.1e} in the "

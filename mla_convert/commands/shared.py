@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class _Talk:
@@ -43,6 +48,12 @@ def rank_or_full(value: str | None) -> int | str | None:
         raise typer.BadParameter(f"{value!r} is neither a whole number nor 'full'") from None
 
 
+def tell_place(source: str, name: str, console: Console) -> None:
+    """Which path a local checkpoint was read from, where a name of signs and brackets alone does not say so."""
+    if name != source and not re.fullmatch(r"[\w./~-]*", source) and Path(source).exists():
+        console.print(f"read from {source}", soft_wrap=True)
+
+
 def silence_libraries(quiet: bool = False) -> None:
     """Only our own words on the terminal unless -v was given: libraries' advice is not for our users."""
     import logging
@@ -55,6 +66,12 @@ def silence_libraries(quiet: bool = False) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    for name in ("datasets", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns when data sets are read in other processes
+    # whatever the library and its level: a failure is our own one line, and what is no failure is no news
+    logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
+    warnings.showwarning = _no_warning  # libraries set filters of their own
+
+
+def _no_warning(*_: object) -> None:
+    return

@@ -14,6 +14,7 @@ from mla_convert.commands.convert import SIZE, run_guarded
 from mla_convert.commands.convert import convert as convert_command
 from mla_convert.commands.shared import rank_or_full, silence_libraries
 from mla_convert.errors import GateFailed, UsageError
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert sweep llama-8b --kv-ratios 0.5,0.33,0.25 --max-ppl-ratio 1.05 --out llama-8b-mla"
 CHOICE = "Sweep"
@@ -109,22 +110,21 @@ def sweep(
     if out is None:
         config = config.model_copy(update={"out": None})  # a recipe names one
     silence_libraries(quiet)
-    from rich.console import Console
-
     from mla_convert.figures import read_report
     from mla_convert.progress import Progress
     from mla_convert.sweep import SWEEP, SWEEP_PAGE, Grid, print_sweep
     from mla_convert.sweep import sweep as run
+    from mla_convert.terminal import Terminal
 
     place = folder or Path(default_name(config.source).removesuffix("-mla") + "-sweep")
     grid, progress = Grid(shares, rope, drawn), Progress(quiet=quiet, verbose=verbose)
 
     def show(found: dict[str, Any]) -> None:
         if json_:
-            typer.echo(json.dumps(found, indent=2))
+            say(json.dumps(found, indent=2))
         else:
-            print_sweep(found, Console())
-            typer.echo(f"{place / SWEEP_PAGE} shows it")
+            print_sweep(found, Terminal())
+            say(f"{place / SWEEP_PAGE} shows it")
 
     try:
         show(run_guarded(lambda: run(config, grid, place, keep=keep, max_ppl_ratio=max_ppl_ratio, progress=progress)))
@@ -132,7 +132,7 @@ def sweep(
         show(read_report(place / SWEEP))
         raise
     if out is not None and not json_:
-        typer.echo(f"the chosen conversion is in {out}")
+        say(f"the chosen conversion is in {out}")
 
 
 def _listed(text: str, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.words import say
 
 EXAMPLE = "mla-convert verify llama-8b-mla"
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.", show_default=False)],
+    run: Annotated[
+        bool,
+        typer.Option(
+            "--run", help="Also load the model and generate with and without a cache; exit code 1 if these differ."
+        ),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check a converted folder: checksums, tensor names, shapes, values. Exit code 4 names the first fault."""
+    """Check every byte of a converted or exported folder, tensor names, shapes, values. Exit code 4 names the first fault."""
     silence_libraries(quiet)
     from mla_convert.report import human_bytes
-    from mla_convert.verify import Fault
+    from mla_convert.sums import Fault
     from mla_convert.verify import verify as verify_folder
 
     try:
@@ -36,8 +43,9 @@ def verify(
                 "tensor": fault.tensor,
                 "fault": str(fault),
             }
-            typer.echo(json.dumps(content, indent=2))
+            say(json.dumps(content, indent=2))
         raise
+    tried = _tried(folder) if run else None
     if json_:
         content = {
             "ok": True,
@@ -45,10 +53,49 @@ def verify(
             "shards": found.shards,
             "tensors": found.tensors,
             "bytes": found.bytes,
+            "files": found.files,
+            "note": found.note,
+            **({"self_check": tried} if tried else {}),
         }
-        typer.echo(json.dumps(content, indent=2))
+        say(json.dumps(content, indent=2))
     else:
-        typer.echo(
+        say(
             f"{folder}: {found.shards} shards, {found.tensors} tensors, {human_bytes(found.bytes)}: checksums, names, "
             f"shapes and values are right"
         )
+        if found.note:
+            say(found.note)
+        if tried:
+            part = (
+                ""
+                if tried["layers"] == tried["of_layers"]
+                else f"the first {tried['layers']} of {tried['of_layers']} layers, "
+            )
+            say(
+                f"generates the same with a dynamic and a static cache as without ({part}transformers "
+                f"{tried['versions']['transformers']}, torch {tried['versions']['torch']}, {tried['seconds']} s)"
+            )
+            if not tried["own_code"]:
+                say("its Python files are not this version's and were not run: `mla-convert refresh` renews them")
+
+
+def _tried(folder: Path) -> dict[str, Any]:
+    """What the self-check says of the folder.
+
+    Raises:
+        UsageError: an export that transformers would misread.
+    """
+    from mla_convert.errors import UsageError
+    from mla_convert.loading import EXPORTED
+    from mla_convert.selfcheck import own_code, self_check
+    from mla_convert.source import load_config
+
+    exported = getattr(load_config(folder, folder.name), EXPORTED, None)
+    if isinstance(exported, dict) and exported.get("profile") == "engine":
+        raise UsageError(
+            f"{folder} is exported for engines, which transformers would misread: try it with `serve-check`"
+        )
+    code = own_code(folder)
+    if isinstance(exported, dict) and exported.get("profile") == "hf-code" and not code:
+        raise UsageError(f"{folder} has Python files that are not this version's: `mla-convert refresh {folder}` first")
+    return {**self_check(folder), "own_code": bool(code or not list(folder.glob("*.py")))}

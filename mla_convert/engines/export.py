@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_convert.carried import carried_files, carry
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.checkpoint.writer import Writer, check_output, check_space
+from mla_convert.code import write_code
 from mla_convert.engines.converted import EMBEDDING, HEAD, NORM, Converted
 from mla_convert.engines.features import block_diagonal
 from mla_convert.engines.profiles import Profile, check_dtype, residual_scale
@@ -26,11 +27,13 @@ from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
 from mla_convert.environment import versions
 from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import mean
+from mla_convert.files import on_disk, write_file
+from mla_convert.intact import EXPORT, check_input
 from mla_convert.plan import TABLE
 from mla_convert.progress import Progress
-from mla_convert.source import COPIED, kv_heads
+from mla_convert.selfcheck import self_check
+from mla_convert.source import kv_heads
 
-EXPORT = "export.json"
 # Scale of the latent. portable: small, as its eps is; engine: near one, as quantised rows want it.
 PORTABLE_ALPHA, LEAST_ALPHA = 2.0**-30, 2.0**-60
 # What hf-code's own norm adds, a power of four: latents stay as they are.
@@ -87,14 +90,18 @@ def export(
 
     Raises:
         UsageError: gguf in another profile.
-        InputError: this model, or this size, cannot be said in this profile; nothing is written.
+        InputError: the folder is damaged, or this model, or this size, cannot be said in this profile; nothing is written.
         ResourceError: the disk does not suffice.
+        SelfCheckFailed: the export does not generate what it should (profiles that transformers loads are tried).
     """
     if gguf and profile != "engine":
         raise UsageError("--gguf is for --profile engine: quantised, the other profiles' latents would be lost")
     model, progress = Converted(folder, profile), progress or Progress()
+    note = check_input(folder)
     dtype = check_dtype(str(model.reader.dtype(EMBEDDING)).removeprefix("torch."), dtype)
     check_output(out, folder, overwrite)
+    if note:
+        progress.note(note)
     form, content = _plan(model, profile, dtype, pad, gguf)
     check_space(out, _bytes(content, form))
     held = mean(model.config.layer_rank(index) + model.config.layer_rope_dim(index) for index in model.layers)
@@ -223,15 +230,16 @@ def _scaled(weight: Tensor, factor: float) -> Tensor:
 def _write_rest(model: Converted, writer: Writer, content: dict[str, Any], result: Export) -> None:
     """Configuration, code, tokenizer, export.json and README beside the weights; then the folder gets its name."""
     folder = writer.folder
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if result.profile == "hf-code":
-        shutil.copyfile(Path(__file__).with_name(CODE_FILE), folder / CODE_FILE)
-    for pattern in COPIED:
-        for file in model.folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-    facts = {"source": model.label, **result.as_dict(), "versions": versions(), "checksums": writer.checksums()}
-    (folder / EXPORT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    write_readme(folder, model.label, facts)
-    writer.write_index()
-    writer.publish()
+    with on_disk("the export", writer.out.parent):
+        write_file(folder / "config.json", json.dumps(content, indent=2) + "\n")
+        if result.profile == "hf-code":
+            write_code(folder, exported=True)
+        for file in carried_files(model.folder):
+            carry(file, folder)
+        facts = {"source": model.label, **result.as_dict(), "versions": versions(), "checksums": writer.checksums()}
+        writer.write_index()
+        if result.profile != "engine":  # what transformers would misread
+            facts["self_check"] = self_check(folder)
+        write_file(folder / EXPORT, json.dumps(facts, indent=2) + "\n")
+        write_readme(folder, model.label, facts)
+        writer.publish()

@@ -6,6 +6,8 @@ transformers backend, which finds latent attention in it by its shape and replac
 on the latent and the inherited forward must stay what they are.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import DeepseekV3ForCausalLM, DeepseekV3Model
@@ -18,6 +20,15 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     apply_rotary_pos_emb_interleave,
     eager_attention_forward,
 )
+
+# The name under which the stock attention of the installed version takes its cache, and what else a layer may hand over: by it
+# nothing changes here, or the attention function reads it.
+CACHE = next(n for n in ("cache", "past_key_values") if n in inspect.signature(DeepseekV3Attention.forward).parameters)
+LEFT_TO_OTHERS = frozenset(
+    ["position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
+     "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+     "attention_instances"]
+)  # fmt: skip
 
 
 class MlaServedLatentNorm(DeepseekV3RMSNorm):
@@ -70,8 +81,12 @@ class MlaServedNormedAttention(MlaServedAttention):
         self.q_proj = nn.Linear(heads, self.num_heads * self.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(keys + values, compressed, bias=False)
 
-    def forward(self, query, key_value, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, query, key_value, position_embeddings, attention_mask=None, **kwargs):
         """Features of queries (B, T, H * d_h) and of keys and values -> attention output (B, T, hidden), and weights."""
+        cache = kwargs.pop(CACHE, None)
+        for name, value in kwargs.items():
+            if not (value is None or value is False or name in LEFT_TO_OTHERS):
+                raise TypeError(f"attention of a converted model was given {name}, which its code does not know")
         batch, length = query.shape[:-1]
         q_states = self.q_proj(query).view(batch, length, -1, self.qk_head_dim).transpose(1, 2)
         q_pass, q_rot = torch.split(q_states, [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
@@ -82,8 +97,8 @@ class MlaServedNormedAttention(MlaServedAttention):
         k_rot = k_rot.view(batch, 1, length, self.qk_rope_head_dim)
         cos, sin = position_embeddings
         q_rot, k_rot = apply_rotary_pos_emb_interleave(q_rot, k_rot, cos, sin)
-        if past_key_values is not None:
-            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+        if cache is not None:
+            latent, k_rot = cache.update(latent, k_rot, self.layer_idx)
         query_states = torch.cat((q_pass, q_rot), dim=-1)
         key_states, value_states = self.expand_kv(latent, k_rot)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -107,7 +122,7 @@ class MlaServedRotaryEmbedding(DeepseekV3RotaryEmbedding):
     """Angles of all layers' tables one after another, each table twice as the stock class has it: (B, T, tables * 2m)."""
 
     @staticmethod
-    def compute_default_rope_parameters(config, **_):
+    def compute_default_rope_parameters(config, *_, **__):
         """inv_freq (tables * 2m,) in radians per position, and no scaling."""
         tables = torch.tensor(config.mla_inv_freq, dtype=torch.float)
         return torch.cat([tables, tables], dim=-1).flatten(), 1.0

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mla_convert.files import write_file
+from mla_convert.licence import CARD
+
 HEAD = """\
 # {name}
 
@@ -44,4 +47,4 @@ TEXT = {"portable": PORTABLE, "engine": ENGINE, "hf-code": CODE}
 def write_readme(folder: Path, source: str, facts: dict[str, Any]) -> None:
     """Write README.md; `facts` are those of export.json."""
     values = {**facts, "source": source, "name": f"{source}-{facts['profile']}"}
-    (folder / "README.md").write_text((HEAD + TEXT[facts["profile"]]).format(**values), encoding="utf-8")
+    write_file(folder / CARD, (HEAD + TEXT[facts["profile"]]).format(**values))

@@ -59,26 +59,38 @@ def _held(tokens: int) -> int:
     return min(HELD_OUT_MAX, max(1, round(tokens * HELD_OUT_SHARE)))
 
 
-def make_corpus(spec: str | None, tokenizer: Any, wanted: int, folder: Path, joined: bool = False) -> str:
+def make_corpus(
+    spec: str | None,
+    tokenizer: Any,
+    wanted: int,
+    folder: Path,
+    joined: bool = False,
+    model: texts.Reach = texts.Reach(),  # noqa: B008
+) -> str:
     """Tokenise what `spec` names, about `wanted` tokens of it at most, into `folder`. Returns the text's label.
 
     A file of text is one document, a row of a `.jsonl` file or of a data set (which is streamed) is one each, unless
     `joined` says that rows are parts of one text. Of a file that is longer than wanted, pieces from all over are taken.
 
     Raises:
-        InputError, ResourceError: as `texts.load_text`.
+        InputError, ResourceError: as `texts.load_text`; or no two tokens, or one that `model` has no embedding for.
     """
     documents, label = texts.load_documents(spec, joined)
     if isinstance(documents, list):
         documents = _thinned(documents, wanted)
     prefix = texts.first_tokens(tokenizer)
     parts, starts, total = [], [], 0
-    for ids in _tokenised(documents, tokenizer):
+    for ids in _taught(_tokenised(documents, tokenizer), prefix):
         starts.append(total)
-        parts.append(np.asarray(prefix + ids, dtype=np.int32))
+        parts.append(np.asarray(ids, dtype=np.int32))
         total += len(parts[-1])
         if total >= wanted:
             break
+    if not parts:
+        raise InputError(
+            f"the text {label} has no two tokens that follow one another, too few to heal on: give more text"
+        )
+    model.check(torch.from_numpy(np.concatenate(parts)), label)
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder, np.concatenate(parts)[:wanted], np.asarray(starts, dtype=np.int64))
     return label
@@ -140,6 +152,16 @@ def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
         yield from merged(flush())
     if held:
         yield held
+
+
+def _taught(documents: Iterable[list[int]], prefix: list[int]) -> Iterator[list[int]]:
+    """Documents behind `prefix`, each with a token to foretell: one that is a single token goes with the next one."""
+    held: list[int] = []
+    for ids in documents:
+        held = held + ids if held else prefix + ids
+        if len(held) > 1:
+            yield held
+            held = []
 
 
 def pieces(document: str) -> list[str]:
@@ -259,6 +281,22 @@ class Window:
     odd: bool
 
 
+def check_enough(corpus: Corpus, mix: tuple[tuple[int, float], ...]) -> None:
+    """Refuse a text that is too short to train on and to look at, before anything is measured.
+
+    Raises:
+        InputError: not one window of each.
+    """
+    train = corpus.train_end - corpus.added
+    for length, _ in mix:
+        if length > train:
+            raise InputError(
+                f"the text has {train} tokens to train on, fewer than one window of {length}: give more text, "
+                f"or lower --length"
+            )
+    held_out(corpus, mix[0][0])
+
+
 class Schedule:
     """Which windows every step sees: of each length in turn, by its share of the tokens, and of the text evenly.
 
@@ -276,13 +314,7 @@ class Schedule:
         self._seed, self._orders = seed, {}
         self._share = share if corpus.added else 0.0
         self._texts = (corpus.added, corpus.train_end), (0, corpus.added_end)  # given, and written by the original
-        train = corpus.train_end - corpus.added
-        for length, _ in mix:
-            if length > train:
-                raise InputError(
-                    f"the text has {train} tokens to train on, fewer than one window of {length}: give more text, "
-                    f"or lower --length"
-                )
+        check_enough(corpus, mix)
         self.windows = {length: -(-max(1, step_tokens // length) // processes) * processes for length, _ in mix}
         self.steps: list[tuple[int, int]] = []  # length and number of the first window, of every step
         used, taken, total = dict.fromkeys(self.windows, 0), dict.fromkeys(self.windows, 0), 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,15 @@ from torch import Tensor
 
 from mla_convert.beyond import to_report
 from mla_convert.card import write_card
+from mla_convert.carried import carried_files, carry, check_inside, read_bytes
 from mla_convert.checkpoint.writer import Writer
+from mla_convert.code import write_code
 from mla_convert.errors import InputError
 from mla_convert.figures import REPORT, finite
+from mla_convert.files import on_disk, write_file
 from mla_convert.page import PAGE, write_page
 
-# Made anew, or no part of a converted folder.
-OWN = (REPORT, PAGE, "README.md")
+RECIPE = "recipe.yaml"
 
 
 def merged(name: str, tensor: Tensor, trained: dict[str, Tensor]) -> Tensor:
@@ -32,7 +33,7 @@ def merged(name: str, tensor: Tensor, trained: dict[str, Tensor]) -> Tensor:
 
 
 def write_weights(writer: Writer, folder: Path, shards: list[str], trained: dict[str, Tensor]) -> None:
-    """Shard after shard of `folder` with what was trained, and every file that stays as it is.
+    """Shard after shard of `folder` with what was trained, the files that stay as they are, and this version's code.
 
     Raises:
         InputError: something trained has no place in the checkpoint, or is not finite.
@@ -48,11 +49,14 @@ def write_weights(writer: Writer, folder: Path, shards: list[str], trained: dict
     missing = {name for name in trained if ".lora_" not in name} - used
     if missing:
         raise InputError(f"tensor {min(missing)} was trained and is in no shard of {folder.name}")
-    writer.write_index()
-    for file in sorted(folder.iterdir()):
-        made = file.name in (*OWN, *shards) or (writer.folder / file.name).exists()
-        if file.is_file() and not file.name.startswith(".") and not made:
-            shutil.copyfile(file, writer.folder / file.name)
+    with on_disk("the output", writer.out.parent):
+        writer.write_index()
+        for name in ("config.json", RECIPE):
+            if (folder / name).is_file():
+                write_file(writer.folder / name, read_bytes(check_inside(folder / name), name))
+        for file in carried_files(folder):
+            carry(file, writer.folder)
+        write_code(writer.folder)
 
 
 def write_report(content: dict[str, Any], folder: Path) -> None:
@@ -60,4 +64,4 @@ def write_report(content: dict[str, Any], folder: Path) -> None:
     content = finite(content)
     write_page(content, folder / PAGE)
     write_card(to_report(content), folder)
-    (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(folder / REPORT, json.dumps(content, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,19 +25,25 @@ from mla_convert.config import ConvertConfig
 from mla_convert.errors import InputError, MlaConvertError, UsageError
 from mla_convert.evaluate import Evaluation, evaluate_model
 from mla_convert.figures import REPORT, read_report
+from mla_convert.files import on_disk, write_file
 from mla_convert.heal import data
+from mla_convert.heal.fingerprint import content_of, text_content
 from mla_convert.heal.loop import Run, Trainer, step_sizes, tokens_words
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.shared import Pair, peft
 from mla_convert.heal.state import StateFolder, state_folder
+from mla_convert.intact import check_input
 from mla_convert.loading import find_model, find_original, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.probes import Probes
 from mla_convert.progress import Progress
+from mla_convert.refresh import check_unknown, outdated
 from mla_convert.report import Report
+from mla_convert.selfcheck import self_check
 from mla_convert.source import Place
+from mla_convert.words import expanded
 
-LABEL, BEFORE = "text.json", "before.json"
+LABEL, BEFORE = "text.json", "before-{}.json"
 ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"
 ADAPTED_NOTE = (
     "healed with the text's cross-entropy too: what that takes off the perplexity is adaptation to the text; the KL divergence "
@@ -60,6 +67,8 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
     progress = (progress or Progress()) if main else Progress(quiet=True)
     phases = environment.Phases(accelerator.device)
     folder, report = _folder(config)
+    if main and (note := check_input(folder)):
+        progress.note(note)
     place, origin = find_model(str(folder)), _original(config, report)
     out = config.out or folder
     output.check_output(out, origin.folder, config.overwrite)
@@ -71,11 +80,12 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
     settings = _with_length(settings, getattr(model_config(place), "max_position_embeddings", None))
 
     result: dict[str, Any] = {}
-    identity = _identity(accelerator, settings, report, origin)
-    with StateFolder(state_folder(Path(os.path.realpath(out))), identity, accelerator) as state:
+    identity = _identity(accelerator, settings, folder, origin) if main else {}
+    with StateFolder(state_folder(Path(os.path.realpath(out))), identity, accelerator, progress.note) as state:
         label = _corpus(state, accelerator, settings, place, origin, progress)
         before = state.remember(
-            BEFORE, lambda: _figures(_measure(config, folder, origin, accelerator, progress, label))
+            BEFORE.format(_measured_by(config)),
+            lambda: _figures(_measure(config, folder, origin, accelerator, progress, label)),
         )
         with phases.phase("heal"):
             run, best = _train(accelerator, settings, place, origin, state, progress)
@@ -89,11 +99,14 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
         if main:
             with output.Writer(Path(os.path.realpath(out)), {"heal": report["checksums"]}) as writer:
                 write_weights(writer, folder, shards, best)
-                (writer.folder / REPORT).write_text(json.dumps(report), encoding="utf-8")  # says how to measure it
+                write_file(writer.folder / REPORT, json.dumps(report))  # says how to measure it
                 after = _measure(config, writer.folder, origin, accelerator, progress, label)
                 record = _record(settings, origin, label, run, accelerator)
                 result = _report(report, record, before, _figures(after), phases)
                 result["checksums"] = writer.checksums()
+                for name, content in outdated(writer.folder).items():
+                    write_file(writer.folder / name, content)
+                result["self_check"] = self_check(writer.folder, accelerator.device)
                 write_report(result, writer.folder)
                 writer.publish()
         accelerator.wait_for_everyone()
@@ -144,12 +157,14 @@ def _accelerator(config: HealConfig) -> Accelerator:
 
 
 def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
-    folder = Path(os.path.realpath(config.folder.expanduser()))
+    folder = Path(os.path.realpath(expanded(config.folder)))
     if not folder.is_dir():
         raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
     report = read_report(folder)
     if not isinstance(report.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
         raise InputError(f"{config.folder} is not the folder of a converted model")
+    if config.out is None or os.path.realpath(config.out) == str(folder):
+        check_unknown(folder, report["checksums"])  # what is not written again would be lost
     return folder, report
 
 
@@ -212,14 +227,27 @@ def _original(config: HealConfig, report: dict[str, Any]) -> Place:
     return origin
 
 
-def _identity(
-    accelerator: Accelerator, settings: HealSettings, report: dict[str, Any], origin: Place
-) -> dict[str, Any]:
+def _identity(accelerator: Accelerator, settings: HealSettings, folder: Path, origin: Place) -> dict[str, Any]:
     """What a checkpoint must agree on. How often to write one, and how large a forward pass is, are not of that kind."""
     same = settings.model_dump(exclude={"checkpoint_minutes", "micro_tokens", "patience"})
-    return {"settings": same, "checksums": report["checksums"], "original": [origin.label, origin.revision],
+    return {"settings": same, "converted": content_of(folder),
+            "original": [origin.label, origin.revision, content_of(origin.folder, origin.gguf)],
+            "text": text_content(settings.data),
             "engine": [str(accelerator.distributed_type), accelerator.num_processes, accelerator.device.type],
             "versions": environment.versions()}  # fmt: skip
+
+
+def _measured_by(config: HealConfig) -> str:
+    """What tells one way to measure from another: figures of the two are not compared."""
+    how = [
+        config.eval,
+        text_content(config.eval),
+        config.eval_windows,
+        config.eval_length,
+        config.passkey,
+        config.passkey_length,
+    ]
+    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
 
 
 def _corpus(
@@ -233,10 +261,16 @@ def _corpus(
     """Tokenised once, by the first process; the label of its text."""
 
     def make() -> dict[str, str]:
+        with on_disk("the text's tokens", state.folder.parent):
+            return tokenised()
+
+    def tokenised() -> dict[str, str]:
         tokenizer = load_tokenizer(place)
         label = data.make_corpus(
-            settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined
-        )
+            settings.data, tokenizer, data.wanted_tokens(settings.tokens), state.folder, settings.joined,
+            texts.reach(model_config(place), learned=False),
+        )  # fmt: skip
+        data.check_enough(data.open_corpus(state.folder), settings.mix(None))
         if settings.self_share:
             data.add_written(state.folder, _written(accelerator, settings, origin, tokenizer, progress))
         return {"label": label}
@@ -252,7 +286,8 @@ def _written(
     original = load_model(origin, dtype, accelerator.device)
     limit = getattr(original.config, "max_position_embeddings", None) or selfwritten.TEXT_TOKENS
     whole = min(selfwritten.TEXT_TOKENS, limit)
-    count, first = math.ceil(settings.written_tokens(limit) / whole), selfwritten.first_token(tokenizer)
+    count = math.ceil(settings.written_tokens(limit) / whole)
+    first = selfwritten.first_token(tokenizer, original.config.vocab_size)
     progress.note(f"the original writes {count:,} texts of {whole} tokens")
     progress.begin("write", count * (whole - 1))
     try:
@@ -294,7 +329,9 @@ def _train(
     frozen = torch.bfloat16 if on_gpu else torch.float32
     student = load_model(place, "auto" if settings.train != "all" else torch.float32, host)
     pair = Pair(student, load_model(origin, frozen, host), settings, frozen).place(accelerator.device)
-    vocabulary = texts.ordinary_tokens(load_tokenizer(place)) if settings.noise else None
+    vocabulary = (
+        texts.ordinary_tokens(load_tokenizer(place), model_config(place).vocab_size) if settings.noise else None
+    )
     trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, progress, vocabulary)
     run = trainer.train()
     best = trainer.best

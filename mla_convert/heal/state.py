@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mla_convert.errors import ResourceError
+from mla_convert.files import on_disk, remove, write_file
 from mla_convert.heal.shared import checkpoint_name
 
 IDENTITY, RUN, BEST, TRAINER = "identity.json", "run.json", "best.safetensors", "trainer"
@@ -45,38 +47,76 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
     }
 
 
+def _differing(before: Any, now: dict[str, Any]) -> str:
+    """What of an identity is not as it was, in words."""
+    words = {"original": "the original", "converted": "the converted model", "text": "the text to train on",
+             "settings": "a setting", "engine": "the device or the number of processes", "versions": "a library"}  # fmt: skip
+    found = [words.get(key, key) for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
+    return " and ".join(found) or "the identity"
+
+
 class StateFolder:
     """The folder of one run's state. `identity` is whatever makes an older state useless when it changed."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any], accelerator: Accelerator):
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        accelerator: Accelerator,
+        note: Callable[[str], None] = lambda words: None,
+    ):
         """Raises:
-        ResourceError: another run works there.
+        ResourceError: another run works there, or the disk does not suffice.
         """
+        self._note = note
         self.folder, self._accelerator, self._removed = folder, accelerator, False
         self._identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
         self._lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         if accelerator.is_main_process:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._made = [path for path in folder.absolute().parents if not path.exists()]
             try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise ResourceError(
-                    f"another run is healing into {folder.parent}: wait for it, or choose another --out"
-                ) from None
-            if self._read(folder / IDENTITY) != self._identity:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                (folder / IDENTITY).write_text(json.dumps(self._identity), encoding="utf-8")
-            self._recover()
+                with on_disk("the state of the run", folder.parent):
+                    self._open()
+            except BaseException:
+                if self._lock.is_locked:
+                    self._stop()
+                    if self.last() is None:
+                        self.remove()
+                raise
         accelerator.wait_for_everyone()
+
+    def _open(self) -> None:
+        folder = self.folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ResourceError(
+                f"another run is healing into {folder.parent}: wait for it, or choose another --out"
+            ) from None
+        before = self._read(folder / IDENTITY)
+        if before != self._identity:
+            self._recover()
+            if self.last() is not None:
+                self._note(
+                    f"starting anew: {_differing(before, self._identity)} changed since the checkpoint of an earlier run"
+                )
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_file(folder / IDENTITY, json.dumps(self._identity))
+        self._recover()
+
+    def _stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._lock.release()
+        remove(Path(self._lock.lock_file))
 
     def __enter__(self) -> StateFolder:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self._accelerator.is_main_process:
-            self._lock.release()
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._stop()
         # a run that stopped goes on from its last checkpoint; without one there is nothing to keep
         if error is None or self._removed:
             return
@@ -98,8 +138,9 @@ class StateFolder:
         """What `make` returns (JSON), made by the main process once for all processes and for runs that go on."""
         file = self.folder / name
         if self._accelerator.is_main_process and self._read(file) is None:
-            file.with_suffix(".new").write_text(json.dumps(make()), encoding="utf-8")
-            os.replace(file.with_suffix(".new"), file)
+            content = json.dumps(make())
+            with on_disk("the state of the run", self.folder.parent):
+                write_file(file, content)
         self._accelerator.wait_for_everyone()
         return self._read(file)
 
@@ -108,7 +149,15 @@ class StateFolder:
         return self._read(self.folder / CHECKPOINT / RUN)
 
     def save(self, run: dict[str, Any], best: dict[str, Tensor] | None) -> None:
-        """Write a checkpoint beside the last one, then put it in that one's place. Every process must call this."""
+        """Write a checkpoint beside the last one, then put it in that one's place. Every process must call this.
+
+        Raises:
+            ResourceError: the disk does not suffice; the last checkpoint stays.
+        """
+        with on_disk("a checkpoint", self.folder.parent):
+            self._save(run, best)
+
+    def _save(self, run: dict[str, Any], best: dict[str, Tensor] | None) -> None:
         new = self.folder / f"{CHECKPOINT}.new"
         if self._accelerator.is_main_process:
             shutil.rmtree(new, ignore_errors=True)

@@ -46,8 +46,9 @@ class MlaFields:
     # What attends when decoding: "kernels" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
     # "auto" (the kernels where they can serve, else the library's). The variable MLA_CONVERT_KERNEL goes before it.
     mla_kernel: str = "auto"
-    # Version of the checkpoint format.
+    # Version of the checkpoint format, and of the newest transformers that the code beside the weights was tried with.
     mla_format: int = 1
+    mla_transformers: str | None = None
 
     def layer_rank(self, layer_idx: int) -> int:
         """kv_lora_rank of one layer."""

@@ -8,7 +8,7 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import StaticLayer
 
@@ -117,6 +117,29 @@ def kernel_attention(
     return attended.transpose(1, 2)
 
 
+def update_cache(cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Append latents (B, 1, T, r) and rotated keys (B, 1, T, 2m) to a cache of transformers; all that it then holds.
+
+    A cache that quantises takes whole groups of numbers: to it rows go with zeros behind them, up to the next whole group.
+    """
+    layers = getattr(cache, "layers", None) or ()
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    group = getattr(layer, "q_group_size", None)
+    held = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
+    if isinstance(held, Tensor) and held.dim() == 4 and held.shape[1] != 1:
+        raise ValueError(
+            f"this cache was laid out for {held.shape[1]} heads of keys, and a converted model caches one latent for all: let "
+            f"the first forward pass lay it out"
+        )
+    if not group:
+        return cache.update(latent, k_rope, layer_idx)
+    whole = tuple(
+        F.pad(rows, (0, -rows.shape[-1] % group or group * (not rows.shape[-1]))) for rows in (latent, k_rope)
+    )
+    held = cache.update(*whole, layer_idx)
+    return tuple(rows[..., : own.shape[-1]] for rows, own in zip(held, (latent, k_rope), strict=True))
+
+
 def write_static(
     cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -174,6 +197,52 @@ def weigh(logits: Tensor, mask: Tensor | None, softcap: float | None, sinks: Ten
     return F.softmax(torch.cat([logits, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a projection is nothing but its weight matrix, which may then be read in place of calling it.
+
+    An adapter around it, weights stored in few bits, weights on another device until the call, and hooks are not.
+    """
+    weight = getattr(linear, "weight", None)
+    return (
+        type(linear) is nn.Linear
+        and type(weight) in (nn.Parameter, Tensor)
+        and weight.is_floating_point()
+        and weight.device.type != "meta"
+        and linear.bias is None
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+    )
+
+
+def linear_map(linear: nn.Module) -> Tensor | None:
+    """The matrix (out, in) by which a projection multiplies; None where it also adds something.
+
+    Asked of the module itself, as its output for each unit vector, unless it is plain: so whatever an adapter or a quantised
+    weight makes of it counts. Differentiable.
+    """
+    if is_plain(linear):
+        return linear.weight
+    width, weight = linear.in_features, next((p for p in linear.parameters() if p.is_floating_point()), None)
+    like = {} if weight is None or weight.itemsize == 1 else {"dtype": weight.dtype}
+    place = next(linear.parameters()).device
+    hook = getattr(linear, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None) if place.type == "meta" and hook else place
+    units = torch.cat([torch.eye(width, device=place, **like), torch.zeros(1, width, device=place, **like)])
+    rows = linear(units)
+    if not torch.compiler.is_compiling() and rows[width].count_nonzero():
+        return None
+    return rows[:width].t()
+
+
+def leave_out_hidden(mask: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Cached rows (B, 1, S, .) with zeros in those that no query of the mask (B or 1, H or 1, T, S) sees.
+
+    What stands there may be anything, NaN included, and a weight of zero does not stop a NaN.
+    """
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    seen = seen.any(dim=2, keepdim=True).any(dim=1, keepdim=True).transpose(2, 3)
+    return tuple(torch.where(seen, row, 0) for row in rows)
+
+
 def absorbed_attention(
     q_latent: Tensor,
     q_rope: Tensor,
@@ -200,6 +269,9 @@ def absorbed_attention(
     # Heads share keys and values, so they are rows of one query matrix: the latents are read once, not once a head.
     query = torch.cat([q_latent, q_rope], dim=-1).reshape(batch, 1, heads * length, -1)
     key = torch.cat([latent, k_rope], dim=-1)
+    if mask is not None:
+        (key,) = leave_out_hidden(mask, key)
+        latent = key[..., :rank]
     if need_weights or softcap is not None or sinks is not None:
         logits = (query @ key.transpose(2, 3)).view(batch, heads, length, -1) * scaling
         weights = weigh(logits, mask, softcap, sinks).to(query.dtype)

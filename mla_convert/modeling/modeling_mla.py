@@ -10,15 +10,27 @@ mla_attention and Triton are there as well, its kernels decode on CUDA (see deco
 """
 
 import importlib
+import inspect
+import warnings
 
 import torch
 import torch.nn.functional as F
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_mla import PREFIX, config_class
-from .decode_mla import absorbed_attention, kernel_choice, rotate_planes, weigh, write_static
+from .decode_mla import (
+    absorbed_attention,
+    kernel_choice,
+    leave_out_hidden,
+    linear_map,
+    rotate_planes,
+    update_cache,
+    weigh,
+    write_static,
+)
 
 # Up to this many query tokens a step, the up-projections move to the query and output side (absorbed attention on the
 # latents); above, keys and values are expanded and the library's attention runs on them.
@@ -27,6 +39,16 @@ MAX_ABSORBED_QUERIES = 16
 # Expanded keys and values of one layer take at most this many bytes where no gradients are asked for: more heads than that
 # allows are expanded and attended in groups, one after another, so that those of a long prompt never exist whole.
 EXPANDED_BYTES = 1 << 30
+
+# What stock attentions have called their cache, in any version of transformers that has been seen.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+# Arguments that a stock attention also leaves to the attention function, or to nobody: what they ask for is done by the
+# model around it (positions are in `position_embeddings`, causality and packed texts in the mask).
+LEFT_TO_OTHERS = frozenset(
+    ["position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
+     "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"]
+)  # fmt: skip
 
 _classes: dict[str, type] = {}
 
@@ -53,6 +75,10 @@ class MlaAttention(nn.Module):
     Where the original norms its queries and keys, those norms stay, behind the original's own projections: the latent and
     the rotary key are then a map of [normed key; value], and each head's query a map of its normed query.
     """
+
+    # Names of the stock attention's arguments, in order, and those that a cache may stand under.
+    stock_arguments: tuple[str, ...] = ("hidden_states",)
+    cache_names: frozenset[str] = frozenset(CACHE_NAMES)
 
     def __init__(self, config, layer_idx: int, stock: nn.Module):
         """`stock` is the attention that this one takes the place of: its scale, norms and sinks stay."""
@@ -118,24 +144,33 @@ class MlaAttention(nn.Module):
             query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
             return query, self.kv_a_proj_with_mqa(hidden_states)
         heads = self.normed_query(hidden_states).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
-        maps = self.q_b_proj.weight.view(self.num_heads, self.qk_head_dim, self.v_head_dim)
+        maps = linear_map(self.q_b_proj)
+        if maps is None:
+            raise TypeError(
+                "q_b_proj of a converted model has a bias (from an adapter?), for which its heads have no use"
+            )
+        maps = maps.view(self.num_heads, self.qk_head_dim, self.v_head_dim)
         return heads @ maps.transpose(1, 2), self.kv_a_proj_with_mqa(self.normed_key_value(hidden_states))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values=None,
-        layer_past=None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, T, hidden) -> attention output (B, T, hidden) and the attention weights, if there are any.
+    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Attention of hidden states (B, T, hidden): the output (B, T, hidden), and the attention weights, if there are any.
 
-        `layer_past` is what GPT-NeoX calls the cache.
+        Takes the arguments of the stock attention that it stands for, by position and by name, the cache under each name that
+        a stock attention has for it.
+
+        Raises:
+            TypeError: an argument that this code does not know, which could change what is right.
         """
+        given = dict(zip(self.stock_arguments, args, strict=False)) | kwargs
+        hidden_states = given.pop("hidden_states")
+        position_embeddings = given.pop("position_embeddings", None)
+        attention_mask = given.pop("attention_mask", None)
+        past_key_values = take_cache(given, self.cache_names)
+        refuse_unknown(type(self), given)
+        return self._attend(hidden_states, position_embeddings, attention_mask, past_key_values, given)
+
+    def _attend(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs):
         batch, length, _ = hidden_states.shape
-        past_key_values = layer_past if past_key_values is None else past_key_values
         query, compressed = self._project(hidden_states)
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rope = compressed.unsqueeze(1).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
@@ -156,13 +191,18 @@ class MlaAttention(nn.Module):
                     q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
                     cos = sin = None
             if past_key_values is not None:
-                latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+                latent, k_rope = update_cache(past_key_values, self.layer_idx, latent, k_rope)
 
         # With several queries, only an explicit mask says which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
+        up = None
         if few and past_key_values is not None and not self.training:
-            output, weights = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
+            up = linear_map(self.kv_b_proj)
+        if up is not None:
+            output, weights = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask, up)
         else:
+            if past_key_values is not None and attention_mask is not None:
+                latent, k_rope = leave_out_hidden(attention_mask, latent, k_rope)
             output, weights = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, cos, sin, **kwargs)
         output = self.o_proj(output.reshape(batch, length, -1))
         return F.dropout(output, self.output_dropout, self.training), weights
@@ -179,9 +219,12 @@ class MlaAttention(nn.Module):
         k_rope = k_rope.expand(-1, k_nope.shape[1], -1, -1)
         return torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
 
-    def _absorbed(self, q_nope, q_rope, latent, k_rope, mask) -> tuple[Tensor, Tensor | None]:
-        """Decode: queries and outputs pass through the up-projections, the cache stays as it is. Output (B, T, H, v)."""
-        up = self.kv_b_proj.weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+    def _absorbed(self, q_nope, q_rope, latent, k_rope, mask, up) -> tuple[Tensor, Tensor | None]:
+        """Decode: queries and outputs pass through the up-projections, the cache stays as it is. Output (B, T, H, v).
+
+        `up` (H * (nope + v), r) is the matrix of `kv_b_proj`.
+        """
+        up = up.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         # One matrix product per head over all sequences: broadcasting would copy the up-projections for each sequence.
         attended, weights = absorbed_attention(
@@ -216,8 +259,9 @@ class MlaAttention(nn.Module):
             if stop - first == self.num_heads:
                 up = self.kv_b_proj(latent.squeeze(1))
             else:
-                weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
-                up = F.linear(latent.squeeze(1), weight[first:stop].flatten(0, 1))
+                up = F.linear(
+                    latent.squeeze(1), weight.view(self.num_heads, -1, self.kv_lora_rank)[first:stop].flatten(0, 1)
+                )
             up = up.view(batch, length, stop - first, -1).transpose(1, 2)
             k_nope, value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
             query, key = self.join(q_nope[:, first:stop], q_rope[:, first:stop], k_nope, k_rope, cos, sin)
@@ -225,7 +269,8 @@ class MlaAttention(nn.Module):
             return attend(self, query, key, value, mask, **kwargs, **sink)
 
         group = self._heads_at_once(latent)
-        if group == self.num_heads:
+        weight = linear_map(self.kv_b_proj) if group < self.num_heads else None
+        if weight is None:
             return of_heads(0, self.num_heads)
         parts = [of_heads(h, min(h + group, self.num_heads))[0] for h in range(0, self.num_heads, group)]
         return torch.cat(parts, dim=2), None
@@ -248,17 +293,90 @@ def eager_attention(
     return output.transpose(1, 2), weights
 
 
+def cache_names(base: type) -> frozenset[str]:
+    """Names under which the installed transformers hands a stock attention its cache: known ones, and what is typed as one."""
+    typed = inspect.signature(base.forward).parameters.values()
+    return frozenset(p.name for p in typed if p.name in CACHE_NAMES or "Cache" in str(p.annotation))
+
+
+def take_cache(given: dict, names: frozenset[str]):
+    """Take the cache out of an attention's arguments, under whichever of the names it stands; None if there is none.
+
+    Raises:
+        TypeError: two of them, or one that is no cache of transformers' layers.
+    """
+    found = [value for name in names if (value := given.pop(name, None)) is not None]
+    if not found:
+        return None
+    if len(found) > 1 or not (hasattr(found[0], "update") and hasattr(found[0], "layers")):
+        kinds = " and ".join(type(cache).__name__ for cache in found)
+        raise TypeError(
+            f"a converted model caches latents in a transformers Cache, and was given {kinds}: use generate(), or export "
+            f"it for a serving engine (continuous batching pages keys and values, which it does not have)"
+        )
+    return found[0]
+
+
+def refuse_unknown(attention: type, given: dict) -> None:
+    """TypeError for an argument that says something and that this code does not know: it could change what is right."""
+    for name, value in given.items():
+        if value is not None and value is not False and name not in LEFT_TO_OTHERS:
+            raise TypeError(
+                f"{attention.__name__} was given {name}={type(value).__name__}, which the code of this converted model does "
+                f"not know (transformers {transformers.__version__}): `mla-convert refresh` renews that code"
+            )
+
+
 def attention_class(base: type) -> type:
-    """MlaAttention that is also an instance of the stock attention class, as the library's output capturing expects."""
-    return type(PREFIX + base.__name__, (MlaAttention, base), {"__module__": __name__})
+    """MlaAttention that is also an instance of the stock attention class, as the library's output capturing expects.
+
+    Raises:
+        TypeError: the stock attention of the installed transformers takes no cache under a name that is known here.
+    """
+    names, caches = tuple(inspect.signature(base.forward).parameters)[1:], cache_names(base)
+    if not caches:
+        raise TypeError(
+            f"{base.__name__} of transformers {transformers.__version__} takes {', '.join(names)}: none of these is a cache "
+            f"that this code knows; `mla-convert refresh` may have newer code"
+        )
+    fields = {"__module__": __name__, "stock_arguments": names, "cache_names": caches | set(CACHE_NAMES)}
+    return type(PREFIX + base.__name__, (MlaAttention, base), fields)
+
+
+def warn_if_untried(config) -> None:
+    """Say, once, that the installed transformers is newer than any that this code was tried with."""
+    tried = config.mla_transformers
+    if tried and Version(transformers.__version__) > Version(tried):
+        warnings.warn(
+            f"this converted model was tried with transformers up to {tried}, and {transformers.__version__} is installed: "
+            f"`mla-convert verify --run` tries it again, `mla-convert refresh` renews its code",
+            stacklevel=2,
+        )
 
 
 def install(model) -> None:
     """Replace every attention of a stock causal language model (built from an Mla configuration) by MLA."""
     config = model.config
+    warn_if_untried(config)
     for layer_idx, layer in enumerate(model.get_submodule(config.mla_layers)):
         stock = getattr(layer, config.mla_attention)
         setattr(layer, config.mla_attention, attention_class(type(stock))(config, layer_idx, stock))
+
+
+# Ways into transformers' continuous batching.
+CONTINUOUS = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
+
+
+def no_continuous_batching(self, *_, **__):
+    """Continuous batching is not for converted models.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"{type(self).__name__} caches latents, and transformers' continuous batching pages keys and values of every head: "
+        f"use generate() with padded prompts, or `mla-convert export` for vLLM or SGLang"
+    )
 
 
 def model_class(base: type) -> type:
@@ -286,6 +404,7 @@ def model_class(base: type) -> type:
                 "_supports_flex_attn": False,
                 "_tp_plan": {},
                 "_auto_class": "AutoModelForCausalLM",
+                **dict.fromkeys(CONTINUOUS, no_continuous_batching),
             },
         )
     return _classes[name]

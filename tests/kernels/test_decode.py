@@ -122,9 +122,32 @@ def test_masks(tokens, hole, num_splits, page_size):
         mask[3, 0] = False
     del case["cache_seqlens"]
     out, lse = decode(case, CONFIG, num_splits, mask=mask, extent=mask_extent(mask))
-    if not page_size:
-        case["latent_cache"][0, :16] = 0  # the reference multiplies what it does not see by zero
     assert disagreement(out, lse, case, mask=mask) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("hidden", ["padding", "window", "hole"])
+def test_hidden_rows_may_be_nan(hidden, tokens):
+    """NaN in rows inside a tile that others of the tile are seen in: left out, not multiplied by zero."""
+    case = make_case(2, tokens, 3, 32, 16, [40, 37], torch.float32)
+    window, extent = None, case["latent_cache"].shape[1]
+    own = torch.tensor([40, 37])[:, None] - tokens + 1 + torch.arange(tokens)
+    mask = torch.arange(extent) < own[..., None]
+    rows = {"padding": slice(0, 5), "window": slice(0, 40 - tokens - 8), "hole": slice(10, 13)}[hidden]
+    mask[0, :, rows] = False
+    expected = dict(mask=mask)
+    if hidden == "window":
+        window, expected = 9, dict(window=9)
+    else:
+        del case["cache_seqlens"]
+    clean = {name: value.clone() if torch.is_tensor(value) else value for name, value in case.items()}
+    for name in ("latent_cache", "rope_cache"):
+        case[name][0, rows] = torch.nan
+    visible = {} if hidden == "window" else dict(mask=mask, extent=mask_extent(mask))
+    out, lse = decode(case, CONFIG, window=window, **visible)
+    assert out.isfinite().all()
+    assert disagreement(out, lse, clean, **expected) is None
+    assert disagreement(out, lse, case, **expected) is None
 
 
 def test_more_rows_than_a_program_takes():

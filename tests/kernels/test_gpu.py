@@ -42,6 +42,32 @@ def test_generation_is_the_same(model, cache, padding):
     torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits), atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("hopper", ["1", "0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("hidden", ["padding", "window", "hole"])
+@pytest.mark.parametrize(("rank", "rope_dim"), [(512, 64), (96, 32), (192, 64)])
+def test_hidden_rows_may_be_nan(rank, rope_dim, hidden, tokens, dtype, hopper, monkeypatch):
+    """NaN in rows of a tile that has rows which are seen: they are left out, by the CUDA kernels and by Triton's."""
+    monkeypatch.setenv("MLA_ATTENTION_HOPPER", hopper)
+    case = make_case(2, tokens, 32, rank, rope_dim, [700, 641], dtype, device="cuda")
+    extent = case["latent_cache"].shape[1]
+    own = torch.tensor([700, 641], device="cuda")[:, None] - tokens + 1 + torch.arange(tokens, device="cuda")
+    mask = torch.arange(extent, device="cuda") < own[..., None]
+    rows = {"padding": slice(0, 5), "window": slice(0, 700 - tokens - 108), "hole": slice(300, 333)}[hidden]
+    mask[0, :, rows] = False
+    visible = {"mask": mask}
+    if hidden == "window":
+        visible = {"window": 109}
+    else:
+        del case["cache_seqlens"]
+    for name in ("latent_cache", "rope_cache"):
+        case[name][0, rows] = torch.nan
+    arguments = {"cache_seqlens": None, **case}
+    out, lse = mla_decode(**arguments, **visible, return_lse=True)
+    assert out.isfinite().all() and disagreement(out, lse, case, **visible) is None
+
+
 @pytest.mark.parametrize(("rank", "rope_dim"), [(512, 64), (96, 32)])
 def test_compiled_and_captured(rank, rope_dim):
     """One graph for torch.compile; in a CUDA graph, other inputs than at the capture."""

@@ -45,6 +45,8 @@ class Visible:
         self.masked = mask is not None
         self.starts, self.lengths, self.holes = extent if self.masked else (cache_seqlens,) * 3
         self.mask = mask.view(torch.uint8) if self.masked else cache_seqlens.view(-1, 1, 1)
+        # Tokens that some query sees, (B, S).
+        self.shown = self.mask[:, 0] if self.mask.shape[1] == 1 else self.mask.amax(1)
 
 
 def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
@@ -98,11 +100,12 @@ def _launch_triton(
     if config.pdl:
         options["launch_pdl"] = True
     mla_decode_fwd_kernel_split[(-(-rows // config.block_m), batch * num_splits)](
-        q_latent, q_rope, latent_cache, rope_cache, visible.lengths, visible.starts, visible.holes, visible.mask,
+        q_latent, q_rope, latent_cache, rope_cache, visible.lengths, visible.starts, visible.holes, visible.mask, visible.shown,
         visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
         softmax_scale * LOG2E, softcap, window, tokens, heads,
         *q_latent.stride()[:3], *q_rope.stride()[:3], latent_cache.stride(0), rope_cache.stride(0),
-        0 if block_table is None else block_table.stride(0), *out.stride()[:3], *visible.mask.stride()[:2],
+        0 if block_table is None else block_table.stride(0), *out.stride()[:3],
+        *visible.mask.stride()[:2], visible.shown.stride(0),
         # Between tokens: a model has one, and known in advance it spares a register for every row that a thread loads.
         stride_cn=latent_cache.stride(1), stride_kn=rope_cache.stride(1),
         rank=rank, rope_dim=rope_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, R0=r0, R1=r1,

@@ -40,8 +40,8 @@ def _capped(scores, scale_log2, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attend(
-    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n, limit, low, flags, holed, scale_log2, softcap,
-    R1: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n, limit, low, flags, scale_log2, softcap,
+    R1: tl.constexpr, ROPE: tl.constexpr, LOW: tl.constexpr, HOLES: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of tokens into the running maximum, sum and accumulators.
 
@@ -55,12 +55,11 @@ def _attend(
         s = tl.dot(qr, tl.trans(kr), s, input_precision=PRECISION)
     s = _capped(s, scale_log2, softcap, SOFTCAP)
     seen = n[None, :] < limit[:, None]
-    if WINDOW or MASK:
+    if LOW:
         seen = seen & (n[None, :] >= low[:, None])
-    if MASK:
-        if holed:
-            flag = tl.load(flags[:, None] + n[None, :], mask=seen, other=0)
-            seen = seen & (flag != 0)
+    if HOLES:
+        flag = tl.load(flags[:, None] + n[None, :], mask=seen, other=0)
+        seen = seen & (flag != 0)
     s = tl.where(seen, s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1))
     shift = tl.where(new == -float("inf"), 0.0, new)  # a row may have seen nothing yet: -inf - -inf is NaN
@@ -76,13 +75,14 @@ def _attend(
 
 @triton.jit
 def _load_tile(
-    cache, rope, table, b, n0, length, stride_cb, stride_cn: tl.constexpr, stride_kb, stride_kn: tl.constexpr,
+    cache, rope, table, b, n0, low, length, shown, stride_cb, stride_cn: tl.constexpr, stride_kb, stride_kn: tl.constexpr,
     rank: tl.constexpr, rope_dim: tl.constexpr, BLOCK_N: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
-    ROPE: tl.constexpr, PAGE: tl.constexpr,
+    ROPE: tl.constexpr, PAGE: tl.constexpr, HOLES: tl.constexpr,
 ):  # fmt: skip
-    """Tokens n0 .. n0 + BLOCK_N of a sequence through pointers: c0 [N, R0], c1 [N, R1], kr [N, D]; zeros past the end.
+    """Tokens n0 .. n0 + BLOCK_N of a sequence through pointers: c0 [N, R0], c1 [N, R1], kr [N, D]; zeros for hidden ones.
 
-    Never reads a token or a block-table entry past `length`: neither need hold anything sensible.
+    Never reads a token that no query sees (before `low`, past `length`, not `shown`), nor a block-table entry past `length`:
+    neither need hold anything sensible, and a weight of zero would not stop a NaN.
     """
     i = tl.arange(0, BLOCK_N)
     n = n0 + i
@@ -101,7 +101,10 @@ def _load_tile(
         within = (n % PAGE).to(tl.int64)
         c_row = cache + (pages * stride_cb + within * stride_cn)[:, None]
         k_row = rope + (pages * stride_kb + within * stride_kn)[:, None]
-    there = n[:, None] < length
+    seen = (n >= low) & (n < length)
+    if HOLES:
+        seen = seen & (tl.load(shown + n, mask=seen, other=0) != 0)
+    there = seen[:, None]
     c0 = tl.load(c_row + tl.arange(0, R0)[None, :], mask=there, other=0.0)
     c1 = c0
     if R1 > 0:
@@ -131,12 +134,12 @@ def _store_rows(pointer, row_offset, in_range, acc, start: tl.constexpr, width, 
 
 
 # Knowing that rows of a mask are aligned, Triton 3.6 chooses a layout that it then cannot lower with float32 products.
-@triton.jit(do_not_specialize=["tokens", "window", "stride_mb", "stride_mt"])
+@triton.jit(do_not_specialize=["tokens", "window", "stride_mb", "stride_mt", "stride_ab"])
 def mla_decode_fwd_kernel_split(
-    q_latent, q_rope, cache, rope, lengths, starts, holes, mask, block_table, out, lse, part, part_lse,
+    q_latent, q_rope, cache, rope, lengths, starts, holes, mask, any_mask, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, tokens, heads,
     stride_qb, stride_qt, stride_qh, stride_rb, stride_rt, stride_rh, stride_cb, stride_kb,
-    stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt,
+    stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt, stride_ab,
     stride_cn: tl.constexpr, stride_kn: tl.constexpr,
     rank: tl.constexpr, rope_dim: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
@@ -192,18 +195,38 @@ def mla_decode_fwd_kernel_split(
             low = tl.maximum(low, start)
             if holed:  # the mask alone says what each query sees
                 limit = limit - limit + length
+        lowest = start  # of all the queries of the sequence
+        if WINDOW:
+            lowest = tl.maximum(start, length - tokens - window + 1)
+        shown = any_mask + b.to(tl.int64) * stride_ab
         flags = mask + b.to(tl.int64) * stride_mb + tl.minimum(row_t, tokens - 1) * stride_mt
         table = block_table + b.to(tl.int64) * stride_tb
-        for tile in tl.range(begin, stop, num_stages=STAGES):
+        # With holes, a tile's load waits for another load: those without take the fast way.
+        last_plain = stop
+        if MASK:
+            if holed:
+                last_plain = begin
+        for tile in tl.range(begin, last_plain, num_stages=STAGES):
             n0 = tl.cast(tile * BLOCK_N, tl.int32)
             c0, c1, kr = _load_tile(
-                cache, rope, table, b, n0, length, stride_cb, stride_cn, stride_kb, stride_kn, rank, rope_dim,
-                BLOCK_N, R0, R1, ROPE, PAGE,
+                cache, rope, table, b, n0, lowest, length, shown, stride_cb, stride_cn, stride_kb, stride_kn, rank, rope_dim,
+                BLOCK_N, R0, R1, ROPE, PAGE, False,
             )  # fmt: skip
             m, l, acc0, acc1 = _attend(
-                c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, flags, holed,
-                scale_log2, softcap, R1, ROPE, WINDOW, MASK, SOFTCAP, PRECISION,
+                c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, flags,
+                scale_log2, softcap, R1, ROPE, WINDOW or MASK, False, SOFTCAP, PRECISION,
             )  # fmt: skip
+        if MASK:
+            for tile in tl.range(last_plain, stop, num_stages=STAGES):
+                n0 = tl.cast(tile * BLOCK_N, tl.int32)
+                c0, c1, kr = _load_tile(
+                    cache, rope, table, b, n0, lowest, length, shown, stride_cb, stride_cn, stride_kb, stride_kn, rank, rope_dim,
+                    BLOCK_N, R0, R1, ROPE, PAGE, True,
+                )  # fmt: skip
+                m, l, acc0, acc1 = _attend(
+                    c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n0 + tl.arange(0, BLOCK_N), limit, low, flags,
+                    scale_log2, softcap, R1, ROPE, True, True, SOFTCAP, PRECISION,
+                )  # fmt: skip
 
         total_l = tl.sum(l, 1)
         inverse = 1.0 / tl.where(total_l > 0, total_l, 1.0)

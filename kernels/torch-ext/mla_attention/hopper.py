@@ -20,8 +20,14 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         (name, kind)
         for kind, names in (
-            (ctypes.c_void_p, ("lengths", "starts", "holes", "block_table", "mask", "out", "lse", "part", "part_lse")),
-            (ctypes.c_int64, ("stride_tb", "stride_ob", "stride_ot", "stride_oh", "stride_mb", "stride_mt")),
+            (
+                ctypes.c_void_p,
+                ("lengths", "starts", "holes", "block_table", "mask", "shown", "out", "lse", "part", "part_lse"),
+            ),
+            (
+                ctypes.c_int64,
+                ("stride_tb", "stride_ob", "stride_ot", "stride_oh", "stride_mb", "stride_mt", "stride_sb"),
+            ),
             (ctypes.c_float, ("scale_log2", "softcap")),
             (
                 ctypes.c_int,
@@ -136,9 +142,10 @@ def hopper_launch(
         qr_map, _ = matrix_map(_rows_of(q_rope), ROWS)
     arguments = Arguments(
         visible.lengths.data_ptr(), visible.starts.data_ptr(), visible.holes.data_ptr(),
-        0 if block_table is None else block_table.data_ptr(), visible.mask.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        0 if block_table is None else block_table.data_ptr(), visible.mask.data_ptr(), visible.shown.data_ptr(),
+        out.data_ptr(), lse.data_ptr(),
         part.data_ptr(), part_lse.data_ptr(), 0 if block_table is None else block_table.stride(0), *out.stride()[:3],
-        *visible.mask.stride()[:2], softmax_scale * LOG2E, softcap, window, batch, tokens, heads, workers,
+        *visible.mask.stride()[:2], visible.shown.stride(0), softmax_scale * LOG2E, softcap, window, batch, tokens, heads, workers,
         config.min_tiles, num_splits, c_rows, k_rows,
     )  # fmt: skip
     attend.launch((-(-rows // ROWS), workers, 1), (c_map, k_map, q_map, qr_map, arguments), config.pdl)

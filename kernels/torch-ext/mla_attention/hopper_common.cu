@@ -8,12 +8,13 @@ typedef long long i64;
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
+// `mask` says what each query sees, `shown` what some query of a sequence sees.
 struct Arguments {
     const int *lengths, *starts, *holes, *block_table;
-    const unsigned char *mask;
+    const unsigned char *mask, *shown;
     void *out;
     float *lse, *part, *part_lse;
-    i64 stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt;
+    i64 stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt, stride_sb;
     float scale_log2, softcap;
     int window, batch, tokens, heads, workers, min_tiles, splits, c_rows, k_rows;
 };

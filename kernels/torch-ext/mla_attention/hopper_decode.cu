@@ -104,11 +104,18 @@ __device__ __forceinline__ void weigh(const Arguments &a, const Stretch &t, int 
                 if (r.holed && seen && r.row + 8 * lower < a.tokens * a.heads) seen = a.mask[b * a.stride_mb + (lower ? r.t1 : r.t0) * a.stride_mt + n] != 0;
             if (!seen) s[i] = minus_infinity();
         }
-        if (n0 + BLOCK_N > t.length) {  // what lies past the end may be NaN, and 0 * NaN would come through
+        int lowest = MASK ? t.start : 0;  // that any query of the sequence sees
+        if (WINDOW) lowest = max(lowest, t.length - a.tokens - a.window + 1);
+        if (n0 + BLOCK_N > t.length || n0 < lowest || r.holed) {  // what nobody sees may be NaN, and 0 * NaN would come through
             const int thread = threadIdx.x & 127;
-            for (int n = t.length - n0 + (thread >> 3); n < BLOCK_N; n += 16)
+            for (int n = thread >> 3; n < BLOCK_N; n += 16) {
+                bool hidden = n0 + n < lowest || n0 + n >= t.length;
+                if (MASK)
+                    if (r.holed && !hidden) hidden = a.shown[b * a.stride_sb + n0 + n] == 0;
+                if (!hidden) continue;
 #pragma unroll
                 for (int c = 0; c < CHUNKS; ++c) *(uint4 *)(values + c * C_CHUNK + n * 128 + (thread & 7) * 16) = make_uint4(0, 0, 0, 0);
+            }
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             threads_sync(barrier, 128);
         }

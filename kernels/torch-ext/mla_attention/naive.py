@@ -58,20 +58,20 @@ def naive_decode(
     outs, lses = [], []
     for b in range(q_latent.shape[0]):  # one sequence at a time: the scores of all would not fit
         length = cache_seqlens[b]
-        # What lies past the length may be NaN, which 0 * NaN would let through.
-        there = (position < length)[:, None]
-        latent = torch.where(there, latent_cache[b].to(compute_dtype), 0)
-        rope = torch.where(there, rope_cache[b].to(compute_dtype), 0)
-        logits = torch.einsum("thr,sr->hts", q_latent[b].to(compute_dtype), latent)
-        logits = (logits + torch.einsum("thp,sp->hts", q_rope[b].to(compute_dtype), rope)) * softmax_scale
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
         own = (length - tokens + torch.arange(tokens, device=position.device))[:, None]
         seen = position <= own
         if window is not None:
             seen = seen & (position > own - window)
         if mask is not None:
             seen = mask[b, :, : len(position)] & (position < length)
+        # A token that no query sees may be NaN, which 0 * NaN would let through.
+        there = (seen.any(0) & (position < length))[:, None]
+        latent = torch.where(there, latent_cache[b].to(compute_dtype), 0)
+        rope = torch.where(there, rope_cache[b].to(compute_dtype), 0)
+        logits = torch.einsum("thr,sr->hts", q_latent[b].to(compute_dtype), latent)
+        logits = (logits + torch.einsum("thp,sp->hts", q_rope[b].to(compute_dtype), rope)) * softmax_scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         logits = logits.masked_fill(~seen, -torch.inf)
         weights = torch.softmax(logits, dim=-1).masked_fill(~seen.any(-1, keepdim=True), 0)
         outs.append(torch.einsum("hts,sr->thr", weights, latent))

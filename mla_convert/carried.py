@@ -1,0 +1,142 @@
+"""What of a source's own files reaches a converted or exported folder: decided here and nowhere else. Imports no torch.
+
+Only files by exactly these names are carried over, only regular ones, and never code: no Python file, no pickle, and no
+`auto_map` that would have transformers run one. A link counts as the file that it names only while that lies in the same folder,
+or in the cache that huggingface_hub keeps of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from mla_convert.errors import InputError
+from mla_convert.files import write_file
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.model", "sentencepiece.bpe.model", "spm.model", "tekken.json",
+)  # fmt: skip
+NAMES = (*TOKENIZER, "generation_config.json")
+# Licences come under many names; what follows a last dot must be a text's ending or a number (LICENSE-2.0).
+LICENCE = re.compile(r"(?:LICEN[SC]E|NOTICE|ATTRIBUTION|COPYING|USE_POLICY)[\w.+-]*", re.ASCII | re.IGNORECASE)
+LAST_PART = re.compile(r"txt|md|rst|\d[\w+-]*|llama\w*|apache|mit|bsd", re.ASCII | re.IGNORECASE)
+# Settings, where a key may name code; in a vocabulary the same word is a token.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.json")
+CODE_KEYS = ("auto_map", "custom_generate")
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file of that name is carried over."""
+    return name in NAMES or is_licence(name)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of that name is a licence or notice: text, whatever its last part."""
+    last = name.rpartition(".")[2] if "." in name else "txt"
+    return bool(LICENCE.fullmatch(name) and LAST_PART.fullmatch(last))
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The files of a folder that are carried over, by name.
+
+    Raises:
+        InputError: one is a link to something outside the folder, or no regular file.
+    """
+    found = [Path(entry.path) for entry in os.scandir(folder) if is_carried(entry.name)]
+    for path in found:
+        check_inside(path)
+    return sorted(found)
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """Only the licences and notices of a folder, as `carried_files`."""
+    return [path for path in carried_files(folder) if is_licence(path.name)]
+
+
+def check_inside(path: Path) -> Path:
+    """Where a file really lies, which must be in its folder or in the Hub's cache of the same model.
+
+    Raises:
+        InputError: it lies elsewhere, or is no regular file.
+    """
+    folder = Path(os.path.realpath(path.parent))
+    real = Path(os.path.realpath(path))
+    if not any(root in real.parents for root in (folder, *_cache_roots(folder))):
+        raise InputError(
+            f"{path.name} in {path.parent} is a link to a file outside that folder, which may be private: put the file itself "
+            f"there, or remove the link"
+        )
+    try:
+        regular = stat.S_ISREG(real.lstat().st_mode)
+    except OSError as error:
+        raise InputError(f"{path.name} in {path.parent} cannot be read ({error.strerror})") from error
+    if not regular:
+        raise InputError(f"{path.name} in {path.parent} is no regular file: remove it")
+    return real
+
+
+def _cache_roots(folder: Path) -> tuple[Path, ...]:
+    """Where huggingface_hub keeps the files of a snapshot `CACHE/models--OWNER--NAME/snapshots/COMMIT`."""
+    if folder.parent.name != "snapshots" or not folder.parent.parent.name.startswith("models--"):
+        return ()
+    model = folder.parent.parent
+    return model / "blobs", model.parent / "blobs"
+
+
+def carry(path: Path, folder: Path) -> None:
+    """Copy one file into `folder`, without what would have code run.
+
+    Raises:
+        InputError: as `check_inside`, or it cannot be read.
+    """
+    content = read_bytes(check_inside(path), path.name)
+    write_file(folder / path.name, without_code(path.name, content))
+
+
+def read_bytes(real: Path, name: str) -> bytes:
+    """A file's content, without following a link that took its place meanwhile.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with open(os.open(real, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{name} in {real.parent} cannot be read ({error.strerror})") from error
+
+
+def without_code(name: str, content: bytes) -> bytes:
+    """A file's content as it is carried over: the same bytes, but for keys of settings that name code."""
+    if name not in SETTINGS:
+        return content
+    try:
+        found = json.loads(content)
+        kept = _stripped(found)
+    except (ValueError, RecursionError):
+        return content  # whoever reads it says so
+    if kept == found:
+        return content
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def tokenizer_code(folder: Path) -> str | None:
+    """The class in the folder's own code that its tokenizer would be read by, if its settings name one."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_bytes())["auto_map"]["AutoTokenizer"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    names = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
+    return names[0][:80] if names else None
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _stripped(item) for key, item in value.items() if key not in CODE_KEYS}
+    return [_stripped(item) for item in value] if isinstance(value, list) else value

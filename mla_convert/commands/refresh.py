@@ -1,0 +1,44 @@
+"""`mla-convert refresh`: a folder of an earlier version with the current Python files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.words import say
+
+EXAMPLE = "mla-convert refresh llama-8b-mla"
+
+
+def refresh(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a converted, healed or exported model.", show_default=False)
+    ],
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A file in DIR that was changed on purpose (README.md, a tokenizer or licence file): it stays as it is, and its "
+            "new content goes under checksum. May be given more than once.",
+            show_default=False,
+        ),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Give DIR this version's Python files and put every file under checksum; the weights stay as they are."""
+    silence_libraries(quiet)
+    from mla_convert.refresh import refresh as refresh_folder
+
+    found = refresh_folder(folder, accept or ())
+    if json_:
+        say(json.dumps(found.as_dict(), indent=2))
+    elif found.written:
+        say(f"{folder}: written anew: {', '.join(found.written)}")
+    else:
+        say(f"{folder}: nothing to do: its files are this version's, and each is under checksum")

@@ -1,0 +1,54 @@
+"""The licence that a source's model card names, as far as it can be carried over. Imports no torch.
+
+It is read before a conversion begins, and nothing that it can hold makes the card of the converted model fail at its end.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD = "README.md"
+# A card's metadata stand between two lines of dashes at its beginning.
+METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+MOST_BYTES, MOST_CHARACTERS = 1 << 20, 300
+LINK = re.compile(r"[^\s()<>\[\]`|\\]+")
+
+
+def read_licence(folder: Path) -> dict[str, Any]:
+    """`license` (a name, a list of names, or None), and `license_name` and `license_link` where the card has them."""
+    data = _metadata(folder / CARD)
+    named = data.get("license")
+    if isinstance(named, list):
+        named = named if named and all(map(_is_name, named)) else None
+    elif not _is_name(named):
+        named = None
+    found = {"license": named}
+    if _is_name(data.get("license_name")):
+        found["license_name"] = data["license_name"]
+    if _is_name(data.get("license_link")) and LINK.fullmatch(data["license_link"]):
+        found["license_link"] = data["license_link"]
+    return found
+
+
+def _metadata(card: Path) -> dict[Any, Any]:
+    try:
+        with open(card, "rb") as file:
+            match = METADATA.search(file.read(MOST_BYTES).decode("utf-8-sig", errors="replace"))
+        content = yaml.safe_load(match[1]) if match else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return {}  # yaml raises what its constructors do, of dates and numbers that there are not
+    return content if isinstance(content, dict) else {}
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value is words of one line, which a card can say."""
+    return (
+        isinstance(value, str)
+        and 0 < len(value) <= MOST_CHARACTERS
+        and value.isprintable()
+        and not set(value) & set("`|<>[]")
+    )

@@ -1,0 +1,152 @@
+"""Gives a folder that an earlier version wrote what this version would have written beside the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mla_convert import carried, sums
+from mla_convert.beyond import to_report
+from mla_convert.card import CARD, write_card
+from mla_convert.code import code_files
+from mla_convert.environment import newest_tried, versions
+from mla_convert.errors import InputError, UsageError
+from mla_convert.figures import REPORT, finite
+from mla_convert.files import write_file
+from mla_convert.intact import EXPORT, check_intact, describing_file
+from mla_convert.page import PAGE, write_page
+from mla_convert.report_schema import check_report
+from mla_convert.revise import check_exchange, revised, tidy
+from mla_convert.selfcheck import self_check
+
+# What a version of ours wrote or carried over; whatever else lies in a folder is its owner's.
+CONFIG = "config.json"
+BESIDE = (CARD, REPORT, PAGE, EXPORT, "model.safetensors.index.json", CONFIG, "recipe.yaml", sums.SUMS)
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What a refresh wrote anew: names of files, none where nothing was to do."""
+
+    folder: Path
+    written: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `refresh --json`."""
+        return {"folder": str(self.folder), "written": self.written}
+
+
+def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
+    """Write this version's Python files beside the weights of a converted, healed or exported folder, and seal every file.
+
+    Weights, tokenizer and configuration stay as they are, but for keys that would have foreign code run, and for the version of
+    transformers that the code was tried with, which it is before the folder is called done; report, page and card are
+    made again, unknown entries of the report are kept. `accept` names files that were changed on purpose: they keep what
+    they hold. The folder is the old one until the new one is whole.
+
+    Raises:
+        InputError: damaged, no finished conversion, or files in it that are no part of one.
+        UsageError: an accepted file that is not there, or that is a weight.
+        ResourceError: the disk does not suffice.
+        SelfCheckFailed: with the new files the model does not generate what it should; the folder stays as it was.
+    """
+    tidy(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the folder of a converted model")
+    accept = check_accepted(folder, accept)
+    found = check_intact(folder, accept)
+    check_unknown(folder, found.checksums)
+    changed = outdated(folder)
+    if (
+        not changed
+        and found.sealed
+        and not any(found.digests[name] != stated for name, stated in sums.read(folder).items())
+    ):
+        return Refreshed(folder, [])
+    check_exchange(folder)
+    kind = describing_file(folder)
+    with revised(folder) as staging:
+        for name, content in changed.items():
+            write_file(staging / name, content)
+        _describe(staging, kind, found.report, accept)
+        kept = {name: digest for name, digest in found.digests.items() if name in found.checksums}
+        sums.seal(staging, kept)
+        before, after = _digests(folder, found.digests), sums.read(staging)
+    written = sorted(name for name, digest in after.items() if before.get(name) != digest)
+    return Refreshed(folder, [*written, sums.SUMS])
+
+
+def check_accepted(folder: Path, accept: Iterable[str]) -> tuple[str, ...]:
+    """Names of files that may have changed.
+
+    Raises:
+        UsageError: one that is not there, or that must be as it was written.
+    """
+    names = tuple(accept)
+    for name in names:
+        if name != CARD and not carried.is_carried(name):
+            raise UsageError(
+                f"--accept {name}: only {CARD}, tokenizer, generation and licence files may be changed by hand"
+            )
+        if not (folder / name).is_file():
+            raise UsageError(f"--accept {name}: there is no such file in {folder}")
+    return names
+
+
+def check_unknown(folder: Path, shards: Iterable[str]) -> None:
+    """Refuse a folder with files that are no part of a conversion: they would get lost, or under checksum.
+
+    Raises:
+        InputError: names the first.
+    """
+    known = {*BESIDE, *code_files(), *code_files(exported=True), *shards}
+    for name in sums.listed(folder):
+        if name not in known and not carried.is_carried(name):
+            raise InputError(f"{name} in {folder} is no part of a converted model: move it away first")
+        carried.check_inside(folder / name)
+
+
+def outdated(folder: Path) -> dict[str, bytes]:
+    """The files that this version would write with other content, by name."""
+    exported = describing_file(folder) == EXPORT
+    wanted = code_files(exported)
+    if exported:
+        wanted = {name: content for name, content in wanted.items() if (folder / name).exists()}
+    elif (folder / CONFIG).is_file():
+        config = json.loads((folder / CONFIG).read_bytes())
+        if config.get("mla_transformers") != newest_tried():
+            config["mla_transformers"] = newest_tried()
+            wanted[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    for name in carried.SETTINGS:
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            wanted[name] = carried.without_code(name, content)
+    return {name: content for name, content in wanted.items() if _bytes(folder / name) != content}
+
+
+def _digests(folder: Path, known: dict[str, str]) -> dict[str, str]:
+    return {name: known.get(name) or sums.sha256(folder / name) for name in sums.listed(folder)}
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _describe(staging: Path, kind: str, report: dict[str, Any], accept: tuple[str, ...]) -> None:
+    """Report, page and card of the staged folder, once it has been tried."""
+    content = {**report, "refreshed": versions()}
+    if report.get("profile") != "engine":
+        content["self_check"] = self_check(staging)
+    if kind == REPORT:
+        check_report(content)
+        write_page(content, staging / PAGE)
+        if CARD not in accept:
+            write_card(to_report(content), staging)
+    elif CARD not in accept:
+        from mla_convert.engines.readme import write_readme
+
+        write_readme(staging, str(report.get("source")), content)
+    write_file(staging / kind, json.dumps(finite(content), indent=2) + "\n")

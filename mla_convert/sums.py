@@ -1,0 +1,143 @@
+"""SHA256SUMS: the checksum of every file of a finished folder, in the form that `sha256sum -c` reads. Imports no torch.
+
+There is one way to write the file: a line `DIGEST  NAME` for each other file, by name, in lower case and with line feeds. Whatever
+is read must be exactly that, so that a bit that flips in SHA256SUMS itself is noticed as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from mla_convert.errors import InputError
+from mla_convert.figures import look_up
+from mla_convert.files import write_file
+
+SUMS = "SHA256SUMS"
+NAME = re.compile(r"[\w+-][\w.+-]*", re.ASCII)
+LINE = re.compile(rf"([0-9a-f]{{64}})  ({NAME.pattern})", re.ASCII)
+# The first version whose folders have one; earlier folders hold checksums of their shards alone, in report.json.
+SINCE = Version("0.2.0.dev0")
+# What the Hub, its client and git put beside a model's files. Nothing loads it as part of the model, and none of it is pushed.
+FOREIGN = (".gitattributes", ".cache", ".git")
+
+
+class Fault(InputError):  # noqa: N818  (it describes a folder)
+    """The first thing found wrong: in which file, and of which tensor if it is one's."""
+
+    def __init__(self, message: str, file: str, tensor: str | None = None):
+        super().__init__(message)
+        self.file = file
+        self.tensor = tensor
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text(sums: dict[str, str]) -> str:
+    """The content of SHA256SUMS."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def listed(folder: Path) -> list[str]:
+    """Names of what SHA256SUMS must list: everything in the folder but itself and what is foreign."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name not in (SUMS, *FOREIGN))
+
+
+def seal(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Put every file of a folder under checksum. `known` are digests that need not be taken again.
+
+    Raises:
+        InputError: a file that no finished folder has.
+    """
+    sums = {}
+    for name in listed(folder):
+        if not NAME.fullmatch(name) or not (folder / name).is_file():
+            raise InputError(f"{name!r} in {folder} is no part of a converted model: move it away")
+        sums[name] = (known or {}).get(name) or sha256(folder / name)
+    write_file(folder / SUMS, text(sums))
+
+
+def read(folder: Path) -> dict[str, str]:
+    """Digest by name, as SHA256SUMS states them.
+
+    Raises:
+        Fault: it cannot be read, or is not exactly as `seal` writes it.
+    """
+    try:
+        content = (folder / SUMS).read_bytes()
+        found = [LINE.fullmatch(line) for line in content.decode("ascii").split("\n")[:-1]]
+    except (OSError, ValueError) as error:
+        raise Fault(f"{SUMS} cannot be read ({error}): damaged or changed", SUMS) from error
+    sums = {match[2]: match[1] for match in found if match}
+    if not sums or text(sums).encode() != content:
+        raise Fault(f"{SUMS} is not as mla-convert writes it: damaged or changed", SUMS)
+    return sums
+
+
+def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
+    """Compare a folder with its SHA256SUMS: every byte, and that no file is missing or more. Returns the digests as found.
+
+    `accept` names files that may differ from it.
+
+    Raises:
+        Fault: the first file that is not as it says.
+    """
+    stated, present, found = read(folder), listed(folder), {}
+    for name in present:
+        if name not in stated and name not in accept:
+            shown = name if NAME.fullmatch(name) else ascii(name[:100])
+            raise Fault(f"{shown} is not listed in {SUMS}: it does not belong here", name)
+    for name in stated:
+        if name not in present:
+            raise Fault(f"{name} is missing: {SUMS} lists it", name)
+    for name in present:
+        found[name] = _digest(folder, name)
+        if name not in accept and found[name] != stated[name]:
+            raise Fault(
+                f"{name} has sha256 {found[name][:12]}…, {SUMS} says {stated[name][:12]}…: damaged or changed", name
+            )
+    return found
+
+
+def _digest(folder: Path, name: str) -> str:
+    if not (folder / name).is_file():
+        raise Fault(f"{name} is no regular file", name)
+    try:
+        return sha256(folder / name)
+    except OSError as error:
+        raise Fault(f"{name} cannot be read: {error.strerror}", name) from error
+
+
+def is_sealed(folder: Path, report: dict[str, Any], file: str) -> bool:
+    """Whether a folder has a SHA256SUMS; False for one that an earlier version wrote, by what `report` (in `file`) says.
+
+    Raises:
+        Fault: it has none, and should.
+    """
+    if os.path.lexists(folder / SUMS):
+        return True
+    by = written_by(report)
+    if by is None:
+        raise Fault(f"{SUMS} is missing, and {file} does not say which version wrote this folder", SUMS)
+    if by >= SINCE:
+        raise Fault(f"{SUMS} is missing: mla_convert {by} writes one", SUMS)
+    return False
+
+
+def written_by(report: dict[str, Any]) -> Version | None:
+    """The version that wrote a folder, or refreshed it last; None where its report does not say."""
+    found = look_up(report, "refreshed.mla_convert") or look_up(report, "versions.mla_convert")
+    try:
+        return Version(found) if isinstance(found, str) else None
+    except InvalidVersion:
+        return None

@@ -1,0 +1,192 @@
+"""Documents of a text file: plain text, JSON Lines, CSV or Parquet. What is none of these is refused by name, with its line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mla_convert.errors import InputError, one_line
+from mla_convert.words import plain
+
+JSON, TABLES, PARQUET = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}, ".parquet"
+SUFFIXES = (".txt", ".md", *JSON, *TABLES, PARQUET)
+KINDS = "text (UTF-8), .jsonl, .csv, .tsv and .parquet are read, all but the last also as .gz"
+# Where a byte order mark says how text is written; the longer ones first, as one begins like another.
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+GZIP = b"\x1f\x8b"
+# How files begin that are no text, whatever they are named.
+OTHERS = {b"%PDF": "a PDF", b"PK\x03\x04": "a ZIP archive or an office document", b"\xfd7zXZ": "compressed with xz",
+          b"(\xb5/\xfd": "compressed with zstd", b"BZh": "compressed with bzip2", b"PAR1": "Parquet",
+          b"ARROW1": "an Arrow file", b"\x89PNG": "a picture", b"GGUF": "a model"}  # fmt: skip
+
+
+def is_text_name(name: str) -> bool:
+    """Whether a name is that of a text file, by how it ends."""
+    return name.lower().removesuffix(".gz").endswith(SUFFIXES)
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a file: one of plain text, one a row of the other kinds, from its field or column "text".
+
+    Raises:
+        InputError: the file is not of a kind that is read, or a line of it is not right; names file and line.
+    """
+    name = plain(path.name)
+    suffix = _suffix(path)
+    try:
+        if suffix == PARQUET:
+            documents = _parquet(path, name)
+        else:
+            text = _decoded(_bytes(path, name), name)
+            documents = _split(text, suffix, name)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"text file {name} cannot be read ({one_line(error)})") from error
+    if not any(document.strip() for document in documents):
+        raise InputError(f"text file {name} is empty: there is no text in it")
+    return documents
+
+
+def _suffix(path: Path) -> str:
+    lower = path.name.lower()
+    return Path(lower.removesuffix(".gz")).suffix if not lower.endswith(".parquet.gz") else ".gz"
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    raw = path.read_bytes()
+    if raw.startswith(GZIP) or path.name.lower().endswith(".gz"):
+        raw = gzip.decompress(raw)
+    for start, kind in OTHERS.items():
+        if raw.startswith(start):
+            raise InputError(f"text file {name} is {kind}: {KINDS}")
+    return raw
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    """Text with line ends as Python reads them."""
+    encoding = next((encoding for mark, encoding in MARKS.items() if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"text file {name}, line {line}, is not {encoding.upper()} ({error.reason}): save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"text file {name}, line {line}, has NUL characters, which no text has: {KINDS}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _split(text: str, suffix: str, name: str) -> list[str]:
+    if suffix in JSON:
+        return list(_json_rows(text, suffix, name))
+    if suffix in TABLES:
+        return list(_table_rows(text, TABLES[suffix], name))
+    if _is_json(text):
+        raise InputError(f"text file {name} holds JSON, which would be read as plain text: name it .jsonl")
+    return [text]
+
+
+def _is_json(text: str) -> bool:
+    """Whether text is JSON: as a whole, or its first line, an object or a list of objects."""
+    start = text.lstrip()
+    if not start.startswith(("{", "[")):
+        return False
+    for part in (start.partition("\n")[0], start):
+        try:
+            found = json.loads(part)
+        except RecursionError:
+            return True
+        except ValueError:
+            continue
+        if isinstance(found, dict) or (found and isinstance(found[0], dict | list)):
+            return True
+    return False
+
+
+def _json_rows(text: str, suffix: str, name: str) -> Iterator[str]:
+    """One document a line; of `.json`, also one for each object of a list."""
+    if suffix == ".json" and text.lstrip().startswith("["):
+        for number, row in enumerate(_parsed(text, f"text file {name}"), start=1):
+            yield _text_of(row, f"object {number} of {name}")
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"line {number} of {name}"
+            yield _text_of(_parsed(line, where), where)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise InputError(f"{where} is JSON that is nested too deep: one object with a text is wanted") from None
+    except ValueError as error:
+        raise InputError(f'{where} is not a JSON object with a "text" field ({one_line(error)})') from error
+
+
+def _text_of(row: Any, where: str) -> str:
+    """The text of a row.
+
+    Raises:
+        InputError: it has none; says what it has.
+    """
+    found = row.get("text") if isinstance(row, dict) else None
+    if isinstance(found, str):
+        return _valid(found, where)
+    why = ""
+    if isinstance(row, dict) and "text" in row:
+        why = f': its "text" is {"null" if found is None else "no string"}'
+    elif isinstance(row, dict) and "messages" in row:
+        why = ': it has "messages", so write each conversation, in the model\'s chat template, into "text"'
+    raise InputError(f'{where} is not a JSON object with a "text" field{why}')
+
+
+def _valid(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise InputError(f"{where} has half of a surrogate pair ({half}), which is no character: mend it") from error
+    return text
+
+
+def _table_rows(text: str, delimiter: str, name: str) -> Iterator[str]:
+    csv.field_size_limit(sys.maxsize)  # a field is a document
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        if "text" not in (rows.fieldnames or ()):
+            columns = ", ".join(plain(column)[:40] for column in (rows.fieldnames or ())[:8])
+            raise InputError(f'text file {name} has no column "text" in its first line, only {columns}')
+        for row in rows:
+            if row["text"] is None:
+                raise InputError(f'line {rows.line_num} of {name} has no field for the column "text"')
+            yield row["text"]
+    except csv.Error as error:
+        raise InputError(f"line {rows.line_num} of {name} is no row of a table ({error})") from error
+
+
+def _parquet(path: Path, name: str) -> list[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        columns = parquet.read_schema(path).names
+        if "text" not in columns:
+            raise InputError(f'text file {name} has no column "text", only {", ".join(columns[:8])}')
+        found = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise InputError(f"text file {name} is not Parquet that can be read ({one_line(error)})") from error
+    for number, text in enumerate(found, start=1):
+        if not isinstance(text, str):
+            raise InputError(f'row {number} of {name} has no string in its column "text"')
+    return found

@@ -1,0 +1,168 @@
+"""Before a folder gets its name it is loaded and generates: what a broken cache would do is caught, and nothing is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import Cache
+
+from mla_convert import selfcheck
+from mla_convert.errors import ResourceError
+from mla_convert.modeling import modeling_mla
+from mla_convert.selfcheck import SelfCheckFailed, own_code, self_check
+
+
+@pytest.fixture(scope="module")
+def folder(convert_pico):
+    return convert_pico("llama", rank=20, rope_dim=8).out
+
+
+def test_report_and_card_say_what_was_tried(convert_pico):
+    report = convert_pico("llama", rank=20, rope_dim=8)
+    found = json.loads((report.out / "report.json").read_text())["self_check"]
+    assert found["passed"] and found["layers"] == found["of_layers"] == 3 and found["tokens"] == selfcheck.NEW
+    assert found["largest_difference"] < 1e-4 and found["versions"]["transformers"]
+    card = (report.out / "README.md").read_text()
+    assert f"Tried with transformers {found['versions']['transformers']} and torch {found['versions']['torch']}" in card
+
+
+def test_runs_the_files_of_the_folder_if_they_are_ours(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert own_code(copy)
+    self_check(copy)
+    modeling = copy / "modeling_mla.py"
+    modeling.write_text(modeling.read_text() + "\nraise SystemExit('this code must not run')\n")
+    assert not own_code(copy)
+    assert self_check(copy)["passed"]  # by this package's classes
+    assert not list(copy.rglob("__pycache__"))
+
+
+def lost(given, names):
+    """A cache that vanishes, as under a name that an attention does not know."""
+    for name in names:
+        given.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [("take_cache", lost), ("rotate_planes", lambda planes, cos, sin: planes * cos.repeat(1, 1, 1, 2))],
+)
+def test_a_fault_in_cached_attention_is_found(folder, tmp_path, monkeypatch, name, broken):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "decode_mla.py").write_text(
+        (copy / "decode_mla.py").read_text() + "\n"
+    )  # so that this package's classes run
+    original = getattr(modeling_mla, name)
+
+    def sometimes(*arguments):
+        cached = any(isinstance(value, Cache) for value in (arguments[0].values() if name == "take_cache" else ()))
+        wrong = (name == "take_cache" and cached) or (name == "rotate_planes" and arguments[0].shape[2] == 1)
+        return (broken if wrong else original)(*arguments)
+
+    monkeypatch.setattr(modeling_mla, name, sometimes)
+    with pytest.raises(SelfCheckFailed, match=r"self-check: .*cache.*transformers \d.*torch \d"):
+        self_check(copy)
+
+
+def test_a_failure_leaves_nothing_behind(sources, cli, tmp_path, monkeypatch):
+    source = sources("llama")
+    monkeypatch.setattr(
+        selfcheck, "_check_held", lambda *_: (_ for _ in ()).throw(SelfCheckFailed("self-check: holds nothing"))
+    )
+    out, text = tmp_path / "out", source.parent / "text.txt"
+    code, _, err = cli(
+        source, "--rank", 20, "--rope-dim", 8, "--calib", text, "--eval", text, "--calib-samples", 4, "--calib-length", 32,
+        "--eval-windows", 1, "--eval-length", 32, "--refine-steps", 0, "--device", "cpu", "--out", out, "-q",
+    )  # fmt: skip
+    assert code == 1 and err.splitlines() == ["mla-convert: self-check: holds nothing"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_not_finite_are_a_failure(folder, monkeypatch):
+    monkeypatch.setattr(
+        modeling_mla.MlaAttention, "_attend", lambda self, hidden, *_: (torch.full_like(hidden, torch.nan), None)
+    )
+    monkeypatch.setattr(selfcheck, "own_code", lambda _: ())
+    with pytest.raises(SelfCheckFailed, match="not finite"):
+        self_check(folder)
+
+
+def test_a_model_larger_than_memory_is_tried_in_part(convert_pico, monkeypatch):
+    report = convert_pico("llama", rank=20, rope_dim=8)
+    size = sum(path.stat().st_size for path in report.out.glob("*.safetensors"))
+    monkeypatch.setattr(
+        selfcheck.psutil, "virtual_memory", lambda: type("", (), {"available": size / selfcheck.SHARE * 0.7})()
+    )
+    found = self_check(report.out)
+    assert found["passed"] and found["layers"] == 2 and found["of_layers"] == 3
+    monkeypatch.setattr(selfcheck.psutil, "virtual_memory", lambda: type("", (), {"available": size * 0.1})())
+    with pytest.raises(ResourceError, match="GB are free"):
+        self_check(report.out)
+
+
+def test_a_newer_transformers_than_any_tested_is_said_once(cli, tmp_path, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "99.0.0")
+    code, _, err = cli(
+        "demo", "--rank", 56, "--rope-dim", 72, "--calib-samples", 2, "--calib-length", 32, "--eval-windows", 1, "--eval-length",
+        32, "--refine-steps", 0, "--uniform", "--device", "cpu", "--out", tmp_path / "out", "-q",
+    )  # fmt: skip
+    (line,) = err.splitlines()
+    assert code == 0 and "transformers 99.0.0 is newer than" in line
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any("99.0.0" in note for note in report["notes"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mla_transformers"] == "99.0.0"
+
+
+def test_code_on_a_newer_transformers_than_it_was_tried_with_warns(folder, tmp_path, monkeypatch, recwarn):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert not [w for w in recwarn if "was tried with" in str(w.message)]
+    monkeypatch.setattr(modeling_mla.transformers, "__version__", "99.0.0")
+    with pytest.warns(UserWarning, match="tried with transformers up to .*99.0.0 is installed.*refresh"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_supported_versions_are_said_where_people_look():
+    from pathlib import Path
+
+    from mla_convert.version import OLDEST_TRANSFORMERS, TRIED_TRANSFORMERS
+
+    root = Path(__file__).parents[1]
+    pinned = f'"transformers>={OLDEST_TRANSFORMERS.removesuffix(".0")}"'
+    assert pinned in (root / "pyproject.toml").read_text()
+    for page in ("README.md", "docs/faq.md"):
+        text = (root / page).read_text()
+        assert f"{OLDEST_TRANSFORMERS} to {TRIED_TRANSFORMERS}" in text, page
+
+
+def test_verify_run_repeats_it_on_any_folder(folder, cli, tmp_path, monkeypatch):
+    code, out, err = cli("verify", folder, "--run")
+    assert code == 0 and "generates the same with a dynamic and a static cache as without" in out, err
+    code, out, _ = cli("verify", folder, "--run", "--json")
+    assert code == 0 and json.loads(out)["self_check"]["passed"] and json.loads(out)["self_check"]["own_code"]
+
+    def fails(*_):
+        raise SelfCheckFailed("self-check: it says something else")
+
+    monkeypatch.setattr(selfcheck, "_compare", fails)
+    code, _, err = cli("verify", folder, "--run")
+    assert code == 1 and err.splitlines() == ["mla-convert: self-check: it says something else"]
+
+
+def test_exports_are_tried_too(convert_pico, cli, tmp_path):
+    source = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    for profile in ("portable", "hf-code", "engine"):
+        out = tmp_path / profile
+        code, _, err = cli("export", source, "--profile", profile, "--out", out, "-q")
+        assert code == 0, err
+        assert json.loads((out / "export.json").read_text()).get("self_check", {}).get("passed") == (
+            profile != "engine" or None
+        )
+        code, _, err = cli("verify", out, "--run")
+        assert code == (2 if profile == "engine" else 0), err
