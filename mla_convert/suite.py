@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -19,6 +20,7 @@ from mla_convert.config import Settings
 from mla_convert.figures import look_up
 from mla_convert.kinds import KINDS
 from mla_convert.measure import Scores, mean, perplexity, ratio
+from mla_convert.report_schema import LARGEST
 from mla_convert.texts import first_tokens, tokenise
 
 # Windows of a kind and tokens in one, by whether there is a GPU. On a CPU all kinds together are an eighth of 40 windows of 2048.
@@ -147,16 +149,26 @@ def _rank(value: float) -> float:
     return value if value == value else float("inf")
 
 
+def _shown(value: float) -> float:
+    """A perplexity or a ratio; beyond LARGEST it says nothing, and counts as infinite."""
+    return value if value < LARGEST else math.inf
+
+
+def _side(losses: Tensor) -> dict[str, Any]:
+    found = perplexity(losses).as_dict()
+    return {**found, "value": _shown(found["value"])}
+
+
 def _kind(scores: Scores, part: slice) -> dict[str, Any]:
-    entry: dict[str, Any] = {"after": perplexity(scores.losses[part]).as_dict()}
+    entry: dict[str, Any] = {"after": _side(scores.losses[part])}
     if scores.original is None:
         return entry
     over, kl = ratio(scores.losses[part], scores.original[part]), mean(scores.kl[part])
     agreement = mean(scores.agreement[part])
     return {
-        "before": perplexity(scores.original[part]).as_dict(),
+        "before": _side(scores.original[part]),
         **entry,
-        "ratio": over.value,
+        "ratio": _shown(over.value),
         "ratio_log_error": over.error,
         "kl": {"value": kl.value, "error": kl.error, "p99": float(scores.kl[part].double().quantile(PERCENTILE))},
         "agreement": {"value": agreement.value, "error": agreement.error},

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 
 from mla_convert import gate, kinds, skeleton, streamed, suite
 from mla_convert.beyond import heal_rows
-from mla_convert.errors import UsageError
+from mla_convert.errors import InputError, UsageError
 from mla_convert.evaluate import evaluate_model
+from mla_convert.figures import finite
 from mla_convert.kinds import KINDS
+from mla_convert.measure import Scores
 from mla_convert.progress import Progress
 from mla_convert.report import rows
+from mla_convert.report_schema import check_report
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
 
@@ -226,3 +230,24 @@ def test_healing_says_what_it_did_to_the_worst_kind(report):
 def test_tables_import_no_torch():
     code = "import sys, mla_convert.kinds, mla_convert.gate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_perplexity_beyond_all_measure_is_infinite_and_the_report_stays_one(report):
+    found = suite._kind(
+        Scores(torch.full((2, 4), 60.0), torch.full((2, 4), 1.0), torch.ones(2, 4), torch.ones(2, 4)), slice(0, 2)
+    )
+    assert found["ratio"] == found["after"]["value"] == math.inf and found["before"]["value"] == pytest.approx(math.e)
+    content = report.as_dict()
+    content["evaluation"]["suite"]["kinds"]["c"] = finite(found)
+    check_report(content)
+
+
+@pytest.mark.parametrize("path, value", [
+    ("kinds", {"<b>": {"after": {"value": 1.0}}}), ("kinds", {"a|b": {"after": {"value": 1.0}}}),
+    ("worst", {"kind": "**c**", "ratio": 1.0}), ("kl", {"value": "much"}), ("protocol", 3),
+])  # fmt: skip
+def test_a_downloaded_report_cannot_hold_anything_else(report, path, value):
+    content = report.as_dict()
+    content["evaluation"]["suite"][path] = value
+    with pytest.raises(InputError, match="is not that of a conversion"):
+        check_report(content)
