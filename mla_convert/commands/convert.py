@@ -205,7 +205,11 @@ def convert(
         ),
     ] = None,
     heal_data: Annotated[
-        str | None, typer.Option(help="Text for that, named like --calib's. Default: that text.", rich_help_panel=HEAL)
+        str | None,
+        typer.Option(
+            help="Text for that, named like --calib's. Default: that text if there is one, else WikiText-2.",
+            rich_help_panel=HEAL,
+        ),
     ] = None,
     heal_length: Annotated[
         str | None, typer.Option(help="Tokens in its windows, or a mix: 1024:0.75,8192:0.25.", rich_help_panel=HEAL)
