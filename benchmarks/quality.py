@@ -20,6 +20,9 @@ Settings, beside any that --add names:
                         closed form, no noise, the same sizes in every layer; the low rank is ours, weighted by attention
     rope kept           upper reference, not a conversion: one latent for keys and values from which keys are restored before
                         they are rotated, so that RoPE loses nothing, and which cannot be absorbed (rope_kept.py)
+    fp8 cache, int8 cache, int4 cache, int4 hadamard
+                        not conversions either: the original with its own cache quantised, which is what a user has instead; at
+                        the budgets that they have themselves (quantised_cache.py)
 
 Every run is a process of its own and its folder goes when it is measured. One that fails has a row that says so, and the
 others go on. All further options are those of a conversion, for every run. With --save, FOLDER/quality.json and .md hold what
@@ -41,7 +44,6 @@ from pathlib import Path
 from mla_convert.report import ratio_error
 
 CONVERT = [sys.executable, "-m", "mla_convert", "convert"]
-ROPE_KEPT = [sys.executable, str(Path(__file__).with_name("rope_kept.py"))]
 SETTINGS = {
     "default": [],
     "uniform": ["--uniform"],
@@ -50,15 +52,39 @@ SETTINGS = {
     "no noise": ["--calib-noise", "0"],
     "closed form": ["--refine-steps", "0"],
     "even planes": ["--planes", "even", "--uniform", "--refine-steps", "0", "--calib-noise", "0"],
-    "rope kept": None,
+    "rope kept": [],
+    "fp8 cache": ["--bits", "8"],
+    "int8 cache": ["--bits", "8", "--group", "32"],
+    "int4 cache": ["--bits", "4", "--group", "32"],
+    "int4 hadamard": ["--bits", "4", "--group", "64", "--hadamard"],
 }
-COLUMNS = ("budget", "numbers", "rank", "rotary", "setting", "perplexity", "ratio", "±", "seconds", "peak memory")
+# Settings that are no conversions: the script that runs them, and the budget of those that have one of their own.
+SCRIPTS = {
+    "rope kept": "rope_kept.py",
+    **dict.fromkeys(("fp8 cache", "int8 cache", "int4 cache", "int4 hadamard"), "quantised_cache.py"),
+}
+BUDGETS = {"fp8 cache": 0.5, "int8 cache": 0.5625, "int4 cache": 0.3125, "int4 hadamard": 0.28125}
+COLUMNS = (
+    "budget",
+    "numbers",
+    "rank",
+    "rotary",
+    "setting",
+    "perplexity",
+    "ratio",
+    "±",
+    "worst kind",
+    "KL",
+    "seconds",
+    "peak memory",
+)
 
 
-def command(model: str, budget: float, options: list[str] | None, common: list[str], out: Path) -> list[str]:
+def command(model: str, budget: float, setting: str, options: list[str], common: list[str], out: Path) -> list[str]:
     """What runs one cell of the table; the settings come last, so that they win over common options."""
-    start = ROPE_KEPT if options is None else CONVERT
-    return [*start, model, "--json", "--quiet", "--out", str(out), *common, *(options or []), "--kv-ratio", str(budget)]
+    script = SCRIPTS.get(setting)
+    start = [sys.executable, str(Path(__file__).with_name(script))] if script else CONVERT
+    return [*start, model, "--json", "--quiet", "--out", str(out), *common, *options, "--kv-ratio", str(budget)]
 
 
 def measure(budget: float, setting: str, words: list[str], out: Path) -> dict:
@@ -85,6 +111,7 @@ def measure(budget: float, setting: str, words: list[str], out: Path) -> dict:
         "perplexity": evaluation["after"]["value"],
         "ratio": evaluation["ratio"],
         "stderr": ratio_error(evaluation),
+        "suite": evaluation.get("suite"),
         "seconds": report["seconds"],
         "peak_bytes": device or max(phase["peak_host_bytes"] for phase in phases),
         "peak_of": "device" if device else "host",
@@ -99,11 +126,19 @@ def measure(budget: float, setting: str, words: list[str], out: Path) -> dict:
 def line(row: dict) -> str:
     """A row in Markdown."""
     if "failed" in row:
-        return f"| {row['budget']:g} | | | | {row['setting']} | failed: {row['failed'].replace('|', '/')} | | | | |"
+        return f"| {row['budget']:g} | | | | {row['setting']} | failed: {row['failed'].replace('|', '/')} | | | | | | |"
     cells = [f"{row['budget']:g}", f"{row['numbers']:g}", f"{row['rank']:g}", f"{row['rope_dim']:g}", row["setting"],
-             figure(row["perplexity"]), figure(row["ratio"], 4), figure(row["stderr"], 4), f"{row['seconds']:.0f}",
+             figure(row["perplexity"]), figure(row["ratio"], 4), figure(row["stderr"], 4),
+             *worst(row["suite"]), f"{row['seconds']:.0f}",
              f"{row['peak_bytes'] / 1e9:.2f} GB ({row['peak_of']})"]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def worst(suite: dict | None) -> tuple[str, str]:
+    """The suite's worst kind of text, and the mean KL over kinds."""
+    if not suite:
+        return "–", "–"
+    return f"{figure(suite['worst']['ratio'])} {suite['worst']['kind']}", figure(suite["kl"]["value"], 4)
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -113,7 +148,7 @@ def figure(value: float | None, digits: int = 3) -> str:
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown, with what they were measured on."""
-    head = [f"| {' | '.join(COLUMNS)} |", "|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|"]
+    head = [f"| {' | '.join(COLUMNS)} |", "|---:|---:|---:|---:|---|---:|---:|---:|---|---:|---:|---:|"]
     known = next((row for row in rows if "failed" not in row), None)
     about = []
     if known:
@@ -161,13 +196,14 @@ def main() -> int:
     settings |= {name: shlex.split(words) for name, _, words in (added.partition("=") for added in known.add)}
     common = ["--eval-windows", "4" if known.quick else "40", "--eval-length", "2048", *common]
     rows: dict[tuple[float, str], dict] = {}
-    cells = [(budget, name) for budget in known.budgets for name in settings]
+    cells = [(budget, name) for budget in known.budgets for name in settings if name not in BUDGETS]
+    cells += [(BUDGETS[name], name) for name in settings if name in BUDGETS]
     print(table([]), end="", flush=True)
     with tempfile.TemporaryDirectory(dir=known.work) as folder, ThreadPoolExecutor(known.jobs) as pool:
         waiting = {}
         for number, (budget, name) in enumerate(cells):
             out = Path(folder) / str(number)
-            words = command(known.model, budget, settings[name], common, out)
+            words = command(known.model, budget, name, settings[name], common, out)
             waiting[pool.submit(measure, budget, name, words, out)] = (budget, name)
         try:
             for future in as_completed(waiting):

@@ -17,7 +17,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from mla_convert import environment, layers, measure, texts
+from mla_convert import environment, layers, measure, streamed, texts
 from mla_convert.activations import Activations
 from mla_convert.attention import half_split, source_weights
 from mla_convert.calibrate import attention_kwargs, layer_statistics
@@ -107,10 +107,10 @@ def evaluate(config: ConvertConfig) -> dict:
                 compress(source, getattr(layer, source.family.attention), statistics, plan.rank, rotation)
                 advance(layer, index, compressed)
     with phases.phase("evaluate"):
-        losses = skeleton.token_losses([states.data for states in (originals[1], compressed[1])], windows.measured)
+        losses = streamed.scores(skeleton, windows.measured, originals[1].data, compressed[1].data)
     return finite({
         "cache": cache_figures(plan, source.dtype.itemsize, source.sliding_windows),
-        "evaluation": measure.figures(windows, *losses), "calibration": {"protocol": windows.calib_protocol},
+        "evaluation": measure.figures(windows, losses), "calibration": {"protocol": windows.calib_protocol},
         "phases": phases.results, "device": environment.device_name(device), "versions": environment.versions(),
         "seconds": round(time.perf_counter() - began, 2),
     })  # fmt: skip

@@ -47,6 +47,13 @@ def heal_rows(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
     found = [
         ("perplexity over the original's", *(f"×{_value(_ratio(look_up(side, 'evaluation')), 4)}" for side in sides))
     ]
+    for what, key, form in (
+        ("worst kind of text, over the original's", "worst.ratio", "×{}"),
+        ("KL, mean over kinds", "kl.value", "{}"),
+    ):
+        values = [look_up(side, f"evaluation.suite.{key}") for side in sides]
+        if any(value is not None for value in values):
+            found.append((what, *(form.format(_number(value, 4)) for value in values)))
     for what, path, digits in (("KL divergence, nats", "kl", 5), ("next-token agreement", "agreement", 4)):
         found.append((what, *(_value(look_up(side, f"beyond.next_token.{path}"), digits) for side in sides)))
     entries = [look_up(side, "beyond.passkey.lengths") or [] for side in sides]

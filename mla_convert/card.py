@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mla_convert import beyond
-from mla_convert.figures import calibration_words, is_evaluated
+from mla_convert import beyond, kinds
+from mla_convert.figures import calibration_words, finite, is_evaluated
 from mla_convert.files import write_file
 from mla_convert.licence import CARD
 from mla_convert.report import Report, rows
@@ -18,7 +18,7 @@ BODY = """
 # {name} with Multi-head Latent Attention
 
 {base} with its {before} key/value numbers per token and layer replaced by a latent of {rank} and a rotary key of
-{rope}: **{saved:.1%} less KV cache**, perplexity {ratio}. Converted by mla_convert {version}; {untouched}
+{rope}: **{saved:.1%} less KV cache**, perplexity {ratio}{headline}. Converted by mla_convert {version}; {untouched}
 
 | | before | after | change |
 |---|---:|---:|---:|
@@ -26,7 +26,7 @@ BODY = """
 
 {measured} Calibrated on {calibration}. {worst}`report.json` has every
 figure, `report.html` shows them, and `recipe.yaml` repeats the run.
-{beyond}
+{kinds}{beyond}
 ## Load
 
 ```python
@@ -72,6 +72,8 @@ def card_text(report: Report) -> str:
         rope=cache["qk_rope_head_dim"],
         saved=cache["share_saved"],
         ratio=f"**×{evaluation['ratio']:.4f}**" if is_evaluated(evaluation) else "not evaluated",
+        headline=_headline(evaluation.get("suite")),
+        kinds=_kinds(finite(evaluation.get("suite"))),
         version=report.versions.get("mla_convert", ""),
         untouched=_untouched(report.heal),
         table="\n".join(f"| {' | '.join(row)} |" for row in rows(report)),
@@ -162,6 +164,20 @@ def _worst(layers: list[dict[str, Any]]) -> str:
         return ""
     error, layer = max(found)
     return f"The attention output of layer {layer} lost most: a mean square error of {error:.1%}, on held-out windows. "
+
+
+def _headline(suite: dict[str, Any] | None) -> str:
+    """The worst kind of text, beside the perplexity of one."""
+    return f", **{kinds.headline(finite(suite))}**" if kinds.compared(suite) else ""
+
+
+def _kinds(suite: dict[str, Any] | None) -> str:
+    """A section with every kind of text, where they were measured."""
+    if not suite:
+        return ""
+    head = "| " + " | ".join(("", *kinds.COLUMNS[1:])) + " |\n|---|" + "---:|" * (len(kinds.COLUMNS) - 1)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in kinds.rows(suite))
+    return f"\n## Kinds of text\n\n{head}\n{table}\n\n{kinds.conditions(suite)}\n"
 
 
 def _beyond(content: dict[str, Any]) -> str:

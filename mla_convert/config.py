@@ -33,7 +33,7 @@ class Settings(BaseModel):
     uniform: bool = False
     planes: Literal["loss", "table", "even"] = "loss"
     engine: Literal["vllm", "sglang", "llama.cpp"] | None = None
-    calib: str | None = None
+    calib: str | list[str] | None = None
     calib_samples: int | None = Field(None, ge=1)
     calib_length: int | None = Field(None, ge=16)
     calib_noise: float = Field(0.3, ge=0, le=1)
@@ -42,6 +42,7 @@ class Settings(BaseModel):
     eval_windows: int = Field(40, ge=1)
     eval_length: int | None = Field(None, ge=16)
     held_out: str | None = None
+    suite_windows: int | None = Field(None, ge=0)
     refine_steps: int | None = Field(None, ge=0)
     refine_batch: int | None = Field(None, ge=1)
     refine_lr: float = Field(0.025, gt=0, le=1)
@@ -49,6 +50,7 @@ class Settings(BaseModel):
     block_steps: int | None = Field(None, ge=0)
     block_lr: float = Field(0.009, gt=0, le=1)
     output_steps: int | None = Field(None, ge=0)
+    output_layers: int | None = Field(None, ge=1)
     heal_tokens: Tokens | None = Field(None, ge=1)
     heal_data: str | None = None
     heal_length: Lengths | None = None

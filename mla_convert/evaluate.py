@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from mla_convert import environment, texts
+from mla_convert import environment, kinds, texts
 from mla_convert.beyond import conditions, probe_rows
 from mla_convert.config import PACKAGE, Settings
 from mla_convert.errors import InputError, UsageError
@@ -36,6 +36,8 @@ from mla_convert.probes import Prober, Probes
 from mla_convert.progress import Progress
 from mla_convert.report import human_bytes
 from mla_convert.source import Place
+from mla_convert.suite import figures as suite_figures
+from mla_convert.suite import suite_of
 from mla_convert.text_files import is_text_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -58,6 +60,7 @@ class Evaluation:
     ratio: Mean | None = None
     kl: Mean | None = None
     agreement: Mean | None = None
+    suite: dict[str, Any] | None = None
     dtype: str = ""
     device: str = ""
     seconds: float = 0.0
@@ -90,6 +93,7 @@ class Evaluation:
                     "ratio_log_error": self.ratio and self.ratio.error,
                     "kl": self.kl and asdict(self.kl),
                     "agreement": self.agreement and asdict(self.agreement),
+                    **({"suite": self.suite} if self.suite else {}),
                 },
                 "beyond": self.beyond,
                 "dtype": self.dtype,
@@ -146,6 +150,7 @@ def evaluate_model(
     text: str | None = None,
     windows: int | None = None,
     length: int | None = None,
+    suite_windows: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     probes: Probes | None = None,
@@ -153,7 +158,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure a model: a folder, Hub id, `.gguf` file or recipe; with `against`, also its distance from that original.
 
-    `text`, `windows` and `length` choose the evaluation windows (see `load_eval_windows`). Both models run in one `dtype`:
+    `text`, `windows` and `length` choose the evaluation windows (see `load_eval_windows`); `suite_windows` are those of each
+    kind of the packaged suite (0: none; None: as in the model's report, or a few). Both models run in one `dtype`:
     the one that `model` is stored in unless another is given. One decoder is in memory at a time. `probes` are what else to
     measure, of both.
 
@@ -179,6 +185,10 @@ def evaluate_model(
     learned = not getattr(FAMILIES.get(config.model_type.removeprefix(PREFIX)), "rotary", True)
     reach = texts.reach(config, learned)
     chosen, label, notes = load_eval_windows(text, tokenizer, windows, length, reach, report)
+    kinds_of = suite_of(tokenizer, suite_windows, where.type == "cuda", chosen, report)
+    read = [*chosen, *(kinds_of.windows if kinds_of else [])]
+    if kinds_of:
+        reach.check(kinds_of.windows, "the packaged suite")
     if origin:
         _check_same_tokenizer(chosen, tokenizer, origin)
     for note in notes:
@@ -187,17 +197,18 @@ def evaluate_model(
 
     loaded = _load(place, dtype if dtype == "auto" else getattr(torch, dtype), where, progress)
     stored, itemsize, after = loaded.dtype, loaded.dtype.itemsize, cache_bytes(loaded, chosen[0])
-    ours = Readout(loaded, chosen, _ticker(progress, place.label))
+    ours = Readout(loaded, read, _ticker(progress, place.label))
     probed, reference = prober.run(loaded, partial(_ticker, progress, place.label)), None
     del loaded
     before, theirs = original_cache_bytes(config, itemsize) if converted else None, None
     if origin:
         loaded = _load(origin, stored, where, progress)
         before = cache_bytes(loaded, chosen[0])
-        theirs = Readout(loaded, chosen, _ticker(progress, origin.label))
+        theirs = Readout(loaded, read, _ticker(progress, origin.label))
         reference = prober.run(loaded, partial(_ticker, progress, origin.label))
         del loaded
     scores = score(ours, chosen, theirs)
+    by_kind = kinds_of and suite_figures(kinds_of, score(ours, kinds_of.windows, theirs, first=len(chosen)))
     where_from = {"text": label, "protocol": texts.evaluation_protocol(chosen)}
     ran_on = {"dtype": str(stored).removeprefix("torch."), "device": environment.device_name(where)}
     beyond = {key: {**where_from, **part} if key == "greedy" else part
@@ -215,6 +226,7 @@ def evaluate_model(
         **where_from,
         **ran_on,
         after=perplexity(scores.losses),
+        suite=by_kind,
         bytes_after=after,
         bytes_before=before,
         before_is_measured=origin is not None,
@@ -275,7 +287,7 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     if found.kl and found.agreement:
         table.append(("KL divergence, nats", "", _with_error(found.kl.value, found.kl.error, 5), ""))
         table.append(("next-token agreement", "", _with_error(found.agreement.value, found.agreement.error, 4), ""))
-    return table
+    return table + kinds.summary_rows(finite(found.suite))
 
 
 def _with_error(value: float, error: float, digits: int) -> str:
@@ -291,6 +303,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for row in rows(evaluation):
         table.add_row(*row)
     console.print(table)
+    if evaluation.suite:
+        console.print(kinds.table(finite(evaluation.suite)))
     if probed := probe_rows(evaluation.beyond):
         table = Table()
         for column, justify in (("beyond perplexity", "left"), ("original", "right"), ("model", "right")):
@@ -304,6 +318,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         lines.insert(1, "KL(original ‖ model) and the share of equal most likely next tokens are means over tokens")
     if evaluation.bytes_before is not None and not evaluation.before_is_measured:
         lines.insert(1, "the original's cache is computed from config.json; --against measures it")
+    if evaluation.suite:
+        lines[-1:-1] = [kinds.conditions(evaluation.suite)]
     lines[-1:-1] = conditions({key: part for key, part in evaluation.beyond.items() if key != "next_token"})
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -11,7 +11,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ DEFAULT_REGRESSION = 0.01
 ROUNDING = 1e-9
 REGRESSION = "perplexity over the baseline's"
 RATIO, AFTER, SAVED = "evaluation.ratio", "evaluation.after.value", "cache.share_saved"
+# Of the packaged suite: means over its kinds of text, and the kind that lost most.
+KL, AGREEMENT, WORST = "evaluation.suite.kl.value", "evaluation.suite.agreement.value", "evaluation.suite.worst.ratio"
+NUMBERS = ("max_ppl_ratio", "max_ppl", "min_kv_saving", "max_regression", "max_kl", "min_agreement", "max_worst_ratio")
 # What makes two perplexities comparable.
 PROTOCOL = ("evaluation.text", "evaluation.after.windows", "evaluation.after.length")
 
@@ -32,7 +35,9 @@ class Limits:
     """What must hold; None is not checked.
 
     `max_ppl_ratio`: perplexity over the original's. `max_ppl`: perplexity. `min_kv_saving`: share of the original's cache
-    that is saved (0.7 is 70%). `baseline`: figures of an earlier conversion, over whose perplexity ours may be by the share
+    that is saved (0.7 is 70%). `max_kl`, `min_agreement` and `max_worst_ratio`: of the packaged suite, mean KL(original ‖ model)
+    over its kinds of text in nats, share of tokens at which both find the same next token likeliest, and the worst kind's
+    perplexity over the original's. `baseline`: figures of an earlier conversion, over whose perplexity ours may be by the share
     `max_regression` (0.01 is 1%, which is also the default).
 
     Raises:
@@ -44,14 +49,21 @@ class Limits:
     min_kv_saving: float | None = None
     max_regression: float | None = None
     baseline: Any = None
+    max_kl: float | None = None
+    min_agreement: float | None = None
+    max_worst_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_ppl_ratio", "max_ppl", "min_kv_saving", "max_regression"):
+        for name in NUMBERS:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} {value!r} is not a limit: give a number of at least 0")
         if self.min_kv_saving is not None and self.min_kv_saving > 1:
             raise UsageError(f"min_kv_saving {self.min_kv_saving!r} is above 100%: no cache can be that small")
+        if self.min_agreement is not None and self.min_agreement > 1:
+            raise UsageError(
+                f"min_agreement {self.min_agreement!r} is above 100%: no two models agree more often than always"
+            )
         if self.max_regression is not None and self.baseline is None:
             raise UsageError("max_regression needs a baseline to measure from: give --baseline report.json")
 
@@ -59,12 +71,22 @@ class Limits:
         """Whether there is anything to check."""
         return any(getattr(self, item.name) is not None for item in fields(self))
 
+    @property
+    def against_original(self) -> bool:
+        """Whether any of them can only be checked beside the original."""
+        return self.on_suite or self.max_ppl_ratio is not None
+
+    @property
+    def on_suite(self) -> bool:
+        """Whether any of them is on what the packaged suite measures."""
+        return any(getattr(self, name) is not None for name in ("max_kl", "min_agreement", "max_worst_ratio"))
+
 
 @dataclass(frozen=True)
 class GateResult:
     """One check: its figure (None if there is none that counts), its limit, and why it failed if it did.
 
-    `kind` says how to print figure and limit: "ratio", "perplexity" or "share". `at_least` is whether the limit is a lower
+    `kind` says how to print figure and limit: "ratio", "perplexity", "nats" or "share". `at_least` is whether the limit is a lower
     one.
     """
 
@@ -92,6 +114,8 @@ class GateResult:
     def _text(self, value: float) -> str:
         if self.kind == "share":
             return f"{value:+.2%}" if self.name == REGRESSION else f"{value:.1%}"
+        if self.kind == "nats":
+            return f"{value:.4f}"
         return f"×{value:.4f}" if self.kind == "ratio" else f"{value:.3f}"
 
 
@@ -125,7 +149,10 @@ def check(figures: Any, limits: Limits | Mapping[str, Any]) -> list[GateResult]:
     except TypeError as error:
         raise UsageError(f"limits are {', '.join(item.name for item in fields(Limits))}: {error}") from error
     if not limits:
-        raise UsageError("nothing to check: give --max-ppl-ratio, --max-ppl, --min-kv-saving or --baseline")
+        raise UsageError(
+            "nothing to check: give --max-ppl-ratio, --max-worst-ratio, --max-kl, --min-agreement, --max-ppl, "
+            "--min-kv-saving or --baseline"
+        )
     figures, results = _mapping(figures), []
     if limits.max_ppl_ratio is not None:
         ratio, reason = _figure(figures, RATIO, "a perplexity ratio", _positive)
@@ -136,10 +163,30 @@ def check(figures: Any, limits: Limits | Mapping[str, Any]) -> list[GateResult]:
     if limits.min_kv_saving is not None:
         saved, reason = _figure(figures, SAVED, "a share of the cache", lambda share: share <= 1)
         results.append(_result("KV cache saved", saved, limits.min_kv_saving, reason, kind="share", at_least=True))
+    results += _suite(figures, limits)
     if limits.baseline is not None:
         allowed = DEFAULT_REGRESSION if limits.max_regression is None else limits.max_regression
         change, reason = _regression(figures, _mapping(limits.baseline))
         results.append(_result(REGRESSION, change, allowed, reason, kind="share"))
+    return results
+
+
+def _suite(figures: dict[str, Any], limits: Limits) -> list[GateResult]:
+    """Checks of what the packaged suite measured, kind by kind."""
+    results = []
+    if limits.max_worst_ratio is not None:
+        worst, reason = _figure(figures, WORST, "a perplexity ratio", _positive)
+        kind = look_up(figures, "evaluation.suite.worst.kind")
+        name = f"perplexity over the original's, worst kind of text{f' ({kind})' if isinstance(kind, str) else ''}"
+        results.append(_result(name, worst, limits.max_worst_ratio, reason))
+    if limits.max_kl is not None:
+        kl, reason = _figure(figures, KL, "a divergence", lambda nats: nats >= 0)
+        results.append(_result("KL divergence, mean over kinds of text", kl, limits.max_kl, reason, kind="nats"))
+    if limits.min_agreement is not None:
+        share, reason = _figure(figures, AGREEMENT, "a share of tokens", lambda share: 0 <= share <= 1)
+        found = _result("next-token agreement, mean over kinds of text", share, limits.min_agreement, reason, kind="share",
+                        at_least=True)  # fmt: skip
+        results.append(found)
     return results
 
 
@@ -263,7 +310,7 @@ def run_gate(
     baseline = limits.baseline
     if isinstance(baseline, str | os.PathLike):  # before hours of measuring
         baseline = read_report(Path(baseline))
-    limits = Limits(limits.max_ppl_ratio, limits.max_ppl, limits.min_kv_saving, limits.max_regression, baseline)
+    limits = replace(limits, baseline=baseline)
     if from_report:
         figures, name = _report_of(model)
         return Verdict(name, "trusted from report.json, not measured again", check(figures, limits), figures)
@@ -272,14 +319,16 @@ def run_gate(
     from mla_convert.loading import find_model, find_original
 
     origin: Any = against
-    if limits.max_ppl_ratio is not None and against is None:
+    if limits.against_original and against is None:
         place = find_model(model)
         origin = find_original(find_report(place.folder))
         if origin is None:
             raise InputError(
-                f"a perplexity ratio needs the original of {place.label}, which its report.json does not lead to: "
-                f"give it with --against"
+                f"{'a perplexity ratio' if limits.max_ppl_ratio is not None else 'a distance'} needs the original of "
+                f"{place.label}, which its report.json does not lead to: give it with --against"
             )
+    if not limits.on_suite and options.get("suite_windows") is None:
+        options["suite_windows"] = 0  # nobody asks for it
     evaluation = evaluate_model(model, origin, **options)
     figures = evaluation.as_dict()
     basis = f"measured on {evaluation.text}, {evaluation.protocol}, {evaluation.dtype}"

@@ -24,15 +24,11 @@ from mla_convert.environment import return_freed_memory
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
 from mla_convert.progress import Progress
+from mla_convert.schedule import groups
 from mla_convert.skeleton import Skeleton, first_output
 
-# Where no block is asked for, on a GPU: layers refined together, at most, and while they take no more than so many bytes.
-BLOCK_LAYERS = 6
-BLOCK_BYTES = 6 << 30
-# A block gets as many steps as each of its layers for every so many calibration windows: more text has more to teach.
-BLOCK_WINDOWS = 125
-# The last block then goes towards the next-token distribution: one step for so many of a block's, and at which share of its rate.
-OUTPUT_SHARE, OUTPUT_RATE = 4, 1 / 3
+# Of a block's step size, that of the last steps, where one block takes them; of more layers together it is less by as much.
+OUTPUT_RATE = 1 / 3
 # What is read was looked at before, so that this is ours.
 FAILED = "it was finite before its conversion; try another --seed, --calib-samples or --dtype float32, and report it"
 
@@ -45,6 +41,19 @@ class Streams:
     calib_converted: Activations
     eval_original: Activations
     eval_converted: Activations
+    # of the packaged suite, where it is measured
+    suite_original: Activations | None = None
+    suite_converted: Activations | None = None
+
+    @property
+    def measured_original(self) -> tuple[Activations, ...]:
+        """The original's states that only figures come from."""
+        return tuple(states for states in (self.eval_original, self.suite_original) if states)
+
+    @property
+    def measured_converted(self) -> tuple[Activations, ...]:
+        """The converted model's."""
+        return tuple(states for states in (self.eval_converted, self.suite_converted) if states)
 
 
 @dataclass
@@ -94,14 +103,18 @@ def write_ends(job: LayerJob) -> None:
             return_freed_memory()
 
 
-def open_streams(skeleton: Skeleton, calib: Tensor, evaluation: Tensor) -> Streams:
-    """Embedded windows; both models start from the same states."""
+def open_streams(skeleton: Skeleton, calib: Tensor, evaluation: Tensor, suite: Tensor | None = None) -> Streams:
+    """Embedded windows (N, L) of each kind; both models start from the same states."""
     calib_dtype = torch.bfloat16 if skeleton.device.type == "cuda" else torch.float32
-    embedded, evaluated = skeleton.embed(calib), skeleton.embed(evaluation)
-    pair = [Activations(embedded, skeleton.device, calib_dtype) for _ in range(2)]
-    pair[0].check_finite(f"the embedding {skeleton.embedding}")
-    # read once a layer, in order: host memory will do
-    return Streams(*pair, *(Activations(evaluated, skeleton.device, torch.float32, on_host=True) for _ in range(2)))
+    embedded = skeleton.embed(calib)
+    pairs = [[Activations(embedded, skeleton.device, calib_dtype) for _ in range(2)]]
+    pairs[0][0].check_finite(f"the embedding {skeleton.embedding}")
+    for windows in (evaluation, suite):
+        if windows is not None:
+            embedded = skeleton.embed(windows)
+            # read once a layer, in order: host memory will do
+            pairs.append([Activations(embedded, skeleton.device, torch.float32, on_host=True) for _ in range(2)])
+    return Streams(*itertools.chain(*pairs))
 
 
 @dataclass
@@ -119,59 +132,53 @@ class _Member:
 
 def convert_layers(job: LayerJob, streams: Streams) -> list[dict[str, Any]]:
     """Convert every layer in order, block after block; returns one report entry a layer."""
-    skeleton, lengths = job.skeleton, {streams.calib_original.length, streams.eval_original.length}
+    skeleton = job.skeleton
+    lengths = {states.length for states in (streams.calib_original, *streams.measured_original)}
     kwargs = {length: skeleton.layer_kwargs(length) for length in lengths}
     eager = attention_kwargs(skeleton, streams.calib_original.length)
     reports = []
-    for indices in blocks(job.plan.shape.layers, job.refine.block):
+    for indices in groups(job.plan.shape.layers, job.refine):
         with contextlib.ExitStack() as stack:
-            members = []
-            for index in indices:
-                tensors = skeleton.layer_tensors(index)
-                layer = stack.enter_context(skeleton.layer(index, tensors))
-                student = build_attention(job.mla_config, _attention(job, layer), skeleton.device)
-                own = {length: kwargs[length][index] for length in lengths}
-                members.append(_Member(index, tensors, layer, student, own, eager[index]))
-            if all(job.shard(index + 1) in job.writer.finished for index in indices):
-                job.progress.skip(len(indices) * job.refine.steps_per_layer)
+            parts: list[list[_Member]] = []
+            for block in indices:
+                parts.append([])
+                for index in block:
+                    tensors = skeleton.layer_tensors(index)
+                    layer = stack.enter_context(skeleton.layer(index, tensors))
+                    student = build_attention(job.mla_config, _attention(job, layer), skeleton.device)
+                    own = {length: kwargs[length][index] for length in lengths}
+                    parts[-1].append(_Member(index, tensors, layer, student, own, eager[index]))
+            members = list(itertools.chain(*parts))
+            if all(job.shard(index + 1) in job.writer.finished for index in itertools.chain(*indices)):
+                job.progress.skip(len(members) * job.refine.steps_per_layer)
                 for member in members:
                     _load_written(job, member, job.writer.load_shard(job.shard(member.index + 1)))
-                    _advance(job, member, (streams.calib_original, streams.eval_original), original=True)
+                    _advance(job, member, (streams.calib_original, *streams.measured_original), original=True)
             else:
-                _convert_block(job, members, streams)
+                _convert_group(job, parts, streams)
             for member in members:
-                _advance(job, member, (streams.calib_converted, streams.eval_converted), original=False)
+                _advance(job, member, (streams.calib_converted, *streams.measured_converted), original=False)
         return_freed_memory()
-        for index in indices:
+        for index in itertools.chain(*indices):
             reports.append({"layer": index, **job.writer.finished[job.shard(index + 1)]["note"]})
             job.progress.layer_done(reports[-1])
     return reports
 
 
-def blocks(layers: int, size: int) -> list[range]:
-    """Layers in blocks of at most `size`, as equal as can be."""
-    count = -(-layers // size)
-    bounds = [round(i * layers / count) for i in range(count + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+def _convert_group(job: LayerJob, parts: list[list[_Member]], streams: Streams) -> None:
+    """Factorise and refine blocks of layers, together too if they are the last ones, and write them.
 
-
-def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> None:
-    """Factorise and refine the layers of a block one by one, then together, and write them.
-
-    The original's states are carried past the block; the converted model's stay before it.
+    The original's states are carried past the group; the converted model's stay before it.
     """
-    entry = streams.calib_converted if len(members) == 1 else streams.calib_converted.clone()
-    reports = []
-    for member in members:
-        reports.append(_convert_layer(job, member, entry, streams.calib_original))
-        _advance(job, member, (streams.calib_original, streams.eval_original), original=True)
-        if len(members) > 1:
-            _advance(job, member, (entry,), original=False)
-    if len(members) > 1 and job.refine.block_steps:
-        # the copy has been carried to the block's end, which is of no more use: it makes room for the targets
-        del entry
-        found = _refine_block(job, members, streams)
-        reports = [report | found for report in reports]
+    members = list(itertools.chain(*parts))
+    entry, reports = streams.calib_converted, []
+    if len(parts) > 1:
+        streams.calib_converted = entry.clone()
+    for part in parts:
+        reports += _convert_block(job, part, streams)
+        for member in part if len(parts) > 1 else []:
+            _advance(job, member, (streams.calib_converted,), original=False)
+    streams.calib_converted = entry
     if job.refine.output_steps and members[-1].index == job.plan.shape.layers - 1:
         found = _refine_output(job, members, streams)
         reports = [report | found for report in reports]
@@ -180,6 +187,26 @@ def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> N
         check_finite(written, _too_large(member, dtype=job.dtype or job.skeleton.source.dtype) or FAILED)
         job.writer.write_shard(job.shard(member.index + 1), written, report)
         _load_written(job, member, written)
+
+
+def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> list[dict[str, Any]]:
+    """Factorise and refine the layers of a block one by one, then together; returns their report entries.
+
+    The original's states are carried past the block; the converted model's stay before it.
+    """
+    entry = streams.calib_converted if len(members) == 1 else streams.calib_converted.clone()
+    reports = []
+    for member in members:
+        reports.append(_convert_layer(job, member, entry, streams.calib_original))
+        _advance(job, member, (streams.calib_original, *streams.measured_original), original=True)
+        if len(members) > 1:
+            _advance(job, member, (entry,), original=False)
+    if len(members) > 1 and job.refine.block_steps:
+        # the copy has been carried to the block's end, which is of no more use: it makes room for the targets
+        del entry
+        found = _refine_block(job, members, streams)
+        reports = [report | found for report in reports]
+    return reports
 
 
 def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
@@ -198,9 +225,9 @@ def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> di
 
 
 def _refine_output(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
-    """Refine the last block against what the original makes of the stream behind it: its next-token distribution."""
+    """Refine the last layers against what the original makes of the stream behind it: its next-token distribution."""
     clock = _Clock(job.skeleton.device)
-    lr = OUTPUT_RATE * job.refine.block_lr
+    lr = OUTPUT_RATE * job.refine.block_lr * min(1.0, job.refine.block / len(members))
     with job.skeleton.divergence() as divergence:
         _, result = _refine_together(job, members, streams, job.refine.output_steps, lr, divergence)
     clock.lap("refine_output")
@@ -208,6 +235,7 @@ def _refine_output(job: LayerJob, members: list[_Member], streams: Streams) -> d
         "output_kl_before": result.error_before,
         "output_kl": result.error_after,
         "output_steps": result.steps,
+        "output_layers": len(members),
         "output_seconds": clock.seconds["refine_output"],
     }
 
@@ -349,37 +377,3 @@ def _advance(job: LayerJob, member: _Member, streams: tuple[Activations, ...], o
             states.check_finite(
                 f"layer {job.skeleton.layer_prefix(member.index)[:-1]}{'' if original else ', converted,'}"
             )
-
-
-def refine_settings(
-    config: ConvertConfig, device: torch.device, calib: tuple[int, int], hidden: int
-) -> refine.RefineSettings:
-    """Steps, batch and blocks where none are given: what a GPU does in a minute or two, and a token amount on a CPU.
-
-    :param calib: calibration windows, and tokens in one;  :param hidden: size of the residual stream.
-    """
-    windows, length = calib
-    cuda = device.type == "cuda"
-    steps = (200 if cuda else 30) if config.refine_steps is None else config.refine_steps
-    batch = max(1, (8192 if cuda else 2048) // length) if config.refine_batch is None else config.refine_batch
-    block = config.refine_block
-    if block is None:
-        block = max(1, min(BLOCK_LAYERS, BLOCK_BYTES // _layer_bytes(batch * length, hidden))) if cuda else 1
-    block_steps = steps * windows // BLOCK_WINDOWS if config.block_steps is None else config.block_steps
-    block_steps = block_steps if block > 1 else 0
-    output_steps = config.output_steps
-    if output_steps is None:  # on a CPU the head is most of a small model's work
-        output_steps = block_steps // OUTPUT_SHARE if cuda else 0
-    return refine.RefineSettings(
-        steps, batch, config.refine_lr, config.seed, block, block_steps, config.block_lr, output_steps
-    )
-
-
-def output_advances(settings: refine.RefineSettings, layers: int) -> int:
-    """Steps towards the next-token distribution, counted once for each layer that takes them."""
-    return settings.output_steps * len(blocks(layers, settings.block)[-1])
-
-
-def _layer_bytes(tokens: int, hidden: int) -> int:
-    """What one more layer in a block takes on the device, roughly: activations kept for the way back, weights, Adam's state."""
-    return 60 * tokens * hidden + 80 * hidden**2

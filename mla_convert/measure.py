@@ -61,12 +61,13 @@ def perplexity(losses: Tensor) -> Perplexity:
     return Perplexity(math.exp(min(found.value, MOST)), found.error, losses.shape[0], losses.shape[1] + 1)
 
 
-def figures(windows: Windows, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """What a report says of its evaluation, from the token losses of both models on `windows.measured`.
+def figures(windows: Windows, scores: Scores) -> dict[str, Any]:
+    """What a report says of its evaluation, from the scores of both models on `windows.measured`.
 
     Raises:
         InputError: a perplexity is not finite.
     """
+    before, after = scores.original, scores.losses
     for model, losses in (("the original", before), ("the converted model", after)):
         if not losses.double().mean(dim=1).max() < MOST:
             raise InputError(
@@ -81,6 +82,7 @@ def figures(windows: Windows, before: Tensor, after: Tensor) -> dict[str, Any]:
         return dict(NOT_EVALUATED)
     count = len(windows.evaluation)
     found = _compared(windows.eval_text, windows.eval_protocol, before[:count], after[:count])
+    found |= {"kl": asdict(mean(scores.kl[:count])), "agreement": asdict(mean(scores.agreement[:count]))}
     if windows.held_out is not None:
         protocol = evaluation_protocol(windows.held_out)
         found["held_out"] = _compared(windows.held_out_text, protocol, before[count:], after[count:])
@@ -133,7 +135,7 @@ class Given(nn.Module):
 
 
 class Readout:
-    """What a model's decoder says to windows (N, L), and its head in float32, which turns parts of that into logits.
+    """What a model's decoder says to windows, each (L,), and its head in float32, which turns parts of that into logits.
 
     Holds no decoder: once this is made, the model itself can go, and its original can be loaded in its place.
 
@@ -142,7 +144,9 @@ class Readout:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, windows: Tensor, tick: Callable[[int, int], None] | None = None):
+    def __init__(
+        self, model: nn.Module, windows: Tensor | list[Tensor], tick: Callable[[int, int], None] | None = None
+    ):
         decoder, head = model.base_model, model.get_output_embeddings()
         if decoder is model or head is None:
             raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and a head")
@@ -181,8 +185,10 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: Readout, windows: Tensor, original: Readout | None = None) -> Scores:
+def score(model: Readout, windows: Tensor, original: Readout | None = None, first: int = 0) -> Scores:
     """Losses of a model on windows (N, L), and, with an original, its losses and how far the two are from each other.
+
+    `first` is where these windows begin among those that were read.
 
     Raises:
         InputError: the two have vocabularies of different sizes.
@@ -198,10 +204,10 @@ def score(model: Readout, windows: Tensor, original: Readout | None = None) -> S
     for window, start in itertools.product(range(count), range(0, length, step)):
         stop = min(start + step, length)
         part, targets = (window, slice(start, stop)), windows[window, start + 1 : stop + 1]
-        ours = model.logits(window, start, stop).log_softmax(-1)
+        ours = model.logits(first + window, start, stop).log_softmax(-1)
         found[0][part] = F.nll_loss(ours, targets.to(ours.device), reduction="none").cpu()
         if original:
-            theirs = original.logits(window, start, stop).log_softmax(-1)
+            theirs = original.logits(first + window, start, stop).log_softmax(-1)
             found[1][part] = F.nll_loss(theirs, targets.to(theirs.device), reduction="none").cpu()
             found[2][part] = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu()
             found[3][part] = (ours.argmax(-1) == theirs.argmax(-1)).float().cpu()

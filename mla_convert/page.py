@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mla_convert import beyond, plots
+from mla_convert import beyond, kinds, plots
 from mla_convert.errors import InputError, one_line
 from mla_convert.figures import calibration_words, is_evaluated, look_up, read_report
 from mla_convert.files import write_file
@@ -46,8 +46,8 @@ def page_text(report: dict[str, Any]) -> str:
 
 def page(report: dict[str, Any]) -> str:
     """The page as text."""
-    parts = [_head(report), _cache(report), _perplexity(report), _beyond(report), _planes(report), _layers(report), _sweep(report),
-             _heal(report), _bench(report), _time(report), _details(report)]  # fmt: skip
+    parts = [_head(report), _cache(report), _perplexity(report), _kinds(report), _beyond(report), _planes(report), _layers(report),
+             _sweep(report), _heal(report), _bench(report), _time(report), _details(report)]  # fmt: skip
     return _document(f"{report['source']['name']} with Multi-head Latent Attention", parts)
 
 
@@ -108,6 +108,10 @@ def _head(report: dict[str, Any]) -> str:
         ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), escape(measured)),
         ("took", _duration(report["seconds"]), escape(report["device"])),
     ]
+    if kinds.compared(suite := evaluation.get("suite")):
+        worst = suite["worst"]
+        more = f"{escape(worst['kind'])}; KL {_figure(suite['kl']['value'], '{:.4f}')} nats over all kinds"
+        found.insert(2, ("worst kind of text", _figure(worst["ratio"], "×{:.3f}"), more))
     cells = "".join(
         f"<div><dt>{what}</dt><dd>{escape(figure)}</dd><small>{more}</small></div>" for what, figure, more in found
     )
@@ -153,6 +157,14 @@ def _perplexity(report: dict[str, Any]) -> str:
     if evaluation["ratio"] is None:
         return _section("Perplexity", words + " One of them is not finite.", "")
     return _section("Perplexity", words, _draw(lambda width: plots.perplexity(evaluation, width)))
+
+
+def _kinds(report: dict[str, Any]) -> str:
+    suite = report["evaluation"].get("suite")
+    if not suite:
+        return ""
+    found = _table(list(kinds.COLUMNS), [list(row) for row in kinds.rows(suite)], "t" + "n" * (len(kinds.COLUMNS) - 1))
+    return _section("Kinds of text", escape(kinds.conditions(suite)), found)
 
 
 def _beyond(report: dict[str, Any]) -> str:

@@ -6,10 +6,23 @@ import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mla_convert import environment, folder, layers, measure, report, selfwritten, sensitivity, texts
+from mla_convert import (
+    environment,
+    folder,
+    layers,
+    measure,
+    report,
+    schedule,
+    selfwritten,
+    sensitivity,
+    streamed,
+    suite,
+    texts,
+)
 from mla_convert.attention import mla_config
 from mla_convert.carried import tokenizer_code
 from mla_convert.checkpoint import writer as output
@@ -22,6 +35,20 @@ from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
 from mla_convert.words import check_name
+
+
+def evaluated(
+    skeleton: Skeleton, streams: layers.Streams, windows: texts.Windows, kinds: suite.Suite | None
+) -> dict[str, Any]:
+    """What a report says of its evaluation, from the states that both models left behind their last layers."""
+    found = measure.figures(
+        windows,
+        streamed.scores(skeleton, windows.measured, streams.eval_original.data, streams.eval_converted.data),
+    )
+    if kinds:
+        states = streams.suite_original.data, streams.suite_converted.data
+        found["suite"] = suite.figures(kinds, streamed.scores(skeleton, kinds.windows, *states))
+    return found
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> report.Report:
@@ -54,6 +81,11 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         model = texts.reach(source.config, learned=not source.family.rotary)
         check_conversion(config, model.longest)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", model, source.shape.hidden_size)
+        kinds = None
+        if windows.evaluated:
+            kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
+        if kinds:
+            model.check(kinds.windows, "the packaged suite")
     written = selfwritten.share(config, source, device)
     code = None if source.gguf else tokenizer_code(source.folder)
     stock = [
@@ -65,10 +97,11 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         warnings.warn(untried, stacklevel=2)
         notes.append(untried)
 
-    refine = layers.refine_settings(config, device, tuple(windows.calib.shape), source.shape.hidden_size)
+    size = source.shape.hidden_size, schedule.layer_numbers(source)
+    refine = schedule.refine_settings(config, device, tuple(windows.calib.shape), *size)
     settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
     settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
-                 "block_steps": refine.block_steps, "output_steps": refine.output_steps,
+                 "block_steps": refine.block_steps, "output_steps": refine.output_steps, "output_layers": refine.output_layers,
                  "calib_self": written}  # fmt: skip
     identity = {"settings": settings, "source": source.fingerprint(), "device": environment.device_name(device),
                 "windows": [windows.calib.tolist(), windows.measured.tolist()],
@@ -78,7 +111,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         with phases.phase("write text"):
             calib = selfwritten.mixed(windows.calib, written, source, tokenizer, device, config.seed)
         with phases.phase("embed"):
-            streams = layers.open_streams(skeleton, calib, windows.measured)
+            streams = layers.open_streams(skeleton, calib, windows.measured, kinds and kinds.windows)
         with phases.phase("allocate"):
             states = streams.calib_original
             plan, channels = sensitivity.measure(plan, config, refine.steps, skeleton, states, writer, progress)
@@ -86,7 +119,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine, channels)
         with phases.phase("ends"):
             layers.write_ends(job)
-        further = layers.output_advances(refine, plan.shape.layers)
+        further = schedule.output_advances(refine, plan.shape.layers)
         progress.start(plan.shape.layers, refine.steps_per_layer, "layer", further)
         try:
             with phases.phase("layers"):
@@ -94,8 +127,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         finally:
             progress.stop()
         with phases.phase("evaluate"):
-            streamed = [streams.eval_original.data, streams.eval_converted.data]
-            losses = skeleton.token_losses(streamed, windows.measured)
+            evaluation = evaluated(skeleton, streams, windows, kinds)
         result = report.Report(
             source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, licence),
             # labels, not paths: a report is made to be published
@@ -103,9 +135,9 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             versions=environment.versions(),
             device=environment.device_name(device),
             cache=report.cache_figures(plan, (cast or source.dtype).itemsize, source.sliding_windows),
-            evaluation=measure.figures(windows, *losses),
+            evaluation=evaluation,
             calibration={"text": windows.calib_text, "protocol": windows.calib_protocol, "noise": config.calib_noise,
-                         "self_written": written},
+                         "self_written": written, "windows": windows.calib_counts},
             layers=layer_reports,
             phases=phases.results,
             seconds=round(time.perf_counter() - began, 2),

@@ -17,11 +17,12 @@ from mla_convert.config import ConvertConfig
 from mla_convert.engines.towards import towards
 from mla_convert.heal.cost import HealWork, estimate
 from mla_convert.heal.settings import HealSettings
-from mla_convert.layers import output_advances, refine_settings
 from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
+from mla_convert.schedule import output_advances, refine_settings
 from mla_convert.sensitivity import TOKENS, aside_bytes, is_measured
 from mla_convert.source import Source, open_source, parameters
+from mla_convert.suite import suite_size
 from mla_convert.texts import Reach, calibration_size, evaluation_length, reach
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
@@ -124,8 +125,10 @@ def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _evaluation_windows(config: ConvertConfig, source: Source) -> tuple[int, int]:
-    return config.eval_windows, evaluation_length(config, _reach(source))
+def _evaluation_windows(config: ConvertConfig, source: Source, on_gpu: bool) -> tuple[int, int]:
+    """Windows that perplexity is measured on and tokens in one; those of the packaged suite count by their tokens."""
+    length = evaluation_length(config, _reach(source))
+    return config.eval_windows + -(-prod(suite_size(config, on_gpu, length)) // length), length
 
 
 def _reach(source: Source) -> Reach:
@@ -155,10 +158,11 @@ def _time(
     )
     windows = {}
     for place, device in (("cpu", torch.device("cpu")), ("h100", torch.device("cuda"))):
+        evaluation = _evaluation_windows(config, source, device.type == "cuda")
         calib = calibration_size(config, device.type == "cuda", shape.hidden_size, _reach(source))
-        refine = refine_settings(config, device, calib, shape.hidden_size)
+        refine = refine_settings(config, device, calib, shape.hidden_size, work.layer_before)
         last = output_advances(refine, shape.layers) / shape.layers  # of the last block's layers, by layer
-        windows[place] = {"calib": calib, "evaluation": _evaluation_windows(config, source), "steps": refine.steps,
+        windows[place] = {"calib": calib, "evaluation": evaluation, "steps": refine.steps,
                           "block_steps": refine.block_steps + last, "output_steps": refine.output_steps / shape.layers,
                           "batch": refine.batch, "measured": TOKENS[device.type] * is_measured(plan, config)}  # fmt: skip
     return timing.estimate(work, shape.layers, windows, torch.get_num_threads())
@@ -202,7 +206,7 @@ def _host_memory(
         hidden=plan.shape.hidden_size,
         itemsize=itemsize,
         calibration_tokens=prod(calibration_size(config, False, plan.shape.hidden_size, _reach(source))),
-        evaluation_tokens=prod(_evaluation_windows(config, source)),
+        evaluation_tokens=prod(_evaluation_windows(config, source, False)),
     )
     if source.gguf:  # transformers holds these whole, in float32
         moments = {moment: size + 4 * sum(after.values()) for moment, size in moments.items()}

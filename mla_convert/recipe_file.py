@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
+from mla_convert import mixture
 from mla_convert.config import ConvertConfig, Settings
 from mla_convert.plan import Plan
 from mla_convert.refine import RefineSettings
@@ -48,10 +50,19 @@ def write_recipe(
         "refine_block": refine.block,
         "block_steps": refine.block_steps,
         "output_steps": refine.output_steps,
+        "output_layers": refine.output_layers,
+        "suite_windows": report.evaluation["suite"]["windows"] if "suite" in report.evaluation else 0,
     }
     settings = {key: value for key, value in settings.items() if not key.startswith("heal_") or value is not None}
     local = []
-    texts = [("calib", windows.calib_text, "calibration"), ("eval", windows.eval_text, "evaluation")]
+    named = []
+    for part in mixture.parts(config.calib):
+        name, is_file = repeatable(part.spec, "", "calibration")
+        named.append(str(replace(part, spec=name)))
+        if is_file:
+            local.append(("--calib", name))
+    settings["calib"] = named[0] if len(named) == 1 else named
+    texts = [("eval", windows.eval_text, "evaluation")]
     if config.held_out:
         texts.append(("held_out", windows.held_out_text, "held-out"))
     else:

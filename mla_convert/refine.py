@@ -43,7 +43,7 @@ class RefineSettings:
     an own error of OWN_ERROR or more (`step_size`).
 
     Then `block` layers are refined together, in `block_steps` of `block_lr`; blocks of one are not refined again. The last
-    block takes `output_steps` more, towards the original's next-token distribution.
+    blocks, as many as hold `output_layers`, take `output_steps` more together, towards the original's next-token distribution.
     """
 
     steps: int
@@ -54,6 +54,7 @@ class RefineSettings:
     block_steps: int = 0
     block_lr: float = 0.009
     output_steps: int = 0
+    output_layers: int = 1
 
     @property
     def steps_per_layer(self) -> int:

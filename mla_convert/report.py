@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mla_convert import kinds
 from mla_convert.figures import REPORT, finite, is_evaluated, mean
 from mla_convert.files import write_file
 from mla_convert.plan import AttentionShape, Plan
@@ -128,7 +129,7 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
     if held_out := evaluation.get("held_out"):
         before, after = held_out["before"]["value"], held_out["after"]["value"]
         table.append(("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", ratio_words(held_out)))
-    return table
+    return table + kinds.summary_rows(finite(evaluation.get("suite")))
 
 
 def _number(value: float | None) -> str:
@@ -159,12 +160,16 @@ def print_summary(report: Report, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     evaluation = report.evaluation
+    if suite := finite(evaluation.get("suite")):
+        console.print(kinds.table(suite))
     spread = "; ± is one standard error over windows" if ratio_error(evaluation) else ""
     texts = ["perplexity was not evaluated, as --eval none asked: `mla-convert eval` does it later"]
     if is_evaluated(evaluation):
         texts = [f"perplexity on {evaluation['text']}: {evaluation['protocol']}{spread}"]
     if held_out := evaluation.get("held_out"):
         texts.append(f"held-out text is {held_out['text']}: {held_out['protocol']}")
+    if suite:
+        texts.append(kinds.conditions(suite))
     for text in texts:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(

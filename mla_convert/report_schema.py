@@ -120,12 +120,34 @@ def _evaluation(value: Any, where: str) -> None:
     _figures(value, where)
 
 
+def _kinds(value: Any, where: str) -> None:
+    """The packaged suite's kinds of text: their names are shown as they are, so that they are letters."""
+    _table(_kind)(value, where)
+    for name in value:
+        _kind_name(name, where)
+
+
+def _kind_name(value: Any, where: str) -> None:
+    if not (isinstance(value, str) and value.isalpha() and value.islower() and len(value) <= 32):
+        raise _fail(where, "named by a word in small letters", value)
+
+
 _pair = _object({"before": _amount, "after": _amount})
 _mean = _object({}, {"value": _number, "error": _amount})
 _side = _object({"value": _maybe(_amount)}, {"log_error": _amount, "windows": _count, "length": _count})
 _measured = {"text": _words, "protocol": _words, "before": _side, "after": _side, "ratio": _maybe(_amount)}
 _held_out = _object(_measured, {"ratio_log_error": _amount})
-_figures = _object(_measured, {"ratio_log_error": _amount, "held_out": _held_out})
+_kind = _object({"after": _side}, {
+    "before": _side, "ratio": _amount, "ratio_log_error": _amount, "agreement": _mean,
+    "kl": _object({}, {"value": _number, "error": _amount, "p99": _number}),
+})  # fmt: skip
+_suite = _object({"protocol": _words, "kinds": _kinds}, {
+    "windows": _count, "length": _count, "kl": _mean, "agreement": _mean,
+    "worst": _object({"kind": _kind_name}, {"ratio": _amount}),
+})  # fmt: skip
+_figures = _object(
+    _measured, {"ratio_log_error": _amount, "held_out": _held_out, "kl": _mean, "agreement": _mean, "suite": _suite}
+)
 _entry = _object({}, {
     "layer": _count, "kv_lora_rank": _count, "qk_rope_head_dim": _count,
     "plane_frequencies": _each(_count), "energy": _table(_maybe(_number)),

@@ -20,11 +20,14 @@ from mla_convert.caching import with_cache
 from mla_convert.checkpoint.writer import stored_bytes
 from mla_convert.config import ConvertConfig
 from mla_convert.measure import original_cache_bytes
+from mla_convert.openings import SPARE, Openings, varied
 from mla_convert.source import Source
 from mla_convert.texts import first_tokens
 
 # Share of the windows where none is asked for, on a GPU of which the whole original takes no more than MEMORY_SHARE.
 SHARE, MEMORY_SHARE = 0.5, 1 / 8
+# Whether texts begin in many ways (openings.py) or all as documents do.
+OPENED = True
 # Tokens of one text; a longer window holds several.
 TEXT_TOKENS = 512
 # What the caches of texts that are written at once may take: of a GPU's memory its share, if that is more. Not of what is free:
@@ -65,7 +68,10 @@ def mixed(windows: Tensor, share: float, source: Source, tokenizer: Any, device:
     body = windows.shape[1] - len(prefix)
     pieces = -(-body // TEXT_TOKENS)
     model = load_whole(source, device)
-    written = write(model, count * pieces, -(-body // pieces), first_token(tokenizer, model.config.vocab_size), seed)
+    first = first_token(tokenizer, model.config.vocab_size)
+    wanted, opened = count * pieces, Openings(tokenizer, first, seed) if OPENED else None
+    spare = int(wanted * SPARE) if opened else 0
+    written = varied(write(model, wanted + spare, -(-body // pieces), first, seed, openings=opened), wanted)
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -215,10 +221,17 @@ def rounds(model: nn.Module, count: int, length: int) -> int:
 
 @torch.no_grad()
 def write(
-    model: nn.Module, count: int, length: int, first: int, seed: int, advance: Callable[[int], None] = lambda done: None
+    model: nn.Module,
+    count: int,
+    length: int,
+    first: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda done: None,
+    openings: Openings | None = None,
 ) -> Tensor:
     """Texts (count, length), on the CPU, sampled token by token from the model's own distribution after `first`.
 
+    `openings` are what the texts begin with behind `first`, and how freely they are written; without, at temperature 1.
     The end of a document does not end a text: the model goes on with another. A text longer than the narrowest attention
     window is made of several, so that one mask serves all layers. `advance` is told how many tokens are written.
     """
@@ -226,14 +239,23 @@ def write(
     config = model.config.get_text_config()
     parts = -(-length // (getattr(config, "sliding_window", None) or length))
     if parts > 1:
-        return write(model, count * parts, -(-length // parts), first, seed, advance).view(count, -1)[:, :length]
+        shorter = write(model, count * parts, -(-length // parts), first, seed, advance, openings)
+        return shorter.view(count, -1)[:, :length]
     times = rounds(model, count, length)
-    writer, texts = _Writer(model, -(-count // times), length), []
+    batch = -(-count // times)
+    writer, texts = _Writer(model, batch, length), []
+    scripts = openings.scripts(count, batch, length) if openings else []
     for number in range(times):
         writer.restart()
+        script = scripts[number].to(model.device) if scripts else None
         ids, written = torch.full_like(writer.ids, first), []
         for step in range(length):
-            ids = torch.multinomial(writer(ids).float().softmax(-1), 1, generator=generator)
+            probabilities = writer(ids).float().softmax(-1)
+            if script:
+                probabilities = script.likely(probabilities)
+            ids = torch.multinomial(probabilities, 1, generator=generator)
+            if script:
+                ids = script.direct(step, ids)
             written.append(ids)
             advance((number * length + step + 1) * len(ids))
         texts.append(torch.cat(written, dim=1).cpu())

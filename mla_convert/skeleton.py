@@ -261,21 +261,6 @@ class Skeleton:
         finally:
             self.model.config._attn_implementation = self.implementation
 
-    @torch.no_grad()
-    def token_losses(self, hidden_states: list[Tensor], windows: Tensor) -> list[Tensor]:
-        """Negative log-likelihood (N, L-1) of each window's tokens, from outputs (N, L, hidden) of the last layer.
-
-        Several sets of hidden states share one loading of the head, which is read a slice of the vocabulary at a time:
-        neither the whole head nor a window's logits are ever in memory. Logits are float32.
-        """
-        targets = windows[:, 1:].to(self.device)
-        sums = [torch.full(targets.shape, -torch.inf, device=self.device) for _ in hidden_states]
-        picked = [torch.zeros(targets.shape, device=self.device) for _ in hidden_states]
-        for start in self._head_slices():
-            for hidden, total, logit in zip(hidden_states, sums, picked, strict=True):
-                self._add_logits(hidden, targets, start, total, logit)
-        return [(total - logit).cpu() for total, logit in zip(sums, picked, strict=True)]
-
     def _head_tensors(self) -> dict[str, str]:
         """Names of the stored tensors of the head, by the parameters that they fill."""
         head = self.model.get_output_embeddings()
@@ -315,7 +300,7 @@ class Skeleton:
 
             yield distance
 
-    def _head_slices(self) -> Iterator[int]:
+    def head_slices(self) -> Iterator[int]:
         """Loads the final norm and, one after another, slices of the head; yields the first token of each."""
         head, stored = self.model.get_output_embeddings(), self._head_tensors()
         with self._final_norm(), self._frame_filled():
@@ -327,22 +312,10 @@ class Skeleton:
                 with self._rows_replaced(head, part):
                     yield start
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
         """Logits (L, slice), float32, of outputs (1, L, hidden) of the last layer, by the slice of the head that is loaded."""
         with self._layers_replaced([_Injector(states)] * len(self.layers)), self.autocast():
             return self.model(inputs_embeds=states, use_cache=False).logits[0].float()
-
-    def _add_logits(self, hidden: Tensor, targets: Tensor, first: int, total: Tensor, picked: Tensor) -> None:
-        """Add the logits of the vocabulary from `first` on to the running log-sum-exp and to the targets' logits."""
-        for window, start in itertools.product(range(len(targets)), range(0, targets.shape[1], LOGIT_TOKENS)):
-            part = slice(start, min(start + LOGIT_TOKENS, targets.shape[1]))
-            states = hidden[None, window, part].to(self.device, torch.float32)
-            logits = self._logits(states)
-            total[window, part] = torch.logaddexp(total[window, part], logits.logsumexp(-1))
-            local = targets[window, part] - first
-            here = (local >= 0) & (local < logits.shape[-1])
-            found = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-            picked[window, part] = torch.where(here, found, picked[window, part])
 
     def output_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient (N, L, hidden) of the negative log-likelihood of tokens drawn from the model's own prediction.
@@ -355,12 +328,12 @@ class Skeleton:
         best, drawn = total.clone(), torch.zeros(shape, dtype=torch.int64, device=self.device)
         gradient = torch.zeros(hidden.shape)
         for drawing in (True, False):
-            for start in self._head_slices():
+            for start in self.head_slices():
                 for window, first in itertools.product(range(shape[0]), range(0, shape[1], LOGIT_TOKENS)):
                     part = (window, slice(first, first + LOGIT_TOKENS))
                     states = hidden[part][None].to(self.device, torch.float32).requires_grad_(not drawing)
                     with torch.set_grad_enabled(not drawing):
-                        logits = self._logits(states)
+                        logits = self.logits(states)
                     if drawing:
                         total[part] = torch.logaddexp(total[part], logits.logsumexp(-1))
                         noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()

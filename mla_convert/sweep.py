@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert import environment
+from mla_convert import environment, mixture
 from mla_convert.checkpoint.writer import check_output
 from mla_convert.config import ConvertConfig
 from mla_convert.errors import GateFailed, InputError, MlaConvertError, UsageError
@@ -238,7 +238,8 @@ def _identity(config: ConvertConfig, source: Source) -> str:
     settings = config.model_dump(mode="json", exclude={"out", "overwrite"})
     # of a Hub source the revision says it all, and its weights may not have been fetched yet
     weights = [source.name, source.revision] if source.revision else source.fingerprint()
-    texts = [_stamp(spec) for spec in (config.calib, config.eval, config.held_out)]
+    specs = [*(part.spec for part in mixture.parts(config.calib)), config.eval, config.held_out]
+    texts = [_stamp(spec) for spec in specs]
     device = environment.device_name(environment.pick_device(config.device))
     whole = [settings, weights, texts, device, environment.versions()]
     return _digest(whole)

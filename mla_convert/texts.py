@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_convert import mixture
 from mla_convert.config import PACKAGE, ConvertConfig, packaged
 from mla_convert.errors import InputError, ResourceError, UsageError, one_line
 from mla_convert.text_files import is_text_name, read_documents
@@ -53,6 +54,8 @@ class Windows:
     held_out: Tensor | None = None
     held_out_text: str | None = None
     evaluated: bool = True
+    # windows of each calibration text, by its label
+    calib_counts: dict[str, int] | None = None
 
     @property
     def measured(self) -> Tensor:
@@ -141,25 +144,31 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Rea
     samples, length = calibration_size(config, on_gpu, hidden, model)
     fewest = config.calib_samples or min(samples, FEWEST)
     eval_length = evaluation_length(config, model)
-    calib_text, calib_label = load_text(config.calib, "calibration")
+    given = mixture.parts(config.calib)
+    loaded = [load_text(part.spec, "calibration") for part in given]
+    calib_texts, labels = [text for text, _ in loaded], [label for _, label in loaded]
+    calib_label = mixture.label(labels, given) if config.calib else mixture.PACKAGED_LABEL
     evaluated = config.eval != NONE
     eval_text, eval_label = load_text(config.eval, "evaluation") if evaluated else ("", NONE)
     held_out, held_out_label = None, None
     if config.held_out == FROM_CALIB:
-        cut = int(len(calib_text) * CALIB_SHARE)
-        calib_text, rest, held_out_label = calib_text[:cut], calib_text[cut:], f"the end of {calib_label}"
+        cuts = [int(len(text) * CALIB_SHARE) for text in calib_texts]
+        rest = "\n\n".join(text[cut:] for text, cut in zip(calib_texts, cuts, strict=True))
+        calib_texts = [text[:cut] for text, cut in zip(calib_texts, cuts, strict=True)]
+        held_out_label = f"the end of {calib_label}"
     elif config.held_out:
         rest, held_out_label = load_text(config.held_out, "held-out")
     if held_out_label:
         held_out = evaluation_windows(rest, tokenizer, config.eval_windows, eval_length, held_out_label, "held-out")
         model.check(held_out, held_out_label)
-    given = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
-    calib = calibration_windows(calib_text, tokenizer, samples, length, config.seed, calib_label, fewest)
+    stood_in = {"calibration": (config.calib, calib_label), "evaluation": (config.eval, eval_label)}
+    weighted = [(text, label, part.weight) for text, label, part in zip(calib_texts, labels, given, strict=True)]
+    calib, counts = mixed_windows(weighted, tokenizer, samples, length, config.seed, fewest)
     model.check(calib, calib_label)
     evaluation = calib[:1]  # says at least whether what the model computes is finite
     if evaluated:
         evaluation = evaluation_windows(eval_text, tokenizer, config.eval_windows, eval_length, eval_label)
-    notes = [f"no {purpose} text was given: using {label}" for purpose, (spec, label) in given.items() if not spec]
+    notes = [f"no {purpose} text was given: using {label}" for purpose, (spec, label) in stood_in.items() if not spec]
     notes += model.note(config.calib_length, "--calib-length") + model.note(config.eval_length, "--eval-length")
     return Windows(
         calib=noised(calib, config.calib_noise, tokenizer, config.seed, model.vocabulary),
@@ -170,6 +179,7 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Rea
         held_out=held_out,
         held_out_text=held_out_label,
         evaluated=evaluated,
+        calib_counts=dict(zip(labels, counts, strict=True)),
     )
 
 
@@ -330,13 +340,46 @@ def calibration_windows(
                 break
         if len(windows) >= count:
             break
-    if len(windows) < (fewest or count):
+    least = count if fewest is None else fewest
+    if len(windows) < least:
         raise InputError(
-            f"calibration text {label} is too short: it holds {len(windows)} windows of {length} tokens and {fewest or count} are "
+            f"calibration text {label} is too short: it holds {len(windows)} windows of {length} tokens and {least} are "
             f"wanted; give more text, or lower --calib-samples or --calib-length"
         )
     order = torch.randperm(len(windows), generator=generator)[:count]
-    return torch.tensor([windows[index] for index in order.tolist()])
+    return torch.tensor([windows[index] for index in order.tolist()], dtype=torch.int64).view(-1, length)
+
+
+def mixed_windows(
+    weighted: list[tuple[str, str, float]], tokenizer: Any, count: int, length: int, seed: int, fewest: int
+) -> tuple[Tensor, list[int]]:
+    """Windows (n, length), fewest <= n <= count, of several texts (text, label, weight), and how many are of each.
+
+    Where a text holds fewer than its share, those that hold more make up for it;
+    one that holds none is refused. Windows of all texts are in one random order.
+
+    Raises:
+        InputError: one of them, or all together, are too short.
+    """
+    if len(weighted) == 1:
+        ((text, label, _),) = weighted
+        windows = calibration_windows(text, tokenizer, count, length, seed, label, fewest)
+        return windows, [len(windows)]
+    wanted = mixture.quotas([weight for _, _, weight in weighted], count)
+    found = [calibration_windows(text, tokenizer, want, length, seed, label, 1) if want else None
+             for (text, label, _), want in zip(weighted, wanted, strict=True)]  # fmt: skip
+    held = [0 if windows is None else len(windows) for windows in found]
+    for index, (text, label, _) in enumerate(weighted):
+        if (missing := count - sum(held)) and held[index] == wanted[index]:
+            more = calibration_windows(text, tokenizer, held[index] + missing, length, seed, label, 0)
+            found[index], held[index] = more, len(more)
+    if sum(held) < fewest:
+        raise InputError(
+            f"calibration texts are too short: together they hold {sum(held)} windows of {length} tokens and {fewest} are wanted; "
+            f"give more text, or lower --calib-samples or --calib-length"
+        )
+    windows = torch.cat([each for each in found if each is not None and len(each)])
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))], held
 
 
 def noised(windows: Tensor, share: float, tokenizer: Any, seed: int, vocabulary: int | None = None) -> Tensor:

@@ -51,7 +51,8 @@ def convert_folder(tmp_path_factory):
         text = str(folder.parent / "text.txt")
         defaults = {
             "calib": text, "eval": text, "calib_samples": 16, "calib_length": 48, "eval_windows": 4, "eval_length": 48,
-            "refine_steps": 0, "uniform": True, "device": "cpu", "out": tmp_path_factory.mktemp("out") / folder.name,
+            "refine_steps": 0, "uniform": True, "device": "cpu", "suite_windows": 0,
+            "out": tmp_path_factory.mktemp("out") / folder.name,
         }  # fmt: skip
         return convert(ConvertConfig(source=str(folder), **{**defaults, **settings}), Progress(quiet=True))
 

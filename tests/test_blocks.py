@@ -1,6 +1,7 @@
 """Layers refined together: never worse, for any family, and the model that is measured is the one that is written."""
 
 import io
+import math
 
 import pico
 import pytest
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mla_convert import convert, measure, progress, texts
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.config import ConvertConfig
-from mla_convert.layers import blocks, refine_settings
+from mla_convert.refine import RefineSettings
+from mla_convert.schedule import blocks, groups, layer_numbers, refine_settings
+from mla_convert.source import open_source
 
 SMALL = {"kv_ratio": 0.4, "refine_steps": 3, "refine_block": 2}
 
@@ -42,6 +45,51 @@ def test_the_last_block_then_comes_nearer_in_what_it_predicts(convert_pico, name
         assert layer["block_error"] == other["block_error"] and "output_kl" not in other
     *others, last = convert_pico(name, **{**settings, "refine_block": 1, "block_steps": 0}, output_steps=60).layers
     assert last["output_kl"] < last["output_kl_before"] and not any("output_kl" in layer for layer in others)
+
+
+def test_the_last_blocks_are_a_group():
+    def sizes(layers, **settings):
+        given = {"steps": 1, "batch": 1, "lr": 0.1, "seed": 0, "block": 6, "output_steps": 5, **settings}
+        return [[len(block) for block in group] for group in groups(layers, RefineSettings(**given))]
+
+    assert sizes(24) == [[6], [6], [6], [6]] == sizes(24, output_layers=6)
+    assert sizes(24, output_layers=7) == [[6], [6], [6, 6]] == sizes(24, output_layers=12)
+    assert sizes(24, output_layers=99) == [[6, 6, 6, 6]]
+    assert sizes(24, output_layers=99, output_steps=0) == [[6], [6], [6], [6]]
+
+
+def test_as_many_layers_take_the_last_steps_as_fit(sources):
+    def layers(numbers):
+        return refine_settings(
+            ConvertConfig(source="x"), torch.device("cuda"), (768, 1024), 1536, numbers
+        ).output_layers
+
+    assert layers(0) == 21 and layers(50_000_000) < 21  # of a card of 80 GB, where there is none
+    assert layers(10**11) == 1  # experts that no card holds: the last block alone
+    source = open_source(str(sources("llama")))
+    found = layer_numbers(source)
+    with_biases = [name for name in source.reader.names() if name.startswith("model.layers.0.")]
+    assert found == sum(math.prod(source.reader.shape(name)) for name in with_biases)
+
+
+def test_several_blocks_come_nearer_together(convert_pico):
+    settings = {
+        "kv_ratio": 0.3,
+        "refine_steps": 0,
+        "refine_block": 1,
+        "block_lr": 0.02,
+        "calib_samples": 64,
+        "output_steps": 60,
+    }
+    last, both = (convert_pico("llama", **settings, output_layers=layers).layers for layers in (1, 2))
+    assert [entry.get("output_layers") for entry in last] == [None, None, 1]
+    assert [entry.get("output_layers") for entry in both] == [None, 2, 2]
+    assert both[-1]["output_kl_before"] == pytest.approx(last[-1]["output_kl_before"], rel=0.02)
+    assert both[-1]["output_kl"] < last[-1]["output_kl"]
+    report = convert_pico("llama", **settings, output_layers=2)
+    windows = texts.evaluation_windows(pico.text(), AutoTokenizer.from_pretrained(report.out), 4, 48, "text")
+    expected = measure.perplexity(pico.losses(AutoModelForCausalLM.from_pretrained(report.out), windows))
+    assert report.evaluation["after"]["value"] == pytest.approx(expected.value, rel=1e-4)
 
 
 def test_the_bar_counts_every_step(sources, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 from mla_convert import measure, texts
 from mla_convert.checkpoint.reader import SafetensorsReader
 from mla_convert.config import default_name
+from mla_convert.mixture import PACKAGED_LABEL
 from mla_convert.report import rows
 from mla_convert.source import open_source
 
@@ -285,12 +286,13 @@ def test_json_is_all_there_is_on_stdout(cli, sources, tmp_path):
 
 
 def test_default_texts_offline(cli, sources, tmp_path):
-    """Without a network the packaged texts stand in for WikiText-2, and one line a text says so."""
+    """Without a network the packaged text stands in for WikiText-2; calibration's texts are packaged anyway: a line each."""
     code, _, err = cli(sources("llama"), "--calib-samples", 8, "--calib-length", 32, "--eval-windows", 2, "--eval-length",
                        32, "--refine-steps", 0, "--device", "cpu", "--out", tmp_path / "out")  # fmt: skip
     assert code == 0
-    notes = [line for line in err.splitlines() if "could not be fetched" in line]
-    assert len(notes) == 2 and "calibration" in notes[0] and "evaluation" in notes[1]
+    notes = [line for line in err.splitlines() if line.startswith("no ")]
+    assert len(notes) == 2 and "no calibration text" in notes[0] and PACKAGED_LABEL in notes[0]
+    assert "no evaluation text" in notes[1] and "could not be fetched" in notes[1]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["notes"] == notes
 
 

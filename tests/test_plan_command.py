@@ -91,8 +91,8 @@ def test_known_figures_of_llama_8b(published):
 
 
 def test_estimates_agree_with_what_was_measured(published):
-    # it took 2.7 GB when the check for NaN still made a float64 copy of the embedding table
-    memory = plan(published("llama-1b"))["peak_host_memory"]
+    # it took 2.7 GB when the check for NaN still made a float64 copy of the embedding table; the suite was not there yet
+    memory = plan(published("llama-1b"), suite_windows=0)["peak_host_memory"]
     assert 128256 * 2048 * 2 * 2 < memory["bytes"] < 2.7e9 and memory["moment"] == "one layer"
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mla_convert import ConvertConfig
+from mla_convert.errors import InputError
 from mla_convert.factorise import Statistics
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -74,6 +75,45 @@ def test_rope_kept_is_no_worse_than_a_conversion_of_the_same_size(rope_kept, con
     assert found["cache"]["kv_lora_rank"] == 16 and found["cache"]["qk_rope_head_dim"] == 0
     sizes = {"calib_noise": 0, "calib_samples": 48, "calib_length": 32, "eval_windows": 40, "eval_length": 32}
     assert found["evaluation"]["ratio"] < convert_pico("llama", kv_ratio=0.5, **sizes).ratio
+
+
+@pytest.fixture(scope="module")
+def quantised(sources):
+    spec = importlib.util.spec_from_file_location("quantised_cache", BENCHMARKS / "quantised_cache.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_quantised_numbers_are_near_by_a_step(quantised):
+    values = torch.randn(1, 2, 5, 64, generator=torch.Generator().manual_seed(0))
+    for bits in (8, 4):
+        step = (values.unflatten(-1, (-1, 32)).amax(-1) - values.unflatten(-1, (-1, 32)).amin(-1)) / (2**bits - 1)
+        error = (quantised.quantised(values, bits, 32) - values).abs().unflatten(-1, (-1, 32)).amax(-1)
+        assert float((error / step).max()) < 0.6 and float(error.max()) > 0
+    assert float((quantised.quantised(values, 8, 0) / values - 1).abs().median()) < 0.04  # three bits of mantissa
+    turn = quantised.hadamard(64, torch.device("cpu"))
+    assert torch.allclose(turn @ turn, torch.eye(64), atol=1e-5)
+    assert quantised.bytes_share(4, 32) == 0.3125 and quantised.bytes_share(8, 0) == 0.5
+
+
+def test_a_quantised_cache_is_measured_as_a_conversion_is(quantised, sources):
+    text = str(sources("llama").parent / "text.txt")
+    settings = {
+        "calib": text,
+        "eval": text,
+        "calib_samples": 1,
+        "calib_length": 32,
+        "eval_windows": 2,
+        "eval_length": 32,
+    }
+    config = ConvertConfig(source=str(sources("llama")), device="cpu", suite_windows=1, **settings)
+    fine, rough = (quantised.evaluate(config, bits, 8, False) for bits in (8, 2))
+    divergence = [found["evaluation"]["kl"]["value"] for found in (fine, rough)]
+    assert divergence[0] < 5e-3 and divergence[1] > 20 * divergence[0]
+    assert fine["evaluation"]["suite"]["worst"]["ratio"] and fine["cache"]["share_saved"] == 1 - 12 / 16
+    with pytest.raises(InputError, match="do not come in groups of 5"):
+        quantised.evaluate(config, 4, 5, False)
 
 
 def test_rotated_mean_is_the_mean_over_distances(rope_kept):

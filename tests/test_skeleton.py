@@ -5,7 +5,7 @@ import pytest
 import torch
 from pico import VARIANTS, VOCAB, model
 
-from mla_convert import divergence
+from mla_convert import divergence, streamed
 from mla_convert import skeleton as skeleton_module
 from mla_convert.activations import Activations
 from mla_convert.skeleton import Skeleton
@@ -24,7 +24,7 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
     for index in range(len(skeleton.layers)):
         with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
             states.advance(lambda hidden, layer=layer, own=kwargs[index]: layer(hidden, **own))
-    (losses,) = skeleton.token_losses([states.data], windows)
+    losses = streamed.scores(skeleton, windows, states.data).losses
     torch.testing.assert_close(losses, pico.losses(model(name), windows), rtol=1e-4, atol=1e-4)
 
 
@@ -37,9 +37,9 @@ def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
     expected = torch.randn(2, 9, skeleton.source.config.hidden_size, generator=draw)
     found = (expected + 0.3 * torch.randn(expected.shape, generator=draw)).requires_grad_(True)
     with torch.no_grad():
-        for start in skeleton._head_slices():
+        for start in skeleton.head_slices():
             assert start == 0  # one slice holds all of so small a vocabulary
-            ours, theirs = (skeleton._logits(each.flatten(0, 1)[None]).log_softmax(-1) for each in (found, expected))
+            ours, theirs = (skeleton.logits(each.flatten(0, 1)[None]).log_softmax(-1) for each in (found, expected))
     with skeleton.divergence() as distance:
         value = distance(found, expected)
         assert float(distance(expected, expected)) == pytest.approx(0, abs=1e-6)

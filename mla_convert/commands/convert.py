@@ -82,10 +82,12 @@ def convert(
         ),
     ] = None,
     calib: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Calibration text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Default: WikiText-2 "
-            "from the Hub, or the packaged text when that cannot be reached.",
+            metavar="TEXT[=WEIGHT]",
+            help="Calibration text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Give several, with weights, "
+            "for all that the model is for. Default: packaged texts of several kinds.",
+            show_default=False,
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -128,6 +130,14 @@ def convert(
     eval_length: Annotated[
         int | None,
         typer.Option(help="Tokens in an evaluation window. Default 2048, or the model's limit.", rich_help_panel=TEXT),
+    ] = None,
+    suite_windows: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of each kind of the packaged suite of texts that the result is measured on; 0: none. Default 4 of "
+            "1024 tokens (CPU: 2 of 512).",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     held_out: Annotated[
         str | None,
@@ -175,8 +185,16 @@ def convert(
     output_steps: Annotated[
         int | None,
         typer.Option(
-            help="Further steps of the last block (or layer), towards the original's next-token distribution. Default: a "
+            help="Further steps of the last layers, towards the original's next-token distribution. Default: a "
             "quarter of a block's (CPU: 0).",
+            rich_help_panel=REFINE,
+        ),
+    ] = None,
+    output_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers at the end, in whole blocks, that take those further steps together. Default: as many as fit in "
+            "a quarter of a GPU (CPU: the last one's).",
             rich_help_panel=REFINE,
         ),
     ] = None,
@@ -187,7 +205,11 @@ def convert(
         ),
     ] = None,
     heal_data: Annotated[
-        str | None, typer.Option(help="Text for that, named like --calib's. Default: that text.", rich_help_panel=HEAL)
+        str | None,
+        typer.Option(
+            help="Text for that, named like --calib's. Default: that text if there is one, else WikiText-2.",
+            rich_help_panel=HEAL,
+        ),
     ] = None,
     heal_length: Annotated[
         str | None, typer.Option(help="Tokens in its windows, or a mix: 1024:0.75,8192:0.25.", rich_help_panel=HEAL)
@@ -252,6 +274,7 @@ def convert(
     """Convert SOURCE to Multi-head Latent Attention and write it, with a report, to a folder."""
     own = ("json_", "quiet", "verbose", "eval_", "push_to_hub", "private", "export", "for_")
     options = {key: value for key, value in locals().items() if key not in (*own, "own")}
+    options["calib"] = calib[0] if calib and len(calib) == 1 else calib or None
     options |= {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "eval": eval_, "engine": for_}
     if private and not push_to_hub:
         raise UsageError("--private is for --push-to-hub: give both, or neither")

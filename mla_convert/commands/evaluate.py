@@ -46,6 +46,15 @@ Length = Annotated[
         rich_help_panel=MEASURE,
     ),
 ]
+SuiteWindows = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Windows of each kind of the packaged suite of texts; 0: none. Default: the conversion's, else 4 (CPU: 2).",
+        show_default=False,
+        rich_help_panel=MEASURE,
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(help="auto (as MODEL is stored), float32, bfloat16 or float16.", rich_help_panel=MEASURE)
 ]
@@ -108,6 +117,7 @@ def evaluate(
     text: Text = None,
     eval_windows: Windows = None,
     eval_length: Length = None,
+    suite_windows: SuiteWindows = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     passkey: Passkey = False,
@@ -145,8 +155,9 @@ def evaluate(
                     greedy_tokens=GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
                     tasks=names, task_limit=task_limit)  # fmt: skip
     try:
-        found = evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length, dtype=dtype,
-                               device=device, probes=probes, progress=Progress(quiet=quiet, verbose=is_verbose()))  # fmt: skip
+        found = evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length,
+                               suite_windows=suite_windows, dtype=dtype, device=device, probes=probes,
+                               progress=Progress(quiet=quiet, verbose=is_verbose()))  # fmt: skip
     except (MemoryError, OutOfMemoryError) as error:
         raise ResourceError(OUT_OF_MEMORY) from error
     if folder:

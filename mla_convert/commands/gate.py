@@ -18,6 +18,7 @@ from mla_convert.commands.evaluate import (
     Dtype,
     Length,
     Model,
+    SuiteWindows,
     Text,
     Windows,
 )
@@ -46,6 +47,33 @@ MinSaving = Annotated[
     typer.Option(
         metavar="SHARE",
         help="Least share of the KV cache to be saved: 70% or 0.7.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+MaxWorst = Annotated[
+    float | None,
+    typer.Option(
+        "--max-worst-ratio",
+        help="The same of the packaged suite's worst kind of text.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Most that KL(original ‖ model) of the next token may be, mean over the suite's kinds of text.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+MinAgreement = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Least share of tokens at which both find the same next token likeliest: 90% or 0.9.",
         rich_help_panel=LIMITS,
         show_default=False,
     ),
@@ -80,11 +108,15 @@ def gate(
     min_kv_saving: MinSaving = None,
     baseline: Baseline = None,
     max_regression: MaxRegression = None,
+    max_worst_ratio: MaxWorst = None,
+    max_kl: MaxKl = None,
+    min_agreement: MinAgreement = None,
     from_report: FromReport = False,
     against: Against = None,
     text: Text = None,
     eval_windows: Windows = None,
     eval_length: Length = None,
+    suite_windows: SuiteWindows = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     junit: Annotated[
@@ -104,12 +136,15 @@ def gate(
     from mla_convert.gate import junit_xml
 
     began = time.perf_counter()
-    limits = read_limits(max_ppl_ratio, max_ppl, min_kv_saving, baseline, max_regression)
+    limits = read_limits(
+        max_ppl_ratio, max_ppl, min_kv_saving, baseline, max_regression, max_worst_ratio, max_kl, min_agreement
+    )
     if junit and junit.is_dir():
         raise InputError(f"--junit {junit} is a folder: give a file")
-    if from_report and not (against is text is eval_windows is eval_length is None):
+    if from_report and not (against is text is eval_windows is eval_length is suite_windows is None):
         raise UsageError("--from-report measures nothing: leave out --against and the --eval options, or --from-report")
-    options = {"text": text, "windows": eval_windows, "length": eval_length, "dtype": dtype, "device": device}
+    options = {"text": text, "windows": eval_windows, "length": eval_length, "suite_windows": suite_windows,
+               "dtype": dtype, "device": device}  # fmt: skip
     verdict = judge(model, limits, from_report, against, quiet, options)
     if junit:
         junit.parent.mkdir(parents=True, exist_ok=True)
@@ -129,12 +164,16 @@ def read_limits(
     min_kv_saving: str | None,
     baseline: Path | None,
     max_regression: str | None,
+    max_worst_ratio: float | None = None,
+    max_kl: float | None = None,
+    min_agreement: str | None = None,
 ) -> Limits:
     """Limits as typed."""
     from mla_convert.gate import Limits, percentage
 
     return Limits(max_ppl_ratio, max_ppl, min_kv_saving and percentage(min_kv_saving),
-                  max_regression and percentage(max_regression), baseline)  # fmt: skip
+                  max_regression and percentage(max_regression), baseline,
+                  max_kl, min_agreement and percentage(min_agreement), max_worst_ratio)  # fmt: skip
 
 
 def judge(

@@ -12,9 +12,12 @@ from mla_convert.commands.evaluate import MEASURE, Against, Device, Text
 from mla_convert.commands.gate import (
     Baseline,
     FromReport,
+    MaxKl,
     MaxPerplexity,
     MaxRatio,
     MaxRegression,
+    MaxWorst,
+    MinAgreement,
     MinSaving,
     judge,
     print_verdict,
@@ -62,6 +65,9 @@ def push(
     min_kv_saving: MinSaving = None,
     baseline: Baseline = None,
     max_regression: MaxRegression = None,
+    max_worst_ratio: MaxWorst = None,
+    max_kl: MaxKl = None,
+    min_agreement: MinAgreement = None,
     from_report: FromReport = False,
     against: Against = None,
     text: Text = None,
@@ -77,7 +83,9 @@ def push(
     With a limit, the gate comes first: if it fails (exit code 3), nothing is uploaded. The token is that of
     `hf auth login`, or HF_TOKEN.
     """
-    limits = read_limits(max_ppl_ratio, max_ppl, min_kv_saving, baseline, max_regression)
+    limits = read_limits(
+        max_ppl_ratio, max_ppl, min_kv_saving, baseline, max_regression, max_worst_ratio, max_kl, min_agreement
+    )
     if not limits and (from_report or against or text):
         raise UsageError(f"the options under {MEASURE} are for a gate: give a limit, such as --max-ppl-ratio")
     silence_libraries(quiet)

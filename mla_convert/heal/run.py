@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert import environment, selfwritten, texts
+from mla_convert import environment, mixture, selfwritten, texts
 from mla_convert.beyond import heal_rows, to_report
 from mla_convert.checkpoint import writer as output
 from mla_convert.config import ConvertConfig
@@ -120,7 +120,7 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
     Raises:
         MlaConvertError: as `heal`; the conversion stays as it is.
     """
-    given = {"data": config.heal_data or config.calib, "length": config.heal_length, "train": config.heal_train,
+    given = {"data": _heal_text(config), "length": config.heal_length, "train": config.heal_train,
              "lr": config.heal_lr, "self_share": config.heal_self_share,
              "eval": config.eval, "seed": config.seed, "teacher_revision": config.revision}  # fmt: skip
     windows = report.evaluation["before"]
@@ -168,6 +168,20 @@ def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
     return folder, report
 
 
+def _heal_text(config: ConvertConfig) -> str | None:
+    """The text that a conversion's healing trains on: one, as it is read from its beginning.
+
+    Raises:
+        UsageError: the calibration texts are several, and none was named for healing.
+    """
+    if config.heal_data or not config.calib:
+        return config.heal_data
+    several = mixture.parts(config.calib)
+    if len(several) > 1:
+        raise UsageError("healing trains on one text and calibration has several: name one with --heal-data")
+    return several[0].spec
+
+
 def check_conversion(config: ConvertConfig, limit: int | None) -> None:
     """Refuse before a conversion what would fail when it is healed. `limit` is the model's context, if it has one.
 
@@ -177,7 +191,7 @@ def check_conversion(config: ConvertConfig, limit: int | None) -> None:
     """
     if not config.heal_tokens:
         return
-    spec = config.heal_data or config.calib
+    spec = _heal_text(config)
     _check_apart(spec, config.eval)
     texts.load_documents(spec)
     _with_length(HealSettings(tokens=config.heal_tokens, length=config.heal_length), limit)

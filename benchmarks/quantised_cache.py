@@ -1,0 +1,148 @@
+"""What a user has instead of a conversion: the original with its own keys and values quantised in its cache.
+
+    python benchmarks/quantised_cache.py MODEL --bits 4 --group 32 --hadamard --eval test.txt.gz
+
+Keys (behind RoPE) and values are quantised and restored as attention reads them, all tokens alike, on the same windows and on
+the same packaged suite as a conversion: INT with a scale and a zero point in float16 for every group of numbers of a head, or
+FP8 (e4m3) with one scale for all keys, and one for all values, of a layer. `--hadamard` turns every head by an orthonormal
+Hadamard matrix before and back after, which spreads outliers. The share of the cache counts scales and zero points.
+Used by quality.py; the figures are those of a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mla_convert import environment, layers, measure, streamed, suite, texts
+from mla_convert.config import ConvertConfig, build_config
+from mla_convert.errors import InputError, MlaConvertError
+from mla_convert.figures import finite
+from mla_convert.skeleton import Skeleton, first_output
+from mla_convert.source import open_source
+
+NAME = "quantised_cache"
+FP8_LARGEST = 448.0
+NOTHING = "the original itself"
+
+
+def bytes_share(bits: int, group: int) -> float:
+    """Of a bfloat16 cache; FP8's two scales a layer count nothing."""
+    return bits / 16 if bits == 8 and not group else (bits + 2 * 16 / group) / 16
+
+
+def quantised(values: Tensor, bits: int, group: int) -> Tensor:
+    """Keys or values (B, heads, T, d_h) as they come back from the cache; `group` 0 is FP8."""
+    if not group:
+        scale = values.abs().amax().clamp_min(1e-12) / FP8_LARGEST
+        return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
+    grouped = values.float().unflatten(-1, (-1, group))
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    low = low.half().float()
+    scale = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-7)
+    steps = ((grouped - low) / scale).round().clamp(0, 2**bits - 1)
+    return (steps * scale + low).flatten(-2).to(values.dtype)
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """An orthonormal, symmetric Hadamard matrix (size, size); `size` is a power of two."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+def attention(bits: int, group: int, turned: bool, stock: str):
+    """An attention function as transformers calls it: `stock`, on keys and values that come out of a quantised cache."""
+
+    def restored(values: Tensor) -> Tensor:
+        if not turned:
+            return quantised(values, bits, group)
+        turn = hadamard(values.shape[-1], values.device).to(values.dtype)
+        return quantised(values @ turn, bits, group) @ turn
+
+    def forward(module, query, key, value, attention_mask, **kwargs):
+        return ALL_ATTENTION_FUNCTIONS[stock](module, query, restored(key), restored(value), attention_mask, **kwargs)
+
+    return forward
+
+
+def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict:
+    """Stream evaluation windows and the suite through the original twice, once with a quantised cache."""
+    began, device = time.perf_counter(), environment.pick_device(config.device)
+    phases = environment.Phases(device)
+    with phases.phase("open"):
+        source = open_source(config.source, config.revision)
+        skeleton, tokenizer, shape = Skeleton(source, device), source.tokenizer(), source.shape
+        width = shape.head_dim
+        if (group and width % group) or (turned and width & (width - 1)):
+            raise InputError(f"heads of {width} numbers do not come in groups of {group}, or have no Hadamard matrix")
+        if skeleton.implementation != "sdpa":
+            raise InputError(f"{source.name} has its attention written out: its keys cannot be caught on the way")
+        reach = texts.reach(source.config, learned=not source.family.rotary)
+        windows = texts.load_windows(config, tokenizer, device.type == "cuda", reach, shape.hidden_size)
+        kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
+    ALL_ATTENTION_FUNCTIONS[NAME] = attention(bits, group, turned, skeleton.implementation)
+    with environment.deterministic(config.seed), phases.phase("layers"):
+        streams = layers.open_streams(skeleton, windows.calib[:1], windows.measured, kinds and kinds.windows)
+        pairs = list(zip(streams.measured_original, streams.measured_converted, strict=True))
+        kwargs = {states.length: skeleton.layer_kwargs(states.length) for states, _ in pairs}
+        for index in range(shape.layers):
+            with skeleton.layer(index, skeleton.layer_tensors(index)) as layer, torch.no_grad(), skeleton.autocast():
+                for original, compressed in pairs:
+                    own = kwargs[original.length][index]
+                    original.advance(lambda hidden, own=own, layer=layer: first_output(layer(hidden, **own)))
+                    with skeleton.attention(NAME):
+                        compressed.advance(lambda hidden, own=own, layer=layer: first_output(layer(hidden, **own)))
+    with phases.phase("evaluate"):
+        found = measure.figures(
+            windows,
+            streamed.scores(skeleton, windows.measured, streams.eval_original.data, streams.eval_converted.data),
+        )
+        if kinds:
+            states = streams.suite_original.data, streams.suite_converted.data
+            found["suite"] = suite.figures(kinds, streamed.scores(skeleton, kinds.windows, *states))
+    share = bytes_share(bits, group)
+    return finite({
+        "cache": {"numbers_per_token_per_layer": {"after": share * shape.cache_numbers}, "kv_lora_rank": 0, "qk_rope_head_dim": 0,
+                  "share_saved": 1 - share},
+        "evaluation": found, "calibration": {"protocol": "nothing"},
+        "phases": phases.results, "device": environment.device_name(device), "versions": environment.versions(),
+        "seconds": round(time.perf_counter() - began, 2),
+    })  # fmt: skip
+
+
+def main() -> None:
+    """Options to settings, settings to figures, as JSON on stdout."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source")
+    parser.add_argument("--bits", type=int, required=True, choices=(2, 3, 4, 8))
+    parser.add_argument("--group", type=int, default=0, help="numbers that share a scale; 0: FP8")
+    parser.add_argument("--hadamard", action="store_true")
+    for name, kind in (("eval", str), ("eval-windows", int), ("eval-length", int), ("suite-windows", int), ("device", str),
+                       ("revision", str), ("seed", int)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind)
+    known = vars(parser.parse_known_args()[0])
+    bits, group, turned = (known.pop(name) for name in ("bits", "group", "hadamard"))
+    try:
+        if not group and bits != 8:
+            raise InputError("FP8 has 8 bits: give --group for another number of bits")
+        print(
+            json.dumps(
+                evaluate(build_config({**known, "calib_samples": 1, "calib_length": 32}), bits, group, turned), indent=2
+            )
+        )
+    except MlaConvertError as error:
+        sys.exit(f"quantised_cache: {error}")
+
+
+if __name__ == "__main__":
+    main()
