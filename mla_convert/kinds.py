@@ -43,10 +43,11 @@ def table(suite: dict[str, Any]) -> Any:
     from rich.table import Table
 
     found = Table()
-    for index, column in enumerate(COLUMNS):
-        found.add_column(column, justify="right" if index else "left")
+    shown = range(len(COLUMNS)) if compared(suite) else (0, 2)  # of one model alone there is nothing else
+    for index in shown:
+        found.add_column(COLUMNS[index], justify="right" if index else "left")
     for row in rows(suite):
-        found.add_row(*row)
+        found.add_row(*(row[index] for index in shown))
     return found
 
 
