@@ -22,7 +22,7 @@ from mla_convert.config import ConvertConfig
 from mla_convert.measure import original_cache_bytes
 from mla_convert.openings import SPARE, Openings, varied
 from mla_convert.source import Source
-from mla_convert.texts import first_tokens
+from mla_convert.tokens import first_tokens
 
 # Share of the windows where none is asked for, on a GPU of which the whole original takes no more than MEMORY_SHARE.
 SHARE, MEMORY_SHARE = 0.5, 1 / 8

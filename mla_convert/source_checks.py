@@ -19,8 +19,8 @@ import torch
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.errors import InputError, MlaConvertError, one_line
 from mla_convert.families import Family
-from mla_convert.texts import first_tokens
 from mla_convert.tokenizer import read_tokenizer
+from mla_convert.tokens import first_tokens
 
 # Rows of a matrix that are compared together.
 ROWS = 4096

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 from mla_convert.errors import InputError
 from mla_convert.loading import find_model, load_model
 from mla_convert.source import open_source
-from mla_convert.texts import evaluation_windows, first_tokens
+from mla_convert.texts import evaluation_windows
+from mla_convert.tokens import first_tokens
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -17,6 +17,7 @@ from mla_convert.heal.shared import Pair
 from mla_convert.heal.state import StateFolder
 from mla_convert.loading import find_model, load_model, load_tokenizer
 from mla_convert.progress import Progress
+from mla_convert.tokens import ordinary_tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE, HOST = torch.device("cuda" if CUDA else "cpu"), torch.device("cpu")
@@ -109,7 +110,7 @@ def corpus_of(args, tokens, written=True):
 def trainer_of(args, pair, corpus, settings, name):
     """A run of its own in `args.work`."""
     engine = accelerator()
-    vocabulary = texts.ordinary_tokens(load_tokenizer(find_model(args.teacher)))
+    vocabulary = ordinary_tokens(load_tokenizer(find_model(args.teacher)))
     state = StateFolder(Path(args.work) / name, {}, engine)
     return engine, loop.Trainer(engine, pair, corpus, settings, state, Progress(quiet=True), vocabulary)
 

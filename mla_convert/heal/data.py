@@ -20,6 +20,7 @@ from torch import Tensor
 from mla_convert import texts
 from mla_convert.divergence import IGNORED
 from mla_convert.errors import InputError
+from mla_convert.tokens import first_tokens
 
 IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"
 # Share of the data, its end, that is never trained on; tokens of it that are looked at.
@@ -78,7 +79,7 @@ def make_corpus(
     documents, label = texts.load_documents(spec, joined)
     if isinstance(documents, list):
         documents = _thinned(documents, wanted)
-    prefix = texts.first_tokens(tokenizer)
+    prefix = first_tokens(tokenizer)
     parts, starts, total = [], [], 0
     for ids in _taught(_tokenised(documents, tokenizer), prefix):
         starts.append(total)
@@ -224,7 +225,7 @@ def noised(batch: Batch, share: float, vocabulary: Tensor, keys: list[tuple[int,
     """The batch with a share of the tokens of some windows, but the first, replaced by random ones of `vocabulary` (V,).
 
     `keys` has a seed for every window that is to be noised, and None for the others. No label is a random token. As for
-    calibration (`texts.noised`), contexts that no text has keep the model from becoming a specialist of the text at hand.
+    calibration (`tokens.noised`), contexts that no text has keep the model from becoming a specialist of the text at hand.
     """
     ids, labels = batch.ids.clone(), batch.labels.clone()
     for row, key in enumerate(keys):

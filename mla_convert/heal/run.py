@@ -41,6 +41,7 @@ from mla_convert.refresh import check_unknown, outdated
 from mla_convert.report import Report
 from mla_convert.selfcheck import self_check
 from mla_convert.source import Place
+from mla_convert.tokens import ordinary_tokens
 from mla_convert.words import expanded
 
 LABEL, BEFORE = "text.json", "before-{}.json"
@@ -329,9 +330,7 @@ def _train(
     frozen = torch.bfloat16 if on_gpu else torch.float32
     student = load_model(place, "auto" if settings.train != "all" else torch.float32, host)
     pair = Pair(student, load_model(origin, frozen, host), settings, frozen).place(accelerator.device)
-    vocabulary = (
-        texts.ordinary_tokens(load_tokenizer(place), model_config(place).vocab_size) if settings.noise else None
-    )
+    vocabulary = ordinary_tokens(load_tokenizer(place), model_config(place).vocab_size) if settings.noise else None
     trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, progress, vocabulary)
     run = trainer.train()
     best = trainer.best
