@@ -11,12 +11,19 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-def attend_grouped(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
+def attend_grouped(
+    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_
+) -> tuple[Tensor, None]:
     """Attention of one query token (B, H, 1, d) on keys and values (B, G, L, .), with a mask (B, 1, 1, L) or on all: (B, 1, H, v).
 
     Heads that share keys are rows of one query, so that a key is read once for all, where transformers copies it for each
     if there is a mask.
+
+    Raises:
+        TypeError: a soft cap or sinks, which PyTorch's attention has not.
     """
+    if softcap is not None or s_aux is not None:
+        raise TypeError("grouped attention knows neither soft caps nor sinks: let the model attend eagerly")
     rows = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
     attended = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
     return attended.reshape(len(query), 1, query.shape[1], -1), None
