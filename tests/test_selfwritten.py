@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mla_convert import selfwritten
+from mla_convert.attend import attend_grouped
 from mla_convert.config import ConvertConfig
 from mla_convert.figures import calibration_words
 from mla_convert.source import open_source
@@ -102,3 +103,10 @@ def test_reports_say_what_was_written():
     assert (
         calibration_words({"protocol": words, "self_written": 0.0}) == calibration_words({"protocol": words}) == words
     )
+
+
+@pytest.mark.parametrize("given", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
+def test_grouped_attention_refuses_what_it_does_not_know(given):
+    query, key = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 3, 4)
+    with pytest.raises(TypeError, match="neither soft caps nor sinks"):
+        attend_grouped(None, query, key, key, None, 0.5, **given)
