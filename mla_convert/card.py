@@ -61,8 +61,8 @@ def write_card(report: Report, folder: Path) -> None:
 def card_text(report: Report) -> str:
     """The content of README.md."""
     source, evaluation, cache = report.source, report.evaluation, report.cache
-    on_hub = source["revision"] is not None
-    link = f"[{source['name']}](https://huggingface.co/{source['name']}), at revision `{source['revision']}`,"
+    on_hub = source.get("revision") is not None
+    link = f"[{source['name']}](https://huggingface.co/{source['name']}), at revision `{source.get('revision')}`,"
     body = BODY.format(
         name=source["name"],
         base=link if on_hub else source["name"],

@@ -22,7 +22,8 @@ TOKENIZER = (
     "chat_template.json", "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.model", "sentencepiece.bpe.model", "spm.model", "tekken.json",
 )  # fmt: skip
-NAMES = (*TOKENIZER, "generation_config.json")
+GENERATION = "generation_config.json"
+NAMES = (*TOKENIZER, GENERATION)
 # Licences come under many names; what follows a last dot must be a text's ending or a number (LICENSE-2.0).
 LICENCE = re.compile(r"(?:LICEN[SC]E|NOTICE|ATTRIBUTION|COPYING|USE_POLICY)[\w.+-]*", re.ASCII | re.IGNORECASE)
 LAST_PART = re.compile(r"txt|md|rst|\d[\w+-]*|llama\w*|apache|mit|bsd", re.ASCII | re.IGNORECASE)

@@ -39,6 +39,18 @@ def write_file(path: Path, content: bytes | str) -> None:
         raise
 
 
+def read_regular(path: Path, most: int = -1) -> bytes:
+    """What a regular file holds, at most so many bytes. A pipe or device is refused: reading it may wait for ever.
+
+    Raises:
+        OSError: it is none, or cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
 def permissions() -> int:
     """What a new file may be used for, by the umask."""
     umask = os.umask(0)

@@ -229,7 +229,10 @@ def _text(path: Path) -> str:
 
 def card_for(folder: Path, repo: str) -> bytes:
     """The model card with the repository's name where it shows how to load the model."""
-    text = (folder / CARD).read_text(encoding="utf-8")
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise InputError(f"{CARD} in {folder} is not UTF-8: it is damaged") from error
     return text.replace('from_pretrained("."', f'from_pretrained("{repo}"').encode()
 
 

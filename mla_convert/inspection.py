@@ -16,6 +16,7 @@ from mla_convert.checkpoint.writer import REPORT
 from mla_convert.config_file import check_sizes
 from mla_convert.errors import InputError, one_line
 from mla_convert.figures import is_evaluated, mean
+from mla_convert.files import read_regular
 from mla_convert.planning import shape_figures
 from mla_convert.report import human_bytes
 from mla_convert.report_schema import check_report
@@ -56,7 +57,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is no such file or it is something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

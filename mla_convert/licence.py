@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from mla_convert.files import read_regular
+
 CARD = "README.md"
 # A card's metadata stand between two lines of dashes at its beginning.
 METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -36,8 +38,7 @@ def read_licence(folder: Path) -> dict[str, Any]:
 
 def _metadata(card: Path) -> dict[Any, Any]:
     try:
-        with open(card, "rb") as file:
-            match = METADATA.search(file.read(MOST_BYTES).decode("utf-8-sig", errors="replace"))
+        match = METADATA.search(read_regular(card, MOST_BYTES).decode("utf-8-sig", errors="replace"))
         content = yaml.safe_load(match[1]) if match else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return {}  # yaml raises what its constructors do, of dates and numbers that there are not

@@ -12,6 +12,7 @@ from mla_convert import carried, sums
 from mla_convert.beyond import to_report
 from mla_convert.card import CARD, write_card
 from mla_convert.code import code_files
+from mla_convert.config_file import read_config
 from mla_convert.environment import newest_tried, versions
 from mla_convert.errors import InputError, UsageError
 from mla_convert.figures import REPORT, finite
@@ -21,6 +22,7 @@ from mla_convert.page import PAGE, write_page
 from mla_convert.report_schema import check_report
 from mla_convert.revise import check_exchange, revised, tidy
 from mla_convert.selfcheck import self_check
+from mla_convert.tokenizer import read_tokenizer
 
 # What a version of ours wrote or carried over; whatever else lies in a folder is its owner's.
 CONFIG = "config.json"
@@ -59,6 +61,9 @@ def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
     accept = check_accepted(folder, accept)
     found = check_intact(folder, accept)
     check_unknown(folder, found.checksums)
+    if not found.sealed and describing_file(folder) == REPORT:
+        read_config(folder, folder.name)
+        read_tokenizer(folder, folder.name)  # what is not under checksum might be damaged, or gone
     changed = outdated(folder)
     if (
         not changed
@@ -116,7 +121,7 @@ def outdated(folder: Path) -> dict[str, bytes]:
     if exported:
         wanted = {name: content for name, content in wanted.items() if (folder / name).exists()}
     elif (folder / CONFIG).is_file():
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = read_config(folder, folder.name)
         if config.get("mla_transformers") != newest_tried():
             config["mla_transformers"] = newest_tried()
             wanted[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

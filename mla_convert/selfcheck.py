@@ -93,7 +93,7 @@ def _failed(what: str) -> str:
 
 def own_code(folder: Path) -> list[str]:
     """Names of the Python files in a folder, if they are, byte for byte, this version's for converted or exported models."""
-    files = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    files = {path.name: path.read_bytes() for path in folder.glob("*.py") if path.is_file()}
     return sorted(files) if files in (code_files(), code_files(exported=True)) else []
 
 

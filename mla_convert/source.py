@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from mla_convert.carried import carried_files, licence_files
+from mla_convert.carried import GENERATION, carried_files, check_inside, licence_files
 from mla_convert.checkpoint.dequantise import DequantisedReader, take_quantization
 from mla_convert.checkpoint.files import INDEX, SINGLE, refuse_adapter
 from mla_convert.checkpoint.gguf_config import sampling
@@ -21,7 +21,7 @@ from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
 from mla_convert.config import PACKAGE
 from mla_convert.config_file import read_config
-from mla_convert.errors import InputError, one_line
+from mla_convert.errors import InputError, MlaConvertError, one_line
 from mla_convert.families import FAMILIES, Family, find_family
 from mla_convert.licence import read_licence
 from mla_convert.place import HUB_FILES, Place, locate
@@ -33,9 +33,11 @@ from mla_convert.source_checks import (
     check_layers,
     check_scaling,
     check_tensors,
+    check_width,
     first_token_notes,
     makes_sense,
     refuse_audio,
+    rotary_dims,
     settle_ties,
 )
 from mla_convert.tokenizer import read_tokenizer
@@ -55,6 +57,8 @@ class Source:
     family: Family
     reader: Reader
     notes: tuple[str, ...] = ()
+    rotary: int = 0
+    """Dims of a head that RoPE turns."""
 
     @property
     def shape(self) -> AttentionShape:
@@ -62,7 +66,6 @@ class Source:
         config, family = self.config, self.family
         heads = config.num_attention_heads
         head_dim = head_width(config)
-        rope = getattr(config, "rope_parameters", None) or {}
         layers = range(config.num_hidden_layers)
         has_rope = tuple(bool(on) for on in getattr(config, family.rope_layers)) if family.rope_layers else ()
         if family.rope_layer_type:
@@ -74,7 +77,7 @@ class Source:
             num_kv_heads=kv_heads(config),
             head_dim=head_dim,
             has_kv_bias=self.has_bias("k") or self.has_bias("v"),
-            rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if family.rotary else 0,
+            rotary_dim=self.rotary if family.rotary else 0,
             rope_layers=has_rope if not all(has_rope) else None,
             normed=self._has(f"{family.k_norm}."),
         )
@@ -144,7 +147,7 @@ class Source:
         return sorted(found)
 
     def generation_config(self) -> GenerationConfig:
-        """Generation defaults where the source has no file of its own: from its configuration, as transformers has them.
+        """Generation defaults: its own file's, or from its configuration, as transformers has them.
 
         Configurations take up no sampling settings, so those in config.json, or a GGUF file's metadata, are read from there.
         """
@@ -152,14 +155,19 @@ class Source:
             found = GenerationConfig.from_model_config(self.config)
             found.update(**sampling(read_gguf(self.folder / self.gguf)))
             return found
+        own = (self.folder / GENERATION).exists()
         try:
+            if own:
+                check_inside(self.folder / GENERATION)
+                return GenerationConfig.from_pretrained(self.folder)
             return GenerationConfig.from_pretrained(
                 self.folder, config_file_name="config.json", _from_model_config=True
             )
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(
-                f"sampling settings in config.json of {self.name} cannot be read: {one_line(error)}"
-            ) from error
+        except (MlaConvertError, MemoryError):
+            raise
+        except Exception as error:  # settings of others: no list of what they may run into is complete
+            file = GENERATION if own else "config.json"
+            raise InputError(f"sampling settings in {file} of {self.name} cannot be read: {one_line(error)}") from error
 
 
 def open_source(name: str, revision: str | None = None, weights: bool = True) -> Source:
@@ -198,7 +206,7 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
             check_layers(config.num_hidden_layers, stored.names(), family, label)
         expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
         notes += check_classes(content, expected.model, label, part)
-        source = Source(label, revision, folder, None, config, family, expected, tuple(notes))
+        source = Source(label, revision, folder, None, config, family, expected, tuple(notes), expected.rotary)
         check_derived(source)
     if stored:
         found = _with_weights(source, stored, expected, quantization, part, weights)
@@ -233,12 +241,14 @@ def _with_weights(
 class _Expected(MemoryReader):
     """The tensors that a configuration asks for, on the meta device; a tied head is not among them.
 
-    `model` is the class that it makes, `tied` has the parameters that are others' as well: name -> the other's name.
+    `model` is the class that it makes, `rotary` counts the dims of a head that it turns, `tied` has the parameters that are
+    others' as well: name -> the other's name.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, rotary: int):
         super().__init__(parameters(model))
         self.model = type(model).__name__
+        self.rotary = rotary
         self.tied = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
 
 
@@ -247,7 +257,8 @@ def _expected(config: PreTrainedConfig, label: str) -> _Expected:
     with makes_sense(label), init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
         check_scaling(model, label)
-        return _Expected(model)
+        check_width(model, label)
+        return _Expected(model, rotary_dims(model, label))
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -269,7 +280,7 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         _check_sizes(config, path.name)
         expected = _expected(config, path.name)
         family = find_family(config.model_type)
-        source = Source(path.name, None, path.parent, path.name, config, family, expected, notes)
+        source = Source(path.name, None, path.parent, path.name, config, family, expected, notes, expected.rotary)
         check_derived(source)
     sampling(found.file)  # refuses before the work what would be refused after it
     # transformers dequantises a GGUF file as a whole: these sources are held in memory

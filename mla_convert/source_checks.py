@@ -24,6 +24,7 @@ from mla_convert.tokens import first_tokens
 
 # Rows of a matrix that are compared together.
 ROWS = 4096
+KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 # More decoder layers than any language model has; building a million of them takes minutes.
 MOST_LAYERS = 1000
 # Classes of models with a head of another kind: ...ForSequenceClassification, ...ForTokenClassification, ...
@@ -57,13 +58,32 @@ def check_derived(source: Any) -> None:
     """Refuse settings of a source from which its sizes, windows or defaults of generation cannot be made.
 
     Raises:
-        InputError: names the window; other settings run into `makes_sense`.
+        InputError: names the window or kind of layer; other settings run into `makes_sense`.
     """
-    _ = source.shape
+    config, known = source.config, type(source.config)()
+    kinds = getattr(config, "layer_types", None) or ()
+    for kind in kinds:
+        if kind not in KINDS_OF_LAYERS:
+            raise InputError(
+                f"{source.name} has layers of {kind!r}, which are not supported: {' and '.join(KINDS_OF_LAYERS)} are"
+            )
+    shape = source.shape
+    if shape.rotary_dim not in (0, shape.head_dim) and not source.family.partial_rotary:
+        raise InputError(
+            f"configuration of {source.name} does not make a model: RoPE would turn {shape.rotary_dim} of {shape.head_dim} dims "
+            f"of a head, and {config.model_type} turns all: take partial_rotary_factor out of it"
+        )
+    windowed = any(window is not None for window in source.sliding_windows)
+    if (windowed and not hasattr(known, "sliding_window")) or (kinds and not hasattr(known, "layer_types")):
+        # transformers' caches and masks heed them, and its attention does not
+        raise InputError(
+            f"configuration of {source.name} has a sliding_window or layer_types, and {config.model_type} has no windows: take "
+            f"them out of it"
+        )
     for window in source.sliding_windows:
         if window is not None and (not isinstance(window, int) or window < 1):
             raise InputError(f"configuration of {source.name} is not valid: sliding_window {window!r}")
-    if not source.gguf and not (source.folder / "generation_config.json").exists():
+    if not source.gguf:
         source.generation_config()
 
 
@@ -233,6 +253,29 @@ def check_layers(layers: int, names: Iterable[str], family: Family, label: str) 
             f"tensor {family.layers}.{max(held) + 1}.* is missing from {label}: its configuration says {layers} layers and its "
             f"weights have {max(held) + 1}: they do not belong together"
         )
+
+
+def check_width(model: torch.nn.Module, label: str) -> None:
+    """Refuse a model whose embeddings are of another width than its layers, with a projection between them.
+
+    Raises:
+        InputError: it is one.
+    """
+    width, hidden = model.get_input_embeddings().weight.shape[1], model.config.hidden_size
+    if width != hidden:
+        raise InputError(f"{label} has embeddings of {width} numbers and layers of {hidden}, which is not supported")
+
+
+def rotary_dims(model: torch.nn.Module, label: str) -> int:
+    """Dims of a head that transformers' model turns, by its own tables: not every class heeds `partial_rotary_factor`.
+
+    Raises:
+        InputError: its layers turn different numbers of them.
+    """
+    found = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    if len(found) > 1:
+        raise InputError(f"{label} has layers with different numbers of rotary dims {sorted(found)}: not supported")
+    return found.pop() if found else 0
 
 
 def check_scaling(model: torch.nn.Module, label: str) -> None:

@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from mla_convert.errors import InputError
 from mla_convert.figures import look_up
-from mla_convert.files import write_file
+from mla_convert.files import read_regular, write_file
 
 SUMS = "SHA256SUMS"
 NAME = re.compile(r"[\w+-][\w.+-]*", re.ASCII)
@@ -74,7 +74,7 @@ def read(folder: Path) -> dict[str, str]:
         Fault: it cannot be read, or is not exactly as `seal` writes it.
     """
     try:
-        content = (folder / SUMS).read_bytes()
+        content = read_regular(folder / SUMS)
         found = [LINE.fullmatch(line) for line in content.decode("ascii").split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise Fault(f"{SUMS} cannot be read ({error}): damaged or changed", SUMS) from error

@@ -97,7 +97,7 @@ def _split(text: str, suffix: str, name: str) -> list[str]:
 
 
 def _is_json(text: str) -> bool:
-    """Whether text is JSON: as a whole, or its first line, an object or a list of objects."""
+    """Whether text is JSON: as a whole, or its first line, an object or a list of objects, lists or strings."""
     start = text.lstrip()
     if not start.startswith(("{", "[")):
         return False
@@ -108,7 +108,7 @@ def _is_json(text: str) -> bool:
             return True
         except ValueError:
             continue
-        if isinstance(found, dict) or (found and isinstance(found[0], dict | list)):
+        if isinstance(found, dict) or (found and isinstance(found[0], dict | list | str)):
             return True
     return False
 
@@ -167,9 +167,15 @@ def _table_rows(text: str, delimiter: str, name: str) -> Iterator[str]:
         if "text" not in (rows.fieldnames or ()):
             columns = ", ".join(plain(column)[:40] for column in (rows.fieldnames or ())[:8])
             raise InputError(f'text file {name} has no column "text" in its first line, only {columns}')
+        if rows.fieldnames.count("text") > 1:
+            raise InputError(f'text file {name} has the column "text" twice: leave one')
         for row in rows:
             if row["text"] is None:
                 raise InputError(f'line {rows.line_num} of {name} has no field for the column "text"')
+            if None in row:
+                raise InputError(
+                    f"line {rows.line_num} of {name} has more fields than the first line: quote a text that holds {delimiter!r}"
+                )
             yield row["text"]
     except csv.Error as error:
         raise InputError(f"line {rows.line_num} of {name} is no row of a table ({error})") from error

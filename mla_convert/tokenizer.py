@@ -22,7 +22,9 @@ def read_tokenizer(folder: Path, label: str, **options: Any) -> Any:
         InputError: it has none that transformers can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer("1")  # some settings that make no sense are found out here
+        return tokenizer
     except Exception as error:  # a damaged file raises whatever its parser runs into, bare Exception among it
         raise InputError(
             f"{label} has no readable tokenizer ({_reason(folder, error, 'gguf_file' in options)})"

@@ -22,6 +22,7 @@ from mla_convert.intact import EXPORT, check_intact, describing_file
 from mla_convert.loading import PREFIX, is_converted
 from mla_convert.source import load_config
 from mla_convert.sums import Fault
+from mla_convert.tokenizer import read_tokenizer
 
 FREQUENCIES = "rope_freq_index"
 
@@ -56,6 +57,11 @@ def verify(folder: Path) -> Verified:
     headers = _check_index(folder, found.checksums, weight_map)
     exported = describing_file(folder) == EXPORT
     frequencies = 0 if exported else _check_model(folder, weight_map, headers)
+    if not (found.sealed or exported):
+        try:
+            read_tokenizer(folder, folder.name)  # not under checksum, and might be damaged, or gone
+        except InputError as error:
+            raise Fault(str(error), "tokenizer.json") from error
     size = sum(_check_tensors(folder, file, frequencies) for file in found.checksums)
     if total != size:
         raise Fault(f"{INDEX} says that the tensors have {total} bytes, and they have {size}", INDEX)

@@ -307,6 +307,57 @@ def test_settings_that_make_no_sense_are_bad_input(cli, source, fields):
         assert code in (0, 4) and len(err.splitlines()) == (code == 4), err
 
 
+@pytest.mark.parametrize(
+    "fields, word",
+    [({"is_causal": False}, "is_causal"), ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+     ({"return_dict": False}, "return_dict"), ({"output_attentions": True}, "output_attentions"),
+     ({"sliding_window": 9}, "sliding_window"), ({"layer_types": ["full_attention"] * 3}, "layer_types"),
+     ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}}, "rotary")],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_the_class_does_not_heed_or_cannot_run_with(source, fields, word):
+    change(source / CONFIG, **fields)
+    refused(source, word, weights=False)
+
+
+def test_embeddings_of_another_width(tmp_path, sources):
+    folder = Path(shutil.copytree(sources("opt"), tmp_path / "source"))
+    change(folder / CONFIG, word_embed_proj_dim=24)
+    refused(folder, "embeddings of 24", weights=False)
+
+
+@pytest.mark.parametrize("rope_type", ["default", "proportional"])
+@torch.no_grad()
+def test_dims_that_turn_are_those_of_the_class(source, convert_folder, rope_type):
+    """Llama's class turns whole heads whatever `partial_rotary_factor` says, or gives the rest no frequency."""
+    change(source / CONFIG, rope_parameters={"rope_type": rope_type, "rope_theta": 500.0, "partial_rotary_factor": 0.5})
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except KeyError:
+        pytest.skip(f"this version of transformers has no {rope_type} RoPE")
+    (source.parent / "text.txt").write_text(pico.text())
+    report = convert_folder(source, rank="full", rope_dim="full")
+    converted = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32)
+    ids = torch.arange(3, 43)[None]
+    expected, found = (model.eval()(ids, use_cache=False).logits for model in (stock, converted))
+    assert (found - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"a":', '{"a":' + "[" * 100_000, '{"cache_implementation": "x"}', "\ufeff{}"]
+)
+def test_generation_settings_that_cannot_be_read(source, content):
+    (source / "generation_config.json").write_text(content)
+    refused(source, "generation_config.json", weights=False)
+
+
+def test_a_tokenizer_that_opens_and_cannot_be_used(source):
+    change(source / "tokenizer_config.json", model_max_length="many")
+    with pytest.raises(InputError, match="no readable tokenizer"):
+        open_source(str(source)).tokenizer()
+
+
 def test_sampling_settings_in_the_configuration_are_carried_over(source, convert_folder):
     (source / "generation_config.json").unlink(missing_ok=True)
     (source.parent / "text.txt").write_text(pico.text())

@@ -206,3 +206,14 @@ def test_a_folder_is_never_gone(old, monkeypatch):
     old.rename(files.aside(old))  # killed between two renames
     assert refresh(old).written == []
     verify(old)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+@pytest.mark.parametrize("content", [None, "[]", '{"a":', b"\xff"])
+def test_damage_that_no_checksum_tells(old, cli, name, content):
+    (old / name).unlink()
+    if content is not None:
+        (old / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for command in ("refresh", "verify"):
+        code, out, err = cli(command, old, "-q")
+        assert code == 4 and len(err.splitlines()) == 1 and not out, err

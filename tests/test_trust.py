@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -397,6 +398,15 @@ def test_cards_in_odd_bytes(tmp_path, content):
 
 def test_no_card(tmp_path):
     assert read_licence(tmp_path) == {"license": None}
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(folder, tmp_path):
+    os.mkfifo(tmp_path / "README.md")
+    assert read_licence(tmp_path) == {"license": None}
+    (folder / SUMS).unlink()
+    os.mkfifo(folder / SUMS)
+    with pytest.raises(Fault, match=f"{SUMS} cannot be read"):
+        verify(folder)
 
 
 def test_an_odd_card_costs_no_conversion(source, convert_folder):

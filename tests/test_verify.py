@@ -382,7 +382,7 @@ def test_folder_of_an_earlier_version(folder, cli):
     code, out, err = cli("verify", folder)
     assert code == 0 and not err and "only its shards are under checksum" in out.splitlines()[1]
     (folder / "tokenizer.json").unlink()
-    verify(folder)
+    assert fault(folder).file == "tokenizer.json"
     flip(folder / LAYER, random.Random(0))
     assert fault(folder).file == LAYER
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from mla_convert.errors import InputError
 
+# Configuration values that every family relies on.
+ALWAYS = {"is_causal": True, "is_encoder_decoder": False, "return_dict": True, "output_attentions": False}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -66,6 +69,9 @@ class Family:
     rotary: bool = True
     """Whether it has RoPE at all."""
 
+    partial_rotary: bool = False
+    """Whether RoPE may turn the first dims of a head alone."""
+
     interleaved: bool = False
     """Whether RoPE turns neighbouring dims 2f and 2f + 1 of a head; otherwise f and f + half of the rotary dims."""
 
@@ -118,7 +124,7 @@ class Family:
         Raises:
             InputError: names the setting.
         """
-        for key, value in self.requires.items():
+        for key, value in (ALWAYS | dict(self.requires)).items():
             found = getattr(config, key, value)
             if (found or None) != (value or None):
                 raise InputError(f"{label} has {key} = {found}, which is not supported: it must be {value}")

@@ -6,6 +6,7 @@ FAMILY = Family(
     model_type="gpt_neox",
     examples="Pythia 14M to 12B, GPT-NeoX-20B, Dolly v2, RedPajama-INCITE",
     special="one projection for query, key and value, head by head; partial rotary; parallel residual",
+    partial_rotary=True,
     layers="gpt_neox.layers",
     attention="attention",
     final_norm="final_layer_norm",

@@ -6,6 +6,7 @@ FAMILY = Family(
     model_type="phi",
     examples="Phi-1, Phi-1.5, Phi-2",
     special="partial rotary; bias everywhere, the head included; parallel residual; in some a norm on each head of query and key",
+    partial_rotary=True,
     final_norm="final_layernorm",
     output="dense",
     q_norm="q_layernorm",

@@ -6,6 +6,7 @@ FAMILY = Family(
     model_type="phi3",
     examples="Phi-3 and Phi-3.5 mini and medium, Phi-4, Phi-4-mini",
     special="one projection for query, key and value; longrope; partial rotary in Phi-4-mini",
+    partial_rotary=True,
     fused="qkv_proj",
     tested={
         "phi3": {"sliding_window": 12},

@@ -6,6 +6,7 @@ FAMILY = Family(
     model_type="stablelm",
     examples="StableLM 3B, Stable LM 2 1.6B and 12B",
     special="partial rotary; in some a norm of its own for each head of query and key, in some a parallel residual",
+    partial_rotary=True,
     q_norm="q_layernorm",
     k_norm="k_layernorm",
     norm_over="heads first",
