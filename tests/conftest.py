@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker inherits what its parent set; more threads than cores spin
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The kernel tests interpret Triton, which asks for it when it is first imported, by whichever test that may be.
 os.environ.setdefault("TRITON_INTERPRET", "1")
