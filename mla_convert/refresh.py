@@ -11,6 +11,7 @@ from typing import Any
 from mla_convert import carried, sums
 from mla_convert.beyond import to_report
 from mla_convert.card import CARD, write_card
+from mla_convert.checkpoint.files import weight_files
 from mla_convert.code import code_files
 from mla_convert.config_file import read_config
 from mla_convert.environment import newest_tried, versions
@@ -61,6 +62,7 @@ def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
     accept = check_accepted(folder, accept)
     found = check_intact(folder, accept)
     check_unknown(folder, found.checksums)
+    weight_files(folder)  # refuses an index that is gone or damaged, which older folders have under no checksum
     if not found.sealed and describing_file(folder) == REPORT:
         read_config(folder, folder.name)
         read_tokenizer(folder, folder.name)  # what is not under checksum might be damaged, or gone

@@ -217,3 +217,13 @@ def test_damage_that_no_checksum_tells(old, cli, name, content):
     for command in ("refresh", "verify"):
         code, out, err = cli(command, old, "-q")
         assert code == 4 and len(err.splitlines()) == 1 and not out, err
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{"])
+def test_an_older_folder_whose_index_is_damaged_is_bad_input(old, content):
+    index = old / "model.safetensors.index.json"
+    index.unlink() if content is None else index.write_text(content)
+    before = contents(old)
+    with pytest.raises(InputError, match=r"index"):
+        refresh(old)
+    assert contents(old) == before
