@@ -117,6 +117,7 @@ def _load(folder: Path, device: torch.device) -> tuple[nn.Module, int, int]:
         dtype=torch.float32 if widen else stored,
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=False,  # else transformers asks on stdin whether to run code that is not ours
         output_loading_info=True,
     )
     if info["missing_keys"]:

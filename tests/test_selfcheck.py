@@ -166,3 +166,16 @@ def test_exports_are_tried_too(convert_pico, cli, tmp_path):
         )
         code, _, err = cli("verify", out, "--run")
         assert code == (2 if profile == "engine" else 0), err
+
+
+def test_nobody_is_asked_about_code_that_is_not_ours(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "modeling_mla.py").write_text("raise SystemExit('this code must not run')\n")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(
+        json.dumps({**config, "model_type": "llama", "architectures": ["MlaLlamaForCausalLM"]})
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    with pytest.raises(SelfCheckFailed):
+        self_check(copy)

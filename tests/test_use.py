@@ -308,3 +308,17 @@ FEATURES = {
 def test_generation_in_all_ways(sources, convert_pico, name, feature):
     ours, original = load(convert_pico(name, rank="full", rope_dim="full").out), load(sources(name))
     assert torch.equal(FEATURES[feature](ours, original), FEATURES[feature](original, original))
+
+
+def test_compiled_by_torch(folder):
+    model = load(folder)
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        found = torch.compile(model, backend="aot_eager")(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_needs_equal_widths_is_refused(folder, attention):
+    with pytest.raises((ValueError, ImportError)):
+        load(folder, attn_implementation=attention)
