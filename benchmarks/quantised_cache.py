@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mla_convert import environment, layers, measure, streamed, suite, texts
-from mla_convert.config import ConvertConfig, build_config
-from mla_convert.errors import InputError, MlaConvertError
-from mla_convert.figures import finite
+from mla_convert import layers, measure, streamed, suite, texts
+from mla_convert.core import runtime as environment
+from mla_convert.core.errors import InputError, MlaConvertError
+from mla_convert.core.report_file import finite
+from mla_convert.core.settings import ConvertConfig, build_config
 from mla_convert.skeleton import Skeleton, first_output
 from mla_convert.source import open_source
 

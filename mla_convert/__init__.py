@@ -15,9 +15,9 @@ from mla_convert.version import __version__
 
 _PUBLIC = {
     "convert": "mla_convert.pipeline",
-    "ConvertConfig": "mla_convert.config",
+    "ConvertConfig": "mla_convert.core.settings",
     "Report": "mla_convert.report",
-    "MlaConvertError": "mla_convert.errors",
+    "MlaConvertError": "mla_convert.core.errors",
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mla_convert.checkpoint.reader import LARGEST
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 
 # A set of states that takes more than this, and more than this share of the device's memory, lives in pinned host memory and
 # travels batch by batch. There are five sets at most.

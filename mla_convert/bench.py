@@ -25,8 +25,8 @@ from transformers.cache_utils import Cache
 from mla_convert.attend import GROUPED
 from mla_convert.bench_models import full_cache, held_bytes, read_bytes, token_bytes
 from mla_convert.caching import with_cache
-from mla_convert.environment import device_name, versions
-from mla_convert.errors import ResourceError, UsageError
+from mla_convert.core.errors import ResourceError, UsageError
+from mla_convert.core.runtime import device_name, versions
 from mla_convert.loading import is_converted
 from mla_convert.modeling.decode_mla import kernel_refusal
 from mla_convert.modeling.modeling_mla import MlaAttention

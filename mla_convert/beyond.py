@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mla_convert.errors import InputError, UsageError
-from mla_convert.figures import REPORT, finite, is_evaluated, look_up, read_report
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.report_file import REPORT, finite, is_evaluated, look_up, read_report
+from mla_convert.core.words import expanded
 from mla_convert.intact import check_intact
-from mla_convert.words import expanded
 
 Row = tuple[str, str, str]
 

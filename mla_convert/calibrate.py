@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_convert.activations import Activations
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.factorise import Statistics
 from mla_convert.families import Family
 from mla_convert.modeling.modeling_mla import MlaAttention

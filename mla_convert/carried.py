@@ -14,8 +14,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from mla_convert.errors import InputError
-from mla_convert.files import write_file
+from mla_convert.core.errors import InputError
+from mla_convert.core.files import write_file
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",

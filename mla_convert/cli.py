@@ -29,8 +29,8 @@ from mla_convert.commands import (
     verify,
 )
 from mla_convert.commands.shared import is_verbose
-from mla_convert.errors import GateFailed, InputError, Interrupted, MlaConvertError, ReaderGone, ResourceError
-from mla_convert.words import drop_output, open_streams, say
+from mla_convert.core.errors import GateFailed, InputError, Interrupted, MlaConvertError, ReaderGone, ResourceError
+from mla_convert.core.words import drop_output, open_streams, say
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a bug, 2 usage, 3 a gate failed, 4 bad input, 5 resources (disk, device, network), "
@@ -71,7 +71,7 @@ app = typer.Typer(
 
 def _version(show: bool) -> None:
     if show:
-        from mla_convert.environment import versions
+        from mla_convert.core.runtime import versions
 
         found = {"cuda": "none (this torch is built without)", **versions()}
         order = sorted(found, key=lambda name: (name != "mla_convert", name == "cuda"))  # ours first, cuda last
@@ -157,8 +157,8 @@ def _run() -> int | None:
 
 def _say_if_untried() -> None:
     """One line on stderr after a command that used a transformers newer than any that the tests have run with."""
-    if "transformers" in sys.modules and "mla_convert.environment" in sys.modules:
-        from mla_convert.environment import untried
+    if "transformers" in sys.modules and "mla_convert.core.runtime" in sys.modules:
+        from mla_convert.core.runtime import untried
 
         if line := untried():
             say(f"mla-convert: {line}", err=True)

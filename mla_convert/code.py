@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from mla_convert.files import write_file
+from mla_convert.core.files import write_file
 
 # In mla_convert/modeling: add a file here and every folder gets it, `refresh` and `push` included.
 CODE = ("configuration_mla.py", "decode_mla.py", "modeling_mla.py")

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mla_convert.errors import InputError, one_line
-from mla_convert.words import plain
+from mla_convert.core.errors import InputError, one_line
+from mla_convert.core.words import plain
 
 # Largest values that are believed, some ten times and more above what any model has. Beyond them it takes minutes, or more
 # memory than there is, to find out that no model is like that.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mla_convert import linalg, rope
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 
 __all__ = ["AttentionWeights", "Geometry", "MlaWeights", "Statistics", "factorise", "full_rank"]
 

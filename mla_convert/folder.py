@@ -13,8 +13,8 @@ from mla_convert.card import write_card
 from mla_convert.carried import carry
 from mla_convert.checkpoint.writer import Writer
 from mla_convert.code import write_code
-from mla_convert.environment import newest_tried
-from mla_convert.files import on_disk, write_file
+from mla_convert.core.files import on_disk, write_file
+from mla_convert.core.runtime import newest_tried
 from mla_convert.modeling import configuration_mla
 from mla_convert.page import PAGE, write_page
 from mla_convert.report import Report

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mla_convert.errors import InputError, UsageError
-from mla_convert.figures import find_report, finite, look_up, read_report
-from mla_convert.words import expanded
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.report_file import find_report, finite, look_up, read_report
+from mla_convert.core.words import expanded
 
 DEFAULT_REGRESSION = 0.01
 ROUNDING = 1e-9

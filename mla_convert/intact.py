@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_convert import sums
-from mla_convert.errors import InputError
-from mla_convert.figures import REPORT, read_report
-from mla_convert.sums import SUMS, Fault
+from mla_convert.core import sums
+from mla_convert.core.errors import InputError
+from mla_convert.core.report_file import REPORT, read_report
+from mla_convert.core.sums import SUMS, Fault
 
 EXPORT = "export.json"  # of an exported folder, what report.json is of a converted one
 

@@ -19,11 +19,11 @@ from mla_convert.attention import build_attention, factorise_layer, fill_attenti
 from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.checkpoint.writer import Writer
-from mla_convert.config import ConvertConfig
-from mla_convert.environment import return_freed_memory
+from mla_convert.core.progress import Progress
+from mla_convert.core.runtime import return_freed_memory
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import Plan
-from mla_convert.progress import Progress
 from mla_convert.schedule import groups
 from mla_convert.skeleton import Skeleton, first_output
 

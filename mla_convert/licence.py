@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mla_convert.files import read_regular
+from mla_convert.core.files import read_regular
 
 CARD = "README.md"
 # A card's metadata stand between two lines of dashes at its beginning.

@@ -15,13 +15,13 @@ from transformers.utils import logging
 
 from mla_convert.checkpoint.files import refuse_adapter, weight_files
 from mla_convert.checkpoint.gguf_model import open_gguf
-from mla_convert.config import find_recipe, recipe_files
-from mla_convert.errors import InputError, ResourceError, one_line
+from mla_convert.core.errors import InputError, ResourceError, one_line
+from mla_convert.core.report_file import look_up
+from mla_convert.core.settings import find_recipe, recipe_files
+from mla_convert.core.words import expanded
 from mla_convert.families import FAMILIES
-from mla_convert.figures import look_up
 from mla_convert.source import PACKAGE, Place, load_config, locate
 from mla_convert.tokenizer import read_tokenizer
-from mla_convert.words import expanded
 
 PREFIX = "mla_"  # of a converted model's model_type
 EXPORTED = "mla_convert"  # key of an exported model's config.json

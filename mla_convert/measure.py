@@ -21,8 +21,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from mla_convert.caching import with_cache
-from mla_convert.errors import InputError
-from mla_convert.figures import NOT_EVALUATED
+from mla_convert.core.errors import InputError
+from mla_convert.core.report_file import NOT_EVALUATED
 from mla_convert.source import head_width, kv_heads
 from mla_convert.texts import Windows, evaluation_protocol
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 
 # What is calibrated on where nothing is named: packaged, so that it needs no network and is the same everywhere. A latent has
 # room for what calibration looks at and for little else, so it is of many kinds. Nothing of it is in the packaged suite.

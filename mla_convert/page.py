@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mla_convert import beyond, kinds, plots
-from mla_convert.errors import InputError, one_line
-from mla_convert.figures import calibration_words, is_evaluated, look_up, read_report
-from mla_convert.files import write_file
+from mla_convert.core.errors import InputError, one_line
+from mla_convert.core.files import write_file
+from mla_convert.core.report_file import calibration_words, is_evaluated, look_up, read_report
+from mla_convert.core.report_schema import check_report
 from mla_convert.report import human_bytes, ratio_error, ratio_words
-from mla_convert.report_schema import check_report
 from mla_convert.svg import Figure
 
 PAGE = "report.html"

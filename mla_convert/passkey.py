@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from mla_convert import texts
+from mla_convert.core.errors import InputError
 from mla_convert.decoding import Decoder
-from mla_convert.errors import InputError
 from mla_convert.measure import Mean, mean
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

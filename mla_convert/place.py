@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
 )
 
 from mla_convert.checkpoint.gguf_file import is_gguf
-from mla_convert.config import PACKAGE, packaged, unknown_source
-from mla_convert.errors import InputError, ResourceError, one_line
-from mla_convert.words import check_name, expanded, plain
+from mla_convert.core.errors import InputError, ResourceError, one_line
+from mla_convert.core.settings import PACKAGE, packaged, unknown_source
+from mla_convert.core.words import check_name, expanded, plain
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "ATTRIBUTION*",
              "COPYING*", "USE_POLICY*"]  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mla_convert.config import Settings
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
+from mla_convert.core.settings import Settings
 
 # Kernels like multiples of 16; models too small for that get multiples of 2.
 UNIT = 16

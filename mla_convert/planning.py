@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_convert import sizing, timing
 from mla_convert.attention import mla_config
-from mla_convert.config import ConvertConfig
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.engines.towards import towards
 from mla_convert.heal.cost import HealWork, estimate
 from mla_convert.heal.settings import HealSettings

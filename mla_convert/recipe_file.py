@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from mla_convert import mixture
-from mla_convert.config import ConvertConfig, Settings
+from mla_convert.core.settings import ConvertConfig, Settings
 from mla_convert.plan import Plan
 from mla_convert.refine import RefineSettings
 from mla_convert.report import Report

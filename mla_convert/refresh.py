@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_convert import carried, sums
+from mla_convert import carried
 from mla_convert.beyond import to_report
 from mla_convert.card import CARD, write_card
 from mla_convert.checkpoint.files import weight_files
 from mla_convert.code import code_files
 from mla_convert.config_file import read_config
-from mla_convert.environment import newest_tried, versions
-from mla_convert.errors import InputError, UsageError
-from mla_convert.figures import REPORT, finite
-from mla_convert.files import write_file
+from mla_convert.core import sums
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.files import write_file
+from mla_convert.core.report_file import REPORT, finite
+from mla_convert.core.report_schema import check_report
+from mla_convert.core.runtime import newest_tried, versions
 from mla_convert.intact import EXPORT, check_intact, describing_file
 from mla_convert.page import PAGE, write_page
-from mla_convert.report_schema import check_report
 from mla_convert.revise import check_exchange, revised, tidy
 from mla_convert.selfcheck import self_check
 from mla_convert.tokenizer import read_tokenizer

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mla_convert import sums
-from mla_convert.errors import InputError, ResourceError
-from mla_convert.files import aside, on_disk, publish, recover, remove, write_file
-from mla_convert.sums import SUMS
+from mla_convert.core import sums
+from mla_convert.core.errors import InputError, ResourceError
+from mla_convert.core.files import aside, on_disk, publish, recover, remove, write_file
+from mla_convert.core.sums import SUMS
 
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV)
 

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from mla_convert.config import ConvertConfig
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.refine import RefineSettings
 from mla_convert.source import Source
 

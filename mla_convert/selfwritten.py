@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from mla_convert.attend import GROUPED, attending
 from mla_convert.caching import with_cache
 from mla_convert.checkpoint.writer import stored_bytes
-from mla_convert.config import ConvertConfig
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.measure import original_cache_bytes
 from mla_convert.openings import SPARE, Openings, varied
 from mla_convert.source import Source

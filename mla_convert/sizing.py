@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from mla_convert.errors import InputError, UsageError
+from mla_convert.core.errors import InputError, UsageError
 from mla_convert.plan import UNIT, Plan
 
 CONTEXTS = (4096, 32768, 131072)

@@ -19,9 +19,9 @@ from mla_convert.checkpoint.gguf_file import gguf_parts, read_gguf
 from mla_convert.checkpoint.gguf_model import open_gguf
 from mla_convert.checkpoint.layout import ModelReader
 from mla_convert.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
-from mla_convert.config import PACKAGE
 from mla_convert.config_file import read_config
-from mla_convert.errors import InputError, MlaConvertError, one_line
+from mla_convert.core.errors import InputError, MlaConvertError, one_line
+from mla_convert.core.settings import PACKAGE
 from mla_convert.families import FAMILIES, Family, find_family
 from mla_convert.licence import read_licence
 from mla_convert.place import HUB_FILES, Place, locate

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mla_convert.checkpoint.layout import ModelReader
-from mla_convert.errors import InputError, MlaConvertError, one_line
+from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.families import Family
 from mla_convert.tokenizer import read_tokenizer
 from mla_convert.tokens import first_tokens

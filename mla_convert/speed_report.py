@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert.errors import ResourceError
+from mla_convert.core.errors import ResourceError
 from mla_convert.plots import BOTTOM, LEFT, RIGHT, TOP
 from mla_convert.report import human_bytes
 from mla_convert.svg import Figure, decades, logarithmic

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_convert.config import Settings
-from mla_convert.figures import look_up
+from mla_convert.core.report_file import look_up
+from mla_convert.core.report_schema import LARGEST
+from mla_convert.core.settings import Settings
 from mla_convert.kinds import KINDS
 from mla_convert.measure import Scores, mean, perplexity, ratio
-from mla_convert.report_schema import LARGEST
 from mla_convert.tokens import first_tokens, tokenise
 
 # Windows of a kind and tokens in one, by whether there is a GPU. On a CPU all kinds together are an eighth of 40 windows of 2048.

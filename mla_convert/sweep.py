@@ -20,21 +20,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert import environment, mixture
+from mla_convert import mixture
 from mla_convert.checkpoint.writer import check_output
-from mla_convert.config import ConvertConfig
-from mla_convert.errors import GateFailed, InputError, MlaConvertError, UsageError
-from mla_convert.figures import REPORT, find_report, finite, read_report
-from mla_convert.files import publish
+from mla_convert.core import runtime as environment
+from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
+from mla_convert.core.files import publish
+from mla_convert.core.progress import Progress
+from mla_convert.core.report_file import REPORT, find_report, finite, read_report
+from mla_convert.core.settings import ConvertConfig
+from mla_convert.core.words import expanded
 from mla_convert.page import PAGE, page_text, write_sweep_page
 from mla_convert.pipeline import convert
 from mla_convert.plan import make_plan
-from mla_convert.progress import Progress
 from mla_convert.report import ratio_error, ratio_words
 from mla_convert.revise import replace_files
 from mla_convert.source import Source, open_source
 from mla_convert.texts import FROM_CALIB, NONE
-from mla_convert.words import expanded
 
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
 WORK = ".work"  # for conversions that are not kept

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import OutOfMemoryError, nn
 
-from mla_convert.errors import InputError, ResourceError, UsageError, one_line
-from mla_convert.progress import Progress
-from mla_convert.words import expanded
+from mla_convert.core.errors import InputError, ResourceError, UsageError, one_line
+from mla_convert.core.progress import Progress
+from mla_convert.core.words import expanded
 
 BATCH = 8
 FILES = (".yaml", ".yml")

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mla_convert.errors import InputError, one_line
-from mla_convert.words import plain
+from mla_convert.core.errors import InputError, one_line
+from mla_convert.core.words import plain
 
 JSON, TABLES, PARQUET = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}, ".parquet"
 SUFFIXES = (".txt", ".md", *JSON, *TABLES, PARQUET)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mla_convert import mixture
-from mla_convert.config import PACKAGE, ConvertConfig, packaged
-from mla_convert.errors import InputError, ResourceError, UsageError, one_line
+from mla_convert.core.errors import InputError, ResourceError, UsageError, one_line
+from mla_convert.core.settings import PACKAGE, ConvertConfig, packaged
+from mla_convert.core.words import expanded, plain
 from mla_convert.text_files import is_text_name, read_documents
 from mla_convert.tokens import first_tokens, noised, tokenise
-from mla_convert.words import expanded, plain
 
 WIKITEXT = "Salesforce/wikitext:"
 DEFAULT_DATASET = f"{WIKITEXT}wikitext-2-raw-v1"

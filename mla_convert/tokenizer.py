@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from mla_convert.carried import tokenizer_code
-from mla_convert.errors import InputError, one_line
+from mla_convert.core.errors import InputError, one_line
 
 # Packages that transformers reads some files with, and what it says when one is missing. It names tiktoken for every
 # tokenizer.model that it cannot read, which does not help: sentencepiece files are read with protobuf.

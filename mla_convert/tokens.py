@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 
 
 def noised(windows: Tensor, share: float, tokenizer: Any, seed: int, vocabulary: int | None = None) -> Tensor:

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mla_convert.checkpoint.reader import DTYPES, INDEX, check_finite, is_plain_name
-from mla_convert.errors import InputError, one_line
+from mla_convert.core.errors import InputError, one_line
+from mla_convert.core.report_file import REPORT
+from mla_convert.core.sums import Fault
 from mla_convert.families import find_family
-from mla_convert.figures import REPORT
 from mla_convert.intact import EXPORT, check_intact, describing_file
 from mla_convert.loading import PREFIX, is_converted
 from mla_convert.source import load_config
-from mla_convert.sums import Fault
 from mla_convert.tokenizer import read_tokenizer
 
 FREQUENCIES = "rope_freq_index"

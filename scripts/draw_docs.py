@@ -172,8 +172,8 @@ def draw_terminal() -> None:
     from rich.console import Console
 
     from mla_convert import ConvertConfig, convert
-    from mla_convert.config import build_config
-    from mla_convert.progress import Progress
+    from mla_convert.core.progress import Progress
+    from mla_convert.core.settings import build_config
     from mla_convert.report import print_summary
 
     console = Console(record=True, width=124, file=io.StringIO(), force_terminal=True)

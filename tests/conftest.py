@@ -47,7 +47,7 @@ def sources(tmp_path_factory):
 def convert_folder(tmp_path_factory):
     """Convert the checkpoint in a folder that `pico.save` wrote, with its small text."""
     from mla_convert import ConvertConfig, convert
-    from mla_convert.progress import Progress
+    from mla_convert.core.progress import Progress
 
     def run(folder: Path, **settings):
         text = str(folder.parent / "text.txt")

@@ -18,8 +18,8 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from mla_convert.checkpoint import writer
-from mla_convert.environment import pick_device
-from mla_convert.progress import Progress
+from mla_convert.core.progress import Progress
+from mla_convert.core.runtime import pick_device
 from mla_convert.report import Report
 
 USAGE, INPUT, RESOURCE, INTERRUPTED = 2, 4, 5, 130

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mla_convert import beyond, decoding, passkey
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
+from mla_convert.core.sums import seal
 from mla_convert.page import page
-from mla_convert.sums import seal
 from mla_convert.verify import verify
 
 USAGE, INPUT = 2, 4

@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mla_convert import convert, measure, progress, texts
+from mla_convert import convert, measure, texts
 from mla_convert.checkpoint.writer import Writer
-from mla_convert.config import ConvertConfig
+from mla_convert.core import progress
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.refine import RefineSettings
 from mla_convert.schedule import blocks, groups, layer_numbers, refine_settings
 from mla_convert.source import open_source

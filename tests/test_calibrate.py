@@ -7,7 +7,7 @@ import torch
 from mla_convert import calibrate
 from mla_convert.activations import Activations
 from mla_convert.attention import build_attention, mla_config
-from mla_convert.config import Settings
+from mla_convert.core.settings import Settings
 from mla_convert.plan import make_plan
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source

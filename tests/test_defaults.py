@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mla_convert.allocate import most_rope, probes
-from mla_convert.config import Settings
+from mla_convert.core.settings import Settings
 from mla_convert.families import FAMILIES
 from mla_convert.plan import AttentionShape, make_plan, size_unit
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MambaC
 
 from mla_convert import evaluate, loading, texts
 from mla_convert import measure as measures
-from mla_convert.errors import InputError
-from mla_convert.progress import Progress
+from mla_convert.core.errors import InputError
+from mla_convert.core.progress import Progress
 
 USAGE, INPUT, RESOURCE = 2, 4, 5
 RANK, ROPE_DIM = 10, 6

@@ -12,9 +12,9 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import mla_convert.pipeline
-from mla_convert import errors
 from mla_convert.cli import EXIT_CODES
-from mla_convert.sums import seal
+from mla_convert.core import errors
+from mla_convert.core.sums import seal
 
 PAGE = (Path(__file__).parents[1] / "docs" / "exit-codes.md").read_text()
 MEANINGS, TABLE = (

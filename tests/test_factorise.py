@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mla_convert import linalg
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.factorise import AttentionWeights, Geometry, Statistics, factorise, full_rank
 
 HIDDEN, HEAD_DIM, LENGTH = 36, 8, 12

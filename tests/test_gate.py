@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mla_convert import gate
-from mla_convert.errors import InputError, UsageError
+from mla_convert.core.errors import InputError, UsageError
 from mla_convert.gate import Limits, check, percentage
 
 USAGE, GATE, INPUT, RESOURCE = 2, 3, 4, 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.loading import find_model, load_model, model_config
 from mla_convert.source import open_source
 

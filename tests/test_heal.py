@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mla_convert import divergence
-from mla_convert.amounts import parse_lengths, parse_tokens
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.progress import Progress
+from mla_convert.core.units import parse_lengths, parse_tokens
 from mla_convert.divergence import IGNORED, Head, Mix, distil
-from mla_convert.errors import InputError, UsageError
 from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, passes, run
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
 from mla_convert.heal.shared import Pair
 from mla_convert.loading import find_model, load_model
 from mla_convert.page import page
-from mla_convert.progress import Progress
 from mla_convert.verify import verify
 
 CPU = torch.device("cpu")
@@ -475,7 +475,7 @@ def test_killed_and_gone_on(small, tmp_path):
     options = {**small, "tokens": 48 * 512, "checkpoint_minutes": 0.0}
     whole = heal(HealConfig(**options, out=tmp_path / "whole"), QUIET)
     code = (
-        "import json, sys; from mla_convert.heal import HealConfig, heal; from mla_convert.progress import Progress\n"
+        "import json, sys; from mla_convert.heal import HealConfig, heal; from mla_convert.core.progress import Progress\n"
         "heal(HealConfig(**json.loads(sys.argv[1])), Progress(quiet=True))"
     )
     arguments = json.dumps({**options, "out": str(tmp_path / "killed")}, default=str)

@@ -6,12 +6,12 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from mla_convert.errors import InputError, ResourceError
+from mla_convert.core.errors import InputError, ResourceError
+from mla_convert.core.progress import Progress
+from mla_convert.core.sums import SUMS
 from mla_convert.heal import HealConfig, heal
 from mla_convert.heal.fingerprint import content_of, text_content
 from mla_convert.heal.state import StateFolder
-from mla_convert.progress import Progress
-from mla_convert.sums import SUMS
 from mla_convert.verify import verify
 
 

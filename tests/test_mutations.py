@@ -11,7 +11,7 @@ import pytest
 import torch
 from mutate import Case, mutated_bytes, mutated_json, mutated_safetensors, run_cases
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.text_files import read_documents
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 from mla_convert import measure, texts
 from mla_convert.checkpoint.reader import SafetensorsReader
-from mla_convert.config import default_name
+from mla_convert.core.settings import default_name
 from mla_convert.mixture import PACKAGED_LABEL
 from mla_convert.report import rows
 from mla_convert.source import open_source

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mla_convert.config import Settings
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
+from mla_convert.core.settings import Settings
 from mla_convert.plan import AttentionShape, make_plan
 
 LLAMA_8B = AttentionShape(32, 4096, 32, 8, 128)

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from mla_convert import sizing, source, timing
-from mla_convert.config import build_config
-from mla_convert.errors import InputError, UsageError
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.settings import build_config
 from mla_convert.families import FAMILIES
 from mla_convert.heal import cost
 from mla_convert.plan import AttentionShape, Plan
@@ -299,7 +299,9 @@ def test_plan_works_where_no_weights_are(cli, sources, tmp_path):
 
 
 def test_arithmetic_needs_no_torch():
-    code = "import sys, mla_convert.sizing, mla_convert.config, mla_convert.cli; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, mla_convert.sizing, mla_convert.core.settings, mla_convert.cli; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

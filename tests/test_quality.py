@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mla_convert import ConvertConfig
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.factorise import Statistics
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.loading import find_model, load_model
 from mla_convert.source import open_source
 from mla_convert.texts import evaluation_windows

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from mla_convert import revise, sums
+from mla_convert import revise
 from mla_convert.code import code_files
+from mla_convert.core import sums
+from mla_convert.core.errors import InputError, ResourceError, UsageError
+from mla_convert.core.runtime import newest_tried
+from mla_convert.core.sums import SUMS, Fault
 from mla_convert.engines.export import export
-from mla_convert.environment import newest_tried
-from mla_convert.errors import InputError, ResourceError, UsageError
 from mla_convert.refresh import refresh
 from mla_convert.selfcheck import SelfCheckFailed
-from mla_convert.sums import SUMS, Fault
 from mla_convert.verify import verify
 
 INPUT, USAGE = 4, 2
@@ -198,7 +199,7 @@ def test_not_a_folder(cli, tmp_path):
 
 def test_a_folder_is_never_gone(old, monkeypatch):
     """Where two names cannot be exchanged, what was put aside comes back."""
-    import mla_convert.files as files
+    import mla_convert.core.files as files
 
     monkeypatch.setattr(files, "exchange", lambda one, other: False)
     refresh(old)

@@ -8,7 +8,7 @@ import torch
 from transformers import Cache
 
 from mla_convert import selfcheck
-from mla_convert.errors import ResourceError
+from mla_convert.core.errors import ResourceError
 from mla_convert.modeling import modeling_mla
 from mla_convert.selfcheck import SelfCheckFailed, own_code, self_check
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from mla_convert.config import ConvertConfig
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.engines.towards import towards
-from mla_convert.errors import InputError, UsageError
 from mla_convert.source import open_source
 
 VLLM, MODEL = os.environ.get("MLA_CONVERT_VLLM_PYTHON"), os.environ.get("MLA_CONVERT_MODEL")
@@ -333,7 +333,7 @@ def test_vllm_with_profile_engine(cli, exported, tabled):
 def real(tmp_path_factory):
     """A real model at the size that vLLM has kernels for, in closed form with little text: it is compared with itself."""
     from mla_convert import convert
-    from mla_convert.progress import Progress
+    from mla_convert.core.progress import Progress
 
     config = ConvertConfig(source=MODEL, engine="vllm", refine_steps=0, calib_samples=8,
                            calib_length=128, eval_windows=1, eval_length=128, dtype="float32", device="cpu",

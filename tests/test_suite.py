@@ -16,14 +16,14 @@ import torch.nn.functional as F
 
 from mla_convert import gate, kinds, skeleton, streamed, suite
 from mla_convert.beyond import heal_rows
-from mla_convert.errors import InputError, UsageError
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.progress import Progress
+from mla_convert.core.report_file import finite
+from mla_convert.core.report_schema import check_report
 from mla_convert.evaluate import evaluate_model
-from mla_convert.figures import finite
 from mla_convert.kinds import KINDS
 from mla_convert.measure import Scores
-from mla_convert.progress import Progress
 from mla_convert.report import rows
-from mla_convert.report_schema import check_report
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
 

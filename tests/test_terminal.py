@@ -10,7 +10,7 @@ from pathlib import Path
 import pico
 import pytest
 
-from mla_convert.words import plain
+from mla_convert.core.words import plain
 
 OK, INPUT, RESOURCE, GONE = 0, 4, 5, 141
 NAMES = [

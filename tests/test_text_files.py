@@ -8,7 +8,7 @@ import pico
 import pytest
 
 from mla_convert import texts
-from mla_convert.errors import InputError, UsageError
+from mla_convert.core.errors import InputError, UsageError
 from mla_convert.text_files import read_documents
 
 ROWS = ["First text.", "Second, with é and 中.", "Third."]

@@ -7,7 +7,7 @@ import pico
 import pytest
 import torch
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.texts import calibration_windows, evaluation_windows, load_text
 from mla_convert.tokens import noised
 

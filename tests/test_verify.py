@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_convert.sums import SUMS, Fault, listed, seal, sha256
+from mla_convert.core.sums import SUMS, Fault, listed, seal, sha256
 from mla_convert.verify import verify
 
 INPUT = 4

@@ -27,7 +27,7 @@ import speed
 import text
 import torch
 
-from mla_convert.amounts import parse_tokens
+from mla_convert.core.units import parse_tokens
 
 PARTS = {
     "text": text.main,

@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from mla_convert import texts
+from mla_convert.core.progress import Progress
 from mla_convert.heal import HealSettings, data, loop, run
 from mla_convert.heal.shared import Pair
 from mla_convert.heal.state import StateFolder
 from mla_convert.loading import find_model, load_model, load_tokenizer
-from mla_convert.progress import Progress
 from mla_convert.tokens import ordinary_tokens
 
 CUDA = torch.cuda.is_available()

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from common import CUDA, DEVICE, autocast, await_mark, corpus_folder, corpus_of, emit, judged, words
 
+from mla_convert.core.progress import Progress
 from mla_convert.evaluate import evaluate_model
 from mla_convert.heal import HealConfig, data, heal, loop, run
 from mla_convert.loading import find_model, load_model
-from mla_convert.progress import Progress
 
 
 def main(args):

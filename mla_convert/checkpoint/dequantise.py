@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mla_convert.checkpoint.reader import SafetensorsReader
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 
 DTYPE = torch.bfloat16
 # Ends of the names of a weight's scales: DeepSeek's FP8 (by block), compressed-tensors' (by row or tensor).

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from mla_convert.errors import InputError, one_line
+from mla_convert.core.errors import InputError, one_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from mla_convert.checkpoint.gguf_file import GgufFile
 from mla_convert.checkpoint.gguf_rope import head_dim, set_rope
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 
 # Key of the metadata -> settings of which the configuration has one; counts are whole numbers from 1.
 COUNTS = {

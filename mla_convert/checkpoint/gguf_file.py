@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGUFReader
 
 from mla_convert.checkpoint.files import refuse_adapter
-from mla_convert.errors import InputError, ResourceError, one_line
+from mla_convert.core.errors import InputError, ResourceError, one_line
 
 SUFFIX = ".gguf"
 # Names that gguf-split gives.

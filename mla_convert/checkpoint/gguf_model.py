@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from mla_convert.checkpoint.gguf_config import apply_metadata
 from mla_convert.checkpoint.gguf_file import GgufFile, read_gguf
 from mla_convert.checkpoint.gguf_rope import FACTORS
-from mla_convert.errors import InputError, MlaConvertError, one_line
+from mla_convert.core.errors import InputError, MlaConvertError, one_line
 
 # Experts are one tensor for each of gate, up and down, and two in the model.
 EXPERTS = {"mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "mlp.experts.down_proj": ("ffn_down_exps",)}

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from mla_convert.checkpoint.gguf_file import GgufFile
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 
 # Factors that divide each frequency: one set (Llama 3.1 and later), or one for long and one for short text (Phi-3).
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mla_convert.checkpoint.reader import Reader
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.families.base import Family
 
 # What stands before the names of a language model that is part of a larger one.

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mla_convert.checkpoint.files import INDEX, WeightFiles, is_plain_name, weight_files
-from mla_convert.errors import InputError, one_line
+from mla_convert.core.errors import InputError, one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Numbers looked at together by check_finite.

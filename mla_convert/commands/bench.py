@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
-from mla_convert.errors import InputError, UsageError
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.words import say
 from mla_convert.shapes import SHAPES
-from mla_convert.words import say
 
 EXAMPLE = "mla-convert bench llama-8b-mla --against meta-llama/Llama-3.1-8B --context 8192,32768 --batch 1,max"
 
@@ -123,14 +123,14 @@ def bench(
         raise UsageError(f"--dtype {dtype!r}: give bfloat16, float16 or float32")
     if price is not None and not price > 0:
         raise UsageError(f"--price {price}: give a positive price")
+    from mla_convert.core.console import Terminal
     from mla_convert.sizing import card_memory
-    from mla_convert.terminal import Terminal
 
     limit = card_memory(None, memory)
     import torch
 
     from mla_convert import bench as measuring
-    from mla_convert.environment import pick_device
+    from mla_convert.core.runtime import pick_device
     from mla_convert.speed_report import print_table, write_plot
 
     where = pick_device(device)

@@ -11,8 +11,8 @@ import typer
 
 from mla_convert.commands.push import HUB, Private
 from mla_convert.commands.shared import Quiet, Verbose, is_verbose, rank_or_full, silence_libraries
-from mla_convert.errors import Interrupted, MlaConvertError, ResourceError, UsageError
-from mla_convert.words import say
+from mla_convert.core.errors import Interrupted, MlaConvertError, ResourceError, UsageError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert llama-8b --rank 512 --out llama-8b-mla"
 SIZE, TEXT, REFINE, RUN = "Cache size", "Calibration and evaluation text", "Refinement", "Output and device"
@@ -290,14 +290,14 @@ def run_conversion(
     export: str | None = None,
 ) -> None:
     """Options to settings, settings to a conversion, its report to the terminal."""
-    from mla_convert.config import build_config
+    from mla_convert.core.settings import build_config
 
     config = build_config(options)
     silence_libraries(quiet)
+    from mla_convert.core.console import Terminal
+    from mla_convert.core.progress import Progress
     from mla_convert.pipeline import convert as convert_checkpoint
-    from mla_convert.progress import Progress
     from mla_convert.report import print_summary
-    from mla_convert.terminal import Terminal
 
     progress = Progress(quiet=quiet, verbose=is_verbose())
     if export:

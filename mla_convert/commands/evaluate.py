@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries, tell_place
-from mla_convert.errors import ResourceError, UsageError
-from mla_convert.words import say
+from mla_convert.core.errors import ResourceError, UsageError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert eval llama-8b-mla --against meta-llama/Llama-3.1-8B"
 
@@ -146,10 +146,10 @@ def evaluate(
 
     from torch import OutOfMemoryError
 
+    from mla_convert.core.console import Terminal
+    from mla_convert.core.progress import Progress
     from mla_convert.evaluate import evaluate_model, print_evaluation
     from mla_convert.probes import GREEDY_TOKENS, Probes
-    from mla_convert.progress import Progress
-    from mla_convert.terminal import Terminal
 
     probes = Probes(passkey=passkey or passkey_length is not None, passkey_length=passkey_length, greedy=greedy,
                     greedy_tokens=GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries
-from mla_convert.errors import UsageError
-from mla_convert.words import say
+from mla_convert.core.errors import UsageError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert export llama-8b-mla --profile portable --out llama-8b-vllm"
 PROFILES = (
@@ -61,9 +61,9 @@ def run_export(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype {dtype!r} is none of auto, float32, bfloat16")
     silence_libraries(quiet)
+    from mla_convert.core.progress import Progress
     from mla_convert.engines.export import export as export_folder
     from mla_convert.engines.profiles import check_profile
-    from mla_convert.progress import Progress
 
     profile = check_profile(profile)
     out = default_out(folder, profile) if out is None else out

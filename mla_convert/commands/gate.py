@@ -23,8 +23,8 @@ from mla_convert.commands.evaluate import (
     Windows,
 )
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
-from mla_convert.errors import GateFailed, InputError, ResourceError, UsageError
-from mla_convert.words import say
+from mla_convert.core.errors import GateFailed, InputError, ResourceError, UsageError
+from mla_convert.core.words import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,7 +186,7 @@ def judge(
     if from_report:
         options = {}
     else:
-        from mla_convert.progress import Progress
+        from mla_convert.core.progress import Progress
 
         options = {**options, "progress": Progress(quiet=quiet)}
     try:
@@ -203,7 +203,7 @@ def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | 
     from rich.table import Table
     from rich.text import Text as Plain
 
-    from mla_convert.terminal import Terminal
+    from mla_convert.core.console import Terminal
 
     table = Table(title=Plain(f"gate: {verdict.model}"), title_justify="left")
     for column, justify in (("check", "left"), ("figure", "right"), ("limit", "right"), ("", "left")):

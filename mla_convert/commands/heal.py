@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, is_verbose, silence_libraries
-from mla_convert.errors import Interrupted, ResourceError, UsageError
-from mla_convert.words import say
+from mla_convert.core.errors import Interrupted, ResourceError, UsageError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert heal llama-8b-mla --teacher meta-llama/Llama-3.1-8B --data my-domain.txt --tokens 20M"
 TEXT, TRAINING, LOSS, RUN = "Text", "Training", "Loss", "Output and device"
@@ -169,7 +169,7 @@ def heal(
     options |= {name: value for name, value in (("eval", eval_), ("compile", compile_)) if value is not None}
     from pydantic import ValidationError
 
-    from mla_convert.config import first_problem
+    from mla_convert.core.settings import first_problem
     from mla_convert.heal.settings import HealConfig
 
     try:
@@ -179,10 +179,10 @@ def heal(
     silence_libraries(quiet)
     from torch import OutOfMemoryError
 
+    from mla_convert.core.console import Terminal
+    from mla_convert.core.progress import Progress
     from mla_convert.heal.run import heal as run
     from mla_convert.heal.run import print_summary
-    from mla_convert.progress import Progress
-    from mla_convert.terminal import Terminal
 
     try:
         report = run(config, Progress(quiet=quiet, verbose=is_verbose()))

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries, tell_place
-from mla_convert.errors import InputError
-from mla_convert.words import say
+from mla_convert.core.errors import InputError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert inspect ./my-model"
 
@@ -25,12 +25,12 @@ def inspect(
 
     Of a converted folder: its rank, its source, and what its report says.
     """
-    from mla_convert.config import build_config
+    from mla_convert.core.settings import build_config
 
     config = build_config({"source": path, "revision": revision})
     silence_libraries(quiet)
+    from mla_convert.core.console import Terminal
     from mla_convert.inspection import inspect_checkpoint, print_inspection
-    from mla_convert.terminal import Terminal
 
     try:
         found = inspect_checkpoint(config.source, config.revision)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, rank_or_full, silence_libraries, tell_place
-from mla_convert.words import say
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"
 
@@ -39,7 +39,7 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Cache, parameters, disk and memory before and after a conversion of SOURCE. Reads its configuration, no weights."""
-    from mla_convert.config import build_config
+    from mla_convert.core.settings import build_config
     from mla_convert.sizing import card_memory
 
     card = card_memory(gpu, memory)
@@ -48,8 +48,8 @@ def plan(
     sizes["engine"] = for_
     config = build_config({"source": source, "revision": revision, **sizes})
     silence_libraries(quiet)
+    from mla_convert.core.console import Terminal
     from mla_convert.planning import plan_conversion, print_plan
-    from mla_convert.terminal import Terminal
 
     result = plan_conversion(config, card, gpu)
     if json_:

@@ -25,8 +25,8 @@ from mla_convert.commands.gate import (
     tell_github,
 )
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
-from mla_convert.errors import GateFailed, UsageError
-from mla_convert.words import say
+from mla_convert.core.errors import GateFailed, UsageError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert push llama-8b-mla my-org/llama-8b-mla --private --min-kv-saving 70% --from-report"
 HUB = "Hub"
@@ -90,7 +90,7 @@ def push(
         raise UsageError(f"the options under {MEASURE} are for a gate: give a limit, such as --max-ppl-ratio")
     silence_libraries(quiet)
     from mla_convert import hub
-    from mla_convert.progress import Progress
+    from mla_convert.core.progress import Progress
     from mla_convert.verify import verify
 
     hub.check_name(repo)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from mla_convert.commands.shared import Verbose
-from mla_convert.errors import UsageError
-from mla_convert.words import say
+from mla_convert.core.errors import UsageError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert recipes show llama-8b"
 
@@ -23,7 +23,7 @@ def recipes(
     verbose: Verbose = False,
 ) -> None:
     """List the recipes, or print the YAML of one: the start of your own (`mla-convert ./mine.yaml`)."""
-    from mla_convert.config import Recipe, load_recipe, recipe_file, recipe_files
+    from mla_convert.core.settings import Recipe, load_recipe, recipe_file, recipe_files
 
     words = list(words or [])
     if words[:1] == ["show"]:
@@ -50,7 +50,7 @@ def recipes(
         return
     from rich.table import Table
 
-    from mla_convert.terminal import Terminal
+    from mla_convert.core.console import Terminal
 
     table = Table(title="mla-convert NAME", title_justify="left", show_lines=True)
     table.add_column("name", no_wrap=True)

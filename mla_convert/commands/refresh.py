@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
-from mla_convert.words import say
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert refresh llama-8b-mla"
 

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Verbose
-from mla_convert.errors import InputError
-from mla_convert.words import say
+from mla_convert.core.errors import InputError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert report llama-8b-mla --html llama.html"
 
@@ -29,7 +29,7 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Make report.html anew from the report.json in DIR: plots of cache, perplexity, planes and layers, in one file."""
-    from mla_convert.figures import read_report
+    from mla_convert.core.report_file import read_report
     from mla_convert.page import PAGE, page_text, write_page
     from mla_convert.revise import replace_files
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
-from mla_convert.errors import GateFailed
-from mla_convert.words import say
+from mla_convert.core.errors import GateFailed
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert serve-check llama-8b-vllm --engine vllm --against llama-8b-mla"
 

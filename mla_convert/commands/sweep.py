@@ -13,8 +13,8 @@ import typer
 from mla_convert.commands.convert import SIZE, run_guarded
 from mla_convert.commands.convert import convert as convert_command
 from mla_convert.commands.shared import rank_or_full, silence_libraries
-from mla_convert.errors import GateFailed, UsageError
-from mla_convert.words import say
+from mla_convert.core.errors import GateFailed, UsageError
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert sweep llama-8b --kv-ratios 0.5,0.33,0.25 --max-ppl-ratio 1.05 --out llama-8b-mla"
 CHOICE = "Sweep"
@@ -102,7 +102,7 @@ def sweep(
     rope = _listed(rope_dims, "--rope-dims", rank_or_full) if rope_dims is not None else (None,)
     drawn = _listed(seeds, "--seeds", int)
     quiet, verbose = options.pop("quiet"), options.pop("verbose")
-    from mla_convert.config import build_config, default_name
+    from mla_convert.core.settings import build_config, default_name
 
     settings = {**options, "eval": options["eval_"], "held_out": held_out, "out": out, "kv_ratio": shares[0]}
     del settings["eval_"]
@@ -110,11 +110,11 @@ def sweep(
     if out is None:
         config = config.model_copy(update={"out": None})  # a recipe names one
     silence_libraries(quiet)
-    from mla_convert.figures import read_report
-    from mla_convert.progress import Progress
+    from mla_convert.core.console import Terminal
+    from mla_convert.core.progress import Progress
+    from mla_convert.core.report_file import read_report
     from mla_convert.sweep import SWEEP, SWEEP_PAGE, Grid, print_sweep
     from mla_convert.sweep import sweep as run
-    from mla_convert.terminal import Terminal
 
     place = folder or Path(default_name(config.source).removesuffix("-mla") + "-sweep")
     grid, progress = Grid(shares, rope, drawn), Progress(quiet=quiet, verbose=verbose)

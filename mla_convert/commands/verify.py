@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
-from mla_convert.words import say
+from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert verify llama-8b-mla"
 
@@ -28,8 +28,8 @@ def verify(
 ) -> None:
     """Check every byte of a converted or exported folder, tensor names, shapes, values. Exit code 4 names the first fault."""
     silence_libraries(quiet)
+    from mla_convert.core.sums import Fault
     from mla_convert.report import human_bytes
-    from mla_convert.sums import Fault
     from mla_convert.verify import verify as verify_folder
 
     try:
@@ -85,7 +85,7 @@ def _tried(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: an export that transformers would misread.
     """
-    from mla_convert.errors import UsageError
+    from mla_convert.core.errors import UsageError
     from mla_convert.loading import EXPORTED
     from mla_convert.selfcheck import own_code, self_check
     from mla_convert.source import load_config

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mla_convert.checkpoint.reader import SafetensorsReader, check_finite
+from mla_convert.core.errors import InputError
 from mla_convert.engines.features import Features
 from mla_convert.engines.profiles import Profile, Traits, check_family, check_profile_of, needs_code
 from mla_convert.engines.tensors import Attention
-from mla_convert.errors import InputError
 from mla_convert.loading import PREFIX, is_converted
 from mla_convert.source import load_config
 

@@ -16,6 +16,11 @@ from mla_convert.carried import carried_files, carry
 from mla_convert.checkpoint.reader import check_finite
 from mla_convert.checkpoint.writer import Writer, check_output, check_space
 from mla_convert.code import write_code
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.files import on_disk, write_file
+from mla_convert.core.progress import Progress
+from mla_convert.core.report_file import mean
+from mla_convert.core.runtime import versions
 from mla_convert.engines.converted import EMBEDDING, HEAD, NORM, Converted
 from mla_convert.engines.features import block_diagonal
 from mla_convert.engines.profiles import Profile, check_dtype, residual_scale
@@ -24,13 +29,8 @@ from mla_convert.engines.rope_table import share_table
 from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, served_config
 from mla_convert.engines.sizes import Pad, Sizes, padded
 from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
-from mla_convert.environment import versions
-from mla_convert.errors import InputError, UsageError
-from mla_convert.figures import mean
-from mla_convert.files import on_disk, write_file
 from mla_convert.intact import EXPORT, check_input
 from mla_convert.plan import TABLE
-from mla_convert.progress import Progress
 from mla_convert.selfcheck import self_check
 from mla_convert.source import kv_heads
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mla_convert.errors import InputError, UsageError
+from mla_convert.core.errors import InputError, UsageError
 
 Profile = Literal["portable", "engine", "hf-code"]
 PROFILES: tuple[Profile, ...] = ("portable", "engine", "hf-code")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mla_convert.files import write_file
+from mla_convert.core.files import write_file
 from mla_convert.licence import CARD
 
 HEAD = """\

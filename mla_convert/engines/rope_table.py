@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.plan import TABLE
 
 # Relative: what float32 leaves of a frequency that is a power of theta.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mla_convert.errors import InputError, UsageError
+from mla_convert.core.errors import InputError, UsageError
 from mla_convert.plan import TABLE
 
 # vLLM allocates latent and rotary key together, and takes 320, 512 and 576 numbers in all (MLACommonMetadata; 0.30 and

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mla_convert.config import ConvertConfig
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.engines.profiles import Profile, check_dtype, check_family, check_profile_of, needs_code
 from mla_convert.engines.sizes import KNOWN, RANKS, ROPE_DIM, padded
-from mla_convert.errors import InputError, UsageError
 from mla_convert.plan import make_plan, shares_out
 from mla_convert.source import Source
 

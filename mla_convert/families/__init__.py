@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 from mla_convert.families import (
     cohere,
     cohere2,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mla_convert.errors import InputError
+from mla_convert.core.errors import InputError
 
 # Configuration values that every family relies on.
 ALWAYS = {"is_causal": True, "is_encoder_decoder": False, "return_dict": True, "output_attentions": False}

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mla_convert import texts
+from mla_convert.core.errors import InputError
 from mla_convert.divergence import IGNORED
-from mla_convert.errors import InputError
 from mla_convert.tokens import first_tokens
 
 IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"

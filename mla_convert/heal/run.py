@@ -18,14 +18,17 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert import environment, mixture, selfwritten, texts
+from mla_convert import mixture, selfwritten, texts
 from mla_convert.beyond import heal_rows, to_report
 from mla_convert.checkpoint import writer as output
-from mla_convert.config import ConvertConfig
-from mla_convert.errors import InputError, MlaConvertError, UsageError
+from mla_convert.core import runtime as environment
+from mla_convert.core.errors import InputError, MlaConvertError, UsageError
+from mla_convert.core.files import on_disk, write_file
+from mla_convert.core.progress import Progress
+from mla_convert.core.report_file import REPORT, read_report
+from mla_convert.core.settings import ConvertConfig
+from mla_convert.core.words import expanded
 from mla_convert.evaluate import Evaluation, evaluate_model
-from mla_convert.figures import REPORT, read_report
-from mla_convert.files import on_disk, write_file
 from mla_convert.heal import data
 from mla_convert.heal.fingerprint import content_of, text_content
 from mla_convert.heal.loop import Run, Trainer, step_sizes, tokens_words
@@ -36,13 +39,11 @@ from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.intact import check_input
 from mla_convert.loading import find_model, find_original, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.probes import Probes
-from mla_convert.progress import Progress
 from mla_convert.refresh import check_unknown, outdated
 from mla_convert.report import Report
 from mla_convert.selfcheck import self_check
 from mla_convert.source import Place
 from mla_convert.tokens import ordinary_tokens
-from mla_convert.words import expanded
 
 LABEL, BEFORE = "text.json", "before-{}.json"
 ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mla_convert.amounts import Lengths, Tokens, parse_lengths
-from mla_convert.config import Trained
+from mla_convert.core.settings import Trained
+from mla_convert.core.units import Lengths, Tokens, parse_lengths
 
 LENGTH = 2048
 # Passes over what the original writes, which takes as long as training on it; and the most that it writes.

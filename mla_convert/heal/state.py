@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mla_convert.errors import ResourceError
-from mla_convert.files import on_disk, remove, write_file
+from mla_convert.core.errors import ResourceError
+from mla_convert.core.files import on_disk, remove, write_file
 from mla_convert.heal.shared import checkpoint_name
 
 IDENTITY, RUN, BEST, TRAINER = "identity.json", "run.json", "best.safetensors", "trainer"

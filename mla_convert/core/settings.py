@@ -11,10 +11,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mla_convert.amounts import Lengths, Tokens
-from mla_convert.errors import InputError, UsageError, one_line
-from mla_convert.words import expanded
-from mla_convert.yaml_marks import Marks, Scalars
+from mla_convert.core.errors import InputError, UsageError, one_line
+from mla_convert.core.units import Lengths, Tokens
+from mla_convert.core.words import expanded
+from mla_convert.core.yaml_positions import Marks, Scalars
 
 PACKAGE = "package:"
 YAML = (".yaml", ".yml")

@@ -9,8 +9,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from mla_convert.errors import ReaderGone
-from mla_convert.words import shown
+from mla_convert.core.errors import ReaderGone
+from mla_convert.core.words import shown
 
 
 class Terminal(Console):

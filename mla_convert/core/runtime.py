@@ -14,7 +14,7 @@ import psutil
 import torch
 from packaging.version import Version
 
-from mla_convert.errors import ResourceError, UsageError
+from mla_convert.core.errors import ResourceError, UsageError
 from mla_convert.version import TRIED_TRANSFORMERS, __version__
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mla_convert.errors import one_line
+from mla_convert.core.errors import one_line
 
 Location = tuple[str | int, ...]
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mla_convert.errors import MlaConvertError, ResourceError
+from mla_convert.core.errors import MlaConvertError, ResourceError
 
 # What a disk says when it is full or failing: the command may work later or elsewhere.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)

@@ -15,9 +15,9 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from mla_convert.errors import InputError
-from mla_convert.figures import look_up
-from mla_convert.files import read_regular, write_file
+from mla_convert.core.errors import InputError
+from mla_convert.core.files import read_regular, write_file
+from mla_convert.core.report_file import look_up
 
 SUMS = "SHA256SUMS"
 NAME = re.compile(r"[\w+-][\w.+-]*", re.ASCII)

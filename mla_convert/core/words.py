@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from mla_convert.errors import InputError, ReaderGone
+from mla_convert.core.errors import InputError, ReaderGone
 
 # What a console cannot show, in characters that every one has; anything else becomes a question mark.
 SIGNS = {"→": "->", "×": "x", "±": "+/-", "≥": ">=", "≤": "<=", "–": "-", "—": "-", "−": "-", "…": "...", "‖": "||",

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mla_convert.errors import InputError
-from mla_convert.figures import NOT_EVALUATED
+from mla_convert.core.errors import InputError
+from mla_convert.core.report_file import NOT_EVALUATED
 
 Check = Callable[[Any, str], None]
 LARGEST = 1e18  # of any figure: beyond that nothing here was measured

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mla_convert.errors import InputError, one_line
+from mla_convert.core.errors import InputError, one_line
 
 REPORT = "report.json"
 # `evaluation` of a conversion with --eval none.

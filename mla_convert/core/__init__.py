@@ -1,0 +1,1 @@
+"""Settings, units, files, errors, progress: shared by every room, importing none of them."""
