@@ -11,7 +11,7 @@ from typing import Any
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.report_file import REPORT, finite, is_evaluated, look_up, read_report
 from mla_convert.core.words import expanded
-from mla_convert.intact import check_intact
+from mla_convert.write.intact import check_intact
 
 Row = tuple[str, str, str]
 
@@ -138,7 +138,7 @@ def write_into_report(folder: Path, found: dict[str, Any]) -> None:
     """
     from mla_convert.card import CARD, card_text
     from mla_convert.page import PAGE, page_text
-    from mla_convert.revise import replace_files
+    from mla_convert.write.revise import replace_files
 
     content = read_report(folder)
     content["beyond"] = {**(content.get("beyond") or {}), **finite(found)}

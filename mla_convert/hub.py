@@ -35,7 +35,7 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import REPORT, look_up, read_report
 from mla_convert.licence import CARD
 from mla_convert.page import PAGE
-from mla_convert.verify import verify
+from mla_convert.write.verify import verify
 
 # What a conversion writes beside the weights and what it carries over; nothing else in the folder is uploaded.
 BESIDE = (CARD, REPORT, PAGE, INDEX, "config.json", *CODE, "recipe.yaml")

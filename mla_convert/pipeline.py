@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from mla_convert import folder, layers, measure, report, schedule, selfwritten, sensitivity, streamed, suite, texts
+from mla_convert import layers, measure, report, schedule, selfwritten, sensitivity, streamed, suite, texts
 from mla_convert.attention import mla_config
 from mla_convert.carried import tokenizer_code
-from mla_convert.checkpoint import writer as output
 from mla_convert.core import runtime as environment
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import ConvertConfig, default_name
@@ -24,6 +23,8 @@ from mla_convert.plan import make_plan
 from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
+from mla_convert.write import model_files as folder
+from mla_convert.write import writer as output
 
 
 def evaluated(

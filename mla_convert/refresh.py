@@ -20,11 +20,11 @@ from mla_convert.core.files import write_file
 from mla_convert.core.report_file import REPORT, finite
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.runtime import newest_tried, versions
-from mla_convert.intact import EXPORT, check_intact, describing_file
 from mla_convert.page import PAGE, write_page
-from mla_convert.revise import check_exchange, revised, tidy
-from mla_convert.selfcheck import self_check
 from mla_convert.tokenizer import read_tokenizer
+from mla_convert.write.intact import EXPORT, check_intact, describing_file
+from mla_convert.write.revise import check_exchange, revised, tidy
+from mla_convert.write.selfcheck import self_check
 
 # What a version of ours wrote or carried over; whatever else lies in a folder is its owner's.
 CONFIG = "config.json"

@@ -17,7 +17,6 @@ from mla_convert.activations import Activations
 from mla_convert.allocate import LayerLoss, allocate, probes
 from mla_convert.attention import build_attention, factorise_layer, fill_attention, mla_config
 from mla_convert.calibrate import attention_kwargs, layer_statistics
-from mla_convert.checkpoint.writer import Writer
 from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
@@ -26,6 +25,7 @@ from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import LayerSize, Plan, shares_out, size_unit
 from mla_convert.refine import attend
 from mla_convert.skeleton import Skeleton, first_output
+from mla_convert.write.writer import Writer
 
 # Tokens that the gradients are taken at, in windows of at most WINDOW.
 TOKENS = {"cuda": 8192, "cpu": 4096}

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert import mixture
-from mla_convert.checkpoint.writer import check_output
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
 from mla_convert.core.files import publish
@@ -33,9 +32,10 @@ from mla_convert.page import PAGE, page_text, write_sweep_page
 from mla_convert.pipeline import convert
 from mla_convert.plan import make_plan
 from mla_convert.report import ratio_error, ratio_words
-from mla_convert.revise import replace_files
 from mla_convert.source import Source, open_source
 from mla_convert.texts import FROM_CALIB, NONE
+from mla_convert.write.revise import replace_files
+from mla_convert.write.writer import check_output
 
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
 WORK = ".work"  # for conversions that are not kept

@@ -17,10 +17,10 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from mla_convert.checkpoint import writer
 from mla_convert.core.progress import Progress
 from mla_convert.core.runtime import pick_device
 from mla_convert.report import Report
+from mla_convert.write import writer
 
 USAGE, INPUT, RESOURCE, INTERRUPTED = 2, 4, 5, 130
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -410,7 +410,7 @@ def test_parent_is_not_writable(refused, source, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
     refused(RESOURCE, "text.txt", source, "--out", tmp_path / "text.txt" / "out")
-    monkeypatch.setattr("mla_convert.checkpoint.writer.tempfile.TemporaryFile", probe)
+    monkeypatch.setattr("mla_convert.write.writer.tempfile.TemporaryFile", probe)
     refused(RESOURCE, "Permission denied", source)
 
 

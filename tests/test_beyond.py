@@ -16,7 +16,7 @@ from mla_convert import beyond, decoding, passkey
 from mla_convert.core.errors import InputError
 from mla_convert.core.sums import seal
 from mla_convert.page import page
-from mla_convert.verify import verify
+from mla_convert.write.verify import verify
 
 USAGE, INPUT = 2, 4
 HARNESS = importlib.util.find_spec("lm_eval")

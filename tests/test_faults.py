@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_convert.intact import check_intact
+from mla_convert.write.intact import check_intact
 
 FULL, BROKEN, KILL = 1, 2, 3
 RESOURCE = 5

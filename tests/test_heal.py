@@ -27,7 +27,7 @@ from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpu
 from mla_convert.heal.shared import Pair
 from mla_convert.loading import find_model, load_model
 from mla_convert.page import page
-from mla_convert.verify import verify
+from mla_convert.write.verify import verify
 
 CPU = torch.device("cpu")
 QUIET = Progress(quiet=True)

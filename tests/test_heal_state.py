@@ -12,7 +12,7 @@ from mla_convert.core.sums import SUMS
 from mla_convert.heal import HealConfig, heal
 from mla_convert.heal.fingerprint import content_of, text_content
 from mla_convert.heal.state import StateFolder
-from mla_convert.verify import verify
+from mla_convert.write.verify import verify
 
 
 class Notes(Progress):

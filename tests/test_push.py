@@ -15,7 +15,7 @@ from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
 from mla_convert.core.sums import seal
 from mla_convert.hub import check_private, push
-from mla_convert.verify import verify
+from mla_convert.write.verify import verify
 
 USAGE, GATE, INPUT, RESOURCE = 2, 3, 4, 5
 REPO = "me/tiny-mla"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mla_convert import revise
 from mla_convert.code import code_files
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, ResourceError, UsageError
@@ -16,8 +15,9 @@ from mla_convert.core.runtime import newest_tried
 from mla_convert.core.sums import SUMS, Fault
 from mla_convert.engines.export import export
 from mla_convert.refresh import refresh
-from mla_convert.selfcheck import SelfCheckFailed
-from mla_convert.verify import verify
+from mla_convert.write import revise
+from mla_convert.write.selfcheck import SelfCheckFailed
+from mla_convert.write.verify import verify
 
 INPUT, USAGE = 4, 2
 module = importlib.import_module("mla_convert.refresh")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import Cache
 
-from mla_convert import selfcheck
 from mla_convert.core.errors import ResourceError
 from mla_convert.modeling import modeling_mla
-from mla_convert.selfcheck import SelfCheckFailed, own_code, self_check
+from mla_convert.write import selfcheck
+from mla_convert.write.selfcheck import SelfCheckFailed, own_code, self_check
 
 
 @pytest.fixture(scope="module")

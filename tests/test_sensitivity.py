@@ -7,11 +7,11 @@ import torch
 from mla_convert import sensitivity
 from mla_convert import skeleton as skeleton_module
 from mla_convert.activations import Activations
-from mla_convert.checkpoint.writer import Writer
 from mla_convert.core.settings import Settings
 from mla_convert.plan import make_plan
 from mla_convert.skeleton import Skeleton
 from mla_convert.source import open_source
+from mla_convert.write.writer import Writer
 
 WINDOWS, LENGTH = 3, 24
 

@@ -7,7 +7,7 @@ import pytest
 
 import mla_convert.sweep
 from mla_convert.sweep import _Points
-from mla_convert.verify import verify
+from mla_convert.write.verify import verify
 
 GATE, INPUT, USAGE, RESOURCES, INTERRUPTED = 3, 4, 2, 5, 130
 SHARES = (0.75, 0.5, 0.25)

@@ -24,7 +24,7 @@ from mla_convert.licence import read_licence
 from mla_convert.loading import find_model, load_model
 from mla_convert.page import page_text
 from mla_convert.source import open_source
-from mla_convert.verify import verify
+from mla_convert.write.verify import verify
 
 INPUT = 4
 MEAN = {"value": 0.5, "error": 0.1}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mla_convert.core.sums import SUMS, Fault, listed, seal, sha256
-from mla_convert.verify import verify
+from mla_convert.write.verify import verify
 
 INPUT = 4
 INDEX = "model.safetensors.index.json"

@@ -91,7 +91,7 @@ def push(
     silence_libraries(quiet)
     from mla_convert import hub
     from mla_convert.core.progress import Progress
-    from mla_convert.verify import verify
+    from mla_convert.write.verify import verify
 
     hub.check_name(repo)
     progress = Progress(quiet=quiet)

@@ -30,7 +30,7 @@ def verify(
     silence_libraries(quiet)
     from mla_convert.core.sums import Fault
     from mla_convert.report import human_bytes
-    from mla_convert.verify import verify as verify_folder
+    from mla_convert.write.verify import verify as verify_folder
 
     try:
         found = verify_folder(folder)
@@ -87,8 +87,8 @@ def _tried(folder: Path) -> dict[str, Any]:
     """
     from mla_convert.core.errors import UsageError
     from mla_convert.loading import EXPORTED
-    from mla_convert.selfcheck import own_code, self_check
     from mla_convert.source import load_config
+    from mla_convert.write.selfcheck import own_code, self_check
 
     exported = getattr(load_config(folder, folder.name), EXPORTED, None)
     if isinstance(exported, dict) and exported.get("profile") == "engine":

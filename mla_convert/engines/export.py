@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mla_convert.carried import carried_files, carry
 from mla_convert.checkpoint.reader import check_finite
-from mla_convert.checkpoint.writer import Writer, check_output, check_space
 from mla_convert.code import write_code
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.files import on_disk, write_file
@@ -29,10 +28,11 @@ from mla_convert.engines.rope_table import share_table
 from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, served_config
 from mla_convert.engines.sizes import Pad, Sizes, padded
 from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
-from mla_convert.intact import EXPORT, check_input
 from mla_convert.plan import TABLE
-from mla_convert.selfcheck import self_check
 from mla_convert.source import kv_heads
+from mla_convert.write.intact import EXPORT, check_input
+from mla_convert.write.selfcheck import self_check
+from mla_convert.write.writer import Writer, check_output, check_space
 
 # Scale of the latent. portable: small, as its eps is; engine: near one, as quantised rows want it.
 PORTABLE_ALPHA, LEAST_ALPHA = 2.0**-30, 2.0**-60

@@ -19,10 +19,10 @@ from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.report_file import REPORT
 from mla_convert.core.sums import Fault
 from mla_convert.families import find_family
-from mla_convert.intact import EXPORT, check_intact, describing_file
 from mla_convert.loading import PREFIX, is_converted
 from mla_convert.source import load_config
 from mla_convert.tokenizer import read_tokenizer
+from mla_convert.write.intact import EXPORT, check_intact, describing_file
 
 FREQUENCIES = "rope_freq_index"
 

@@ -24,7 +24,7 @@ from mla_convert.core.errors import InputError, ResourceError
 from mla_convert.core.files import disk_error, on_disk, permissions, publish, recover, remove, write_file
 from mla_convert.core.report_file import REPORT
 from mla_convert.core.sums import seal, sha256
-from mla_convert.revise import lock_file, staging_folder
+from mla_convert.write.revise import lock_file, staging_folder
 
 JOURNAL = "journal.jsonl"
 MARK = "mla_convert"

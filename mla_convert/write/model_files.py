@@ -11,15 +11,15 @@ import torch
 
 from mla_convert.card import write_card
 from mla_convert.carried import carry
-from mla_convert.checkpoint.writer import Writer
 from mla_convert.code import write_code
 from mla_convert.core.files import on_disk, write_file
 from mla_convert.core.runtime import newest_tried
 from mla_convert.modeling import configuration_mla
 from mla_convert.page import PAGE, write_page
 from mla_convert.report import Report
-from mla_convert.selfcheck import self_check
 from mla_convert.source import Source
+from mla_convert.write.selfcheck import self_check
+from mla_convert.write.writer import Writer
 
 # Keys under which older tokenizers kept where they were loaded from, on the machine of whoever saved them.
 PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")

@@ -1,0 +1,1 @@
+"""A converted folder on disk: writing, revising, checking and trying it."""
