@@ -17,7 +17,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from mla_convert import layers, measure, streamed, texts
+from mla_convert import layers, measure, streamed
 from mla_convert.activations import Activations
 from mla_convert.attention import half_split, source_weights
 from mla_convert.calibrate import attention_kwargs, layer_statistics
@@ -29,7 +29,8 @@ from mla_convert.factorise import Statistics, _affine, _key_cost, _latent, _mome
 from mla_convert.plan import Plan, make_plan
 from mla_convert.report import cache_figures
 from mla_convert.skeleton import Rotation, Skeleton
-from mla_convert.source import Source, open_source
+from mla_convert.source import texts
+from mla_convert.source.source import Source, open_source
 
 
 def rotated_mean(cost: Tensor, statistics: Statistics) -> Tensor:

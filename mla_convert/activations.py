@@ -9,8 +9,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from mla_convert.checkpoint.reader import LARGEST
 from mla_convert.core.errors import InputError
+from mla_convert.source.checkpoint.reader import LARGEST
 
 # A set of states that takes more than this, and more than this share of the device's memory, lives in pinned host memory and
 # travels batch by batch. There are five sets at most.

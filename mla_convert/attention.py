@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mla_convert.factorise import AttentionWeights, Geometry, MlaWeights, Statistics, factorise
-from mla_convert.families import Family
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.plan import AttentionShape, Plan
 from mla_convert.skeleton import Rotation
-from mla_convert.source import Source
+from mla_convert.source.families import Family
+from mla_convert.source.source import Source
 
 
 def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConfig:

@@ -27,9 +27,9 @@ from mla_convert.bench_models import full_cache, held_bytes, read_bytes, token_b
 from mla_convert.caching import with_cache
 from mla_convert.core.errors import ResourceError, UsageError
 from mla_convert.core.runtime import device_name, versions
-from mla_convert.loading import is_converted
 from mla_convert.modeling.decode_mla import kernel_refusal
 from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.source.load_model import is_converted
 
 WARM_UPS, STEPS = 3, 64
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mla_convert.activations import Activations
 from mla_convert.core.errors import InputError
 from mla_convert.factorise import Statistics
-from mla_convert.families import Family
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.skeleton import Skeleton
+from mla_convert.source.families import Family
 
 # Hidden states (B, T, hidden) -> rows (B, T, n).
 Rows = Callable[[Tensor], Tensor]

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mla_convert import beyond, kinds
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import calibration_words, finite, is_evaluated
-from mla_convert.licence import CARD
 from mla_convert.report import Report, rows
+from mla_convert.source.licence import CARD
 
 BODY = """
 # {name} with Multi-head Latent Attention

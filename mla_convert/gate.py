@@ -316,7 +316,7 @@ def run_gate(
         return Verdict(name, "trusted from report.json, not measured again", check(figures, limits), figures)
 
     from mla_convert.evaluate import evaluate_model
-    from mla_convert.loading import find_model, find_original
+    from mla_convert.source.load_model import find_model, find_original
 
     origin: Any = against
     if limits.against_original and against is None:
@@ -341,7 +341,7 @@ def _report_of(model: str) -> tuple[dict[str, Any], str]:
     """The report of a local folder, of its own path, or of a Hub id; and the model's name."""
     path = expanded(model)
     if not path.exists():
-        from mla_convert.source import locate
+        from mla_convert.source.source import locate
 
         place = locate(model, files=["report.json"])
         return read_report(place.folder), place.label

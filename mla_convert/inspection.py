@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert.config_file import check_sizes
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import read_regular
 from mla_convert.core.report_file import is_evaluated, mean
@@ -20,7 +19,8 @@ from mla_convert.core.report_schema import check_report
 from mla_convert.planning import shape_figures
 from mla_convert.report import human_bytes
 from mla_convert.skeleton import Skeleton
-from mla_convert.source import Source, locate, open_source
+from mla_convert.source.config_file import check_sizes
+from mla_convert.source.source import Source, locate, open_source
 from mla_convert.write.writer import REPORT
 
 LOADED = "every tensor is there, in the shape and a dtype that the conversion reads; the tokenizer loads"

@@ -23,8 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from mla_convert.caching import with_cache
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_file import NOT_EVALUATED
-from mla_convert.source import head_width, kv_heads
-from mla_convert.texts import Windows, evaluation_protocol
+from mla_convert.source.source import head_width, kv_heads
+from mla_convert.source.texts import Windows, evaluation_protocol
 
 # Logits held at once, tokens by vocabulary: 128 MB in float32.
 LOGITS = 1 << 25

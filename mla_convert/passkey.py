@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mla_convert import texts
 from mla_convert.core.errors import InputError
 from mla_convert.decoding import Decoder
 from mla_convert.measure import Mean, mean
+from mla_convert.source import texts
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KEYS = 2  # for each length and depth

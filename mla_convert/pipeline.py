@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from mla_convert import layers, measure, report, schedule, selfwritten, sensitivity, streamed, suite, texts
+from mla_convert import layers, measure, report, schedule, selfwritten, sensitivity, streamed, suite
 from mla_convert.attention import mla_config
-from mla_convert.carried import tokenizer_code
 from mla_convert.core import runtime as environment
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import ConvertConfig, default_name
@@ -22,7 +21,9 @@ from mla_convert.heal.run import check_conversion, heal_conversion
 from mla_convert.plan import make_plan
 from mla_convert.recipe_file import write_recipe
 from mla_convert.skeleton import Skeleton
-from mla_convert.source import open_source
+from mla_convert.source import texts
+from mla_convert.source.carried import tokenizer_code
+from mla_convert.source.source import open_source
 from mla_convert.write import model_files as folder
 from mla_convert.write import writer as output
 

@@ -21,9 +21,9 @@ from mla_convert.plan import Plan, make_plan, shares_out
 from mla_convert.report import cache_figures, human_bytes
 from mla_convert.schedule import output_advances, refine_settings
 from mla_convert.sensitivity import TOKENS, aside_bytes, is_measured
-from mla_convert.source import Source, open_source, parameters
+from mla_convert.source.source import Source, open_source, parameters
+from mla_convert.source.texts import Reach, calibration_size, evaluation_length, reach
 from mla_convert.suite import suite_size
-from mla_convert.texts import Reach, calibration_size, evaluation_length, reach
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mla_convert import decoding, passkey, texts
+from mla_convert import decoding, passkey
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
+from mla_convert.source import texts
 from mla_convert.tasks import Tasks, summarise
 
 GREEDY_TOKENS = 64

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from mla_convert import mixture
 from mla_convert.core.settings import ConvertConfig, Settings
 from mla_convert.plan import Plan
 from mla_convert.refine import RefineSettings
 from mla_convert.report import Report
-from mla_convert.source import PACKAGE, Source
-from mla_convert.texts import Windows, repeatable
+from mla_convert.source import mixture
+from mla_convert.source.source import PACKAGE, Source
+from mla_convert.source.texts import Windows, repeatable
 
 RECIPE = "recipe.yaml"
 HEAD = """\

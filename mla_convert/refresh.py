@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_convert import carried
 from mla_convert.beyond import to_report
 from mla_convert.card import CARD, write_card
-from mla_convert.checkpoint.files import weight_files
 from mla_convert.code import code_files
-from mla_convert.config_file import read_config
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.files import write_file
@@ -21,7 +18,10 @@ from mla_convert.core.report_file import REPORT, finite
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.runtime import newest_tried, versions
 from mla_convert.page import PAGE, write_page
-from mla_convert.tokenizer import read_tokenizer
+from mla_convert.source import carried
+from mla_convert.source.checkpoint.files import weight_files
+from mla_convert.source.config_file import read_config
+from mla_convert.source.tokenizer import read_tokenizer
 from mla_convert.write.intact import EXPORT, check_intact, describing_file
 from mla_convert.write.revise import check_exchange, revised, tidy
 from mla_convert.write.selfcheck import self_check

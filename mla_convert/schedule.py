@@ -9,7 +9,7 @@ import torch
 
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.refine import RefineSettings
-from mla_convert.source import Source
+from mla_convert.source.source import Source
 
 # Where no block is asked for, on a GPU: layers refined together, at most, and while they take no more than so many bytes.
 BLOCK_LAYERS = 6

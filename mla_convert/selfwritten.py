@@ -20,8 +20,8 @@ from mla_convert.caching import with_cache
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.measure import original_cache_bytes
 from mla_convert.openings import SPARE, Openings, varied
-from mla_convert.source import Source
-from mla_convert.tokens import first_tokens
+from mla_convert.source.source import Source
+from mla_convert.source.tokens import first_tokens
 from mla_convert.write.writer import stored_bytes
 
 # Share of the windows where none is asked for, on a GPU of which the whole original takes no more than MEMORY_SHARE.

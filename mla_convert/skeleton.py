@@ -14,10 +14,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from mla_convert.checkpoint.reader import check_finite
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.divergence import IGNORED, Head, Mix, comparer, distil
-from mla_convert.source import Source
+from mla_convert.source.checkpoint.reader import check_finite
+from mla_convert.source.source import Source
 
 # Logits computed at once, tokens by vocabulary: bounds the memory of a large vocabulary.
 LOGIT_TOKENS = 1024

@@ -20,7 +20,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert import mixture
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
 from mla_convert.core.files import publish
@@ -32,8 +31,9 @@ from mla_convert.page import PAGE, page_text, write_sweep_page
 from mla_convert.pipeline import convert
 from mla_convert.plan import make_plan
 from mla_convert.report import ratio_error, ratio_words
-from mla_convert.source import Source, open_source
-from mla_convert.texts import FROM_CALIB, NONE
+from mla_convert.source import mixture
+from mla_convert.source.source import Source, open_source
+from mla_convert.source.texts import FROM_CALIB, NONE
 from mla_convert.write.revise import replace_files
 from mla_convert.write.writer import check_output
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
-from mla_convert.families import FAMILIES
+from mla_convert.source.families import FAMILIES
 
 VOCAB = 264
 COMMON = {

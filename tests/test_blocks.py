@@ -9,12 +9,13 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mla_convert import convert, measure, texts
+from mla_convert import convert, measure
 from mla_convert.core import progress
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.refine import RefineSettings
 from mla_convert.schedule import blocks, groups, layer_numbers, refine_settings
-from mla_convert.source import open_source
+from mla_convert.source import texts
+from mla_convert.source.source import open_source
 from mla_convert.write.writer import Writer
 
 SMALL = {"kv_ratio": 0.4, "refine_steps": 3, "refine_block": 2}

@@ -10,7 +10,7 @@ from mla_convert.attention import build_attention, mla_config
 from mla_convert.core.settings import Settings
 from mla_convert.plan import make_plan
 from mla_convert.skeleton import Skeleton
-from mla_convert.source import open_source
+from mla_convert.source.source import open_source
 
 WINDOWS, LENGTH = 5, 20
 LAYER = 1

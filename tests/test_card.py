@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from mla_convert.card import write_card
 from mla_convert.report import Report
-from mla_convert.source import open_source
+from mla_convert.source.source import open_source
 
 ON_HUB = {"name": "meta-llama/Llama-3.1-8B", "revision": "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b"}
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1@test"

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from mla_convert.checkpoint.reader import SafetensorsReader
-from mla_convert.source import open_source
+from mla_convert.source.checkpoint.reader import SafetensorsReader
+from mla_convert.source.source import open_source
 
 BLOCK = (16, 32)  # divides neither all rows nor all columns of a pico model
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -119,7 +119,7 @@ def test_mxfp4_experts(tmp_path):
     blocks = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
     save_file({"mlp.experts.down_proj_blocks": blocks, "mlp.experts.down_proj_scales": exponents.to(torch.uint8),
                "mlp.experts.down_proj_bias": torch.zeros(experts, rows)}, tmp_path / "model.safetensors")  # fmt: skip
-    from mla_convert.checkpoint.dequantise import DequantisedReader
+    from mla_convert.source.checkpoint.dequantise import DequantisedReader
 
     reader = DequantisedReader(SafetensorsReader(tmp_path), {"quant_method": "mxfp4"})
     assert set(reader.names()) == {"mlp.experts.down_proj", "mlp.experts.down_proj_bias"}

@@ -14,10 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MambaConfig
 
-from mla_convert import evaluate, loading, texts
+from mla_convert import evaluate
 from mla_convert import measure as measures
 from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
+from mla_convert.source import load_model as loading
+from mla_convert.source import texts
 
 USAGE, INPUT, RESOURCE = 2, 4, 5
 RANK, ROPE_DIM = 10, 6

@@ -15,8 +15,8 @@ from pico import VARIANTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from mla_convert.families import FAMILIES, LATENT, REFUSED
-from mla_convert.source import open_source
+from mla_convert.source.families import FAMILIES, LATENT, REFUSED
+from mla_convert.source.source import open_source
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 NUMBER = re.compile(r"\d\.\de-\d\d|\d+%|\d\.\d\.\d+|\d+\.\d+\.\d+")

@@ -10,8 +10,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError
-from mla_convert.loading import find_model, load_model, model_config
-from mla_convert.source import open_source
+from mla_convert.source.load_model import find_model, load_model, model_config
+from mla_convert.source.source import open_source
 
 GEMMA = {"pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
          "post_attention_layernorm": "post_attention_norm"}  # fmt: skip

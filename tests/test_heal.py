@@ -25,8 +25,8 @@ from mla_convert.divergence import IGNORED, Head, Mix, distil
 from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, passes, run
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
 from mla_convert.heal.shared import Pair
-from mla_convert.loading import find_model, load_model
 from mla_convert.page import page
+from mla_convert.source.load_model import find_model, load_model
 from mla_convert.write.verify import verify
 
 CPU = torch.device("cpu")
@@ -596,7 +596,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.shared import Pair
-from mla_convert.loading import find_model, load_model
+from mla_convert.source.load_model import find_model, load_model
 
 dist.init_process_group("gloo")
 rank, mesh, cpu = dist.get_rank(), init_device_mesh("cpu", (2,)), torch.device("cpu")

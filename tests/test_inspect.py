@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_convert import source as sources_module
-from mla_convert.families import FAMILIES
 from mla_convert.inspection import CONFIG_ONLY, inspect_checkpoint
+from mla_convert.source import source as sources_module
+from mla_convert.source.families import FAMILIES
 
 WEIGHTS = "model.safetensors"
 # layers with a window of 12 tokens
@@ -87,7 +87,7 @@ def test_hub_by_its_configuration(sources, tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         return shutil.copy(sources("qwen2") / "config.json", folder) and folder
 
-    monkeypatch.setattr("mla_convert.place.snapshot_download", download)
+    monkeypatch.setattr("mla_convert.source.place.snapshot_download", download)
     found = inspect_checkpoint("owner/name")
     assert (found["name"], found["revision"], found["basis"]) == ("owner/name", "0123abc", CONFIG_ONLY)
     assert found["biases"] == ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]

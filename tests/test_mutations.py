@@ -12,7 +12,7 @@ import torch
 from mutate import Case, mutated_bytes, mutated_json, mutated_safetensors, run_cases
 
 from mla_convert.core.errors import InputError
-from mla_convert.text_files import read_documents
+from mla_convert.source.text_files import read_documents
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE_FAILED = 3
@@ -81,7 +81,7 @@ def same_as_transformers(whole: Path, folder: Path, out: str) -> str | None:
     from transformers import AutoModelForCausalLM
 
     from mla_convert.selfwritten import load_whole
-    from mla_convert.source import open_source
+    from mla_convert.source.source import open_source
 
     (source,) = [path for path in folder.iterdir() if path.is_dir()]
     ours = logits_of(load_whole(open_source(str(source)), torch.device("cpu")))

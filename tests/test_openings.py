@@ -6,7 +6,7 @@ import torch
 
 from mla_convert import openings, selfwritten
 from mla_convert.openings import LONGEST_TURN, Openings, Script, Turns, turns, varied
-from mla_convert.source import open_source
+from mla_convert.source.source import open_source
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 

@@ -13,12 +13,13 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
-from mla_convert import measure, texts
-from mla_convert.checkpoint.reader import SafetensorsReader
+from mla_convert import measure
 from mla_convert.core.settings import default_name
-from mla_convert.mixture import PACKAGED_LABEL
 from mla_convert.report import rows
-from mla_convert.source import open_source
+from mla_convert.source import texts
+from mla_convert.source.checkpoint.reader import SafetensorsReader
+from mla_convert.source.mixture import PACKAGED_LABEL
+from mla_convert.source.source import open_source
 
 PROMPT = "The people of the islands"
 RANK, ROPE_DIM = 10, 6

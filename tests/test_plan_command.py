@@ -11,15 +11,16 @@ import pico
 import pytest
 from safetensors.torch import load_file
 
-from mla_convert import sizing, source, timing
+from mla_convert import sizing, timing
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import build_config
-from mla_convert.families import FAMILIES
 from mla_convert.heal import cost
 from mla_convert.plan import AttentionShape, Plan
 from mla_convert.planning import plan_conversion
 from mla_convert.sensitivity import TOKENS
-from mla_convert.source import open_source
+from mla_convert.source import source
+from mla_convert.source.families import FAMILIES
+from mla_convert.source.source import open_source
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "dtype": "bfloat16", "max_position_embeddings": 131072}
 PUBLISHED = {
@@ -110,7 +111,7 @@ def test_hub_source_costs_its_config_only(published, tmp_path, monkeypatch):
         (tmp_path / "snapshots").mkdir()
         return shutil.move(published("llama-8b"), tmp_path / "snapshots" / "0123abc")
 
-    monkeypatch.setattr("mla_convert.place.snapshot_download", download)
+    monkeypatch.setattr("mla_convert.source.place.snapshot_download", download)
     found = plan("llama-8b", revision="main")
     assert asked == [("meta-llama/Llama-3.1-8B", "main", ["config.json"])]
     assert found["source"] == {"name": "meta-llama/Llama-3.1-8B", "revision": "0123abc", "model_type": "llama"}

@@ -12,10 +12,10 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from mla_convert.core.errors import InputError
-from mla_convert.loading import find_model, load_model
-from mla_convert.source import open_source
-from mla_convert.texts import evaluation_windows
-from mla_convert.tokens import first_tokens
+from mla_convert.source.load_model import find_model, load_model
+from mla_convert.source.source import open_source
+from mla_convert.source.texts import evaluation_windows
+from mla_convert.source.tokens import first_tokens
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -8,7 +8,7 @@ from mla_convert import selfwritten
 from mla_convert.attend import attend_grouped
 from mla_convert.core.report_file import calibration_words
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.source import open_source
+from mla_convert.source.source import open_source
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from mla_convert.activations import Activations
 from mla_convert.core.settings import Settings
 from mla_convert.plan import make_plan
 from mla_convert.skeleton import Skeleton
-from mla_convert.source import open_source
+from mla_convert.source.source import open_source
 from mla_convert.write.writer import Writer
 
 WINDOWS, LENGTH = 3, 24

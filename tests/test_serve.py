@@ -11,7 +11,7 @@ import pytest
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.engines.towards import towards
-from mla_convert.source import open_source
+from mla_convert.source.source import open_source
 
 VLLM, MODEL = os.environ.get("MLA_CONVERT_VLLM_PYTHON"), os.environ.get("MLA_CONVERT_MODEL")
 LLAMA_SERVER, LLAMA_CONVERTER = (

@@ -9,7 +9,7 @@ from mla_convert import divergence, streamed
 from mla_convert import skeleton as skeleton_module
 from mla_convert.activations import Activations
 from mla_convert.skeleton import Skeleton
-from mla_convert.source import open_source
+from mla_convert.source.source import open_source
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))

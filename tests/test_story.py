@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mla_convert.checkpoint.reader import SafetensorsReader
+from mla_convert.source.checkpoint.reader import SafetensorsReader
 
 REPO = "my-org/demo-mla"
 # In a process without mla_convert: the real client downloads weights and code, transformers runs them.

@@ -25,7 +25,7 @@ from mla_convert.kinds import KINDS
 from mla_convert.measure import Scores
 from mla_convert.report import rows
 from mla_convert.skeleton import Skeleton
-from mla_convert.source import open_source
+from mla_convert.source.source import open_source
 
 CPU = torch.device("cpu")
 CALIBRATION = ("mla_demo/calibration.txt.gz", "mla_texts/calibration/python.txt.gz", "mla_texts/calibration/code.txt.gz",

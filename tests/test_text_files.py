@@ -7,9 +7,9 @@ import json
 import pico
 import pytest
 
-from mla_convert import texts
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.text_files import read_documents
+from mla_convert.source import texts
+from mla_convert.source.text_files import read_documents
 
 ROWS = ["First text.", "Second, with é and 中.", "Third."]
 JSONL = "".join(json.dumps({"text": row}) + "\n" for row in ROWS)

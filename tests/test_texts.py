@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mla_convert.core.errors import InputError
-from mla_convert.texts import calibration_windows, evaluation_windows, load_text
-from mla_convert.tokens import noised
+from mla_convert.source.texts import calibration_windows, evaluation_windows, load_text
+from mla_convert.source.tokens import noised
 
 BOS = 7
 

@@ -13,17 +13,17 @@ from html.parser import HTMLParser
 import pytest
 from transformers import AutoTokenizer
 
-from mla_convert import carried
 from mla_convert.beyond import write_into_report
-from mla_convert.carried import is_carried, without_code
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.sums import SUMS, Fault
 from mla_convert.engines.export import export
-from mla_convert.licence import read_licence
-from mla_convert.loading import find_model, load_model
 from mla_convert.page import page_text
-from mla_convert.source import open_source
+from mla_convert.source import carried
+from mla_convert.source.carried import is_carried, without_code
+from mla_convert.source.licence import read_licence
+from mla_convert.source.load_model import find_model, load_model
+from mla_convert.source.source import open_source
 from mla_convert.write.verify import verify
 
 INPUT = 4

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from mla_convert import texts
 from mla_convert.core.progress import Progress
 from mla_convert.heal import HealSettings, data, loop, run
 from mla_convert.heal.shared import Pair
 from mla_convert.heal.state import StateFolder
-from mla_convert.loading import find_model, load_model, load_tokenizer
-from mla_convert.tokens import ordinary_tokens
+from mla_convert.source import texts
+from mla_convert.source.load_model import find_model, load_model, load_tokenizer
+from mla_convert.source.tokens import ordinary_tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE, HOST = torch.device("cuda" if CUDA else "cpu"), torch.device("cpu")

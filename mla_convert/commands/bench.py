@@ -69,8 +69,8 @@ def _sides(model: str | None, against: str | None, shape: str | None, rank: int 
            device: Any) -> list[tuple[str, Any]]:  # fmt: skip
     """Names of the models, and what builds each."""
     from mla_convert.bench_models import converted_config, random_model, shape_config
-    from mla_convert.loading import find_model, load_model
-    from mla_convert.source import load_config
+    from mla_convert.source.load_model import find_model, load_model
+    from mla_convert.source.source import load_config
 
     if (model is None) == (shape is None):
         raise UsageError("give MODEL or --config, and not both")

@@ -303,7 +303,7 @@ def run_conversion(
     if export:
         from mla_convert.engines.profiles import check_profile
         from mla_convert.engines.towards import check_export
-        from mla_convert.source import open_source
+        from mla_convert.source.source import open_source
 
         check_export(config, check_profile(export), open_source(config.source, config.revision, weights=False))
     if push_to_hub:

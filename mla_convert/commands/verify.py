@@ -86,8 +86,8 @@ def _tried(folder: Path) -> dict[str, Any]:
         UsageError: an export that transformers would misread.
     """
     from mla_convert.core.errors import UsageError
-    from mla_convert.loading import EXPORTED
-    from mla_convert.source import load_config
+    from mla_convert.source.load_model import EXPORTED
+    from mla_convert.source.source import load_config
     from mla_convert.write.selfcheck import own_code, self_check
 
     exported = getattr(load_config(folder, folder.name), EXPORTED, None)

@@ -9,13 +9,13 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mla_convert.checkpoint.reader import SafetensorsReader, check_finite
 from mla_convert.core.errors import InputError
 from mla_convert.engines.features import Features
 from mla_convert.engines.profiles import Profile, Traits, check_family, check_profile_of, needs_code
 from mla_convert.engines.tensors import Attention
-from mla_convert.loading import PREFIX, is_converted
-from mla_convert.source import load_config
+from mla_convert.source.checkpoint.reader import SafetensorsReader, check_finite
+from mla_convert.source.load_model import PREFIX, is_converted
+from mla_convert.source.source import load_config
 
 PROJECTIONS = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 NORMED = (*PROJECTIONS, "k_proj", "v_proj", "q_norm", "k_norm", "q_b_proj")

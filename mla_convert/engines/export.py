@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_convert.carried import carried_files, carry
-from mla_convert.checkpoint.reader import check_finite
 from mla_convert.code import write_code
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.files import on_disk, write_file
@@ -29,7 +27,9 @@ from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, MODEL_CLASS
 from mla_convert.engines.sizes import Pad, Sizes, padded
 from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
 from mla_convert.plan import TABLE
-from mla_convert.source import kv_heads
+from mla_convert.source.carried import carried_files, carry
+from mla_convert.source.checkpoint.reader import check_finite
+from mla_convert.source.source import kv_heads
 from mla_convert.write.intact import EXPORT, check_input
 from mla_convert.write.selfcheck import self_check
 from mla_convert.write.writer import Writer, check_output, check_space

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_convert.core.files import write_file
-from mla_convert.licence import CARD
+from mla_convert.source.licence import CARD
 
 HEAD = """\
 # {name}

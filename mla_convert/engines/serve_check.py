@@ -18,8 +18,8 @@ import torch
 from mla_convert.core.errors import InputError, ResourceError, UsageError, one_line
 from mla_convert.engines import ask_engine
 from mla_convert.engines.export import EXPORT
-from mla_convert.loading import find_model, is_converted, load_model, load_tokenizer, model_config
-from mla_convert.texts import load_text
+from mla_convert.source.load_model import find_model, is_converted, load_model, load_tokenizer, model_config
+from mla_convert.source.texts import load_text
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
 PROMPTS, LENGTH, TOKENS, TOP = 4, 64, 16, 20

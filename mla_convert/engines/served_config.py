@@ -6,7 +6,7 @@ from typing import Any
 
 from mla_convert.engines.profiles import Profile
 from mla_convert.engines.sizes import Sizes
-from mla_convert.loading import EXPORTED
+from mla_convert.source.load_model import EXPORTED
 from mla_convert.version import __version__
 
 STOCK_CLASS = "DeepseekV3ForCausalLM"

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_convert import texts
 from mla_convert.core.errors import InputError
 from mla_convert.divergence import IGNORED
-from mla_convert.tokens import first_tokens
+from mla_convert.source import texts
+from mla_convert.source.tokens import first_tokens
 
 IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"
 # Share of the data, its end, that is never trained on; tokens of it that are looked at.

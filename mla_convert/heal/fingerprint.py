@@ -10,7 +10,7 @@ from pathlib import Path
 from mla_convert.core.errors import InputError
 from mla_convert.core.sums import sha256
 from mla_convert.core.words import expanded
-from mla_convert.texts import PACKAGE
+from mla_convert.source.texts import PACKAGE
 
 # Of a model's folder what changes its answers: weights, configuration, tokenizer.
 KINDS = (".safetensors", ".json", ".model", ".txt", ".jinja")

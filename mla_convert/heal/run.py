@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert import mixture, selfwritten, texts
+from mla_convert import selfwritten
 from mla_convert.beyond import heal_rows, to_report
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError, UsageError
@@ -35,12 +35,20 @@ from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.shared import Pair, peft
 from mla_convert.heal.state import StateFolder, state_folder
-from mla_convert.loading import find_model, find_original, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.probes import Probes
 from mla_convert.refresh import check_unknown, outdated
 from mla_convert.report import Report
-from mla_convert.source import Place
-from mla_convert.tokens import ordinary_tokens
+from mla_convert.source import mixture, texts
+from mla_convert.source.load_model import (
+    find_model,
+    find_original,
+    is_converted,
+    load_model,
+    load_tokenizer,
+    model_config,
+)
+from mla_convert.source.source import Place
+from mla_convert.source.tokens import ordinary_tokens
 from mla_convert.write import writer as output
 from mla_convert.write.intact import check_input
 from mla_convert.write.selfcheck import self_check

@@ -5,9 +5,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mla_convert.families import FAMILIES
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import model_class
+from mla_convert.source.families import FAMILIES
 
 
 def register() -> None:

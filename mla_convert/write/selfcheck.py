@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from mla_convert.code import code_files
 from mla_convert.core.errors import MlaConvertError, ResourceError, one_line
 from mla_convert.core.runtime import device_name, versions
-from mla_convert.loading import is_converted, quietly
 from mla_convert.modeling import modeling_mla
-from mla_convert.source import load_config
+from mla_convert.source.load_model import is_converted, quietly
+from mla_convert.source.source import load_config
 
 # Tokens of the prompt and generated: more and fewer than the number of queries up to which attention is absorbed.
 PROMPT, NEW = modeling_mla.MAX_ABSORBED_QUERIES + 4, 6

@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mla_convert.checkpoint.reader import DTYPES, INDEX, check_finite, is_plain_name
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.report_file import REPORT
 from mla_convert.core.sums import Fault
-from mla_convert.families import find_family
-from mla_convert.loading import PREFIX, is_converted
-from mla_convert.source import load_config
-from mla_convert.tokenizer import read_tokenizer
+from mla_convert.source.checkpoint.reader import DTYPES, INDEX, check_finite, is_plain_name
+from mla_convert.source.families import find_family
+from mla_convert.source.load_model import PREFIX, is_converted
+from mla_convert.source.source import load_config
+from mla_convert.source.tokenizer import read_tokenizer
 from mla_convert.write.intact import EXPORT, check_intact, describing_file
 
 FREQUENCIES = "rope_freq_index"

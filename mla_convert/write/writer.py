@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mla_convert.checkpoint.reader import INDEX, Reader
 from mla_convert.core.errors import InputError, ResourceError
 from mla_convert.core.files import disk_error, on_disk, permissions, publish, recover, remove, write_file
 from mla_convert.core.report_file import REPORT
 from mla_convert.core.sums import seal, sha256
+from mla_convert.source.checkpoint.reader import INDEX, Reader
 from mla_convert.write.revise import lock_file, staging_folder
 
 JOURNAL = "journal.jsonl"

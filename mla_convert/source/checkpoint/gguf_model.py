@@ -1,0 +1,157 @@
+"""The model in a GGUF file, through transformers, with what it leaves out of the metadata and with no tensor made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from mla_convert.core.errors import InputError, MlaConvertError, one_line
+from mla_convert.source.checkpoint.gguf_config import apply_metadata
+from mla_convert.source.checkpoint.gguf_file import GgufFile, read_gguf
+from mla_convert.source.checkpoint.gguf_rope import FACTORS
+
+# Experts are one tensor for each of gate, up and down, and two in the model.
+EXPERTS = {"mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "mlp.experts.down_proj": ("ffn_down_exps",)}
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file whose metadata makes a model of transformers, and whose tensors are that model's."""
+
+    file: GgufFile
+    config: PreTrainedConfig
+    shapes: dict[str, tuple[int, ...]]
+    notes: list[str]
+
+    def load(self, dtype: str | torch.dtype = torch.float32) -> nn.Module:
+        """The model with its weights, dequantised as a whole by transformers.
+
+        Raises:
+            InputError: a type of storage that is not read, or weights that are damaged.
+            ResourceError: no room to put the parts of a split file together.
+        """
+        with self.file.whole() as path:
+            model, info = _guarded(
+                self.file,
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    path.parent, gguf_file=path.name, config=self.config, dtype=dtype, output_loading_info=True
+                ),
+            )
+        lacking = [*info["missing_keys"], *info["mismatched_keys"]]
+        # older versions take a shape as it comes
+        lacking += [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.shape != self.shapes.get(name, parameter.shape)
+        ]
+        if lacking:
+            raise InputError(
+                f"tensor {min(map(str, lacking))} is not read by transformers from {self.file.name}: give the checkpoint that it "
+                f"was made from"
+            )
+        forget_packing(model.config)
+        return model
+
+
+def open_gguf(path: Path, check: Callable[[PreTrainedConfig], Any] = lambda config: None) -> GgufModel:
+    """Read a file's headers, and compare its tensors with what its metadata says. `check` may refuse the configuration.
+
+    Raises:
+        InputError: damaged, incomplete, of a family that transformers does not read, or with settings that it does not know.
+        ResourceError: no room to put the headers of a split file together.
+    """
+    file = read_gguf(path)
+    kind = file.metadata.get("general.type", "model")
+    if kind != "model":
+        raise InputError(f"{file.name} holds no model but general.type = {kind!r}: give a language model")
+    if file.metadata.get(f"{file.architecture}.attention.causal") is False:
+        raise InputError(f"{file.name} has {file.architecture}.attention.causal = False: give a language model")
+    with file.whole(weights=False) as whole:
+        config = _guarded(file, lambda: AutoConfig.from_pretrained(whole.parent, gguf_file=whole.name))
+    forget_packing(config)
+    check(config)
+    notes = _guarded(file, lambda: apply_metadata(config, file))
+    return GgufModel(file, config, _check_tensors(file, config), notes)
+
+
+def forget_packing(config: PreTrainedConfig) -> None:
+    """Take out of a configuration that its weights came packed in a GGUF file: what is read, and written, is not."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def _guarded(file: GgufFile, make: Callable[[], Any]) -> Any:
+    """What `make` returns; whatever a file that is damaged or not supported runs into is bad input."""
+    try:
+        return make()
+    except (MlaConvertError, MemoryError):
+        raise
+    except Exception as error:  # transformers takes the metadata as it comes
+        raise InputError(f"{file.name} cannot be read as GGUF: {one_line(error)}") from error
+
+
+def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model is in the file, in its size, and every tensor of the file in the model: the model's shapes.
+
+    transformers makes up the first kind, and leaves out the second.
+    """
+
+    def build() -> nn.Module:
+        with init_empty_weights(include_buffers=True):
+            return AutoModelForCausalLM.from_config(config)
+
+    model = _guarded(file, build)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if config.tie_word_embeddings:
+        wanted = {name: shape for name, shape in wanted.items() if name not in model.all_tied_weights_keys}
+    names = _names(file, config, list(wanted))
+    for name, shape in wanted.items():
+        for stored in names[name]:
+            if stored not in file.tensors:
+                raise InputError(f"tensor {stored} ({name}) is missing from {file.name}: fetch it again")
+        sizes = [file.tensors[stored] for stored in names[name]]
+        if sum(map(prod, sizes)) != prod(shape):
+            raise InputError(
+                f"tensor {names[name][0]} of {file.name} has shape {list(sizes[0])}, its metadata says {list(shape)}: they do not "
+                f"belong together"
+            )
+    used = {stored for name in wanted for stored in names[name]} | set(FACTORS)
+    for stored in file.tensors:
+        if stored not in used:
+            raise InputError(
+                f"tensor {stored} of {file.name} has no place in transformers' {type(model).__name__}: give the checkpoint that "
+                f"it was made from"
+            )
+    return wanted
+
+
+def _names(file: GgufFile, config: PreTrainedConfig, wanted: list[str]) -> dict[str, list[str]]:
+    """Names in the file of what each parameter is made of."""
+    known = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture), None)
+    if known is None:
+        raise InputError(f"{file.name} is of architecture {file.architecture!r}, which the package gguf does not know")
+    table = get_tensor_name_map(known, config.num_hidden_layers)
+    found = {}
+    for name in wanted:
+        base, _, kind = name.rpartition(".")
+        layer = name.removeprefix("model.layers.").partition(".")[0]
+        experts = next((parts for end, parts in EXPERTS.items() if name.endswith(end)), None)
+        if experts:
+            found[name] = [f"blk.{layer}.{part}.weight" for part in experts]
+            continue
+        stored = table.get_name(base)
+        if stored is None:
+            raise InputError(
+                f"{file.name} has no tensor that transformers reads as {name}: give the checkpoint that it was made from"
+            )
+        found[name] = [f"{stored}.{kind}"]
+    return found

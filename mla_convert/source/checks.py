@@ -1,0 +1,290 @@
+"""What is checked of a source before any work: that it is a language model, and that its tensors are this model's, all of them.
+
+transformers loads much of what is refused here, and says so in its log alone: it leaves out a head or an adapter, and makes
+up what it does not find.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla_convert.core.errors import InputError, MlaConvertError, one_line
+from mla_convert.source.checkpoint.layout import ModelReader
+from mla_convert.source.families import Family
+from mla_convert.source.tokenizer import read_tokenizer
+from mla_convert.source.tokens import first_tokens
+
+# Rows of a matrix that are compared together.
+ROWS = 4096
+KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
+# More decoder layers than any language model has; building a million of them takes minutes.
+MOST_LAYERS = 1000
+# Classes of models with a head of another kind: ...ForSequenceClassification, ...ForTokenClassification, ...
+OTHER_HEAD = re.compile(r"\w+For(?!CausalLM|ConditionalGeneration)[A-Z]\w+")
+OTHER_HEAD_TENSOR = re.compile(r"(^|\.)(score|classifier|classification_head|qa_outputs|reward_head|regression_head)\.")
+ADAPTER_TENSOR = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
+# Buffers of older versions, and scales of what is computed rather than stored.
+BUFFERS = re.compile(
+    r"(rotary_emb\.inv_freq|\.(attn|attention)\.(bias|masked_bias)|position_ids|_extra_state"
+    r"|(input|output|k|v|q|kv|prob)_scale)$"
+)
+AUDIO = re.compile(r"audio|speech|codec|acoustic|vocoder|asr|voxtral")
+
+
+@contextlib.contextmanager
+def makes_sense(label: str) -> Iterator[None]:
+    """Whatever a setting that makes no sense runs into is bad input.
+
+    Raises:
+        InputError: in place of any error but those that say already what is wrong.
+    """
+    try:
+        yield
+    except (MlaConvertError, MemoryError):
+        raise
+    except Exception as error:  # settings come from a file of others: no list of what they may run into is complete
+        raise InputError(f"configuration of {label} does not make a model: {one_line(error)}") from error
+
+
+def check_derived(source: Any) -> None:
+    """Refuse settings of a source from which its sizes, windows or defaults of generation cannot be made.
+
+    Raises:
+        InputError: names the window or kind of layer; other settings run into `makes_sense`.
+    """
+    config, known = source.config, type(source.config)()
+    kinds = getattr(config, "layer_types", None) or ()
+    for kind in kinds:
+        if kind not in KINDS_OF_LAYERS:
+            raise InputError(
+                f"{source.name} has layers of {kind!r}, which are not supported: {' and '.join(KINDS_OF_LAYERS)} are"
+            )
+    shape = source.shape
+    if shape.rotary_dim not in (0, shape.head_dim) and not source.family.partial_rotary:
+        raise InputError(
+            f"configuration of {source.name} does not make a model: RoPE would turn {shape.rotary_dim} of {shape.head_dim} dims "
+            f"of a head, and {config.model_type} turns all: take partial_rotary_factor out of it"
+        )
+    windowed = any(window is not None for window in source.sliding_windows)
+    if (windowed and not hasattr(known, "sliding_window")) or (kinds and not hasattr(known, "layer_types")):
+        # transformers' caches and masks heed them, and its attention does not
+        raise InputError(
+            f"configuration of {source.name} has a sliding_window or layer_types, and {config.model_type} has no windows: take "
+            f"them out of it"
+        )
+    for window in source.sliding_windows:
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise InputError(f"configuration of {source.name} is not valid: sliding_window {window!r}")
+    if not source.gguf:
+        source.generation_config()
+
+
+def refuse_audio(content: dict[str, Any], label: str) -> None:
+    """Refuse a model of sound: the language model inside it continues what its encoder heard, not text.
+
+    Raises:
+        InputError: it is one.
+    """
+    model_type = str(content.get("model_type"))
+    parts = [key for key, value in content.items() if isinstance(value, dict) and AUDIO.search(key)]
+    if parts or AUDIO.search(model_type):
+        raise InputError(
+            f"{label} is an audio model ({', '.join([model_type, *parts])}): only language models of text are converted"
+        )
+
+
+def check_classes(content: dict[str, Any], stock: str, label: str, part: bool) -> list[str]:
+    """Notes about the classes that config.json names, where they are not the `stock` class that is converted.
+
+    `part`: the language model is a part of what config.json describes.
+
+    Raises:
+        InputError: it is a classifier or the like, or code of its own, under a name that transformers does not have.
+    """
+    named = content.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    code = content.get("auto_map")
+    code = sorted(map(str, code.values())) if isinstance(code, dict) else []
+    for name in names:
+        if OTHER_HEAD.fullmatch(name) and not part:
+            raise InputError(f"{label} is a {name}, no language model: its head would be lost; give a language model")
+    others = [name for name in names if name.lower() != stock.lower()]
+    foreign = others if others == names and not part else []
+    if foreign and code:
+        raise InputError(
+            f"{label} is a {foreign[0]}, made by code of its own (auto_map in config.json: {code[0]}), which is never run: "
+            f"if transformers' {stock} computes the same, set architectures to it and take auto_map out"
+        )
+    notes = []
+    if code:
+        notes.append(
+            f"config.json of {label} names code of its own (auto_map: {code[0]}), which is never run: transformers' {stock} is "
+            f"converted in its place"
+        )
+    if foreign:
+        notes.append(f"config.json of {label} names the class {foreign[0]}: read as {stock}, as transformers does")
+    return notes
+
+
+def check_tensors(reader: ModelReader, wanted: Iterable[str], label: str, part: bool) -> list[str]:
+    """Compare the stored tensors with those `wanted`: notes about what has no place in the model.
+
+    Raises:
+        InputError: one is missing, in a type that is not read, or shows that this is another kind of model.
+    """
+    for name in reader.unused:
+        if ADAPTER_TENSOR.search(name):
+            raise InputError(
+                f"{label} holds an adapter's tensor ({name}): merge it into the weights (merge_and_unload)"
+            )
+    held = set(reader.names())
+    for name in wanted:
+        if name not in held:
+            raise InputError(_missing(name, reader.unused, label))
+    for name in held:
+        reader.dtype(name)  # refuses what is packed or quantised in a way that nothing explains
+    if part:
+        return []
+    unused = [name for name in reader.unused if not BUFFERS.search(name)]
+    for name in unused:
+        if OTHER_HEAD_TENSOR.search(name):
+            raise InputError(f"{label} has another head ({name}) than a language model's: give a language model")
+    if not unused:
+        return []
+    others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+    return [
+        f"tensor {unused[0]}{others} of {label} has no place in the model that config.json describes: left out, as "
+        f"transformers does"
+    ]
+
+
+def _missing(name: str, unused: list[str], label: str) -> str:
+    """What to say of a tensor that is missing: whether it stands under a wrapper's name."""
+    for stored in unused:
+        prefix = stored.removesuffix(name)
+        if prefix != stored and prefix.endswith("."):
+            return f"names of tensors in {label} begin with {prefix!r}, that of a wrapper ({stored}): save the model that it wraps"
+    if unused:
+        return (
+            f"tensor {name} is missing from {label}, which has others ({unused[0]}): fetch the checkpoint again, if config.json "
+            f"and weights belong together"
+        )
+    return f"tensor {name} is missing from {label}: fetch the checkpoint again"
+
+
+def settle_ties(reader: ModelReader, tied: dict[str, str], label: str, compare: bool) -> tuple[bool, list[str]]:
+    """Whether the weights are tied as config.json says (`tied`: parameter -> the one it is tied to), and notes.
+
+    As transformers does: stored once, under either name, they are one tensor; stored twice and unlike, they are not tied
+    (without `compare` their values are not looked at).
+
+    Raises:
+        InputError: stored twice in two shapes.
+    """
+    held = set(reader.names())
+    for target, origin in tied.items():
+        if target not in held:
+            continue
+        if origin not in held:
+            reader.leave_out(target, instead=origin)
+        elif not compare or _equal(reader, target, origin, label):
+            reader.leave_out(target)
+        else:
+            return False, [
+                f"config.json of {label} ties {target} to {origin}, but they are stored with unlike values: not tied, as "
+                f"transformers does"
+            ]
+    return True, []
+
+
+def _equal(reader: ModelReader, one: str, other: str, label: str) -> bool:
+    shapes = reader.shape(one), reader.shape(other)
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"tensors {one} and {other} of {label} are tied, and have shapes {list(shapes[0])} and {list(shapes[1])}: "
+            f"config.json and weights do not belong together"
+        )
+    for start in range(0, shapes[0][0], ROWS):
+        parts = (reader.rows(name, start, start + ROWS).float() for name in (one, other))
+        if not torch.equal(*parts):
+            return False
+    return True
+
+
+def first_token_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
+    """A warning where texts should begin with a token that the tokenizer, as transformers reads it, does not put there.
+
+    transformers 5.17 takes Gemma's vocabulary out of a GGUF file without that token and with half of its merges, silently.
+    """
+    wanted, token = (metadata.get(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "bos_token_id"))
+    if not wanted or token is None:
+        return ()
+    try:
+        first = first_tokens(read_tokenizer(path.parent, path.name, gguf_file=path.name))
+    except Exception:  # `Source.tokenizer` says so where one is needed
+        return ()
+    if first == [token]:
+        return ()
+    return (
+        f"{path.name} says that a text begins with token {token}, and its tokenizer as transformers "
+        f"{version('transformers')} reads it does not put it there: if perplexity before conversion is high, try a newer "
+        f"transformers or the checkpoint that the file was made from",
+    )
+
+
+def check_layers(layers: int, names: Iterable[str], family: Family, label: str) -> None:
+    """Refuse a configuration with more layers than there are weights for, before a model of so many is built.
+
+    Raises:
+        InputError: names the first layer that is missing.
+    """
+    place = re.compile(rf"(?:^|\.){re.escape(family.layers.rpartition('.')[2])}\.(\d{{1,9}})\.")
+    held = {int(found[1]) for name in names if (found := place.search(name))}
+    if held and layers > max(held) + 1:
+        raise InputError(
+            f"tensor {family.layers}.{max(held) + 1}.* is missing from {label}: its configuration says {layers} layers and its "
+            f"weights have {max(held) + 1}: they do not belong together"
+        )
+
+
+def check_width(model: torch.nn.Module, label: str) -> None:
+    """Refuse a model whose embeddings are of another width than its layers, with a projection between them.
+
+    Raises:
+        InputError: it is one.
+    """
+    width, hidden = model.get_input_embeddings().weight.shape[1], model.config.hidden_size
+    if width != hidden:
+        raise InputError(f"{label} has embeddings of {width} numbers and layers of {hidden}, which is not supported")
+
+
+def rotary_dims(model: torch.nn.Module, label: str) -> int:
+    """Dims of a head that transformers' model turns, by its own tables: not every class heeds `partial_rotary_factor`.
+
+    Raises:
+        InputError: its layers turn different numbers of them.
+    """
+    found = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    if len(found) > 1:
+        raise InputError(f"{label} has layers with different numbers of rotary dims {sorted(found)}: not supported")
+    return found.pop() if found else 0
+
+
+def check_scaling(model: torch.nn.Module, label: str) -> None:
+    """Refuse a configuration whose attention would be scaled by what is no number.
+
+    Raises:
+        InputError: there is such a layer.
+    """
+    for module in model.modules():
+        scale = getattr(module, "scaling", None)
+        if isinstance(scale, complex) or (isinstance(scale, float) and not math.isfinite(scale)):
+            raise InputError(f"configuration of {label} does not make a model: attention would be scaled by {scale}")

@@ -1,0 +1,103 @@
+"""The table of supported families: one row each."""
+
+from collections.abc import Collection
+
+from mla_convert.core.errors import InputError
+from mla_convert.source.families import (
+    cohere,
+    cohere2,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    olmoe,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
+from mla_convert.source.families.base import Family
+
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        llama,
+        smollm3,
+        mistral,
+        mixtral,
+        qwen2,
+        qwen2_moe,
+        qwen3,
+        qwen3_moe,
+        gemma,
+        gemma2,
+        gemma3,
+        phi,
+        phi3,
+        olmo2,
+        olmo3,
+        olmoe,
+        granite,
+        starcoder2,
+        stablelm,
+        gpt_neox,
+        gpt2,
+        opt,
+        cohere,
+        cohere2,
+        glm,
+        glm4,
+        gpt_oss,
+    )
+}
+# Their attention is latent from birth: transformers' model types, and those of models with code of their own.
+LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_linear", "longcat_flash", "minicpm3",
+          "glm4_moe_lite", "glm_moe_dsa", "mistral4", "youtu")  # fmt: skip
+# Near relatives that the mechanism does not reach, and why.
+REFUSED = {
+    "llama4_text": "it norms its keys after RoPE, so no latent without position can be shared by its heads",
+    "bloom": "its attention has a bias by distance (ALiBi) instead of RoPE or learned positions",
+    "mpt": "its attention has a bias by distance (ALiBi) instead of RoPE or learned positions",
+}
+# Keys of a configuration that holds a language model beside other things.
+PARTS = ("text_config", "vision_config", "audio_config", "llm_config", "thinker_config")
+
+
+def find_family(model_type: str, keys: Collection[str] = ()) -> Family:
+    """The family of a configuration's model type; `keys` are those of the configuration.
+
+    Raises:
+        InputError: not supported; says why, or which are.
+    """
+    if model_type.startswith("mla_"):
+        raise InputError("this model is converted already: nothing to do")
+    if model_type in LATENT or "kv_lora_rank" in keys:
+        raise InputError(f"{model_type} has multi-head latent attention already: nothing to do")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if any(part in keys for part in PARTS):
+        raise InputError(
+            f"{model_type} is multimodal, and its language model is none of: {', '.join(sorted(FAMILIES))}"
+        )
+    if model_type in REFUSED:
+        raise InputError(f"architecture {model_type!r} is not supported: {REFUSED[model_type]}")
+    raise InputError(f"architecture {model_type!r} is not supported; supported are: {', '.join(sorted(FAMILIES))}")
+
+
+__all__ = ["FAMILIES", "LATENT", "Family", "find_family"]

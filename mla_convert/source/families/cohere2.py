@@ -1,0 +1,18 @@
+"""Cohere 2: Command R7B and Command A."""
+
+from mla_convert.source.families.base import Family
+
+FAMILY = Family(
+    model_type="cohere2",
+    examples="Command R7B, Command A",
+    special="RoPE on neighbouring dims, only in layers with a window; parallel residual",
+    interleaved=True,
+    table_step=2,
+    rope_layer_type="sliding_attention",
+    tested={
+        "cohere2": {
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        }
+    },
+)

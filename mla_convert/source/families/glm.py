@@ -1,0 +1,12 @@
+"""GLM-4 9B of 2024."""
+
+from mla_convert.source.families.base import Family
+
+FAMILY = Family(
+    model_type="glm",
+    examples="GLM-4-9B, GLM-Edge",
+    special="RoPE on neighbouring dims of half a head; bias on query, key and value",
+    partial_rotary=True,
+    interleaved=True,
+    tested={"glm": {"head_dim": 16, "attention_bias": True}},
+)

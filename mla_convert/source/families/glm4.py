@@ -1,0 +1,13 @@
+"""GLM-4-0414."""
+
+from mla_convert.source.families.base import Family
+
+FAMILY = Family(
+    model_type="glm4",
+    examples="GLM-4-9B-0414, GLM-4-32B-0414, GLM-Z1",
+    special="RoPE on neighbouring dims of half a head; norm behind attention",
+    partial_rotary=True,
+    output_norm="post_self_attn_layernorm",
+    interleaved=True,
+    tested={"glm4": {"head_dim": 16, "attention_bias": True}},
+)

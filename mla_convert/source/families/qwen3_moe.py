@@ -1,0 +1,15 @@
+"""Qwen3-MoE."""
+
+from mla_convert.source.families.base import Family
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    examples="Qwen3-30B-A3B, Qwen3-235B-A22B",
+    special="norm on each head of query and key; mixture of experts",
+    q_norm="q_norm",
+    k_norm="k_norm",
+    experts=("gate_proj", "up_proj", "down_proj"),
+    tested={
+        "qwen3-moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    },
+)

@@ -1,0 +1,22 @@
+"""StableLM."""
+
+from mla_convert.source.families.base import Family
+
+FAMILY = Family(
+    model_type="stablelm",
+    examples="StableLM 3B, Stable LM 2 1.6B and 12B",
+    special="partial rotary; in some a norm of its own for each head of query and key, in some a parallel residual",
+    partial_rotary=True,
+    q_norm="q_layernorm",
+    k_norm="k_layernorm",
+    norm_over="heads first",
+    tested={
+        "stablelm": {"hidden_size": 96, "use_qkv_bias": True},
+        "stablelm-12b": {
+            "hidden_size": 96,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+        },
+    },
+)

@@ -1,0 +1,75 @@
+"""Finds where a model's files lie: a packaged checkpoint, a local folder, a GGUF file, or a Hub id, which is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from mla_convert.core.errors import InputError, ResourceError, one_line
+from mla_convert.core.settings import PACKAGE, packaged, unknown_source
+from mla_convert.core.words import check_name, expanded, plain
+from mla_convert.source.checkpoint.gguf_file import is_gguf
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "ATTRIBUTION*",
+             "COPYING*", "USE_POLICY*"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model's files lie on this machine. `label` names it in reports; `gguf` is the file, if it is one."""
+
+    folder: Path
+    label: str
+    revision: str | None = None
+    gguf: str | None = None
+
+
+def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> Place:
+    """The folder of a packaged checkpoint, a local folder, a `.gguf` file, or a Hub id, of which `files` are fetched.
+
+    Raises:
+        InputError: nothing there by that name.
+        ResourceError: the Hub cannot be reached.
+    """
+    if name.startswith(PACKAGE):
+        return Place(packaged(name, "checkpoint"), name.removeprefix(PACKAGE).partition("/")[0])
+    path = expanded(name)
+    if is_gguf(path) and not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"{path} not found: give an existing .gguf file")
+        return Place(path.parent, plain(path.name), gguf=path.name)
+    if path.is_dir():
+        check_name(path)
+        return Place(path, plain(path.resolve().name))
+    if path.exists():
+        raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise unknown_source(name)
+    folder = _download(name, revision, files)
+    return Place(folder, name, folder.name)
+
+
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        where = f" at revision {revision}" if revision else ""
+        raise InputError(f"{name}{where} is neither a local folder nor on the Hub (or it is private)") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ResourceError(
+            f"the Hub cannot be reached for {name}, which is no local folder: {one_line(error)}"
+        ) from error
