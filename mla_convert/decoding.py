@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mla_convert.caching import with_cache
 from mla_convert.measure import Mean, mean
+from mla_convert.modeling.caching import with_cache
 
 
 class Decoder:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from mla_convert.caching import with_cache
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_file import NOT_EVALUATED
+from mla_convert.modeling.caching import with_cache
 from mla_convert.source.source import head_width, kv_heads
 from mla_convert.source.texts import Windows, evaluation_protocol
 

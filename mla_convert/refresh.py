@@ -10,13 +10,13 @@ from typing import Any
 
 from mla_convert.beyond import to_report
 from mla_convert.card import CARD, write_card
-from mla_convert.code import code_files
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import REPORT, finite
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.runtime import newest_tried, versions
+from mla_convert.modeling.shipped_code import code_files
 from mla_convert.page import PAGE, write_page
 from mla_convert.source import carried
 from mla_convert.source.checkpoint.files import weight_files

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError, one_line
-from mla_convert.divergence import IGNORED, Head, Mix, comparer, distil
+from mla_convert.modeling.distillation import IGNORED, Head, Mix, comparer, distil
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.source.source import Source
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from mla_convert import bench, bench_models
-from mla_convert.attend import GROUPED
+from mla_convert.modeling.attention_backends import GROUPED
 from mla_convert.shapes import SHAPES
 from mla_convert.speed_report import plot, ratios
 

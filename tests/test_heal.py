@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mla_convert import divergence
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.units import parse_lengths, parse_tokens
-from mla_convert.divergence import IGNORED, Head, Mix, distil
 from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, passes, run
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
 from mla_convert.heal.shared import Pair
+from mla_convert.modeling import distillation as divergence
+from mla_convert.modeling.distillation import IGNORED, Head, Mix, distil
 from mla_convert.page import page
 from mla_convert.source.load_model import find_model, load_model
 from mla_convert.write.verify import verify
@@ -96,7 +96,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
     ("mix", "dtype"), [(Mix(), torch.float32), (Mix(0.5, 0.7), torch.float32), (Mix(), torch.bfloat16)]
 )
 def test_kernel_is_the_loss(mix, dtype):
-    from mla_convert import divergence_kernel as kernel
+    from mla_convert.modeling import distillation_triton as kernel
 
     draw = torch.Generator().manual_seed(0)
     ours, theirs = (5 * torch.randn(7, 4999, generator=draw) for _ in range(2))  # more than a block, and not whole ones

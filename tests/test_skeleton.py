@@ -5,9 +5,10 @@ import pytest
 import torch
 from pico import VARIANTS, VOCAB, model
 
-from mla_convert import divergence, streamed
 from mla_convert import skeleton as skeleton_module
+from mla_convert import streamed
 from mla_convert.activations import Activations
+from mla_convert.modeling import distillation as divergence
 from mla_convert.skeleton import Skeleton
 from mla_convert.source.source import open_source
 

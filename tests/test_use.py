@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import mla_convert  # noqa: F401  (registers the converted classes)
-from mla_convert.caching import with_cache
+from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.decode_mla import absorbed_attention, linear_map
 
 IDS = torch.randint(3, 260, (2, 17), generator=torch.Generator().manual_seed(2))

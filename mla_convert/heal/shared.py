@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mla_convert.attend import CAUSAL, attending
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.divergence import Head, Mix, compare, comparer, distil
 from mla_convert.heal.settings import HealSettings
+from mla_convert.modeling.attention_backends import CAUSAL, attending
+from mla_convert.modeling.distillation import Head, Mix, compare, comparer, distil
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.refine import relative_error
 

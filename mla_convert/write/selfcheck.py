@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from mla_convert.code import code_files
 from mla_convert.core.errors import MlaConvertError, ResourceError, one_line
 from mla_convert.core.runtime import device_name, versions
 from mla_convert.modeling import modeling_mla
+from mla_convert.modeling.shipped_code import code_files
 from mla_convert.source.load_model import is_converted, quietly
 from mla_convert.source.source import load_config
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mla_convert.divergence import IGNORED, Mix
+from mla_convert.modeling.distillation import IGNORED, Mix
 
 BLOCK, WARPS = 4096, 8  # logits that a program holds at once, and its warps
 

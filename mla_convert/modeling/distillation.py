@@ -94,7 +94,7 @@ def comparer(mix: Mix, device: torch.device) -> Callable:
     """`compare`, or on a GPU the kernel that does the same, where it can be compiled and gives the same."""
     if device.type != "cuda" or mix.temperature != 1.0 or not importlib.util.find_spec("triton"):
         return compare
-    from mla_convert import divergence_kernel as kernel
+    from mla_convert.modeling import distillation_triton as kernel
 
     draw = torch.Generator(device).manual_seed(0)
     ours, theirs = (4 * torch.randn(4, 5000, generator=draw, device=device).bfloat16() for _ in range(2))
