@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mla_convert import layers, measure, streamed, suite
+from mla_convert import layers, streamed
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
 from mla_convert.core.report_file import finite
 from mla_convert.core.settings import ConvertConfig, build_config
+from mla_convert.evaluate.quality import perplexity as measure
+from mla_convert.evaluate.quality import suite
 from mla_convert.skeleton import Skeleton, first_output
 from mla_convert.source import texts
 from mla_convert.source.source import open_source

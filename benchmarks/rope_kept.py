@@ -17,7 +17,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from mla_convert import layers, measure, streamed
+from mla_convert import layers, streamed
 from mla_convert.activations import Activations
 from mla_convert.attention import half_split, source_weights
 from mla_convert.calibrate import attention_kwargs, layer_statistics
@@ -25,6 +25,7 @@ from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
 from mla_convert.core.report_file import finite
 from mla_convert.core.settings import ConvertConfig, build_config
+from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.factorise import Statistics, _affine, _key_cost, _latent, _moments
 from mla_convert.plan import Plan, make_plan
 from mla_convert.report import cache_figures

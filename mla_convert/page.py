@@ -8,11 +8,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mla_convert import beyond, kinds, plots
+from mla_convert import beyond, plots
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import calibration_words, is_evaluated, look_up, read_report
 from mla_convert.core.report_schema import check_report
+from mla_convert.evaluate.quality import kinds
 from mla_convert.report import human_bytes, ratio_error, ratio_words
 from mla_convert.svg import Figure
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from mla_convert import layers, measure, report, schedule, selfwritten, sensitivity, streamed, suite
+from mla_convert import layers, report, schedule, selfwritten, sensitivity, streamed
 from mla_convert.attention import mla_config
 from mla_convert.core import runtime as environment
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import ConvertConfig, default_name
 from mla_convert.core.words import check_name
 from mla_convert.engines.towards import towards
+from mla_convert.evaluate.quality import perplexity as measure
+from mla_convert.evaluate.quality import suite
 from mla_convert.heal.run import check_conversion, heal_conversion
 from mla_convert.plan import make_plan
 from mla_convert.recipe_file import write_recipe

@@ -15,6 +15,7 @@ from mla_convert import sizing, timing
 from mla_convert.attention import mla_config
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.engines.towards import towards
+from mla_convert.evaluate.quality.suite import suite_size
 from mla_convert.heal.cost import HealWork, estimate
 from mla_convert.heal.settings import HealSettings
 from mla_convert.plan import Plan, make_plan, shares_out
@@ -23,7 +24,6 @@ from mla_convert.schedule import output_advances, refine_settings
 from mla_convert.sensitivity import TOKENS, aside_bytes, is_measured
 from mla_convert.source.source import Source, open_source, parameters
 from mla_convert.source.texts import Reach, calibration_size, evaluation_length, reach
-from mla_convert.suite import suite_size
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
 

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert import kinds
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import REPORT, finite, is_evaluated, mean
+from mla_convert.evaluate.quality import kinds
 from mla_convert.plan import AttentionShape, Plan
 
 SCHEMA = 1

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.measure import original_cache_bytes
+from mla_convert.evaluate.quality.perplexity import original_cache_bytes
 from mla_convert.modeling.attention_backends import GROUPED, attending
 from mla_convert.modeling.caching import with_cache
 from mla_convert.openings import SPARE, Openings, varied

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mla_convert.measure import Scores
+from mla_convert.evaluate.quality.perplexity import Scores
 from mla_convert.skeleton import LOGIT_TOKENS, Skeleton
 
 

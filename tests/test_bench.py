@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from mla_convert import bench, bench_models
+from mla_convert.evaluate.speed import decode as bench
+from mla_convert.evaluate.speed import models as bench_models
+from mla_convert.evaluate.speed.shapes import SHAPES
 from mla_convert.modeling.attention_backends import GROUPED
-from mla_convert.shapes import SHAPES
 from mla_convert.speed_report import plot, ratios
 
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mla_convert import convert, measure
+from mla_convert import convert
 from mla_convert.core import progress
 from mla_convert.core.settings import ConvertConfig
+from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.refine import RefineSettings
 from mla_convert.schedule import blocks, groups, layer_numbers, refine_settings
 from mla_convert.source import texts

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MambaConfig
 
-from mla_convert import evaluate
-from mla_convert import measure as measures
 from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
+from mla_convert.evaluate.quality import evaluation as evaluate
+from mla_convert.evaluate.quality import perplexity as measures
 from mla_convert.source import load_model as loading
 from mla_convert.source import texts
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mla_convert import gate
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.gate import Limits, check, percentage
+from mla_convert.evaluate import gate
+from mla_convert.evaluate.gate import Limits, check, percentage
 
 USAGE, GATE, INPUT, RESOURCE = 2, 3, 4, 5
 RANK, ROPE_DIM = 10, 6
@@ -198,7 +198,7 @@ def test_not_a_percentage(text):
 
 
 def test_no_torch_for_figures_at_hand(report):
-    code = "import sys; from mla_convert.gate import check; check(sys.argv[1], {'max_ppl': 1e9})"
+    code = "import sys; from mla_convert.evaluate.gate import check; check(sys.argv[1], {'max_ppl': 1e9})"
     subprocess.run([sys.executable, "-c", code + "; assert 'torch' not in sys.modules", str(report.out)], check=True)
 
 

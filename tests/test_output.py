@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
-from mla_convert import measure
 from mla_convert.core.settings import default_name
+from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.report import rows
 from mla_convert.source import texts
 from mla_convert.source.checkpoint.reader import SafetensorsReader

@@ -14,15 +14,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mla_convert import gate, kinds, skeleton, streamed, suite
+from mla_convert import skeleton, streamed
 from mla_convert.beyond import heal_rows
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import finite
 from mla_convert.core.report_schema import check_report
-from mla_convert.evaluate import evaluate_model
-from mla_convert.kinds import KINDS
-from mla_convert.measure import Scores
+from mla_convert.evaluate import gate
+from mla_convert.evaluate.quality import kinds, suite
+from mla_convert.evaluate.quality.evaluation import evaluate_model
+from mla_convert.evaluate.quality.kinds import KINDS
+from mla_convert.evaluate.quality.perplexity import Scores
 from mla_convert.report import rows
 from mla_convert.skeleton import Skeleton
 from mla_convert.source.source import open_source
@@ -228,7 +230,7 @@ def test_healing_says_what_it_did_to_the_worst_kind(report):
 
 
 def test_tables_import_no_torch():
-    code = "import sys, mla_convert.kinds, mla_convert.gate; sys.exit('torch' in sys.modules)"
+    code = "import sys, mla_convert.evaluate.quality.kinds, mla_convert.evaluate.gate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -9,7 +9,7 @@ import torch
 from common import CUDA, DEVICE, autocast, await_mark, corpus_folder, corpus_of, emit, judged, words
 
 from mla_convert.core.progress import Progress
-from mla_convert.evaluate import evaluate_model
+from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.heal import HealConfig, data, heal, loop, run
 from mla_convert.source.load_model import find_model, load_model
 

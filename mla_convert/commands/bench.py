@@ -11,7 +11,7 @@ import typer
 from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.words import say
-from mla_convert.shapes import SHAPES
+from mla_convert.evaluate.speed.shapes import SHAPES
 
 EXAMPLE = "mla-convert bench llama-8b-mla --against meta-llama/Llama-3.1-8B --context 8192,32768 --batch 1,max"
 
@@ -68,7 +68,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 def _sides(model: str | None, against: str | None, shape: str | None, rank: int | None, rope_dim: int, dtype: Any,
            device: Any) -> list[tuple[str, Any]]:  # fmt: skip
     """Names of the models, and what builds each."""
-    from mla_convert.bench_models import converted_config, random_model, shape_config
+    from mla_convert.evaluate.speed.models import converted_config, random_model, shape_config
     from mla_convert.source.load_model import find_model, load_model
     from mla_convert.source.source import load_config
 
@@ -129,8 +129,8 @@ def bench(
     limit = card_memory(None, memory)
     import torch
 
-    from mla_convert import bench as measuring
     from mla_convert.core.runtime import pick_device
+    from mla_convert.evaluate.speed import decode as measuring
     from mla_convert.speed_report import print_table, write_plot
 
     where = pick_device(device)

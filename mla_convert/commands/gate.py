@@ -29,7 +29,7 @@ from mla_convert.core.words import say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mla_convert.gate import Limits, Verdict
+    from mla_convert.evaluate.gate import Limits, Verdict
 
 EXAMPLE = "mla-convert gate llama-8b-mla --max-ppl-ratio 1.05 --min-kv-saving 70%"
 LIMITS, OUTPUT = "Limits", "Output"
@@ -133,7 +133,7 @@ def gate(
 
     In GitHub Actions, failed gates become annotations and a table in the job's summary.
     """
-    from mla_convert.gate import junit_xml
+    from mla_convert.evaluate.gate import junit_xml
 
     began = time.perf_counter()
     limits = read_limits(
@@ -169,7 +169,7 @@ def read_limits(
     min_agreement: str | None = None,
 ) -> Limits:
     """Limits as typed."""
-    from mla_convert.gate import Limits, percentage
+    from mla_convert.evaluate.gate import Limits, percentage
 
     return Limits(max_ppl_ratio, max_ppl, min_kv_saving and percentage(min_kv_saving),
                   max_regression and percentage(max_regression), baseline,
@@ -180,7 +180,7 @@ def judge(
     model: str, limits: Limits, from_report: bool, against: str | None, quiet: bool, options: dict[str, Any]
 ) -> Verdict:
     """Measure the model, or read its report, and check it; `options` are those of `evaluate_model`."""
-    from mla_convert.gate import run_gate
+    from mla_convert.evaluate.gate import run_gate
 
     silence_libraries(quiet)
     if from_report:
@@ -222,7 +222,7 @@ def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | 
 
 def tell_github(verdict: Verdict, to_stderr: bool) -> None:
     """Annotations and a summary, where GitHub's runner asks for them by its environment variables."""
-    from mla_convert.gate import error_lines, markdown
+    from mla_convert.evaluate.gate import error_lines, markdown
 
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in error_lines(verdict):

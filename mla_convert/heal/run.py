@@ -27,7 +27,8 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import REPORT, read_report
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
-from mla_convert.evaluate import Evaluation, evaluate_model
+from mla_convert.evaluate.quality.evaluation import Evaluation, evaluate_model
+from mla_convert.evaluate.quality.probes import Probes
 from mla_convert.heal import data
 from mla_convert.heal.fingerprint import content_of, text_content
 from mla_convert.heal.loop import Run, Trainer, step_sizes, tokens_words
@@ -35,7 +36,6 @@ from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.shared import Pair, peft
 from mla_convert.heal.state import StateFolder, state_folder
-from mla_convert.probes import Probes
 from mla_convert.refresh import check_unknown, outdated
 from mla_convert.report import Report
 from mla_convert.source import mixture, texts

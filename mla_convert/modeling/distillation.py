@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mla_convert.measure import Given
+from mla_convert.evaluate.quality.perplexity import Given
 
 # Logits of a chunk: tokens by vocabulary. 128 MB in bfloat16, of which a few copies are held.
 CHUNK = 1 << 26

@@ -15,14 +15,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from mla_convert import kinds
 from mla_convert.beyond import conditions, probe_rows
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import find_report, finite, look_up
 from mla_convert.core.settings import PACKAGE, Settings
-from mla_convert.measure import (
+from mla_convert.evaluate.quality import kinds
+from mla_convert.evaluate.quality.perplexity import (
     Mean,
     Perplexity,
     Readout,
@@ -32,15 +32,15 @@ from mla_convert.measure import (
     perplexity,
     score,
 )
-from mla_convert.probes import Prober, Probes
+from mla_convert.evaluate.quality.probes import Prober, Probes
+from mla_convert.evaluate.quality.suite import figures as suite_figures
+from mla_convert.evaluate.quality.suite import suite_of
 from mla_convert.report import human_bytes
 from mla_convert.source import texts
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, find_model, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.source.source import Place
 from mla_convert.source.text_files import is_text_name
-from mla_convert.suite import figures as suite_figures
-from mla_convert.suite import suite_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from mla_convert.core.errors import InputError
-from mla_convert.decoding import Decoder
-from mla_convert.measure import Mean, mean
+from mla_convert.evaluate.quality.greedy_agreement import Decoder
+from mla_convert.evaluate.quality.perplexity import Mean, mean
 from mla_convert.source import texts
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mla_convert import decoding, passkey
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
+from mla_convert.evaluate.quality import greedy_agreement as decoding
+from mla_convert.evaluate.quality import passkey
+from mla_convert.evaluate.quality.lm_eval_tasks import Tasks, summarise
 from mla_convert.source import texts
-from mla_convert.tasks import Tasks, summarise
 
 GREEDY_TOKENS = 64
 

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from mla_convert.bench_models import full_cache, held_bytes, read_bytes, token_bytes
 from mla_convert.core.errors import ResourceError, UsageError
 from mla_convert.core.runtime import device_name, versions
+from mla_convert.evaluate.speed.models import full_cache, held_bytes, read_bytes, token_bytes
 from mla_convert.modeling.attention_backends import GROUPED
 from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.decode_mla import kernel_refusal

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mla_convert.measure import Mean, mean
+from mla_convert.evaluate.quality.perplexity import Mean, mean
 from mla_convert.modeling.caching import with_cache
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from mla_convert.core.report_file import look_up
 from mla_convert.core.report_schema import LARGEST
 from mla_convert.core.settings import Settings
-from mla_convert.kinds import KINDS
-from mla_convert.measure import Scores, mean, perplexity, ratio
+from mla_convert.evaluate.quality.kinds import KINDS
+from mla_convert.evaluate.quality.perplexity import Scores, mean, perplexity, ratio
 from mla_convert.source.tokens import first_tokens, tokenise
 
 # Windows of a kind and tokens in one, by whether there is a GPU. On a CPU all kinds together are an eighth of 40 windows of 2048.

@@ -315,7 +315,7 @@ def run_gate(
         figures, name = _report_of(model)
         return Verdict(name, "trusted from report.json, not measured again", check(figures, limits), figures)
 
-    from mla_convert.evaluate import evaluate_model
+    from mla_convert.evaluate.quality.evaluation import evaluate_model
     from mla_convert.source.load_model import find_model, find_original
 
     origin: Any = against
@@ -358,7 +358,7 @@ def junit_xml(verdict: Verdict, seconds: float) -> str:
     ElementTree.SubElement(properties, "property", {"name": "basis", "value": _xml(verdict.basis)})
     for result in verdict.results:
         case = ElementTree.SubElement(
-            suite, "testcase", {"classname": "mla_convert.gate", "name": result.name, "time": "0"}
+            suite, "testcase", {"classname": "mla_convert.evaluate.gate", "name": result.name, "time": "0"}
         )
         if not result.passed:
             failure = ElementTree.SubElement(case, "failure", {"message": _xml(result.reason), "type": "GateFailed"})

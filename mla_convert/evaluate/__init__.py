@@ -1,0 +1,1 @@
+"""Quality and speed of a converted model against its original, and the gate over both."""

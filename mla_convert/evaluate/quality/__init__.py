@@ -1,0 +1,1 @@
+"""Perplexity, kinds of text, probes and tasks."""
