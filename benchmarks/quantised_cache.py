@@ -27,7 +27,7 @@ from mla_convert.core.report_file import finite
 from mla_convert.core.settings import ConvertConfig, build_config
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
-from mla_convert.skeleton import Skeleton, first_output
+from mla_convert.method.calibrate.layerwise import Skeleton, first_output
 from mla_convert.source import texts
 from mla_convert.source.source import open_source
 

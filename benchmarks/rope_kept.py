@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from mla_convert import layers, streamed
-from mla_convert.activations import Activations
-from mla_convert.attention import half_split, source_weights
-from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
 from mla_convert.core.report_file import finite
 from mla_convert.core.settings import ConvertConfig, build_config
 from mla_convert.evaluate.quality import perplexity as measure
-from mla_convert.factorise import Statistics, _affine, _key_cost, _latent, _moments
-from mla_convert.plan import Plan, make_plan
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layerwise import Rotation, Skeleton
+from mla_convert.method.calibrate.statistics import attention_kwargs, layer_statistics
+from mla_convert.method.factorise.layer import half_split, source_weights
+from mla_convert.method.factorise.sizes import Plan, make_plan
+from mla_convert.method.factorise.svd import Statistics, _affine, _key_cost, _latent, _moments
 from mla_convert.report import cache_figures
-from mla_convert.skeleton import Rotation, Skeleton
 from mla_convert.source import texts
 from mla_convert.source.source import Source, open_source
 

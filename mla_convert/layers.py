@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla_convert import refine
-from mla_convert.activations import Activations
-from mla_convert.attention import build_attention, factorise_layer, fill_attention, is_attention_tensor
-from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.core.progress import Progress
 from mla_convert.core.runtime import return_freed_memory
 from mla_convert.core.settings import ConvertConfig
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layerwise import Skeleton, first_output
+from mla_convert.method.calibrate.statistics import attention_kwargs, layer_statistics
+from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, is_attention_tensor
+from mla_convert.method.factorise.sizes import Plan
+from mla_convert.method.refine import optimise as refine
+from mla_convert.method.refine.schedule import groups
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.plan import Plan
-from mla_convert.schedule import groups
-from mla_convert.skeleton import Skeleton, first_output
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.write.writer import Writer
 

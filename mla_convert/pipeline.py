@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from mla_convert import layers, report, schedule, selfwritten, sensitivity, streamed
-from mla_convert.attention import mla_config
+from mla_convert import layers, report, streamed
 from mla_convert.core import runtime as environment
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import ConvertConfig, default_name
@@ -20,9 +19,13 @@ from mla_convert.engines.towards import towards
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
 from mla_convert.heal.run import check_conversion, heal_conversion
-from mla_convert.plan import make_plan
+from mla_convert.method.calibrate import self_generated as selfwritten
+from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.factorise import sensitivity
+from mla_convert.method.factorise.layer import mla_config
+from mla_convert.method.factorise.sizes import make_plan
+from mla_convert.method.refine import schedule
 from mla_convert.recipe_file import write_recipe
-from mla_convert.skeleton import Skeleton
 from mla_convert.source import texts
 from mla_convert.source.carried import tokenizer_code
 from mla_convert.source.source import open_source

@@ -15,7 +15,7 @@ from rich.table import Table
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import REPORT, finite, is_evaluated, mean
 from mla_convert.evaluate.quality import kinds
-from mla_convert.plan import AttentionShape, Plan
+from mla_convert.method.factorise.sizes import AttentionShape, Plan
 
 SCHEMA = 1
 CONTEXTS = (4096, 32768, 131072)

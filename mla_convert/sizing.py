@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.plan import UNIT, Plan
+from mla_convert.method.factorise.sizes import UNIT, Plan
 
 CONTEXTS = (4096, 32768, 131072)
 BATCHES = (1, 8, 32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mla_convert.evaluate.quality.perplexity import Scores
-from mla_convert.skeleton import LOGIT_TOKENS, Skeleton
+from mla_convert.method.calibrate.layerwise import LOGIT_TOKENS, Skeleton
 
 
 @dataclass

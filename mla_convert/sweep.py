@@ -27,9 +27,9 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import REPORT, find_report, finite, read_report
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
+from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.page import PAGE, page_text, write_sweep_page
 from mla_convert.pipeline import convert
-from mla_convert.plan import make_plan
 from mla_convert.report import ratio_error, ratio_words
 from mla_convert.source import mixture
 from mla_convert.source.source import Source, open_source

@@ -13,8 +13,8 @@ from mla_convert import convert
 from mla_convert.core import progress
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
-from mla_convert.refine import RefineSettings
-from mla_convert.schedule import blocks, groups, layer_numbers, refine_settings
+from mla_convert.method.refine.optimise import RefineSettings
+from mla_convert.method.refine.schedule import blocks, groups, layer_numbers, refine_settings
 from mla_convert.source import texts
 from mla_convert.source.source import open_source
 from mla_convert.write.writer import Writer

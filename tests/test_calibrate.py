@@ -4,12 +4,12 @@ import pico
 import pytest
 import torch
 
-from mla_convert import calibrate
-from mla_convert.activations import Activations
-from mla_convert.attention import build_attention, mla_config
 from mla_convert.core.settings import Settings
-from mla_convert.plan import make_plan
-from mla_convert.skeleton import Skeleton
+from mla_convert.method.calibrate import statistics as calibrate
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.factorise.layer import build_attention, mla_config
+from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source.source import open_source
 
 WINDOWS, LENGTH = 5, 20
@@ -105,5 +105,5 @@ def test_diagonal_sums(length):
 def test_moments_do_not_depend_on_batches(monkeypatch):
     states = Activations(torch.randn(WINDOWS, LENGTH, 6), torch.device("cpu"), torch.float32)
     whole = calibrate.second_moment(states, torch.nn.Identity())
-    monkeypatch.setattr("mla_convert.activations.BATCH_TOKENS", {"cpu": 2 * LENGTH})
+    monkeypatch.setattr("mla_convert.method.calibrate.hidden_states.BATCH_TOKENS", {"cpu": 2 * LENGTH})
     close(calibrate.second_moment(states, torch.nn.Identity()), whole)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_convert.allocate import most_rope, probes
 from mla_convert.core.settings import Settings
-from mla_convert.plan import AttentionShape, make_plan, size_unit
+from mla_convert.method.factorise.allocate import most_rope, probes
+from mla_convert.method.factorise.sizes import AttentionShape, make_plan, size_unit
 from mla_convert.source.families import FAMILIES
 
 WEIGHTS = "model.safetensors"

@@ -80,7 +80,7 @@ def same_as_transformers(whole: Path, folder: Path, out: str) -> str | None:
     """What is wrong with a mutated source being taken: it must be what transformers loads, or what it was when `whole`."""
     from transformers import AutoModelForCausalLM
 
-    from mla_convert.selfwritten import load_whole
+    from mla_convert.method.calibrate.self_generated import load_whole
     from mla_convert.source.source import open_source
 
     (source,) = [path for path in folder.iterdir() if path.is_dir()]

@@ -4,8 +4,9 @@ import pico
 import pytest
 import torch
 
-from mla_convert import openings, selfwritten
-from mla_convert.openings import LONGEST_TURN, Openings, Script, Turns, turns, varied
+from mla_convert.method.calibrate import openings
+from mla_convert.method.calibrate import self_generated as selfwritten
+from mla_convert.method.calibrate.openings import LONGEST_TURN, Openings, Script, Turns, turns, varied
 from mla_convert.source.source import open_source
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

@@ -15,9 +15,9 @@ from mla_convert import sizing, timing
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import build_config
 from mla_convert.heal import cost
-from mla_convert.plan import AttentionShape, Plan
+from mla_convert.method.factorise.sensitivity import TOKENS
+from mla_convert.method.factorise.sizes import AttentionShape, Plan
 from mla_convert.planning import plan_conversion
-from mla_convert.sensitivity import TOKENS
 from mla_convert.source import source
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.source import open_source

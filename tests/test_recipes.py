@@ -10,7 +10,7 @@ import yaml
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import Settings, build_config, find_recipe, load_recipe, recipe_files, unknown_source
-from mla_convert.plan import AttentionShape, make_plan
+from mla_convert.method.factorise.sizes import AttentionShape, make_plan
 from mla_convert.source import texts
 
 # As published: layers, hidden size, heads, key/value heads, head size, bias on key or value.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mla_convert.activations import Activations
-from mla_convert.refine import (
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.refine.optimise import (
     CHANNEL_FLOOR,
     RefineSettings,
     _at_held_out,

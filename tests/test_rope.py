@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mla_convert import rope
-from mla_convert.plan import table_frequencies
+from mla_convert.method.factorise import rope
+from mla_convert.method.factorise.sizes import table_frequencies
 
 N_F, KV, HEADS = 4, 2, 6
 INV_FREQ = 10.0 ** -torch.arange(N_F, dtype=torch.float64)

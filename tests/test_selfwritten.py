@@ -4,9 +4,9 @@ import pico
 import pytest
 import torch
 
-from mla_convert import selfwritten
 from mla_convert.core.report_file import calibration_words
 from mla_convert.core.settings import ConvertConfig
+from mla_convert.method.calibrate import self_generated as selfwritten
 from mla_convert.modeling.attention_backends import attend_grouped
 from mla_convert.source.source import open_source
 

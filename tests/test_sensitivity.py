@@ -4,12 +4,12 @@ import pico
 import pytest
 import torch
 
-from mla_convert import sensitivity
-from mla_convert import skeleton as skeleton_module
-from mla_convert.activations import Activations
 from mla_convert.core.settings import Settings
-from mla_convert.plan import make_plan
-from mla_convert.skeleton import Skeleton
+from mla_convert.method.calibrate import layerwise as skeleton_module
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.factorise import sensitivity
+from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source.source import open_source
 from mla_convert.write.writer import Writer
 

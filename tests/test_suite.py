@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mla_convert import skeleton, streamed
+from mla_convert import streamed
 from mla_convert.beyond import heal_rows
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
@@ -25,8 +25,9 @@ from mla_convert.evaluate.quality import kinds, suite
 from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.evaluate.quality.kinds import KINDS
 from mla_convert.evaluate.quality.perplexity import Scores
+from mla_convert.method.calibrate import layerwise as skeleton
+from mla_convert.method.calibrate.layerwise import Skeleton
 from mla_convert.report import rows
-from mla_convert.skeleton import Skeleton
 from mla_convert.source.source import open_source
 
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from mla_convert.engines.rope_table import share_table
 from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, served_config
 from mla_convert.engines.sizes import Pad, Sizes, padded
 from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
+from mla_convert.method.factorise.sizes import TABLE
 from mla_convert.modeling.shipped_code import write_code
-from mla_convert.plan import TABLE
 from mla_convert.source.carried import carried_files, carry
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.source.source import kv_heads

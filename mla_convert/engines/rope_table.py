@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mla_convert.core.errors import InputError
-from mla_convert.plan import TABLE
+from mla_convert.method.factorise.sizes import TABLE
 
 # Relative: what float32 leaves of a frequency that is a power of theta.
 TOLERANCE = 1e-5

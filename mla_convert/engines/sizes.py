@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.plan import TABLE
+from mla_convert.method.factorise.sizes import TABLE
 
 # vLLM allocates latent and rotary key together, and takes 320, 512 and 576 numbers in all (MLACommonMetadata; 0.30 and
 # newer). Its prefill kernels know rotary dims of 64 only, and these widths of a head's (content key, rotary key, value).

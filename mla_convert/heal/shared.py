@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.heal.settings import HealSettings
+from mla_convert.method.refine.optimise import relative_error
 from mla_convert.modeling.attention_backends import CAUSAL, attending
 from mla_convert.modeling.distillation import Head, Mix, compare, comparer, distil
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.refine import relative_error
 
 NOT_ADAPTED = ("q_b_proj",)  # the modeling code reads its weight and does not call it
 OWN, ORIGINAL = "own", "original"

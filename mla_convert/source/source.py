@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.core.settings import PACKAGE
-from mla_convert.plan import AttentionShape
+from mla_convert.method.factorise.sizes import AttentionShape
 from mla_convert.source.carried import GENERATION, carried_files, check_inside, licence_files
 from mla_convert.source.checkpoint.dequantise import DequantisedReader, take_quantization
 from mla_convert.source.checkpoint.files import INDEX, SINGLE, refuse_adapter

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from mla_convert.factorise import AttentionWeights, Geometry, MlaWeights, Statistics, factorise
+from mla_convert.method.calibrate.layerwise import Rotation
+from mla_convert.method.factorise.sizes import AttentionShape, Plan
+from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, Statistics, factorise
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.plan import AttentionShape, Plan
-from mla_convert.skeleton import Rotation
 from mla_convert.source.families import Family
 from mla_convert.source.source import Source
 

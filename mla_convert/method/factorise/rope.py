@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mla_convert.linalg import eigh
-from mla_convert.plan import table_frequencies
+from mla_convert.method.factorise.linalg import eigh
+from mla_convert.method.factorise.sizes import table_frequencies
 
 __all__ = [
     "Planes",

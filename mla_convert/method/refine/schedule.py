@@ -8,7 +8,7 @@ import math
 import torch
 
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.refine import RefineSettings
+from mla_convert.method.refine.optimise import RefineSettings
 from mla_convert.source.source import Source
 
 # Where no block is asked for, on a GPU: layers refined together, at most, and while they take no more than so many bytes.

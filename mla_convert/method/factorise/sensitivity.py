@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mla_convert.activations import Activations
-from mla_convert.allocate import LayerLoss, allocate, probes
-from mla_convert.attention import build_attention, factorise_layer, fill_attention, mla_config
-from mla_convert.calibrate import attention_kwargs, layer_statistics
 from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
-from mla_convert.factorise import ridged
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layerwise import Skeleton, first_output
+from mla_convert.method.calibrate.statistics import attention_kwargs, layer_statistics
+from mla_convert.method.factorise.allocate import LayerLoss, allocate, probes
+from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
+from mla_convert.method.factorise.sizes import LayerSize, Plan, shares_out, size_unit
+from mla_convert.method.factorise.svd import ridged
+from mla_convert.method.refine.optimise import attend
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.plan import LayerSize, Plan, shares_out, size_unit
-from mla_convert.refine import attend
-from mla_convert.skeleton import Skeleton, first_output
 from mla_convert.write.writer import Writer
 
 # Tokens that the gradients are taken at, in windows of at most WINDOW.

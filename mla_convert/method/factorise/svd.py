@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mla_convert import linalg, rope
 from mla_convert.core.errors import InputError
+from mla_convert.method.factorise import linalg, rope
 
 __all__ = ["AttentionWeights", "Geometry", "MlaWeights", "Statistics", "factorise", "full_rank"]
 

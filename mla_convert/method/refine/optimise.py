@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla_convert.activations import Activations
+from mla_convert.method.calibrate.hidden_states import Activations
 
 # Steps of warm-up, or two thirds of all if that is fewer: the noise of a short run is not averaged out, and a warm-up of
 # 3 steps in 30 lost more than one of 20 (SmolLM2-135M at 50% on a CPU: 1.417 against 1.375).

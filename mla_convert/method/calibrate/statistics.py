@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mla_convert.activations import Activations
 from mla_convert.core.errors import InputError
-from mla_convert.factorise import Statistics
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.factorise.svd import Statistics
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.skeleton import Skeleton
 from mla_convert.source.families import Family
 
 # Hidden states (B, T, hidden) -> rows (B, T, n).

@@ -7,7 +7,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from mla_convert.plan import LayerSize, Plan
+from mla_convert.method.factorise.sizes import LayerSize, Plan
 
 # Decode kernels are written for sizes up to these.
 MAX_RANK = 576

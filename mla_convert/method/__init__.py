@@ -1,0 +1,1 @@
+"""The method: calibrate, factorise, refine."""

@@ -1,0 +1,1 @@
+"""Calibration: hidden states and statistics, one layer at a time."""

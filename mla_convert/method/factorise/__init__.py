@@ -1,0 +1,1 @@
+"""Factorisation: sizes, RoPE selection and the joint SVD."""

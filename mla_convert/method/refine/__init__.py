@@ -1,0 +1,1 @@
+"""Refinement of factorised layers by gradient steps."""
