@@ -29,7 +29,7 @@ from mla_convert.method.calibrate.statistics import attention_kwargs, layer_stat
 from mla_convert.method.factorise.layer import half_split, source_weights
 from mla_convert.method.factorise.sizes import Plan, make_plan
 from mla_convert.method.factorise.svd import Statistics, _affine, _key_cost, _latent, _moments
-from mla_convert.report import cache_figures
+from mla_convert.report.report import cache_figures
 from mla_convert.source import texts
 from mla_convert.source.source import Source, open_source
 

@@ -16,7 +16,7 @@ from mla_convert.version import __version__
 _PUBLIC = {
     "convert": "mla_convert.pipeline",
     "ConvertConfig": "mla_convert.core.settings",
-    "Report": "mla_convert.report",
+    "Report": "mla_convert.report.report",
     "MlaConvertError": "mla_convert.core.errors",
 }
 

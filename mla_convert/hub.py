@@ -31,7 +31,7 @@ from mla_convert.core.errors import InputError, MlaConvertError, ResourceError, 
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import REPORT, look_up, read_report
 from mla_convert.modeling.shipped_code import CODE
-from mla_convert.page import PAGE
+from mla_convert.report.html.page import PAGE
 from mla_convert.source.carried import carried_files
 from mla_convert.source.checkpoint.reader import INDEX
 from mla_convert.source.licence import CARD

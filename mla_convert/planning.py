@@ -21,7 +21,7 @@ from mla_convert.method.factorise.layer import mla_config
 from mla_convert.method.factorise.sensitivity import TOKENS, aside_bytes, is_measured
 from mla_convert.method.factorise.sizes import Plan, make_plan, shares_out
 from mla_convert.method.refine.schedule import output_advances, refine_settings
-from mla_convert.report import cache_figures, human_bytes
+from mla_convert.report.report import cache_figures, human_bytes
 from mla_convert.source.source import Source, open_source, parameters
 from mla_convert.source.texts import Reach, calibration_size, evaluation_length, reach
 

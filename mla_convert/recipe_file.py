@@ -10,7 +10,7 @@ import yaml
 from mla_convert.core.settings import ConvertConfig, Settings
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine.optimise import RefineSettings
-from mla_convert.report import Report
+from mla_convert.report.report import Report
 from mla_convert.source import mixture
 from mla_convert.source.source import PACKAGE, Source
 from mla_convert.source.texts import Windows, repeatable

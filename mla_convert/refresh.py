@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_convert.beyond import to_report
-from mla_convert.card import CARD, write_card
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.files import write_file
@@ -17,7 +15,9 @@ from mla_convert.core.report_file import REPORT, finite
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.runtime import newest_tried, versions
 from mla_convert.modeling.shipped_code import code_files
-from mla_convert.page import PAGE, write_page
+from mla_convert.report.html.page import PAGE, write_page
+from mla_convert.report.model_card import CARD, write_card
+from mla_convert.report.update import to_report
 from mla_convert.source import carried
 from mla_convert.source.checkpoint.files import weight_files
 from mla_convert.source.config_file import read_config

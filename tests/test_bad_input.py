@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mla_convert.core.progress import Progress
 from mla_convert.core.runtime import pick_device
-from mla_convert.report import Report
+from mla_convert.report.report import Report
 from mla_convert.write import writer
 
 USAGE, INPUT, RESOURCE, INTERRUPTED = 2, 4, 5, 130

@@ -10,7 +10,7 @@ from mla_convert.evaluate.speed import decode as bench
 from mla_convert.evaluate.speed import models as bench_models
 from mla_convert.evaluate.speed.shapes import SHAPES
 from mla_convert.modeling.attention_backends import GROUPED
-from mla_convert.speed_report import plot, ratios
+from mla_convert.report.speed import plot, ratios
 
 CPU = torch.device("cpu")
 SMALL = {**SHAPES["llama-8b"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100,

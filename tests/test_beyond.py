@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mla_convert import beyond
 from mla_convert.core.errors import InputError
 from mla_convert.core.sums import seal
 from mla_convert.evaluate.quality import greedy_agreement as decoding
 from mla_convert.evaluate.quality import passkey
-from mla_convert.page import page
+from mla_convert.report import update as beyond
+from mla_convert.report.html.page import page
 from mla_convert.write.verify import verify
 
 USAGE, INPUT = 2, 4

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
-from mla_convert.card import write_card
-from mla_convert.report import Report
+from mla_convert.report.model_card import write_card
+from mla_convert.report.report import Report
 from mla_convert.source.source import open_source
 
 ON_HUB = {"name": "meta-llama/Llama-3.1-8B", "revision": "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b"}

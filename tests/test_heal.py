@@ -25,7 +25,7 @@ from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpu
 from mla_convert.heal.shared import Pair
 from mla_convert.modeling import distillation as divergence
 from mla_convert.modeling.distillation import IGNORED, Head, Mix, distil
-from mla_convert.page import page
+from mla_convert.report.html.page import page
 from mla_convert.source.load_model import find_model, load_model
 from mla_convert.write.verify import verify
 

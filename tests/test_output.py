@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 from mla_convert.core.settings import default_name
 from mla_convert.evaluate.quality import perplexity as measure
-from mla_convert.report import rows
+from mla_convert.report.report import rows
 from mla_convert.source import texts
 from mla_convert.source.checkpoint.reader import SafetensorsReader
 from mla_convert.source.mixture import PACKAGED_LABEL

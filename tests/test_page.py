@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mla_convert import svg
-from mla_convert.page import page, write_page
+from mla_convert.report.html import svg
+from mla_convert.report.html.page import page, write_page
 
 INPUT = 4
 SECTIONS = ("The cache", "Perplexity", "Which planes stayed rotary", "Layer by layer", "Time and memory", "Details")
@@ -185,7 +185,7 @@ def test_no_report(cli, tmp_path, content):
 def test_it_takes_no_torch(report, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
     code = (
-        "import sys; from pathlib import Path; from mla_convert.page import write_page; "
+        "import sys; from pathlib import Path; from mla_convert.report.html.page import write_page; "
         "write_page(Path(sys.argv[1]), Path(sys.argv[1]) / 'report.html'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0

@@ -13,12 +13,12 @@ from html.parser import HTMLParser
 import pytest
 from transformers import AutoTokenizer
 
-from mla_convert.beyond import write_into_report
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.sums import SUMS, Fault
 from mla_convert.engines.export import export
-from mla_convert.page import page_text
+from mla_convert.report.html.page import page_text
+from mla_convert.report.update import write_into_report
 from mla_convert.source import carried
 from mla_convert.source.carried import is_carried, without_code
 from mla_convert.source.licence import read_licence
@@ -375,8 +375,8 @@ CARDS = [
 def test_odd_cards(folder, tmp_path, metadata, expected):
     from huggingface_hub import ModelCard
 
-    from mla_convert.beyond import to_report
-    from mla_convert.card import write_card
+    from mla_convert.report.model_card import write_card
+    from mla_convert.report.update import to_report
 
     (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# x\n")
     found = read_licence(tmp_path)

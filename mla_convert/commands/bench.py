@@ -131,7 +131,7 @@ def bench(
 
     from mla_convert.core.runtime import pick_device
     from mla_convert.evaluate.speed import decode as measuring
-    from mla_convert.speed_report import print_table, write_plot
+    from mla_convert.report.speed import print_table, write_plot
 
     where = pick_device(device)
     sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), where)

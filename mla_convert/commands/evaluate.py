@@ -133,7 +133,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL: perplexity, KV cache bytes, and how far it is from its original."""
     silence_libraries(quiet)
-    from mla_convert.beyond import check_target, write_into_report
+    from mla_convert.report.update import check_target, write_into_report
 
     names = tuple(name for name in (part.strip() for part in (tasks or "").split(",")) if name)
     if (tasks is not None or task_limit is not None) and not names:

@@ -18,7 +18,6 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rich.console import Console
 from rich.table import Table
 
-from mla_convert.beyond import heal_rows, to_report
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError, UsageError
 from mla_convert.core.files import on_disk, write_file
@@ -37,7 +36,8 @@ from mla_convert.heal.shared import Pair, peft
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.method.calibrate import self_generated as selfwritten
 from mla_convert.refresh import check_unknown, outdated
-from mla_convert.report import Report
+from mla_convert.report.report import Report
+from mla_convert.report.update import heal_rows, to_report
 from mla_convert.source import mixture, texts
 from mla_convert.source.load_model import (
     find_model,

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from mla_convert.card import write_card
 from mla_convert.core.files import on_disk, write_file
 from mla_convert.core.runtime import newest_tried
 from mla_convert.modeling import configuration_mla
 from mla_convert.modeling.shipped_code import write_code
-from mla_convert.page import PAGE, write_page
-from mla_convert.report import Report
+from mla_convert.report.html.page import PAGE, write_page
+from mla_convert.report.model_card import write_card
+from mla_convert.report.report import Report
 from mla_convert.source.carried import carry
 from mla_convert.source.source import Source
 from mla_convert.write.selfcheck import self_check

@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from mla_convert.beyond import conditions, probe_rows
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
@@ -35,7 +34,8 @@ from mla_convert.evaluate.quality.perplexity import (
 from mla_convert.evaluate.quality.probes import Prober, Probes
 from mla_convert.evaluate.quality.suite import figures as suite_figures
 from mla_convert.evaluate.quality.suite import suite_of
-from mla_convert.report import human_bytes
+from mla_convert.report.report import human_bytes
+from mla_convert.report.update import conditions, probe_rows
 from mla_convert.source import texts
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, find_model, is_converted, load_model, load_tokenizer, model_config

@@ -8,14 +8,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mla_convert import beyond, plots
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import calibration_words, is_evaluated, look_up, read_report
 from mla_convert.core.report_schema import check_report
 from mla_convert.evaluate.quality import kinds
-from mla_convert.report import human_bytes, ratio_error, ratio_words
-from mla_convert.svg import Figure
+from mla_convert.report import update as beyond
+from mla_convert.report.html import plots
+from mla_convert.report.html.svg import Figure
+from mla_convert.report.report import human_bytes, ratio_error, ratio_words
 
 PAGE = "report.html"
 WIDE, NARROW = 768, 343  # CSS pixels of a column on a desktop and on a phone of 375
@@ -83,7 +84,7 @@ def write_sweep_page(content: dict[str, Any], file: Path) -> None:
 
 
 def _document(title: str, parts: list[str]) -> str:
-    css = resources.files("mla_convert").joinpath("page.css").read_text(encoding="utf-8")
+    css = resources.files("mla_convert.report.html").joinpath("page.css").read_text(encoding="utf-8")
     title = escape(title)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -136,8 +136,8 @@ def write_into_report(folder: Path, found: dict[str, Any]) -> None:
     Raises:
         InputError: a report that cannot be read, or that no page can be made of.
     """
-    from mla_convert.card import CARD, card_text
-    from mla_convert.page import PAGE, page_text
+    from mla_convert.report.html.page import PAGE, page_text
+    from mla_convert.report.model_card import CARD, card_text
     from mla_convert.write.revise import replace_files
 
     content = read_report(folder)
@@ -153,7 +153,7 @@ def write_into_report(folder: Path, found: dict[str, Any]) -> None:
 
 def to_report(content: dict[str, Any]) -> Any:
     """The content of a report.json as the Report that it was."""
-    from mla_convert.report import Report
+    from mla_convert.report.report import Report
 
     known = {field.name for field in fields(Report)} - {"out"}
     report = Report(**{key: value for key, value in content.items() if key in known})

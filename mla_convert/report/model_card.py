@@ -8,11 +8,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mla_convert import beyond
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import calibration_words, finite, is_evaluated
 from mla_convert.evaluate.quality import kinds
-from mla_convert.report import Report, rows
+from mla_convert.report import update as beyond
+from mla_convert.report.report import Report, rows
 from mla_convert.source.licence import CARD
 
 BODY = """

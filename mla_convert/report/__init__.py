@@ -1,0 +1,1 @@
+"""The report of a conversion: report.json, tables, model card and page."""
