@@ -15,7 +15,6 @@ from mla_convert.core import runtime as environment
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import ConvertConfig, default_name
 from mla_convert.core.words import check_name
-from mla_convert.engines.towards import towards
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
 from mla_convert.heal.run import check_conversion, heal_conversion
@@ -25,6 +24,7 @@ from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.layer import mla_config
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.method.refine import schedule
+from mla_convert.publish.engines.target_engine import towards
 from mla_convert.recipe_file import write_recipe
 from mla_convert.report import report
 from mla_convert.source import texts

@@ -154,7 +154,7 @@ def _describe(staging: Path, kind: str, report: dict[str, Any], accept: tuple[st
         if CARD not in accept:
             write_card(to_report(content), staging)
     elif CARD not in accept:
-        from mla_convert.engines.readme import write_readme
+        from mla_convert.publish.engines.readme import write_readme
 
         write_readme(staging, str(report.get("source")), content)
     write_file(staging / kind, json.dumps(finite(content), indent=2) + "\n")

@@ -80,7 +80,7 @@ def hub(monkeypatch):
     """A fake Hub that huggingface_hub's own client in this process talks to, logged in."""
     from huggingface_hub import constants
 
-    import mla_convert.hub
+    import mla_convert.publish.hub
 
     with fake_hub.running() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -88,7 +88,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not an open one
-        monkeypatch.setattr(mla_convert.hub, "WAIT", 0.01)
+        monkeypatch.setattr(mla_convert.publish.hub, "WAIT", 0.01)
         monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
         yield server
 

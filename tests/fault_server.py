@@ -15,9 +15,9 @@ layer.fault_counted.restype = ctypes.c_long
 layer.fault_share()
 
 import mla_convert.cli  # noqa: E402
-import mla_convert.engines.export  # noqa: E402
 import mla_convert.heal.run  # noqa: E402
 import mla_convert.pipeline  # noqa: E402
+import mla_convert.publish.engines.export  # noqa: E402
 import mla_convert.refresh  # noqa: E402
 
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.engines import ask_engine
-from mla_convert.engines.export import export
-from mla_convert.engines.rope_table import share_table
-from mla_convert.engines.sizes import padded
-from mla_convert.engines.tensors import DISTORTION, Attention, LatentNorm
+from mla_convert.publish.engines import ask_engine
+from mla_convert.publish.engines.export import export
+from mla_convert.publish.engines.latent_attention import DISTORTION, Attention, LatentNorm
+from mla_convert.publish.engines.padding import padded
+from mla_convert.publish.engines.rope_table import share_table
 
 IDS = torch.randint(4, 260, (2, 60), generator=torch.Generator().manual_seed(0))
 CODE = ["qwen3", "qwen2", "llama3-rope", "llama-yarn", "llama-linear", "llama-bias-wide-heads"]

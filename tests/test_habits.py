@@ -95,7 +95,7 @@ def folder(convert_pico):
 @pytest.fixture(scope="module")
 def served(convert_pico, tmp_path_factory):
     """A converted folder that engines can express, and its export."""
-    from mla_convert.engines.export import export
+    from mla_convert.publish.engines.export import export
 
     converted = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
     return converted, export(converted, tmp_path_factory.mktemp("served") / "out").out

@@ -10,11 +10,11 @@ import pytest
 from fake_hub import Fault
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 
-from mla_convert import hub as hub_module
 from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
 from mla_convert.core.sums import seal
-from mla_convert.hub import check_private, push
+from mla_convert.publish import hub as hub_module
+from mla_convert.publish.hub import check_private, push
 from mla_convert.write.verify import verify
 
 USAGE, GATE, INPUT, RESOURCE = 2, 3, 4, 5

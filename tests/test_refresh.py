@@ -12,8 +12,8 @@ from mla_convert.core import sums
 from mla_convert.core.errors import InputError, ResourceError, UsageError
 from mla_convert.core.runtime import newest_tried
 from mla_convert.core.sums import SUMS, Fault
-from mla_convert.engines.export import export
 from mla_convert.modeling.shipped_code import code_files
+from mla_convert.publish.engines.export import export
 from mla_convert.refresh import refresh
 from mla_convert.write import revise
 from mla_convert.write.selfcheck import SelfCheckFailed

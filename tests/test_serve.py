@@ -10,7 +10,7 @@ import pytest
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.engines.towards import towards
+from mla_convert.publish.engines.target_engine import towards
 from mla_convert.source.source import open_source
 
 VLLM, MODEL = os.environ.get("MLA_CONVERT_VLLM_PYTHON"), os.environ.get("MLA_CONVERT_MODEL")
@@ -251,7 +251,7 @@ def test_serve_check_of_code(cli, exported, convert_pico):
 
 def test_sglang_is_asked_as_it_is_called(tmp_path):
     """Its answers in its own form (sglang.Engine, return_logprob), from a stand-in: none was at hand to run."""
-    from mla_convert.engines import ask_engine
+    from mla_convert.publish.engines import ask_engine
 
     class Engine:
         def __init__(self, **options):

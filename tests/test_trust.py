@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.sums import SUMS, Fault
-from mla_convert.engines.export import export
+from mla_convert.publish.engines.export import export
 from mla_convert.report.html.page import page_text
 from mla_convert.report.update import write_into_report
 from mla_convert.source import carried

@@ -301,13 +301,13 @@ def run_conversion(
 
     progress = Progress(quiet=quiet, verbose=is_verbose())
     if export:
-        from mla_convert.engines.profiles import check_profile
-        from mla_convert.engines.towards import check_export
+        from mla_convert.publish.engines.profiles import check_profile
+        from mla_convert.publish.engines.target_engine import check_export
         from mla_convert.source.source import open_source
 
         check_export(config, check_profile(export), open_source(config.source, config.revision, weights=False))
     if push_to_hub:
-        from mla_convert import hub
+        from mla_convert.publish import hub
 
         hub.check_access(push_to_hub)
     report = run_guarded(lambda: convert_checkpoint(config, progress))

@@ -55,15 +55,15 @@ def run_export(
     folder: Path, profile: str, out: Path | None, pad: str, dtype: str, gguf: bool, overwrite: bool, quiet: bool
 ):
     """Options to settings, settings to an exported folder."""
-    from mla_convert.engines.sizes import parse_pad
+    from mla_convert.publish.engines.padding import parse_pad
 
     padding = parse_pad(pad)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype {dtype!r} is none of auto, float32, bfloat16")
     silence_libraries(quiet)
     from mla_convert.core.progress import Progress
-    from mla_convert.engines.export import export as export_folder
-    from mla_convert.engines.profiles import check_profile
+    from mla_convert.publish.engines.export import export as export_folder
+    from mla_convert.publish.engines.profiles import check_profile
 
     profile = check_profile(profile)
     out = default_out(folder, profile) if out is None else out

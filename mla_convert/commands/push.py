@@ -89,8 +89,8 @@ def push(
     if not limits and (from_report or against or text):
         raise UsageError(f"the options under {MEASURE} are for a gate: give a limit, such as --max-ppl-ratio")
     silence_libraries(quiet)
-    from mla_convert import hub
     from mla_convert.core.progress import Progress
+    from mla_convert.publish import hub
     from mla_convert.write.verify import verify
 
     hub.check_name(repo)

@@ -15,7 +15,7 @@ SERVED = ("modeling_mla_served.py",)
 
 def code_files(exported: bool = False) -> dict[str, bytes]:
     """Content by name."""
-    package = resources.files("mla_convert").joinpath("engines" if exported else "modeling")
+    package = resources.files("mla_convert").joinpath("publish/engines" if exported else "modeling")
     return {name: package.joinpath(name).read_bytes() for name in (SERVED if exported else CODE)}
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mla_convert.engines.sizes import Sizes
+from mla_convert.publish.engines.padding import Sizes
 
 # Of the latent: the share by which the norm may change it, for any input (`LatentNorm.distortion`).
 DISTORTION = 1e-5

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from mla_convert.core.errors import InputError, ResourceError, UsageError, one_line
-from mla_convert.engines import ask_engine
-from mla_convert.engines.export import EXPORT
+from mla_convert.publish.engines import ask_engine
+from mla_convert.publish.engines.export import EXPORT
 from mla_convert.source.load_model import find_model, is_converted, load_model, load_tokenizer, model_config
 from mla_convert.source.texts import load_text
 

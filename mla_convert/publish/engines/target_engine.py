@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.engines.profiles import Profile, check_dtype, check_family, check_profile_of, needs_code
-from mla_convert.engines.sizes import KNOWN, RANKS, ROPE_DIM, padded
 from mla_convert.method.factorise.sizes import make_plan, shares_out
+from mla_convert.publish.engines.padding import KNOWN, RANKS, ROPE_DIM, padded
+from mla_convert.publish.engines.profiles import Profile, check_dtype, check_family, check_profile_of, needs_code
 from mla_convert.source.source import Source
 
 # Without a size given: the largest that keeps no more than this share of the cache.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mla_convert.engines.tensors import Attention
+from mla_convert.publish.engines.latent_attention import Attention
 
 FOLDER = "features."
 

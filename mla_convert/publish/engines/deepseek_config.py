@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mla_convert.engines.profiles import Profile
-from mla_convert.engines.sizes import Sizes
+from mla_convert.publish.engines.padding import Sizes
+from mla_convert.publish.engines.profiles import Profile
 from mla_convert.source.load_model import EXPORTED
 from mla_convert.version import __version__
 

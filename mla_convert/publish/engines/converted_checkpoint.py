@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError
-from mla_convert.engines.features import Features
-from mla_convert.engines.profiles import Profile, Traits, check_family, check_profile_of, needs_code
-from mla_convert.engines.tensors import Attention
+from mla_convert.publish.engines.latent_attention import Attention
+from mla_convert.publish.engines.profiles import Profile, Traits, check_family, check_profile_of, needs_code
+from mla_convert.publish.engines.qk_norm import Features
 from mla_convert.source.checkpoint.reader import SafetensorsReader, check_finite
 from mla_convert.source.load_model import PREFIX, is_converted
 from mla_convert.source.source import load_config

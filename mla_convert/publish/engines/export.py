@@ -17,16 +17,16 @@ from mla_convert.core.files import on_disk, write_file
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import mean
 from mla_convert.core.runtime import versions
-from mla_convert.engines.converted import EMBEDDING, HEAD, NORM, Converted
-from mla_convert.engines.features import block_diagonal
-from mla_convert.engines.profiles import Profile, check_dtype, residual_scale
-from mla_convert.engines.readme import write_readme
-from mla_convert.engines.rope_table import share_table
-from mla_convert.engines.served_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, served_config
-from mla_convert.engines.sizes import Pad, Sizes, padded
-from mla_convert.engines.tensors import DISTORTION, LatentNorm, served_attention
 from mla_convert.method.factorise.sizes import TABLE
 from mla_convert.modeling.shipped_code import write_code
+from mla_convert.publish.engines.converted_checkpoint import EMBEDDING, HEAD, NORM, Converted
+from mla_convert.publish.engines.deepseek_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, served_config
+from mla_convert.publish.engines.latent_attention import DISTORTION, LatentNorm, served_attention
+from mla_convert.publish.engines.padding import Pad, Sizes, padded
+from mla_convert.publish.engines.profiles import Profile, check_dtype, residual_scale
+from mla_convert.publish.engines.qk_norm import block_diagonal
+from mla_convert.publish.engines.readme import write_readme
+from mla_convert.publish.engines.rope_table import share_table
 from mla_convert.source.carried import carried_files, carry
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.source.source import kv_heads

@@ -1,0 +1,1 @@
+"""Publication: the Hub and serving engines."""
