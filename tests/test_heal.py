@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.units import parse_lengths, parse_tokens
-from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, passes, run
+from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, run
+from mla_convert.heal import cuda_graph as passes
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
-from mla_convert.heal.shared import Pair
+from mla_convert.heal.teacher_student import Pair
 from mla_convert.modeling import distillation as divergence
 from mla_convert.modeling.distillation import IGNORED, Head, Mix, distil
 from mla_convert.report.html.page import page
@@ -595,7 +596,7 @@ import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from mla_convert.heal.settings import HealSettings
-from mla_convert.heal.shared import Pair
+from mla_convert.heal.teacher_student import Pair
 from mla_convert.source.load_model import find_model, load_model
 
 dist.init_process_group("gloo")

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from mla_convert.core.progress import Progress
 from mla_convert.heal import HealSettings, data, loop, run
-from mla_convert.heal.shared import Pair
 from mla_convert.heal.state import StateFolder
+from mla_convert.heal.teacher_student import Pair
 from mla_convert.source import texts
 from mla_convert.source.load_model import find_model, load_model, load_tokenizer
 from mla_convert.source.tokens import ordinary_tokens

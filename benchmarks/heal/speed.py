@@ -21,7 +21,7 @@ from common import (
 )
 
 from mla_convert.heal import data, loop
-from mla_convert.heal.passes import EAGER_PASSES, Passes
+from mla_convert.heal.cuda_graph import EAGER_PASSES, Passes
 from mla_convert.source.load_model import find_model, load_model
 
 # Settings, and whether passes are captured as CUDA graphs.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from mla_convert.core.progress import Progress
 from mla_convert.heal import data
+from mla_convert.heal.cuda_graph import Passes
 from mla_convert.heal.data import Corpus, Schedule, Window
-from mla_convert.heal.passes import Passes
 from mla_convert.heal.settings import HealSettings
-from mla_convert.heal.shared import Pair
 from mla_convert.heal.state import StateFolder, trained_state
+from mla_convert.heal.teacher_student import Pair
 from mla_convert.modeling.distillation import IGNORED
 
 # By what is trained. For adapters, which start at zero, absolute; else relative to each parameter's root mean square.

@@ -32,8 +32,8 @@ from mla_convert.heal.fingerprint import content_of, text_content
 from mla_convert.heal.loop import Run, Trainer, step_sizes, tokens_words
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
-from mla_convert.heal.shared import Pair, peft
 from mla_convert.heal.state import StateFolder, state_folder
+from mla_convert.heal.teacher_student import Pair, peft
 from mla_convert.method.calibrate import self_generated as selfwritten
 from mla_convert.refresh import check_unknown, outdated
 from mla_convert.report.report import Report

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mla_convert.core.errors import ResourceError
 from mla_convert.core.files import on_disk, remove, write_file
-from mla_convert.heal.shared import checkpoint_name
+from mla_convert.heal.teacher_student import checkpoint_name
 
 IDENTITY, RUN, BEST, TRAINER = "identity.json", "run.json", "best.safetensors", "trainer"
 CHECKPOINT = "checkpoint"
