@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mla_convert import layers, streamed
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
 from mla_convert.core.report_file import finite
@@ -28,6 +27,7 @@ from mla_convert.core.settings import ConvertConfig, build_config
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
 from mla_convert.method.calibrate.layerwise import Skeleton, first_output
+from mla_convert.pipeline import layers, streamed
 from mla_convert.source import texts
 from mla_convert.source.source import open_source
 

@@ -17,7 +17,6 @@ import time
 import torch
 from torch import Tensor, nn
 
-from mla_convert import layers, streamed
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
 from mla_convert.core.report_file import finite
@@ -29,6 +28,7 @@ from mla_convert.method.calibrate.statistics import attention_kwargs, layer_stat
 from mla_convert.method.factorise.layer import half_split, source_weights
 from mla_convert.method.factorise.sizes import Plan, make_plan
 from mla_convert.method.factorise.svd import Statistics, _affine, _key_cost, _latent, _moments
+from mla_convert.pipeline import layers, streamed
 from mla_convert.report.report import cache_figures
 from mla_convert.source import texts
 from mla_convert.source.source import Source, open_source

@@ -14,7 +14,7 @@ from wrapt import when_imported
 from mla_convert.version import __version__
 
 _PUBLIC = {
-    "convert": "mla_convert.pipeline",
+    "convert": "mla_convert.pipeline.convert",
     "ConvertConfig": "mla_convert.core.settings",
     "Report": "mla_convert.report.report",
     "MlaConvertError": "mla_convert.core.errors",

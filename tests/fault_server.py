@@ -16,9 +16,9 @@ layer.fault_share()
 
 import mla_convert.cli  # noqa: E402
 import mla_convert.heal.run  # noqa: E402
-import mla_convert.pipeline  # noqa: E402
+import mla_convert.pipeline.convert  # noqa: E402
+import mla_convert.pipeline.refresh  # noqa: E402
 import mla_convert.publish.engines.export  # noqa: E402
-import mla_convert.refresh  # noqa: E402
 
 
 def child(asked, out, err):

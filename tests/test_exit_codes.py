@@ -11,7 +11,7 @@ from fake_hub import Fault
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-import mla_convert.pipeline
+import mla_convert.pipeline.convert
 from mla_convert.cli import EXIT_CODES
 from mla_convert.core import errors
 from mla_convert.core.sums import seal
@@ -67,7 +67,7 @@ class World:
         def broken(*_):
             raise error
 
-        self.patch.setattr(mla_convert.pipeline, "convert", broken)
+        self.patch.setattr(mla_convert.pipeline.convert, "convert", broken)
         return (self.source, *self.small())
 
     def nan(self):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_convert.inspection import CONFIG_ONLY, inspect_checkpoint
+from mla_convert.pipeline.inspect import CONFIG_ONLY, inspect_checkpoint
 from mla_convert.source import source as sources_module
 from mla_convert.source.families import FAMILIES
 

@@ -11,13 +11,14 @@ import pico
 import pytest
 from safetensors.torch import load_file
 
-from mla_convert import sizing, timing
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import build_config
-from mla_convert.heal import cost
 from mla_convert.method.factorise.sensitivity import TOKENS
 from mla_convert.method.factorise.sizes import AttentionShape, Plan
-from mla_convert.planning import plan_conversion
+from mla_convert.pipeline.dry_run import plan_conversion
+from mla_convert.pipeline.estimate import heal as cost
+from mla_convert.pipeline.estimate import memory as sizing
+from mla_convert.pipeline.estimate import time as timing
 from mla_convert.source import source
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.source import open_source
@@ -300,9 +301,7 @@ def test_plan_works_where_no_weights_are(cli, sources, tmp_path):
 
 
 def test_arithmetic_needs_no_torch():
-    code = (
-        "import sys, mla_convert.sizing, mla_convert.core.settings, mla_convert.cli; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, mla_convert.pipeline.estimate.memory, mla_convert.core.settings, mla_convert.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

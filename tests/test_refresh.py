@@ -13,14 +13,14 @@ from mla_convert.core.errors import InputError, ResourceError, UsageError
 from mla_convert.core.runtime import newest_tried
 from mla_convert.core.sums import SUMS, Fault
 from mla_convert.modeling.shipped_code import code_files
+from mla_convert.pipeline.refresh import refresh
 from mla_convert.publish.engines.export import export
-from mla_convert.refresh import refresh
 from mla_convert.write import revise
 from mla_convert.write.selfcheck import SelfCheckFailed
 from mla_convert.write.verify import verify
 
 INPUT, USAGE = 4, 2
-module = importlib.import_module("mla_convert.refresh")
+module = importlib.import_module("mla_convert.pipeline.refresh")
 WEIGHTS = "*.safetensors"
 
 

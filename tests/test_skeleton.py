@@ -5,11 +5,11 @@ import pytest
 import torch
 from pico import VARIANTS, VOCAB, model
 
-from mla_convert import streamed
 from mla_convert.method.calibrate import layerwise as skeleton_module
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import Skeleton
 from mla_convert.modeling import distillation as divergence
+from mla_convert.pipeline import streamed
 from mla_convert.source.source import open_source
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mla_convert import streamed
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import finite
@@ -26,6 +25,7 @@ from mla_convert.evaluate.quality.kinds import KINDS
 from mla_convert.evaluate.quality.perplexity import Scores
 from mla_convert.method.calibrate import layerwise as skeleton
 from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.pipeline import streamed
 from mla_convert.report.report import rows
 from mla_convert.report.update import heal_rows
 from mla_convert.source.source import open_source

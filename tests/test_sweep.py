@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-import mla_convert.sweep
-from mla_convert.sweep import _Points
+import mla_convert.pipeline.sweep
+from mla_convert.pipeline.sweep import _Points
 from mla_convert.write.verify import verify
 
 GATE, INPUT, USAGE, RESOURCES, INTERRUPTED = 3, 4, 2, 5, 130
@@ -37,13 +37,13 @@ def shards(folder):
 @pytest.fixture
 def conversions(monkeypatch):
     """Names of the points that are really converted."""
-    made, real = [], mla_convert.sweep.convert
+    made, real = [], mla_convert.pipeline.sweep.convert
 
     def convert(config, progress):
         made.append(config.out.name)
         return real(config, progress)
 
-    monkeypatch.setattr(mla_convert.sweep, "convert", convert)
+    monkeypatch.setattr(mla_convert.pipeline.sweep, "convert", convert)
     return made
 
 

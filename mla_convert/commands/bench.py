@@ -124,7 +124,7 @@ def bench(
     if price is not None and not price > 0:
         raise UsageError(f"--price {price}: give a positive price")
     from mla_convert.core.console import Terminal
-    from mla_convert.sizing import card_memory
+    from mla_convert.pipeline.estimate.memory import card_memory
 
     limit = card_memory(None, memory)
     import torch

@@ -296,7 +296,7 @@ def run_conversion(
     silence_libraries(quiet)
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
-    from mla_convert.pipeline import convert as convert_checkpoint
+    from mla_convert.pipeline.convert import convert as convert_checkpoint
     from mla_convert.report.report import print_summary
 
     progress = Progress(quiet=quiet, verbose=is_verbose())

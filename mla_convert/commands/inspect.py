@@ -30,7 +30,7 @@ def inspect(
     config = build_config({"source": path, "revision": revision})
     silence_libraries(quiet)
     from mla_convert.core.console import Terminal
-    from mla_convert.inspection import inspect_checkpoint, print_inspection
+    from mla_convert.pipeline.inspect import inspect_checkpoint, print_inspection
 
     try:
         found = inspect_checkpoint(config.source, config.revision)

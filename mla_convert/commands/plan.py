@@ -40,7 +40,7 @@ def plan(
 ) -> None:
     """Cache, parameters, disk and memory before and after a conversion of SOURCE. Reads its configuration, no weights."""
     from mla_convert.core.settings import build_config
-    from mla_convert.sizing import card_memory
+    from mla_convert.pipeline.estimate.memory import card_memory
 
     card = card_memory(gpu, memory)
     sizes = {"rank": rank_or_full(rank), "rope_dim": rank_or_full(rope_dim), "kv_ratio": kv_ratio, "uniform": uniform,
@@ -49,7 +49,7 @@ def plan(
     config = build_config({"source": source, "revision": revision, **sizes})
     silence_libraries(quiet)
     from mla_convert.core.console import Terminal
-    from mla_convert.planning import plan_conversion, print_plan
+    from mla_convert.pipeline.dry_run import plan_conversion, print_plan
 
     result = plan_conversion(config, card, gpu)
     if json_:

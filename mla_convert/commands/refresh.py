@@ -33,7 +33,7 @@ def refresh(
 ) -> None:
     """Give DIR this version's Python files and put every file under checksum; the weights stay as they are."""
     silence_libraries(quiet)
-    from mla_convert.refresh import refresh as refresh_folder
+    from mla_convert.pipeline.refresh import refresh as refresh_folder
 
     found = refresh_folder(folder, accept or ())
     if json_:

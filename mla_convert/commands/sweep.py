@@ -113,8 +113,8 @@ def sweep(
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
     from mla_convert.core.report_file import read_report
-    from mla_convert.sweep import SWEEP, SWEEP_PAGE, Grid, print_sweep
-    from mla_convert.sweep import sweep as run
+    from mla_convert.pipeline.sweep import SWEEP, SWEEP_PAGE, Grid, print_sweep
+    from mla_convert.pipeline.sweep import sweep as run
 
     place = folder or Path(default_name(config.source).removesuffix("-mla") + "-sweep")
     grid, progress = Grid(shares, rope, drawn), Progress(quiet=quiet, verbose=verbose)

@@ -35,7 +35,7 @@ from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import Pair, peft
 from mla_convert.method.calibrate import self_generated as selfwritten
-from mla_convert.refresh import check_unknown, outdated
+from mla_convert.pipeline.refresh import check_unknown, outdated
 from mla_convert.report.report import Report
 from mla_convert.report.update import heal_rows, to_report
 from mla_convert.source import mixture, texts

@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from mla_convert import sizing, timing
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality.suite import suite_size
-from mla_convert.heal.cost import HealWork, estimate
 from mla_convert.heal.settings import HealSettings
 from mla_convert.method.factorise.layer import mla_config
 from mla_convert.method.factorise.sensitivity import TOKENS, aside_bytes, is_measured
 from mla_convert.method.factorise.sizes import Plan, make_plan, shares_out
 from mla_convert.method.refine.schedule import output_advances, refine_settings
+from mla_convert.pipeline.estimate import memory as sizing
+from mla_convert.pipeline.estimate import time as timing
+from mla_convert.pipeline.estimate.heal import HealWork, estimate
 from mla_convert.publish.engines.target_engine import towards
 from mla_convert.report.report import cache_figures, human_bytes
 from mla_convert.source.source import Source, open_source, parameters

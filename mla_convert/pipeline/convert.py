@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from mla_convert import layers, streamed
 from mla_convert.core import runtime as environment
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import ConvertConfig, default_name
@@ -24,8 +23,9 @@ from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.layer import mla_config
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.method.refine import schedule
+from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline.recipe import write_recipe
 from mla_convert.publish.engines.target_engine import towards
-from mla_convert.recipe_file import write_recipe
 from mla_convert.report import report
 from mla_convert.source import texts
 from mla_convert.source.carried import tokenizer_code

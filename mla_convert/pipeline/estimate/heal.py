@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mla_convert.timing import CPU_RATE, SPREAD
+from mla_convert.pipeline.estimate.time import CPU_RATE, SPREAD
 
 # Operations a second of healing SmolLM2-135M, windows of 2048 tokens: 236e12 on an H200 where passes are captured, in runs of
 # 4 million tokens and more; 100e12 on an H100 without torch.compile.

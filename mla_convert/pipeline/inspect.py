@@ -17,7 +17,7 @@ from mla_convert.core.files import read_regular
 from mla_convert.core.report_file import is_evaluated, mean
 from mla_convert.core.report_schema import check_report
 from mla_convert.method.calibrate.layerwise import Skeleton
-from mla_convert.planning import shape_figures
+from mla_convert.pipeline.dry_run import shape_figures
 from mla_convert.report.report import human_bytes
 from mla_convert.source.config_file import check_sizes
 from mla_convert.source.source import Source, locate, open_source

@@ -28,7 +28,7 @@ from mla_convert.core.report_file import REPORT, find_report, finite, read_repor
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.method.factorise.sizes import make_plan
-from mla_convert.pipeline import convert
+from mla_convert.pipeline.convert import convert
 from mla_convert.report.html.page import PAGE, page_text, write_sweep_page
 from mla_convert.report.report import ratio_error, ratio_words
 from mla_convert.source import mixture

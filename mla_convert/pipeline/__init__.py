@@ -1,0 +1,1 @@
+"""Conversion from source to written folder, dry runs, sweeps and inspection."""
