@@ -1,5 +1,5 @@
 """`python -m mla_convert` is `mla-convert`."""
 
-from mla_convert.cli import main
+from mla_convert.cli.main import main
 
 main()

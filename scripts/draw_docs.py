@@ -184,7 +184,7 @@ def draw_terminal() -> None:
         print_summary(report, console)
         command = "gate demo-mla --max-ppl-ratio 1.05 --min-kv-saving 50% --from-report"
         console.print(f"[bold green]$[/] mla-convert {command}", highlight=False)
-        from mla_convert.commands import gate
+        from mla_convert.cli import gate
         from mla_convert.evaluate.gate import Limits, run_gate
 
         verdict = run_gate("demo-mla", Limits(max_ppl_ratio=1.05, min_kv_saving=0.5), from_report=True)

@@ -96,7 +96,7 @@ def hub(monkeypatch):
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """Run the command line in this process: arguments -> (exit code, stdout, stderr)."""
-    from mla_convert.cli import main
+    from mla_convert.cli.main import main
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["mla-convert", *map(str, arguments)])

@@ -14,7 +14,7 @@ layer = ctypes.CDLL(os.environ["LD_PRELOAD"])
 layer.fault_counted.restype = ctypes.c_long
 layer.fault_share()
 
-import mla_convert.cli  # noqa: E402
+import mla_convert.cli.main  # noqa: E402
 import mla_convert.heal.run  # noqa: E402
 import mla_convert.pipeline.convert  # noqa: E402
 import mla_convert.pipeline.refresh  # noqa: E402
@@ -29,7 +29,7 @@ def child(asked, out, err):
         sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
         sys.argv = ["mla-convert", *asked["argv"]]
         layer.fault_arm(asked["below"].encode(), ctypes.c_long(asked["at"]), asked["kind"])
-        mla_convert.cli.main()
+        mla_convert.cli.main.main()
     except SystemExit as stop:
         code = stop.code or 0
     finally:

@@ -122,7 +122,7 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _run(case: Case, folder: Path, codes: tuple[int, ...]) -> str | None:
     """What is wrong with how the command takes a case, or None."""
-    from mla_convert.cli import main
+    from mla_convert.cli.main import main
 
     arguments = case.make(folder)
     before = _listing(folder)
@@ -237,7 +237,7 @@ def _start(cases: list[Case], queue: list[int], codes: tuple[int, ...], place: P
 
         from typer.main import get_command
 
-        from mla_convert import cli
+        from mla_convert.cli import main as cli
 
         cli.app = get_command(cli.app)  # built once, and not for every case
         place.mkdir(parents=True, exist_ok=True)

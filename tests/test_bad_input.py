@@ -314,7 +314,7 @@ def test_no_arguments_shows_help(cli):
 def test_help_needs_neither_torch_nor_transformers():
     code = """
 import contextlib, sys
-from mla_convert.cli import main
+from mla_convert.cli.main import main
 sys.argv = ["mla-convert", "--help"]
 with contextlib.suppress(SystemExit):
     main()

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 import yaml
 
-from mla_convert.cli import app
+from mla_convert.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

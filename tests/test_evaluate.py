@@ -364,7 +364,7 @@ def test_help_needs_no_torch():
     code = """
 import sys
 sys.argv = ["mla-convert", sys.argv[1], "--help"]
-from mla_convert.cli import main
+from mla_convert.cli.main import main
 try:
     main()
 finally:

@@ -12,7 +12,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import mla_convert.pipeline.convert
-from mla_convert.cli import EXIT_CODES
+from mla_convert.cli.main import EXIT_CODES
 from mla_convert.core import errors
 from mla_convert.core.sums import seal
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import typer.main
 
-from mla_convert.cli import EXIT_CODES, app
+from mla_convert.cli.main import EXIT_CODES, app
 
 COMMANDS = typer.main.get_command(app).commands
 ESCAPE = "\x1b"
@@ -52,7 +52,7 @@ def test_help_lists_every_command(cli):
 
 def test_help_is_quick_and_imports_no_torch():
     code = (
-        "import sys; from mla_convert.cli import main; sys.argv = ['mla-convert', '--help']\n"
+        "import sys; from mla_convert.cli.main import main; sys.argv = ['mla-convert', '--help']\n"
         "try: main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy', 'pydantic'} & sys.modules.keys()\n"
         "sys.exit(','.join(heavy) or 0)"
@@ -78,7 +78,7 @@ def test_version_names_what_a_bug_report_needs(cli):
 
 
 def test_completion():
-    script = "import sys; sys.argv[0] = 'mla-convert'; from mla_convert.cli import main; main()"
+    script = "import sys; sys.argv[0] = 'mla-convert'; from mla_convert.cli.main import main; main()"
     show = [sys.executable, "-c", script, "--show-completion", "bash"]
     env = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     assert "_MLA_CONVERT_COMPLETE=complete_bash" in subprocess.run(show, capture_output=True, text=True, env=env).stdout

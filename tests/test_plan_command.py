@@ -301,7 +301,7 @@ def test_plan_works_where_no_weights_are(cli, sources, tmp_path):
 
 
 def test_arithmetic_needs_no_torch():
-    code = "import sys, mla_convert.pipeline.estimate.memory, mla_convert.core.settings, mla_convert.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, mla_convert.pipeline.estimate.memory, mla_convert.core.settings, mla_convert.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from mla_convert.cli import main
+from mla_convert.cli.main import main
 
 sys.argv[1:1] = ["heal"]
 main()

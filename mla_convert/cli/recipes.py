@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mla_convert.commands.shared import Verbose
+from mla_convert.cli.options import Verbose
 from mla_convert.core.errors import UsageError
 from mla_convert.core.words import say
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mla_convert.commands.push import HUB, Private
-from mla_convert.commands.shared import Quiet, Verbose, is_verbose, rank_or_full, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose, is_verbose, rank_or_full, silence_libraries
+from mla_convert.cli.push import HUB, Private
 from mla_convert.core.errors import Interrupted, MlaConvertError, ResourceError, UsageError
 from mla_convert.core.words import say
 
@@ -328,7 +328,7 @@ def run_conversion(
 
 def _export(folder: Path, profile: str, quiet: bool) -> None:
     """What `--export` writes beside a conversion; where it cannot, the conversion stays and the message says so."""
-    from mla_convert.commands.export import run_export, summary
+    from mla_convert.cli.export import run_export, summary
 
     try:
         found = run_export(folder, profile, None, "auto", "auto", False, True, quiet)

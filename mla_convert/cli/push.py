@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.evaluate import MEASURE, Against, Device, Text
-from mla_convert.commands.gate import (
+from mla_convert.cli.evaluate import MEASURE, Against, Device, Text
+from mla_convert.cli.gate import (
     Baseline,
     FromReport,
     MaxKl,
@@ -24,7 +24,7 @@ from mla_convert.commands.gate import (
     read_limits,
     tell_github,
 )
-from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose, silence_libraries
 from mla_convert.core.errors import GateFailed, UsageError
 from mla_convert.core.words import say
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mla_convert.commands import (
+from mla_convert.cli import (
     bench,
     convert,
     evaluate,
@@ -28,7 +28,7 @@ from mla_convert.commands import (
     sweep,
     verify,
 )
-from mla_convert.commands.shared import is_verbose
+from mla_convert.cli.options import is_verbose
 from mla_convert.core.errors import GateFailed, InputError, Interrupted, MlaConvertError, ReaderGone, ResourceError
 from mla_convert.core.words import drop_output, open_streams, say
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Verbose
+from mla_convert.cli.options import Verbose
 from mla_convert.core.errors import InputError
 from mla_convert.core.words import say
 

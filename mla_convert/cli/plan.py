@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, rank_or_full, silence_libraries, tell_place
+from mla_convert.cli.options import Quiet, Verbose, rank_or_full, silence_libraries, tell_place
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mla_convert.commands.evaluate import (
+from mla_convert.cli.evaluate import (
     MEASURE,
     OUT_OF_MEMORY,
     Against,
@@ -22,7 +22,7 @@ from mla_convert.commands.evaluate import (
     Text,
     Windows,
 )
-from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose, silence_libraries
 from mla_convert.core.errors import GateFailed, InputError, ResourceError, UsageError
 from mla_convert.core.words import say
 

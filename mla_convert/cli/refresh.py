@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose, silence_libraries
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert refresh llama-8b-mla"

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mla_convert.commands.convert import SIZE, run_guarded
-from mla_convert.commands.convert import convert as convert_command
-from mla_convert.commands.shared import rank_or_full, silence_libraries
+from mla_convert.cli.convert import SIZE, run_guarded
+from mla_convert.cli.convert import convert as convert_command
+from mla_convert.cli.options import rank_or_full, silence_libraries
 from mla_convert.core.errors import GateFailed, UsageError
 from mla_convert.core.words import say
 

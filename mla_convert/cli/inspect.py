@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.commands.shared import Quiet, Verbose, silence_libraries, tell_place
+from mla_convert.cli.options import Quiet, Verbose, silence_libraries, tell_place
 from mla_convert.core.errors import InputError
 from mla_convert.core.words import say
 
