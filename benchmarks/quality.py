@@ -41,7 +41,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from mla_convert.report.report import ratio_error
+from mla_convert.report.quality_rows import ratio_error
 
 CONVERT = [sys.executable, "-m", "mla_convert", "convert"]
 SETTINGS = {

@@ -24,10 +24,10 @@ from mla_convert.core.settings import ConvertConfig, build_config
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import Rotation, Skeleton
-from mla_convert.method.calibrate.statistics import attention_kwargs, layer_statistics
+from mla_convert.method.calibrate.statistics import Statistics, attention_kwargs, layer_statistics
 from mla_convert.method.factorise.layer import half_split, source_weights
 from mla_convert.method.factorise.sizes import Plan, make_plan
-from mla_convert.method.factorise.svd import Statistics, _affine, _key_cost, _latent, _moments
+from mla_convert.method.factorise.svd import _affine, _key_cost, _latent, _moments
 from mla_convert.pipeline import layers, streamed
 from mla_convert.report.report import cache_figures
 from mla_convert.source import texts

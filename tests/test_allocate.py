@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from mla_convert.method.factorise.allocate import MAX_ROPE, LayerLoss, allocate, curve, most_rank, most_rope, probes
-from mla_convert.method.factorise.sizes import AttentionShape, LayerSize, Plan
+from mla_convert.method.factorise.sizes import LayerSize, Plan
+from mla_convert.source.shape import AttentionShape
 
 SHAPE = AttentionShape(layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
 PLAN = Plan(rank=20, rope_dim=8, shape=SHAPE)

@@ -16,7 +16,7 @@ from mla_convert.core.errors import InputError
 from mla_convert.core.sums import seal
 from mla_convert.evaluate.quality import greedy_agreement as decoding
 from mla_convert.evaluate.quality import passkey
-from mla_convert.report import update as beyond
+from mla_convert.report import quality_rows
 from mla_convert.report.html.page import page
 from mla_convert.write.verify import verify
 
@@ -192,7 +192,7 @@ def test_table_and_report(cli, folder, sources, small):
     html, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
     assert html == page(after) and "<h2>Beyond perplexity</h2>" in html and "Pass keys by length and depth" in html
     assert (
-        all(row[0] in html and row[0] in card for row in beyond.rows(after["beyond"]))
+        all(row[0] in html and row[0] in card for row in quality_rows.rows(after["beyond"]))
         and "## Beyond perplexity" in card
     )
     assert "Beyond perplexity" not in page(before)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from mla_convert.core.settings import Settings
 from mla_convert.method.factorise.allocate import most_rope, probes
-from mla_convert.method.factorise.sizes import AttentionShape, make_plan, size_unit
+from mla_convert.method.factorise.sizes import make_plan, size_unit
 from mla_convert.source.families import FAMILIES
+from mla_convert.source.shape import AttentionShape
 
 WEIGHTS = "model.safetensors"
 SMALL = {"uniform": False, "calib_samples": 4, "calib_length": 32, "eval_windows": 1, "eval_length": 32}

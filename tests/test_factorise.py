@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mla_convert.core.errors import InputError
+from mla_convert.method.calibrate.statistics import Statistics
 from mla_convert.method.factorise import linalg
-from mla_convert.method.factorise.svd import AttentionWeights, Geometry, Statistics, factorise, full_rank
+from mla_convert.method.factorise.svd import AttentionWeights, Geometry, factorise, full_rank
 
 HIDDEN, HEAD_DIM, LENGTH = 36, 8, 12
 

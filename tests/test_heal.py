@@ -25,7 +25,9 @@ from mla_convert.heal import cuda_graph as passes
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
 from mla_convert.heal.teacher_student import Pair
 from mla_convert.modeling import distillation as divergence
-from mla_convert.modeling.distillation import IGNORED, Head, Mix, distil
+from mla_convert.modeling.distillation import distil
+from mla_convert.modeling.head import Head
+from mla_convert.modeling.loss_terms import IGNORED, LossWeights
 from mla_convert.report.html.page import page
 from mla_convert.source.load_model import find_model, load_model
 from mla_convert.write.verify import verify
@@ -56,7 +58,9 @@ def small(convert_pico, sources):
 # The loss
 
 
-@pytest.mark.parametrize("mix", [Mix(), Mix(0.5, 0.7, 1.0), Mix(1.0, 0.3, 2.0), Mix(0.0, 1.0)])
+@pytest.mark.parametrize(
+    "mix", [LossWeights(), LossWeights(0.5, 0.7, 1.0), LossWeights(1.0, 0.3, 2.0), LossWeights(0.0, 1.0)]
+)
 def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
     torch.manual_seed(0)
     model, original = pico.model("llama").requires_grad_(True), pico.model("llama").requires_grad_(False)
@@ -94,7 +98,8 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
 
 
 @pytest.mark.parametrize(
-    ("mix", "dtype"), [(Mix(), torch.float32), (Mix(0.5, 0.7), torch.float32), (Mix(), torch.bfloat16)]
+    ("mix", "dtype"),
+    [(LossWeights(), torch.float32), (LossWeights(0.5, 0.7), torch.float32), (LossWeights(), torch.bfloat16)],
 )
 def test_kernel_is_the_loss(mix, dtype):
     from mla_convert.modeling import distillation_triton as kernel

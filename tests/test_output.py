@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 from mla_convert.core.settings import default_name
 from mla_convert.evaluate.quality import perplexity as measure
-from mla_convert.report.report import rows
+from mla_convert.report.tables import report_rows
 from mla_convert.source import texts
 from mla_convert.source.checkpoint.reader import SafetensorsReader
 from mla_convert.source.mixture import PACKAGED_LABEL
@@ -360,7 +360,7 @@ def test_error_of_the_ratio_is_paired(convert_pico):
     evaluation = report.evaluation
     assert evaluation["ratio"] == pytest.approx(evaluation["after"]["value"] / evaluation["before"]["value"])
     assert 0 < evaluation["ratio_log_error"] < evaluation["after"]["log_error"] + evaluation["before"]["log_error"]
-    assert rows(report)[-1][-1] == f"×{report.ratio:.4f} ± {report.ratio * evaluation['ratio_log_error']:.4f}"
+    assert report_rows(report)[-1][-1] == f"×{report.ratio:.4f} ± {report.ratio * evaluation['ratio_log_error']:.4f}"
 
 
 def test_held_out_text_is_measured_beside_the_evaluation(convert_pico, sources, tmp_path):
@@ -373,7 +373,7 @@ def test_held_out_text_is_measured_beside_the_evaluation(convert_pico, sources, 
     assert {key: value for key, value in other.evaluation.items() if key != "held_out"} == plain.evaluation
     assert other.evaluation["held_out"]["text"] == other.settings["held_out"] == "other.txt"
     assert other.evaluation["held_out"]["after"]["windows"] == 4
-    assert [row[0] for row in rows(other)][-2:] == ["perplexity", "perplexity, held-out text"]
+    assert [row[0] for row in report_rows(other)][-2:] == ["perplexity", "perplexity, held-out text"]
     assert "other.txt" in (other.out / "report.html").read_text()
 
     calib = convert_pico("llama", kv_ratio=0.4, held_out="calib")

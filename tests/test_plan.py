@@ -4,7 +4,8 @@ import pytest
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.settings import Settings
-from mla_convert.method.factorise.sizes import AttentionShape, make_plan
+from mla_convert.method.factorise.sizes import make_plan
+from mla_convert.source.shape import AttentionShape
 
 LLAMA_8B = AttentionShape(32, 4096, 32, 8, 128)
 SMOLLM = AttentionShape(30, 576, 9, 3, 64)

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import build_config
 from mla_convert.method.factorise.sensitivity import TOKENS
-from mla_convert.method.factorise.sizes import AttentionShape, Plan
+from mla_convert.method.factorise.sizes import Plan
 from mla_convert.pipeline.dry_run import plan_conversion
 from mla_convert.pipeline.estimate import heal as cost
 from mla_convert.pipeline.estimate import memory as sizing
 from mla_convert.pipeline.estimate import time as timing
 from mla_convert.source import source
 from mla_convert.source.families import FAMILIES
+from mla_convert.source.shape import AttentionShape
 from mla_convert.source.source import open_source
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "dtype": "bfloat16", "max_position_embeddings": 131072}
@@ -301,7 +302,8 @@ def test_plan_works_where_no_weights_are(cli, sources, tmp_path):
 
 
 def test_arithmetic_needs_no_torch():
-    code = "import sys, mla_convert.pipeline.estimate.memory, mla_convert.core.settings, mla_convert.cli.main; sys.exit('torch' in sys.modules)"
+    modules = "mla_convert.pipeline.estimate.memory, mla_convert.core.settings, mla_convert.cli.main"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

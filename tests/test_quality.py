@@ -12,7 +12,7 @@ import torch
 
 from mla_convert import ConvertConfig
 from mla_convert.core.errors import InputError
-from mla_convert.method.factorise.svd import Statistics
+from mla_convert.method.calibrate.statistics import Statistics
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

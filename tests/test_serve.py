@@ -41,7 +41,7 @@ class Like:
     def __init__(self, kv_heads, head_dim, hidden=4096, model_type="llama", rope="default", bias=False, normed=False):
         from types import SimpleNamespace
 
-        from mla_convert.method.factorise.sizes import AttentionShape
+        from mla_convert.source.shape import AttentionShape
 
         self.name, self._bias = "model", bias
         self.family = SimpleNamespace(model_type=model_type)

@@ -26,8 +26,8 @@ from mla_convert.evaluate.quality.perplexity import Scores
 from mla_convert.method.calibrate import layerwise as skeleton
 from mla_convert.method.calibrate.layerwise import Skeleton
 from mla_convert.pipeline import streamed
-from mla_convert.report.report import rows
-from mla_convert.report.update import heal_rows
+from mla_convert.report.quality_rows import heal_rows
+from mla_convert.report.tables import report_rows
 from mla_convert.source.source import open_source
 
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def test_it_can_be_left_out(convert_pico):
 
 def test_report_card_and_page_show_the_worst_kind(report):
     worst = report.evaluation["suite"]["worst"]
-    assert any(worst["kind"] in row[0] for row in rows(report))
+    assert any(worst["kind"] in row[0] for row in report_rows(report))
     card = (report.out / "README.md").read_text(encoding="utf-8")
     assert f"×{worst['ratio']:.3f} on the worst kind of text ({worst['kind']})" in card
     page = (report.out / "report.html").read_text(encoding="utf-8")

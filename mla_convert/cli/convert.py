@@ -297,7 +297,7 @@ def run_conversion(
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
     from mla_convert.pipeline.convert import convert as convert_checkpoint
-    from mla_convert.report.report import print_summary
+    from mla_convert.report.tables import print_summary
 
     progress = Progress(quiet=quiet, verbose=is_verbose())
     if export:

@@ -29,8 +29,8 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Make report.html anew from the report.json in DIR: plots of cache, perplexity, planes and layers, in one file."""
-    from mla_convert.core.report_file import read_report
-    from mla_convert.report.html.page import PAGE, page_text, write_page
+    from mla_convert.core.report_file import PAGE, read_report
+    from mla_convert.report.html.page import page_text, write_page
     from mla_convert.write.revise import replace_files
 
     content = read_report(folder)

@@ -74,3 +74,6 @@ def mean(numbers: Iterable[int]) -> float:
     found = list(numbers)
     value = sum(found) / len(found)
     return int(value) if value == int(value) else round(value, 1)
+
+
+PAGE = "report.html"

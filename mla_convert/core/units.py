@@ -56,3 +56,21 @@ def _lengths(value: Any) -> str:
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens)]
 Lengths = Annotated[str, BeforeValidator(_lengths)]
+
+
+def human_bytes(number: float) -> str:
+    """1234567 -> '1.2 MB' (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """93.4 -> '1.6 min', to two figures: an estimate is no better."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * size:
+            value = seconds / size
+            return f"{value:.0f} {unit}" if value >= 9.5 else f"{value:.1f} {unit}"
+    return f"{max(seconds, 1):.0f} s"

@@ -341,7 +341,7 @@ def _report_of(model: str) -> tuple[dict[str, Any], str]:
     """The report of a local folder, of its own path, or of a Hub id; and the model's name."""
     path = expanded(model)
     if not path.exists():
-        from mla_convert.source.source import locate
+        from mla_convert.source.place import locate
 
         place = locate(model, files=["report.json"])
         return read_report(place.folder), place.label
@@ -358,7 +358,7 @@ def junit_xml(verdict: Verdict, seconds: float) -> str:
     ElementTree.SubElement(properties, "property", {"name": "basis", "value": _xml(verdict.basis)})
     for result in verdict.results:
         case = ElementTree.SubElement(
-            suite, "testcase", {"classname": "mla_convert.evaluate.gate", "name": result.name, "time": "0"}
+            suite, "testcase", {"classname": "mla_convert.gate", "name": result.name, "time": "0"}
         )
         if not result.passed:
             failure = ElementTree.SubElement(case, "failure", {"message": _xml(result.reason), "type": "GateFailed"})

@@ -1,8 +1,10 @@
-"""`python -m mla_convert.heal` is `mla-convert heal`; `accelerate launch -m mla_convert.heal` runs it on several GPUs."""
+"""`python -m mla_convert.heal`, the name of version 0.1 for `python -m mla_convert heal`."""
 
+import runpy
 import sys
+import warnings
 
-from mla_convert.cli.main import main
-
+warnings.simplefilter("default", DeprecationWarning)
+warnings.warn("python -m mla_convert.heal is now python -m mla_convert heal", DeprecationWarning, stacklevel=1)
 sys.argv[1:1] = ["heal"]
-main()
+runpy.run_module("mla_convert", run_name="__main__")

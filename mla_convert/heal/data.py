@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mla_convert.core.errors import InputError
-from mla_convert.modeling.distillation import IGNORED
+from mla_convert.modeling.loss_terms import IGNORED
 from mla_convert.source import texts
 from mla_convert.source.tokens import first_tokens
 

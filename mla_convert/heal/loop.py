@@ -20,7 +20,7 @@ from mla_convert.heal.data import Corpus, Schedule, Window
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.state import StateFolder, trained_state
 from mla_convert.heal.teacher_student import Pair
-from mla_convert.modeling.distillation import IGNORED
+from mla_convert.modeling.loss_terms import IGNORED
 
 # By what is trained. For adapters, which start at zero, absolute; else relative to each parameter's root mean square.
 RATES = {"attention": 0.004, "all": 0.001, "lora": 1e-3}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.files import on_disk, write_file
-from mla_convert.core.report_file import REPORT, finite
+from mla_convert.core.report_file import PAGE, REPORT, finite
 from mla_convert.modeling.shipped_code import write_code
-from mla_convert.report.html.page import PAGE, write_page
+from mla_convert.report.html.page import write_page
 from mla_convert.report.model_card import write_card
 from mla_convert.report.update import to_report
 from mla_convert.source.carried import carried_files, carry, check_inside, read_bytes

@@ -35,9 +35,9 @@ from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import Pair, peft
 from mla_convert.method.calibrate import self_generated as selfwritten
-from mla_convert.pipeline.refresh import check_unknown, outdated
+from mla_convert.report.quality_rows import heal_rows
 from mla_convert.report.report import Report
-from mla_convert.report.update import heal_rows, to_report
+from mla_convert.report.update import to_report
 from mla_convert.source import mixture, texts
 from mla_convert.source.load_model import (
     find_model,
@@ -47,10 +47,11 @@ from mla_convert.source.load_model import (
     load_tokenizer,
     model_config,
 )
-from mla_convert.source.source import Place
+from mla_convert.source.place import Place
 from mla_convert.source.tokens import ordinary_tokens
 from mla_convert.write import writer as output
 from mla_convert.write.intact import check_input
+from mla_convert.write.known_files import check_unknown, outdated
 from mla_convert.write.selfcheck import self_check
 
 LABEL, BEFORE = "text.json", "before-{}.json"

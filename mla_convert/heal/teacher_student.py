@@ -20,7 +20,9 @@ from mla_convert.core.errors import InputError, UsageError
 from mla_convert.heal.settings import HealSettings
 from mla_convert.method.refine.optimise import relative_error
 from mla_convert.modeling.attention_backends import CAUSAL, attending
-from mla_convert.modeling.distillation import Head, Mix, compare, comparer, distil
+from mla_convert.modeling.distillation import compare, comparer, distil
+from mla_convert.modeling.head import Head
+from mla_convert.modeling.loss_terms import LossWeights
 from mla_convert.modeling.modeling_mla import MlaAttention
 
 NOT_ADAPTED = ("q_b_proj",)  # the modeling code reads its weight and does not call it
@@ -81,7 +83,7 @@ class Pair(nn.Module):
         if len(layers) != len(originals):
             raise InputError(f"the original has {len(originals)} layers and the converted model {len(layers)}")
         self._settings = settings
-        self._mix = Mix(settings.kl_weight, settings.ce_weight, settings.temperature)
+        self._mix = LossWeights(settings.kl_weight, settings.ce_weight, settings.temperature)
         self._compare = comparer(self._mix, torch.device("cpu"))
         self._layers = [*layers]
         # what accelerate's FSDP wraps one by one

@@ -7,62 +7,21 @@ of 128k costs no more memory than one of 32k.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mla_convert.evaluate.quality.perplexity import Given
+from mla_convert.modeling.head import Head
+from mla_convert.modeling.loss_terms import IGNORED, LossWeights
 
 # Logits of a chunk: tokens by vocabulary. 128 MB in bfloat16, of which a few copies are held.
 CHUNK = 1 << 26
-IGNORED = -100  # label of a position that has no next token in its document
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Weights of KL(original || model) and of the text's cross-entropy, and the temperature of the former.
-
-    At temperature T both distributions are flattened by 1/T and the divergence is multiplied by T**2, so that its gradient
-    keeps its scale (Hinton et al., arXiv 1503.02531).
-    """
-
-    kl: float = 1.0
-    ce: float = 0.0
-    temperature: float = 1.0
-
-
-class Head:
-    """A causal language model's head: hidden states (N, d) to logits (N, vocabulary), with all that its class does to them.
-
-    Holds the model's own modules and no copy of a weight.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._given = Given()
-        self._model = copy.copy(model)
-        self._model._modules = dict(model._modules)
-        setattr(self._model, model.base_model_prefix, self._given)
-        self.output = model.get_output_embeddings()
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """Those that are trained."""
-        return [parameter for parameter in self.output.parameters() if parameter.requires_grad]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        self._given.hidden = hidden[None]
-        try:
-            return self._model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits[0]
-        finally:
-            self._given.hidden = None
-
-
-def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: float) -> tuple[Tensor, Tensor]:
+def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: LossWeights, scale: float) -> tuple[Tensor, Tensor]:
     """Sums over tokens, and the gradient of `scale` times their weighted sum with respect to `logits` (N, V), in its dtype.
 
     The sums (4,) are: weighted loss, KL(original || model) at temperature 1, cross-entropy of the model and of the original
@@ -90,7 +49,7 @@ def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: f
     return sums, (gradient * scale).to(logits.dtype)
 
 
-def comparer(mix: Mix, device: torch.device) -> Callable:
+def comparer(mix: LossWeights, device: torch.device) -> Callable:
     """`compare`, or on a GPU the kernel that does the same, where it can be compiled and gives the same."""
     if device.type != "cuda" or mix.temperature != 1.0 or not importlib.util.find_spec("triton"):
         return compare
@@ -154,7 +113,7 @@ def distil(
     labels: Tensor,
     head: Head,
     original_head: Head,
-    mix: Mix,
+    mix: LossWeights,
     compare_: Callable = compare,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a batch and its parts, all means over its tokens, from the outputs (B, L, d) of both models' last norm.

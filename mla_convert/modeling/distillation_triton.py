@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mla_convert.modeling.distillation import IGNORED, Mix
+from mla_convert.modeling.loss_terms import IGNORED, LossWeights
 
 BLOCK, WARPS = 4096, 8  # logits that a program holds at once, and its warps
 
@@ -61,7 +61,7 @@ def _compare(
         tl.store(gradient + start + columns, slope.to(gradient.dtype.element_ty), mask=inside)
 
 
-def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: Mix, scale: float) -> tuple[Tensor, Tensor]:
+def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: LossWeights, scale: float) -> tuple[Tensor, Tensor]:
     """As `divergence.compare`, for a mix of temperature 1."""
     assert mix.temperature == 1.0
     logits, original = logits.contiguous(), original.contiguous()

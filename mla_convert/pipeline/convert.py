@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from mla_convert.core import runtime as environment
+from mla_convert.core.files import on_disk
 from mla_convert.core.progress import Progress
+from mla_convert.core.report_file import PAGE
 from mla_convert.core.settings import ConvertConfig, default_name
 from mla_convert.core.words import check_name
 from mla_convert.evaluate.quality import perplexity as measure
@@ -27,11 +29,17 @@ from mla_convert.pipeline import layers, streamed
 from mla_convert.pipeline.recipe import write_recipe
 from mla_convert.publish.engines.target_engine import towards
 from mla_convert.report import report
+from mla_convert.report.html.page import write_page
+from mla_convert.report.model_card import write_card
+from mla_convert.report.report import Report
 from mla_convert.source import texts
 from mla_convert.source.carried import tokenizer_code
-from mla_convert.source.source import open_source
+from mla_convert.source.source import Source, open_source
 from mla_convert.write import model_files as folder
 from mla_convert.write import writer as output
+from mla_convert.write.model_files import write_config, write_tokenizer
+from mla_convert.write.selfcheck import self_check
+from mla_convert.write.writer import Writer
 
 
 def evaluated(
@@ -145,3 +153,28 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         write_recipe(writer.folder, config, source, plan, windows, refine, written, result)
         folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result, device)
     return heal_conversion(config, result, progress) if config.heal_tokens else result
+
+
+def finish(
+    source: Source,
+    tokenizer: Any,
+    config: Any,
+    stock_class: str,
+    writer: Writer,
+    report: Report,
+    device: torch.device,
+) -> None:
+    """Write everything but the weights, try what was written, then give the folder its name.
+
+    Raises:
+        SelfCheckFailed: the model does not generate what it should.
+    """
+    with on_disk("the output", writer.out.parent):
+        write_tokenizer(source, tokenizer, writer.folder)
+        write_config(config, stock_class, writer.folder)
+        writer.write_index()
+        report.self_check = self_check(writer.folder, device)
+        write_card(report, writer.folder)
+        report.write(writer.folder)
+        write_page(report.as_dict(), writer.folder / PAGE)
+        writer.publish()

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.settings import ConvertConfig
+from mla_convert.core.units import human_bytes
 from mla_convert.evaluate.quality.suite import suite_size
 from mla_convert.heal.settings import HealSettings
 from mla_convert.method.factorise.layer import mla_config
@@ -22,7 +23,7 @@ from mla_convert.pipeline.estimate import memory as sizing
 from mla_convert.pipeline.estimate import time as timing
 from mla_convert.pipeline.estimate.heal import HealWork, estimate
 from mla_convert.publish.engines.target_engine import towards
-from mla_convert.report.report import cache_figures, human_bytes
+from mla_convert.report.report import cache_figures
 from mla_convert.source.source import Source, open_source, parameters
 from mla_convert.source.texts import Reach, calibration_size, evaluation_length, reach
 

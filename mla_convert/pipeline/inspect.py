@@ -16,11 +16,12 @@ from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import read_regular
 from mla_convert.core.report_file import is_evaluated, mean
 from mla_convert.core.report_schema import check_report
+from mla_convert.core.units import human_bytes
 from mla_convert.method.calibrate.layerwise import Skeleton
 from mla_convert.pipeline.dry_run import shape_figures
-from mla_convert.report.report import human_bytes
 from mla_convert.source.config_file import check_sizes
-from mla_convert.source.source import Source, locate, open_source
+from mla_convert.source.place import locate
+from mla_convert.source.source import Source, open_source
 from mla_convert.write.writer import REPORT
 
 LOADED = "every tensor is there, in the shape and a dtype that the conversion reads; the tokenizer loads"

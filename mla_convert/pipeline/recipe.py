@@ -7,12 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from mla_convert.core.settings import ConvertConfig, Settings
+from mla_convert.core.settings import PACKAGE, ConvertConfig, Settings
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine.optimise import RefineSettings
 from mla_convert.report.report import Report
 from mla_convert.source import mixture
-from mla_convert.source.source import PACKAGE, Source
+from mla_convert.source.source import Source
 from mla_convert.source.texts import Windows, repeatable
 
 RECIPE = "recipe.yaml"

@@ -24,13 +24,13 @@ from mla_convert.core import runtime as environment
 from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
 from mla_convert.core.files import publish
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import REPORT, find_report, finite, read_report
+from mla_convert.core.report_file import PAGE, REPORT, find_report, finite, read_report
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.pipeline.convert import convert
-from mla_convert.report.html.page import PAGE, page_text, write_sweep_page
-from mla_convert.report.report import ratio_error, ratio_words
+from mla_convert.report.html.page import page_text, write_sweep_page
+from mla_convert.report.quality_rows import ratio_error, ratio_words
 from mla_convert.source import mixture
 from mla_convert.source.source import Source, open_source
 from mla_convert.source.texts import FROM_CALIB, NONE

@@ -29,9 +29,8 @@ from huggingface_hub.utils import (
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, MlaConvertError, ResourceError, UsageError, one_line
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import REPORT, look_up, read_report
+from mla_convert.core.report_file import PAGE, REPORT, look_up, read_report
 from mla_convert.modeling.shipped_code import CODE
-from mla_convert.report.html.page import PAGE
 from mla_convert.source.carried import carried_files
 from mla_convert.source.checkpoint.reader import INDEX
 from mla_convert.source.licence import CARD

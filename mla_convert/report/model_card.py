@@ -11,8 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import calibration_words, finite, is_evaluated
 from mla_convert.evaluate.quality import kinds
-from mla_convert.report import update as beyond
-from mla_convert.report.report import Report, rows
+from mla_convert.report import quality_rows
+from mla_convert.report.report import Report
+from mla_convert.report.tables import report_rows
 from mla_convert.source.licence import CARD
 
 BODY = """
@@ -77,7 +78,7 @@ def card_text(report: Report) -> str:
         kinds=_kinds(finite(evaluation.get("suite"))),
         version=report.versions.get("mla_convert", ""),
         untouched=_untouched(report.heal),
-        table="\n".join(f"| {' | '.join(row)} |" for row in rows(report)),
+        table="\n".join(f"| {' | '.join(row)} |" for row in report_rows(report)),
         measured=_measured(evaluation),
         yours="The perplexity above is for the text named; measure yours. " if is_evaluated(evaluation) else "",
         calibration=calibration_words(report.calibration),
@@ -185,8 +186,8 @@ def _beyond(content: dict[str, Any]) -> str:
     """A section on quality beyond perplexity, where that was measured."""
     if not content:
         return ""
-    table = "\n".join(f"| {' | '.join(row)} |" for row in beyond.rows(content))
-    words = " ".join(beyond.conditions(content))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in quality_rows.rows(content))
+    words = " ".join(quality_rows.conditions(content))
     return f"\n## Beyond perplexity\n\n| | original | this model |\n|---|---:|---:|\n{table}\n\n{words}\n"
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import operator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from mla_convert.core.files import write_file
-from mla_convert.core.report_file import REPORT, finite, is_evaluated, mean
-from mla_convert.evaluate.quality import kinds
-from mla_convert.method.factorise.sizes import AttentionShape, Plan
+from mla_convert.core.report_file import REPORT, finite, mean
+from mla_convert.method.factorise.sizes import Plan
+from mla_convert.source.shape import AttentionShape
 
 SCHEMA = 1
 CONTEXTS = (4096, 32768, 131072)
@@ -99,79 +95,3 @@ def cache_figures(plan: Plan, itemsize: int, windows: list[int | None]) -> dict[
         "bytes_at_context": {str(context): held(context) for context in CONTEXTS},
         "share_saved": 1 - sum(numbers["after"]) / sum(numbers["before"]),
     }
-
-
-def human_bytes(number: float) -> str:
-    """1234567 -> '1.2 MB' (powers of ten)."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 1000 or unit == "TB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    raise AssertionError
-
-
-def rows(report: Report) -> list[tuple[str, str, str, str]]:
-    """The result in rows of (what, before, after, change)."""
-    cache, evaluation = report.cache, report.evaluation
-    saved = f"-{cache['share_saved']:.1%}"
-    per_token = cache["bytes_per_token"]
-    table = [("KV cache per token", human_bytes(per_token["before"]), human_bytes(per_token["after"]), saved)]
-    for context, size in cache["bytes_at_context"].items():
-        table.append((f"KV cache at {int(context) // 1024}k context", human_bytes(size["before"]),
-                      human_bytes(size["after"]), f"-{1 - size['after'] / size['before']:.1%}"))  # fmt: skip
-    if not is_evaluated(evaluation):
-        return [*table, ("perplexity", "not evaluated", "not evaluated", "")]
-    before, after = evaluation["before"]["value"], evaluation["after"]["value"]
-    if unhealed := report.heal.get("before"):
-        value = unhealed["evaluation"]["after"]["value"]
-        table.append(("perplexity, not healed", f"{before:.3f}", _number(value), ratio_words(unhealed["evaluation"])))
-    table.append(("perplexity", f"{before:.3f}", f"{after:.3f}", ratio_words(evaluation)))
-    if held_out := evaluation.get("held_out"):
-        before, after = held_out["before"]["value"], held_out["after"]["value"]
-        table.append(("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", ratio_words(held_out)))
-    return table + kinds.summary_rows(finite(evaluation.get("suite")))
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
-
-
-def ratio_words(evaluation: dict[str, Any]) -> str:
-    """A perplexity ratio with its standard error over windows, if there is one: ×1.0110 ± 0.0012."""
-    if evaluation["ratio"] is None:
-        return "not finite"
-    error = ratio_error(evaluation)
-    return f"×{evaluation['ratio']:.4f}" + (f" ± {error:.4f}" if error else "")
-
-
-def ratio_error(evaluation: dict[str, Any]) -> float | None:
-    """Standard error of a perplexity ratio over windows, paired; None for a single window and in older reports."""
-    ratio, error = evaluation.get("ratio"), evaluation.get("ratio_log_error")
-    return ratio * error if ratio is not None and error is not None and math.isfinite(error) else None
-
-
-def print_summary(report: Report, console: Console) -> None:
-    """The compact table at the end of a run."""
-    rank, rope = report.cache["kv_lora_rank"], report.cache["qk_rope_head_dim"]
-    table = Table(title=f"{report.source['name']} → MLA, rank {rank} + {rope} rotary", title_justify="left")
-    for column, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-        table.add_column(column, justify=justify)
-    for row in rows(report):
-        table.add_row(*row)
-    console.print(table)
-    evaluation = report.evaluation
-    if suite := finite(evaluation.get("suite")):
-        console.print(kinds.table(suite))
-    spread = "; ± is one standard error over windows" if ratio_error(evaluation) else ""
-    texts = ["perplexity was not evaluated, as --eval none asked: `mla-convert eval` does it later"]
-    if is_evaluated(evaluation):
-        texts = [f"perplexity on {evaluation['text']}: {evaluation['protocol']}{spread}"]
-    if held_out := evaluation.get("held_out"):
-        texts.append(f"held-out text is {held_out['text']}: {held_out['protocol']}")
-    if suite:
-        texts.append(kinds.conditions(suite))
-    for text in texts:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-    console.print(
-        f"took {report.seconds:.0f} s on {report.device}; written to {report.out}", highlight=False, soft_wrap=True
-    )

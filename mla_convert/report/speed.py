@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert.core.errors import ResourceError
+from mla_convert.core.units import human_bytes
 from mla_convert.report.html.plots import BOTTOM, LEFT, RIGHT, TOP
 from mla_convert.report.html.svg import Figure, decades, logarithmic
-from mla_convert.report.report import human_bytes
 
 # A picture that stands alone carries its colours: those of the report's page, by day and by night.
 STYLE = """<style>

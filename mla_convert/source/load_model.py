@@ -15,12 +15,13 @@ from transformers.utils import logging
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
 from mla_convert.core.report_file import look_up
-from mla_convert.core.settings import find_recipe, recipe_files
+from mla_convert.core.settings import PACKAGE, find_recipe, recipe_files
 from mla_convert.core.words import expanded
 from mla_convert.source.checkpoint.files import refuse_adapter, weight_files
 from mla_convert.source.checkpoint.gguf_model import open_gguf
 from mla_convert.source.families import FAMILIES
-from mla_convert.source.source import PACKAGE, Place, load_config, locate
+from mla_convert.source.place import Place, locate
+from mla_convert.source.source import load_config
 from mla_convert.source.tokenizer import read_tokenizer
 
 PREFIX = "mla_"  # of a converted model's model_type

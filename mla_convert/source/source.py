@@ -12,8 +12,6 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
-from mla_convert.core.settings import PACKAGE
-from mla_convert.method.factorise.sizes import AttentionShape
 from mla_convert.source.carried import GENERATION, carried_files, check_inside, licence_files
 from mla_convert.source.checkpoint.dequantise import DequantisedReader, take_quantization
 from mla_convert.source.checkpoint.files import INDEX, SINGLE, refuse_adapter
@@ -39,10 +37,9 @@ from mla_convert.source.checks import (
 from mla_convert.source.config_file import read_config
 from mla_convert.source.families import FAMILIES, Family, find_family
 from mla_convert.source.licence import read_licence
-from mla_convert.source.place import HUB_FILES, Place, locate
+from mla_convert.source.place import HUB_FILES, locate
+from mla_convert.source.shape import AttentionShape, head_width, kv_heads
 from mla_convert.source.tokenizer import read_tokenizer
-
-__all__ = ["PACKAGE", "Place", "Source", "head_width", "kv_heads", "load_config", "locate", "open_source", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -308,17 +305,6 @@ def load_config(folder: Path, label: str) -> PreTrainedConfig:
         raise
     except Exception as error:  # settings of any kind, and the strict classes' own errors, which share no public base
         raise InputError(f"configuration of {label} cannot be read: {one_line(error)}") from error
-
-
-def head_width(config: PreTrainedConfig) -> int:
-    """Dims of a head: the stream's share of one where a family knows no other number."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def kv_heads(config: PreTrainedConfig) -> int:
-    """Heads of keys and values: as many as query heads where a family knows no other number."""
-    groups = getattr(config, "num_key_value_heads", None)
-    return config.num_attention_heads if groups is None else groups
 
 
 def _read_config(folder: Path, label: str, part: bool) -> PreTrainedConfig:

@@ -7,19 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mla_convert.core.files import on_disk, write_file
+from mla_convert.core.files import write_file
 from mla_convert.core.runtime import newest_tried
 from mla_convert.modeling import configuration_mla
 from mla_convert.modeling.shipped_code import write_code
-from mla_convert.report.html.page import PAGE, write_page
-from mla_convert.report.model_card import write_card
-from mla_convert.report.report import Report
 from mla_convert.source.carried import carry
 from mla_convert.source.source import Source
-from mla_convert.write.selfcheck import self_check
-from mla_convert.write.writer import Writer
 
 # Keys under which older tokenizers kept where they were loaded from, on the machine of whoever saved them.
 PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
@@ -55,28 +48,3 @@ def write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> None:
     if not (folder / "generation_config.json").exists():
         # as it is, even where settings contradict each other: save_pretrained refuses what transformers loads
         source.generation_config().to_json_file(folder / "generation_config.json")
-
-
-def finish(
-    source: Source,
-    tokenizer: Any,
-    config: Any,
-    stock_class: str,
-    writer: Writer,
-    report: Report,
-    device: torch.device,
-) -> None:
-    """Write everything but the weights, try what was written, then give the folder its name.
-
-    Raises:
-        SelfCheckFailed: the model does not generate what it should.
-    """
-    with on_disk("the output", writer.out.parent):
-        write_tokenizer(source, tokenizer, writer.folder)
-        write_config(config, stock_class, writer.folder)
-        writer.write_index()
-        report.self_check = self_check(writer.folder, device)
-        write_card(report, writer.folder)
-        report.write(writer.folder)
-        write_page(report.as_dict(), writer.folder / PAGE)
-        writer.publish()

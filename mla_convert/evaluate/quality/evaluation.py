@@ -10,9 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from mla_convert.core import runtime as environment
@@ -20,26 +17,15 @@ from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import find_report, finite, look_up
 from mla_convert.core.settings import PACKAGE, Settings
-from mla_convert.evaluate.quality import kinds
-from mla_convert.evaluate.quality.perplexity import (
-    Mean,
-    Perplexity,
-    Readout,
-    cache_bytes,
-    mean,
-    original_cache_bytes,
-    perplexity,
-    score,
-)
+from mla_convert.evaluate.quality.perplexity import Mean, Perplexity, Readout, cache_bytes, mean, perplexity, score
 from mla_convert.evaluate.quality.probes import Prober, Probes
 from mla_convert.evaluate.quality.suite import figures as suite_figures
 from mla_convert.evaluate.quality.suite import suite_of
-from mla_convert.report.report import human_bytes
-from mla_convert.report.update import conditions, probe_rows
 from mla_convert.source import texts
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, find_model, is_converted, load_model, load_tokenizer, model_config
-from mla_convert.source.source import Place
+from mla_convert.source.place import Place
+from mla_convert.source.shape import original_cache_bytes
 from mla_convert.source.text_files import is_text_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -265,63 +251,3 @@ def _check_same_tokenizer(windows: Tensor, tokenizer: Any, origin: Place) -> Non
     ids = [t(sample, add_special_tokens=True, verbose=False)["input_ids"] for t in (tokenizer, load_tokenizer(origin))]
     if ids[0] != ids[1]:
         raise InputError(f"{origin.label} has another tokenizer than the model: it is not the model's original")
-
-
-def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    """What was measured in rows of (what, original, model, change)."""
-    found, nothing = evaluation, "–"
-    table = [
-        (
-            "perplexity",
-            _with_error(found.before.value, found.before.value * found.before.log_error, 3)
-            if found.before
-            else nothing,
-            _with_error(found.after.value, found.after.value * found.after.log_error, 3),
-            "×" + _with_error(found.ratio.value, found.ratio.value * found.ratio.error, 4) if found.ratio else nothing,
-        ),
-        (
-            "KV cache per token",
-            nothing if found.bytes_before is None else human_bytes(found.bytes_before),
-            human_bytes(found.bytes_after),
-            nothing if found.share_saved is None else f"{-found.share_saved:+.1%}",
-        ),
-    ]
-    if found.kl and found.agreement:
-        table.append(("KL divergence, nats", "", _with_error(found.kl.value, found.kl.error, 5), ""))
-        table.append(("next-token agreement", "", _with_error(found.agreement.value, found.agreement.error, 4), ""))
-    return table + kinds.summary_rows(finite(found.suite))
-
-
-def _with_error(value: float, error: float, digits: int) -> str:
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
-
-
-def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """The table at the end of `eval`."""
-    title = Text(evaluation.model + (f" against {evaluation.against}" if evaluation.against else ""))
-    table = Table(title=title, title_justify="left")
-    for column, justify in (("", "left"), ("original", "right"), ("model", "right"), ("change", "right")):
-        table.add_column(column, justify=justify)
-    for row in rows(evaluation):
-        table.add_row(*row)
-    console.print(table)
-    if evaluation.suite:
-        console.print(kinds.table(finite(evaluation.suite)))
-    if probed := probe_rows(evaluation.beyond):
-        table = Table()
-        for column, justify in (("beyond perplexity", "left"), ("original", "right"), ("model", "right")):
-            table.add_column(column, justify=justify)
-        for cells in probed:
-            table.add_row(*map(Text, cells))
-        console.print(table)
-    lines = [f"on {evaluation.text}: {evaluation.protocol}; ± is one standard error over windows",
-             f"{evaluation.dtype}, logits in float32; took {evaluation.seconds:.0f} s on {evaluation.device}"]  # fmt: skip
-    if evaluation.kl:
-        lines.insert(1, "KL(original ‖ model) and the share of equal most likely next tokens are means over tokens")
-    if evaluation.bytes_before is not None and not evaluation.before_is_measured:
-        lines.insert(1, "the original's cache is computed from config.json; --against measures it")
-    if evaluation.suite:
-        lines[-1:-1] = [kinds.conditions(evaluation.suite)]
-    lines[-1:-1] = conditions({key: part for key, part in evaluation.beyond.items() if key != "next_token"})
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)

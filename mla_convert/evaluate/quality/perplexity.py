@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers import DynamicCache
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_file import NOT_EVALUATED
 from mla_convert.modeling.caching import with_cache
-from mla_convert.source.source import head_width, kv_heads
+from mla_convert.modeling.head import HiddenStatesStub
 from mla_convert.source.texts import Windows, evaluation_protocol
 
 # Logits held at once, tokens by vocabulary: 128 MB in float32.
@@ -111,29 +110,6 @@ def mean(values: Tensor) -> Mean:
     return Mean(float(means.mean()), spread)
 
 
-@dataclass
-class _Output(BaseModelOutputWithPastAndCrossAttentions):
-    """Whatever the head of some family asks a decoder's output for."""
-
-    router_logits: tuple[Tensor, ...] | None = None
-
-
-class Given(nn.Module):
-    """Stands for a model's decoder: returns given hidden states (1, T, hidden) whatever comes in."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden: Tensor | None = None
-
-    @property
-    def decoder(self) -> Given:
-        """OPT's head calls the decoder inside the decoder."""
-        return self
-
-    def forward(self, *_, **__) -> _Output:
-        return _Output(last_hidden_state=self.hidden)
-
-
 class Readout:
     """What a model's decoder says to windows, each (L,), and its head in float32, which turns parts of that into logits.
 
@@ -157,7 +133,7 @@ class Readout:
             self._hidden.append(states.cpu())
             if tick:
                 tick(index + 1, len(windows))
-        self._given = Given()
+        self._given = HiddenStatesStub()
         # The stock forward without its decoder, so that whatever it does to logits is done here too.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
@@ -236,8 +212,3 @@ def cache_bytes(model: nn.Module, ids: Tensor) -> float:
     if not sum(held.values()):
         raise InputError(f"{type(model).__name__} keeps no KV cache: it cannot be measured here")
     return sum(held.values()) / tokens
-
-
-def original_cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
-    """Bytes a token that the original of a converted model caches, from the fields that its configuration keeps."""
-    return 2 * kv_heads(config) * head_width(config) * config.num_hidden_layers * itemsize

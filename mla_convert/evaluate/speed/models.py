@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import model_class
 from mla_convert.source.load_model import is_converted
-from mla_convert.source.source import head_width, kv_heads
+from mla_convert.source.shape import head_width, kv_heads
 
 
 class FullLayer(DynamicLayer):

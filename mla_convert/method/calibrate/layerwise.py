@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError, one_line
-from mla_convert.modeling.distillation import IGNORED, Head, Mix, comparer, distil
+from mla_convert.modeling.distillation import comparer, distil
+from mla_convert.modeling.head import Head
+from mla_convert.modeling.loss_terms import IGNORED, LossWeights
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.source.source import Source
 
@@ -281,7 +283,11 @@ class Skeleton:
     def divergence(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         """Loads the final norm and the whole head; gives a function of two outputs (B, L, hidden) of the last layer, the
         converted model's and the original's: KL(original || converted) of the next token, nats, mean over tokens."""
-        head, stored, compare = self.model.get_output_embeddings(), self._head_tensors(), comparer(Mix(), self.device)
+        head, stored, compare = (
+            self.model.get_output_embeddings(),
+            self._head_tensors(),
+            comparer(LossWeights(), self.device),
+        )
         # the largest matrix of all; on CUDA it would be cast for every product
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         tensors = self.source.reader.read(stored.values())
@@ -296,7 +302,7 @@ class Skeleton:
             def distance(found: Tensor, expected: Tensor) -> Tensor:
                 labels = torch.full(found.shape[:2], IGNORED, device=found.device)
                 with self.autocast():
-                    return distil(norm(found), norm(expected), labels, output, output, Mix(), compare)[0]
+                    return distil(norm(found), norm(expected), labels, output, output, LossWeights(), compare)[0]
 
             yield distance
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.evaluate.quality.perplexity import original_cache_bytes
 from mla_convert.method.calibrate.openings import SPARE, Openings, varied
 from mla_convert.modeling.attention_backends import GROUPED, attending
 from mla_convert.modeling.caching import with_cache
+from mla_convert.source.shape import original_cache_bytes
 from mla_convert.source.source import Source
 from mla_convert.source.tokens import first_tokens
 from mla_convert.write.writer import stored_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from mla_convert.core.errors import InputError
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import Skeleton
-from mla_convert.method.factorise.svd import Statistics
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.families import Family
 
@@ -124,3 +124,17 @@ def layer_statistics(
         key_moment=key_moment,
         query_moment=query,
     )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration measured at one layer's attention."""
+
+    second_moment: Tensor  # (d+1, d+1) E[x~ x~^T], x~ = [x; 1], x the input of the q, k and v projections
+    distance: Tensor  # (H, T) attention probability by distance from query to key, rows sum to one
+    inv_freq: Tensor  # (d_h/2,) radians per position, half-split layout; dims without rotation are zeros at the end
+    # (d+1, d+1) sum_t a_t x~_t x~_t^T, where a_t = sum over heads and queries of the squared attention
+    # probability that token t receives. Only its shape matters: it is scaled to a unit weight.
+    key_moment: Tensor | None = None
+    # (H, d_q+1, d_q+1) the same as second_moment for what each head's query is a function of, if that is not x
+    query_moment: Tensor | None = None

@@ -11,11 +11,13 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mla_convert.method.calibrate.layerwise import Rotation
-from mla_convert.method.factorise.sizes import AttentionShape, Plan
-from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, Statistics, factorise
+from mla_convert.method.calibrate.statistics import Statistics
+from mla_convert.method.factorise.sizes import Plan
+from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, factorise
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.families import Family
+from mla_convert.source.shape import AttentionShape
 from mla_convert.source.source import Source
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.settings import Settings
+from mla_convert.source.shape import AttentionShape
 
 # Kernels like multiples of 16; models too small for that get multiples of 2.
 UNIT = 16
@@ -22,44 +23,6 @@ def table_frequencies(turning: int) -> range:
     """
     step = max(1, turning // TABLE)
     return range(0, turning, step)[:TABLE]
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Shape of a source's attention. `has_kv_bias`: a bias on its key or value projection.
-
-    `rotary_dim`: dims of a head that RoPE turns, where that is not all of them; `rope_layers`: which layers have RoPE,
-    where not all do; `normed`: a norm stands between key projection and attention.
-    """
-
-    layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    has_kv_bias: bool = False
-    rotary_dim: int | None = None
-    rope_layers: tuple[bool, ...] | None = None
-    normed: bool = False
-
-    @property
-    def cache_numbers(self) -> int:
-        """Numbers cached per token and layer by the source: keys and values of all kv heads."""
-        return 2 * self.num_kv_heads * self.head_dim
-
-    @property
-    def full_rope_dim(self) -> int:
-        """Rotary dims when every plane keeps RoPE."""
-        return self.num_kv_heads * (self.head_dim if self.rotary_dim is None else self.rotary_dim)
-
-    def has_rope(self, layer: int) -> bool:
-        """Whether a layer has RoPE."""
-        return self.rope_layers is None or self.rope_layers[layer]
-
-    def full_rank(self, rope_dim: int) -> int:
-        """Rank at which nothing is lost: the features left, or the inputs they are linear in if those are fewer."""
-        features = self.cache_numbers - rope_dim
-        return features if self.normed else min(features, self.hidden_size + self.has_kv_bias)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mla_convert.core.errors import InputError
+from mla_convert.method.calibrate.statistics import Statistics
 from mla_convert.method.factorise import linalg, rope
 
-__all__ = ["AttentionWeights", "Geometry", "MlaWeights", "Statistics", "factorise", "full_rank"]
+__all__ = ["AttentionWeights", "Geometry", "MlaWeights", "factorise", "full_rank"]
 
 # Of the mean diagonal: any calibration leaves a Cholesky factor usable in float64, far below any signal.
 RIDGE = 1e-10
@@ -54,20 +55,6 @@ class Geometry:
     scaling: float  # factor of the logits before softmax
     rope_scale: float = 1.0  # factor of cos and sin (yarn, longrope); rotary logits get it squared
     turning: int | None = None  # how many frequencies, the first ones, RoPE turns by; None: all d_h/2
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What calibration measured at one layer's attention."""
-
-    second_moment: Tensor  # (d+1, d+1) E[x~ x~^T], x~ = [x; 1], x the input of the q, k and v projections
-    distance: Tensor  # (H, T) attention probability by distance from query to key, rows sum to one
-    inv_freq: Tensor  # (d_h/2,) radians per position, half-split layout; dims without rotation are zeros at the end
-    # (d+1, d+1) sum_t a_t x~_t x~_t^T, where a_t = sum over heads and queries of the squared attention
-    # probability that token t receives. Only its shape matters: it is scaled to a unit weight.
-    key_moment: Tensor | None = None
-    # (H, d_q+1, d_q+1) the same as second_moment for what each head's query is a function of, if that is not x
-    query_moment: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,3 @@ def estimate(work: LayerWork, layers: int, windows: dict[str, Any], cores: int) 
         found[place] = {"seconds": [seconds / SPREAD, seconds * SPREAD], "basis": basis}
     found["cpu"]["cores"] = cores
     return found
-
-
-def duration(seconds: float) -> str:
-    """93.4 -> '1.6 min', to two figures: an estimate is no better."""
-    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 1.5 * size:
-            value = seconds / size
-            return f"{value:.0f} {unit}" if value >= 9.5 else f"{value:.1f} {unit}"
-    return f"{max(seconds, 1):.0f} s"

@@ -29,7 +29,7 @@ from mla_convert.publish.engines.readme import write_readme
 from mla_convert.publish.engines.rope_table import share_table
 from mla_convert.source.carried import carried_files, carry
 from mla_convert.source.checkpoint.reader import check_finite
-from mla_convert.source.source import kv_heads
+from mla_convert.source.shape import kv_heads
 from mla_convert.write.intact import EXPORT, check_input
 from mla_convert.write.selfcheck import self_check
 from mla_convert.write.writer import Writer, check_output, check_space

@@ -12,13 +12,13 @@ from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import calibration_words, is_evaluated, look_up, read_report
 from mla_convert.core.report_schema import check_report
+from mla_convert.core.units import human_bytes
 from mla_convert.evaluate.quality import kinds
-from mla_convert.report import update as beyond
+from mla_convert.report import quality_rows
 from mla_convert.report.html import plots
 from mla_convert.report.html.svg import Figure
-from mla_convert.report.report import human_bytes, ratio_error, ratio_words
+from mla_convert.report.quality_rows import ratio_error, ratio_words
 
-PAGE = "report.html"
 WIDE, NARROW = 768, 343  # CSS pixels of a column on a desktop and on a phone of 375
 
 
@@ -173,12 +173,12 @@ def _beyond(report: dict[str, Any]) -> str:
     found = report.get("beyond")
     if not found:
         return ""
-    content = _table(["", "original", "converted"], [list(row) for row in beyond.rows(found)], "tnn")
-    if cells := beyond.passkey_rows(found):
+    content = _table(["", "original", "converted"], [list(row) for row in quality_rows.rows(found)], "tnn")
+    if cells := quality_rows.passkey_rows(found):
         columns = ["length", "depth", "found, original", "converted", "log-probability, original", "converted"]
         inside = _table(columns, cells, "nnnnnn")
         content += f"<details><summary>Pass keys by length and depth</summary>{inside}</details>"
-    words = " ".join(beyond.conditions(found)) + " ± is one standard error."
+    words = " ".join(quality_rows.conditions(found)) + " ± is one standard error."
     return _section("Beyond perplexity", escape(words), content)
 
 
@@ -268,7 +268,7 @@ def _heal(report: dict[str, Any]) -> str:
         f"least loss there, after {record['best_tokens'] / size:.3g} {unit} tokens, was kept.{adapted}"
         + (f" Stopped early: {stopped}." if stopped else "")
     )  # fmt: skip
-    rows = [list(row) for row in beyond.heal_rows(record["before"], report)]
+    rows = [list(row) for row in quality_rows.heal_rows(record["before"], report)]
     return _section("Healing", words, drawn + _table(["", "not healed", "healed"], rows, "tnn"))
 
 

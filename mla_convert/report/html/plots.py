@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mla_convert.core.units import human_bytes
 from mla_convert.report.html.svg import Figure, decades, layer_ticks, linear, logarithmic, ticks
-from mla_convert.report.report import human_bytes
 
 LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 46
 BAR = 30

@@ -1,0 +1,56 @@
+"""Which files a converted folder may hold, and which of them this version would write with other content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from mla_convert.core import sums
+from mla_convert.core.errors import InputError
+from mla_convert.core.report_file import PAGE, REPORT
+from mla_convert.core.runtime import newest_tried
+from mla_convert.modeling.shipped_code import code_files
+from mla_convert.source import carried
+from mla_convert.source.config_file import read_config
+from mla_convert.source.licence import CARD
+from mla_convert.write.intact import EXPORT, describing_file
+
+# What a version of ours wrote or carried over; whatever else lies in a folder is its owner's.
+CONFIG = "config.json"
+BESIDE = (CARD, REPORT, PAGE, EXPORT, "model.safetensors.index.json", CONFIG, "recipe.yaml", sums.SUMS)
+
+
+def check_unknown(folder: Path, shards: Iterable[str]) -> None:
+    """Refuse a folder with files that are no part of a conversion: they would get lost, or under checksum.
+
+    Raises:
+        InputError: names the first.
+    """
+    known = {*BESIDE, *code_files(), *code_files(exported=True), *shards}
+    for name in sums.listed(folder):
+        if name not in known and not carried.is_carried(name):
+            raise InputError(f"{name} in {folder} is no part of a converted model: move it away first")
+        carried.check_inside(folder / name)
+
+
+def outdated(folder: Path) -> dict[str, bytes]:
+    """The files that this version would write with other content, by name."""
+    exported = describing_file(folder) == EXPORT
+    wanted = code_files(exported)
+    if exported:
+        wanted = {name: content for name, content in wanted.items() if (folder / name).exists()}
+    elif (folder / CONFIG).is_file():
+        config = read_config(folder, folder.name)
+        if config.get("mla_transformers") != newest_tried():
+            config["mla_transformers"] = newest_tried()
+            wanted[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    for name in carried.SETTINGS:
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            wanted[name] = carried.without_code(name, content)
+    return {name: content for name, content in wanted.items() if _bytes(folder / name) != content}
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
