@@ -26,7 +26,7 @@ from mla_convert.core.report_file import finite
 from mla_convert.core.settings import ConvertConfig, build_config
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
-from mla_convert.method.calibrate.layerwise import Skeleton, first_output
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
 from mla_convert.pipeline import layers, streamed
 from mla_convert.source import texts
 from mla_convert.source.source import open_source
@@ -83,38 +83,38 @@ def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict
     phases = environment.Phases(device)
     with phases.phase("open"):
         source = open_source(config.source, config.revision)
-        skeleton, tokenizer, shape = Skeleton(source, device), source.tokenizer(), source.shape
+        layerwise, tokenizer, shape = LayerwiseModel(source, device), source.tokenizer(), source.shape
         width = shape.head_dim
         if (group and width % group) or (turned and width & (width - 1)):
             raise InputError(f"heads of {width} numbers do not come in groups of {group}, or have no Hadamard matrix")
-        if skeleton.implementation != "sdpa":
+        if layerwise.implementation != "sdpa":
             raise InputError(f"{source.name} has its attention written out: its keys cannot be caught on the way")
         reach = texts.reach(source.config, learned=not source.family.rotary)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", reach, shape.hidden_size)
         kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
-    ALL_ATTENTION_FUNCTIONS[NAME] = attention(bits, group, turned, skeleton.implementation)
+    ALL_ATTENTION_FUNCTIONS[NAME] = attention(bits, group, turned, layerwise.implementation)
     with environment.deterministic(config.seed), phases.phase("layers"):
-        streams = layers.open_streams(skeleton, windows.calib[:1], windows.measured, kinds and kinds.windows)
+        streams = layers.open_streams(layerwise, windows.calib[:1], windows.measured, kinds and kinds.windows)
         pairs = list(zip(streams.measured_original, streams.measured_converted, strict=True))
-        kwargs = {states.length: skeleton.layer_kwargs(states.length) for states, _ in pairs}
+        kwargs = {states.length: layerwise.layer_kwargs(states.length) for states, _ in pairs}
         for index in range(shape.layers):
-            with skeleton.layer(index, skeleton.layer_tensors(index)) as layer, torch.no_grad(), skeleton.autocast():
+            with layerwise.layer(index, layerwise.layer_tensors(index)) as layer, torch.no_grad(), layerwise.autocast():
                 for original, compressed in pairs:
                     own = kwargs[original.length][index]
                     original.advance(lambda hidden, own=own, layer=layer: first_output(layer(hidden, **own)))
-                    with skeleton.attention(NAME):
+                    with layerwise.attention(NAME):
                         compressed.advance(lambda hidden, own=own, layer=layer: first_output(layer(hidden, **own)))
     with phases.phase("evaluate"):
-        found = measure.figures(
+        found = measure.perplexity_section(
             windows,
-            streamed.scores(skeleton, windows.measured, streams.eval_original.data, streams.eval_converted.data),
+            streamed.scores(layerwise, windows.measured, streams.eval_original.data, streams.eval_converted.data),
         )
         if kinds:
             states = streams.suite_original.data, streams.suite_converted.data
-            found["suite"] = suite.figures(kinds, streamed.scores(skeleton, kinds.windows, *states))
+            found["suite"] = suite.suite_section(kinds, streamed.scores(layerwise, kinds.windows, *states))
     share = bytes_share(bits, group)
     return finite({
-        "cache": {"numbers_per_token_per_layer": {"after": share * shape.cache_numbers}, "kv_lora_rank": 0, "qk_rope_head_dim": 0,
+        "cache": {"numbers_per_token_per_layer": {"after": share * shape.cache_width}, "kv_lora_rank": 0, "qk_rope_head_dim": 0,
                   "share_saved": 1 - share},
         "evaluation": found, "calibration": {"protocol": "nothing"},
         "phases": phases.results, "device": environment.device_name(device), "versions": environment.versions(),

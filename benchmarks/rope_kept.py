@@ -23,13 +23,13 @@ from mla_convert.core.report_file import finite
 from mla_convert.core.settings import ConvertConfig, build_config
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import Rotation, Skeleton
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, Rotation
 from mla_convert.method.calibrate.statistics import Statistics, attention_kwargs, layer_statistics
 from mla_convert.method.factorise.layer import half_split, source_weights
 from mla_convert.method.factorise.sizes import Plan, make_plan
 from mla_convert.method.factorise.svd import _affine, _key_cost, _latent, _moments
 from mla_convert.pipeline import layers, streamed
-from mla_convert.report.report import cache_figures
+from mla_convert.report.report import cache_section
 from mla_convert.source import texts
 from mla_convert.source.source import Source, open_source
 
@@ -52,7 +52,7 @@ def rotated_mean(cost: Tensor, statistics: Statistics) -> Tensor:
 def compress(source: Source, attention: nn.Module, statistics: Statistics, rank: int, rotation: Rotation) -> None:
     """Put the stock attention's key and value projections through the best joint latent of that rank."""
     shape, family = source.shape, source.family
-    weights = source_weights(attention, family, shape, 2 * rotation.turning)
+    weights = source_weights(attention, family, shape, 2 * rotation.num_rotary_freqs)
     q, k, v = (_affine(getattr(weights, n), getattr(weights, n + "_bias")) for n in "qkv")
     q_heads, v_heads = q.view(shape.num_heads, shape.head_dim, -1), v.view(shape.num_kv_heads, shape.head_dim, -1)
     o_heads = weights.o.double().view(-1, shape.num_heads, shape.head_dim).transpose(0, 1)
@@ -65,7 +65,7 @@ def compress(source: Source, attention: nn.Module, statistics: Statistics, rank:
     encode, decode, _ = _latent(rows @ tokens @ rows.T, torch.block_diag(*blocks), rank)
     k, v = (decode @ (encode @ rows)).chunk(2)
     # back to the order of rows that the stock module has
-    order = half_split(shape.head_dim, 2 * rotation.turning, family.interleaved).argsort().to(k.device)
+    order = half_split(shape.head_dim, 2 * rotation.num_rotary_freqs, family.interleaved).argsort().to(k.device)
     k = k.unflatten(0, (-1, shape.head_dim))[:, order].flatten(0, 1)
     for name, found in (("k", k), ("v", v)):
         projection = getattr(attention, family.projections[name])
@@ -80,40 +80,40 @@ def evaluate(config: ConvertConfig) -> dict:
     phases = environment.Phases(device)
     with phases.phase("open"):
         source = open_source(config.source, config.revision)
-        shape, skeleton = source.shape, Skeleton(source, device)
+        shape, layerwise = source.shape, LayerwiseModel(source, device)
         if shape.normed or source.family.fused:
             raise InputError(
                 f"{source.name} has fused or normed keys: this reference needs their own linear projections"
             )
         plan = make_plan(config, shape)
-        plan = Plan(plan.cache_numbers, 0, shape)
+        plan = Plan(plan.cache_width, 0, shape)
         model = texts.reach(source.config, learned=not source.family.rotary)
         windows = texts.load_windows(config, source.tokenizer(), device.type == "cuda", model, shape.hidden_size)
     with environment.deterministic(config.seed), phases.phase("layers"):
-        streams = layers.open_streams(skeleton, windows.calib, windows.measured)
+        streams = layers.open_streams(layerwise, windows.calib, windows.measured)
         originals = (streams.calib_original, streams.eval_original)
         compressed = (streams.calib_converted, streams.eval_converted)
-        kwargs = {states.length: skeleton.layer_kwargs(states.length) for states in originals}
-        eager = attention_kwargs(skeleton, streams.calib_original.length)
+        kwargs = {states.length: layerwise.layer_kwargs(states.length) for states in originals}
+        eager = attention_kwargs(layerwise, streams.calib_original.length)
 
         def advance(layer: nn.Module, index: int, several: tuple[Activations, ...]) -> None:
             for states in several:
-                with torch.no_grad(), skeleton.autocast():
+                with torch.no_grad(), layerwise.autocast():
                     own = kwargs[states.length][index]
                     states.advance(lambda hidden, own=own: _first(layer(hidden, **own)))
 
         for index in range(shape.layers):
-            with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
+            with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
                 advance(layer, index, originals)
-                statistics = layer_statistics(skeleton, layer, streams.calib_converted, eager[index])
-                rotation = skeleton.rotation(index, eager[index])
+                statistics = layer_statistics(layerwise, layer, streams.calib_converted, eager[index])
+                rotation = layerwise.rotation(index, eager[index])
                 compress(source, getattr(layer, source.family.attention), statistics, plan.rank, rotation)
                 advance(layer, index, compressed)
     with phases.phase("evaluate"):
-        losses = streamed.scores(skeleton, windows.measured, originals[1].data, compressed[1].data)
+        losses = streamed.scores(layerwise, windows.measured, originals[1].data, compressed[1].data)
     return finite({
-        "cache": cache_figures(plan, source.dtype.itemsize, source.sliding_windows),
-        "evaluation": measure.figures(windows, losses), "calibration": {"protocol": windows.calib_protocol},
+        "cache": cache_section(plan, source.dtype.itemsize, source.sliding_windows),
+        "evaluation": measure.perplexity_section(windows, losses), "calibration": {"protocol": windows.calib_protocol},
         "phases": phases.results, "device": environment.device_name(device), "versions": environment.versions(),
         "seconds": round(time.perf_counter() - began, 2),
     })  # fmt: skip

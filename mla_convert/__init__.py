@@ -11,6 +11,7 @@ from typing import Any
 
 from wrapt import when_imported
 
+from mla_convert import moved  # noqa: F401  (finds what version 0.1 had elsewhere)
 from mla_convert.version import __version__
 
 _PUBLIC = {

@@ -46,12 +46,12 @@ def test_curve_of_noise_never_rises():
 
 def test_equal_layers_get_equal_sizes_and_all_of_the_budget():
     sizes = allocate(PLAN, losses(PLAN, 2, [(1, 1)] * 3), 2, 1.0)
-    assert len(set(sizes)) == 1 and sizes[0].numbers == PLAN.cache_numbers
+    assert len(set(sizes)) == 1 and sizes[0].width == PLAN.cache_width
 
 
 def test_who_loses_more_gets_more():
     sizes = allocate(PLAN, losses(PLAN, 2, [(0.1, 1), (1, 1), (10, 1)]), 2, 1.0)
-    assert sum(size.numbers for size in sizes) == 3 * PLAN.cache_numbers
+    assert sum(size.width for size in sizes) == 3 * PLAN.cache_width
     assert sizes[0].rank < sizes[1].rank < sizes[2].rank
     sizes = allocate(PLAN, losses(PLAN, 2, [(1, 0.1), (1, 1), (1, 10)]), 2, 1.0)
     assert sizes[0].rope_dim < sizes[1].rope_dim < sizes[2].rope_dim
@@ -86,7 +86,7 @@ def test_rotary_losses_can_count_less():
 def test_small_and_large_budgets(plan):
     sizes = allocate(plan, losses(plan, 2, [(1, 1), (5, 2), (0.1, 9)]), 2, 1.0)
     # the least that a layer has is one unit of each
-    assert sum(size.numbers for size in sizes) <= 3 * max(plan.cache_numbers, 4)
+    assert sum(size.width for size in sizes) <= 3 * max(plan.cache_width, 4)
     for size in sizes:
         assert 2 <= size.rank <= SHAPE.full_rank(size.rope_dim) and size.rope_dim < SHAPE.full_rope_dim
 
@@ -96,4 +96,4 @@ def test_a_layer_without_rope_gets_rank_only():
     found[1] = LayerLoss({**found[1].rank, SHAPE.full_rank(0): 1e-9}, {0: 0.0})
     sizes = allocate(PLAN, found, 2, 1.0)
     assert sizes[1].rope_dim == 0 and sizes[1].rank >= sizes[0].rank > 0 < sizes[0].rope_dim
-    assert sum(size.numbers for size in sizes) == 3 * PLAN.cache_numbers
+    assert sum(size.width for size in sizes) == 3 * PLAN.cache_width

@@ -64,7 +64,7 @@ def test_figures_and_picture(configs):
     original, converted = configs
     sides = [("ours", lambda: bench_models.random_model(converted, torch.float32, CPU, original)),
              ("theirs", lambda: bench_models.random_model(original, torch.float32, CPU))]  # fmt: skip
-    wanted = bench.Wanted((16, 32), (1, 2), (8,), price=3.6, steps=3)
+    wanted = bench.BenchRequest((16, 32), (1, 2), (8,), price=3.6, steps=3)
     figures = bench.bench(sides, wanted, CPU)
     assert json.loads(json.dumps(figures)) == figures
     ours, theirs = figures["models"]

@@ -7,7 +7,7 @@ import torch
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate import statistics as calibrate
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise.layer import build_attention, mla_config
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source.source import open_source
@@ -19,7 +19,7 @@ LAYER = 1
 @pytest.fixture(scope="module", params=["llama3-rope", "mistral-window", "qwen2"])
 def measured(request, sources):
     """Statistics of one layer, and what they should be: its inputs x~ (N, T, d+1) and attention (N, H, T, T)."""
-    skeleton = Skeleton(open_source(str(sources(request.param))), torch.device("cpu"))
+    layerwise = LayerwiseModel(open_source(str(sources(request.param))), torch.device("cpu"))
     ids = torch.randint(3, pico.VOCAB, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     model = pico.model(request.param)
     model.set_attn_implementation("eager")
@@ -27,10 +27,10 @@ def measured(request, sources):
         output = model(ids, output_attentions=True, output_hidden_states=True)
         hidden = output.hidden_states[LAYER]
         rows = model.model.layers[LAYER].input_layernorm(hidden)
-    states = Activations(hidden, skeleton.device, torch.float32)
-    kwargs = calibrate.attention_kwargs(skeleton, LENGTH)[LAYER]
-    with skeleton.layer(LAYER, skeleton.layer_tensors(LAYER)) as layer:
-        statistics = calibrate.layer_statistics(skeleton, layer, states, kwargs)
+    states = Activations(hidden, layerwise.device, torch.float32)
+    kwargs = calibrate.attention_kwargs(layerwise, LENGTH)[LAYER]
+    with layerwise.layer(LAYER, layerwise.layer_tensors(LAYER)) as layer:
+        statistics = calibrate.layer_statistics(layerwise, layer, states, kwargs)
     x = torch.cat([rows, torch.ones(WINDOWS, LENGTH, 1)], -1).double()
     return statistics, x, output.attentions[LAYER].double()
 
@@ -70,20 +70,22 @@ def test_statistics_are_positive_and_finite(measured):
 @pytest.mark.parametrize("name", ["qwen3-bias-window", "olmo2", "stablelm-12b", "cohere-norm"])
 def test_moments_behind_norms(sources, name):
     """With norms on queries and keys the moments are those of [normed key; value] and of each head's normed query."""
-    skeleton = Skeleton(open_source(str(sources(name))), torch.device("cpu"))
-    plan = make_plan(Settings(), skeleton.source.shape)
-    hidden = torch.randn(WINDOWS, LENGTH, skeleton.source.shape.hidden_size, generator=torch.Generator().manual_seed(0))
-    states = Activations(hidden, skeleton.device, torch.float32)
-    kwargs = calibrate.attention_kwargs(skeleton, LENGTH)[LAYER]
+    layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
+    plan = make_plan(Settings(), layerwise.source.shape)
+    hidden = torch.randn(
+        WINDOWS, LENGTH, layerwise.source.shape.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
+    states = Activations(hidden, layerwise.device, torch.float32)
+    kwargs = calibrate.attention_kwargs(layerwise, LENGTH)[LAYER]
     seen = {}
-    with skeleton.layer(LAYER, skeleton.layer_tensors(LAYER)) as layer:
+    with layerwise.layer(LAYER, layerwise.layer_tensors(LAYER)) as layer:
         stock = layer.self_attn
-        student = build_attention(mla_config(skeleton.source, plan, torch.float32), stock, skeleton.device)
-        statistics = calibrate.layer_statistics(skeleton, layer, states, kwargs, student)
+        student = build_attention(mla_config(layerwise.source, plan, torch.float32), stock, layerwise.device)
+        statistics = calibrate.layer_statistics(layerwise, layer, states, kwargs, student)
         for part in ("q_norm", "k_norm", "v_proj"):
             module = getattr(stock, part, None) or getattr(stock, part.replace("norm", "layernorm"))
             module.register_forward_hook(lambda _, __, output, part=part: seen.update({part: output}))
-        stock(hidden_states=skeleton.source.family.entry(layer)(hidden), **kwargs)
+        stock(hidden_states=layerwise.source.family.entry(layer)(hidden), **kwargs)
     for part, rows in seen.items():
         rows = rows.transpose(1, 2) if name == "stablelm-12b" and part != "v_proj" else rows
         seen[part] = rows.reshape(WINDOWS, LENGTH, -1)

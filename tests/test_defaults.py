@@ -24,7 +24,7 @@ INPUT = 4
 @pytest.mark.parametrize("variant", pico.VARIANTS)
 def test_sizes_are_shared_out_in_every_family(variant, convert_pico):
     report = convert_pico(variant, kv_ratio=0.5, **SMALL)
-    assert math.isfinite(report.ratio)
+    assert math.isfinite(report.perplexity_ratio)
     rotary = FAMILIES[pico.VARIANTS[variant][0]].rotary
     sizes = [(layer["kv_lora_rank"], layer["qk_rope_head_dim"]) for layer in report.layers]
     assert all(rank > 0 and (rope >= 0 if rotary else rope == 0) for rank, rope in sizes)
@@ -127,9 +127,9 @@ def test_layers_that_say_nothing(variant, name, sources, convert_folder, tmp_pat
     SILENT[name](tensors)
     save_file(tensors, source / WEIGHTS, {"format": "pt"})
     whole = convert_folder(source, rank="full", rope_dim="full", dtype="float32")
-    assert whole.ratio == pytest.approx(1, abs=1e-4)
+    assert whole.perplexity_ratio == pytest.approx(1, abs=1e-4)
     half = convert_folder(source, kv_ratio=0.5, refine_steps=2, dtype="float32", **SMALL)
-    assert 0.2 < half.ratio < 4
+    assert 0.2 < half.perplexity_ratio < 4
 
 
 TENSORS = ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight",

@@ -18,7 +18,7 @@ def report(convert_pico):
 def test_report_card_page_and_recipe_say_so(report):
     content = json.loads((report.out / "report.json").read_text())
     assert content["evaluation"]["skipped"] is True and content["evaluation"]["ratio"] is None
-    assert report.ratio is None and content["settings"]["eval"] == "none"
+    assert report.perplexity_ratio is None and content["settings"]["eval"] == "none"
     card = (report.out / "README.md").read_text()
     assert (
         "perplexity not evaluated" in card and "--eval none" in card and "×" not in card and "model-index" not in card

@@ -58,7 +58,7 @@ def test_perplexity_is_that_of_the_conversion(convert_pico, sources, measure, na
         assert ours.value == pytest.approx(expected["value"], rel=1e-4)
         assert ours.log_error == pytest.approx(expected["log_error"], rel=1e-3)
         assert (ours.windows, ours.length) == (expected["windows"], expected["length"]) == (4, 48)
-    assert found.ratio.value == pytest.approx(report.ratio, rel=1e-4)
+    assert found.ratio.value == pytest.approx(report.perplexity_ratio, rel=1e-4)
     assert 0 < found.ratio.error < found.after.log_error + found.before.log_error
     assert found.kl.value > 0 and 0 < found.agreement.value < 1
     assert found.text == "text.txt" and found.protocol == report.evaluation["protocol"]
@@ -166,7 +166,7 @@ def test_gguf_original(convert_folder, measure, tmp_path):
     source = pico.save_gguf(tmp_path / "tiny.gguf")
     report = convert_folder(source, kv_ratio=0.5, dtype="float32")
     found = measure(report.out, source)
-    assert found.against == "tiny.gguf" and found.ratio.value == pytest.approx(report.ratio, rel=1e-4)
+    assert found.against == "tiny.gguf" and found.ratio.value == pytest.approx(report.perplexity_ratio, rel=1e-4)
     assert measure(source).after == found.before
 
 
@@ -304,7 +304,7 @@ def test_command(cli, convert_pico, sources, small):
     # another order of sums than the conversion's: the last digit shown may turn
     shown = [float(number) for number in re.findall(r"\d+\.\d{3}\b", out)]
     assert pytest.approx(report.evaluation["after"]["value"], abs=1.5e-3) in shown
-    assert float(re.search(r"×(\d\.\d{4})\b", out)[1]) == pytest.approx(report.ratio, abs=1.5e-4)
+    assert float(re.search(r"×(\d\.\d{4})\b", out)[1]) == pytest.approx(report.perplexity_ratio, abs=1.5e-4)
     assert "-50.0%" in out
     code, out, err = cli("eval", report.out, *small, "--quiet")
     assert code == 0 and not err and "KL" not in out and "config.json" in out
@@ -315,7 +315,7 @@ def test_json_is_all_there_is_on_stdout(cli, convert_pico, sources, small):
     code, out, err = cli("eval", report.out, "--against", sources("llama"), *small, "--json")
     assert code == 0 and "loading" in err
     found = json.loads(out)
-    assert found["evaluation"]["ratio"] == pytest.approx(report.ratio, rel=1e-4)
+    assert found["evaluation"]["ratio"] == pytest.approx(report.perplexity_ratio, rel=1e-4)
     assert found["cache"]["bytes_per_token"] == report.cache["bytes_per_token"]
     assert found["cache"]["share_saved"] == report.cache["share_saved"]
     assert found["evaluation"]["kl"].keys() == found["evaluation"]["agreement"].keys() == {"value", "error"}

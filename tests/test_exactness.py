@@ -109,4 +109,4 @@ def test_eager_equals_sdpa_and_gives_weights(pair, batch):
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_report_sees_no_loss(convert_pico, name):
     report = convert_pico(name, rank="full", rope_dim="full")
-    assert report.ratio == pytest.approx(1.0, abs=1e-5)
+    assert report.perplexity_ratio == pytest.approx(1.0, abs=1e-5)

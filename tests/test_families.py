@@ -133,7 +133,7 @@ def test_a_real_budget_is_finite_and_close(convert_pico, name):
     half, quarter = convert_pico(name, **HALF), convert_pico(name, **QUARTER)
     for report in (half, quarter):
         assert all(torch.isfinite(t).all() for t in tensors(report.out).values() if t.is_floating_point())
-        assert 0.4 < report.ratio < 2.5
+        assert 0.4 < report.perplexity_ratio < 2.5
         assert worst(report, "residual_error") <= worst(report, "residual_error_closed_form")
     assert report.cache["share_saved"] == pytest.approx(0.75, abs=0.05)
     assert worst(half, "output_error_closed_form") < 0.65

@@ -210,20 +210,25 @@ def test_measures_and_passes(cli, folder, sources, small, report):
     content = json.loads((folder / "report.json").read_text())
     content["evaluation"]["ratio"] = content["cache"]["share_saved"] = None
     (folder / "report.json").write_text(json.dumps(content))
-    code, out, err = cli("gate", folder, "--max-ppl-ratio", report.ratio * 1.001, "--min-kv-saving", "50%", "--max-ppl", 1e6,
+    ratio = report.perplexity_ratio
+    code, out, err = cli("gate", folder, "--max-ppl-ratio", ratio * 1.001, "--min-kv-saving", "50%", "--max-ppl", 1e6,
                          "--baseline", report.out / "report.json", "--against", sources("llama"), *small)  # fmt: skip
     assert code == 0 and not err
     assert (
-        f"×{report.ratio:.4f}" in out and out.count("pass") == 4 and "FAIL" not in out and "measured on text.txt" in out
+        f"×{report.perplexity_ratio:.4f}" in out
+        and out.count("pass") == 4
+        and "FAIL" not in out
+        and "measured on text.txt" in out
     )
 
 
 def test_measures_and_fails(cli, folder, sources, small, report):
-    code, out, err = cli("gate", folder, "--max-ppl-ratio", report.ratio * 0.999, "--min-kv-saving", "0.51", "--max-ppl", 1e6,
+    ratio = report.perplexity_ratio
+    code, out, err = cli("gate", folder, "--max-ppl-ratio", ratio * 0.999, "--min-kv-saving", "0.51", "--max-ppl", 1e6,
                          "--against", sources("llama"), *small)  # fmt: skip
     assert code == GATE and out.count("FAIL") == 2 and out.count("pass") == 1
     (line,) = err.splitlines()
-    assert line.startswith("mla-convert: 2 of 3 gates failed: ") and f"×{report.ratio:.4f}" in line
+    assert line.startswith("mla-convert: 2 of 3 gates failed: ") and f"×{report.perplexity_ratio:.4f}" in line
 
 
 def test_limits_that_need_no_original(cli, folder, small):
@@ -260,10 +265,10 @@ def test_not_finite_weights_fail(cli, folder, small):
 def test_from_report(cli, folder, report):
     for path in (folder, folder / "report.json"):
         code, out, err = cli(
-            "gate", path, "--from-report", "--max-ppl-ratio", report.ratio * 1.001, "--min-kv-saving", "0.5"
+            "gate", path, "--from-report", "--max-ppl-ratio", report.perplexity_ratio * 1.001, "--min-kv-saving", "0.5"
         )
         assert code == 0 and not err and "trusted from report.json" in out
-    code, out, _ = cli("gate", folder, "--from-report", "--max-ppl-ratio", report.ratio * 0.999)
+    code, out, _ = cli("gate", folder, "--from-report", "--max-ppl-ratio", report.perplexity_ratio * 0.999)
     assert code == GATE and "trusted from report.json" in out
 
 

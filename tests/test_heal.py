@@ -23,9 +23,9 @@ from mla_convert.core.units import parse_lengths, parse_tokens
 from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, run
 from mla_convert.heal import cuda_graph as passes
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
-from mla_convert.heal.teacher_student import Pair
+from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.modeling import distillation as divergence
-from mla_convert.modeling.distillation import distil
+from mla_convert.modeling.distillation import distillation_loss
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import IGNORED, LossWeights
 from mla_convert.report.html.page import page
@@ -39,7 +39,7 @@ QUIET = Progress(quiet=True)
 def pair_of(source, converted, **settings):
     settings = HealSettings(tokens=1, **settings)
     student = load_model(find_model(str(converted)), torch.float32, CPU)
-    return Pair(student, load_model(find_model(str(source)), torch.float32, CPU), settings, torch.float32)
+    return TeacherStudent(student, load_model(find_model(str(source)), torch.float32, CPU), settings, torch.float32)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
         model.zero_grad()
         hidden, theirs = (each.model(ids, use_cache=False).last_hidden_state for each in (model, original))
         if chunked:
-            loss, sums = distil(hidden, theirs, labels, Head(model), Head(original), mix)
+            loss, sums = distillation_loss(hidden, theirs, labels, Head(model), Head(original), mix)
         else:
             heat, tokens = mix.temperature, ids.numel()
             ours, target = model.lm_head(hidden).flatten(0, 1), original.lm_head(theirs).flatten(0, 1)
@@ -226,7 +226,7 @@ def test_captured_passes_are_checked(monkeypatch, replay):
     monkeypatch.setattr(passes, "_Captured", Captured)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     weight.grad = torch.zeros(3)
-    call = passes.Passes(run, [weight], capture=True)
+    call = passes.GraphedStep(run, [weight], capture=True)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for batch in batches:

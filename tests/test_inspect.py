@@ -158,7 +158,7 @@ def test_converted(cli, convert_pico):
     code, out, _ = cli("inspect", report.out)
     assert (
         code == 0
-        and f"×{report.ratio:.4f}" in out
+        and f"×{report.perplexity_ratio:.4f}" in out
         and "converted already" in out
         and f"{told['share_saved']:.1%}" in out
     )

@@ -263,7 +263,7 @@ def test_model_card(report):
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert results["perplexity"] == report.evaluation["after"]["value"]
     assert results["perplexity of the original"] == report.evaluation["before"]["value"]
-    assert f"×{report.ratio:.4f}" in card.text and "trust_remote_code=True" in card.text
+    assert f"×{report.perplexity_ratio:.4f}" in card.text and "trust_remote_code=True" in card.text
 
 
 def test_no_local_path_is_published(report):
@@ -328,7 +328,7 @@ def test_a_gguf_tokenizer_without_the_first_token_is_doubted(tmp_path, monkeypat
 def test_gguf_source(convert_folder, tmp_path):
     (tmp_path / "text.txt").write_text(pico.text())
     report = convert_folder(pico.save_gguf(tmp_path / "tiny.gguf"), rank="full", rope_dim="full", dtype="float32")
-    assert report.source["name"] == "tiny.gguf" and report.ratio == pytest.approx(1, abs=1e-5)
+    assert report.source["name"] == "tiny.gguf" and report.perplexity_ratio == pytest.approx(1, abs=1e-5)
     assert "quantization_config" not in json.loads((report.out / "config.json").read_text())
     model, original = AutoModelForCausalLM.from_pretrained(report.out).eval(), pico.model("llama")
     tokenizer = AutoTokenizer.from_pretrained(report.out)
@@ -360,7 +360,10 @@ def test_error_of_the_ratio_is_paired(convert_pico):
     evaluation = report.evaluation
     assert evaluation["ratio"] == pytest.approx(evaluation["after"]["value"] / evaluation["before"]["value"])
     assert 0 < evaluation["ratio_log_error"] < evaluation["after"]["log_error"] + evaluation["before"]["log_error"]
-    assert report_rows(report)[-1][-1] == f"×{report.ratio:.4f} ± {report.ratio * evaluation['ratio_log_error']:.4f}"
+    assert (
+        report_rows(report)[-1][-1]
+        == f"×{report.perplexity_ratio:.4f} ± {report.perplexity_ratio * evaluation['ratio_log_error']:.4f}"
+    )
 
 
 def test_held_out_text_is_measured_beside_the_evaluation(convert_pico, sources, tmp_path):

@@ -27,9 +27,9 @@ def test_ratio_is_met_from_below(shape, ratio):
     unit = 2 if shape is PICO else 16
     assert plan.rank > 0 and plan.rank <= shape.full_rank(plan.rope_dim)
     assert plan.rope_dim % 2 == 0 and 0 < plan.rope_dim <= min(64, shape.full_rope_dim)
-    assert plan.ratio <= ratio
+    assert plan.cache_ratio <= ratio
     if plan.rank < shape.full_rank(plan.rope_dim):
-        assert plan.ratio > ratio - unit / shape.cache_numbers
+        assert plan.cache_ratio > ratio - unit / shape.cache_width
         assert plan.rank % unit == plan.rope_dim % unit == 0
 
 
@@ -59,8 +59,8 @@ def test_full_rank_of_wide_heads_is_the_inputs():
 @pytest.mark.parametrize("rope_dim", [0, 2, 16])
 def test_sizes_given_are_taken(rope_dim):
     plan = make_plan(Settings(rank=9, rope_dim=rope_dim), PICO)
-    assert (plan.rank, plan.rope_dim, plan.cache_numbers) == (9, rope_dim, 9 + rope_dim)
-    assert plan.ratio == (9 + rope_dim) / 32 and not plan.exact
+    assert (plan.rank, plan.rope_dim, plan.cache_width) == (9, rope_dim, 9 + rope_dim)
+    assert plan.cache_ratio == (9 + rope_dim) / 32 and not plan.exact
     assert plan.qk_nope_head_dim == (0 if rope_dim == 16 else 8)
 
 

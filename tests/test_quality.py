@@ -74,7 +74,7 @@ def test_rope_kept_is_no_worse_than_a_conversion_of_the_same_size(rope_kept, con
     found = rope_kept("llama", kv_ratio=0.5, calib_noise=0, calib_samples=48, eval_windows=40)
     assert found["cache"]["kv_lora_rank"] == 16 and found["cache"]["qk_rope_head_dim"] == 0
     sizes = {"calib_noise": 0, "calib_samples": 48, "calib_length": 32, "eval_windows": 40, "eval_length": 32}
-    assert found["evaluation"]["ratio"] < convert_pico("llama", kv_ratio=0.5, **sizes).ratio
+    assert found["evaluation"]["ratio"] < convert_pico("llama", kv_ratio=0.5, **sizes).perplexity_ratio
 
 
 @pytest.fixture(scope="module")

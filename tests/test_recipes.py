@@ -37,12 +37,12 @@ def test_all_are_known_here():
 def test_recipe(name):
     recipe = find_recipe(name)
     plan = make_plan(recipe.settings, SHAPES[name])
-    assert 0 < plan.ratio < 1 and plan.rope_dim % 16 == plan.rank % 16 == 0
+    assert 0 < plan.cache_ratio < 1 and plan.rope_dim % 16 == plan.rank % 16 == 0
     assert recipe.source.startswith("package:") if name == "demo" else recipe.source.count("/") == 1
     said = re.search(r"(\d+%|half|a third|a quarter) (of )?its cache", recipe.description)
     if said:
         share = SAID[said[1]] if said[1] in SAID else int(said[1][:-1]) / 100
-        assert plan.ratio == pytest.approx(share, abs=0.005), "the description says another size"
+        assert plan.cache_ratio == pytest.approx(share, abs=0.005), "the description says another size"
 
 
 def test_names_and_aliases_are_unique():

@@ -11,7 +11,7 @@ import pytest
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, ResourceError, UsageError
 from mla_convert.core.runtime import newest_tried
-from mla_convert.core.sums import SUMS, Fault
+from mla_convert.core.sums import SUMS, CorruptCheckpoint
 from mla_convert.modeling.shipped_code import code_files
 from mla_convert.pipeline.refresh import refresh
 from mla_convert.publish.engines.export import export
@@ -63,7 +63,7 @@ def test_an_earlier_folder(old):
     assert sums.written_by(report) >= sums.SINCE
     assert verify(old).note is None
     (old / SUMS).unlink()
-    with pytest.raises(Fault, match="SHA256SUMS is missing"):
+    with pytest.raises(CorruptCheckpoint, match="SHA256SUMS is missing"):
         verify(old)
 
 

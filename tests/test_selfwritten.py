@@ -7,7 +7,7 @@ import torch
 from mla_convert.core.report_file import calibration_words
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate import self_generated as selfwritten
-from mla_convert.modeling.attention_backends import attend_grouped
+from mla_convert.modeling.attention_backends import sdpa_grouped_query
 from mla_convert.source.source import open_source
 
 CPU = torch.device("cpu")
@@ -109,4 +109,4 @@ def test_reports_say_what_was_written():
 def test_grouped_attention_refuses_what_it_does_not_know(given):
     query, key = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 3, 4)
     with pytest.raises(TypeError, match="neither soft caps nor sinks"):
-        attend_grouped(None, query, key, key, None, 0.5, **given)
+        sdpa_grouped_query(None, query, key, key, None, 0.5, **given)

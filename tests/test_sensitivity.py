@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mla_convert.core.settings import Settings
-from mla_convert.method.calibrate import layerwise as skeleton_module
+from mla_convert.method.calibrate import layerwise as layerwise_module
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source.source import open_source
@@ -17,18 +17,18 @@ WINDOWS, LENGTH = 3, 24
 
 
 @pytest.fixture(params=["llama3-rope", "mistral-window", "qwen2"])
-def skeleton(request, sources, monkeypatch):
+def layerwise(request, sources, monkeypatch):
     # slices that divide neither the vocabulary nor the window
-    monkeypatch.setattr(skeleton_module, "LOGIT_ROWS", 100)
-    monkeypatch.setattr(skeleton_module, "LOGIT_TOKENS", 13)
+    monkeypatch.setattr(layerwise_module, "LOGIT_ROWS", 100)
+    monkeypatch.setattr(layerwise_module, "LOGIT_TOKENS", 13)
     monkeypatch.setattr(sensitivity, "MASSIVE", torch.inf)
-    skeleton = Skeleton(open_source(str(sources(request.param))), torch.device("cpu"))
-    skeleton.whole = pico.model(request.param)
-    return skeleton
+    layerwise = LayerwiseModel(open_source(str(sources(request.param))), torch.device("cpu"))
+    layerwise.whole = pico.model(request.param)
+    return layerwise
 
 
-def embedded(skeleton, ids):
-    return Activations(skeleton.embed(ids), skeleton.device, torch.float32)
+def embedded(layerwise, ids):
+    return Activations(layerwise.embed(ids), layerwise.device, torch.float32)
 
 
 def tokens(seed=0):
@@ -57,19 +57,21 @@ def whole_gradients(model, ids, drawn):
     return [tensor.grad for tensor in kept], [tensor.grad for tensor in outputs]
 
 
-def test_gradient_of_drawn_tokens(skeleton):
+def test_gradient_of_drawn_tokens(layerwise):
     ids = tokens()
     with torch.no_grad():
-        out = skeleton.whole.model(ids, use_cache=False)
+        out = layerwise.whole.model(ids, use_cache=False)
         last = {}
-        hook = skeleton.whole.model.norm.register_forward_pre_hook(lambda _m, args: last.update(states=args[0].clone()))
-        skeleton.whole.model(ids, use_cache=False)
+        hook = layerwise.whole.model.norm.register_forward_pre_hook(
+            lambda _m, args: last.update(states=args[0].clone())
+        )
+        layerwise.whole.model(ids, use_cache=False)
         hook.remove()
-        logits = skeleton.whole.lm_head(out.last_hidden_state)
-    gradient = skeleton.output_gradient(last["states"], torch.Generator().manual_seed(1))
+        logits = layerwise.whole.lm_head(out.last_hidden_state)
+    gradient = layerwise.output_gradient(last["states"], torch.Generator().manual_seed(1))
     # which tokens were drawn follows from the gradient at the logits: the same noise, drawn again
-    drawn = drawn_tokens(skeleton, last["states"], 1)
-    expected = whole_gradients(skeleton.whole, ids, drawn)[1][-1]
+    drawn = drawn_tokens(layerwise, last["states"], 1)
+    expected = whole_gradients(layerwise.whole, ids, drawn)[1][-1]
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     # drawn, not the most likely ones: the mean loss is near the entropy
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
@@ -77,44 +79,44 @@ def test_gradient_of_drawn_tokens(skeleton):
     assert abs(float(loss - entropy)) < 1.0
 
 
-def drawn_tokens(skeleton, states, seed):
+def drawn_tokens(layerwise, states, seed):
     """What output_gradient draws: the same passes over the same slices, with the noise added to whole logits."""
     generator = torch.Generator().manual_seed(seed)
     best = torch.full(states.shape[:2], -torch.inf)
     drawn = torch.zeros(states.shape[:2], dtype=torch.int64)
     with torch.no_grad():
-        logits = skeleton.whole.lm_head(skeleton.whole.model.norm(states))
-    for start in range(0, pico.VOCAB, skeleton_module.LOGIT_ROWS):
+        logits = layerwise.whole.lm_head(layerwise.whole.model.norm(states))
+    for start in range(0, pico.VOCAB, layerwise_module.LOGIT_ROWS):
         for window in range(states.shape[0]):
-            for first in range(0, states.shape[1], skeleton_module.LOGIT_TOKENS):
+            for first in range(0, states.shape[1], layerwise_module.LOGIT_TOKENS):
                 part = logits[
-                    window, first : first + skeleton_module.LOGIT_TOKENS, start : start + skeleton_module.LOGIT_ROWS
+                    window, first : first + layerwise_module.LOGIT_TOKENS, start : start + layerwise_module.LOGIT_ROWS
                 ]
                 noise = torch.empty_like(part).exponential_(generator=generator).log_().neg_()
                 value, index = (part + noise).max(-1)
-                where = (window, slice(first, first + skeleton_module.LOGIT_TOKENS))
+                where = (window, slice(first, first + layerwise_module.LOGIT_TOKENS))
                 drawn[where] = torch.where(value > best[where], index + start, drawn[where])
                 best[where] = torch.maximum(best[where], value)
     return drawn
 
 
-def test_metric_is_that_of_the_whole_model(skeleton, tmp_path, monkeypatch):
+def test_metric_is_that_of_the_whole_model(layerwise, tmp_path, monkeypatch):
     found = []
     real = sensitivity._backward
     monkeypatch.setattr(sensitivity, "_backward", lambda *args: found.append(real(*args)) or found[-1])
     monkeypatch.setattr(sensitivity, "_losses", lambda *_: None)
-    ids, plan = tokens(), make_plan(Settings(kv_ratio=0.5), skeleton.source.shape)
+    ids, plan = tokens(), make_plan(Settings(kv_ratio=0.5), layerwise.source.shape)
     with Writer(tmp_path / "out", {}) as writer:
-        measured = sensitivity.sensitivities(skeleton, embedded(skeleton, ids), plan, 1, writer)
+        measured = sensitivity.sensitivities(layerwise, embedded(layerwise, ids), plan, 1, writer)
         assert not list(writer.folder.glob("*.tmp"))
     last = {}
-    hook = skeleton.whole.model.norm.register_forward_pre_hook(
+    hook = layerwise.whole.model.norm.register_forward_pre_hook(
         lambda _m, args: last.update(states=args[0].detach().clone())
     )
     with torch.no_grad():
-        skeleton.whole.model(ids, use_cache=False)
+        layerwise.whole.model(ids, use_cache=False)
     hook.remove()
-    gradients, behind = whole_gradients(skeleton.whole, ids, drawn_tokens(skeleton, last["states"], 1))
+    gradients, behind = whole_gradients(layerwise.whole, ids, drawn_tokens(layerwise, last["states"], 1))
     for squares, gradient in zip(measured.channels, behind, strict=True):
         expected = gradient.flatten(0, 1).double().square().mean(0)
         torch.testing.assert_close(squares, expected, rtol=1e-2, atol=1e-3 * float(expected.max()))
@@ -124,10 +126,10 @@ def test_metric_is_that_of_the_whole_model(skeleton, tmp_path, monkeypatch):
         torch.testing.assert_close(metric, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_losses_fall_and_are_small_where_little_is_left_out(skeleton, tmp_path):
-    plan = make_plan(Settings(kv_ratio=0.5), skeleton.source.shape)
+def test_losses_fall_and_are_small_where_little_is_left_out(layerwise, tmp_path):
+    plan = make_plan(Settings(kv_ratio=0.5), layerwise.source.shape)
     with Writer(tmp_path / "out", {}) as writer:
-        losses = sensitivity.sensitivities(skeleton, embedded(skeleton, tokens()), plan, 0, writer).losses
+        losses = sensitivity.sensitivities(layerwise, embedded(layerwise, tokens()), plan, 0, writer).losses
     assert len(losses) == plan.shape.layers
     for loss in losses:
         ranks, ropes = sorted(loss.rank), sorted(loss.rope)

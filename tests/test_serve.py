@@ -10,7 +10,7 @@ import pytest
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.publish.engines.target_engine import towards
+from mla_convert.publish.engines.target_engine import apply_constraints
 from mla_convert.source.source import open_source
 
 VLLM, MODEL = os.environ.get("MLA_CONVERT_VLLM_PYTHON"), os.environ.get("MLA_CONVERT_MODEL")
@@ -36,7 +36,7 @@ def exported(cli, tabled, tmp_path):
 
 
 class Like:
-    """A source as `towards` sees it."""
+    """A source as `apply_constraints` sees it."""
 
     def __init__(self, kv_heads, head_dim, hidden=4096, model_type="llama", rope="default", bias=False, normed=False):
         from types import SimpleNamespace
@@ -53,7 +53,7 @@ class Like:
 
 
 def settings(source, **options):
-    found = towards(ConvertConfig(source="model", **options), source)
+    found = apply_constraints(ConvertConfig(source="model", **options), source)
     return found.rank, found.rope_dim, found.planes, found.uniform
 
 
@@ -71,7 +71,7 @@ def test_towards_chooses_what_vllm_has_kernels_for():
 
 def test_towards_without_an_engine_changes_nothing():
     config = ConvertConfig(source="model", kv_ratio=0.3)
-    assert towards(config, Like(8, 128)) is config
+    assert apply_constraints(config, Like(8, 128)) is config
 
 
 @pytest.mark.parametrize(

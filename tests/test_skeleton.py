@@ -5,9 +5,9 @@ import pytest
 import torch
 from pico import VARIANTS, VOCAB, model
 
-from mla_convert.method.calibrate import layerwise as skeleton_module
+from mla_convert.method.calibrate import layerwise as layerwise_module
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.modeling import distillation as divergence
 from mla_convert.pipeline import streamed
 from mla_convert.source.source import open_source
@@ -16,16 +16,16 @@ from mla_convert.source.source import open_source
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
     # slices that divide neither the vocabulary nor the window
-    monkeypatch.setattr(skeleton_module, "LOGIT_ROWS", 100)
-    monkeypatch.setattr(skeleton_module, "LOGIT_TOKENS", 13)
+    monkeypatch.setattr(layerwise_module, "LOGIT_ROWS", 100)
+    monkeypatch.setattr(layerwise_module, "LOGIT_TOKENS", 13)
     windows = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(2))
-    skeleton = Skeleton(open_source(str(sources(name))), torch.device("cpu"))
-    states = Activations(skeleton.embed(windows), torch.device("cpu"), torch.float32)
-    kwargs = skeleton.layer_kwargs(40)
-    for index in range(len(skeleton.layers)):
-        with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
+    layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
+    states = Activations(layerwise.embed(windows), torch.device("cpu"), torch.float32)
+    kwargs = layerwise.layer_kwargs(40)
+    for index in range(len(layerwise.layers)):
+        with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
             states.advance(lambda hidden, layer=layer, own=kwargs[index]: layer(hidden, **own))
-    losses = streamed.scores(skeleton, windows, states.data).losses
+    losses = streamed.scores(layerwise, windows, states.data).losses
     torch.testing.assert_close(losses, pico.losses(model(name), windows), rtol=1e-4, atol=1e-4)
 
 
@@ -33,30 +33,30 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
 def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
     """From what the last layer gives, whatever a family does behind it: norm, biases, scales, soft caps."""
     monkeypatch.setattr(divergence, "CHUNK", 7 * VOCAB)
-    skeleton = Skeleton(open_source(str(sources(name))), torch.device("cpu"))
+    layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
     draw = torch.Generator().manual_seed(3)
-    expected = torch.randn(2, 9, skeleton.source.config.hidden_size, generator=draw)
+    expected = torch.randn(2, 9, layerwise.source.config.hidden_size, generator=draw)
     found = (expected + 0.3 * torch.randn(expected.shape, generator=draw)).requires_grad_(True)
     with torch.no_grad():
-        for start in skeleton.head_slices():
+        for start in layerwise.head_slices():
             assert start == 0  # one slice holds all of so small a vocabulary
-            ours, theirs = (skeleton.logits(each.flatten(0, 1)[None]).log_softmax(-1) for each in (found, expected))
-    with skeleton.divergence() as distance:
+            ours, theirs = (layerwise.logits(each.flatten(0, 1)[None]).log_softmax(-1) for each in (found, expected))
+    with layerwise.divergence() as distance:
         value = distance(found, expected)
         assert float(distance(expected, expected)) == pytest.approx(0, abs=1e-6)
     value.backward()
     assert float(value.detach()) == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
-    with torch.no_grad(), skeleton.divergence() as distance:
+    with torch.no_grad(), layerwise.divergence() as distance:
         step = 1e-3 * found.grad / found.grad.norm()
         gained = float(distance(found + step, expected) - distance(found - step, expected))
     assert gained == pytest.approx(2e-3 * float(found.grad.norm()), rel=0.05)
-    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    assert all(parameter.is_meta for parameter in layerwise.model.parameters())
 
 
 def test_nothing_stays_in_memory(sources):
-    skeleton = Skeleton(open_source(str(sources("llama"))), torch.device("cpu"))
-    with skeleton.layer(1, skeleton.layer_tensors(1)) as layer:
+    layerwise = LayerwiseModel(open_source(str(sources("llama"))), torch.device("cpu"))
+    with layerwise.layer(1, layerwise.layer_tensors(1)) as layer:
         assert not any(parameter.is_meta for parameter in layer.parameters())
-        assert all(parameter.is_meta for parameter in skeleton.layers[0].parameters())
-    skeleton.embed(torch.zeros(1, 4, dtype=torch.int64))
-    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+        assert all(parameter.is_meta for parameter in layerwise.layers[0].parameters())
+    layerwise.embed(torch.zeros(1, 4, dtype=torch.int64))
+    assert all(parameter.is_meta for parameter in layerwise.model.parameters())

@@ -23,8 +23,8 @@ from mla_convert.evaluate.quality import kinds, suite
 from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.evaluate.quality.kinds import KINDS
 from mla_convert.evaluate.quality.perplexity import Scores
-from mla_convert.method.calibrate import layerwise as skeleton
-from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.calibrate import layerwise
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.pipeline import streamed
 from mla_convert.report.quality_rows import heal_rows
 from mla_convert.report.tables import report_rows
@@ -109,18 +109,18 @@ def test_dialogue_is_written_by_the_chat_template():
 
 def test_streamed_scores_are_those_of_whole_logits(sources, monkeypatch):
     """Slices of the vocabulary and pieces of a window change nothing."""
-    made = Skeleton(open_source(str(sources("llama"))), CPU)
+    made = LayerwiseModel(open_source(str(sources("llama"))), CPU)
     draw = torch.Generator().manual_seed(1)
     windows = torch.randint(3, pico.VOCAB, (2, 9), generator=draw)
     original = 2 * torch.randn(2, 9, made.source.config.hidden_size, generator=draw)
     converted = original + 0.5 * torch.randn(original.shape, generator=draw)
-    monkeypatch.setattr(skeleton, "LOGIT_ROWS", pico.VOCAB)
+    monkeypatch.setattr(layerwise, "LOGIT_ROWS", pico.VOCAB)
     with torch.no_grad():
         for _ in made.head_slices():
             theirs, ours = (torch.stack([made.logits(row[None, :-1]) for row in states]).log_softmax(-1)
                             for states in (original, converted))  # fmt: skip
     for row_slice, tokens in ((pico.VOCAB, 1024), (90, 5)):
-        monkeypatch.setattr(skeleton, "LOGIT_ROWS", row_slice)
+        monkeypatch.setattr(layerwise, "LOGIT_ROWS", row_slice)
         monkeypatch.setattr(streamed, "LOGIT_TOKENS", tokens)
         found = streamed.scores(made, windows, original, converted)
         for values, losses in ((ours, found.losses), (theirs, found.original)):
@@ -132,7 +132,7 @@ def test_streamed_scores_are_those_of_whole_logits(sources, monkeypatch):
 
 
 def test_a_token_that_is_impossible_adds_nothing(sources, monkeypatch):
-    made = Skeleton(open_source(str(sources("llama"))), CPU)
+    made = LayerwiseModel(open_source(str(sources("llama"))), CPU)
     states = torch.randn(1, 5, made.source.config.hidden_size, generator=torch.Generator().manual_seed(1))
     whole = made.logits
 

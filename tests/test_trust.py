@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_schema import check_report
-from mla_convert.core.sums import SUMS, Fault
+from mla_convert.core.sums import SUMS, CorruptCheckpoint
 from mla_convert.publish.engines.export import export
 from mla_convert.report.html.page import page_text
 from mla_convert.report.update import write_into_report
@@ -251,7 +251,7 @@ def test_a_damaged_folder_is_no_input(folder, tmp_path, cli, command, name):
         code == INPUT and name in err.replace("configuration", "config.json") and len(err.splitlines()) == 1 and not out
     )
     assert not (tmp_path / "out").exists()
-    with pytest.raises(Fault):
+    with pytest.raises(CorruptCheckpoint):
         verify(folder)
 
 
@@ -405,7 +405,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(folder, tmp_path):
     assert read_licence(tmp_path) == {"license": None}
     (folder / SUMS).unlink()
     os.mkfifo(folder / SUMS)
-    with pytest.raises(Fault, match=f"{SUMS} cannot be read"):
+    with pytest.raises(CorruptCheckpoint, match=f"{SUMS} cannot be read"):
         verify(folder)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_convert.core.sums import SUMS, Fault, listed, seal, sha256
+from mla_convert.core.sums import SUMS, CorruptCheckpoint, listed, seal, sha256
 from mla_convert.write.verify import verify
 
 INPUT = 4
@@ -25,8 +25,8 @@ def folder(convert_pico, tmp_path):
     return shutil.copytree(convert_pico("llama", rank=10, rope_dim=6).out, tmp_path / "converted")
 
 
-def fault(folder) -> Fault:
-    with pytest.raises(Fault) as caught:
+def fault(folder) -> CorruptCheckpoint:
+    with pytest.raises(CorruptCheckpoint) as caught:
         verify(folder)
     assert "\n" not in str(caught.value)
     return caught.value

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from mla_convert.core.progress import Progress
 from mla_convert.heal import HealSettings, data, loop, run
 from mla_convert.heal.state import StateFolder
-from mla_convert.heal.teacher_student import Pair
+from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.source import texts
 from mla_convert.source.load_model import find_model, load_model, load_tokenizer
 from mla_convert.source.tokens import ordinary_tokens
@@ -67,7 +67,7 @@ def settings_of(args, **own):
 
 def make_pair(converted, teacher, settings):
     student = load_model(find_model(converted), torch.float32 if settings.train == "all" else "auto", HOST)
-    return Pair(student, load_model(find_model(teacher), FROZEN, HOST), settings, FROZEN)
+    return TeacherStudent(student, load_model(find_model(teacher), FROZEN, HOST), settings, FROZEN)
 
 
 def mark(args, name):

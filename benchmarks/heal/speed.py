@@ -21,7 +21,7 @@ from common import (
 )
 
 from mla_convert.heal import data, loop
-from mla_convert.heal.cuda_graph import EAGER_PASSES, Passes
+from mla_convert.heal.cuda_graph import EAGER_PASSES, GraphedStep
 from mla_convert.source.load_model import find_model, load_model
 
 # Settings, and whether passes are captured as CUDA graphs.
@@ -100,7 +100,7 @@ def ours(args, batch, name, own, capture):
         engine.backward(loss)
         return loss.detach()
 
-    run = Passes(forward_backward, parameters, capture and CUDA)
+    run = GraphedStep(forward_backward, parameters, capture and CUDA)
 
     def step():
         run(batch, 1.0, first=True)

@@ -135,7 +135,7 @@ def bench(
 
     where = pick_device(device)
     sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), where)
-    wanted = measuring.Wanted(contexts, batches, prompts, limit, price, steps)
+    wanted = measuring.BenchRequest(contexts, batches, prompts, limit, price, steps)
     console = Terminal(stderr=True)
     note = (lambda _: None) if quiet else (lambda words: console.print(words, style="dim", highlight=False))
     figures = measuring.bench(sides, wanted, where, note)

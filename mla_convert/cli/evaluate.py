@@ -149,10 +149,10 @@ def evaluate(
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
     from mla_convert.evaluate.quality.evaluation import evaluate_model
-    from mla_convert.evaluate.quality.probes import GREEDY_TOKENS, Probes
+    from mla_convert.evaluate.quality.probes import GREEDY_TOKENS, ProbeSettings
     from mla_convert.report.tables import print_evaluation
 
-    probes = Probes(passkey=passkey or passkey_length is not None, passkey_length=passkey_length, greedy=greedy,
+    probes = ProbeSettings(passkey=passkey or passkey_length is not None, passkey_length=passkey_length, greedy=greedy,
                     greedy_tokens=GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
                     tasks=names, task_limit=task_limit)  # fmt: skip
     try:

@@ -78,11 +78,11 @@ def default_out(folder: Path, profile: str) -> Path:
 
 def summary(found) -> str:
     """What was written, in two lines."""
-    sizes, more = found.sizes, found.sizes.cache_numbers - found.source_numbers
+    sizes, more = found.sizes, found.sizes.cache_width - found.source_numbers
     padding = f", of which {more:g} are padding" if more else ""
     return (
         f"{found.out}: profile {found.profile}, {found.dtype}, rank {sizes.rank} + {sizes.rope_dim} rotary, heads of "
         f"{sizes.nope_dim} + {sizes.rope_dim} and {sizes.v_dim}\n"
-        f"{sizes.cache_numbers} numbers cached per token and layer{padding}; the latent norm changes a latent by at most "
+        f"{sizes.cache_width} numbers cached per token and layer{padding}; the latent norm changes a latent by at most "
         f"{found.distortion:.0e} of itself"
     )

@@ -31,6 +31,7 @@ from mla_convert.cli import (
 from mla_convert.cli.options import is_verbose
 from mla_convert.core.errors import GateFailed, InputError, Interrupted, MlaConvertError, ReaderGone, ResourceError
 from mla_convert.core.words import drop_output, open_streams, say
+from mla_convert.moved import callable_as_before
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a bug, 2 usage, 3 a gate failed, 4 bad input, 5 resources (disk, device, network), "
@@ -170,3 +171,6 @@ def _fail(message: str, code: int) -> None:
     with contextlib.suppress(ReaderGone, OSError):
         say(f"mla-convert: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+callable_as_before(__name__)

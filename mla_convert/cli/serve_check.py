@@ -51,10 +51,10 @@ def serve_check(
 ) -> None:
     """Ask an engine and the converted model the same, and compare. Exit code 3: the engine answers something else."""
     silence_libraries(True)
-    from mla_convert.publish.engines.serve_check import Asking
+    from mla_convert.publish.engines.serve_check import EngineRequest
     from mla_convert.publish.engines.serve_check import serve_check as check
 
-    how = Asking(engine, python, dtype, model_impl, trust_remote_code, gguf, server, limit)
+    how = EngineRequest(engine, python, dtype, model_impl, trust_remote_code, gguf, server, limit)
     found = check(folder, how, against)
     if json_:
         say(json.dumps(found.as_dict(), indent=2))

@@ -28,13 +28,13 @@ def verify(
 ) -> None:
     """Check every byte of a converted or exported folder, tensor names, shapes, values. Exit code 4 names the first fault."""
     silence_libraries(quiet)
-    from mla_convert.core.sums import Fault
+    from mla_convert.core.sums import CorruptCheckpoint
     from mla_convert.core.units import human_bytes
     from mla_convert.write.verify import verify as verify_folder
 
     try:
         found = verify_folder(folder)
-    except Fault as fault:
+    except CorruptCheckpoint as fault:
         if json_:
             content = {
                 "ok": False,

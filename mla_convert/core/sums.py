@@ -28,7 +28,7 @@ SINCE = Version("0.2.0.dev0")
 FOREIGN = (".gitattributes", ".cache", ".git")
 
 
-class Fault(InputError):  # noqa: N818  (it describes a folder)
+class CorruptCheckpoint(InputError):  # noqa: N818  (it describes a folder)
     """The first thing found wrong: in which file, and of which tensor if it is one's."""
 
     def __init__(self, message: str, file: str, tensor: str | None = None):
@@ -71,16 +71,16 @@ def read(folder: Path) -> dict[str, str]:
     """Digest by name, as SHA256SUMS states them.
 
     Raises:
-        Fault: it cannot be read, or is not exactly as `seal` writes it.
+        CorruptCheckpoint: it cannot be read, or is not exactly as `seal` writes it.
     """
     try:
         content = read_regular(folder / SUMS)
         found = [LINE.fullmatch(line) for line in content.decode("ascii").split("\n")[:-1]]
     except (OSError, ValueError) as error:
-        raise Fault(f"{SUMS} cannot be read ({error}): damaged or changed", SUMS) from error
+        raise CorruptCheckpoint(f"{SUMS} cannot be read ({error}): damaged or changed", SUMS) from error
     sums = {match[2]: match[1] for match in found if match}
     if not sums or text(sums).encode() != content:
-        raise Fault(f"{SUMS} is not as mla-convert writes it: damaged or changed", SUMS)
+        raise CorruptCheckpoint(f"{SUMS} is not as mla-convert writes it: damaged or changed", SUMS)
     return sums
 
 
@@ -90,20 +90,20 @@ def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
     `accept` names files that may differ from it.
 
     Raises:
-        Fault: the first file that is not as it says.
+        CorruptCheckpoint: the first file that is not as it says.
     """
     stated, present, found = read(folder), listed(folder), {}
     for name in present:
         if name not in stated and name not in accept:
             shown = name if NAME.fullmatch(name) else ascii(name[:100])
-            raise Fault(f"{shown} is not listed in {SUMS}: it does not belong here", name)
+            raise CorruptCheckpoint(f"{shown} is not listed in {SUMS}: it does not belong here", name)
     for name in stated:
         if name not in present:
-            raise Fault(f"{name} is missing: {SUMS} lists it", name)
+            raise CorruptCheckpoint(f"{name} is missing: {SUMS} lists it", name)
     for name in present:
         found[name] = _digest(folder, name)
         if name not in accept and found[name] != stated[name]:
-            raise Fault(
+            raise CorruptCheckpoint(
                 f"{name} has sha256 {found[name][:12]}…, {SUMS} says {stated[name][:12]}…: damaged or changed", name
             )
     return found
@@ -111,26 +111,26 @@ def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
 
 def _digest(folder: Path, name: str) -> str:
     if not (folder / name).is_file():
-        raise Fault(f"{name} is no regular file", name)
+        raise CorruptCheckpoint(f"{name} is no regular file", name)
     try:
         return sha256(folder / name)
     except OSError as error:
-        raise Fault(f"{name} cannot be read: {error.strerror}", name) from error
+        raise CorruptCheckpoint(f"{name} cannot be read: {error.strerror}", name) from error
 
 
 def is_sealed(folder: Path, report: dict[str, Any], file: str) -> bool:
     """Whether a folder has a SHA256SUMS; False for one that an earlier version wrote, by what `report` (in `file`) says.
 
     Raises:
-        Fault: it has none, and should.
+        CorruptCheckpoint: it has none, and should.
     """
     if os.path.lexists(folder / SUMS):
         return True
     by = written_by(report)
     if by is None:
-        raise Fault(f"{SUMS} is missing, and {file} does not say which version wrote this folder", SUMS)
+        raise CorruptCheckpoint(f"{SUMS} is missing, and {file} does not say which version wrote this folder", SUMS)
     if by >= SINCE:
-        raise Fault(f"{SUMS} is missing: mla_convert {by} writes one", SUMS)
+        raise CorruptCheckpoint(f"{SUMS} is missing: mla_convert {by} writes one", SUMS)
     return False
 
 

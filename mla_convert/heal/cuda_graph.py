@@ -23,7 +23,7 @@ LOSS_TOLERANCE, NORM_TOLERANCE = 0.01, 0.03
 Run = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 
 
-class Passes:
+class GraphedStep:
     """Calls `run`, or replays what it did. Gradients must stay where they are: nothing may set them to None in between."""
 
     def __init__(self, run: Run, parameters: list[nn.Parameter], capture: bool):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from mla_convert.core.progress import Progress
 from mla_convert.heal import data
-from mla_convert.heal.cuda_graph import Passes
+from mla_convert.heal.cuda_graph import GraphedStep
 from mla_convert.heal.data import Corpus, Schedule, Window
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.state import StateFolder, trained_state
-from mla_convert.heal.teacher_student import Pair
+from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.modeling.loss_terms import IGNORED
 
 # By what is trained. For adapters, which start at zero, absolute; else relative to each parameter's root mean square.
@@ -65,7 +65,7 @@ def scheduled_at(done: float) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimizer(pair: Pair, settings: HealSettings) -> torch.optim.Optimizer:
+def make_optimizer(pair: TeacherStudent, settings: HealSettings) -> torch.optim.Optimizer:
     """AdamW without decay; parameters of about equal magnitude share a group and its rate."""
     lr = settings.lr or RATES[settings.train]
     groups: dict[float, list[nn.Parameter]] = {}
@@ -86,7 +86,7 @@ class Trainer:
     def __init__(
         self,
         accelerator: Accelerator,
-        pair: Pair,
+        pair: TeacherStudent,
         corpus: Corpus,
         settings: HealSettings,
         state: StateFolder,
@@ -117,7 +117,7 @@ class Trainer:
         # several processes exchange gradients on the way; layers run again keep the state of the random generator
         alone = cuda and accelerator.distributed_type == DistributedType.NO
         capture = fast and alone and not settings.gradient_checkpointing
-        self._pass = Passes(self._forward_backward, self.parameters, capture)
+        self._pass = GraphedStep(self._forward_backward, self.parameters, capture)
         self.run, self.best = Run(), None
         if (last := state.last()) is not None:
             self.best = state.load()

@@ -26,14 +26,14 @@ from mla_convert.core.report_file import REPORT, read_report
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.evaluate.quality.evaluation import Evaluation, evaluate_model
-from mla_convert.evaluate.quality.probes import Probes
+from mla_convert.evaluate.quality.probes import ProbeSettings
 from mla_convert.heal import data
 from mla_convert.heal.fingerprint import content_of, text_content
 from mla_convert.heal.loop import Run, Trainer, step_sizes, tokens_words
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.state import StateFolder, state_folder
-from mla_convert.heal.teacher_student import Pair, peft
+from mla_convert.heal.teacher_student import TeacherStudent, peft
 from mla_convert.method.calibrate import self_generated as selfwritten
 from mla_convert.report.quality_rows import heal_rows
 from mla_convert.report.report import Report
@@ -47,7 +47,7 @@ from mla_convert.source.load_model import (
     load_tokenizer,
     model_config,
 )
-from mla_convert.source.place import Place
+from mla_convert.source.place import SourceLocation
 from mla_convert.source.tokens import ordinary_tokens
 from mla_convert.write import writer as output
 from mla_convert.write.intact import check_input
@@ -229,7 +229,7 @@ def _with_length(settings: HealSettings, limit: int | None) -> HealSettings:
     return settings.model_copy(update={"length": words})
 
 
-def _original(config: HealConfig, report: dict[str, Any]) -> Place:
+def _original(config: HealConfig, report: dict[str, Any]) -> SourceLocation:
     origin = find_model(config.teacher, config.teacher_revision) if config.teacher else find_original(report)
     if origin is None:
         raise UsageError("the original is not where the report says: give --teacher")
@@ -238,7 +238,7 @@ def _original(config: HealConfig, report: dict[str, Any]) -> Place:
     return origin
 
 
-def _identity(accelerator: Accelerator, settings: HealSettings, folder: Path, origin: Place) -> dict[str, Any]:
+def _identity(accelerator: Accelerator, settings: HealSettings, folder: Path, origin: SourceLocation) -> dict[str, Any]:
     """What a checkpoint must agree on. How often to write one, and how large a forward pass is, are not of that kind."""
     same = settings.model_dump(exclude={"checkpoint_minutes", "micro_tokens", "patience"})
     return {"settings": same, "converted": content_of(folder),
@@ -265,8 +265,8 @@ def _corpus(
     state: StateFolder,
     accelerator: Accelerator,
     settings: HealSettings,
-    place: Place,
-    origin: Place,
+    place: SourceLocation,
+    origin: SourceLocation,
     progress: Progress,
 ) -> str:
     """Tokenised once, by the first process; the label of its text."""
@@ -290,7 +290,7 @@ def _corpus(
 
 
 def _written(
-    accelerator: Accelerator, settings: HealSettings, origin: Place, tokenizer: Any, progress: Progress
+    accelerator: Accelerator, settings: HealSettings, origin: SourceLocation, tokenizer: Any, progress: Progress
 ) -> np.ndarray:
     """Token ids (N,) of texts that the original wrote, each behind the token that it continued."""
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
@@ -309,9 +309,11 @@ def _written(
 
 
 def _measure(
-    config: HealConfig, folder: Path, origin: Place, accelerator: Accelerator, progress: Progress, label: str
+    config: HealConfig, folder: Path, origin: SourceLocation, accelerator: Accelerator, progress: Progress, label: str
 ) -> Evaluation:
-    probes = Probes(passkey=config.passkey or config.passkey_length is not None, passkey_length=config.passkey_length)
+    probes = ProbeSettings(
+        passkey=config.passkey or config.passkey_length is not None, passkey_length=config.passkey_length
+    )
     device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
     found = evaluate_model(str(folder), origin, text=config.eval, windows=config.eval_windows, length=config.eval_length,
                            device=device, probes=probes, progress=Progress(quiet=True))  # fmt: skip
@@ -330,8 +332,8 @@ def _figures(found: Evaluation) -> dict[str, Any]:
 def _train(
     accelerator: Accelerator,
     settings: HealSettings,
-    place: Place,
-    origin: Place,
+    place: SourceLocation,
+    origin: SourceLocation,
     state: StateFolder,
     progress: Progress,
 ) -> tuple[Run, dict[str, torch.Tensor] | None]:
@@ -339,7 +341,7 @@ def _train(
     on_gpu, host = accelerator.device.type == "cuda", torch.device("cpu")
     frozen = torch.bfloat16 if on_gpu else torch.float32
     student = load_model(place, "auto" if settings.train != "all" else torch.float32, host)
-    pair = Pair(student, load_model(origin, frozen, host), settings, frozen).place(accelerator.device)
+    pair = TeacherStudent(student, load_model(origin, frozen, host), settings, frozen).place(accelerator.device)
     vocabulary = ordinary_tokens(load_tokenizer(place), model_config(place).vocab_size) if settings.noise else None
     trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, progress, vocabulary)
     run = trainer.train()
@@ -348,7 +350,9 @@ def _train(
     return run, best
 
 
-def _record(settings: HealSettings, origin: Place, label: str, run: Run, accelerator: Accelerator) -> dict[str, Any]:
+def _record(
+    settings: HealSettings, origin: SourceLocation, label: str, run: Run, accelerator: Accelerator
+) -> dict[str, Any]:
     """What a report says of the run. The text by its label: a report holds no paths."""
     step, micro = step_sizes(settings, settings.mix(None), accelerator.device.type == "cuda")
     return {

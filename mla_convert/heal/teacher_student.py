@@ -20,7 +20,7 @@ from mla_convert.core.errors import InputError, UsageError
 from mla_convert.heal.settings import HealSettings
 from mla_convert.method.refine.optimise import relative_error
 from mla_convert.modeling.attention_backends import CAUSAL, attending
-from mla_convert.modeling.distillation import compare, comparer, distil
+from mla_convert.modeling.distillation import compare, distillation_loss, distillation_loss_fn
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import LossWeights
 from mla_convert.modeling.modeling_mla import MlaAttention
@@ -64,7 +64,7 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     return [getattr(layer, model.config.mla_attention) for layer in model.get_submodule(model.config.mla_layers)]
 
 
-class Pair(nn.Module):
+class TeacherStudent(nn.Module):
     """The converted model (`student`, to be trained) and its original; calling it gives the loss of a batch.
 
     Both run in evaluation mode: no dropout, which would have the student learn from noise.
@@ -84,7 +84,7 @@ class Pair(nn.Module):
             raise InputError(f"the original has {len(originals)} layers and the converted model {len(layers)}")
         self._settings = settings
         self._mix = LossWeights(settings.kl_weight, settings.ce_weight, settings.temperature)
-        self._compare = comparer(self._mix, torch.device("cpu"))
+        self._compare = distillation_loss_fn(self._mix, torch.device("cpu"))
         self._layers = [*layers]
         # what accelerate's FSDP wraps one by one
         self._no_split_modules = list(student._no_split_modules or ())
@@ -119,10 +119,10 @@ class Pair(nn.Module):
         if self._heads[0].output.weight.shape[0] != self._heads[1].output.weight.shape[0]:
             raise InputError("the two models do not have the same vocabulary: not a conversion and its original")
 
-    def place(self, device: torch.device) -> Pair:
+    def place(self, device: torch.device) -> TeacherStudent:
         """Both models on a device."""
         self._original[0].to(device)
-        self._compare = comparer(self._mix, device)
+        self._compare = distillation_loss_fn(self._mix, device)
         return self.to(device)
 
     def checkpoint_gradients(self) -> None:
@@ -179,7 +179,7 @@ class Pair(nn.Module):
                 theirs = self._original[0].base_model(**inputs)
             ours = self.student.base_model(**inputs)
         hidden, target = ours.last_hidden_state, theirs.last_hidden_state
-        loss, sums = distil(hidden, target, labels, *self._heads, self._mix, self._compare)
+        loss, sums = distillation_loss(hidden, target, labels, *self._heads, self._mix, self._compare)
         if self._settings.hidden_weight:
             loss = loss + self._settings.hidden_weight * hidden_distance(ours.hidden_states, theirs.hidden_states)
         return loss, sums

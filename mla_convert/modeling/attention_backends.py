@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-def attend_grouped(
+def sdpa_grouped_query(
     module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_
 ) -> tuple[Tensor, None]:
     """Attention of one query token (B, H, 1, d) on keys and values (B, G, L, .), with a mask (B, 1, 1, L) or on all: (B, 1, H, v).
@@ -29,12 +29,12 @@ def attend_grouped(
     return attended.reshape(len(query), 1, query.shape[1], -1), None
 
 
-# `attend_grouped`, with the mask that the model is given.
+# `sdpa_grouped_query`, with the mask that the model is given.
 GROUPED = "mla_grouped"
 # Causal attention on whole texts. Transformers makes no mask for an implementation that it knows no mask function of; else it
 # would look at positions on the host, once a pass, and in a CUDA graph take every text for several.
 CAUSAL = "mla_causal"
-AttentionInterface.register(GROUPED, attend_grouped)
+AttentionInterface.register(GROUPED, sdpa_grouped_query)
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 

@@ -49,7 +49,7 @@ def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: LossWeights, 
     return sums, (gradient * scale).to(logits.dtype)
 
 
-def comparer(mix: LossWeights, device: torch.device) -> Callable:
+def distillation_loss_fn(mix: LossWeights, device: torch.device) -> Callable:
     """`compare`, or on a GPU the kernel that does the same, where it can be compiled and gives the same."""
     if device.type != "cuda" or mix.temperature != 1.0 or not importlib.util.find_spec("triton"):
         return compare
@@ -107,7 +107,7 @@ class _Distil(torch.autograd.Function):
         return own, None, None, None, None, None, None, None, *others
 
 
-def distil(
+def distillation_loss(
     hidden: Tensor,
     original_hidden: Tensor,
     labels: Tensor,

@@ -20,14 +20,15 @@ from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
 from mla_convert.heal.run import check_conversion, heal_conversion
 from mla_convert.method.calibrate import self_generated as selfwritten
-from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.layer import mla_config
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.method.refine import schedule
+from mla_convert.moved import callable_as_before
 from mla_convert.pipeline import layers, streamed
 from mla_convert.pipeline.recipe import write_recipe
-from mla_convert.publish.engines.target_engine import towards
+from mla_convert.publish.engines.target_engine import apply_constraints
 from mla_convert.report import report
 from mla_convert.report.html.page import write_page
 from mla_convert.report.model_card import write_card
@@ -43,16 +44,16 @@ from mla_convert.write.writer import Writer
 
 
 def evaluated(
-    skeleton: Skeleton, streams: layers.Streams, windows: texts.Windows, kinds: suite.Suite | None
+    layerwise: LayerwiseModel, streams: layers.Streams, windows: texts.Windows, kinds: suite.Suite | None
 ) -> dict[str, Any]:
     """What a report says of its evaluation, from the states that both models left behind their last layers."""
-    found = measure.figures(
+    found = measure.perplexity_section(
         windows,
-        streamed.scores(skeleton, windows.measured, streams.eval_original.data, streams.eval_converted.data),
+        streamed.scores(layerwise, windows.measured, streams.eval_original.data, streams.eval_converted.data),
     )
     if kinds:
         states = streams.suite_original.data, streams.suite_converted.data
-        found["suite"] = suite.figures(kinds, streamed.scores(skeleton, kinds.windows, *states))
+        found["suite"] = suite.suite_section(kinds, streamed.scores(layerwise, kinds.windows, *states))
     return found
 
 
@@ -72,15 +73,15 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
 
     with phases.phase("open"):
         source = open_source(config.source, config.revision)
-        config = towards(config, source)
+        config = apply_constraints(config, source)
         output.check_output(out, source.folder, config.overwrite)
         # what is carried over is looked at now: hours later it would be too late to refuse it
         licence, _ = source.license(), source.copied_files()
         plan = make_plan(config, source.shape)
         cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
-        aside = sensitivity.aside_bytes(plan) if sensitivity.is_measured(plan, config) else 0
+        aside = sensitivity.scratch_bytes(plan) if sensitivity.is_measured(plan, config) else 0
         output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None) + aside)
-        skeleton, tokenizer = Skeleton(source, device), source.tokenizer()
+        layerwise, tokenizer = LayerwiseModel(source, device), source.tokenizer()
 
     with phases.phase("text"):
         model = texts.reach(source.config, learned=not source.family.rotary)
@@ -116,14 +117,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         with phases.phase("write text"):
             calib = selfwritten.mixed(windows.calib, written, source, tokenizer, device, config.seed)
         with phases.phase("embed"):
-            streams = layers.open_streams(skeleton, calib, windows.measured, kinds and kinds.windows)
+            streams = layers.open_streams(layerwise, calib, windows.measured, kinds and kinds.windows)
         with phases.phase("allocate"):
             states = streams.calib_original
-            plan, channels = sensitivity.measure(plan, config, refine.steps, skeleton, states, writer, progress)
+            plan, channels = sensitivity.measure(plan, config, refine.steps, layerwise, states, writer, progress)
         new_config = mla_config(source, plan, cast or source.dtype)
-        job = layers.LayerJob(config, plan, skeleton, new_config, cast, writer, progress, refine, channels)
+        job = layers.LayerJob(config, plan, layerwise, new_config, cast, writer, progress, refine, channels)
         with phases.phase("ends"):
-            layers.write_ends(job)
+            layers.write_embeddings_and_head(job)
         further = schedule.output_advances(refine, plan.shape.layers)
         progress.start(plan.shape.layers, refine.steps_per_layer, "layer", further)
         try:
@@ -132,14 +133,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
         finally:
             progress.stop()
         with phases.phase("evaluate"):
-            evaluation = evaluated(skeleton, streams, windows, kinds)
+            evaluation = evaluated(layerwise, streams, windows, kinds)
         result = report.Report(
-            source=report.source_figures(source.name, source.revision, source.config.model_type, plan.shape, licence),
+            source=report.source_section(source.name, source.revision, source.config.model_type, plan.shape, licence),
             # labels, not paths: a report is made to be published
             settings={**settings, **windows.labels(config)},
             versions=environment.versions(),
             device=environment.device_name(device),
-            cache=report.cache_figures(plan, (cast or source.dtype).itemsize, source.sliding_windows),
+            cache=report.cache_section(plan, (cast or source.dtype).itemsize, source.sliding_windows),
             evaluation=evaluation,
             calibration={"text": windows.calib_text, "protocol": windows.calib_protocol, "noise": config.calib_noise,
                          "self_written": written, "windows": windows.calib_counts},
@@ -151,7 +152,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             out=out,
         )  # fmt: skip
         write_recipe(writer.folder, config, source, plan, windows, refine, written, result)
-        folder.finish(source, tokenizer, new_config, type(skeleton.model).__name__, writer, result, device)
+        folder.finish(source, tokenizer, new_config, type(layerwise.model).__name__, writer, result, device)
     return heal_conversion(config, result, progress) if config.heal_tokens else result
 
 
@@ -178,3 +179,6 @@ def finish(
         report.write(writer.folder)
         write_page(report.as_dict(), writer.folder / PAGE)
         writer.publish()
+
+
+callable_as_before(__name__)

@@ -16,14 +16,14 @@ from mla_convert.core.units import human_bytes
 from mla_convert.evaluate.quality.suite import suite_size
 from mla_convert.heal.settings import HealSettings
 from mla_convert.method.factorise.layer import mla_config
-from mla_convert.method.factorise.sensitivity import TOKENS, aside_bytes, is_measured
+from mla_convert.method.factorise.sensitivity import TOKENS, is_measured, scratch_bytes
 from mla_convert.method.factorise.sizes import Plan, make_plan, shares_out
 from mla_convert.method.refine.schedule import output_advances, refine_settings
 from mla_convert.pipeline.estimate import memory as sizing
 from mla_convert.pipeline.estimate import time as timing
 from mla_convert.pipeline.estimate.heal import HealWork, estimate
-from mla_convert.publish.engines.target_engine import towards
-from mla_convert.report.report import cache_figures
+from mla_convert.publish.engines.target_engine import apply_constraints
+from mla_convert.report.report import cache_section
 from mla_convert.source.source import Source, open_source, parameters
 from mla_convert.source.texts import Reach, calibration_size, evaluation_length, reach
 
@@ -40,7 +40,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         ResourceError: the Hub cannot be reached.
     """
     source = open_source(config.source, config.revision, weights=False)
-    config = towards(config, source)
+    config = apply_constraints(config, source)
     plan = make_plan(config, source.shape)
     dtype = source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     windows = source.sliding_windows
@@ -49,8 +49,8 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
     counts = {side: _counts(source, numbers) for side, numbers in (("before", before), ("after", after))}
     weights = {side: counted["model"] * dtype.itemsize for side, counted in counts.items()}
     caches = {
-        "before": sizing.CacheSize(plan.shape.cache_numbers, dtype.itemsize, tuple(windows)),
-        "after": sizing.CacheSize(plan.cache_numbers, dtype.itemsize, tuple(windows)),
+        "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows)),
+        "after": sizing.CacheSize(plan.cache_width, dtype.itemsize, tuple(windows)),
     }
     uniform = not shares_out(config, plan)
     result = {
@@ -65,7 +65,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         # otherwise these are means, which the conversion shares out by what it measures
         "uniform": uniform,
         "cache": {
-            **cache_figures(plan, dtype.itemsize, windows),
+            **cache_section(plan, dtype.itemsize, windows),
             "grid": [
                 {"context": context, "batch": batch, **{side: cache.bytes(context, batch) for side, cache in caches.items()}}
                 for context in sizing.CONTEXTS
@@ -75,7 +75,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         "parameters": {key: {side: counted[key] for side, counted in counts.items()} for key in ("attention", "model")},
         # beside the weights each layer names its rotary planes (int64)
         "disk_bytes": weights["after"] + sum(size.rope_dim // 2 for size in plan.layers) * 8,
-        "disk_aside_bytes": aside_bytes(plan) if is_measured(plan, config) else 0,
+        "disk_aside_bytes": scratch_bytes(plan) if is_measured(plan, config) else 0,
         "peak_host_memory": _host_memory(config, source, plan, after, dtype.itemsize),
         "time": _time(config, source, plan, before, after),
         "warnings": [*source.notes, *sizing.warnings(plan)],

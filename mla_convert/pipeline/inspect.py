@@ -17,7 +17,7 @@ from mla_convert.core.files import read_regular
 from mla_convert.core.report_file import is_evaluated, mean
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.units import human_bytes
-from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.pipeline.dry_run import shape_figures
 from mla_convert.source.config_file import check_sizes
 from mla_convert.source.place import locate
@@ -49,7 +49,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
         source = open_source(name, weights=True)
         for tensor in source.reader.names():
             source.reader.dtype(tensor)  # refuses what is quantised
-        Skeleton(source, torch.device("cpu"))  # refuses missing and misshapen tensors
+        LayerwiseModel(source, torch.device("cpu"))  # refuses missing and misshapen tensors
         source.tokenizer()
         source.copied_files()  # refuses links to what is not the checkpoint's
     return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
@@ -90,7 +90,7 @@ def _source(source: Source, basis: str) -> dict[str, Any]:
         "dtype": str(source.dtype).removeprefix("torch."),
         "tied_embeddings": tied,
         "parameters": sum(prod(source.reader.shape(name)) for name in stored),
-        "cache_bytes_per_token": shape.layers * shape.cache_numbers * source.dtype.itemsize,
+        "cache_bytes_per_token": shape.layers * shape.cache_width * source.dtype.itemsize,
     }
 
 

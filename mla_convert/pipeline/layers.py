@@ -17,7 +17,7 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.runtime import return_freed_memory
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import Skeleton, first_output
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
 from mla_convert.method.calibrate.statistics import attention_kwargs, layer_statistics
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, is_attention_tensor
 from mla_convert.method.factorise.sizes import Plan
@@ -62,7 +62,7 @@ class LayerJob:
 
     config: ConvertConfig
     plan: Plan
-    skeleton: Skeleton
+    layerwise: LayerwiseModel
     mla_config: Any
     dtype: torch.dtype | None
     writer: Writer
@@ -87,14 +87,14 @@ class LayerJob:
         return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def write_ends(job: LayerJob) -> None:
+def write_embeddings_and_head(job: LayerJob) -> None:
     """Write every tensor outside the layers: embeddings first, the rest (final norm, head) last."""
-    reader, inside = job.skeleton.source.reader, job.skeleton.source.family.layers + "."
+    reader, inside = job.layerwise.source.reader, job.layerwise.source.family.layers + "."
     outside = [name for name in reader.names() if not name.startswith(inside)]
     # a tied head that is stored too is not among them
-    wanted = {name for name, _ in job.skeleton.model.named_parameters()}
+    wanted = {name for name, _ in job.layerwise.model.named_parameters()}
     for index, first in ((0, True), (job.plan.shape.layers + 1, False)):
-        names = [n for n in outside if n in wanted and (n.startswith(job.skeleton.embedding) == first)]
+        names = [n for n in outside if n in wanted and (n.startswith(job.layerwise.embedding) == first)]
         if job.shard(index) not in job.writer.finished:
             tensors = reader.read(names)
             check_finite(tensors)
@@ -103,17 +103,17 @@ def write_ends(job: LayerJob) -> None:
             return_freed_memory()
 
 
-def open_streams(skeleton: Skeleton, calib: Tensor, evaluation: Tensor, suite: Tensor | None = None) -> Streams:
+def open_streams(layerwise: LayerwiseModel, calib: Tensor, evaluation: Tensor, suite: Tensor | None = None) -> Streams:
     """Embedded windows (N, L) of each kind; both models start from the same states."""
-    calib_dtype = torch.bfloat16 if skeleton.device.type == "cuda" else torch.float32
-    embedded = skeleton.embed(calib)
-    pairs = [[Activations(embedded, skeleton.device, calib_dtype) for _ in range(2)]]
-    pairs[0][0].check_finite(f"the embedding {skeleton.embedding}")
+    calib_dtype = torch.bfloat16 if layerwise.device.type == "cuda" else torch.float32
+    embedded = layerwise.embed(calib)
+    pairs = [[Activations(embedded, layerwise.device, calib_dtype) for _ in range(2)]]
+    pairs[0][0].check_finite(f"the embedding {layerwise.embedding}")
     for windows in (evaluation, suite):
         if windows is not None:
-            embedded = skeleton.embed(windows)
+            embedded = layerwise.embed(windows)
             # read once a layer, in order: host memory will do
-            pairs.append([Activations(embedded, skeleton.device, torch.float32, on_host=True) for _ in range(2)])
+            pairs.append([Activations(embedded, layerwise.device, torch.float32, on_host=True) for _ in range(2)])
     return Streams(*itertools.chain(*pairs))
 
 
@@ -132,10 +132,10 @@ class _Member:
 
 def convert_layers(job: LayerJob, streams: Streams) -> list[dict[str, Any]]:
     """Convert every layer in order, block after block; returns one report entry a layer."""
-    skeleton = job.skeleton
+    layerwise = job.layerwise
     lengths = {states.length for states in (streams.calib_original, *streams.measured_original)}
-    kwargs = {length: skeleton.layer_kwargs(length) for length in lengths}
-    eager = attention_kwargs(skeleton, streams.calib_original.length)
+    kwargs = {length: layerwise.layer_kwargs(length) for length in lengths}
+    eager = attention_kwargs(layerwise, streams.calib_original.length)
     reports = []
     for indices in groups(job.plan.shape.layers, job.refine):
         with contextlib.ExitStack() as stack:
@@ -143,9 +143,9 @@ def convert_layers(job: LayerJob, streams: Streams) -> list[dict[str, Any]]:
             for block in indices:
                 parts.append([])
                 for index in block:
-                    tensors = skeleton.layer_tensors(index)
-                    layer = stack.enter_context(skeleton.layer(index, tensors))
-                    student = build_attention(job.mla_config, _attention(job, layer), skeleton.device)
+                    tensors = layerwise.layer_tensors(index)
+                    layer = stack.enter_context(layerwise.layer(index, tensors))
+                    student = build_attention(job.mla_config, _attention(job, layer), layerwise.device)
                     own = {length: kwargs[length][index] for length in lengths}
                     parts[-1].append(_Member(index, tensors, layer, student, own, eager[index]))
             members = list(itertools.chain(*parts))
@@ -184,7 +184,7 @@ def _convert_group(job: LayerJob, parts: list[list[_Member]], streams: Streams) 
         reports = [report | found for report in reports]
     for member, report in zip(members, reports, strict=True):
         written = _layer_tensors(job, member)
-        check_finite(written, _too_large(member, dtype=job.dtype or job.skeleton.source.dtype) or FAILED)
+        check_finite(written, _too_large(member, dtype=job.dtype or job.layerwise.source.dtype) or FAILED)
         job.writer.write_shard(job.shard(member.index + 1), written, report)
         _load_written(job, member, written)
 
@@ -211,7 +211,7 @@ def _convert_block(job: LayerJob, members: list[_Member], streams: Streams) -> l
 
 def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
     """Refine the attentions of a block together against the original's residual stream behind it; a part of their report."""
-    clock = _Clock(job.skeleton.device)
+    clock = _Clock(job.layerwise.device)
     own, result = _refine_together(job, members, streams, job.refine.block_steps, job.refine.block_lr)
     clock.lap("refine_block")
     return {
@@ -226,9 +226,9 @@ def _refine_block(job: LayerJob, members: list[_Member], streams: Streams) -> di
 
 def _refine_output(job: LayerJob, members: list[_Member], streams: Streams) -> dict[str, Any]:
     """Refine the last layers against what the original makes of the stream behind it: its next-token distribution."""
-    clock = _Clock(job.skeleton.device)
+    clock = _Clock(job.layerwise.device)
     lr = OUTPUT_RATE * job.refine.block_lr * min(1.0, job.refine.block / len(members))
-    with job.skeleton.divergence() as divergence:
+    with job.layerwise.divergence() as divergence:
         _, result = _refine_together(job, members, streams, job.refine.output_steps, lr, divergence)
     clock.lap("refine_output")
     return {
@@ -255,7 +255,7 @@ def _refine_together(
 
     def through(hidden: Tensor) -> Tensor:
         states = hidden
-        with job.skeleton.autocast():
+        with job.layerwise.autocast():
             for member in members:
                 states = first_output(member.layer(states, **member.kwargs[inputs.length]))
         return states.float() - hidden
@@ -273,22 +273,22 @@ def _refine_together(
 
 
 def _attention(job: LayerJob, layer: nn.Module) -> nn.Module:
-    return getattr(layer, job.skeleton.source.family.attention)
+    return getattr(layer, job.layerwise.source.family.attention)
 
 
 def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_original: Activations) -> dict[str, Any]:
     """Factorise and refine one layer, from the converted model's states and the original's; returns its report entry."""
-    skeleton, clock, module = job.skeleton, _Clock(job.skeleton.device), member.student
-    family, own, attention = skeleton.source.family, member.kwargs[states.length], _attention(job, member.layer)
+    layerwise, clock, module = job.layerwise, _Clock(job.layerwise.device), member.student
+    family, own, attention = layerwise.source.family, member.kwargs[states.length], _attention(job, member.layer)
     norm, after = family.entry(member.layer), family.exit(member.layer)
-    original = refine.attend(attention, norm, own, skeleton.autocast, after)
-    student = refine.attend(module, norm, own, skeleton.autocast, after)
+    original = refine.attend(attention, norm, own, layerwise.autocast, after)
+    student = refine.attend(module, norm, own, layerwise.autocast, after)
 
-    statistics = layer_statistics(skeleton, member.layer, states, member.eager, module)
+    statistics = layer_statistics(layerwise, member.layer, states, member.eager, module)
     clock.lap("calibrate")
-    size, rotation = job.plan.layer(member.index), skeleton.rotation(member.index, member.eager)
+    size, rotation = job.plan.layer(member.index), layerwise.rotation(member.index, member.eager)
     weights = factorise_layer(
-        skeleton.source, attention, statistics, size.rank, size.rope_dim, job.config.planes, rotation
+        layerwise.source, attention, statistics, size.rank, size.rope_dim, job.config.planes, rotation
     )
     fill_attention(module, weights, family.table_step)
     clock.lap("factorise")
@@ -331,9 +331,9 @@ class _Clock:
 
 def _layer_tensors(job: LayerJob, member: _Member) -> dict[str, Tensor]:
     """What is written for one layer: the source's tensors but attention's, and the student's, in the output dtype."""
-    prefix = f"{job.skeleton.layer_prefix(member.index)}{job.skeleton.source.family.attention}."
-    kept = {name: t for name, t in member.tensors.items() if not is_attention_tensor(job.skeleton.source, name)}
-    dtype = job.dtype or job.skeleton.source.dtype
+    prefix = f"{job.layerwise.layer_prefix(member.index)}{job.layerwise.source.family.attention}."
+    kept = {name: t for name, t in member.tensors.items() if not is_attention_tensor(job.layerwise.source, name)}
+    dtype = job.dtype or job.layerwise.source.dtype
     own = {}
     for name, tensor in member.student.state_dict().items():
         own[prefix + name] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
@@ -350,7 +350,7 @@ def _too_large(member: _Member, dtype: torch.dtype) -> str | None:
 
 def _load_written(job: LayerJob, member: _Member, written: dict[str, Tensor]) -> None:
     """The student as it was written, rounding included: what follows sees the model that users will load."""
-    prefix = f"{job.skeleton.layer_prefix(member.index)}{job.skeleton.source.family.attention}."
+    prefix = f"{job.layerwise.layer_prefix(member.index)}{job.layerwise.source.family.attention}."
     state = {name.removeprefix(prefix): t for name, t in written.items() if name.startswith(prefix)}
     member.student.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
 
@@ -358,7 +358,7 @@ def _load_written(job: LayerJob, member: _Member, written: dict[str, Tensor]) ->
 @contextlib.contextmanager
 def _converted(job: LayerJob, member: _Member) -> Iterator[None]:
     """The layer with the converted attention in it."""
-    name, original = job.skeleton.source.family.attention, _attention(job, member.layer)
+    name, original = job.layerwise.source.family.attention, _attention(job, member.layer)
     setattr(member.layer, name, member.student)
     try:
         yield
@@ -372,8 +372,8 @@ def _advance(job: LayerJob, member: _Member, streams: tuple[Activations, ...], o
     with contextlib.nullcontext() if original else _converted(job, member):
         for states in streams:
             own = member.kwargs[states.length]
-            with job.skeleton.autocast():
+            with job.layerwise.autocast():
                 states.advance(lambda hidden, own=own: first_output(member.layer(hidden, **own)))
             states.check_finite(
-                f"layer {job.skeleton.layer_prefix(member.index)[:-1]}{'' if original else ', converted,'}"
+                f"layer {job.layerwise.layer_prefix(member.index)[:-1]}{'' if original else ', converted,'}"
             )

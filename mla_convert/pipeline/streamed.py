@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mla_convert.evaluate.quality.perplexity import Scores
-from mla_convert.method.calibrate.layerwise import LOGIT_TOKENS, Skeleton
+from mla_convert.method.calibrate.layerwise import LOGIT_TOKENS, LayerwiseModel
 
 
 @dataclass
@@ -50,23 +50,23 @@ class _Model:
 
 
 @torch.no_grad()
-def scores(skeleton: Skeleton, windows: Tensor, original: Tensor, converted: Tensor | None = None) -> Scores:
+def scores(layerwise: LayerwiseModel, windows: Tensor, original: Tensor, converted: Tensor | None = None) -> Scores:
     """Losses of windows (N, L) by one model or by two, and how far the second is from the first, token by token.
 
     `original` and `converted` are outputs (N, L, hidden) of the last layers. Without the latter, `losses` are the original's.
     Logits are float32. The divergence is summed slice by slice as well: sum of p (z - z') over the vocabulary, where p is
     rescaled as its normaliser grows.
     """
-    targets = windows[:, 1:].to(skeleton.device)
+    targets = windows[:, 1:].to(layerwise.device)
     models = [
-        _Model.start(hidden, targets.shape, skeleton.device) for hidden in (original, converted) if hidden is not None
+        _Model.start(hidden, targets.shape, layerwise.device) for hidden in (original, converted) if hidden is not None
     ]
-    apart = torch.zeros(targets.shape, device=skeleton.device)
+    apart = torch.zeros(targets.shape, device=layerwise.device)
     chunks = list(itertools.product(range(len(targets)), range(0, targets.shape[1], LOGIT_TOKENS)))
-    for first in skeleton.head_slices():
+    for first in layerwise.head_slices():
         for window, start in chunks:
             part = (window, slice(start, min(start + LOGIT_TOKENS, targets.shape[1])))
-            logits = [skeleton.logits(_states(model.hidden, part, skeleton.device)) for model in models]
+            logits = [layerwise.logits(_states(model.hidden, part, layerwise.device)) for model in models]
             before = models[0].total[part].clone()
             for model, own in zip(models, logits, strict=True):
                 model.add(part, own, targets, first)

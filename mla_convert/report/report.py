@@ -40,7 +40,7 @@ class Report:
     out: Path | None = None
 
     @property
-    def ratio(self) -> float | None:
+    def perplexity_ratio(self) -> float | None:
         """Perplexity after conversion over the original's; None where it was not evaluated."""
         return self.evaluation["ratio"]
 
@@ -58,7 +58,7 @@ class Report:
         write_file(folder / REPORT, json.dumps(self.as_dict(), indent=2) + "\n")
 
 
-def source_figures(
+def source_section(
     name: str, revision: str | None, model_type: str, shape: AttentionShape, license_data: dict[str, Any]
 ) -> dict[str, Any]:
     """What a report says of its source: enough to name it, to draw its attention and to carry its licence over."""
@@ -74,12 +74,12 @@ def source_figures(
     }
 
 
-def cache_figures(plan: Plan, itemsize: int, windows: list[int | None]) -> dict[str, Any]:
+def cache_section(plan: Plan, itemsize: int, windows: list[int | None]) -> dict[str, Any]:
     """KV-cache bytes before and after, for numbers of `itemsize` bytes.
 
     `windows` are the layers' sliding windows (None: none). A layer with a window holds at most that many tokens.
     """
-    numbers = {"before": [plan.shape.cache_numbers] * len(windows), "after": [size.numbers for size in plan.layers]}
+    numbers = {"before": [plan.shape.cache_width] * len(windows), "after": [size.width for size in plan.layers]}
 
     def held(context: int) -> dict[str, int]:
         tokens = [min(context, window) if window else context for window in windows]

@@ -20,7 +20,7 @@ from mla_convert.core.words import expanded
 from mla_convert.source.checkpoint.files import refuse_adapter, weight_files
 from mla_convert.source.checkpoint.gguf_model import open_gguf
 from mla_convert.source.families import FAMILIES
-from mla_convert.source.place import Place, locate
+from mla_convert.source.place import SourceLocation, locate
 from mla_convert.source.source import load_config
 from mla_convert.source.tokenizer import read_tokenizer
 
@@ -28,7 +28,7 @@ PREFIX = "mla_"  # of a converted model's model_type
 EXPORTED = "mla_convert"  # key of an exported model's config.json
 
 
-def find_model(name: str, revision: str | None = None) -> Place:
+def find_model(name: str, revision: str | None = None) -> SourceLocation:
     """Where the model of that name lies: a folder, `.gguf` file, Hub id (which is fetched) or recipe (its source).
 
     Raises:
@@ -46,7 +46,7 @@ def find_model(name: str, revision: str | None = None) -> Place:
     return place
 
 
-def find_original(report: dict[str, Any]) -> Place | None:
+def find_original(report: dict[str, Any]) -> SourceLocation | None:
     """The original that a report names, if it can be found from here: on the Hub, packaged, or in the working folder.
 
     Reports hold names, not paths, so a folder of that name counts only if it is a model of the same type.
@@ -67,7 +67,7 @@ def find_original(report: dict[str, Any]) -> Place | None:
     return None
 
 
-def model_config(place: Place) -> PreTrainedConfig:
+def model_config(place: SourceLocation) -> PreTrainedConfig:
     """The model's configuration; that of a GGUF file is made of its metadata.
 
     Raises:
@@ -83,7 +83,7 @@ def is_converted(config: PreTrainedConfig) -> bool:
     return config.model_type.startswith(PREFIX)
 
 
-def load_tokenizer(place: Place) -> Any:
+def load_tokenizer(place: SourceLocation) -> Any:
     """The model's tokenizer.
 
     Raises:
@@ -93,7 +93,7 @@ def load_tokenizer(place: Place) -> Any:
     return read_tokenizer(place.folder, place.label, **gguf)
 
 
-def load_model(place: Place, dtype: str | torch.dtype, device: torch.device) -> torch.nn.Module:
+def load_model(place: SourceLocation, dtype: str | torch.dtype, device: torch.device) -> torch.nn.Module:
     """The causal language model on `device`, in `dtype` ("auto": as stored; GGUF: float32).
 
     Raises:

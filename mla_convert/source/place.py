@@ -25,7 +25,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.m
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """Where a model's files lie on this machine. `label` names it in reports; `gguf` is the file, if it is one."""
 
     folder: Path
@@ -34,7 +34,7 @@ class Place:
     gguf: str | None = None
 
 
-def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> Place:
+def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> SourceLocation:
     """The folder of a packaged checkpoint, a local folder, a `.gguf` file, or a Hub id, of which `files` are fetched.
 
     Raises:
@@ -42,21 +42,21 @@ def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES)
         ResourceError: the Hub cannot be reached.
     """
     if name.startswith(PACKAGE):
-        return Place(packaged(name, "checkpoint"), name.removeprefix(PACKAGE).partition("/")[0])
+        return SourceLocation(packaged(name, "checkpoint"), name.removeprefix(PACKAGE).partition("/")[0])
     path = expanded(name)
     if is_gguf(path) and not path.is_dir():
         if not path.is_file():
             raise InputError(f"{path} not found: give an existing .gguf file")
-        return Place(path.parent, plain(path.name), gguf=path.name)
+        return SourceLocation(path.parent, plain(path.name), gguf=path.name)
     if path.is_dir():
         check_name(path)
-        return Place(path, plain(path.resolve().name))
+        return SourceLocation(path, plain(path.resolve().name))
     if path.exists():
         raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise unknown_source(name)
     folder = _download(name, revision, files)
-    return Place(folder, name, folder.name)
+    return SourceLocation(folder, name, folder.name)
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:

@@ -28,7 +28,7 @@ class AttentionShape:
     normed: bool = False
 
     @property
-    def cache_numbers(self) -> int:
+    def cache_width(self) -> int:
         """Numbers cached per token and layer by the source: keys and values of all kv heads."""
         return 2 * self.num_kv_heads * self.head_dim
 
@@ -43,7 +43,7 @@ class AttentionShape:
 
     def full_rank(self, rope_dim: int) -> int:
         """Rank at which nothing is lost: the features left, or the inputs they are linear in if those are fewer."""
-        features = self.cache_numbers - rope_dim
+        features = self.cache_width - rope_dim
         return features if self.normed else min(features, self.hidden_size + self.has_kv_bias)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_file import REPORT, read_report
-from mla_convert.core.sums import SUMS, Fault
+from mla_convert.core.sums import SUMS, CorruptCheckpoint
 
 EXPORT = "export.json"  # of an exported folder, what report.json is of a converted one
 
@@ -43,7 +43,7 @@ def check_intact(folder: Path, accept: Iterable[str] = ()) -> Intact:
     `accept` names files that may have changed. Of a folder that an earlier version wrote, the shards are compared.
 
     Raises:
-        Fault: the first file that is changed, missing or more.
+        CorruptCheckpoint: the first file that is changed, missing or more.
     """
     file = describing_file(folder)
     # a link that leads nowhere is there, and read as damaged
@@ -54,7 +54,7 @@ def check_intact(folder: Path, accept: Iterable[str] = ()) -> Intact:
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
         if name not in checksums and name.partition("/")[0] not in sums.FOREIGN:
-            raise Fault(f"{name} is not among the shards that {file} lists: it does not belong here", name)
+            raise CorruptCheckpoint(f"{name} is not among the shards that {file} lists: it does not belong here", name)
     for shard, expected in checksums.items():
         digests[shard] = _check_shard(folder, shard, expected, digests.get(shard), file)
     return Intact(report, checksums, digests, sealed)
@@ -71,7 +71,7 @@ def check_input(folder: Path) -> str | None:
     A folder that transformers saved has neither report nor checksums, and is taken as it is.
 
     Raises:
-        Fault: the first file that is changed, missing or more.
+        CorruptCheckpoint: the first file that is changed, missing or more.
     """
     if not any(os.path.lexists(folder / file) for file in (SUMS, REPORT, EXPORT)):
         return f"{folder} has no {REPORT} and no {SUMS}: its bytes are taken as they are"
@@ -80,31 +80,35 @@ def check_input(folder: Path) -> str | None:
 
 def _report(folder: Path, file: str) -> dict[str, Any]:
     if not (folder / file).exists():
-        raise Fault(f"{file} is missing: not a finished conversion", file)
+        raise CorruptCheckpoint(f"{file} is missing: not a finished conversion", file)
     try:
         return read_report(folder / file)
     except InputError as error:
-        raise Fault(str(error), file) from error
+        raise CorruptCheckpoint(str(error), file) from error
 
 
 def _checksums(report: dict[str, Any], file: str) -> dict[str, str]:
     """sha256 by shard, in order."""
     found = report.get("checksums")
     if not isinstance(found, dict) or not found:
-        raise Fault(f"{file} has no checksums: not a finished conversion", file)
+        raise CorruptCheckpoint(f"{file} has no checksums: not a finished conversion", file)
     for name, digest in found.items():
         if not sums.NAME.fullmatch(name) or not name.endswith(".safetensors") or not isinstance(digest, str):
-            raise Fault(f"{file} lists {json.dumps(name)} among its checksums, which is no shard of this folder", file)
+            raise CorruptCheckpoint(
+                f"{file} lists {json.dumps(name)} among its checksums, which is no shard of this folder", file
+            )
     return dict(sorted(found.items()))
 
 
 def _check_shard(folder: Path, shard: str, expected: str, found: str | None, file: str) -> str:
     if not (folder / shard).is_file():
-        raise Fault(f"{shard} is missing: {file} lists it", shard)
+        raise CorruptCheckpoint(f"{shard} is missing: {file} lists it", shard)
     try:
         found = found or sums.sha256(folder / shard)
     except OSError as error:
-        raise Fault(f"{shard} cannot be read: {error.strerror}", shard) from error
+        raise CorruptCheckpoint(f"{shard} cannot be read: {error.strerror}", shard) from error
     if found != expected:
-        raise Fault(f"{shard} has sha256 {found[:12]}…, {file} says {expected[:12]}…: damaged or changed", shard)
+        raise CorruptCheckpoint(
+            f"{shard} has sha256 {found[:12]}…, {file} says {expected[:12]}…: damaged or changed", shard
+        )
     return found

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.report_file import REPORT
-from mla_convert.core.sums import Fault
+from mla_convert.core.sums import CorruptCheckpoint
 from mla_convert.source.checkpoint.reader import DTYPES, INDEX, check_finite, is_plain_name
 from mla_convert.source.families import find_family
 from mla_convert.source.load_model import PREFIX, is_converted
@@ -47,7 +47,7 @@ def verify(folder: Path) -> Verified:
     tensor's dtype and values. Memory: one tensor at a time. Of an exported folder everything but the model's names and shapes.
 
     Raises:
-        Fault: the first thing that is wrong, with its file and tensor.
+        CorruptCheckpoint: the first thing that is wrong, with its file and tensor.
         InputError: not a folder.
     """
     if not folder.is_dir():
@@ -61,22 +61,22 @@ def verify(folder: Path) -> Verified:
         try:
             read_tokenizer(folder, folder.name)  # not under checksum, and might be damaged, or gone
         except InputError as error:
-            raise Fault(str(error), "tokenizer.json") from error
+            raise CorruptCheckpoint(str(error), "tokenizer.json") from error
     size = sum(_check_tensors(folder, file, frequencies) for file in found.checksums)
     if total != size:
-        raise Fault(f"{INDEX} says that the tensors have {total} bytes, and they have {size}", INDEX)
+        raise CorruptCheckpoint(f"{INDEX} says that the tensors have {total} bytes, and they have {size}", INDEX)
     return Verified(folder, len(found.checksums), len(weight_map), size, len(found.digests), found.note(folder))
 
 
 def _index(folder: Path) -> tuple[dict[str, str], Any]:
     """Tensor name -> file, and the total size that the index states."""
     if not (folder / INDEX).is_file():
-        raise Fault(f"{INDEX} is missing", INDEX)
+        raise CorruptCheckpoint(f"{INDEX} is missing", INDEX)
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         weight_map, total = dict(content["weight_map"].items()), content["metadata"]["total_size"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Fault(f"{INDEX} is not a shard index ({one_line(error)})", INDEX) from error
+        raise CorruptCheckpoint(f"{INDEX} is not a shard index ({one_line(error)})", INDEX) from error
     return weight_map, total
 
 
@@ -84,23 +84,27 @@ def _check_index(folder: Path, checksums: dict[str, str], weight_map: dict[str, 
     """Index and shards must name the same tensors in the same files. Returns every tensor's shape."""
     for name, file in weight_map.items():
         if not isinstance(file, str) or not is_plain_name(file):
-            raise Fault(f"{INDEX} places tensor {name} in {file!r}, which is outside the folder", INDEX, name)
+            raise CorruptCheckpoint(
+                f"{INDEX} places tensor {name} in {file!r}, which is outside the folder", INDEX, name
+            )
         if file not in checksums:
-            raise Fault(f"{INDEX} places tensor {name} in {file}, which {REPORT} does not list", INDEX, name)
+            raise CorruptCheckpoint(
+                f"{INDEX} places tensor {name} in {file}, which {REPORT} does not list", INDEX, name
+            )
     shapes = {}
     for file in checksums:
         try:
             with safe_open(folder / file, framework="pt", device="cpu") as shard:
                 held = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise Fault(f"{file} is not a safetensors file ({one_line(error)})", file) from error
+            raise CorruptCheckpoint(f"{file} is not a safetensors file ({one_line(error)})", file) from error
         for name in held:
             if weight_map.get(name) != file:
                 where = f"places it in {weight_map[name]}" if name in weight_map else "does not name it"
-                raise Fault(f"{file} holds tensor {name}, and {INDEX} {where}", INDEX, name)
+                raise CorruptCheckpoint(f"{file} holds tensor {name}, and {INDEX} {where}", INDEX, name)
         for name, place in weight_map.items():
             if place == file and name not in held:
-                raise Fault(f"{INDEX} places tensor {name} in {file}, which does not hold it", INDEX, name)
+                raise CorruptCheckpoint(f"{INDEX} places tensor {name} in {file}, which does not hold it", INDEX, name)
         shapes |= held
     return shapes
 
@@ -114,16 +118,18 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
         if name not in shapes:
             if name in tied:
                 continue
-            raise Fault(f"tensor {name} is in no shard, and config.json asks for it", INDEX, name)
+            raise CorruptCheckpoint(f"tensor {name} is in no shard, and config.json asks for it", INDEX, name)
         if shapes[name] != shape:
-            raise Fault(
+            raise CorruptCheckpoint(
                 f"{weight_map[name]}: tensor {name} has shape {list(shapes[name])}, config.json says {list(shape)}",
                 weight_map[name],
                 name,
             )
     for name in shapes:
         if name not in wanted:
-            raise Fault(f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name)
+            raise CorruptCheckpoint(
+                f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name
+            )
     step = find_family(model.config.model_type.removeprefix(PREFIX)).table_step
     return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=0)
 
@@ -141,9 +147,11 @@ def _empty_model(folder: Path) -> torch.nn.Module:
         with init_empty_weights(include_buffers=True):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except InputError as error:
-        raise Fault(str(error), "config.json") from error
+        raise CorruptCheckpoint(str(error), "config.json") from error
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise Fault(f"config.json describes no model that can be built ({one_line(error)})", "config.json") from error
+        raise CorruptCheckpoint(
+            f"config.json describes no model that can be built ({one_line(error)})", "config.json"
+        ) from error
 
 
 def _check_tensors(folder: Path, file: str, frequencies: int) -> int:
@@ -154,12 +162,14 @@ def _check_tensors(folder: Path, file: str, frequencies: int) -> int:
             for name in shard.keys():  # noqa: SIM118  (a shard is no dictionary)
                 stored, index = shard.get_slice(name).get_dtype(), name.endswith(f".{FREQUENCIES}")
                 if stored not in (("I64",) if index else DTYPES):
-                    raise Fault(f"{file}: tensor {name} is stored as {stored}, which is not readable here", file, name)
+                    raise CorruptCheckpoint(
+                        f"{file}: tensor {name} is stored as {stored}, which is not readable here", file, name
+                    )
                 tensor = shard.get_tensor(name)
                 total += tensor.nbytes
                 _check_values(file, name, tensor, frequencies if index else None)
     except (SafetensorError, OSError, ValueError) as error:
-        raise Fault(f"{file} is not a safetensors file ({one_line(error)})", file) from error
+        raise CorruptCheckpoint(f"{file} is not a safetensors file ({one_line(error)})", file) from error
     return total
 
 
@@ -168,9 +178,9 @@ def _check_values(file: str, name: str, tensor: Tensor, frequencies: int | None)
         try:
             check_finite({name: tensor}, most=math.inf)
         except InputError as error:
-            raise Fault(f"{file}: tensor {name} has NaN or infinite values", file, name) from error
+            raise CorruptCheckpoint(f"{file}: tensor {name} has NaN or infinite values", file, name) from error
     elif tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < frequencies:
         outside = f"{int(tensor.min())} to {int(tensor.max())}"
-        raise Fault(
+        raise CorruptCheckpoint(
             f"{file}: tensor {name} holds {outside}, outside the model's frequencies 0 to {frequencies - 1}", file, name
         )

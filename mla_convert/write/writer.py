@@ -191,13 +191,13 @@ class Writer:
                     f"could not write {file} in {self.out.parent} ({error}): free disk space"
                 ) from error
 
-    def put_aside(self, file: str, tensor: Tensor) -> None:
-        """Keep a tensor on disk until `take_back`; it is no part of the output."""
+    def spill(self, file: str, tensor: Tensor) -> None:
+        """Keep a tensor on disk until `load_spilled`; it is no part of the output."""
         with self._disk(file):
             save_file({"tensor": tensor.contiguous()}, self.folder / file)
 
-    def take_back(self, file: str) -> Tensor:
-        """What `put_aside` kept; the file goes."""
+    def load_spilled(self, file: str) -> Tensor:
+        """What `spill` kept; the file goes."""
         tensor = load_file(self.folder / file)["tensor"]
         (self.folder / file).unlink()
         return tensor

@@ -18,13 +18,12 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import find_report, finite, look_up
 from mla_convert.core.settings import PACKAGE, Settings
 from mla_convert.evaluate.quality.perplexity import Mean, Perplexity, Readout, cache_bytes, mean, perplexity, score
-from mla_convert.evaluate.quality.probes import Prober, Probes
-from mla_convert.evaluate.quality.suite import figures as suite_figures
-from mla_convert.evaluate.quality.suite import suite_of
+from mla_convert.evaluate.quality.probes import ProbeRunner, ProbeSettings
+from mla_convert.evaluate.quality.suite import suite_of, suite_section
 from mla_convert.source import texts
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, find_model, is_converted, load_model, load_tokenizer, model_config
-from mla_convert.source.place import Place
+from mla_convert.source.place import SourceLocation
 from mla_convert.source.shape import original_cache_bytes
 from mla_convert.source.text_files import is_text_name
 
@@ -133,7 +132,7 @@ def _text_of(report: dict[str, Any]) -> tuple[str | None, str]:
 
 def evaluate_model(
     model: str,
-    against: str | Place | None = None,
+    against: str | SourceLocation | None = None,
     *,
     text: str | None = None,
     windows: int | None = None,
@@ -141,7 +140,7 @@ def evaluate_model(
     suite_windows: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    probes: Probes | None = None,
+    probes: ProbeSettings | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a model: a folder, Hub id, `.gguf` file or recipe; with `against`, also its distance from that original.
@@ -161,7 +160,7 @@ def evaluate_model(
         raise UsageError(f"dtype {dtype!r} is not known: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     if (windows is not None and windows < 1) or (length is not None and length < 2):
         raise UsageError("at least 1 window of 2 tokens is needed: see --eval-windows and --eval-length")
-    probes = probes or Probes()
+    probes = probes or ProbeSettings()
     if probes.greedy and not against:
         raise UsageError("--greedy compares with an original: give --against")
     where = environment.pick_device(device)
@@ -181,7 +180,7 @@ def evaluate_model(
         _check_same_tokenizer(chosen, tokenizer, origin)
     for note in notes:
         progress.note(note)
-    prober = Prober(probes, tokenizer, chosen, limit, progress)
+    prober = ProbeRunner(probes, tokenizer, chosen, limit, progress)
 
     loaded = _load(place, dtype if dtype == "auto" else getattr(torch, dtype), where, progress)
     stored, itemsize, after = loaded.dtype, loaded.dtype.itemsize, cache_bytes(loaded, chosen[0])
@@ -196,7 +195,7 @@ def evaluate_model(
         reference = prober.run(loaded, partial(_ticker, progress, origin.label))
         del loaded
     scores = score(ours, chosen, theirs)
-    by_kind = kinds_of and suite_figures(kinds_of, score(ours, kinds_of.windows, theirs, first=len(chosen)))
+    by_kind = kinds_of and suite_section(kinds_of, score(ours, kinds_of.windows, theirs, first=len(chosen)))
     where_from = {"text": label, "protocol": texts.evaluation_protocol(chosen)}
     ran_on = {"dtype": str(stored).removeprefix("torch."), "device": environment.device_name(where)}
     beyond = {key: {**where_from, **part} if key == "greedy" else part
@@ -225,7 +224,7 @@ def evaluate_model(
     )
 
 
-def _load(place: Place, dtype: str | torch.dtype, device: torch.device, progress: Progress) -> nn.Module:
+def _load(place: SourceLocation, dtype: str | torch.dtype, device: torch.device, progress: Progress) -> nn.Module:
     progress.note(f"loading {place.label}")
     return load_model(place, dtype, device)
 
@@ -242,7 +241,7 @@ def _ticker(progress: Progress, label: str, what: str = "window") -> Callable[[i
     return tick
 
 
-def _check_same_tokenizer(windows: Tensor, tokenizer: Any, origin: Place) -> None:
+def _check_same_tokenizer(windows: Tensor, tokenizer: Any, origin: SourceLocation) -> None:
     """Perplexities compare only over the same tokens: both tokenizers must make the same of the text's beginning."""
     size = getattr(model_config(origin), "vocab_size", math.inf)
     if int(windows.max()) >= size:

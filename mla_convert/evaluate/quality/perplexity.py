@@ -60,7 +60,7 @@ def perplexity(losses: Tensor) -> Perplexity:
     return Perplexity(math.exp(min(found.value, MOST)), found.error, losses.shape[0], losses.shape[1] + 1)
 
 
-def figures(windows: Windows, scores: Scores) -> dict[str, Any]:
+def perplexity_section(windows: Windows, scores: Scores) -> dict[str, Any]:
     """What a report says of its evaluation, from the scores of both models on `windows.measured`.
 
     Raises:

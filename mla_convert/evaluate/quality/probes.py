@@ -19,7 +19,7 @@ GREEDY_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Probes:
+class ProbeSettings:
     """Which probes to run: with pass keys up to `passkey_length` tokens (None: the model's context), `greedy` prompts
     continued by up to `greedy_tokens`, and `tasks` by name or file, of which the first `task_limit` examples.
 
@@ -44,7 +44,7 @@ class Probes:
 
 
 @dataclass
-class Raw:
+class ProbeOutputs:
     """What one model made of the probes."""
 
     passkey: list[passkey.Found] | None = None
@@ -52,7 +52,7 @@ class Raw:
     tasks: dict[str, Any] | None = None
 
 
-class Prober:
+class ProbeRunner:
     """Probes made ready for a model and its original: the same prompts and tasks for both.
 
     Raises:
@@ -61,7 +61,7 @@ class Prober:
         ResourceError: a task's data that cannot be fetched.
     """
 
-    def __init__(self, probes: Probes, tokenizer: Any, windows: Tensor, longest: int | None, progress: Progress):
+    def __init__(self, probes: ProbeSettings, tokenizer: Any, windows: Tensor, longest: int | None, progress: Progress):
         self._probes, self._tokenizer, self._progress = probes, tokenizer, progress
         self._prompts = self._passkey_prompts(longest) if probes.passkey else []
         self._starts = decoding.greedy_prompts(windows, probes.greedy)
@@ -82,9 +82,9 @@ class Prober:
             raise InputError(f"--passkey-length {length} is longer than the model's context of {longest} tokens")
         return passkey.make_prompts(self._tokenizer, passkey.ladder(length), self._probes.seed)
 
-    def run(self, model: nn.Module, ticker: Callable[[str], Callable[[int, int], None]]) -> Raw:
+    def run(self, model: nn.Module, ticker: Callable[[str], Callable[[int, int], None]]) -> ProbeOutputs:
         """Probe one model. `ticker` gives, for a word, what is told how many are done."""
-        raw = Raw()
+        raw = ProbeOutputs()
         if self._prompts:
             raw.passkey = passkey.retrieve(model, self._prompts, ticker("pass key"))
         if self._probes.greedy:
@@ -98,7 +98,7 @@ class Prober:
             raw.tasks = self._tasks.run(model, self._tokenizer)
         return raw
 
-    def summary(self, original: Raw | None, model: Raw) -> dict[str, Any]:
+    def summary(self, original: ProbeOutputs | None, model: ProbeOutputs) -> dict[str, Any]:
         """What was found of both, as under `beyond` in report.json."""
         content: dict[str, Any] = {}
         if original and original.greedy and model.greedy:

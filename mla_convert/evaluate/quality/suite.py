@@ -125,7 +125,7 @@ def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return [first, *messages[2:]]
 
 
-def figures(suite: Suite, scores: Scores) -> dict[str, Any]:
+def suite_section(suite: Suite, scores: Scores) -> dict[str, Any]:
     """What a report says of the suite, from the scores of its windows (N, L-1), the model's losses among them.
 
     KL and agreement over all kinds are means of the kinds' own, so that the kind with most windows does not decide.

@@ -36,7 +36,7 @@ BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.E
 
 
 @dataclass
-class Point:
+class DecodeTiming:
     """Decoding at one context and batch; times in milliseconds, rates in bytes a second."""
 
     context: int
@@ -52,7 +52,7 @@ class Point:
 
 
 @dataclass
-class Prompt:
+class PrefillTiming:
     """Reading one prompt; milliseconds."""
 
     tokens: int
@@ -62,7 +62,7 @@ class Prompt:
 
 
 @dataclass
-class Side:
+class ModelTiming:
     """All that is measured of one model."""
 
     name: str
@@ -70,8 +70,8 @@ class Side:
     weight_bytes: int
     cache_bytes_per_token: int
     attention: str
-    points: list[Point] = field(default_factory=list)
-    prompts: list[Prompt] = field(default_factory=list)
+    points: list[DecodeTiming] = field(default_factory=list)
+    prompts: list[PrefillTiming] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
 
@@ -189,7 +189,7 @@ def model_kernel(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def prompt_time(model: nn.Module, tokens: int, batch: int, repeats: int = 3) -> Prompt:
+def prompt_time(model: nn.Module, tokens: int, batch: int, repeats: int = 3) -> PrefillTiming:
     """Reading a prompt into an empty cache; the head only for its last token."""
     ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
 
@@ -198,12 +198,12 @@ def prompt_time(model: nn.Module, tokens: int, batch: int, repeats: int = 3) -> 
 
     times_ms(read, model.device, 1)
     middle = statistics.median(times_ms(read, model.device, repeats))
-    return Prompt(tokens, batch, middle, batch * tokens / middle * 1e3)
+    return PrefillTiming(tokens, batch, middle, batch * tokens / middle * 1e3)
 
 
 def decode_point(
     model: nn.Module, context: int, batch: int, copy: float, price: float | None, steps: int, largest: bool = False
-) -> tuple[Point, str]:
+) -> tuple[DecodeTiming, str]:
     """Measure decoding at one context and batch.
 
     Raises:
@@ -216,7 +216,7 @@ def decode_point(
     middle = statistics.median(found)
     rate = batch / middle * 1e3
     moved = (read_bytes(model) + cache_bytes) / middle * 1e3
-    return Point(
+    return DecodeTiming(
         context=context,
         batch=batch,
         largest=largest,
@@ -236,7 +236,7 @@ def largest_batch(model: nn.Module, context: int, limit: int) -> int:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BenchRequest:
     """What to measure: contexts in tokens, batches (None: the largest that fits), prompt lengths, bytes, a price an hour."""
 
     contexts: tuple[int, ...]
@@ -248,9 +248,9 @@ class Wanted:
 
 
 def measure_side(
-    name: str, build: Callable[[], nn.Module], wanted: Wanted, copy: float, device: torch.device,
+    name: str, build: Callable[[], nn.Module], wanted: BenchRequest, copy: float, device: torch.device,
     note: Callable[[str], None] = lambda _: None,
-) -> Side:  # fmt: skip
+) -> ModelTiming:  # fmt: skip
     """Everything of one model, which is built here and given up at the end."""
     with _memory_limit(device, wanted.memory):
         _free(device)
@@ -259,7 +259,7 @@ def measure_side(
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"the weights of {name} do not fit the memory given") from error
         weights = sum(weight.nbytes for weight in model.parameters())
-        side = Side(name, is_converted(model.config), weights, token_bytes(model.config, model.dtype), "")
+        side = ModelTiming(name, is_converted(model.config), weights, token_bytes(model.config, model.dtype), "")
         for tokens in wanted.prompts:
             try:
                 side.prompts.append(prompt_time(model, tokens, 1))
@@ -276,8 +276,14 @@ def measure_side(
 
 
 def _decode(
-    model: nn.Module, side: Side, context: int, batch: int | None, wanted: Wanted, copy: float, note: Callable[[str], None]
-) -> None:  # fmt: skip
+    model: nn.Module,
+    side: ModelTiming,
+    context: int,
+    batch: int | None,
+    wanted: BenchRequest,
+    copy: float,
+    note: Callable[[str], None],
+) -> None:
     """One point; for the largest batch, the first that fits."""
     largest = batch is None
     if largest:
@@ -303,7 +309,7 @@ def _decode(
 
 def bench(
     sides: list[tuple[str, Callable[[], nn.Module]]],
-    wanted: Wanted,
+    wanted: BenchRequest,
     device: torch.device,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:

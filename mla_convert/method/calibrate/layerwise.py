@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError, one_line
-from mla_convert.modeling.distillation import comparer, distil
+from mla_convert.modeling.distillation import distillation_loss, distillation_loss_fn
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import IGNORED, LossWeights
 from mla_convert.source.checkpoint.reader import check_finite
@@ -28,11 +28,11 @@ LOGIT_ROWS = 16384
 
 @dataclass(frozen=True)
 class Rotation:
-    """How RoPE turns the keys of one layer: `inv_freq` (d_h/2,) radians per position, of which the first `turning` are
+    """How RoPE turns the keys of one layer: `inv_freq` (d_h/2,) radians per position, of which the first `num_rotary_freqs` are
     those of its table and the others zero; `scale` is the factor on cos and sin that some RoPE scalings apply."""
 
     inv_freq: Tensor
-    turning: int
+    num_rotary_freqs: int
     scale: float
 
 
@@ -65,7 +65,7 @@ def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-class Skeleton:
+class LayerwiseModel:
     """Runs a source model one layer at a time.
 
     Weights are loaded in float32, whatever the source stores; on CUDA the forward passes run under bfloat16 autocast.
@@ -114,13 +114,13 @@ class Skeleton:
         """RoPE of a layer, read from the cos and sin tables among the arguments that the stock model gives to it."""
         shape, step = self.source.shape, self.source.family.table_step
         inv_freq = torch.zeros(shape.head_dim // 2, dtype=torch.float64, device=self.device)
-        turning = shape.full_rope_dim // shape.num_kv_heads // 2 if shape.has_rope(index) else 0
-        if not turning:
+        num_rotary_freqs = shape.full_rope_dim // shape.num_kv_heads // 2 if shape.has_rope(index) else 0
+        if not num_rotary_freqs:
             return Rotation(inv_freq, 0, 1.0)
         # position 1: no frequency turns by half a circle in one step
-        cos, sin = (table[0, 1, : turning * step : step].double() for table in kwargs["position_embeddings"])
-        inv_freq[:turning] = torch.atan2(sin, cos)
-        return Rotation(inv_freq, turning, float(torch.hypot(cos, sin).mean()))
+        cos, sin = (table[0, 1, : num_rotary_freqs * step : step].double() for table in kwargs["position_embeddings"])
+        inv_freq[:num_rotary_freqs] = torch.atan2(sin, cos)
+        return Rotation(inv_freq, num_rotary_freqs, float(torch.hypot(cos, sin).mean()))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 autocast on CUDA, nothing elsewhere."""
@@ -286,7 +286,7 @@ class Skeleton:
         head, stored, compare = (
             self.model.get_output_embeddings(),
             self._head_tensors(),
-            comparer(LossWeights(), self.device),
+            distillation_loss_fn(LossWeights(), self.device),
         )
         # the largest matrix of all; on CUDA it would be cast for every product
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -302,7 +302,9 @@ class Skeleton:
             def distance(found: Tensor, expected: Tensor) -> Tensor:
                 labels = torch.full(found.shape[:2], IGNORED, device=found.device)
                 with self.autocast():
-                    return distil(norm(found), norm(expected), labels, output, output, LossWeights(), compare)[0]
+                    return distillation_loss(
+                        norm(found), norm(expected), labels, output, output, LossWeights(), compare
+                    )[0]
 
             yield distance
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mla_convert.core.errors import InputError
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import Skeleton
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.families import Family
 
@@ -85,13 +85,13 @@ def diagonal_sums(weights: Tensor) -> Tensor:
     return skewed.view(heads, length, 2 * length - 1).sum(1)[:, length - 1 :]
 
 
-def attention_kwargs(skeleton: Skeleton, length: int) -> list[dict[str, Any]]:
+def attention_kwargs(layerwise: LayerwiseModel, length: int) -> list[dict[str, Any]]:
     """Each layer's keyword arguments for `attention_moments` on windows of `length` tokens."""
-    return skeleton.layer_kwargs(min(length, ATTENTION_LENGTH), eager=True)
+    return layerwise.layer_kwargs(min(length, ATTENTION_LENGTH), eager=True)
 
 
 def layer_statistics(
-    skeleton: Skeleton,
+    layerwise: LayerwiseModel,
     layer: nn.Module,
     states: Activations,
     kwargs: dict[str, Any],
@@ -104,12 +104,12 @@ def layer_statistics(
     Raises:
         InputError: they are not finite.
     """
-    family = skeleton.source.family
+    family = layerwise.source.family
     norm, key_value, query = family.entry(layer), lambda rows: rows, None
     if student is not None and student.normed:
         key_value = student.normed_key_value
         query = head_moments(states, lambda hidden: student.normed_query(norm(hidden)), student.num_heads)
-    with skeleton.attention("eager"), skeleton.autocast():
+    with layerwise.attention("eager"), layerwise.autocast():
         distance, key_moment = attention_moments(states, layer, family, kwargs, key_value)
     moment = second_moment(states, lambda hidden: key_value(norm(hidden)))
     if not all(torch.isfinite(part).all() for part in (moment, distance, key_moment)):
@@ -120,7 +120,7 @@ def layer_statistics(
     return Statistics(
         second_moment=moment,
         distance=distance,
-        inv_freq=skeleton.rotation(getattr(layer, family.attention).layer_idx, kwargs).inv_freq,
+        inv_freq=layerwise.rotation(getattr(layer, family.attention).layer_idx, kwargs).inv_freq,
         key_moment=key_moment,
         query_moment=query,
     )

@@ -100,7 +100,7 @@ def allocate(plan: Plan, losses: list[LayerLoss], unit: int, rope_weight: float)
     ]
     # no layer goes without rotary dims: what calibration saw says little about the distances that it did not see
     sizes = [[unit, min(unit, most[1])] for most in limits]
-    left = len(losses) * plan.cache_numbers - sum(map(sum, sizes))
+    left = len(losses) * plan.cache_width - sum(map(sum, sizes))
     queue: list[tuple[float, int, int]] = []
 
     def offer(layer: int, kind: int) -> None:

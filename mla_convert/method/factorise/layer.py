@@ -88,8 +88,8 @@ def attention_parts(attention: nn.Module, family: Family, shape: AttentionShape)
 
 def half_split(head_dim: int, rotary_dim: int, interleaved: bool) -> Tensor:
     """Order (d_h,) of a head's dims in which f and f + d_h/2 turn together; pairs that do not turn come last."""
-    turning, still = torch.arange(rotary_dim), torch.arange(rotary_dim, head_dim)
-    real, imag = (turning[0::2], turning[1::2]) if interleaved else turning.chunk(2)
+    num_rotary_freqs, still = torch.arange(rotary_dim), torch.arange(rotary_dim, head_dim)
+    real, imag = (num_rotary_freqs[0::2], num_rotary_freqs[1::2]) if interleaved else num_rotary_freqs.chunk(2)
     return torch.cat([real, still[: len(still) // 2], imag, still[len(still) // 2 :]])
 
 
@@ -128,10 +128,10 @@ def factorise_layer(
     rotation: Rotation,
 ) -> MlaWeights:
     """Closed-form MLA weights of a loaded source layer's attention; for a rank of None see `factorise`."""
-    shape, turning = source.shape, rotation.turning
-    weights = source_weights(attention, source.family, shape, 2 * turning)
+    shape, num_rotary_freqs = source.shape, rotation.num_rotary_freqs
+    weights = source_weights(attention, source.family, shape, 2 * num_rotary_freqs)
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    geometry = Geometry(heads, kv_heads, shape.head_dim, attention.scaling, rotation.scale, turning)
+    geometry = Geometry(heads, kv_heads, shape.head_dim, attention.scaling, rotation.scale, num_rotary_freqs)
     return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes)
 
 

@@ -17,7 +17,7 @@ from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import Skeleton, first_output
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
 from mla_convert.method.calibrate.statistics import attention_kwargs, layer_statistics
 from mla_convert.method.factorise.allocate import LayerLoss, allocate, probes
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
@@ -42,7 +42,7 @@ SHRINKAGE = 1e-3
 REGAIN_STEPS = 100
 
 
-def aside_bytes(plan: Plan) -> int:
+def scratch_bytes(plan: Plan) -> int:
     """Room that `layer_losses` takes on disk while it runs, at most: each layer's inputs, bfloat16 on a GPU, else float32."""
     tokens = max(TOKENS["cuda"] * torch.bfloat16.itemsize, TOKENS["cpu"] * torch.float32.itemsize)
     return plan.shape.layers * plan.shape.hidden_size * tokens
@@ -65,7 +65,7 @@ def measure(
     plan: Plan,
     config: Settings,
     steps: int,
-    skeleton: Skeleton,
+    layerwise: LayerwiseModel,
     states: Activations,
     writer: Writer,
     progress: Progress,
@@ -79,11 +79,11 @@ def measure(
         return plan, None
     shared = shares_out(config, plan)
     length = min(states.length, WINDOW)
-    windows = min(states.windows, max(1, TOKENS[skeleton.device.type] // length))
-    few = Activations(states.data[:windows, :length], skeleton.device, states.data.dtype)
+    windows = min(states.windows, max(1, TOKENS[layerwise.device.type] // length))
+    few = Activations(states.data[:windows, :length], layerwise.device, states.data.dtype)
     progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
-        found = sensitivities(skeleton, few, plan, config.seed, writer, shared, progress.layer_measured)
+        found = sensitivities(layerwise, few, plan, config.seed, writer, shared, progress.layer_measured)
     finally:
         progress.stop()
     if shared:
@@ -92,7 +92,7 @@ def measure(
 
 
 def sensitivities(
-    skeleton: Skeleton,
+    layerwise: LayerwiseModel,
     states: Activations,
     plan: Plan,
     seed: int,
@@ -107,23 +107,23 @@ def sensitivities(
     :param tick: called twice a layer.
     """
     count, losses, channels = plan.shape.layers, [], []
-    kwargs = skeleton.layer_kwargs(states.length)
-    eager = attention_kwargs(skeleton, states.length)
+    kwargs = layerwise.layer_kwargs(states.length)
+    eager = attention_kwargs(layerwise, states.length)
     for index in range(count):
-        writer.put_aside(_file(index), states.data.cpu())
-        with skeleton.layer(index, skeleton.layer_tensors(index)) as layer, skeleton.autocast():
+        writer.spill(_file(index), states.data.cpu())
+        with layerwise.layer(index, layerwise.layer_tensors(index)) as layer, layerwise.autocast():
             states.advance(lambda hidden, layer=layer, own=kwargs[index]: first_output(layer(hidden, **own)))
-        states.check_finite(f"layer {skeleton.layer_prefix(index)[:-1]}")
+        states.check_finite(f"layer {layerwise.layer_prefix(index)[:-1]}")
         tick()
-    generator = torch.Generator(skeleton.device).manual_seed(seed)
-    gradient = skeleton.output_gradient(states.data, generator)
+    generator = torch.Generator(layerwise.device).manual_seed(seed)
+    gradient = layerwise.output_gradient(states.data, generator)
     for index in reversed(range(count)):
-        states.data.copy_(writer.take_back(_file(index)))
-        with skeleton.layer(index, skeleton.layer_tensors(index)) as layer:
-            metric, squares = _backward(skeleton, layer, states, gradient, kwargs[index])
+        states.data.copy_(writer.load_spilled(_file(index)))
+        with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
+            metric, squares = _backward(layerwise, layer, states, gradient, kwargs[index])
             channels.append(squares)
             if by_size:
-                losses.append(_losses(skeleton, layer, states, metric, plan, kwargs[index], eager[index]))
+                losses.append(_losses(layerwise, layer, states, metric, plan, kwargs[index], eager[index]))
         tick()
     return Sensitivity(losses[::-1], channels[::-1])
 
@@ -133,7 +133,7 @@ def _file(index: int) -> str:
 
 
 def _backward(
-    skeleton: Skeleton, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict
+    layerwise: LayerwiseModel, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict
 ) -> tuple[Tensor, Tensor]:
     """Carry `gradient` (N, L, d), in place, from a layer's output to its input.
 
@@ -142,7 +142,7 @@ def _backward(
     Raises:
         InputError: they are not finite.
     """
-    family = skeleton.source.family
+    family = layerwise.source.family
     attention, leave, kept = getattr(layer, family.attention), family.exit(layer), []
 
     def keep(_module, _args, output):
@@ -156,7 +156,7 @@ def _backward(
         for window in range(states.windows):
             part = slice(window, window + 1)
             hidden = states.get(part).requires_grad_(True)
-            with torch.enable_grad(), skeleton.autocast():
+            with torch.enable_grad(), layerwise.autocast():
                 output = first_output(layer(hidden, **kwargs))
             behind = gradient[part].to(output.device, output.dtype)
             output.backward(behind)
@@ -180,31 +180,37 @@ def _backward(
 
 @torch.no_grad()
 def _losses(
-    skeleton: Skeleton, layer: nn.Module, states: Activations, metric: Tensor, plan: Plan, kwargs: dict, eager: dict
+    layerwise: LayerwiseModel,
+    layer: nn.Module,
+    states: Activations,
+    metric: Tensor,
+    plan: Plan,
+    kwargs: dict,
+    eager: dict,
 ) -> LayerLoss:
     """Run one layer's attention, factorised at several sizes, and compare: rank and rotary dims each with the other whole."""
-    family, source = skeleton.source.family, skeleton.source
+    family, source = layerwise.source.family, layerwise.source
     attention, norm = getattr(layer, family.attention), family.entry(layer)
-    size, rotation = plan.layer(attention.layer_idx), skeleton.rotation(attention.layer_idx, eager)
+    size, rotation = plan.layer(attention.layer_idx), layerwise.rotation(attention.layer_idx, eager)
     full = plan.shape.full_rank(size.rope_dim)
-    statistics = layer_statistics(skeleton, layer, states, eager, _module(skeleton, plan, attention, size))
+    statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, plan, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
-    expected = attend(attention, norm, kwargs, skeleton.autocast)(hidden)
+    expected = attend(attention, norm, kwargs, layerwise.autocast)(hidden)
     usual = _usual(hidden + family.exit(layer)(expected))
     root = torch.linalg.cholesky(ridged(metric, SHRINKAGE)).float()
 
     def error(module: MlaAttention) -> float:
-        found = attend(module, norm, kwargs, skeleton.autocast)(hidden)
+        found = attend(module, norm, kwargs, layerwise.autocast)(hidden)
         return float(((found - expected) @ root).square().sum(-1)[usual].mean() / 2)
 
     def build(rank: int | None, rope_dim: int) -> MlaAttention:
         weights = factorise_layer(source, attention, statistics, rank, rope_dim, "loss", rotation)
-        module = _module(skeleton, plan, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
+        module = _module(layerwise, plan, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
         fill_attention(module, weights, family.table_step)
         return module
 
     ranks, ropes = probes(plan, size_unit(plan))
-    by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in (ropes if rotation.turning else [0])}
+    by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in (ropes if rotation.num_rotary_freqs else [0])}
     module, by_rank = build(full, size.rope_dim), {}
     for rank in sorted({full, *(rank for rank in ranks if rank < full)}, reverse=True):
         # latents are ordered: without the last ones it is the module of a lower rank
@@ -214,10 +220,10 @@ def _losses(
     return LayerLoss(by_rank, by_rope)
 
 
-def _module(skeleton: Skeleton, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
+def _module(layerwise: LayerwiseModel, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
     """An attention of some size for one stock attention, without values."""
     sized = replace(plan, sizes=(size,) * plan.shape.layers)
-    return build_attention(mla_config(skeleton.source, sized, torch.float32), attention, skeleton.device)
+    return build_attention(mla_config(layerwise.source, sized, torch.float32), attention, layerwise.device)
 
 
 def _usual(stream: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ DEFAULT_RATIO = 0.5
 TABLE = 32
 
 
-def table_frequencies(turning: int) -> range:
-    """Which of a model's `turning` frequencies planes of kind "table" may have: evenly spaced, from the fastest on.
+def table_frequencies(num_rotary_freqs: int) -> range:
+    """Which of a model's `num_rotary_freqs` frequencies planes of kind "table" may have: evenly spaced, from the fastest on.
 
     Every n-th power of theta is again a table of DeepSeek's form, so an engine can be told of them by one number.
     """
-    step = max(1, turning // TABLE)
-    return range(0, turning, step)[:TABLE]
+    step = max(1, num_rotary_freqs // TABLE)
+    return range(0, num_rotary_freqs, step)[:TABLE]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LayerSize:
     rope_dim: int
 
     @property
-    def numbers(self) -> int:
+    def width(self) -> int:
         """Both together."""
         return self.rank + self.rope_dim
 
@@ -64,14 +64,14 @@ class Plan:
         return [self.layer(index) for index in range(self.shape.layers)]
 
     @property
-    def cache_numbers(self) -> int:
+    def cache_width(self) -> int:
         """Numbers per token and layer that the settings ask for, the mean over layers where they differ."""
         return self.rank + self.rope_dim
 
     @property
-    def ratio(self) -> float:
+    def cache_ratio(self) -> float:
         """Share of the original's cache."""
-        return self.cache_numbers / self.shape.cache_numbers
+        return self.cache_width / self.shape.cache_width
 
     @property
     def full_rank(self) -> int:
@@ -131,8 +131,8 @@ def _plan_from_ratio(settings: Settings, shape: AttentionShape) -> Plan:
     ratio = DEFAULT_RATIO if settings.kv_ratio is None else settings.kv_ratio
     if not 0 < ratio <= 1:
         raise InputError(f"kv_ratio {ratio} is not a share: give a number above 0 and at most 1 (0.5 halves the cache)")
-    unit = UNIT if ratio * shape.cache_numbers >= 4 * UNIT else 2
-    total = int(ratio * shape.cache_numbers / unit + 1e-9) * unit
+    unit = UNIT if ratio * shape.cache_width >= 4 * UNIT else 2
+    total = int(ratio * shape.cache_width / unit + 1e-9) * unit
     rope_dim = _rope_dim(settings, shape, min(_round_up(total / 4, unit), MAX_DEFAULT_ROPE, shape.full_rope_dim))
     rank = min(total - rope_dim, shape.full_rank(rope_dim))
     if rank <= 0:
@@ -156,8 +156,8 @@ def _rope_dim(settings: Settings, shape: AttentionShape, default: int) -> int:
     full = shape.full_rope_dim
     rope_dim = {"full": full, None: default}.get(settings.rope_dim, settings.rope_dim)
     if settings.planes == "table":
-        turning = 0 if not full else full // shape.num_kv_heads // 2
-        limit = 2 * len(table_frequencies(turning))
+        num_rotary_freqs = 0 if not full else full // shape.num_kv_heads // 2
+        limit = 2 * len(table_frequencies(num_rotary_freqs))
         rope_dim = min(rope_dim, limit) if settings.rope_dim in (None, "full") else rope_dim
         if rope_dim > limit:
             raise InputError(

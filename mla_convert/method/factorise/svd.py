@@ -54,7 +54,7 @@ class Geometry:
     head_dim: int
     scaling: float  # factor of the logits before softmax
     rope_scale: float = 1.0  # factor of cos and sin (yarn, longrope); rotary logits get it squared
-    turning: int | None = None  # how many frequencies, the first ones, RoPE turns by; None: all d_h/2
+    num_rotary_freqs: int | None = None  # how many frequencies, the first ones, RoPE turns by; None: all d_h/2
 
 
 @dataclass(frozen=True)
@@ -110,27 +110,29 @@ def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor, query_momen
 
 
 def _choose(
-    k: Tensor, tokens: Tensor, key_cost: Tensor, rho: Tensor, count: int, planes: str, turning: int
+    k: Tensor, tokens: Tensor, key_cost: Tensor, rho: Tensor, count: int, planes: str, num_rotary_freqs: int
 ) -> rope.Planes:
     """Rotary planes of a layer from its affine key rows (G*d_h, d+1) and key costs (H, d_h, d_h).
 
-    :param turning: see Geometry; the other frequencies stay out of the choice.
+    :param num_rotary_freqs: see Geometry; the other frequencies stay out of the choice.
     """
     keys = rope.complex_rows(k, 2 * rho.shape[1])
     key_cov = keys @ tokens.to(keys.dtype) @ keys.mH
     query_energy = key_cost.diagonal(dim1=-2, dim2=-1).view(len(rho), 2, -1).sum(1)
     choose = {"loss": rope.choose_planes, "table": rope.table_planes, "even": rope.even_planes}[planes]
-    if turning == rho.shape[1]:
+    if num_rotary_freqs == rho.shape[1]:
         return choose(key_cov, query_energy, rho, count)
-    still = key_cov[turning:].diagonal(dim1=-2, dim2=-1).real * rope.by_group(query_energy[:, turning:], keys.shape[1])
-    if not turning:
+    still = key_cov[num_rotary_freqs:].diagonal(dim1=-2, dim2=-1).real * rope.by_group(
+        query_energy[:, num_rotary_freqs:], keys.shape[1]
+    )
+    if not num_rotary_freqs:
         none = keys.new_zeros(0, rho.shape[1], 1)
         index = torch.zeros(0, dtype=torch.int64, device=rho.device)
         wide = (none.expand(-1, -1, heads) for heads in (keys.shape[1], len(rho)))
         return rope.Planes(index, *wide, still.new_zeros(()), still.sum())
-    kept = choose(key_cov[:turning], query_energy[:, :turning], rho[:, :turning], count)
+    kept = choose(key_cov[:num_rotary_freqs], query_energy[:, :num_rotary_freqs], rho[:, :num_rotary_freqs], count)
     # (m, frequencies, heads): nothing of the others is written or read
-    wide = (F.pad(part, (0, 0, 0, rho.shape[1] - turning)) for part in (kept.write, kept.read))
+    wide = (F.pad(part, (0, 0, 0, rho.shape[1] - num_rotary_freqs)) for part in (kept.write, kept.read))
     return rope.Planes(kept.freq_index, *wide, kept.lost, kept.total + still.sum())
 
 
@@ -297,14 +299,14 @@ def factorise(
     moment, tokens = _moments(statistics)
     query_moment = moment if statistics.query_moment is None else statistics.query_moment.double()
     rho = rope.mean_rotation(statistics.distance.double(), statistics.inv_freq.double())
-    turning = rho.shape[1] if geometry.turning is None else geometry.turning
+    num_rotary_freqs = rho.shape[1] if geometry.num_rotary_freqs is None else geometry.num_rotary_freqs
     if planes == "even":
         rho = torch.ones_like(rho)
     key_cost = geometry.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, query_moment)
-    kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, turning)
+    kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, num_rotary_freqs)
     nope = head_dim if rope_dim < num_kv * head_dim else 0
     gain = torch.ones(2, rho.shape[1], 1, dtype=torch.float64, device=rho.device)
-    gain[:, :turning] = geometry.rope_scale**2
+    gain[:, :num_rotary_freqs] = geometry.rope_scale**2
     k_maps = (rope.content_maps(kept, rho, num_kv) * gain.flatten(0, 1))[:, :nope]
     costs = (key_cost[:, :nope, :nope], ridged(o_heads.mT @ o_heads, COST_RIDGE))
     # Without a source bias the result has none: constants are then part of what the latent carries.

@@ -23,16 +23,16 @@ UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib":
 
 @dataclass(frozen=True)
 class CacheSize:
-    """A KV cache of `numbers` per token and layer, `itemsize` bytes each; `windows`: sliding window a layer, or None."""
+    """A KV cache of `width` numbers per token and layer, `itemsize` bytes each; `windows`: sliding window a layer, or None."""
 
-    numbers: int
+    width: int
     itemsize: int
     windows: tuple[int | None, ...]
 
     def bytes(self, context: int, batch: int = 1) -> int:
         """Bytes for `batch` sequences of `context` tokens. A layer with a window holds at most that many tokens."""
         held = sum(min(context, window) if window else context for window in self.windows)
-        return batch * held * self.numbers * self.itemsize
+        return batch * held * self.width * self.itemsize
 
     def largest_batch(self, room: int, context: int) -> int:
         """Sequences of `context` tokens that fit `room` bytes."""
@@ -82,8 +82,8 @@ def fit(room: int, cache: CacheSize, limit: int) -> dict[str, dict[str, int]]:
 def warnings(plan: Plan) -> list[str]:
     """What about a plan its user may not have meant, a sentence each."""
     found, shape = [], plan.shape
-    if plan.cache_numbers >= shape.cache_numbers:
-        how = "larger than" if plan.cache_numbers > shape.cache_numbers else "as large as"
+    if plan.cache_width >= shape.cache_width:
+        how = "larger than" if plan.cache_width > shape.cache_width else "as large as"
         found.append(f"the cache is {how} the original's: a smaller rank saves memory")
     full = shape.full_rank(plan.rope_dim)
     if plan.rank >= full:

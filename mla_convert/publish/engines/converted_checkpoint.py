@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError
 from mla_convert.publish.engines.latent_attention import Attention
-from mla_convert.publish.engines.profiles import Profile, Traits, check_family, check_profile_of, needs_code
-from mla_convert.publish.engines.qk_norm import Features
+from mla_convert.publish.engines.profiles import ModelTraits, Profile, check_family, check_profile_of, needs_code
+from mla_convert.publish.engines.qk_norm import QKNormFeatures
 from mla_convert.source.checkpoint.reader import SafetensorsReader, check_finite
 from mla_convert.source.load_model import PREFIX, is_converted
 from mla_convert.source.source import load_config
@@ -65,11 +65,11 @@ class Converted:
                 f"tensor {foreign[0]} of {self.label} has no place in DeepSeek's model: serve it with transformers"
             )
 
-    def _traits(self) -> Traits:
+    def _traits(self) -> ModelTraits:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         rotary = model.model.rotary_emb
-        return Traits(
+        return ModelTraits(
             theta=float((getattr(self.config, "rope_parameters", None) or {}).get("rope_theta", 1e4)),
             inv_freq=tuple(rotary.inv_freq.tolist()),
             rope_scale=float(rotary.attention_scaling) ** 2,
@@ -82,14 +82,14 @@ class Converted:
         found = self.reader.read(names)
         return [found[name].tolist() for name in names]
 
-    def layer(self, index: int) -> tuple[Attention, Features | None, dict[str, Tensor]]:
+    def layer(self, index: int) -> tuple[Attention, QKNormFeatures | None, dict[str, Tensor]]:
         """A layer's attention, what norms queries and keys before it, and other tensors by local names; all finite."""
         prefix = f"model.layers.{index}."
         tensors = self.reader.read(name for name in self.reader.names() if name.startswith(prefix))
         check_finite(tensors)
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         own = {name.removeprefix("self_attn."): local.pop(name) for name in [*local] if name.startswith("self_attn.")}
-        features = Features.take(own) if self.config.mla_q_norm else None
+        features = QKNormFeatures.take(own) if self.config.mla_q_norm else None
         return Attention.read(own, self.config.num_attention_heads, self.config.v_head_dim), features, local
 
     def largest_latent(self, index: int, rank: int) -> float:

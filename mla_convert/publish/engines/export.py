@@ -55,7 +55,7 @@ class Export:
         """As `export --json` prints it and export.json holds it, but for the local path."""
         sizes = {"kv_lora_rank": self.sizes.rank, "qk_rope_head_dim": self.sizes.rope_dim,
                  "qk_nope_head_dim": self.sizes.nope_dim, "v_head_dim": self.sizes.v_dim}  # fmt: skip
-        return {"profile": self.profile, "dtype": self.dtype, **sizes, "cache_numbers": self.sizes.cache_numbers,
+        return {"profile": self.profile, "dtype": self.dtype, **sizes, "cache_numbers": self.sizes.cache_width,
                 "converted_cache_numbers": self.source_numbers, "latent_norm_distortion": self.distortion}  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def _bytes(content: dict[str, Any], form: _Form) -> int:
     """Bytes of all exported tensors."""
     hidden, heads, sizes = content["hidden_size"], content["num_attention_heads"], form.sizes
     per_head = 2 * sizes.nope_dim + sizes.rope_dim + 2 * sizes.v_dim
-    layer = 3 * hidden * content["intermediate_size"] + hidden * sizes.cache_numbers
+    layer = 3 * hidden * content["intermediate_size"] + hidden * sizes.cache_width
     layer += heads * (hidden * (sizes.nope_dim + sizes.rope_dim + sizes.v_dim) + sizes.rank * per_head)
     total = content["num_hidden_layers"] * layer + 2 * content["vocab_size"] * hidden
     return total * form.dtype.itemsize

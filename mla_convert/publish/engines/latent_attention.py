@@ -144,7 +144,7 @@ def served_attention(
     def compressed(rows: Tensor) -> Tensor:
         scaled = rows.clone()
         scaled[: attention.rank] *= norm.alpha
-        return _place(scaled, planes, sizes.rank, slots, sizes.cache_numbers)
+        return _place(scaled, planes, sizes.rank, slots, sizes.cache_width)
 
     kv_b = attention.kv_b.new_zeros(heads, sizes.nope_dim + sizes.v_dim, sizes.rank)
     nope, rank, v_dim = attention.nope_dim, attention.rank, attention.v_dim

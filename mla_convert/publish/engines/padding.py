@@ -29,7 +29,7 @@ class Sizes:
     v_dim: int
 
     @property
-    def cache_numbers(self) -> int:
+    def cache_width(self) -> int:
         """Numbers cached per token and layer."""
         return self.rank + self.rope_dim
 

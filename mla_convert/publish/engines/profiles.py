@@ -32,7 +32,7 @@ def check_profile(profile: str) -> Profile:
 
 
 @dataclass(frozen=True)
-class Traits:
+class ModelTraits:
     """What the exporter asks of a converted model's configuration and modules."""
 
     theta: float

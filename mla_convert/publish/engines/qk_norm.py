@@ -13,7 +13,7 @@ FOLDER = "features."
 
 
 @dataclass(frozen=True)
-class Features:
+class QKNormFeatures:
     """One layer's, as stored. H query heads and G key heads of d_h; d inputs."""
 
     projections: dict[str, Tensor]  # q (H*d_h, d), k and v (G*d_h, d)
@@ -22,7 +22,7 @@ class Features:
     k_norm: Tensor  # (d_h,)
 
     @classmethod
-    def take(cls, stored: dict[str, Tensor]) -> Features:
+    def take(cls, stored: dict[str, Tensor]) -> QKNormFeatures:
         """From the tensors of one attention, of which it takes its own; the queries' maps become q_proj."""
         found = cls(
             projections={letter: stored.pop(f"{letter}_proj.weight") for letter in "qkv"},

@@ -74,7 +74,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Asking:
+class EngineRequest:
     """How the engine is run. `python` has it installed; `gguf` and `server` are llama.cpp's model file and program."""
 
     engine: str
@@ -87,7 +87,7 @@ class Asking:
     limit: float | None = None
 
 
-def serve_check(folder: Path, how: Asking, against: Path | None = None) -> Verdict:
+def serve_check(folder: Path, how: EngineRequest, against: Path | None = None) -> Verdict:
     """Ask the engine, ask the converted model, compare.
 
     :param folder: an exported folder.
@@ -131,7 +131,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_pair(profile: str, how: Asking) -> None:
+def _check_pair(profile: str, how: EngineRequest) -> None:
     stock = how.engine == "transformers" or how.model_impl == "transformers"
     if profile == "engine" and stock:
         raise UsageError(
@@ -158,7 +158,7 @@ def _original(folder: Path, facts: dict[str, Any], against: Path | None) -> Path
     return beside
 
 
-def _dtype(facts: dict[str, Any], how: Asking) -> str:
+def _dtype(facts: dict[str, Any], how: EngineRequest) -> str:
     if how.engine == "llama.cpp":
         return "gguf"
     dtype = how.dtype or facts["dtype"]
@@ -176,7 +176,7 @@ def fixed_prompts(tokenizer: Any) -> list[list[int]]:
     return [ids[start : start + LENGTH] for start in range(0, PROMPTS * LENGTH, LENGTH)]
 
 
-def _ask(folder: Path, how: Asking, prompts: list[list[int]], dtype: str) -> dict[str, Any]:
+def _ask(folder: Path, how: EngineRequest, prompts: list[list[int]], dtype: str) -> dict[str, Any]:
     """The engine's answers, by `ask_engine.py` in its own interpreter."""
     with tempfile.TemporaryDirectory() as work:
         asked: dict[str, Any] = {"prompts": prompts, "tokens": TOKENS, "top": TOP, "dtype": dtype,
@@ -218,7 +218,7 @@ def _last_words(stderr: str) -> str:
     return one_line(RuntimeError((errors or lines or [""])[-1]))
 
 
-def _server(how: Asking) -> str:
+def _server(how: EngineRequest) -> str:
     found = shutil.which(how.server or "llama-server") or (None if how.server else shutil.which("llama-cpp-server"))
     if found is None:
         raise ResourceError(f"{how.server or 'llama-server'} is not on the path: install llama.cpp, or give --server")

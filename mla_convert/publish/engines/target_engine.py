@@ -13,7 +13,7 @@ from mla_convert.source.source import Source
 SHARE = 0.6
 
 
-def towards(config: ConvertConfig, source: Source) -> ConvertConfig:
+def apply_constraints(config: ConvertConfig, source: Source) -> ConvertConfig:
     """The settings with everything that `engine` decides; unchanged without one.
 
     Sizes are uniform. Planes are those of one table for all layers where the source can be exported without code, and free
@@ -50,7 +50,7 @@ def check_export(config: ConvertConfig, profile: Profile, source: Source) -> Non
         UsageError: settings that the profile cannot say.
         InputError: a source that it cannot say.
     """
-    config = towards(config, source)
+    config = apply_constraints(config, source)
     check_family(source.config, source.family.model_type, source.name)
     check_profile_of(profile, _reason(source), source.name)
     plan = make_plan(config, source.shape)
@@ -69,7 +69,7 @@ def _reason(source: Source) -> str | None:
 
 def _rank(config: ConvertConfig, source: Source, rope_dim: int) -> int:
     """The rank given, if the engine has kernels for it, or the largest within the share of the cache to keep."""
-    engine, cache = config.engine, source.shape.cache_numbers
+    engine, cache = config.engine, source.shape.cache_width
     if config.rank is not None:
         if config.rank == "full" or (engine == "vllm" and config.rank not in RANKS) or config.rank > RANKS[-1]:
             which = KNOWN if engine == "vllm" else f"at most {RANKS[-1]}"
