@@ -19,7 +19,7 @@ Settings, beside any that --add names:
     even planes         the best plane of evenly spaced frequencies stays rotary, the others lose their rotation undamped;
                         closed form, no noise, the same sizes in every layer; the low rank is ours, weighted by attention
     rope kept           upper reference, not a conversion: one latent for keys and values from which keys are restored before
-                        they are rotated, so that RoPE loses nothing, and which cannot be absorbed (rope_kept.py)
+                        they are rotated, so that RoPE loses nothing, and which cannot be absorbed (low_rank_reference.py)
     fp8 cache, int8 cache, int4 cache, int4 hadamard
                         not conversions either: the original with its own cache quantised, which is what a user has instead; at
                         the budgets that they have themselves (quantised_cache.py)
@@ -60,7 +60,7 @@ SETTINGS = {
 }
 # Settings that are no conversions: the script that runs them, and the budget of those that have one of their own.
 SCRIPTS = {
-    "rope kept": "rope_kept.py",
+    "rope kept": "low_rank_reference.py",
     **dict.fromkeys(("fp8 cache", "int8 cache", "int4 cache", "int4 hadamard"), "quantised_cache.py"),
 }
 BUDGETS = {"fp8 cache": 0.5, "int8 cache": 0.5625, "int4 cache": 0.3125, "int4 hadamard": 0.28125}

@@ -19,23 +19,23 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
-import final
-import processes
-import race
+import end_to_end
+import harness
+import multi_gpu
+import prepare_text
+import short_runs
 import speed
-import text
 import torch
 
 from mla_convert.core.units import parse_tokens
 
 PARTS = {
-    "text": text.main,
+    "text": prepare_text.main,
     "speed": speed.main,
-    "race": race.main,
-    "final": final.main,
-    "control": final.control,
-    "processes": processes.main,
+    "race": short_runs.main,
+    "final": end_to_end.main,
+    "control": end_to_end.control,
+    "processes": multi_gpu.main,
 }
 # Seconds kept free at the end: to measure what was healed, and for the steps on one GPU and on two.
 MEASURING, STEPS = 25, 40
@@ -64,10 +64,10 @@ def everything(args):
             process.kill()
             log = next(Path(args.work).glob(f"log-{running.index(process)}-*"))
             words = log.read_text(errors="replace")[-1500:]
-            common.emit(args, part=name, error=f"exit code {process.returncode}", stderr=words)
+            harness.emit(args, part=name, error=f"exit code {process.returncode}", stderr=words)
 
     middle = args.converted[len(args.converted) // 2]
-    common.mark(args, "began")
+    harness.signal(args, "began")
     tokens = ("--tokens", args.tokens)
     named = [(start("text", [middle], *tokens, gpus=last), "text"), (start("speed", [middle], "--quick"), "speed")]
     until = ("--until", end - MEASURING - STEPS)
@@ -80,14 +80,14 @@ def everything(args):
     several = [("one", {})]
     if first != last:
         pair = {"launch": both, "gpus": f"{first},{last}"}
-        several += [("ddp", pair), ("fsdp2", {**pair, "env": processes.FSDP2})]
+        several += [("ddp", pair), ("fsdp2", {**pair, "env": multi_gpu.FSDP2})]
     # started early, for they take a while to load; each waits for its turn
     several = [(start("processes", [middle], *tokens, "--name", name, "--gate", name, "--steps", 16, **own), name)
                for name, own in several]  # fmt: skip
     for process, name in named:
         finish(process, name) if name.startswith("final") else None
     for process, name in several:
-        common.mark(args, name)
+        harness.signal(args, name)
         finish(process, name)
     for process, name in named:
         finish(process, name) if not name.startswith("final") else None
@@ -107,7 +107,7 @@ def main():
     parser.add_argument("--tokens", type=parse_tokens, default=40_000_000, help="of final figures; of `all`: at most")
     parser.add_argument("--steps", type=int, default=28, help="of the race, the control and several processes")
     parser.add_argument(
-        "--try", dest="tries", nargs="*", default=race.TRIES, help="the race's settings: lr=0.002,noise=0"
+        "--try", dest="tries", nargs="*", default=short_runs.TRIES, help="the race's settings: lr=0.002,noise=0"
     )
     parser.add_argument("--set", dest="own", default="", help="settings of a final run, in the same words")
     parser.add_argument("--profile", action="store_true", help="speed: kernels by time as well")

@@ -4,7 +4,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import (
+from harness import (
     CUDA,
     DEVICE,
     FROZEN,
@@ -14,9 +14,9 @@ from common import (
     emit,
     free,
     make_pair,
-    mark,
     peak,
     settings_of,
+    signal,
     sync,
 )
 
@@ -123,4 +123,4 @@ def main(args):
         except Exception as error:
             emit(args, part="speed", name=name, error=repr(error)[:500])
         free()
-    mark(args, "speed")
+    signal(args, "speed")

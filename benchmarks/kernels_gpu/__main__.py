@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "kernels" / "torch-ext"), str(ROOT / "tests" / "kernels")]
 
-from grid import grid
-from parts import parts
+from breakdown import parts
+from correctness import grid
 from speed import speed
 from tune import parsed, tune
 

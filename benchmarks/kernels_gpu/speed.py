@@ -5,8 +5,8 @@ import json
 
 import torch
 import torch.nn.functional as F
-from common import DISTINCT_BYTES, Log, ceilings, forget_inputs, left, measure, time_calls
-from pool import Pool
+from gpu_workers import Pool
+from harness import DISTINCT_BYTES, Log, ceilings, forget_inputs, left, measure, time_calls
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tune import brief
 

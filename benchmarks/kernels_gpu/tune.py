@@ -5,8 +5,8 @@ import json
 from dataclasses import asdict, fields, replace
 
 import torch
-from common import Log, ceilings, half, left, measure
-from pool import Pool
+from gpu_workers import Pool
+from harness import Log, ceilings, half, left, measure
 
 from mla_attention import decode_kernels, nvrtc
 from mla_attention.decode import launch_decode

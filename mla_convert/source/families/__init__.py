@@ -1,71 +1,22 @@
-"""The table of supported families: one row each."""
+"""The supported families: one file each, found by its being here."""
 
+import importlib
+import pkgutil
 from collections.abc import Collection
 
 from mla_convert.core.errors import InputError
-from mla_convert.source.families import (
-    cohere,
-    cohere2,
-    gemma,
-    gemma2,
-    gemma3,
-    glm,
-    glm4,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    granite,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    olmo3,
-    olmoe,
-    opt,
-    phi,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-    stablelm,
-    starcoder2,
-)
+from mla_convert.source.families import base
 from mla_convert.source.families.base import Family
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (
-        llama,
-        smollm3,
-        mistral,
-        mixtral,
-        qwen2,
-        qwen2_moe,
-        qwen3,
-        qwen3_moe,
-        gemma,
-        gemma2,
-        gemma3,
-        phi,
-        phi3,
-        olmo2,
-        olmo3,
-        olmoe,
-        granite,
-        starcoder2,
-        stablelm,
-        gpt_neox,
-        gpt2,
-        opt,
-        cohere,
-        cohere2,
-        glm,
-        glm4,
-        gpt_oss,
-    )
-}
+
+def _discover() -> dict[str, Family]:
+    """The FAMILY of every file beside this one, by model type: a new family is a new file."""
+    modules = (importlib.import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__))
+    found = (module.FAMILY for module in modules if module.__name__ != base.__name__)
+    return {family.model_type: family for family in found}
+
+
+FAMILIES: dict[str, Family] = _discover()
 # Their attention is latent from birth: transformers' model types, and those of models with code of their own.
 LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_linear", "longcat_flash", "minicpm3",
           "glm4_moe_lite", "glm_moe_dsa", "mistral4", "youtu")  # fmt: skip

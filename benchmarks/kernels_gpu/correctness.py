@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 
 import torch
 from cases import CACHE_SCALE, disagreement, make_case
-from common import Log, decode_calls, device_name, half, left, make_slices, row_error
-from pool import Pool
+from gpu_workers import Pool
+from harness import Log, decode_calls, device_name, half, left, make_slices, row_error
 from tune import candidates, hopper_candidates
 
 from mla_attention import mask_extent, mla_decode, mla_write, naive_write

@@ -1,8 +1,8 @@
 """Tokenises the text and has the original write, once for all parts; with --work, for later calls as well."""
 
-from common import corpus_of, mark
+from harness import corpus_of, signal
 
 
 def main(args):
     corpus_of(args, args.tokens)
-    mark(args, "text")
+    signal(args, "text")

@@ -15,7 +15,7 @@ import yaml
 
 from mla_convert.cli.main import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = typer.main.get_command(app).commands
 

@@ -133,7 +133,7 @@ def test_supported_versions_are_said_where_people_look():
 
     from mla_convert.version import OLDEST_TRANSFORMERS, TRIED_TRANSFORMERS
 
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     pinned = f'"transformers>={OLDEST_TRANSFORMERS.removesuffix(".0")}"'
     assert pinned in (root / "pyproject.toml").read_text()
     for page in ("README.md", "docs/faq.md"):

@@ -1,7 +1,7 @@
 """Time and memory of a conversion at real shapes, on random weights.
 
-    python benchmarks/scale.py --shape llama-1b --layers 16 32 --refine-steps 0 --calib-samples 8 --calib-length 512
-    python benchmarks/scale.py --shape llama-8b --rank 512 --rope-dim 64 --calib-samples 128 --refine-steps 150
+    python benchmarks/conversion_cost.py --shape llama-1b --layers 16 32 --refine-steps 0 --calib-samples 8 --calib-length 512
+    python benchmarks/conversion_cost.py --shape llama-8b --rank 512 --rope-dim 64 --calib-samples 128 --refine-steps 150
 
 Writes a checkpoint of the shape shard by shard, converts it, and prints seconds and peak memory of each phase, one
 conversion a process so that their peaks do not mix. Host memory is above that of the interpreter with its libraries.

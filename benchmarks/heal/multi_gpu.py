@@ -2,7 +2,7 @@
 
 import time
 
-from common import DEVICE, accelerator, await_mark, corpus_of, emit, make_pair, peak, settings_of, sync, trainer_of
+from harness import DEVICE, accelerator, corpus_of, emit, make_pair, peak, settings_of, sync, trainer_of, wait_for
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -17,7 +17,7 @@ def main(args):
     tokens, steps = 2 * args.step_tokens, args.steps
     settings = settings_of(args, lr=0.001, step_tokens=tokens, tokens=tokens * steps, evaluations=1, self_share=0)
     pair = make_pair(args.converted[0], args.teacher, settings)
-    await_mark(args, args.gate, 600)
+    wait_for(args, args.gate, 600)
     engine = accelerator()
     with engine.main_process_first():
         corpus = corpus_of(args, args.tokens if args.gate else tokens * steps, False)

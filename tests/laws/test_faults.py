@@ -14,7 +14,7 @@ from mla_convert.write.intact import check_intact
 
 FULL, BROKEN, KILL = 1, 2, 3
 RESOURCE = 5
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 TIMED = ("report.json", "report.html", "export.json", "SHA256SUMS")  # hold how long things took
 pytestmark = pytest.mark.skipif(

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from common import (
+from harness import (
     DEVICE,
     corpus_folder,
     corpus_of,

@@ -14,12 +14,12 @@ from mla_convert import ConvertConfig
 from mla_convert.core.errors import InputError
 from mla_convert.method.calibrate.statistics import Statistics
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def rope_kept(sources):
-    spec = importlib.util.spec_from_file_location("rope_kept", BENCHMARKS / "rope_kept.py")
+    spec = importlib.util.spec_from_file_location("rope_kept", BENCHMARKS / "low_rank_reference.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 

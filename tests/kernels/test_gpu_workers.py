@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "kernels_gpu"))
 
 import torch
-from pool import Pool
+from gpu_workers import Pool
 
 
 def outcomes(pool, jobs):

@@ -346,7 +346,7 @@ def test_names_cannot_break_out():
         (USAGE, "above 100%", ("--min-kv-saving", "101%")),
         (USAGE, "--from-report", ("--from-report", "--max-ppl", "5", "--against", "demo")),
         (INPUT, "nothing.json", ("--max-ppl", "5", "--baseline", "nothing.json")),
-        (INPUT, "pyproject.toml", ("--max-ppl", "5", "--baseline", Path(__file__).parents[1] / "pyproject.toml")),
+        (INPUT, "pyproject.toml", ("--max-ppl", "5", "--baseline", Path(__file__).parents[2] / "pyproject.toml")),
         (INPUT, "folder", ("--from-report", "--max-ppl", "5", "--junit", Path(__file__).parent)),
         (INPUT, "nowhere", ("--max-ppl-ratio", "5", "--against", "./nowhere")),
     ],
@@ -367,7 +367,7 @@ def test_no_model(cli, model, code, options):
 
 def test_example_in_the_docs(report, monkeypatch):
     """The test that docs/ci.md shows runs as it stands."""
-    docs = (Path(__file__).parents[1] / "docs" / "ci.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "ci.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
     monkeypatch.chdir(report.out.parent)
     scope = {}

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import CUDA, DEVICE, autocast, await_mark, corpus_folder, corpus_of, emit, judged, words
+from harness import CUDA, DEVICE, autocast, corpus_folder, corpus_of, emit, judged, wait_for, words
 
 from mla_convert.core.progress import Progress
 from mla_convert.evaluate.quality.evaluation import evaluate_model
@@ -59,7 +59,7 @@ def _prepared(args, name, measure):
 
     def corpus(state, *_):
         def make():
-            await_mark(args, "text")
+            wait_for(args, "text")
             for file in corpus_folder(args, args.tokens).iterdir():
                 shutil.copy(file, state.folder)
             return {"label": Path(args.data).name}
@@ -68,7 +68,7 @@ def _prepared(args, name, measure):
 
     def gated(*given):
         measure()
-        await_mark(args, args.gate)
+        wait_for(args, args.gate)
         return train(*given)
 
     def scheduled(number, steps):
@@ -94,7 +94,7 @@ def control(args):
     model = load_model(find_model(args.teacher), torch.float32, DEVICE).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=loop.BETAS, weight_decay=0.0, fused=CUDA)
     sets = judged(args, args.windows)
-    await_mark(args, "text" if Path(args.work, "began.done").exists() else None)
+    wait_for(args, "text" if Path(args.work, "began.done").exists() else None)
     corpus = corpus_of(args, args.tokens, False)
     schedule = data.Schedule(corpus, ((args.length, 1.0),), args.step_tokens, args.steps, 0)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 from mla_convert.source.families import FAMILIES, LATENT, REFUSED
 from mla_convert.source.source import open_source
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 NUMBER = re.compile(r"\d\.\de-\d\d|\d+%|\d\.\d\.\d+|\d+\.\d+\.\d+")
 # without noise: the few windows of a test would be half noise
 HALF = {"kv_ratio": 0.5, "calib_noise": 0, "calib_samples": 32}
@@ -294,8 +294,8 @@ def test_settings_that_a_family_relies_on(cli, sources, tmp_path, name, fields):
 
 INTRO = """# Families
 
-Made by `tests/test_families.py` from `mla_convert/families/` and from what the tests measure; `MLA_WRITE_DOCS=1 python -m
-pytest tests/test_families.py -k page` writes it anew. A family stands here only if each of its variants passes: at full rank
+Made by `tests/source/test_families.py` from `mla_convert/families/` and from what the tests measure; `MLA_WRITE_DOCS=1 python -m
+pytest tests/source/test_families.py -k page` writes it anew. A family is here only if each of its variants passes: at full rank
 with every plane kept the converted model equals the original in float32 to 1e-4 of the range of its logits, in prefill with
 left padding, chunked and token-by-token decode, past its sliding window, and generating with dynamic, static and no cache;
 at half and at a quarter of the cache everything stays finite, and attention on latents equals attention on keys and values.

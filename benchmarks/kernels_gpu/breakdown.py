@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from common import Log, ceilings, decode_calls, half, make_slices, time_calls
-from pool import Pool
+from gpu_workers import Pool
+from harness import Log, ceilings, decode_calls, half, make_slices, time_calls
 from speed import alone
 from tune import brief
 
@@ -14,7 +14,7 @@ from mla_attention import decode_kernels, hopper, mla_decode
 from mla_attention.tuning import default_config, hopper_config
 
 
-class Nothing:
+class NullKernel:
     """A kernel that is not launched."""
 
     def __getitem__(self, grid):
@@ -28,8 +28,8 @@ class Nothing:
 def without_combination():
     """Launch the attending kernels alone."""
     triton, cuda = decode_kernels.mla_decode_fwd_kernel_combine, hopper._kernels
-    decode_kernels.mla_decode_fwd_kernel_combine = Nothing()
-    hopper._kernels = lambda *arguments: (cuda(*arguments)[0], Nothing(), Nothing())
+    decode_kernels.mla_decode_fwd_kernel_combine = NullKernel()
+    hopper._kernels = lambda *arguments: (cuda(*arguments)[0], NullKernel(), NullKernel())
     yield
     decode_kernels.mla_decode_fwd_kernel_combine, hopper._kernels = triton, cuda
 

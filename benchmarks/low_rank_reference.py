@@ -138,7 +138,7 @@ def main() -> None:
     try:
         print(json.dumps(evaluate(build_config(vars(known))), indent=2))
     except MlaConvertError as error:
-        sys.exit(f"rope_kept: {error}")
+        sys.exit(f"low_rank_reference: {error}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILE = ROOT / ".github" / "actions" / "gate" / "action.yml"
 ACTION = yaml.safe_load(FILE.read_text())
 STEPS = ACTION["runs"]["steps"]

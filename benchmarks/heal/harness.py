@@ -70,12 +70,12 @@ def make_pair(converted, teacher, settings):
     return TeacherStudent(student, load_model(find_model(teacher), FROZEN, HOST), settings, FROZEN)
 
 
-def mark(args, name):
+def signal(args, name):
     """Say to processes that wait for it that a part is done."""
     Path(args.work, f"{name}.done").touch()
 
 
-def await_mark(args, name, seconds=120):
+def wait_for(args, name, seconds=120):
     end = time.time() + seconds
     while name and not Path(args.work, f"{name}.done").exists() and time.time() < end:
         time.sleep(0.05)

@@ -461,7 +461,7 @@ def test_same_seed_same_bytes(small, tmp_path):
 
 
 def test_every_try_of_a_race_has_its_own_loss(small, tmp_path):
-    benchmark, results = Path(__file__).parents[1] / "benchmarks" / "heal", tmp_path / "race.jsonl"
+    benchmark, results = Path(__file__).parents[2] / "benchmarks" / "heal", tmp_path / "race.jsonl"
     common = "lr=0.01,noise=0,self_share=0"
     tries = [common, common, f"{common},ce_weight=4", f"{common},hidden_weight=1", f"{common},temperature=2", common]
     command = [sys.executable, benchmark, "race", small["folder"], "--teacher", small["teacher"], "--data", small["data"],
