@@ -36,7 +36,6 @@ from mla_convert.report.report import Report
 from mla_convert.source import texts
 from mla_convert.source.carried import tokenizer_code
 from mla_convert.source.source import Source, open_source
-from mla_convert.write import model_files as folder
 from mla_convert.write import writer as output
 from mla_convert.write.model_files import write_config, write_tokenizer
 from mla_convert.write.selfcheck import self_check
@@ -152,7 +151,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             out=out,
         )  # fmt: skip
         write_recipe(writer.folder, config, source, plan, windows, refine, written, result)
-        folder.finish(source, tokenizer, new_config, type(layerwise.model).__name__, writer, result, device)
+        finish(source, tokenizer, new_config, type(layerwise.model).__name__, writer, result, device)
     return heal_conversion(config, result, progress) if config.heal_tokens else result
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.core.units import human_bytes
+from mla_convert.core.units import duration, human_bytes
 from mla_convert.evaluate.quality.suite import suite_size
 from mla_convert.heal.settings import HealSettings
 from mla_convert.method.factorise.layer import mla_config
@@ -255,14 +255,14 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     line(f"disk: {human_bytes(plan['disk_bytes'])} of weights, and the tokenizer's files{aside}")
     line(f"peak memory: about {human_bytes(memory['bytes'])}, for {memory['moment']} ({memory['basis']})")
     for place, where in (("cpu", f"on {plan['time']['cpu']['cores']} of these cores"), ("h100", "on an H100")):
-        low, high = (timing.duration(seconds) for seconds in plan["time"][place]["seconds"])
+        low, high = (duration(seconds) for seconds in plan["time"][place]["seconds"])
         line(f"time: {low} to {high} {where} ({plan['time'][place]['basis']})")
     if heal := plan.get("heal"):
         what = f"healing, {heal['tokens']:,} tokens, {heal['train']} trained"
         if written := heal["written_tokens"]:
             what += f", {written:,} written by the original"
         for place, where in (("cpu", f"on {plan['time']['cpu']['cores']} of these cores"), ("h100", "on an H100")):
-            low, high = (timing.duration(seconds) for seconds in heal[place]["seconds"])
+            low, high = (duration(seconds) for seconds in heal[place]["seconds"])
             memory = human_bytes(heal[place]["memory_bytes"])
             line(f"{what}: {low} to {high} and about {memory} {where} ({heal[place]['basis']})")
         line(f"memory of healing: {heal['memory_basis']}")

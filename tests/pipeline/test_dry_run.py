@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import build_config
+from mla_convert.core.units import duration
 from mla_convert.method.factorise.sensitivity import TOKENS
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.pipeline.dry_run import plan_conversion
@@ -246,7 +247,7 @@ def test_time_estimates_hold_what_was_measured(
 @pytest.mark.parametrize("seconds, words", [(0.2, "1 s"), (59.7, "60 s"), (100, "1.7 min"), (3000, "50 min"),
                                             (7200, "2.0 h"), (40 * 3600, "1.7 days")])  # fmt: skip
 def test_durations(seconds, words):
-    assert timing.duration(seconds) == words
+    assert duration(seconds) == words
 
 
 def test_time_follows_the_settings(sources):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fake_hub
 import pytest
-from fake_hub import CorruptCheckpoint
+from fake_hub import Fault
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 
 from mla_convert.core.errors import InputError
@@ -282,7 +282,7 @@ def test_pull_request_to_nowhere(hub, folder, cli):
 
 
 def test_conflict(hub, folder, cli):
-    hub.faults = [CorruptCheckpoint("/commit/", 409)]
+    hub.faults = [Fault("/commit/", 409)]
     assert_refused(cli("push", folder, REPO, "-q"), INPUT, "409", "conflict")
 
 
@@ -294,7 +294,7 @@ def test_private_asked_for_a_public_repository(hub, folder, cli):
 
 @pytest.mark.parametrize("status, code", [(500, RESOURCE), (503, RESOURCE), (402, RESOURCE), (400, INPUT)])
 def test_other_answers(hub, folder, cli, status, code):
-    hub.faults = [CorruptCheckpoint("/api/repos/create", status, times=99)]
+    hub.faults = [Fault("/api/repos/create", status, times=99)]
     assert_refused(cli("push", folder, REPO, "-q"), code, str(status))
 
 
@@ -311,7 +311,7 @@ def test_offline(hub, folder, cli, monkeypatch):
 @pytest.mark.parametrize("request_, what", [("/api/repos/create", "drop"), ("/api/repos/create", "lose"), ("/commit/", "drop"),
                                             ("/commit/", "lose"), ("/commit/", 503), ("PUT /lfs/", "drop")])  # fmt: skip
 def test_broken_connections_are_tried_again(hub, folder, request_, what):
-    hub.faults = [CorruptCheckpoint(request_, what)]
+    hub.faults = [Fault(request_, what)]
     done = push(folder, REPO, progress=QUIET)
     assert hub.repos[REPO].messages[1:] == [hub_module.commit_message(folder)]  # once
     assert done.commit == hub.repos[REPO].branches["main"][0]
@@ -319,7 +319,7 @@ def test_broken_connections_are_tried_again(hub, folder, request_, what):
 
 
 def test_connection_that_stays_broken(hub, folder, cli):
-    hub.faults = [CorruptCheckpoint("/commit/", "drop", times=99)]
+    hub.faults = [Fault("/commit/", "drop", times=99)]
     assert_refused(cli("push", folder, REPO, "-q"), RESOURCE, "cannot be reached")
 
 
@@ -347,7 +347,7 @@ def test_convert_asks_for_the_token_first(hub, sources, cli, tmp_path, monkeypat
 
 
 def test_conversion_is_kept_when_its_push_fails(hub, sources, cli, tmp_path):
-    hub.faults = [CorruptCheckpoint("/commit/", 409)]
+    hub.faults = [Fault("/commit/", 409)]
     result = cli(*small(sources("llama"), tmp_path / "out"), "--push-to-hub", REPO, "--json")
     assert result[0] == INPUT and "409" in result[2] and f"the converted model is in {tmp_path / 'out'}" in result[2]
     assert verify(tmp_path / "out").shards == 5
