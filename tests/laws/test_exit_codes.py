@@ -1,4 +1,4 @@
-"""Every error in the table of docs/exit-codes.md: its code, one line, and nothing on stdout."""
+"""Every error in the table of docs/reference/exit-codes.md: its code, one line, and nothing on stdout."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from mla_convert.cli.main import EXIT_CODES
 from mla_convert.core import errors
 from mla_convert.core.sums import seal
 
-PAGE = (Path(__file__).parents[2] / "docs" / "exit-codes.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "exit-codes.md").read_text()
 MEANINGS, TABLE = (
     re.findall(r"^\| (.+?) \| (.+?) \|$", part, re.MULTILINE)[1:] for part in PAGE.split("## Which error")
 )

@@ -29,7 +29,7 @@ class DecodeConfig:
     min_tiles: int = 1
 
 
-# Measured fastest of what was tried (docs/kernels.md): card, rank, rope dimension, most query rows. Where a card or a shape
+# Measured fastest of what was tried (docs/results/speed.md): card, rank, rope dimension, most query rows. Where a card or a shape
 # is not listed, `default_config` shrinks tiles until they fit.
 TUNED = {
     ("NVIDIA H100 80GB HBM3", 512, 64, 16): DecodeConfig(16, 32, stages=3),

@@ -175,7 +175,7 @@ def step_size(lr: float, own: float) -> float:
 
     Weights that err by a share e have about sqrt(e) of their size to go, and Adam's steps, which are as long for a small
     gradient as for a large one, keep them as far from where they should be as they are long. Best step sizes found: 0.005,
-    0.007 and 0.014 at own errors of 4.5e-4, 1.3e-3 and 3e-3 (docs/quality.md).
+    0.007 and 0.014 at own errors of 4.5e-4, 1.3e-3 and 3e-3 (docs/research/refinement.md).
     """
     return lr * math.sqrt(min(1.0, own / OWN_ERROR)) if math.isfinite(own) else lr
 
