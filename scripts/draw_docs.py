@@ -109,15 +109,16 @@ def draw_quality(axes: Axes, palette: dict[str, str]) -> None:
     """Perplexity ratio against bytes of the cache, for conversions and for the original with a quantised cache."""
     _, _, rows = read_results(RESULTS / TRADE_SOURCES[0])
     series = {
-        "mla_convert, without healing": ("latent", "o", lambda cache: cache == "mla_convert"),
-        "mla_convert, healed": ("healed", "s", lambda cache: cache.endswith("healed")),
+        "mla_convert, calibrated on one text": ("latent", "o", lambda cache: cache == "mla_convert"),
+        "the same on several kinds (default)": ("latent", "^", lambda cache: cache.endswith("present defaults")),
+        "the first, healed": ("healed", "s", lambda cache: cache.endswith("healed")),
         "the original, quantised cache": ("rotary", "D", lambda cache: not cache.startswith("mla")),
     }
     for label, (colour, marker, chosen) in series.items():
         points = [
             (float(row["bytes"].rstrip("%")), float(row["perplexity ratio"])) for row in rows if chosen(row["cache"])
         ]
-        line = "none" if colour == "rotary" else "-"
+        line = "none" if len(points) == 1 or colour == "rotary" else "-"
         axes.plot(
             *zip(*sorted(points), strict=True), color=palette[colour], marker=marker, ls=line, lw=2, ms=6, label=label
         )

@@ -18,7 +18,8 @@ from mla_convert.cli.main import app
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *DOCS.rglob("*.md")])
-COMMANDS = typer.main.get_command(app).commands
+GROUP = typer.main.get_command(app)
+COMMANDS = GROUP.commands
 
 
 def page_name(page):
@@ -42,7 +43,7 @@ def test_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     api = (tmp_path / "site" / "reference" / "api" / "index.html").read_text()
-    for name in ("pipeline.convert", "hub.push", "gate.check", "errors.InputError"):
+    for name in ("pipeline.convert.convert", "publish.hub.push", "evaluate.gate.check", "core.errors.InputError"):
         assert f'id="mla_convert.{name}"' in api
     # nothing but links leads out: fonts, scripts and styles are the site's own
     for address in re.findall(r'<(?:script|img|link rel="stylesheet")[^>]+(?:src|href)="(\w+://[^"]+)', api):
@@ -87,7 +88,7 @@ def commands(text):
 def test_commands_take_the_options_of_the_page(page):
     for words in commands(page.read_text(encoding="utf-8")):
         command = COMMANDS[words[0] if words[0] in COMMANDS else "convert"]
-        known = {option for parameter in command.params for option in parameter.opts}
+        known = {option for parameter in (*command.params, *GROUP.params) for option in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= known, words
 
 
