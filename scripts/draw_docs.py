@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import io
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ PALETTES = {
     "dark": dict(page="#0d1117", ink="#e7e9ea", soft="#9aa4ac", line="#8b949c", grid="#2b3035", on="#15181b", key="#7d868e",
                  value="#565e65", latent="#56b4e9", rotary="#e69f00", healed="#2fc79a"),
 }  # fmt: skip
+TERMINAL_WIDTH = 100
 TRADE_SOURCES = ("quality-quantised-cache-smollm2.csv", "speed-vllm.csv")
 
 
@@ -273,26 +276,18 @@ DRAWINGS: dict[str, Callable[[str, dict[str, str]], None]] = {
 
 
 def draw_terminal() -> None:
-    """Run the demo and a gate, and draw what a terminal shows."""
+    """Run the demo and a gate, and draw the output as a terminal shows it."""
     from rich.console import Console
+    from rich.text import Text
 
-    from mla_convert import ConvertConfig, convert
-    from mla_convert.cli.gate import print_verdict
-    from mla_convert.core.progress import Progress
-    from mla_convert.core.settings import build_config
-    from mla_convert.evaluate.gate import Limits, run_gate
-    from mla_convert.report.tables import print_summary
-
-    console = Console(record=True, width=124, file=io.StringIO(), force_terminal=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        console.print("[bold green]$[/] mla-convert demo")
-        config = build_config({"source": "demo"})
-        report = convert(ConvertConfig(**config.model_dump()), Progress(quiet=True))
-        print_summary(report, console)
-        command = "gate demo-mla --max-ppl-ratio 1.05 --min-kv-saving 50% --from-report"
-        console.print(f"[bold green]$[/] mla-convert {command}", highlight=False)
-        verdict = run_gate("demo-mla", Limits(max_ppl_ratio=1.05, min_kv_saving=0.5), from_report=True)
-        print_verdict(verdict, console=console)
+    console = Console(record=True, width=TERMINAL_WIDTH, file=io.StringIO(), force_terminal=True)
+    environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(TERMINAL_WIDTH), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        for command in ("demo", "gate demo-mla --max-ppl-ratio 1.05 --min-kv-saving 50% --from-report"):
+            console.print(f"[bold green]$[/] mla-convert {command}", highlight=False)
+            done = subprocess.run([sys.executable, "-m", "mla_convert", *command.split()], cwd=folder, env=environment,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)  # fmt: skip
+            console.print(Text.from_ansi(done.stdout))
     svg = console.export_svg(title="mla-convert", font_aspect_ratio=0.61)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # the fonts would come from a server
     (IMAGES / "terminal.svg").write_text(svg, encoding="utf-8")

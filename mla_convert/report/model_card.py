@@ -43,8 +43,9 @@ own dynamic and static caches.
 
 ## Limits
 
-Attention runs through PyTorch's SDPA (or eager); flash and flex attention are not supported, nor are serving engines that
-do not load transformers models. {yours}What the original was made for,
+Cached decoding runs on the CUDA and Triton kernels of `mla_attention` where they are installed, all other attention on
+PyTorch's SDPA or eager attention; flash and flex attention are not supported. Serving engines load an export
+(`mla-convert export`), not this folder. {yours}What the original was made for,
 and what it gets wrong, holds for this model too.
 
 ## Licence
