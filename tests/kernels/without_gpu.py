@@ -4,6 +4,8 @@ Finds errors that only a launch shows: arguments that Triton's launcher refuses,
 generator of Triton's C launcher runs here. PYTHONPATH has the package and cases.py.
 """
 
+import ctypes
+
 import torch
 import triton.backends.nvidia.driver as nvidia
 from cases import as_problem, make_case
@@ -77,7 +79,9 @@ class Kernel:
 
     def launch(self, grid, arguments, pdl):
         launched.append((self.name, grid))
-        assert [len(bytes(argument)) for argument in arguments] == [128] * (len(arguments) - 1) + [168]
+        assert [len(bytes(argument)) for argument in arguments] == [128] * (len(arguments) - 1) + [
+            ctypes.sizeof(hopper.Arguments)
+        ]
 
 
 def main():
