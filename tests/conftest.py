@@ -46,17 +46,11 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="session")
 def convert_folder(tmp_path_factory):
     """Convert the checkpoint in a folder that `pico.save` wrote, with its small text."""
-    from mla_convert import ConvertConfig, convert
-    from mla_convert.core.progress import Progress
 
     def run(folder: Path, **settings):
-        text = str(folder.parent / "text.txt")
-        defaults = {
-            "calib": text, "eval": text, "calib_samples": 16, "calib_length": 48, "eval_windows": 4, "eval_length": 48,
-            "refine_steps": 0, "uniform": True, "device": "cpu", "suite_windows": 0,
-            "out": tmp_path_factory.mktemp("out") / folder.name,
-        }  # fmt: skip
-        return convert(ConvertConfig(source=str(folder), **{**defaults, **settings}), Progress(quiet=True))
+        return pico.convert(
+            folder, settings.pop("out", None) or tmp_path_factory.mktemp("out") / folder.name, **settings
+        )
 
     return run
 

@@ -64,9 +64,6 @@ class Source:
         heads = config.num_attention_heads
         head_dim = head_width(config)
         layers = range(config.num_hidden_layers)
-        has_rope = tuple(bool(on) for on in getattr(config, family.rope_layers)) if family.rope_layers else ()
-        if family.rope_layer_type:
-            has_rope = tuple(kind == family.rope_layer_type for kind in config.layer_types)
         return AttentionShape(
             layers=len(layers),
             hidden_size=config.hidden_size,
@@ -75,7 +72,7 @@ class Source:
             head_dim=head_dim,
             has_kv_bias=self.has_bias("k") or self.has_bias("v"),
             rotary_dim=self.rotary if family.rotary else 0,
-            rope_layers=has_rope if not all(has_rope) else None,
+            rope_layers=family.layers_with_rope(config),
             normed=self._has(f"{family.k_norm}."),
         )
 
@@ -243,7 +240,7 @@ class _Expected(MemoryReader):
     """
 
     def __init__(self, model: torch.nn.Module, rotary: int):
-        super().__init__(parameters(model))
+        super().__init__(parameters(model) | persistent_buffers(model))
         self.model = type(model).__name__
         self.rotary = rotary
         self.tied = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
@@ -267,6 +264,12 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return named
 
 
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's buffers that checkpoints hold, by name: of stock models, Apertus's activation has some."""
+    buffers = dict(model.named_buffers())
+    return {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+
+
 def _open_gguf(path: Path, weights: bool) -> Source:
     def check(config: PreTrainedConfig) -> None:
         find_family(config.model_type).check(config, path.name)
@@ -281,7 +284,10 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         check_derived(source)
     sampling(found.file)  # refuses before the work what would be refused after it
     # transformers dequantises a GGUF file as a whole: these sources are held in memory
-    return replace(source, reader=MemoryReader(parameters(found.load()))) if weights else source
+    if not weights:
+        return source
+    model = found.load()
+    return replace(source, reader=MemoryReader(parameters(model) | persistent_buffers(model)))
 
 
 def load_config(folder: Path, label: str) -> PreTrainedConfig:

@@ -130,7 +130,7 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
             raise CorruptCheckpoint(
                 f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name
             )
-    step = find_family(model.config.model_type.removeprefix(PREFIX)).table_step
+    step = find_family(model.config.model_type.removeprefix(PREFIX)).freq_stride
     return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=0)
 
 
