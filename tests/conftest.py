@@ -74,7 +74,7 @@ def hub(monkeypatch):
     """A fake Hub that huggingface_hub's own client in this process talks to, logged in."""
     from huggingface_hub import constants
 
-    import mla_convert.publish.hub
+    import mla_convert.publish.hub_errors
 
     with fake_hub.running() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -82,7 +82,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not an open one
-        monkeypatch.setattr(mla_convert.publish.hub, "WAIT", 0.01)
+        monkeypatch.setattr(mla_convert.publish.hub_errors, "WAIT", 0.01)
         monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
         yield server
 

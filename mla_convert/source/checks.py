@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.source.checkpoint.layout import ModelReader
@@ -255,13 +256,14 @@ def check_layers(layers: int, names: Iterable[str], family: Family, label: str) 
         )
 
 
-def check_width(model: torch.nn.Module, label: str) -> None:
+def check_width(model: PreTrainedModel, label: str) -> None:
     """Refuse a model whose embeddings are of another width than its layers, with a projection between them.
 
     Raises:
         InputError: it is one.
     """
-    width, hidden = model.get_input_embeddings().weight.shape[1], model.config.hidden_size
+    embedding: Any = model.get_input_embeddings()
+    width, hidden = embedding.weight.shape[1], model.config.hidden_size
     if width != hidden:
         raise InputError(f"{label} has embeddings of {width} numbers and layers of {hidden}, which is not supported")
 

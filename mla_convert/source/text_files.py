@@ -164,10 +164,11 @@ def _table_rows(text: str, delimiter: str, name: str) -> Iterator[str]:
     csv.field_size_limit(sys.maxsize)  # a field is a document
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        if "text" not in (rows.fieldnames or ()):
-            columns = ", ".join(plain(column)[:40] for column in (rows.fieldnames or ())[:8])
+        names = rows.fieldnames or ()
+        if "text" not in names:
+            columns = ", ".join(plain(column)[:40] for column in names[:8])
             raise InputError(f'text file {name} has no column "text" in its first line, only {columns}')
-        if rows.fieldnames.count("text") > 1:
+        if names.count("text") > 1:
             raise InputError(f'text file {name} has the column "text" twice: leave one')
         for row in rows:
             if row["text"] is None:

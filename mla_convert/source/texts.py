@@ -63,7 +63,7 @@ class Windows:
         """Every window that perplexity is measured on: those of the evaluation first."""
         return self.evaluation if self.held_out is None else torch.cat([self.evaluation, self.held_out])
 
-    def labels(self, config: ConvertConfig) -> dict[str, str | None]:
+    def labels(self, config: ConvertConfig) -> dict[str, Any]:
         """The texts that were asked for as reports name them: without paths."""
         return {"calib": config.calib and self.calib_text, "eval": config.eval and self.eval_text,
                 "held_out": config.held_out and self.held_out_text,

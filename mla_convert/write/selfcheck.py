@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from mla_convert.core.errors import MlaConvertError, ResourceError, one_line
@@ -97,11 +97,11 @@ def own_code(folder: Path) -> list[str]:
     return sorted(files) if files in (code_files(), code_files(exported=True)) else []
 
 
-def _load(folder: Path, device: torch.device) -> tuple[nn.Module, int, int]:
+def _load(folder: Path, device: torch.device) -> tuple[Any, int, int]:
     """The model, with as many of its layers as fit; how many these are, and of how many."""
     config, loader = _classes(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    stored = config.dtype or torch.float32
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     widen = device.type == "cpu" and size <= WIDENED
     needed = size * 4 // stored.itemsize if widen else size
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -163,7 +163,7 @@ def _shorten(config: PreTrainedConfig, layers: int) -> None:
 
 
 @torch.no_grad()
-def _compare(model: nn.Module) -> float:
+def _compare(model: Any) -> float:
     """The largest difference that a cache makes to a logit, as a share of the logits' range."""
     config = model.config.get_text_config()
     room = getattr(config, "max_position_embeddings", None) or PROMPT + NEW
@@ -185,7 +185,7 @@ def _compare(model: nn.Module) -> float:
     return worst
 
 
-def _generate(model: nn.Module, prompt: dict[str, Tensor], **options: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
+def _generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
     """Each greedy step's tokens (2,) and logits (2, vocabulary), float32; and the cache."""
     settings = GenerationConfig(
         max_new_tokens=NEW, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0, disable_compile=True,
@@ -227,7 +227,7 @@ def _difference(
     return worst
 
 
-def _check_held(model: nn.Module, cache: Any, kind: str, tokens: int) -> None:
+def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:
     """The cache must hold each token once and, in a converted model, the numbers that its configuration states."""
     held = cache.get_seq_length()
     if int(held) != tokens:

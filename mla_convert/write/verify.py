@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.report_file import REPORT
@@ -91,7 +91,7 @@ def _check_index(folder: Path, checksums: dict[str, str], weight_map: dict[str, 
             raise CorruptCheckpoint(
                 f"{INDEX} places tensor {name} in {file}, which {REPORT} does not list", INDEX, name
             )
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in checksums:
         try:
             with safe_open(folder / file, framework="pt", device="cpu") as shard:
@@ -134,7 +134,7 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
     return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=0)
 
 
-def _empty_model(folder: Path) -> torch.nn.Module:
+def _empty_model(folder: Path) -> PreTrainedModel:
     """The model that config.json describes, on the meta device."""
     try:
         if not (folder / "config.json").is_file():

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -118,11 +119,13 @@ class Writer:
             if path.name not in self.finished and path.name != JOURNAL:
                 remove(path)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # An interrupted run keeps its finished layers for the next one; a failed one leaves nothing.
         layers = sum(bool(entry["note"]) for entry in self.finished.values())
         keep = isinstance(error, KeyboardInterrupt) and layers > 0
-        if keep:
+        if error is not None and keep:
             error.args = (f"{layers} layers are kept in {self.folder}: run the same command to go on, or delete it",)
         self._close(keep, failed=kind is not None)
 

@@ -91,7 +91,7 @@ def test_it_heals_and_exports(folder, source, tmp_path):
     curve = content["heal"]["curve"]
     assert curve[-1]["kl"] < curve[0]["kl"] and content["versions"]["mla_convert"] == "0.1.0"
     assert verify(tmp_path / "healed").shards == 4
-    export(folder, tmp_path / "exported", progress=Progress(quiet=True))
+    export(folder, tmp_path / "exported", dtype="float32", progress=Progress(quiet=True))
     check_answers(tmp_path / "exported")
 
 
