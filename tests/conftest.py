@@ -12,11 +12,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The kernel tests interpret Triton, which asks for it when it is first imported, by whichever test that may be.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hashlib
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 def _load(name: str):
@@ -31,14 +34,25 @@ pico, fake_hub, mutate = _load("pico"), _load("fake_hub"), _load("mutate")
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory):
-    """name -> folder of that pico checkpoint, made once a session."""
-    made: dict[str, Path] = {}
+def shared_folder(tmp_path_factory):
+    """A folder for results that the workers of one run share: base.parent under xdist, the base folder else."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sources(shared_folder):
+    """name -> folder of that pico checkpoint, made once a run. Tests copy it before they change it."""
 
     def get(name: str) -> Path:
-        if name not in made:
-            made[name] = pico.save(name, tmp_path_factory.mktemp(name) / "source")
-        return made[name]
+        place = shared_folder / name
+        with FileLock(f"{place}.lock"):
+            if not place.exists():
+                pico.save(name, place.with_suffix(".new") / "source")
+                place.with_suffix(".new").rename(place)
+        return place / "source"
 
     return get
 
@@ -48,23 +62,24 @@ def convert_folder(tmp_path_factory):
     """Convert the checkpoint in a folder that `pico.save` wrote, with its small text."""
 
     def run(folder: Path, **settings):
-        return pico.convert(
-            folder, settings.pop("out", None) or tmp_path_factory.mktemp("out") / folder.name, **settings
-        )
+        out = settings.pop("out", None) or tmp_path_factory.mktemp("out") / folder.name
+        return pico.convert(folder, out, **settings)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def convert_pico(sources, convert_folder):
-    """Convert a pico checkpoint; remembers conversions with equal settings."""
-    made = {}
+def convert_pico(sources, shared_folder):
+    """Convert a pico checkpoint; a conversion with equal settings is made once a run. Tests copy it before they change it."""
 
     def run(name: str, **settings):
-        key = (name, repr(sorted(settings.items())))
-        if key not in made:
-            made[key] = convert_folder(sources(name), **settings)
-        return made[key]
+        key = hashlib.sha256(repr((name, sorted(settings.items()))).encode()).hexdigest()[:16]
+        place = shared_folder / f"{name}-{key}"
+        with FileLock(f"{place}.lock"):
+            if not (place / "report.pickle").exists():
+                report = pico.convert(sources(name), place / "source", **settings)
+                (place / "report.pickle").write_bytes(pickle.dumps(report))
+        return pickle.loads((place / "report.pickle").read_bytes())
 
     return run
 
