@@ -1,4 +1,4 @@
-"""Loads whole models through transformers, to measure them: converted or not, and never with code from their folder."""
+"""Loads complete models by transformers, to measure them; code from their folder is never run."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from mla_convert.source.place import SourceLocation, locate
 from mla_convert.source.source import load_config
 from mla_convert.source.tokenizer import read_tokenizer
 
-PREFIX = "mla_"  # of a converted model's model_type
-EXPORTED = "mla_convert"  # key of an exported model's config.json
+PREFIX = "mla_"  # a converted model's model_type begins with it
+EXPORTED = "mla_convert"  # key in the config.json of an exported model
 
 
 def find_model(name: str, revision: str | None = None) -> SourceLocation:
-    """Where the model of that name lies: a folder, `.gguf` file, Hub id (which is fetched) or recipe (its source).
+    """Find the model of that name: a folder, a `.gguf` file, a Hub id (which is downloaded) or a recipe (its source).
 
     Raises:
-        InputError: nothing there by that name, or a folder that is no checkpoint.
+        InputError: there is no model of that name, or the folder is no checkpoint.
         ResourceError: the Hub cannot be reached.
     """
     recipe = None if expanded(name).exists() else find_recipe(name)
@@ -43,14 +43,14 @@ def find_model(name: str, revision: str | None = None) -> SourceLocation:
         return place
     if not (place.folder / "config.json").is_file():
         raise InputError(f"{place.label} has no config.json: give a folder that holds a transformers checkpoint")
-    weight_files(place.folder)  # refuses pickles, which transformers would read where an index names them
+    weight_files(place.folder)  # refuses pickles, which transformers reads if an index names them
     return place
 
 
 def find_original(report: dict[str, Any]) -> SourceLocation | None:
-    """The original that a report names, if it can be found from here: on the Hub, packaged, or in the working folder.
+    """The original that a report names, if it can be found: on the Hub, in a package, or in the working folder.
 
-    Reports hold names, not paths, so a folder of that name counts only if it is a model of the same type.
+    Reports contain names, not paths, so a folder of that name is accepted only if its model type is the same.
     """
     name, revision = look_up(report, "source.name"), look_up(report, "source.revision")
     if not isinstance(name, str) or not name:
@@ -69,7 +69,7 @@ def find_original(report: dict[str, Any]) -> SourceLocation | None:
 
 
 def model_config(place: SourceLocation) -> PreTrainedConfig:
-    """The model's configuration; that of a GGUF file is made of its metadata.
+    """The model's configuration; of a GGUF file, made from its metadata.
 
     Raises:
         InputError: it cannot be read.
