@@ -9,6 +9,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import torch
@@ -133,12 +134,13 @@ def return_freed_memory() -> None:
 def deterministic(seed: int) -> Iterator[None]:
     """Same inputs, seed and device give the same bytes."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written before it is read
+    memory.fill_uninitialized_memory = False  # every element is written before it is read
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill

@@ -59,7 +59,7 @@ def open_streams() -> None:
             break
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # closed, or a test's own
-            stream.reconfigure(errors=ERRORS)
+            stream.reconfigure(errors=ERRORS)  # type: ignore[union-attr]
 
 
 def say(text: str, err: bool = False, end: str = "\n") -> None:

@@ -290,7 +290,7 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
     weights = factorise_layer(
         layerwise.source, attention, statistics, size.rank, size.rope_dim, job.config.planes, rotation
     )
-    fill_attention(module, weights, family.table_step)
+    fill_attention(module, weights, family.freq_stride)
     clock.lap("factorise")
     closed_form = refine.output_error(student, original, states_original)
     targets = refine.residual_targets(original, states_original)

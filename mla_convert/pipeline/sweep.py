@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
-from mla_convert.core.files import publish
+from mla_convert.core.files import staged
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import PAGE, REPORT, find_report, finite, read_report
 from mla_convert.core.settings import ConvertConfig
@@ -272,17 +272,13 @@ def _check_folder(folder: Path) -> None:
 
 def _publish(made: Path, out: Path, points: list[dict[str, Any]]) -> None:
     """A finished conversion, with the frontier in its report, under a name that it gets only when all of it is there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.parent / f".{out.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with staged(draft, out):
         shutil.copytree(made, draft)
         report = read_report(draft)
         report["sweep"] = [{key: entry[key] for key in ("numbers", "share", "ratio", "stderr")} for entry in points]
         replace_files(draft, {REPORT: json.dumps(report, indent=2) + "\n", PAGE: page_text(report)})
-        publish(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def print_sweep(content: dict[str, Any], console: Console) -> None:

@@ -112,7 +112,7 @@ class LayerwiseModel:
 
     def rotation(self, index: int, kwargs: dict[str, Any]) -> Rotation:
         """RoPE of a layer, read from the cos and sin tables among the arguments that the stock model gives to it."""
-        shape, step = self.source.shape, self.source.family.table_step
+        shape, step = self.source.shape, self.source.family.freq_stride
         inv_freq = torch.zeros(shape.head_dim // 2, dtype=torch.float64, device=self.device)
         num_rotary_freqs = shape.full_rope_dim // shape.num_kv_heads // 2 if shape.has_rope(index) else 0
         if not num_rotary_freqs:
@@ -149,13 +149,13 @@ class LayerwiseModel:
     def _filled(
         self, module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> Iterator[None]:
-        names = set(dict(module.named_parameters()))
+        names = set(module.state_dict())  # parameters and persistent buffers
         state = {name: t.to(self.device).to(dtype, copy=True) for name, t in tensors.items() if name in names}
         module.load_state_dict(state, strict=False, assign=True)
         try:
             yield
         finally:
-            # not the buffers: what stands in them is in no checkpoint
+            # not the buffers: they are small, and some are in no checkpoint
             for part in module.modules():
                 for name, parameter in part._parameters.items():
                     if parameter is not None:

@@ -206,7 +206,7 @@ def _losses(
     def build(rank: int | None, rope_dim: int) -> MlaAttention:
         weights = factorise_layer(source, attention, statistics, rank, rope_dim, "loss", rotation)
         module = _module(layerwise, plan, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
-        fill_attention(module, weights, family.table_step)
+        fill_attention(module, weights, family.freq_stride)
         return module
 
     ranks, ropes = probes(plan, size_unit(plan))
