@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from mla_convert.core.progress import Progress
 from mla_convert.core.runtime import return_freed_memory
 from mla_convert.core.settings import ConvertConfig
+from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
-from mla_convert.method.calibrate.statistics import attention_kwargs, layer_statistics
+from mla_convert.method.calibrate.statistics import layer_statistics
+from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, is_attention_tensor
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine import optimise as refine
@@ -228,7 +230,7 @@ def _refine_output(job: LayerJob, members: list[_Member], streams: Streams) -> d
     """Refine the last layers against what the original makes of the stream behind it: its next-token distribution."""
     clock = _Clock(job.layerwise.device)
     lr = OUTPUT_RATE * job.refine.block_lr * min(1.0, job.refine.block / len(members))
-    with job.layerwise.divergence() as divergence:
+    with StreamedHead(job.layerwise).divergence() as divergence:
         _, result = _refine_together(job, members, streams, job.refine.output_steps, lr, divergence)
     clock.lap("refine_output")
     return {
@@ -281,8 +283,8 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
     layerwise, clock, module = job.layerwise, _Clock(job.layerwise.device), member.student
     family, own, attention = layerwise.source.family, member.kwargs[states.length], _attention(job, member.layer)
     norm, after = family.entry(member.layer), family.exit(member.layer)
-    original = refine.attend(attention, norm, own, layerwise.autocast, after)
-    student = refine.attend(module, norm, own, layerwise.autocast, after)
+    original = attention_forward(attention, norm, own, layerwise.autocast, after)
+    student = attention_forward(module, norm, own, layerwise.autocast, after)
 
     statistics = layer_statistics(layerwise, member.layer, states, member.eager, module)
     clock.lap("calibrate")

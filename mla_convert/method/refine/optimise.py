@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mla_convert.method.calibrate.attention_forward import Forward
 from mla_convert.method.calibrate.hidden_states import Activations
 
 # Steps of warm-up, or two thirds of all if that is fewer: the noise of a short run is not averaged out, and a warm-up of
@@ -32,7 +32,6 @@ OWN_ERROR = 0.01
 # Below this root mean square a parameter (a zero bias, say) moves as if it had it.
 MIN_SCALE = 1e-3
 
-Forward = Callable[[Tensor], Tensor]
 # residual streams (B, L, d), the one found and the one that should be -> what is minimised, a mean over tokens
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -101,22 +100,6 @@ def channel_weights(curvature: Tensor, targets: Activations) -> Tensor:
         )
     weight = curvature + CHANNEL_FLOOR * curvature.mean()
     return (weight * squares.sum() / (weight * squares).sum().clamp_min(1e-30)).float()
-
-
-def attend(
-    attention: nn.Module,
-    norm: Callable,
-    kwargs: dict[str, Any],
-    autocast: Callable,
-    after: Callable = lambda output: output,
-) -> Forward:
-    """hidden (B, L, d) -> what an attention behind its norm adds to the residual stream, float32."""
-
-    def forward(hidden: Tensor) -> Tensor:
-        with autocast():
-            return after(attention(hidden_states=norm(hidden), **kwargs)[0]).float()
-
-    return forward
 
 
 @torch.no_grad()
