@@ -121,14 +121,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             states = streams.calib_original
             plan, channels = sensitivity.measure(plan, config, refine.steps, layerwise, states, writer, progress)
         new_config = mla_config(source, plan, cast or source.dtype)
-        job = layers.LayerJob(config, plan, layerwise, new_config, cast, writer, progress, refine, channels)
+        converter = layers.LayerConverter(config, plan, layerwise, new_config, cast, writer, progress, refine, channels)
         with phases.phase("ends"):
-            layers.write_embeddings_and_head(job)
+            converter.write_embeddings_and_head()
         further = schedule.output_advances(refine, plan.shape.layers)
         progress.start(plan.shape.layers, refine.steps_per_layer, "layer", further)
         try:
             with phases.phase("layers"):
-                layer_reports = layers.convert_layers(job, streams)
+                layer_reports = converter.convert(streams)
         finally:
             progress.stop()
         with phases.phase("evaluate"):
