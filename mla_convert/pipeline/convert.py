@@ -18,7 +18,8 @@ from mla_convert.core.settings import ConvertConfig, default_name
 from mla_convert.core.words import check_name
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
-from mla_convert.heal.run import check_conversion, heal_conversion
+from mla_convert.heal.checks import check_conversion
+from mla_convert.heal.run import heal_conversion
 from mla_convert.method.calibrate import self_generated as selfwritten
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise import sensitivity
