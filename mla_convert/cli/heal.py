@@ -181,8 +181,8 @@ def heal(
 
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
+    from mla_convert.heal.record import print_summary
     from mla_convert.heal.run import heal as run
-    from mla_convert.heal.run import print_summary
 
     try:
         report = run(config, Progress(quiet=quiet, verbose=is_verbose()))

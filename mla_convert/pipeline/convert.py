@@ -18,7 +18,8 @@ from mla_convert.core.settings import ConvertConfig, default_name
 from mla_convert.core.words import check_name
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
-from mla_convert.heal.run import check_conversion, heal_conversion
+from mla_convert.heal.checks import check_conversion
+from mla_convert.heal.run import heal_conversion
 from mla_convert.method.calibrate import self_generated as selfwritten
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise import sensitivity
@@ -121,14 +122,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             states = streams.calib_original
             plan, channels = sensitivity.measure(plan, config, refine.steps, layerwise, states, writer, progress)
         new_config = mla_config(source, plan, cast or source.dtype)
-        job = layers.LayerJob(config, plan, layerwise, new_config, cast, writer, progress, refine, channels)
+        converter = layers.LayerConverter(config, plan, layerwise, new_config, cast, writer, progress, refine, channels)
         with phases.phase("ends"):
-            layers.write_embeddings_and_head(job)
+            converter.write_embeddings_and_head()
         further = schedule.output_advances(refine, plan.shape.layers)
         progress.start(plan.shape.layers, refine.steps_per_layer, "layer", further)
         try:
             with phases.phase("layers"):
-                layer_reports = layers.convert_layers(job, streams)
+                layer_reports = converter.convert(streams)
         finally:
             progress.stop()
         with phases.phase("evaluate"):
