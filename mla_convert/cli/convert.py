@@ -290,7 +290,7 @@ def run_conversion(
     export: str | None = None,
 ) -> None:
     """Options to settings, settings to a conversion, its report to the terminal."""
-    from mla_convert.core.settings import build_config
+    from mla_convert.core.recipes import build_config
 
     config = build_config(options)
     silence_libraries(quiet)

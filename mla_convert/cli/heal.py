@@ -169,7 +169,7 @@ def heal(
     options |= {name: value for name, value in (("eval", eval_), ("compile", compile_)) if value is not None}
     from pydantic import ValidationError
 
-    from mla_convert.core.settings import first_problem
+    from mla_convert.core.recipes import first_problem
     from mla_convert.heal.settings import HealConfig
 
     try:

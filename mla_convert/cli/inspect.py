@@ -25,7 +25,7 @@ def inspect(
 
     Of a converted folder: its rank, its source, and what its report says.
     """
-    from mla_convert.core.settings import build_config
+    from mla_convert.core.recipes import build_config
 
     config = build_config({"source": path, "revision": revision})
     silence_libraries(quiet)

@@ -39,7 +39,7 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Cache, parameters, disk and memory before and after a conversion of SOURCE. Reads its configuration, no weights."""
-    from mla_convert.core.settings import build_config
+    from mla_convert.core.recipes import build_config
     from mla_convert.pipeline.estimate.memory import card_memory
 
     card = card_memory(gpu, memory)

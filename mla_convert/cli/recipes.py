@@ -23,7 +23,7 @@ def recipes(
     verbose: Verbose = False,
 ) -> None:
     """List the recipes, or print the YAML of one: the start of your own (`mla-convert ./mine.yaml`)."""
-    from mla_convert.core.settings import Recipe, load_recipe, recipe_file, recipe_files
+    from mla_convert.core.recipes import Recipe, load_recipe, recipe_file, recipe_files
 
     words = list(words or [])
     if words[:1] == ["show"]:

@@ -102,7 +102,7 @@ def sweep(
     rope = _listed(rope_dims, "--rope-dims", rank_or_full) if rope_dims is not None else (None,)
     drawn = _listed(seeds, "--seeds", int)
     quiet, verbose = options.pop("quiet"), options.pop("verbose")
-    from mla_convert.core.settings import build_config, default_name
+    from mla_convert.core.recipes import build_config, default_name
 
     settings = {**options, "eval": options["eval_"], "held_out": held_out, "out": out, "kv_ratio": shares[0]}
     del settings["eval_"]

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mla_convert.core.errors import InputError, UsageError, one_line
+from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.units import Lengths, Tokens
-from mla_convert.core.words import expanded
-from mla_convert.core.yaml_positions import Marks, Scalars
 
 PACKAGE = "package:"
-YAML = (".yaml", ".yml")
 Full = Literal["full"]
 Trained = Literal["attention", "all", "lora"]
 
@@ -91,177 +85,6 @@ class ConvertConfig(Settings):
     device: str = "auto"
 
 
-class Recipe(BaseModel):
-    """A named source with settings that were found to suit it (one YAML file in `recipes/`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    description: str
-    source: str
-    revision: str | None = None
-    aliases: list[str] = []
-    settings: Settings = Settings()
-
-
-def first_problem(error: ValidationError) -> str:
-    """One line from a pydantic error: the setting and what is wrong with it."""
-    return _problem(error.errors()[0])
-
-
-def _problem(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"] if part not in ("int", "literal['full']"))
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
-
-
-def load_recipe(path: Any) -> Recipe:
-    """Read and validate one recipe file.
-
-    Raises:
-        InputError: the file cannot be read, is not YAML, or has an unknown, repeated or ill-typed key; names the line,
-            and for an unknown key the nearest that is known.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"recipe {path} not found: give an existing YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path.name} cannot be read ({' '.join(str(error).split())})") from error
-    try:
-        marks, content = Marks(text), yaml.load(text, Scalars)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or one_line(error)
-        raise InputError(f"recipe {path.name}{_at(mark and mark.line + 1)}: not valid YAML: {problem}") from error
-    repeated = marks.duplicate()
-    if repeated:
-        raise InputError(f"recipe {path.name}{_at(repeated[1])}: {repeated[0]} is given a second time")
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        # an unknown key often is why another is missing: it goes first
-        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        words = _unknown_key(problem["loc"]) if problem["type"] == "extra_forbidden" else _problem(problem)
-        raise InputError(f"recipe {path.name}{_at(marks.line(problem['loc']))}: {words}") from error
-
-
-def _at(line: int | None) -> str:
-    return f", line {line}" if line else ""
-
-
-def _unknown_key(location: tuple[str | int, ...]) -> str:
-    """What is wrong with a key that no recipe has, and the nearest that it could mean."""
-    known = [*Recipe.model_fields, *(f"settings.{key}" for key in Settings.model_fields)]
-    key = str(location[-1])
-    by_last = {name.rpartition(".")[2]: name for name in known}  # no two end alike
-    near = difflib.get_close_matches(key, by_last, n=1, cutoff=0.6)
-    here = [last for last, name in by_last.items() if name == ".".join(map(str, (*location[:-1], last)))]
-    hint = f"did you mean {by_last[near[0]]}?" if near else f"known there are {', '.join(here)}"
-    return f"{'.'.join(map(str, location))} is no key of a recipe: {hint}"
-
-
-def recipe_files() -> dict[str, Any]:
-    """The packaged recipe files by name."""
-    files = resources.files("mla_recipes").iterdir()
-    return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=str) if file.name.endswith(".yaml")}
-
-
-def find_recipe(name: str) -> Recipe | None:
-    """The packaged recipe of that name or alias, or None."""
-    file = packaged_recipe(name)
-    return None if file is None else load_recipe(file)
-
-
-def packaged_recipe(name: str) -> Any:
-    """The file of the packaged recipe of that name or alias, or None."""
-    files = recipe_files()
-    if name in files:
-        return files[name]
-    return next((file for file in files.values() if name in load_recipe(file).aliases), None)
-
-
-def _recipe_hint(name: str) -> str:
-    """The packaged recipe whose name or alias is nearest to `name`, or all of them."""
-    names = [*recipe_files(), *(alias for file in recipe_files().values() for alias in load_recipe(file).aliases)]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known recipes: {', '.join(sorted(recipe_files()))}."
-
-
-def unknown_source(name: str) -> InputError:
-    """The error for a name that is no path, recipe or Hub id; suggests the nearest recipe."""
-    return InputError(f"{name!r} is no folder, .gguf file, recipe or Hub id (owner/name): {_recipe_hint(name)}")
-
-
-def recipe_file(name: str) -> Any:
-    """The file of a recipe named by its path, or of a packaged one named by its name or alias.
-
-    Raises:
-        InputError: there is none.
-    """
-    files = recipe_files()
-    if Path(name).suffix in YAML or (Path(name).is_file() and name not in files):
-        return expanded(name)
-    found = packaged_recipe(name)
-    if found is None:
-        raise InputError(f"{name!r} is neither a YAML file nor a packaged recipe: {_recipe_hint(name)}")
-    return found
-
-
-def build_config(options: dict[str, Any]) -> ConvertConfig:
-    """Settings of a recipe, if there is one, overridden by the options given (those that are not None).
-
-    A recipe is named by the source itself (packaged name or YAML path) or by the option `recipe`; beside the latter a
-    source may be given, which takes the place of the recipe's.
-
-    Raises:
-        UsageError: options out of range or contradicting each other, or neither source nor recipe.
-        InputError: the recipe is not valid.
-    """
-    given = {key: value for key, value in options.items() if value is not None}
-    named, source = given.pop("recipe", None), given.get("source")
-    if named is None and source is None:
-        raise UsageError("no SOURCE is given: name a folder, Hub id, .gguf file or recipe, or give --recipe FILE")
-    as_recipe = None if source is None or Path(source).is_dir() else _recipe_of_source(source)
-    if named and as_recipe:
-        raise UsageError(f"SOURCE {source} is a recipe too: give one of the two")
-    recipe = load_recipe(recipe_file(named)) if named else as_recipe
-    base: dict[str, Any] = {}
-    if recipe:
-        base = recipe.settings.model_dump(exclude_unset=True)
-        if as_recipe:
-            given.pop("source")
-        if "source" not in given:
-            base["source"] = recipe.source
-            base["out"] = Path(_recipe_output(named or source, recipe))
-            if recipe.revision:
-                base["revision"] = recipe.revision
-    # A rank given replaces a recipe's ratio and the other way round; a recipe's rope_dim belongs to its size.
-    if {"rank", "kv_ratio"} & given.keys():
-        if given.get("rank", base.get("rank")) != base.get("rank") or "kv_ratio" in given:
-            base.pop("rope_dim", None)
-        base.pop("rank", None)
-        base.pop("kv_ratio", None)
-    try:
-        return ConvertConfig.model_validate({**base, **given})
-    except ValidationError as error:
-        raise UsageError(first_problem(error)) from error
-
-
-def _recipe_of_source(source: str) -> Recipe | None:
-    """The recipe that a SOURCE names by path or name; None where it names a checkpoint."""
-    if Path(source).suffix in YAML:
-        return load_recipe(expanded(source))
-    return None if Path(source).exists() else find_recipe(source)
-
-
-def _recipe_output(name: str, recipe: Recipe) -> str:
-    """Output folder of a recipe: named after it, or after its source where it is just called recipe.yaml."""
-    path = Path(name)
-    if path.suffix not in YAML:
-        return default_name(name)
-    return default_name(recipe.source if path.stem == "recipe" else path.stem)
-
-
 def packaged(name: str, what: str) -> Path:
     """Where `package:NAME/INNER` lies. `what` it is, for the message.
 
@@ -273,8 +96,3 @@ def packaged(name: str, what: str) -> Path:
         return Path(str(resources.files(package))) / inner
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{what} {name} not found: there is no package {package!r} ({one_line(error)})") from error
-
-
-def default_name(source: str) -> str:
-    """Name of the output folder when none is given."""
-    return Path(os.path.abspath(source)).name.removesuffix(".gguf") + "-mla"

@@ -13,8 +13,9 @@ import torch
 from mla_convert.core import runtime as environment
 from mla_convert.core.files import on_disk
 from mla_convert.core.progress import Progress
+from mla_convert.core.recipes import default_name
 from mla_convert.core.report_file import PAGE
-from mla_convert.core.settings import ConvertConfig, default_name
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import check_name
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.core.settings import build_config
+from mla_convert.core.recipes import build_config
 from mla_convert.core.units import duration
 from mla_convert.method.factorise.sensitivity import TOKENS
 from mla_convert.method.factorise.sizes import Plan

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.core.settings import Settings, build_config, find_recipe, load_recipe, recipe_files, unknown_source
+from mla_convert.core.recipes import build_config, find_recipe, load_recipe, recipe_files, unknown_source
+from mla_convert.core.settings import Settings
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source import texts
 from mla_convert.source.shape import AttentionShape
