@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries, tell_place
+from mla_convert.cli.options import Quiet, Verbose
+from mla_convert.cli.terminal import print_location, silence_libraries
 from mla_convert.core.errors import InputError
 from mla_convert.core.words import say
 
@@ -43,4 +44,4 @@ def inspect(
     else:
         console = Terminal()
         print_inspection(found, console)
-        tell_place(config.source, found["name"], console)
+        print_location(config.source, found["name"], console)

@@ -28,7 +28,7 @@ from mla_convert.cli import (
     sweep,
     verify,
 )
-from mla_convert.cli.options import is_verbose
+from mla_convert.cli.terminal import is_verbose
 from mla_convert.core.errors import GateFailed, InputError, Interrupted, MlaConvertError, ReaderGone, ResourceError
 from mla_convert.core.words import drop_output, open_streams, say
 from mla_convert.moved import callable_as_before

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.cli.evaluate import MEASURE, Against, Device, Text
-from mla_convert.cli.gate import (
+from mla_convert.cli.options import (
+    HUB,
+    MEASURE,
+    Against,
     Baseline,
+    Device,
     FromReport,
     MaxKl,
     MaxPerplexity,
@@ -19,26 +22,17 @@ from mla_convert.cli.gate import (
     MaxWorst,
     MinAgreement,
     MinSaving,
-    judge,
-    print_verdict,
-    read_limits,
-    tell_github,
+    Private,
+    Quiet,
+    Text,
+    Verbose,
 )
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries
+from mla_convert.cli.terminal import silence_libraries
+from mla_convert.cli.verdict import judge, print_verdict, read_limits, tell_github
 from mla_convert.core.errors import GateFailed, UsageError
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert push llama-8b-mla my-org/llama-8b-mla --private --min-kv-saving 70% --from-report"
-HUB = "Hub"
-
-Private = Annotated[
-    bool | None,
-    typer.Option(
-        "--private",
-        help="Make the repository private. One that is there already keeps what it is; a public one is refused.",
-        rich_help_panel=HUB,
-    ),
-]
 
 
 def push(

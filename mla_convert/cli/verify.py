@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose
+from mla_convert.cli.terminal import silence_libraries
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert verify llama-8b-mla"

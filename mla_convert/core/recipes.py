@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mla_convert.core.errors import InputError, UsageError, one_line
-from mla_convert.core.settings import ConvertConfig, Settings
+from mla_convert.core.settings import ConvertConfig, Settings, with_new_names
 from mla_convert.core.words import expanded
 from mla_convert.core.yaml_positions import Marks, Scalars
 
@@ -20,7 +20,7 @@ YAML = (".yaml", ".yml")
 
 
 class Recipe(BaseModel):
-    """A named source with settings that were found to suit it (one YAML file in `recipes/`)."""
+    """A named source with settings that suit it (one YAML file in `recipes/`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,7 +32,7 @@ class Recipe(BaseModel):
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line from a pydantic error: the setting and what is wrong with it."""
+    """One line from a pydantic error: the setting and the problem with it."""
     return _problem(error.errors()[0])
 
 
@@ -46,8 +46,8 @@ def load_recipe(path: Any) -> Recipe:
     """Read and validate one recipe file.
 
     Raises:
-        InputError: the file cannot be read, is not YAML, or has an unknown, repeated or ill-typed key; names the line,
-            and for an unknown key the nearest that is known.
+        InputError: The file cannot be read, is not YAML, or has an unknown, repeated or ill-typed key. The message names the
+            line, and for an unknown key the most similar known one.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -67,8 +67,8 @@ def load_recipe(path: Any) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        # an unknown key often is why another is missing: it goes first
-        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        # A misspelt key also makes the right one missing: report the misspelling.
+        problem = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
         words = _unknown_key(problem["loc"]) if problem["type"] == "extra_forbidden" else _problem(problem)
         raise InputError(f"recipe {path.name}{_at(marks.line(problem['loc']))}: {words}") from error
 
@@ -78,10 +78,10 @@ def _at(line: int | None) -> str:
 
 
 def _unknown_key(location: tuple[str | int, ...]) -> str:
-    """What is wrong with a key that no recipe has, and the nearest that it could mean."""
+    """The problem with a key that no recipe has, and the most similar known key."""
     known = [*Recipe.model_fields, *(f"settings.{key}" for key in Settings.model_fields)]
     key = str(location[-1])
-    by_last = {name.rpartition(".")[2]: name for name in known}  # no two end alike
+    by_last = {name.rpartition(".")[2]: name for name in known}  # last parts are unique
     near = difflib.get_close_matches(key, by_last, n=1, cutoff=0.6)
     here = [last for last, name in by_last.items() if name == ".".join(map(str, (*location[:-1], last)))]
     hint = f"did you mean {by_last[near[0]]}?" if near else f"known there are {', '.join(here)}"
@@ -109,14 +109,14 @@ def packaged_recipe(name: str) -> Any:
 
 
 def _recipe_hint(name: str) -> str:
-    """The packaged recipe whose name or alias is nearest to `name`, or all of them."""
+    """The packaged recipe whose name or alias is most similar to `name`, or all of them."""
     names = [*recipe_files(), *(alias for file in recipe_files().values() for alias in load_recipe(file).aliases)]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known recipes: {', '.join(sorted(recipe_files()))}."
 
 
 def unknown_source(name: str) -> InputError:
-    """The error for a name that is no path, recipe or Hub id; suggests the nearest recipe."""
+    """The error for a name that is no path, recipe or Hub id; suggests the most similar recipe."""
     return InputError(f"{name!r} is no folder, .gguf file, recipe or Hub id (owner/name): {_recipe_hint(name)}")
 
 
@@ -124,28 +124,34 @@ def recipe_file(name: str) -> Any:
     """The file of a recipe named by its path, or of a packaged one named by its name or alias.
 
     Raises:
-        InputError: there is none.
+        InputError: There is no such recipe.
     """
     files = recipe_files()
     if Path(name).suffix in YAML or (Path(name).is_file() and name not in files):
         return expanded(name)
-    found = packaged_recipe(name)
-    if found is None:
+    file = packaged_recipe(name)
+    if file is None:
         raise InputError(f"{name!r} is neither a YAML file nor a packaged recipe: {_recipe_hint(name)}")
-    return found
+    return file
 
 
 def build_config(options: dict[str, Any]) -> ConvertConfig:
-    """Settings of a recipe, if there is one, overridden by the options given (those that are not None).
+    """The settings of a recipe, if one is named, overridden by the given options.
 
-    A recipe is named by the source itself (packaged name or YAML path) or by the option `recipe`; beside the latter a
-    source may be given, which takes the place of the recipe's.
+    A recipe is named by the source itself (packaged name or YAML path) or by the option `recipe`. Beside the latter a source
+    may be given, which replaces the recipe's.
+
+    Args:
+        options: Settings by name, also by their names in version 0.1; those that are None are not given.
 
     Raises:
-        UsageError: options out of range or contradicting each other, or neither source nor recipe.
-        InputError: the recipe is not valid.
+        UsageError: Options out of range or contradicting each other, or neither source nor recipe.
+        InputError: The recipe is not valid.
     """
-    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        given = with_new_names({key: value for key, value in options.items() if value is not None})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     named, source = given.pop("recipe", None), given.get("source")
     if named is None and source is None:
         raise UsageError("no SOURCE is given: name a folder, Hub id, .gguf file or recipe, or give --recipe FILE")
@@ -163,7 +169,7 @@ def build_config(options: dict[str, Any]) -> ConvertConfig:
             base["out"] = Path(_recipe_output(named or source, recipe))
             if recipe.revision:
                 base["revision"] = recipe.revision
-    # A rank given replaces a recipe's ratio and the other way round; a recipe's rope_dim belongs to its size.
+    # A given rank replaces a recipe's ratio and the other way round; a recipe's rope_dim belongs to its size.
     if {"rank", "kv_ratio"} & given.keys():
         if given.get("rank", base.get("rank")) != base.get("rank") or "kv_ratio" in given:
             base.pop("rope_dim", None)
@@ -176,14 +182,14 @@ def build_config(options: dict[str, Any]) -> ConvertConfig:
 
 
 def _recipe_of_source(source: str) -> Recipe | None:
-    """The recipe that a SOURCE names by path or name; None where it names a checkpoint."""
+    """The recipe that SOURCE names by path or name; None if SOURCE names a checkpoint."""
     if Path(source).suffix in YAML:
         return load_recipe(expanded(source))
     return None if Path(source).exists() else find_recipe(source)
 
 
 def _recipe_output(name: str, recipe: Recipe) -> str:
-    """Output folder of a recipe: named after it, or after its source where it is just called recipe.yaml."""
+    """Output folder of a recipe, named after the recipe, or after its source if the file is called recipe.yaml."""
     path = Path(name)
     if path.suffix not in YAML:
         return default_name(name)

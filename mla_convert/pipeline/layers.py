@@ -288,7 +288,7 @@ def _convert_layer(job: LayerJob, member: _Member, states: Activations, states_o
     clock.lap("calibrate")
     size, rotation = job.plan.layer(member.index), layerwise.rotation(member.index, member.eager)
     weights = factorise_layer(
-        layerwise.source, attention, statistics, size.rank, size.rope_dim, job.config.planes, rotation
+        layerwise.source, attention, statistics, size.rank, size.rope_dim, job.config.rope_selection, rotation
     )
     fill_attention(module, weights, family.table_step)
     clock.lap("factorise")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mla_convert.pipeline.estimate.time import CPU_RATE, SPREAD
@@ -58,12 +58,47 @@ class HealWork:
         return 2.0 * used + mixing * self.mixing_before + 4.0 * used + 2.0 * trained + 3.5 * mixing * self.mixing_after
 
 
-def estimate(work: HealWork, tokens: int, train: str, length: int, cores: int, written: int = 0) -> dict[str, Any]:
-    """Memory of one device, and ranges of seconds on `cores` cores and on an H100; the original writes `written` tokens."""
-    found: dict[str, Any] = {"tokens": tokens, "written_tokens": written, "train": train, "length": length,
-                             "memory_basis": MEMORY_BASIS}  # fmt: skip
+@dataclass(frozen=True)
+class DeviceEstimate:
+    """A range of seconds and the bytes held on one device, and what the time is based on."""
+
+    seconds: tuple[float, float]
+    basis: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class HealEstimate:
+    """Memory and time of a healing run on the cores of this machine ("cpu") and on an H100 ("h100")."""
+
+    tokens: int
+    written_tokens: int
+    train: str
+    length: int
+    places: dict[str, DeviceEstimate]
+    memory_basis: str = MEMORY_BASIS
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `plan --json` prints it."""
+        content = asdict(self)
+        for place, device in content.pop("places").items():
+            content[place] = {**device, "seconds": list(device["seconds"])}
+        return content
+
+
+def estimate(work: HealWork, tokens: int, train: str, length: int, cores: int, written: int = 0) -> HealEstimate:
+    """Memory of one device, and seconds on this machine's cores and on an H100.
+
+    Args:
+        work: Sizes of the model.
+        tokens: Tokens to train on.
+        train: Parameters that are trained: all, attention or lora.
+        length: Tokens in the longest window.
+        cores: Number of cores.
+        written: Tokens that the original generates before training.
+    """
+    places = {}
     for place, rate, basis in (("cpu", CPU_RATE * cores, CPU_BASIS), ("h100", H100_RATE, H100_BASIS)):
         seconds = (tokens + WRITING * written) * work.operations(train, length) / rate
-        found[place] = {"seconds": [seconds / SPREAD, seconds * SPREAD], "basis": basis,
-                        "memory_bytes": work.memory(train, place)}  # fmt: skip
-    return found
+        places[place] = DeviceEstimate((seconds / SPREAD, seconds * SPREAD), basis, work.memory(train, place))
+    return HealEstimate(tokens, written, train, length, places)
