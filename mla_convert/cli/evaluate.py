@@ -31,14 +31,14 @@ Passkey = Annotated[
     bool,
     typer.Option(
         "--passkey",
-        help="Have a five-digit key looked up in long text, at five depths and at lengths up to the model's context.",
+        help="Passkey test: retrieve a five-digit key from long text, at five depths and at lengths up to the model's context.",
         rich_help_panel=PROBES,
     ),
 ]
 PasskeyLength = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of the longest text; turns --passkey on. Default: the model's context.",
+        help="Tokens of the longest passkey text; turns --passkey on. Default: the model's context.",
         show_default=False,
         rich_help_panel=PROBES,
     ),
@@ -60,7 +60,7 @@ TaskNames = Annotated[
     str | None,
     typer.Option(
         "--tasks",
-        help="Tasks of lm-evaluation-harness, by name or as .yaml files, with commas between. Needs the extra eval.",
+        help="Tasks of lm-evaluation-harness, by name or as .yaml files, separated by commas. Needs the extra eval.",
         show_default=False,
         rich_help_panel=PROBES,
     ),
@@ -73,7 +73,7 @@ IntoReport = Annotated[
     bool,
     typer.Option(
         "--into-report",
-        help="Add what is found beyond perplexity to MODEL's report.json, and make report.html and README.md again.",
+        help="Add the results beyond perplexity to MODEL's report.json, and make report.html and README.md again.",
         rich_help_panel=PROBES,
     ),
 ]
@@ -95,11 +95,11 @@ def evaluate(
     tasks: TaskNames = None,
     task_limit: TaskLimit = None,
     into_report: IntoReport = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure MODEL: perplexity, KV cache bytes, and how far it is from its original."""
+    """Measure MODEL: perplexity, KV cache bytes, and its distance from the original."""
     silence_libraries(quiet)
     from mla_convert.report.update import check_target, write_into_report
 

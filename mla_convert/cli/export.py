@@ -1,4 +1,4 @@
-"""`mla-convert export`: a converted model in the form that serving engines know."""
+"""`mla-convert export`: write a converted model in a form that serving engines load."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def export(
     pad: Pad = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as DIR is stored), float32 or bfloat16.")] = "auto",
     gguf: Annotated[
-        bool, typer.Option("--gguf", help="config.json as llama.cpp's converter wants it; for --profile engine.")
+        bool, typer.Option("--gguf", help="Write config.json as llama.cpp's converter reads it; for --profile engine.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write DIR as a DeepSeek-V3 checkpoint, which vLLM, SGLang, llama.cpp and transformers know."""
+    """Write DIR as a DeepSeek-V3 checkpoint, which vLLM, SGLang, llama.cpp and transformers load."""
     exported = run_export(folder, profile, out, pad=pad, dtype=dtype, gguf=gguf, overwrite=overwrite, quiet=quiet)
     if json_:
         say(json.dumps({"out": str(exported.out), **exported.as_dict()}, indent=2))

@@ -1,4 +1,4 @@
-"""`mla-convert gate`: pass or fail, for a CI job."""
+"""`mla-convert gate`: check a model against limits, for a CI job."""
 
 from __future__ import annotations
 

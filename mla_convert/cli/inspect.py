@@ -1,4 +1,4 @@
-"""`mla-convert inspect`: what a checkpoint is and whether it can be converted."""
+"""`mla-convert inspect`: properties of a checkpoint, and whether it can be converted."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def inspect(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """What PATH is: its attention, RoPE, size and cache, and whether it can be converted (exit code 4 if not).
+    """Attention, RoPE, size and cache of PATH, and whether it can be converted (exit code 4 if not).
 
-    Of a converted folder: its rank, its source, and what its report says.
+    For a converted folder: its rank, its source and the results in its report.
     """
     from mla_convert.core.recipes import build_config
 
@@ -34,14 +34,14 @@ def inspect(
     from mla_convert.pipeline.inspect import inspect_checkpoint, print_inspection
 
     try:
-        found = inspect_checkpoint(config.source, config.revision)
+        findings = inspect_checkpoint(config.source, config.revision)
     except InputError as error:
         if json_:
             say(json.dumps({"name": path, "convertible": False, "reason": str(error)}, indent=2))
         raise
     if json_:
-        say(json.dumps(found, indent=2))
+        say(json.dumps(findings, indent=2))
     else:
         console = Terminal()
-        print_inspection(found, console)
-        print_location(config.source, found["name"], console)
+        print_inspection(findings, console)
+        print_location(config.source, findings["name"], console)

@@ -166,7 +166,7 @@ def build_config(options: dict[str, Any]) -> ConvertConfig:
             given.pop("source")
         if "source" not in given:
             base["source"] = recipe.source
-            base["out"] = Path(_recipe_output(named or source, recipe))
+            base["out"] = Path(_recipe_output(str(named or source), recipe))
             if recipe.revision:
                 base["revision"] = recipe.revision
     # A given rank replaces a recipe's ratio and the other way round; a recipe's rope_dim belongs to its size.

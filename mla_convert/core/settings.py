@@ -54,7 +54,7 @@ def option(
         metavar: Name of the value in `--help`.
         **bounds: Bounds as pydantic's `Field` takes them (ge, gt, le, lt).
     """
-    extra = {"panel": panel, "unset": unset, "flag": flag, "metavar": metavar}
+    extra: dict[str, Any] = {"panel": panel, "unset": unset, "flag": flag, "metavar": metavar}
     return Field(default, description=help, json_schema_extra={"option": extra}, **bounds)
 
 

@@ -1,16 +1,16 @@
-"""How long a conversion takes, from counted operations and the rates at which measured conversions did theirs. No torch."""
+"""Time of a conversion, from its number of operations and the rates of measured conversions. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# Operations a second, over whole layers of measured conversions (README, "Measured", and its tests): SmolLM2-135M and the
-# demo model on one thread of an x86-64 core, a random model of Llama-3.2-1B's shapes on two; on an H100 SmolLM2-135M's
-# refinement, whose small layers leave much of the card idle, and a random model of Llama-3-8B's shapes, disk included.
+# Operations per second over whole layers of measured conversions (tests/pipeline/test_dry_run.py): SmolLM2-135M and the demo
+# model on one thread of an x86-64 core, a random model with the shapes of Llama-3.2-1B on two; on an H100, the refinement of
+# SmolLM2-135M, whose small layers leave much of the card idle, and a random model with the shapes of Llama-3-8B, disk included.
 CPU_RATE = 70e9
 H100_RATE = 75e12
-# Measured runs lie within this factor of the estimate; other processors, and cores shared with other work, may not.
+# Measured runs are within this factor of the estimate; other processors, and cores shared with other work, may not be.
 SPREAD = 2.0
 CPU_BASIS = (
     "operations counted; 70 GFLOP/s a core, as measured on 1 and 2 x86-64 cores with SmolLM2-135M, the demo model and the "
@@ -61,7 +61,7 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """What one layer's work depends on: numbers in the layer and in its attention, before and after; widths of heads."""
+    """Sizes of one layer that its work depends on: elements of the layer and its attention before and after, head widths."""
 
     hidden: int
     layer_before: int
@@ -70,7 +70,7 @@ class LayerWork:
     attention_after: int
     mixing_before: int  # query heads times the widths of a key and a value
     mixing_after: int
-    head: int  # numbers in the output matrix
+    head: int  # elements of the output matrix
 
     def operations(self, run: LayerRun) -> float:
         """Floating-point operations of one layer's conversion."""
