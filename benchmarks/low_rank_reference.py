@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
+from mla_convert.core.recipes import build_config
 from mla_convert.core.report_file import finite
-from mla_convert.core.settings import ConvertConfig, build_config
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.method.calibrate.attention_forward import attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations

@@ -30,7 +30,7 @@ MOVED = {
     "checkpoint.writer": "write.writer",
     "code": "modeling.shipped_code",
     "commands": "cli",
-    "config": "core.settings",
+    "config": "core.recipes",  # which imports the settings too
     "config_file": "source.config_file",
     "decoding": "evaluate.quality.greedy_agreement",
     "divergence": "modeling.distillation",

@@ -173,7 +173,7 @@ def draw_terminal() -> None:
 
     from mla_convert import ConvertConfig, convert
     from mla_convert.core.progress import Progress
-    from mla_convert.core.settings import build_config
+    from mla_convert.core.recipes import build_config
     from mla_convert.report.tables import print_summary
 
     console = Console(record=True, width=124, file=io.StringIO(), force_terminal=True)

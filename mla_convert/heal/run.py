@@ -29,7 +29,7 @@ from mla_convert.heal.loop import Run, Trainer
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.prepare_text import prepare_corpus
 from mla_convert.heal.record import healed_report, run_record
-from mla_convert.heal.settings import HealConfig, HealSettings
+from mla_convert.heal.settings import HealConfig, HealSettings, conversion_healing
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.report.report import Report
@@ -135,14 +135,14 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
     Raises:
         MlaConvertError: as `heal`; the conversion stays as it is.
     """
-    given = {"data": conversion_text(config), "length": config.heal_length, "train": config.heal_train,
-             "lr": config.heal_lr, "self_share": config.heal_self_share,
-             "eval": config.eval, "seed": config.seed, "teacher_revision": config.revision}  # fmt: skip
+    settings = conversion_healing(config)
+    assert settings is not None
+    given = {**settings.model_dump(exclude_unset=True), "data": conversion_text(config), "eval": config.eval}
     windows = report.evaluation["before"]
     try:
         content = heal(
             HealConfig(
-                folder=report.out, teacher=config.source, device=config.device, tokens=config.heal_tokens,
+                folder=report.out, teacher=config.source, teacher_revision=config.revision, device=config.device,
                 eval_windows=windows["windows"], eval_length=windows["length"],
                 **{key: value for key, value in given.items() if value is not None},
             ),

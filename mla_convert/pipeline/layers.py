@@ -261,7 +261,7 @@ class LayerConverter:
         source, size = self.layerwise.source, self.plan.layer(layer.index)
         rotation = self.layerwise.rotation(layer.index, layer.eager_kwargs)
         weights = factorise_layer(
-            source, layer.attention, statistics, size.rank, size.rope_dim, self.config.planes, rotation
+            source, layer.attention, statistics, size.rank, size.rope_dim, self.config.rope_selection, rotation
         )
         fill_attention(layer.student, weights, source.family.freq_stride)
         return weights

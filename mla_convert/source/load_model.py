@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
+from mla_convert.core.recipes import find_recipe, recipe_files
 from mla_convert.core.report_file import look_up
-from mla_convert.core.settings import PACKAGE, find_recipe, recipe_files
+from mla_convert.core.settings import PACKAGE
 from mla_convert.core.words import expanded
 from mla_convert.source.checkpoint.files import refuse_adapter, weight_files
 from mla_convert.source.checkpoint.gguf_model import open_gguf

@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
-from mla_convert.core.settings import PACKAGE, packaged, unknown_source
+from mla_convert.core.recipes import unknown_source
+from mla_convert.core.settings import PACKAGE, packaged
 from mla_convert.core.words import check_name, expanded, plain
 from mla_convert.source.checkpoint.gguf_file import is_gguf
 

@@ -205,7 +205,7 @@ def _losses(
         return float(((found - expected) @ root).square().sum(-1)[usual].mean() / 2)
 
     def build(rank: int | None, rope_dim: int) -> MlaAttention:
-        weights = factorise_layer(source, attention, statistics, rank, rope_dim, "loss", rotation)
+        weights = factorise_layer(source, attention, statistics, rank, rope_dim, "by_loss", rotation)
         module = _module(layerwise, plan, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
         fill_attention(module, weights, family.freq_stride)
         return module
