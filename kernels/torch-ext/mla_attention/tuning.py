@@ -35,7 +35,7 @@ class DecodeConfig:
     min_tiles: int = 1
 
 
-# Fastest configurations measured (docs/kernels.md) by card, rank, rope dimension and most query rows. For a card or a shape
+# Fastest configurations measured (docs/results/speed.md) by card, rank, rope dimension and most query rows. For a card or a shape
 # that is not listed, `default_config` shrinks tiles until they fit.
 TUNED = {
     ("NVIDIA H100 80GB HBM3", 512, 64, 16): DecodeConfig(16, 32, stages=3),

@@ -39,7 +39,7 @@ ERROR_TOKENS = 4096
 # Of the metric's mean diagonal, added to it: few tokens may leave it without full rank.
 SHRINKAGE = 1e-3
 # Refinement regains more of what de-rotation loses than of what low rank loses, the more so the longer it is: in a trade
-# between the two, losses by rotary dims count 1 / (1 + steps / REGAIN_STEPS). docs/quality.md has what was measured.
+# between the two, losses by rotary dims count 1 / (1 + steps / REGAIN_STEPS). docs/research/layer-sizes.md has what was measured.
 REGAIN_STEPS = 100
 
 

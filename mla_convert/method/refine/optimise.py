@@ -179,7 +179,7 @@ def step_size(lr: float, own_error: float) -> float:
 
     Weights with a relative error e are about sqrt(e) of their size away from the optimum, and Adam's steps, which do not
     shrink with the gradient, keep them about one step length away from it. Best step sizes measured: 0.005, 0.007 and
-    0.014 at own errors of 4.5e-4, 1.3e-3 and 3e-3 (docs/quality.md).
+    0.014 at own errors of 4.5e-4, 1.3e-3 and 3e-3 (docs/research/refinement.md).
     """
     return lr * math.sqrt(min(1.0, own_error / OWN_ERROR)) if math.isfinite(own_error) else lr
 
