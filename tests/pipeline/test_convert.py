@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
-from mla_convert.core.settings import default_name
+from mla_convert.core.recipes import default_name
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.report.tables import report_rows
 from mla_convert.source import texts
