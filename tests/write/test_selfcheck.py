@@ -136,7 +136,7 @@ def test_supported_versions_are_said_where_people_look():
     root = Path(__file__).parents[2]
     pinned = f'"transformers>={OLDEST_TRANSFORMERS.removesuffix(".0")}"'
     assert pinned in (root / "pyproject.toml").read_text()
-    for page in ("README.md", "docs/faq.md"):
+    for page in ("README.md", "docs/faq.md", "docs/start/install.md"):
         text = (root / page).read_text()
         assert f"{OLDEST_TRANSFORMERS} to {TRIED_TRANSFORMERS}" in text, page
 
