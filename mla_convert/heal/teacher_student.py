@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.heal.settings import HealSettings
 from mla_convert.method.refine.optimise import relative_error
-from mla_convert.modeling.attention_backends import CAUSAL, attending
-from mla_convert.modeling.distillation import compare, distillation_loss, distillation_loss_fn
+from mla_convert.modeling.attention_backends import CAUSAL, attention_backend
+from mla_convert.modeling.distillation import distillation_loss, distillation_loss_fn, divergence
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import LossWeights
 from mla_convert.modeling.modeling_mla import MlaAttention
@@ -213,8 +213,8 @@ class TeacherStudent(nn.Module):
         if not self.shares:
             for layer in self.original.get_submodule(self.student.config.mla_layers):
                 layer.compile()
-        if self._compare is compare:
-            self._compare = torch.compile(compare)
+        if self._compare is divergence:
+            self._compare = torch.compile(divergence)
 
     @contextlib.contextmanager
     def _as_original(self) -> Iterator[None]:
@@ -230,7 +230,7 @@ class TeacherStudent(nn.Module):
         """Attention for windows of one document: without masks, unless a sliding window is shorter than they are."""
         models = self.student, self.original
         window = getattr(models[0].config.get_text_config(), "sliding_window", None)
-        return contextlib.nullcontext() if window and length > window else attending(CAUSAL, *models)
+        return contextlib.nullcontext() if window and length > window else attention_backend(CAUSAL, *models)
 
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss of a batch.

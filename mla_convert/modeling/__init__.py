@@ -1,1 +1,1 @@
-"""The converted model: a configuration and a modeling file, also written beside the weights."""
+"""The converted model's code, part of it also written beside the weights, and the distillation loss."""

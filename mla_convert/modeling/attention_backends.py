@@ -1,4 +1,4 @@
-"""Ways for a stock model to attend that transformers does not have, under names by which it finds them."""
+"""Attention implementations for stock models, registered with transformers by name."""
 
 from __future__ import annotations
 
@@ -12,35 +12,49 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def sdpa_grouped_query(
-    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_
-) -> tuple[Tensor, None]:
-    """Attention of one query token (B, H, 1, d) on keys and values (B, G, L, .), with a mask (B, 1, 1, L) or on all: (B, 1, H, v).
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention of one query token on keys and values that several heads share.
 
-    Heads that share keys are rows of one query, so that a key is read once for all, where transformers copies it for each
-    if there is a mask.
+    Heads that share keys are rows of one query, so that a key is read once for all of them. With a mask, transformers copies
+    the keys for each head.
+
+    Args:
+        module: the stock attention; not used.
+        query: (B, H, 1, d).
+        key: (B, G, L, d).
+        value: (B, G, L, v).
+        attention_mask: (B, 1, 1, L), or None.
+        scaling: multiplies the scores.
+        softcap: must be None.
+        s_aux: logits of attention sinks; must be None.
+
+    Returns:
+        The output (B, 1, H, v), and None for the weights.
 
     Raises:
-        TypeError: a soft cap or sinks, which PyTorch's attention has not.
+        TypeError: there is a soft cap or a sink, which PyTorch's attention does not support.
     """
     if softcap is not None or s_aux is not None:
-        raise TypeError("grouped attention knows neither soft caps nor sinks: let the model attend eagerly")
+        raise TypeError("grouped attention has neither soft caps nor sinks: let the model attend eagerly")
     rows = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
     attended = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
     return attended.reshape(len(query), 1, query.shape[1], -1), None
 
 
-# `sdpa_grouped_query`, with the mask that the model is given.
+# `sdpa_grouped_query`, with the mask that the model gets.
 GROUPED = "mla_grouped"
-# Causal attention on whole texts. Transformers makes no mask for an implementation that it knows no mask function of; else it
-# would look at positions on the host, once a pass, and in a CUDA graph take every text for several.
+# Causal attention on whole texts. Transformers builds no mask for an implementation without a registered mask function. For
+# others it reads the positions on the host in every pass, and within a CUDA graph takes every text for several packed ones.
 CAUSAL = "mla_causal"
 AttentionInterface.register(GROUPED, sdpa_grouped_query)
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 @contextlib.contextmanager
-def attending(name: str, *models: nn.Module) -> Iterator[None]:
-    """The models attend in the way of that name, if all of them run on `scaled_dot_product_attention`; else as they do."""
+def attention_backend(name: str, *models: nn.Module) -> Iterator[None]:
+    """Switch models to the implementation `name` within the context, if all of them run on SDPA; else change nothing."""
     configs = [model.config.get_text_config() for model in models]
     before = [config._attn_implementation for config in configs]
     try:

@@ -1,4 +1,4 @@
-"""The argument under which a model of the installed transformers takes its KV cache: `past_key_values`, since 5.24 `cache`."""
+"""The name of a model's KV cache argument in the installed transformers: `past_key_values`, since 5.24 `cache`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 from transformers import Cache
 
-from mla_convert.modeling.modeling_mla import CACHE_NAMES
+from mla_convert.modeling.decode_mla import CACHE_NAMES
 
 
 def with_cache(model: nn.Module, cache: Cache) -> dict[str, Any]:
     """Keyword arguments of a forward pass that reads and extends `cache`.
 
     Raises:
-        TypeError: the model takes no cache under a name that is known.
+        TypeError: the model takes no cache by a known name.
     """
     names = inspect.signature(model.forward).parameters
     name = next((name for name in CACHE_NAMES if name in names), None)

@@ -1,15 +1,20 @@
 """Configuration of a model converted to Multi-head Latent Attention (MLA).
 
 `Mla<Base>Config` exists for every transformers configuration `<Base>Config`: the original's fields plus the ones below.
-Fields take DeepSeek-V2's names (arXiv 2405.04434) where the object is the same. This file needs only transformers; it is
+Fields have DeepSeek-V2's names (arXiv 2405.04434) where the object is the same. This file needs only transformers; it is
 also written beside the weights of a converted model.
 """
 
+import os
+import warnings
+
 import transformers
+from packaging.version import Version
 
 PREFIX = "Mla"
-# The projections that these plans of the stock classes name do not exist in a converted model.
+# These plans of the stock classes name projections that a converted model does not have.
 PARALLEL_PLANS = ("base_model_tp_plan", "base_model_fsdp_plan")
+KERNELS = ("auto", "kernels", "sdpa")
 
 _classes: dict[str, type] = {}
 
@@ -17,15 +22,15 @@ _classes: dict[str, type] = {}
 class MlaFields:
     """Fields that a converted model's configuration adds to the original's."""
 
-    # Numbers cached per token: kv_lora_rank of latent and qk_rope_head_dim of rotary key, both shared by all heads.
+    # Numbers cached per token: kv_lora_rank of the latent and qk_rope_head_dim of the rotary key, both shared by all heads.
     kv_lora_rank: int = 512
     qk_rope_head_dim: int = 64
     # Per head: width of the query and key part without position, and of the value.
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
-    # Widest query-key product; transformers' generate reads it to leave the static cache's shape to the first update.
+    # Width of the query-key product; transformers' generate reads it to leave the static cache's shape to the first update.
     qk_head_dim: int = 192
-    # One entry a layer where layers differ; the fields without s then hold the largest.
+    # One entry per layer where layers differ; the fields in the singular then hold the largest.
     kv_lora_ranks: list[int] | None = None
     qk_rope_head_dims: list[int] | None = None
     qk_nope_head_dims: list[int] | None = None
@@ -36,15 +41,15 @@ class MlaFields:
     # Where the stock model has its attention: path of the list of layers, and the name inside a layer.
     mla_layers: str = "model.layers"
     mla_attention: str = "self_attn"
-    # Names of the stock attention's norms of query and key, and what they are called with (`apply_norm`).
+    # Names of the stock attention's norms of query and key, and the shape that they take (`apply_norm`).
     mla_q_norm: str | None = None
     mla_k_norm: str | None = None
     mla_norm_over: str = "head"
     # Cap of the attention logits; name of the stock attention's parameter with the sinks' logits.
     mla_softcap: float | None = None
     mla_sinks: str | None = None
-    # What attends when decoding: "kernels" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
-    # "auto" (the kernels where they can serve, else the library's). The variable MLA_CONVERT_KERNEL goes before it.
+    # Attention while decoding: "kernels" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
+    # "auto" (the kernels where they can serve, else the library's). The variable MLA_CONVERT_KERNEL overrides it.
     mla_kernel: str = "auto"
     # Version of the checkpoint format, and of the newest transformers that the code beside the weights was tried with.
     mla_format: int = 1
@@ -82,6 +87,29 @@ def config_class(base: type) -> type:
             },
         )
     return _classes[name]
+
+
+def kernel_choice(config) -> str:
+    """The environment variable MLA_CONVERT_KERNEL, else the configuration's mla_kernel.
+
+    Raises:
+        ValueError: it is not one of KERNELS.
+    """
+    choice = os.environ.get("MLA_CONVERT_KERNEL") or config.mla_kernel
+    if choice not in KERNELS:
+        raise ValueError(f"MLA_CONVERT_KERNEL or mla_kernel is {choice!r}, expected one of {KERNELS}")
+    return choice
+
+
+def warn_if_untried(config) -> None:
+    """Warn if the installed transformers is newer than any that this code was tried with."""
+    tried = config.mla_transformers
+    if tried and Version(transformers.__version__) > Version(tried):
+        warnings.warn(
+            f"this converted model was tried with transformers up to {tried}, and {transformers.__version__} is installed: "
+            f"`mla-convert verify --run` tries it again, `mla-convert refresh` renews its code",
+            stacklevel=2,
+        )
 
 
 def __getattr__(name: str) -> type:

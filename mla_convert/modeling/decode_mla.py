@@ -1,28 +1,38 @@
 """Attention of few queries on cached latents: the kernels of mla_attention where they can serve, else PyTorch's.
 
-Needs only torch and transformers, like the modeling code that it stands beside.
+Needs only torch and transformers, like the modeling code beside it.
 """
 
 import importlib.util
-import os
+import inspect
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import StaticLayer
 
 try:
     import mla_attention
-except ImportError:  # decoding then runs on the library's attention
+except ImportError:  # decoding runs on the library's attention
     mla_attention = None
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-KERNELS = ("auto", "kernels", "sdpa")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# What masks come to: all layers of a step are given the same one. With each, the version of the mask that it is of.
-_extents = WeakIdKeyDictionary()
+# Names of the cache in stock attentions, in all versions of transformers that were tried.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+# Arguments that a stock attention ignores or leaves to the attention function: the model around it serves their purpose
+# (positions are in `position_embeddings`, causality and packed texts in the mask).
+LEFT_TO_OTHERS = frozenset(
+    ["position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
+     "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"]
+)  # fmt: skip
+
+# Version and bounds of masks: all layers of a step have the same mask.
+_mask_bounds = WeakIdKeyDictionary()
 
 
 def rotate_planes(planes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -31,39 +41,42 @@ def rotate_planes(planes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
 
 
-def kernel_choice(config) -> str:
-    """One of KERNELS: the environment's MLA_CONVERT_KERNEL, else the configuration's mla_kernel."""
-    choice = os.environ.get("MLA_CONVERT_KERNEL") or config.mla_kernel
-    if choice not in KERNELS:
-        raise ValueError(f"MLA_CONVERT_KERNEL or mla_kernel is {choice!r}, expected one of {KERNELS}")
-    return choice
-
-
 def kernel_refusal(latent: Tensor, rope_dim: int, heads: int, dtype: torch.dtype, needs_grad: bool) -> str | None:
-    """Why the kernels of mla_attention cannot serve latents (., ., ., r) and queries like these, or None."""
+    """The reason why the kernels of mla_attention cannot serve a call, or None.
+
+    Args:
+        latent: (., ., ., r), cached latents.
+        rope_dim: numbers of a rotary key.
+        heads: number of heads.
+        dtype: dtype of the queries.
+        needs_grad: whether an input requires gradients.
+    """
     rank = latent.shape[-1]
     if mla_attention is None:
         return "the package mla_attention is not installed"
+    if not hasattr(mla_attention, "find_mask_bounds"):
+        return "the installed mla_attention is older than this code"
     if rank % 16 or not 16 <= rank <= 576 or rope_dim % 16 or rope_dim > 128 or heads > 128:
         return f"rank {rank}, rope dimension {rope_dim} and {heads} heads are not multiples of 16 up to 576 and 128, and up to 128"
     if dtype not in DTYPES or dtype != latent.dtype:
         return f"queries are {dtype} and the cache is {latent.dtype}"
     if torch.is_grad_enabled() and needs_grad:
-        return "gradients are asked for, which the kernels do not compute"
+        return "gradients are required, which the kernels do not compute"
     if latent.device.type != "cuda":
         return f"the cache is on {latent.device}, not on a CUDA device"
     return None if HAS_TRITON else "the package triton is not installed"
 
 
-def extent_of(mask: Tensor) -> Tensor:
-    """`mla_attention.mask_extent`, looked up for a mask (B, 1, T, S) that has been seen before."""
-    if torch.compiler.is_compiling() or mask.is_inference():  # compiled: once, by elimination; no versions in the other
-        return mla_attention.mask_extent(mask[:, 0])
-    version, extent = _extents.get(mask, (None, None))
+def mask_bounds(mask: Tensor) -> Tensor:
+    """`mla_attention.find_mask_bounds` of a mask (B, 1, T, S), computed once for all layers that share the mask."""
+    # the compiler removes repeated computation itself, and tensors of inference mode have no version
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return mla_attention.find_mask_bounds(mask[:, 0])
+    version, bounds = _mask_bounds.get(mask, (None, None))
     if version != mask._version:
-        extent = mla_attention.mask_extent(mask[:, 0])
-        _extents[mask] = mask._version, extent
-    return extent
+        bounds = mla_attention.find_mask_bounds(mask[:, 0])
+        _mask_bounds[mask] = mask._version, bounds
+    return bounds
 
 
 def kernel_attention(
@@ -77,7 +90,14 @@ def kernel_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor | None:
-    """`absorbed_attention` on the kernels of mla_attention, or None where they cannot serve and `choice` is "auto"."""
+    """`absorbed_attention` on the kernels of mla_attention, with the same arguments but `choice`, "auto" or "kernels".
+
+    Returns:
+        The attended latents (B, H, T, r); None where the kernels cannot serve and `choice` is "auto".
+
+    Raises:
+        ValueError: the kernels cannot serve and `choice` is "kernels".
+    """
     batch, heads, tokens, _ = q_latent.shape
     needs_grad = q_latent.requires_grad or latent.requires_grad
     reason = kernel_refusal(latent, q_rope.shape[3], heads, q_latent.dtype, needs_grad)
@@ -91,11 +111,11 @@ def kernel_attention(
         if choice == "kernels":
             raise ValueError(f'mla_kernel "kernels" cannot decode: {reason}')
         return None
-    lengths = extent = None
+    lengths = bounds = None
     if mask is None:
         lengths = torch.full((batch,), latent.shape[2], dtype=torch.int32, device=latent.device)
     else:
-        extent = extent_of(mask).expand(-1, batch).contiguous()
+        bounds = mask_bounds(mask).expand(-1, batch).contiguous()
         mask = mask[:, 0].expand(batch, -1, -1)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     attended, lse = mla_attention.mla_decode(
@@ -107,48 +127,109 @@ def kernel_attention(
         softmax_scale=scaling,
         softcap=softcap or 0.0,
         mask=mask,
-        extent=extent,
+        mask_bounds=bounds,
         return_lse=True,
     )
     if sinks is not None:
-        # A sink adds exp(sink) to the sum of exponentials, and nothing to what is attended.
+        # A sink adds exp(sink) to the sum of exponentials, and nothing to the weighted sum.
         kept = torch.sigmoid(lse - sinks.float().view(1, -1, 1))
         attended = attended * kept.transpose(1, 2).unsqueeze(-1).to(attended.dtype)
     return attended.transpose(1, 2)
 
 
-def update_cache(cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-    """Append latents (B, 1, T, r) and rotated keys (B, 1, T, 2m) to a cache of transformers; all that it then holds.
+def cache_names(base: type) -> frozenset[str]:
+    """Names of a stock attention's cache in the installed transformers: known ones, and arguments typed as a cache."""
+    parameters = inspect.signature(base.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.name in CACHE_NAMES or "Cache" in str(p.annotation))
 
-    A cache that quantises takes whole groups of numbers: to it rows go with zeros behind them, up to the next whole group.
+
+def take_cache(given: dict, names: frozenset[str]):
+    """Remove the cache from an attention's arguments and return it; None if there is none.
+
+    Args:
+        given: arguments by name.
+        names: names that the cache may have.
+
+    Raises:
+        TypeError: there are two caches, or one that is no cache of transformers' layers.
+    """
+    caches = [value for name in names if (value := given.pop(name, None)) is not None]
+    if not caches:
+        return None
+    if len(caches) > 1 or not (hasattr(caches[0], "update") and hasattr(caches[0], "layers")):
+        kinds = " and ".join(type(cache).__name__ for cache in caches)
+        raise TypeError(
+            f"a converted model caches latents in a transformers Cache, and was given {kinds}: use generate(), or export "
+            f"it for a serving engine (continuous batching pages keys and values, which it does not have)"
+        )
+    return caches[0]
+
+
+def refuse_unknown(attention: type, given: dict) -> None:
+    """Raise TypeError for an argument that is set and that this code does not know: it could change the result."""
+    for name, value in given.items():
+        if value is not None and value is not False and name not in LEFT_TO_OTHERS:
+            raise TypeError(
+                f"{attention.__name__} was given {name}={type(value).__name__}, which the code of this converted model does "
+                f"not know (transformers {transformers.__version__}): `mla-convert refresh` renews that code"
+            )
+
+
+def update_cache(cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Append new tokens to a transformers cache.
+
+    A quantised cache takes whole groups of numbers, so that its rows are padded with zeros to the next whole group.
+
+    Args:
+        cache: a cache with layers.
+        layer_idx: index of the layer.
+        latent: (B, 1, T, r).
+        k_rope: (B, 1, T, 2m), rotated.
+
+    Returns:
+        Latents and rotary keys of all cached tokens.
+
+    Raises:
+        ValueError: the cache was laid out for the original's heads.
     """
     layers = getattr(cache, "layers", None) or ()
     layer = layers[layer_idx] if layer_idx < len(layers) else None
     group = getattr(layer, "q_group_size", None)
-    held = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
-    if isinstance(held, Tensor) and held.dim() == 4 and held.shape[1] != 1:
+    keys = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
+    if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[1] != 1:
         raise ValueError(
-            f"this cache was laid out for {held.shape[1]} heads of keys, and a converted model caches one latent for all: let "
+            f"this cache was laid out for {keys.shape[1]} heads of keys, and a converted model caches one latent for all: let "
             f"the first forward pass lay it out"
         )
     if not group:
         return cache.update(latent, k_rope, layer_idx)
-    whole = tuple(
+    padded = tuple(
         F.pad(rows, (0, -rows.shape[-1] % group or group * (not rows.shape[-1]))) for rows in (latent, k_rope)
     )
-    held = cache.update(*whole, layer_idx)
-    return tuple(rows[..., : own.shape[-1]] for rows, own in zip(held, (latent, k_rope), strict=True))
+    cached = cache.update(*padded, layer_idx)
+    return tuple(rows[..., : new.shape[-1]] for rows, new in zip(cached, (latent, k_rope), strict=True))
 
 
 def write_static(
     cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """RoPE of queries and new keys and the append to a static cache, in one launch; None where that cannot be done.
+    """Apply RoPE to queries and new keys and append to a static cache, in one launch.
 
-    latent (B, 1, T, r), k_rope (B, 1, T, 2m) and q_rope (B, H, T, 2m) before RoPE, cos and sin (., T, m). Returns the whole
-    of the cache, (B, 1, S, r) and (B, 1, S, 2m), and the rotated queries. Compiled models do without: the compiler fuses
-    rotation and append by itself. A cache layer of another class is written to if it has `keys`, `values` and a tensor
-    `tokens_written`, which is left as it is.
+    Compiled models do not need this: the compiler fuses rotation and append. A cache layer of another class is served if it
+    has `keys`, `values` and a tensor `tokens_written`, which stays unchanged.
+
+    Args:
+        cache: a cache with layers.
+        layer_idx: index of the layer.
+        latent: (B, 1, T, r).
+        k_rope: (B, 1, T, 2m), before RoPE.
+        q_rope: (B, H, T, 2m), before RoPE.
+        cos: (., T, m).
+        sin: (., T, m).
+
+    Returns:
+        The whole cache, latents (B, 1, S, r) and rotary keys (B, 1, S, 2m), and the rotated queries; None where the kernel
+        cannot serve.
     """
     layers = getattr(cache, "layers", None) or ()
     layer = layers[layer_idx] if layer_idx < len(layers) else None
@@ -182,9 +263,13 @@ def write_static(
 
 
 def weigh(logits: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Attention weights in float32 from scaled logits (B, H, T, S) and a boolean or additive mask.
+    """Attention weights in float32.
 
-    `softcap` bounds the logits; `sinks` (H,) are logits that take their part of each row and are then dropped.
+    Args:
+        logits: (B, H, T, S), scaled.
+        mask: boolean or additive, broadcastable to the logits.
+        softcap: bound of the logits, by tanh.
+        sinks: (H,), logits that take part in each row's softmax and whose weights are dropped.
     """
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -197,10 +282,20 @@ def weigh(logits: Tensor, mask: Tensor | None, softcap: float | None, sinks: Ten
     return F.softmax(torch.cat([logits, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a projection is nothing but its weight matrix, which may then be read in place of calling it.
+def eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0,
+    scaling: float = 1.0, softcap: float | None = None, s_aux: Tensor | None = None, **_,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Softmax attention of query and key (B, H, ., qk) and value (B, H, S, v): the output (B, T, H, v), and its weights."""
+    weights = weigh(query @ key.transpose(2, 3) * scaling, mask, softcap, s_aux).to(query.dtype)
+    output = F.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2), weights
 
-    An adapter around it, weights stored in few bits, weights on another device until the call, and hooks are not.
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a projection is its weight matrix alone, so that a product with the matrix can replace the call.
+
+    Adapters, quantised weights, weights that are off the device until the call, biases and hooks are more than that.
     """
     weight = getattr(linear, "weight", None)
     return (
@@ -214,10 +309,10 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def linear_map(linear: nn.Module) -> Tensor | None:
-    """The matrix (out, in) by which a projection multiplies; None where it also adds something.
+    """The matrix (out, in) of a projection; None where the projection also adds a bias. Differentiable.
 
-    Asked of the module itself, as its output for each unit vector, unless it is plain: so whatever an adapter or a quantised
-    weight makes of it counts. Differentiable.
+    Unless the projection is plain, the matrix is the module's output for the unit vectors, which includes adapters and
+    quantised weights.
     """
     if is_plain(linear):
         return linear.weight
@@ -234,9 +329,9 @@ def linear_map(linear: nn.Module) -> Tensor | None:
 
 
 def leave_out_hidden(mask: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Cached rows (B, 1, S, .) with zeros in those that no query of the mask (B or 1, H or 1, T, S) sees.
+    """Cached rows (B, 1, S, .) with zeros where no query of the mask (B or 1, H or 1, T, S) sees the row.
 
-    What stands there may be anything, NaN included, and a weight of zero does not stop a NaN.
+    Such rows may hold anything, NaN included, and a weight of zero does not remove a NaN.
     """
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
     seen = seen.any(dim=2, keepdim=True).any(dim=1, keepdim=True).transpose(2, 3)
@@ -255,18 +350,29 @@ def absorbed_attention(
     sinks: Tensor | None = None,
     kernel: str = "sdpa",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of all heads on the shared latents, which serve as keys and values. `kernel` is one of KERNELS.
+    """Attention of all heads on the shared latents, which serve as keys and values (arXiv 2405.04434, section 2.1.2).
 
-    q_latent (B, H, T, r), q_rope (B, H, T, 2m), latent (B, 1, S, r), k_rope (B, 1, S, 2m), mask broadcastable to
-    (B, 1, T, S), boolean or additive. Returns the attended latents (B, H, T, r) and, if asked for, the weights
-    (B, H, T, S). `softcap` and `sinks` (H,) as in `weigh`.
+    Args:
+        q_latent: (B, H, T, r), queries multiplied by the key up-projection.
+        q_rope: (B, H, T, 2m), rotated.
+        latent: (B, 1, S, r).
+        k_rope: (B, 1, S, 2m), rotated.
+        mask: boolean or additive, broadcastable to (B, 1, T, S).
+        scaling: multiplies the scores.
+        need_weights: also return the attention weights.
+        softcap: as in `weigh`.
+        sinks: as in `weigh`.
+        kernel: "auto", "kernels" or "sdpa", as in the configuration's `mla_kernel`.
+
+    Returns:
+        The attended latents (B, H, T, r), and the weights (B, H, T, S) or None.
     """
     batch, heads, length, rank = q_latent.shape
     if kernel != "sdpa" and not need_weights:
         attended = kernel_attention(q_latent, q_rope, latent, k_rope, mask, scaling, kernel, softcap, sinks)
         if attended is not None:
             return attended, None
-    # Heads share keys and values, so they are rows of one query matrix: the latents are read once, not once a head.
+    # Heads share keys and values, and are rows of one query matrix, so that the latents are read once for all heads.
     query = torch.cat([q_latent, q_rope], dim=-1).reshape(batch, 1, heads * length, -1)
     key = torch.cat([latent, k_rope], dim=-1)
     if mask is not None:

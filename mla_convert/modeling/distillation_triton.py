@@ -1,5 +1,7 @@
-"""`divergence.compare` at temperature 1 as one Triton kernel: both rows of logits are read twice, the second time from the GPU's
-cache, and the gradient is written once. Eager operations move some ten times as many bytes.
+"""`distillation.divergence` at temperature 1 as one Triton kernel.
+
+It reads both rows of logits twice, the second time from the GPU's cache, and writes the gradient once. Eager operations move
+about ten times as many bytes.
 """
 
 from __future__ import annotations
@@ -13,64 +15,76 @@ from mla_convert.modeling.loss_terms import IGNORED, LossWeights
 
 BLOCK, WARPS = 4096, 8  # logits that a program holds at once, and its warps
 
-NOTHING = tl.constexpr(-1e30)  # logit of what is no token
+PADDING = tl.constexpr(-1e30)  # logit of columns past the vocabulary
 
 
 @triton.jit
-def _compare(
-    ours, theirs, labels, gradient, sums, kl_weight, ce_weight, ignored, vocabulary: tl.constexpr, size: tl.constexpr
+def _divergence(
+    logits,
+    original,
+    labels,
+    gradient,
+    sums,
+    kl_weight,
+    ce_weight,
+    ignored,
+    vocabulary: tl.constexpr,
+    size: tl.constexpr,
 ):
-    """A row of logits: KL, both cross-entropies, and the gradient. With s and t for model and original, over a row
+    """KL divergence, both cross-entropies and the gradient of one row of logits.
 
+    With s for the model and t for the original:
     KL = sum p_t (z_t - z_s) - lse_t + lse_s,   gradient = kl_weight (p_s - p_t) + ce_weight (p_s - onehot).
     """
     row = tl.program_id(0).to(tl.int64)
-    ours += row * vocabulary
-    theirs += row * vocabulary
+    logits += row * vocabulary
+    original += row * vocabulary
     gradient += row * vocabulary
     label = tl.load(labels + row)
     kept = label != ignored
     columns = tl.arange(0, size)
 
     largest, largest_t = -float("inf"), -float("inf")
-    total, total_t, apart = 0.0, 0.0, 0.0
+    total, total_t, difference = 0.0, 0.0, 0.0
     for start in range(0, vocabulary, size):
         inside = start + columns < vocabulary
-        s = tl.load(ours + start + columns, mask=inside, other=NOTHING).to(tl.float32)
-        t = tl.load(theirs + start + columns, mask=inside, other=NOTHING).to(tl.float32)
+        s = tl.load(logits + start + columns, mask=inside, other=PADDING).to(tl.float32)
+        t = tl.load(original + start + columns, mask=inside, other=PADDING).to(tl.float32)
         new, new_t = tl.maximum(largest, tl.max(s, 0)), tl.maximum(largest_t, tl.max(t, 0))
         weight = tl.exp(t - new_t)
         shrink = tl.exp(largest_t - new_t)
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(s - new), 0)
         total_t = total_t * shrink + tl.sum(weight, 0)
-        apart = apart * shrink + tl.sum(weight * (t - s), 0)
+        difference = difference * shrink + tl.sum(weight * (t - s), 0)
         largest, largest_t = new, new_t
     lse, lse_t = largest + tl.log(total), largest_t + tl.log(total_t)
     target = tl.where(kept, label, 0)
-    tl.store(sums + row * 3, apart / total_t - lse_t + lse)
-    tl.store(sums + row * 3 + 1, tl.where(kept, lse - tl.load(ours + target).to(tl.float32), 0.0))
-    tl.store(sums + row * 3 + 2, tl.where(kept, lse_t - tl.load(theirs + target).to(tl.float32), 0.0))
+    tl.store(sums + row * 3, difference / total_t - lse_t + lse)
+    tl.store(sums + row * 3 + 1, tl.where(kept, lse - tl.load(logits + target).to(tl.float32), 0.0))
+    tl.store(sums + row * 3 + 2, tl.where(kept, lse_t - tl.load(original + target).to(tl.float32), 0.0))
 
     ce = tl.where(kept, ce_weight, 0.0)
     for start in range(0, vocabulary, size):
         inside = start + columns < vocabulary
-        s = tl.load(ours + start + columns, mask=inside, other=NOTHING).to(tl.float32)
-        t = tl.load(theirs + start + columns, mask=inside, other=NOTHING).to(tl.float32)
+        s = tl.load(logits + start + columns, mask=inside, other=PADDING).to(tl.float32)
+        t = tl.load(original + start + columns, mask=inside, other=PADDING).to(tl.float32)
         slope = (kl_weight + ce) * tl.exp(s - lse) - kl_weight * tl.exp(t - lse_t)
         slope = tl.where(start + columns == target, slope - ce, slope)
         tl.store(gradient + start + columns, slope.to(gradient.dtype.element_ty), mask=inside)
 
 
-def compare(logits: Tensor, original: Tensor, labels: Tensor, mix: LossWeights, scale: float) -> tuple[Tensor, Tensor]:
-    """As `divergence.compare`, for a mix of temperature 1."""
-    assert mix.temperature == 1.0
+def divergence(
+    logits: Tensor, original: Tensor, labels: Tensor, weights: LossWeights, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`distillation.divergence` for weights of temperature 1, with the same arguments and results."""
+    assert weights.temperature == 1.0
     logits, original = logits.contiguous(), original.contiguous()
     rows, vocabulary = logits.shape
     gradient = torch.empty_like(logits)
     sums = torch.empty(rows, 3, device=logits.device)
-    _compare[(rows,)](
-        logits, original, labels, gradient, sums, mix.kl * scale, mix.ce * scale, IGNORED,
+    _divergence[(rows,)](
+        logits, original, labels, gradient, sums, weights.kl * scale, weights.ce * scale, IGNORED,
         vocabulary=vocabulary, size=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     kl, ce, ce_original = sums.sum(0)
-    return torch.stack([mix.kl * kl + mix.ce * ce, kl, ce, ce_original]), gradient
+    return torch.stack([weights.kl * kl + weights.ce * ce, kl, ce, ce_original]), gradient

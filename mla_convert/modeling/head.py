@@ -1,4 +1,4 @@
-"""The head of a causal language model on its own: hidden states to logits."""
+"""The head of a causal language model without its decoder: hidden states to logits."""
 
 from __future__ import annotations
 
@@ -12,48 +12,56 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 @dataclass
 class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """Whatever the head of some family asks a decoder's output for."""
+    """A decoder's output with every field that the head of some family reads."""
 
     router_logits: tuple[Tensor, ...] | None = None
 
 
 class HiddenStatesStub(nn.Module):
-    """Stands for a model's decoder: returns given hidden states (1, T, hidden) whatever comes in."""
+    """Takes the place of a model's decoder and returns given hidden states.
+
+    Attributes:
+        hidden: (1, T, hidden), the states to return.
+    """
 
     def __init__(self):
+        """Create a stub without states."""
         super().__init__()
         self.hidden: Tensor | None = None
 
     @property
     def decoder(self) -> HiddenStatesStub:
-        """OPT's head calls the decoder inside the decoder."""
+        """The stub itself: OPT's head calls the decoder inside its decoder."""
         return self
 
     def forward(self, *_, **__) -> DecoderOutput:
+        """The given states, for any input."""
         return DecoderOutput(last_hidden_state=self.hidden)
 
 
 class Head:
-    """A causal language model's head: hidden states (N, d) to logits (N, vocabulary), with all that its class does to them.
+    """A causal language model's head: hidden states (N, d) to logits (N, vocabulary), as the model's class computes them.
 
-    Holds the model's own modules and no copy of a weight.
+    Shares the model's modules and copies no weight.
     """
 
     def __init__(self, model: nn.Module):
-        self._given = HiddenStatesStub()
+        """Take the head of `model`, which stays as it is."""
+        self._stub = HiddenStatesStub()
         self._model = copy.copy(model)
         self._model._modules = dict(model._modules)
-        setattr(self._model, model.base_model_prefix, self._given)
+        setattr(self._model, model.base_model_prefix, self._stub)
         self.output = model.get_output_embeddings()
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those that are trained."""
+        """The output layer's parameters that require gradients."""
         return [parameter for parameter in self.output.parameters() if parameter.requires_grad]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        self._given.hidden = hidden[None]
+        """Logits (N, vocabulary) of hidden states (N, d)."""
+        self._stub.hidden = hidden[None]
         try:
             return self._model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits[0]
         finally:
-            self._given.hidden = None
+            self._stub.hidden = None

@@ -9,10 +9,15 @@ IGNORED = -100  # label of a position that has no next token in its document
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of KL(original || model) and of the text's cross-entropy, and the temperature of the former.
+    """Weights of the loss terms, and the temperature of the KL divergence.
 
-    At temperature T both distributions are flattened by 1/T and the divergence is multiplied by T**2, so that its gradient
+    At temperature T both models' logits are divided by T and the divergence is multiplied by T**2, so that its gradient
     keeps its scale (Hinton et al., arXiv 1503.02531).
+
+    Attributes:
+        kl: weight of KL(original || model).
+        ce: weight of the cross-entropy of the text.
+        temperature: T, > 0.
     """
 
     kl: float = 1.0

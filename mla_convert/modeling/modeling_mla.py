@@ -1,34 +1,35 @@
 """A transformers model whose attention is Multi-head Latent Attention (MLA).
 
 `Mla<Base>` is the stock causal language model `<Base>` with every attention replaced by `MlaAttention`; embeddings, norms,
-MLPs and heads are the stock classes with the original's weights. What is cached per token is the latent and one rotary key,
-both shared by all heads, in the stock transformers caches: latent in the key slot, rotary key in the value slot.
+MLPs and heads are the stock classes with the original's weights. The cache holds, for each token, the latent and one rotary
+key, both shared by all heads: the latent in the key slot of the stock transformers caches, the rotary key in the value slot.
 
 This file and the two beside it need only torch and transformers; they are also written beside the weights of a converted
 model, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. Where the package
-mla_attention and Triton are there as well, its kernels decode on CUDA (see decode_mla.py).
+mla_attention and Triton are installed as well, its kernels decode on CUDA (see decode_mla.py).
 """
 
 import importlib
 import inspect
-import warnings
 
 import torch
 import torch.nn.functional as F
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_mla import PREFIX, config_class
+from .configuration_mla import PREFIX, config_class, kernel_choice, warn_if_untried
 from .decode_mla import (
+    CACHE_NAMES,
     absorbed_attention,
-    kernel_choice,
+    cache_names,
+    eager_attention,
     leave_out_hidden,
     linear_map,
+    refuse_unknown,
     rotate_planes,
+    take_cache,
     update_cache,
-    weigh,
     write_static,
 )
 
@@ -36,28 +37,22 @@ from .decode_mla import (
 # latents); above, keys and values are expanded and the library's attention runs on them.
 MAX_ABSORBED_QUERIES = 16
 
-# Expanded keys and values of one layer take at most this many bytes where no gradients are asked for: more heads than that
-# allows are expanded and attended in groups, one after another, so that those of a long prompt never exist whole.
+# Most bytes of one layer's expanded keys and values without gradients. Heads that do not fit are expanded and attended in
+# groups, one after another, so that a long prompt's keys and values of all heads never exist at once.
 EXPANDED_BYTES = 1 << 30
-
-# What stock attentions have called their cache, in any version of transformers that has been seen.
-CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-
-# Arguments that a stock attention also leaves to the attention function, or to nobody: what they ask for is done by the
-# model around it (positions are in `position_embeddings`, causality and packed texts in the mask).
-LEFT_TO_OTHERS = frozenset(
-    ["position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
-     "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"]
-)  # fmt: skip
 
 _classes: dict[str, type] = {}
 
 
 def apply_norm(norm: nn.Module, rows: Tensor, head_dim: int, over: str) -> Tensor:
-    """A stock norm of queries or keys on rows (B, T, heads * head_dim), called as the stock attention calls it.
+    """Apply a stock norm of queries or keys to rows (B, T, heads * head_dim), as the stock attention calls it.
 
-    `over` is the shape that it takes: "head" (B, T, heads, head_dim), "all" (B, T, heads * head_dim) or "heads first"
-    (B, heads, T, head_dim).
+    Args:
+        norm: the norm.
+        rows: (B, T, heads * head_dim).
+        head_dim: width of a head.
+        over: the shape that the norm takes: "head" (B, T, heads, head_dim), "all" (B, T, heads * head_dim) or "heads first"
+            (B, heads, T, head_dim).
     """
     if over == "all":
         return norm(rows)
@@ -69,23 +64,28 @@ def apply_norm(norm: nn.Module, rows: Tensor, head_dim: int, over: str) -> Tenso
 class MlaAttention(nn.Module):
     """Multi-head Latent Attention as DeepSeek-V2 defines it (arXiv 2405.04434, section 2.1), without its latent norm.
 
-    Differs from it in that the rotary key's frequencies are chosen per layer: `rope_freq_index` (m,) picks their columns
-    of the original's table, so that every RoPE scaling of the original applies unchanged.
+    Unlike there, the rotary key's frequencies differ between layers: `rope_freq_index` (m,) selects their columns of the
+    original's table, so that every RoPE scaling of the original applies unchanged.
 
-    Where the original norms its queries and keys, those norms stay, behind the original's own projections: the latent and
-    the rotary key are then a map of [normed key; value], and each head's query a map of its normed query.
+    Where the original normalises its queries and keys, its projections and norms stay: the latent and the rotary key are
+    then a linear map of [normed key; value], and each head's query is a linear map of its normed query.
     """
 
-    # Names of the stock attention's arguments, in order, and those that a cache may stand under.
+    # Names of the stock attention's arguments, in order, and its names of the cache.
     stock_arguments: tuple[str, ...] = ("hidden_states",)
     cache_names: frozenset[str] = frozenset(CACHE_NAMES)
 
     def __init__(self, config, layer_idx: int, stock: nn.Module):
-        """`stock` is the attention that this one takes the place of: its scale, norms and sinks stay."""
-        nn.Module.__init__(self)  # not the stock attention's, which attention_class() puts next in line
-        self._is_hf_initialized = (
-            True  # the stock classes would look for projections of theirs; each inner one is visited
-        )
+        """Take the place of a stock attention.
+
+        Args:
+            config: the converted model's configuration, with the fields of `MlaFields`.
+            layer_idx: index of the layer.
+            stock: the stock attention, whose scale, norms and sinks stay.
+        """
+        nn.Module.__init__(self)  # skips the stock attention's, the next class of attention_class()
+        # keeps the stock classes from initialising projections that do not exist; they visit each inner module
+        self._is_hf_initialized = True
         self.config = config
         self.layer_idx = layer_idx
         self.scaling = stock.scaling
@@ -102,6 +102,11 @@ class MlaAttention(nn.Module):
         self.kernel = kernel_choice(config)
         self.softcap = config.mla_softcap
         self.normed = config.mla_q_norm is not None
+        self._add_projections(config, stock)
+        self.register_buffer("rope_freq_index", torch.zeros(self.qk_rope_head_dim // 2, dtype=torch.int64))
+
+    def _add_projections(self, config, stock: nn.Module) -> None:
+        """Create the projections, and take over the stock attention's norms and sinks."""
         hidden, heads, compressed = config.hidden_size, self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
         if self.normed:
             kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -118,48 +123,49 @@ class MlaAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.mla_o_bias)
         if config.mla_sinks:
-            # under the stock name, which the stock classes initialise it by
+            # the stock classes initialise the parameter by this name
             setattr(self, config.mla_sinks, getattr(stock, config.mla_sinks))
-        self.register_buffer("rope_freq_index", torch.zeros(self.qk_rope_head_dim // 2, dtype=torch.int64))
 
     @property
     def sink_logits(self) -> Tensor | None:
-        """Logits (H,) of the attention sinks, if there are any."""
+        """Logits (H,) of the attention sinks; None without sinks."""
         return getattr(self, self.config.mla_sinks) if self.config.mla_sinks else None
 
     def normed_query(self, hidden_states: Tensor) -> Tensor:
-        """The original's queries behind their norm: (B, T, H * d_h), heads in the original's layout."""
+        """The original's normed queries: (B, T, H * d_h), heads in the original's layout."""
         norm = getattr(self, self.config.mla_q_norm)
         return apply_norm(norm, self.q_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
 
     def normed_key_value(self, hidden_states: Tensor) -> Tensor:
-        """The original's keys behind their norm, and its values: (B, T, 2 * G * d_h)."""
+        """The original's normed keys, and its values: (B, T, 2 * G * d_h)."""
         norm = getattr(self, self.config.mla_k_norm)
         key = apply_norm(norm, self.k_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
         return torch.cat([key, self.v_proj(hidden_states)], dim=-1)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, hidden) -> queries (B, H, T, nope + 2m) and what is cached (B, T, r + 2m)."""
+        """Queries (B, H, T, nope + 2m) and the cached part (B, T, r + 2m) of hidden states (B, T, hidden)."""
         if not self.normed:
             query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
             return query, self.kv_a_proj_with_mqa(hidden_states)
         heads = self.normed_query(hidden_states).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
         maps = linear_map(self.q_b_proj)
         if maps is None:
-            raise TypeError(
-                "q_b_proj of a converted model has a bias (from an adapter?), for which its heads have no use"
-            )
+            raise TypeError("q_b_proj of a converted model has a bias (from an adapter?), which its heads cannot use")
         maps = maps.view(self.num_heads, self.qk_head_dim, self.v_head_dim)
         return heads @ maps.transpose(1, 2), self.kv_a_proj_with_mqa(self.normed_key_value(hidden_states))
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Attention of hidden states (B, T, hidden): the output (B, T, hidden), and the attention weights, if there are any.
+        """Attention of hidden states (B, T, hidden).
 
-        Takes the arguments of the stock attention that it stands for, by position and by name, the cache under each name that
-        a stock attention has for it.
+        Args:
+            *args: arguments of the stock attention, by position.
+            **kwargs: arguments of the stock attention, by name; the cache by any of its names.
+
+        Returns:
+            The output (B, T, hidden), and the attention weights where the implementation computes them, else None.
 
         Raises:
-            TypeError: an argument that this code does not know, which could change what is right.
+            TypeError: an argument that this code does not know, and that could change the result.
         """
         given = dict(zip(self.stock_arguments, args, strict=False)) | kwargs
         hidden_states = given.pop("hidden_states")
@@ -169,7 +175,10 @@ class MlaAttention(nn.Module):
         refuse_unknown(type(self), given)
         return self._attend(hidden_states, position_embeddings, attention_mask, past_key_values, given)
 
-    def _attend(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs):
+    def _attend(
+        self, hidden_states: Tensor, position_embeddings, attention_mask: Tensor | None, past_key_values, kwargs: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """Project, rotate, cache and attend; absorbed for few queries on a cache, expanded otherwise."""
         batch, length, _ = hidden_states.shape
         query, compressed = self._project(hidden_states)
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
@@ -178,22 +187,9 @@ class MlaAttention(nn.Module):
         cos = sin = None
         if self.qk_rope_head_dim:
             cos, sin = (table[..., self.rope_freq_index] for table in position_embeddings)
-        written = None
-        if past_key_values is not None and self.kernel != "sdpa":
-            written = write_static(past_key_values, self.layer_idx, latent, k_rope, q_rope, cos, sin)
-        if written is not None:
-            latent, k_rope, q_rope = written  # rotated
-            cos = sin = None
-        else:
-            if cos is not None:
-                cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
-                if past_key_values is not None or not torch.is_grad_enabled():
-                    q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
-                    cos = sin = None
-            if past_key_values is not None:
-                latent, k_rope = update_cache(past_key_values, self.layer_idx, latent, k_rope)
+        q_rope, latent, k_rope, cos, sin = self._rotate_and_cache(q_rope, latent, k_rope, cos, sin, past_key_values)
 
-        # With several queries, only an explicit mask says which keys each one sees.
+        # With several queries, only an explicit mask defines which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
         up = None
         if few and past_key_values is not None and not self.training:
@@ -207,26 +203,61 @@ class MlaAttention(nn.Module):
         output = self.o_proj(output.reshape(batch, length, -1))
         return F.dropout(output, self.output_dropout, self.training), weights
 
-    @staticmethod
-    def join(q_nope, q_rope, k_nope, k_rope, cos=None, sin=None) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, H, T, nope + 2m) of their parts, of which the keys' rotary one (B, 1, T, 2m) is one for all heads.
+    def _rotate_and_cache(
+        self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None, cache
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Apply RoPE and append the new tokens to the cache.
 
-        `cos` and `sin` (B or 1, 1, T, m) rotate on the way. A function of tensors alone, so that training can compile it once
-        for layers of all sizes.
+        Returns:
+            Queries, then latents and rotary keys of all cached tokens, and the tables `cos` and `sin` (B or 1, 1, T, m) if
+            RoPE is still to be applied: training rotates in `join`.
+        """
+        if cache is not None and self.kernel != "sdpa":
+            written = write_static(cache, self.layer_idx, latent, k_rope, q_rope, cos, sin)
+            if written is not None:
+                latent, k_rope, q_rope = written
+                return q_rope, latent, k_rope, None, None
+        if cos is not None:
+            cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
+            if cache is not None or not torch.is_grad_enabled():
+                q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+                cos = sin = None
+        if cache is not None:
+            latent, k_rope = update_cache(cache, self.layer_idx, latent, k_rope)
+        return q_rope, latent, k_rope, cos, sin
+
+    @staticmethod
+    def join(
+        q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Join the parts of queries and keys, to (B, H, T, nope + 2m) each.
+
+        A function of tensors alone, so that training can compile it once for layers of all sizes.
+
+        Args:
+            q_nope: (B, H, T, nope).
+            q_rope: (B, H, T, 2m).
+            k_nope: (B, H, T, nope).
+            k_rope: (B, 1, T, 2m), shared by all heads.
+            cos: (B or 1, 1, T, m), to rotate `q_rope` and `k_rope`; None if they are rotated.
+            sin: the same.
         """
         if cos is not None:
             q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
         k_rope = k_rope.expand(-1, k_nope.shape[1], -1, -1)
         return torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
 
-    def _absorbed(self, q_nope, q_rope, latent, k_rope, mask, up) -> tuple[Tensor, Tensor | None]:
-        """Decode: queries and outputs pass through the up-projections, the cache stays as it is. Output (B, T, H, v).
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None, up: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decode: apply the up-projections to queries and outputs, and attend on the latents. Output (B, T, H, v).
 
         `up` (H * (nope + v), r) is the matrix of `kv_b_proj`.
         """
         up = up.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        # One matrix product per head over all sequences: broadcasting would copy the up-projections for each sequence.
+        # One matrix product per head over all sequences; broadcasting would copy the up-projections for each sequence.
         attended, weights = absorbed_attention(
             torch.einsum("bhtd,hdr->bthr", q_nope, up_key).transpose(1, 2),
             q_rope,
@@ -242,11 +273,12 @@ class MlaAttention(nn.Module):
         return torch.einsum("bhtr,hvr->bthv", attended, up_value), weights
 
     def _expanded(
-        self, q_nope, q_rope, latent, k_rope, mask, cos=None, sin=None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
-        """Prefill and training: keys and values of every head, then the library's attention. Output (B, T, H, v).
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None,
+        cos: Tensor | None = None, sin: Tensor | None = None, **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Prefill and training: expand keys and values of every head, then the library's attention. Output (B, T, H, v).
 
-        With `cos` and `sin` the rotary parts are not rotated yet.
+        `cos` and `sin` rotate queries and keys that are not rotated yet.
         """
         batch, _, length, _ = latent.shape
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -276,62 +308,18 @@ class MlaAttention(nn.Module):
         return torch.cat(parts, dim=2), None
 
     def _heads_at_once(self, latent: Tensor) -> int:
-        """Heads whose keys and values are expanded together; all where gradients or weights are asked for."""
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.config._attn_implementation == "eager"
-        if whole:
+        """Number of heads whose keys and values are expanded together; all for gradients, weights and the compiler."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.config._attn_implementation == "eager":
             return self.num_heads
-        a_head = latent.shape[0] * latent.shape[2] * (self.qk_head_dim + self.v_head_dim) * latent.element_size()
-        return min(max(EXPANDED_BYTES // max(a_head, 1), 1), self.num_heads)
-
-
-def eager_attention(
-    module, query, key, value, mask, dropout=0.0, scaling=1.0, softcap=None, s_aux=None, **_
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention written out, with its weights. query, key (B, H, ., qk), value (B, H, S, v) -> (B, T, H, v)."""
-    weights = weigh(query @ key.transpose(2, 3) * scaling, mask, softcap, s_aux).to(query.dtype)
-    output = F.dropout(weights, p=dropout, training=module.training) @ value
-    return output.transpose(1, 2), weights
-
-
-def cache_names(base: type) -> frozenset[str]:
-    """Names under which the installed transformers hands a stock attention its cache: known ones, and what is typed as one."""
-    typed = inspect.signature(base.forward).parameters.values()
-    return frozenset(p.name for p in typed if p.name in CACHE_NAMES or "Cache" in str(p.annotation))
-
-
-def take_cache(given: dict, names: frozenset[str]):
-    """Take the cache out of an attention's arguments, under whichever of the names it stands; None if there is none.
-
-    Raises:
-        TypeError: two of them, or one that is no cache of transformers' layers.
-    """
-    found = [value for name in names if (value := given.pop(name, None)) is not None]
-    if not found:
-        return None
-    if len(found) > 1 or not (hasattr(found[0], "update") and hasattr(found[0], "layers")):
-        kinds = " and ".join(type(cache).__name__ for cache in found)
-        raise TypeError(
-            f"a converted model caches latents in a transformers Cache, and was given {kinds}: use generate(), or export "
-            f"it for a serving engine (continuous batching pages keys and values, which it does not have)"
-        )
-    return found[0]
-
-
-def refuse_unknown(attention: type, given: dict) -> None:
-    """TypeError for an argument that says something and that this code does not know: it could change what is right."""
-    for name, value in given.items():
-        if value is not None and value is not False and name not in LEFT_TO_OTHERS:
-            raise TypeError(
-                f"{attention.__name__} was given {name}={type(value).__name__}, which the code of this converted model does "
-                f"not know (transformers {transformers.__version__}): `mla-convert refresh` renews that code"
-            )
+        head_bytes = latent.shape[0] * latent.shape[2] * (self.qk_head_dim + self.v_head_dim) * latent.element_size()
+        return min(max(EXPANDED_BYTES // max(head_bytes, 1), 1), self.num_heads)
 
 
 def attention_class(base: type) -> type:
-    """MlaAttention that is also an instance of the stock attention class, as the library's output capturing expects.
+    """A subclass of MlaAttention and of the stock attention class, as the library's output capturing expects.
 
     Raises:
-        TypeError: the stock attention of the installed transformers takes no cache under a name that is known here.
+        TypeError: the stock attention of the installed transformers takes no cache by a known name.
     """
     names, caches = tuple(inspect.signature(base.forward).parameters)[1:], cache_names(base)
     if not caches:
@@ -343,17 +331,6 @@ def attention_class(base: type) -> type:
     return type(PREFIX + base.__name__, (MlaAttention, base), fields)
 
 
-def warn_if_untried(config) -> None:
-    """Say, once, that the installed transformers is newer than any that this code was tried with."""
-    tried = config.mla_transformers
-    if tried and Version(transformers.__version__) > Version(tried):
-        warnings.warn(
-            f"this converted model was tried with transformers up to {tried}, and {transformers.__version__} is installed: "
-            f"`mla-convert verify --run` tries it again, `mla-convert refresh` renews its code",
-            stacklevel=2,
-        )
-
-
 def install(model) -> None:
     """Replace every attention of a stock causal language model (built from an Mla configuration) by MLA."""
     config = model.config
@@ -363,12 +340,12 @@ def install(model) -> None:
         setattr(layer, config.mla_attention, attention_class(type(stock))(config, layer_idx, stock))
 
 
-# Ways into transformers' continuous batching.
+# Methods that start transformers' continuous batching.
 CONTINUOUS = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 
 def no_continuous_batching(self, *_, **__):
-    """Continuous batching is not for converted models.
+    """Refuse continuous batching, which pages keys and values of every head.
 
     Raises:
         NotImplementedError: always.
@@ -386,7 +363,7 @@ def model_class(base: type) -> type:
 
         def __init__(self, config):  # noqa: N807
             if config.mla_softcap is not None or config.mla_sinks:
-                self._supports_sdpa = False  # it knows neither; not every version of the stock classes says so
+                self._supports_sdpa = False  # SDPA has neither; not every version of the stock classes declares it
             base.__init__(self, config)
             install(self)
             self.post_init()
@@ -399,7 +376,7 @@ def model_class(base: type) -> type:
                 "__module__": __name__,
                 "__doc__": f"{base.__name__} with Multi-head Latent Attention.",
                 "config_class": config_class(base.config_class),
-                # Both need keys and values of one width per head; MLA's differ.
+                # Both need keys and values of equal width; MLA's differ.
                 "_supports_flash_attn": False,
                 "_supports_flex_attn": False,
                 "_tp_plan": {},

@@ -11,7 +11,7 @@ from mla_convert.source.families import FAMILIES
 
 
 def register() -> None:
-    """Once for every family; again is harmless."""
+    """Register every family. A second call changes nothing."""
     for model_type in FAMILIES:
         config = config_class(getattr(transformers, CONFIG_MAPPING_NAMES[model_type]))
         model = model_class(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))

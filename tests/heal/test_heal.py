@@ -25,7 +25,7 @@ from mla_convert.heal import HealConfig, HealSettings, cuda_graph, data, heal, l
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
 from mla_convert.heal.record import ADAPTED_NOTE, ERRORS_NOTE
 from mla_convert.heal.teacher_student import TeacherStudent
-from mla_convert.modeling import distillation as divergence
+from mla_convert.modeling import distillation
 from mla_convert.modeling.distillation import distillation_loss
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import IGNORED, LossWeights
@@ -91,7 +91,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, mix):
         (loss * 3).backward()
         return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}, sums
 
-    monkeypatch.setattr(divergence, "CHUNK", 7 * pico.VOCAB)  # 48 tokens in chunks of 7
+    monkeypatch.setattr(distillation, "CHUNK", 7 * pico.VOCAB)  # 48 tokens in chunks of 7
     loss, gradients, sums = run(chunked=True)
     expected, wanted, _ = run(chunked=False)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -113,7 +113,7 @@ def test_kernel_is_the_loss(mix, dtype):
     labels = torch.randint(4999, (7,), generator=draw)
     labels[2] = IGNORED
     (sums, slope), (wanted, wanted_slope) = (
-        f(ours, theirs, labels, mix, 0.3) for f in (kernel.compare, divergence.compare)
+        f(ours, theirs, labels, mix, 0.3) for f in (kernel.divergence, distillation.divergence)
     )
     torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)

@@ -1,4 +1,4 @@
-"""On a card: generation and the operator, compiled and captured and not. Numbers and the whole grid: benchmarks/kernels_gpu.
+"""On a card: generation, and the operator in eager, compiled and captured form. The whole grid: benchmarks/kernels_gpu.
 
 TRITON_INTERPRET=0 pytest -m gpu tests/kernels/test_gpu.py
 """
@@ -48,12 +48,12 @@ def test_generation_is_the_same(model, cache, padding):
 @pytest.mark.parametrize("hidden", ["padding", "window", "gap"])
 @pytest.mark.parametrize(("rank", "rope_dim"), [(512, 64), (96, 32), (192, 64)])
 def test_hidden_rows_may_be_nan(rank, rope_dim, hidden, tokens, dtype, hopper, monkeypatch):
-    """NaN in rows of a tile that has rows which are seen: they are left out, by the CUDA kernels and by Triton's."""
+    """NaN in hidden rows of a tile that also has visible rows: neither the CUDA kernels nor Triton's read them."""
     monkeypatch.setenv("MLA_ATTENTION_HOPPER", hopper)
     case = make_case(2, tokens, 32, rank, rope_dim, [700, 641], dtype, device="cuda")
-    extent = case["latent_cache"].shape[1]
-    own = torch.tensor([700, 641], device="cuda")[:, None] - tokens + 1 + torch.arange(tokens, device="cuda")
-    mask = torch.arange(extent, device="cuda") < own[..., None]
+    capacity = case["latent_cache"].shape[1]
+    limit = torch.tensor([700, 641], device="cuda")[:, None] - tokens + 1 + torch.arange(tokens, device="cuda")
+    mask = torch.arange(capacity, device="cuda") < limit[..., None]
     rows = {"padding": slice(0, 5), "window": slice(0, 700 - tokens - 108), "gap": slice(300, 333)}[hidden]
     mask[0, :, rows] = False
     visible = {"mask": mask}
@@ -70,7 +70,7 @@ def test_hidden_rows_may_be_nan(rank, rope_dim, hidden, tokens, dtype, hopper, m
 
 @pytest.mark.parametrize(("rank", "rope_dim"), [(512, 64), (96, 32)])
 def test_compiled_and_captured(rank, rope_dim):
-    """One graph for torch.compile; in a CUDA graph, other inputs than at the capture."""
+    """torch.compile has one graph; a CUDA graph is replayed on other inputs than it was captured with."""
     lengths = [1000, 4096, 0, 17], [900, 4000, 3, 0]
     first, second = (
         make_case(4, 1, 32, rank, rope_dim, some, torch.bfloat16, device="cuda", seed=seed, spare=5000 - max(some))

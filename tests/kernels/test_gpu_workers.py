@@ -1,4 +1,4 @@
-"""The benchmark's pool of processes: what breaks one is reported, and the next jobs still run."""
+"""The benchmark's pool of processes: it reports a job that breaks its process, and runs the next jobs."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ def test_a_broken_process_is_replaced():
 
 
 def lose_the_gpu(_):
-    """Leave CUDA as after an illegal memory access: whatever uses it raises."""
+    """Leave CUDA as after an illegal memory access: every use raises."""
 
     def fail():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

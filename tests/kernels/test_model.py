@@ -1,4 +1,4 @@
-"""The switch between the kernels and the library's attention. On the CPU the operators compute their reference."""
+"""The choice between the kernels and the library's attention. On the CPU the operators compute their reference."""
 
 from types import SimpleNamespace
 
@@ -44,50 +44,50 @@ def test_same_as_the_library(on_any_device, monkeypatch, tokens, mask, batch_of_
     monkeypatch.setattr(mla_attention, "mla_decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
     mask = None if mask is None else mask.expand(batch_of_mask, 1, -1, -1)
     arguments = (*inputs(tokens=tokens), mask, 0.3)
-    mine, _ = decode_mla.absorbed_attention(*arguments, kernel="kernels")
+    attended, _ = decode_mla.absorbed_attention(*arguments, kernel="kernels")
     assert len(calls) == 1
-    theirs, _ = decode_mla.absorbed_attention(*arguments, kernel="sdpa")
-    torch.testing.assert_close(mine, theirs)
+    expected, _ = decode_mla.absorbed_attention(*arguments, kernel="sdpa")
+    torch.testing.assert_close(attended, expected)
 
 
-def padded(tokens=1, hole=False):
-    """Two sequences of 9 tokens in a cache of 11: the first has two tokens of padding, and a hole if asked for."""
+def padded(tokens=1, gap=False):
+    """Two sequences of 9 tokens in a cache of 11: the first has two tokens of padding, the second optionally a gap."""
     mask = causal(tokens, 11, 9).expand(2, 1, -1, -1).clone()
     mask[0, ..., :2] = False
-    if hole:
+    if gap:
         mask[1, ..., 4] = False
     return mask
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("hole", [False, True])
+@pytest.mark.parametrize("gap", [False, True])
 @pytest.mark.parametrize(
     ("compiled", "softcap", "sinks"),
     [(False, None, None), (True, None, None), (False, 2.0, None), (True, 2.0, torch.tensor([0.5, -1.0, 2.0]))],
 )
-def test_padding_and_holes(on_any_device, tokens, hole, compiled, softcap, sinks):
-    arguments = (*inputs(tokens=tokens, length=11), padded(tokens, hole), 0.3)
+def test_padding_and_gaps(on_any_device, tokens, gap, compiled, softcap, sinks):
+    arguments = (*inputs(tokens=tokens, length=11), padded(tokens, gap), 0.3)
     attend = decode_mla.kernel_attention
     if compiled:
         attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    mine = attend(*arguments, "auto", softcap, sinks)
-    theirs, _ = decode_mla.absorbed_attention(*arguments, softcap=softcap, sinks=sinks)
-    torch.testing.assert_close(mine, theirs)
+    attended = attend(*arguments, "auto", softcap, sinks)
+    expected, _ = decode_mla.absorbed_attention(*arguments, softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(attended, expected)
 
 
-def test_a_mask_that_is_changed_is_looked_at_again(on_any_device):
+def test_bounds_of_a_changed_mask_are_computed_again(on_any_device):
     mask = padded()
     for _ in range(2):
         arguments = (*inputs(length=11), mask, 0.3)
-        mine = decode_mla.kernel_attention(*arguments, "kernels")
-        torch.testing.assert_close(mine, decode_mla.absorbed_attention(*arguments)[0])
+        attended = decode_mla.kernel_attention(*arguments, "kernels")
+        torch.testing.assert_close(attended, decode_mla.absorbed_attention(*arguments)[0])
         mask[0, ..., 2:5] = False
     with torch.inference_mode():
         mask = padded()
         for _ in range(2):
             arguments = (*inputs(length=11), mask, 0.3)
-            mine = decode_mla.kernel_attention(*arguments, "kernels")
-            torch.testing.assert_close(mine, decode_mla.absorbed_attention(*arguments)[0])
+            attended = decode_mla.kernel_attention(*arguments, "kernels")
+            torch.testing.assert_close(attended, decode_mla.absorbed_attention(*arguments)[0])
             mask[0, ..., 2:5] = False
 
 
@@ -99,6 +99,9 @@ def test_refusals(monkeypatch):
         decode_mla.kernel_attention(*arguments, "kernels")
     monkeypatch.setattr(decode_mla, "mla_attention", None)
     with pytest.raises(ValueError, match="mla_attention is not installed"):
+        decode_mla.kernel_attention(*arguments, "kernels")
+    monkeypatch.setattr(decode_mla, "mla_attention", SimpleNamespace(mask_extent=None))
+    with pytest.raises(ValueError, match="mla_attention is older than this code"):
         decode_mla.kernel_attention(*arguments, "kernels")
 
 
@@ -113,21 +116,21 @@ def test_shapes_that_the_kernels_do_not_serve(on_any_device, changed, message):
 
 def test_gradients_and_masks_that_the_kernels_do_not_serve(on_any_device):
     tensors = inputs()
-    with pytest.raises(ValueError, match="gradients are asked for"):
+    with pytest.raises(ValueError, match="gradients are required"):
         decode_mla.kernel_attention(tensors[0].requires_grad_(), *tensors[1:], None, 0.3, "kernels")
     with pytest.raises(ValueError, match=r"mask is torch\.float32"), torch.no_grad():
         decode_mla.kernel_attention(*tensors, torch.zeros(2, 1, 1, 9), 0.3, "kernels")
 
 
-def test_environment_goes_before_configuration(monkeypatch):
+def test_environment_overrides_configuration(monkeypatch):
     config = SimpleNamespace(mla_kernel="kernels")
     monkeypatch.delenv("MLA_CONVERT_KERNEL", raising=False)
-    assert decode_mla.kernel_choice(config) == "kernels"
+    assert configuration_mla.kernel_choice(config) == "kernels"
     monkeypatch.setenv("MLA_CONVERT_KERNEL", "sdpa")
-    assert decode_mla.kernel_choice(config) == "sdpa"
+    assert configuration_mla.kernel_choice(config) == "sdpa"
     monkeypatch.setenv("MLA_CONVERT_KERNEL", "cuda")
     with pytest.raises(ValueError, match="'cuda', expected one of"):
-        decode_mla.kernel_choice(config)
+        configuration_mla.kernel_choice(config)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

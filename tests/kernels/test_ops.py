@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import disagreement, make_case
 
+import mla_attention
 from mla_attention import mla_decode, mla_write, naive_write, ops
 
 
@@ -20,6 +21,18 @@ def test_decode_in_float64_is_the_definition():
     latent, rope = case["latent_cache"][0, :9], case["rope_cache"][0, :9]
     logits = (case["q_latent"][0, 0] @ latent.T + case["q_rope"][0, 0] @ rope.T) * case["softmax_scale"]
     torch.testing.assert_close(mla_decode(**case)[0, 0], logits.softmax(-1) @ latent)
+
+
+def test_code_of_earlier_conversions_is_served():
+    """decode_mla.py beside the weights of earlier conversions calls `mask_extent` and passes `extent`."""
+    case = make_case(2, 1, 3, 32, 16, [5, 9], torch.float32)
+    mask = torch.arange(case["latent_cache"].shape[1]) < case.pop("cache_seqlens")[:, None, None]
+    arguments = case | {"cache_seqlens": None, "mask": mask}
+    out = mla_decode(**arguments, extent=mla_attention.mask_extent(mask))
+    assert torch.equal(out, mla_decode(**arguments, mask_bounds=mla_attention.find_mask_bounds(mask)))
+    assert torch.equal(out, mla_decode(**arguments))
+    with pytest.raises(ValueError, match=r"mask_bounds has shape \(2, 2\), expected \(3, 2\)"):
+        mla_decode(**arguments, extent=torch.zeros(2, 2, dtype=torch.int32))
 
 
 def bad(**changes):
@@ -81,20 +94,20 @@ def write_arguments(page_size=0, dtype=torch.float32, rope_dim=16):
 def test_write_kernel(triton, page_size, rope_dim, dtype):
     from mla_attention.write import write_triton
 
-    mine, reference = write_arguments(page_size, dtype, rope_dim), write_arguments(page_size, dtype, rope_dim)
-    want = naive_write(**reference)
-    query = torch.full(mine["q_rope"].shape, torch.nan, dtype=dtype)
-    write_triton(**mine, query=query)
+    arguments, reference = write_arguments(page_size, dtype, rope_dim), write_arguments(page_size, dtype, rope_dim)
+    expected = naive_write(**reference)
+    query = torch.full(arguments["q_rope"].shape, torch.nan, dtype=dtype)
+    write_triton(**arguments, query=query)
     tolerance = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 8e-3}
-    torch.testing.assert_close(query, want, **tolerance)
-    assert torch.equal(mine["latent_cache"].nan_to_num(9), reference["latent_cache"].nan_to_num(9))
-    torch.testing.assert_close(mine["rope_cache"], reference["rope_cache"], equal_nan=True, **tolerance)
+    torch.testing.assert_close(query, expected, **tolerance)
+    assert torch.equal(arguments["latent_cache"].nan_to_num(9), reference["latent_cache"].nan_to_num(9))
+    torch.testing.assert_close(arguments["rope_cache"], reference["rope_cache"], equal_nan=True, **tolerance)
 
 
 def test_write_on_the_cpu_then_decode():
     arguments = write_arguments()
-    want = naive_write(**write_arguments())
-    assert torch.allclose(mla_write(**arguments), want)
+    expected = naive_write(**write_arguments())
+    assert torch.allclose(mla_write(**arguments), expected)
     assert arguments["latent_cache"][0, 4:7].isfinite().all() and arguments["latent_cache"][1, 13].isnan().all()
 
 

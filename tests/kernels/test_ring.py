@@ -1,6 +1,6 @@
-"""How the CUDA kernel's warps hand tiles on, run in random order: loads that finish in any order, warpgroups at any speed.
+"""A model of the CUDA kernel's ring of tiles, in random order: loads finish in any order, warpgroups have any speed.
 
-A wait on a barrier in shared memory tells its phases apart by parity alone (PTX ISA, mbarrier.try_wait.parity).
+A wait on a barrier in shared memory distinguishes its phases by parity alone (PTX ISA, mbarrier.try_wait.parity).
 """
 
 import random
@@ -11,7 +11,7 @@ from mla_attention.tuning import hopper_config, hopper_groups
 
 
 class Barrier:
-    """`count` arrivals end a phase."""
+    """A barrier whose phase ends after `count` arrivals."""
 
     def __init__(self, count):
         self.count, self.arrived, self.phase = count, 0, 0
@@ -26,24 +26,24 @@ class Barrier:
 
 
 class WrongTileError(Exception):
-    """A warpgroup was let into a stage that does not hold its tile."""
+    """A warpgroup has entered a stage that does not hold its tile."""
 
 
 def walk(stages, groups, tiles, seed):
-    """One random course of a program: a loading warp, loads under way, and warpgroups that take turns at tiles."""
+    """Run a program in random order: a loading warp, loads in flight, and warpgroups that take turns at tiles."""
     rng = random.Random(seed)
     full, empty = ([Barrier(1) for _ in range(stages)] for _ in range(2))
-    held, under_way = [None] * stages, []
+    held, in_flight = [None] * stages, []
     loaded, at = 0, list(range(groups))
-    while loaded < tiles or under_way or any(tile < tiles for tile in at):
+    while loaded < tiles or in_flight or any(tile < tiles for tile in at):
         actor = rng.randrange(-2, groups)
-        if actor == -2 and under_way:
-            tile = under_way.pop(rng.randrange(len(under_way)))
+        if actor == -2 and in_flight:
+            tile = in_flight.pop(rng.randrange(len(in_flight)))
             held[tile % stages] = tile
             full[tile % stages].arrive()
         elif actor == -1 and loaded < tiles and empty[loaded % stages].passed(loaded // stages & 1 ^ 1):
             held[loaded % stages] = None
-            under_way.append(loaded)
+            in_flight.append(loaded)
             loaded += 1
         elif actor >= 0 and (tile := at[actor]) < tiles and full[tile % stages].passed(tile // stages & 1):
             if held[tile % stages] != tile:
@@ -63,7 +63,7 @@ def test_stages_of_their_own(seed):
 
 @pytest.mark.parametrize(("stages", "groups"), [(7, 3), (5, 2)])
 def test_shared_stages_go_wrong(stages, groups):
-    """What stopped ranks up to 160 on a card: a warpgroup a ring ahead is let in while the tile before is on its way."""
+    """A warpgroup that is a ring ahead enters a stage while its earlier tile is still loading; ranks up to 160 hung so."""
     with pytest.raises(WrongTileError):
         for seed in range(200):
             walk(stages, groups, 400, seed)

@@ -9,7 +9,7 @@ from mla_convert.method.calibrate import streamed_head
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.calibrate.streamed_head import StreamedHead
-from mla_convert.modeling import distillation as divergence
+from mla_convert.modeling import distillation
 from mla_convert.pipeline import streamed
 from mla_convert.source.source import open_source
 
@@ -33,7 +33,7 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
     """From what the last layer gives, whatever a family does behind it: norm, biases, scales, soft caps."""
-    monkeypatch.setattr(divergence, "CHUNK", 7 * VOCAB)
+    monkeypatch.setattr(distillation, "CHUNK", 7 * VOCAB)
     layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
     draw = torch.Generator().manual_seed(3)
     expected = torch.randn(2, 9, layerwise.source.config.hidden_size, generator=draw)

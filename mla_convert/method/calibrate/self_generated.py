@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.openings import SPARE, Openings, varied
-from mla_convert.modeling.attention_backends import GROUPED, attending
+from mla_convert.modeling.attention_backends import GROUPED, attention_backend
 from mla_convert.modeling.caching import with_cache
 from mla_convert.source.shape import original_cache_bytes
 from mla_convert.source.source import Source
@@ -166,7 +166,7 @@ class _Writer:
 
     def _run(self) -> Tensor:
         self.mask.index_fill_(3, self.place.position, 0)
-        with attending(GROUPED, self.model):
+        with attention_backend(GROUPED, self.model):
             output = self.model(
                 input_ids=self.ids, attention_mask=self.mask[..., : self.place.seen],
                 position_ids=self.place.position.expand(len(self.ids), 1), **with_cache(self.model, self.cache),
