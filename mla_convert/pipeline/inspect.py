@@ -39,7 +39,7 @@ class SourceFindings:
     revision: str | None
     basis: str
     model_type: str
-    shape: dict[str, Any]
+    shape: dict[str, int]
     rope: dict[str, Any] | None
     sliding_window: dict[str, int] | None
     biases: list[str]
