@@ -113,9 +113,11 @@ def sweep(
 
     place = folder or Path(default_name(config.source).removesuffix("-mla") + "-sweep")
     grid, progress = Grid(ratios, rope, draws), Progress(quiet=quiet, verbose=verbose)
-    chosen = {"keep": keep, "max_ppl_ratio": max_ppl_ratio, "export": export}
     try:
-        content = run_guarded(lambda: run(config, grid, place, **chosen, progress=progress), OUT_OF_MEMORY)
+        content = run_guarded(
+            lambda: run(config, grid, place, keep=keep, max_ppl_ratio=max_ppl_ratio, export=export, progress=progress),
+            OUT_OF_MEMORY,
+        )
     except GateFailed:
         _show(read_report(place / SWEEP), place, json_)
         raise

@@ -58,7 +58,7 @@ def silence_libraries(quiet: bool = False) -> None:
     # A failure is reported in one line of our own; anything else that a library logs is no news to our users.
     logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
-    warnings.showwarning = _no_warning  # some libraries set filters of their own
+    warnings.showwarning = _no_warning  # type: ignore[assignment]  # some libraries set filters of their own
 
 
 def _no_warning(*_: object) -> None:

@@ -131,9 +131,9 @@ class CardSection:
             beyond |= bool(star)
             label = f"largest batch, {_context(int(context))} context{star}"
             table.add_row(label, str(batch), str(after.largest_batch_at_context[context]))
-        for batch, context in before.largest_context_at_batch.items():
-            row = [_limited(size, limit) for size in (context, after.largest_context_at_batch[batch])]
-            table.add_row(f"longest context, batch {batch}", *row)
+        for size_of_batch, longest in before.largest_context_at_batch.items():
+            row = [_limited(size, limit) for size in (longest, after.largest_context_at_batch[size_of_batch])]
+            table.add_row(f"longest context, batch {size_of_batch}", *row)
         yield table
         yield f"the model's own limit is {limit} tokens{' (*)' if beyond else ''}"
 

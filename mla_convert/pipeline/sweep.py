@@ -255,7 +255,9 @@ class SweepRun:
     def _converted(self, number: int) -> Path | None:
         """The folder of a finished point's conversion, of this run or kept by an earlier one; None if there is none."""
         point, out = self._points[number], self._planned[number].out
-        for folder in (out, self._file.folder / out.name) if point else ():
+        if point is None:
+            return None
+        for folder in (out, self._file.folder / out.name):
             checksums = find_report(folder).get("checksums")
             if checksums and digest(checksums) == point.weights:
                 return folder
@@ -271,7 +273,7 @@ class SweepRun:
         """Convert one point and return its folder."""
         planned = self._planned[number]
         report = convert(planned.config, self._progress)
-        self._points[number] = SweepPoint.from_report(planned.config, report, planned.identity)
+        self._points[number] = SweepPoint.from_report(planned.out.name, planned.config, report, planned.identity)
         return planned.out
 
 

@@ -30,7 +30,7 @@ class SweepPoint:
     """A finished point, as sweep.json holds it. NaN and infinity are None."""
 
     name: str
-    kv_ratio: float
+    kv_ratio: float | None
     seed: int
     rank: float
     rope_dim: float
@@ -49,10 +49,11 @@ class SweepPoint:
     identity: str
 
     @classmethod
-    def from_report(cls, config: ConvertConfig, report: Report, identity: str) -> SweepPoint:
+    def from_report(cls, name: str, config: ConvertConfig, report: Report, identity: str) -> SweepPoint:
         """The point that a conversion has finished.
 
         Args:
+            name: Its name, that of its folder.
             config: Its configuration.
             report: Its report.
             identity: A digest of everything that changes its result.
@@ -61,7 +62,7 @@ class SweepPoint:
         evaluation, cache = content["evaluation"], report.cache
         held_out = evaluation.pop("held_out")
         return cls(
-            name=config.out.name,
+            name=name,
             kv_ratio=config.kv_ratio,
             seed=config.seed,
             rank=cache["kv_lora_rank"],
