@@ -87,7 +87,7 @@ def _option(name: str, field: FieldInfo, flag: str, about: dict[str, Any], hidde
 
 
 def default_words(field: FieldInfo) -> str:
-    """The value that a setting has when it is not given, in words; empty where there is nothing to say."""
+    """The default of a setting in words; empty for flags and for settings without a default."""
     extra = field.json_schema_extra
     about = extra.get("option") if isinstance(extra, dict) else None
     if isinstance(about, dict) and about["unset"]:

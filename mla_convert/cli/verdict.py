@@ -43,8 +43,8 @@ def judge(
 
     Args:
         model: Name of the model, as `gate` takes it.
-        limits: What to check.
-        from_report: Read the figures from the model's report.json instead of measuring.
+        limits: The limits to check.
+        from_report: Read the results from the model's report.json instead of measuring.
         against: Name of the original, if one was given.
         quiet: Show no progress.
         options: Options of the measurement, as `evaluate_model` takes them.

@@ -70,7 +70,7 @@ class DryRun:
                 for layer, size in enumerate(plan.layers)
             ],
             "uniform": self.cache.uniform,
-            "cache": {**self.cache.figures, "grid": self.cache.grid},
+            "cache": {**self.cache.section, "grid": self.cache.grid},
             "parameters": self.cache.parameters,
             "disk_bytes": self.run.disk_bytes,
             "disk_aside_bytes": self.run.scratch_bytes,
@@ -111,13 +111,13 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
             source.name,
             source.revision,
             source.config.model_type,
-            shape_figures(source),
+            shape_section(source),
             str(dtype).removeprefix("torch."),
         ),
         cache=CacheSection(
             plan=plan,
             uniform=on_cpu.uniform,
-            figures=cache_section(plan, dtype.itemsize, windows),
+            section=cache_section(plan, dtype.itemsize, windows),
             sizes=caches,
             parameters={key: {side: count[key] for side, count in counts.items()} for key in ("attention", "model")},
         ),
@@ -146,7 +146,7 @@ def _card(
     return CardSection(card, card_bytes, usable, limit, sides["before"], sides["after"])
 
 
-def shape_figures(source: Source) -> dict[str, int]:
+def shape_section(source: Source) -> dict[str, int]:
     """Shape of a source's attention, as JSON output names it."""
     shape = source.shape
     return {

@@ -50,7 +50,7 @@ class CacheSection:
 
     plan: Plan
     uniform: bool
-    figures: dict[str, Any]
+    section: dict[str, Any]  # as report.json holds it
     sizes: dict[str, sizing.CacheSize]
     parameters: dict[str, dict[str, int]]
 
@@ -69,11 +69,11 @@ class CacheSection:
 
     def rows(self) -> Parts:
         """A table of cache and parameters, and one of the cache at several contexts."""
-        rank, rope, exact = self.figures["kv_lora_rank"], self.figures["qk_rope_head_dim"], self.plan.exact
+        rank, rope, exact = self.section["kv_lora_rank"], self.section["qk_rope_head_dim"], self.plan.exact
         spread = "in every layer" if self.uniform else "on average: layers that lose more get more"
         table = _table(f"→ MLA, rank {rank} + {rope} rotary {spread}{', exact' if exact else ''}")
-        _compare(table, "cache numbers per token and layer", self.figures["numbers_per_token_per_layer"], str)
-        _compare(table, "cache per token", self.figures["bytes_per_token"], human_bytes)
+        _compare(table, "cache numbers per token and layer", self.section["numbers_per_token_per_layer"], str)
+        _compare(table, "cache per token", self.section["bytes_per_token"], human_bytes)
         _compare(table, "parameters of attention", self.parameters["attention"], _count)
         _compare(table, "parameters of the model", self.parameters["model"], _count)
         yield table

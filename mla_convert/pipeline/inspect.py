@@ -19,7 +19,7 @@ from mla_convert.core.report_file import is_evaluated, mean
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.units import human_bytes
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
-from mla_convert.pipeline.dry_run import shape_figures
+from mla_convert.pipeline.dry_run import shape_section
 from mla_convert.source.config_file import check_sizes
 from mla_convert.source.place import locate
 from mla_convert.source.source import Source, open_source
@@ -212,7 +212,7 @@ def _source(source: Source, basis: str) -> SourceFindings:
         revision=source.revision,
         basis=basis,
         model_type=config.model_type,
-        shape=shape_figures(source),
+        shape=shape_section(source),
         rope=_rope(config) if source.family.rotary else None,
         sliding_window={"tokens": windows[0], "layers": len(windows)} if windows else None,
         biases=sorted(name.removeprefix(first).removesuffix(".bias") for name in biases),

@@ -96,7 +96,7 @@ def sweep(
         progress: Where progress is shown; by default on stderr.
 
     Raises:
-        UsageError: Without an evaluation there is nothing to draw, or an export that is not possible.
+        UsageError: There is no evaluation to compare, or the export is not possible.
         InputError: A folder, source or size that cannot be used; all sizes are checked before the first conversion.
         GateFailed: No point is good enough; all are in sweep.json.
         MlaConvertError: Any error of a conversion; finished points stay in sweep.json.
