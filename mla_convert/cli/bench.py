@@ -148,10 +148,10 @@ def bench(
     request = measuring.BenchRequest(contexts, batches, prompts, limit, price, steps)
     console = Terminal(stderr=True)
     note = (lambda _: None) if quiet else (lambda words: console.print(words, style="dim", highlight=False))
-    figures = measuring.bench(sides, request, target, note)
+    results = measuring.bench(sides, request, target, note)
     if plot:
-        write_plot(figures, plot)
+        write_plot(results, plot)
     if json_:
-        say(json.dumps(figures, indent=2))
+        say(json.dumps(results, indent=2))
     else:
-        print_table(figures, Terminal(width=None if Terminal().is_terminal else 140))
+        print_table(results, Terminal(width=None if Terminal().is_terminal else 140))

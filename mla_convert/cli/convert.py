@@ -61,6 +61,7 @@ def convert(
     if push_to_hub:
         hub.check_access(push_to_hub)
     report = run_guarded(lambda: convert_checkpoint(config, progress), OUT_OF_MEMORY)
+    assert report.out is not None
     if json_:
         say(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
     else:

@@ -40,8 +40,8 @@ def inspect(
             say(json.dumps({"name": path, "convertible": False, "reason": str(error)}, indent=2))
         raise
     if json_:
-        say(json.dumps(findings, indent=2))
+        say(json.dumps(findings.as_dict(), indent=2))
     else:
         console = Terminal()
         print_inspection(findings, console)
-        print_location(config.source, findings["name"], console)
+        print_location(config.source, findings.name, console)

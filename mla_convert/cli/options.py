@@ -60,10 +60,10 @@ def _parameters(model: type[BaseModel], name: str) -> Iterator[inspect.Parameter
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     if not isinstance(about := extra.get("option"), dict):
         return
-    flag = about["flag"] or f"--{name.replace('_', '-')}"
+    flag = str(about["flag"] or f"--{name.replace('_', '-')}")
     if bool in alternatives(field) and field.default is None:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    yield _option(name, field, str(flag), about, hidden=False)
+    yield _option(name, field, flag, about, hidden=False)
     for old, (new, _) in OLD_NAMES.items():
         if new == name:
             yield _option(old, field, f"--{old.replace('_', '-')}", about, hidden=True)
@@ -87,7 +87,7 @@ def _option(name: str, field: FieldInfo, flag: str, about: dict[str, Any], hidde
 
 
 def default_words(field: FieldInfo) -> str:
-    """The value that a setting has when it is not given, in words; empty where there is nothing to say."""
+    """The default of a setting in words; empty for flags and for settings without a default."""
     extra = field.json_schema_extra
     about = extra.get("option") if isinstance(extra, dict) else None
     if isinstance(about, dict) and about["unset"]:

@@ -35,30 +35,30 @@ from mla_convert.core.words import say
 EXAMPLE = "mla-convert push llama-8b-mla my-org/llama-8b-mla --private --min-kv-saving 70% --from-report"
 
 
+Branch = Annotated[
+    str | None,
+    typer.Option(
+        help="Branch to push to; created if it does not exist. Default: main.", rich_help_panel=HUB, show_default=False
+    ),
+]
+PullRequest = Annotated[
+    bool, typer.Option("--create-pr", help="Open a pull request instead of pushing.", rich_help_panel=HUB)
+]
+Message = Annotated[
+    str | None,
+    typer.Option(help="Message of the commit. Default: the model's name, rank and rotary dims.", rich_help_panel=HUB),
+]
+
+
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.", show_default=False)],
     repo: Annotated[
         str, typer.Argument(metavar="REPO", help="owner/name; created if it does not exist.", show_default=False)
     ],
     private: Private = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(
-            help="Branch to push to; created if it does not exist. Default: main.",
-            rich_help_panel=HUB,
-            show_default=False,
-        ),
-    ] = None,
-    create_pr: Annotated[
-        bool,
-        typer.Option("--create-pr", help="Open a pull request instead of pushing.", rich_help_panel=HUB),
-    ] = False,
-    commit_message: Annotated[
-        str | None,
-        typer.Option(
-            help="Message of the commit. Default: the model's name, rank and rotary dims.", rich_help_panel=HUB
-        ),
-    ] = None,
+    revision: Branch = None,
+    create_pr: PullRequest = False,
+    commit_message: Message = None,
     max_ppl_ratio: MaxRatio = None,
     max_ppl: MaxPerplexity = None,
     min_kv_saving: MinSaving = None,
@@ -96,15 +96,14 @@ def push(
     progress = Progress(quiet=quiet)
     if limits:
         verify(folder)  # the uploaded folder must be the measured one
-        options = {"text": text, "device": device}
-        verdict = judge(str(folder), limits, from_report, against, quiet, options)
+        verdict = judge(str(folder), limits, from_report, against, quiet, {"text": text, "device": device})
         print_verdict(verdict, to_stderr=json_)
         tell_github(verdict, to_stderr=json_)
         if not verdict.passed:
             raise GateFailed(f"nothing was pushed: {verdict.summary}")
-    done = hub.push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=commit_message,
+    pushed = hub.push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=commit_message,
                     progress=progress)  # fmt: skip
     if json_:
-        say(json.dumps(done.as_dict(), indent=2))
+        say(json.dumps(pushed.as_dict(), indent=2))
     else:
-        say(f"{len(done.files)} files are at {done.url}")
+        say(f"{len(pushed.files)} files are at {pushed.url}")

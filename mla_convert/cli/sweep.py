@@ -107,14 +107,17 @@ def sweep(
     silence_libraries(quiet)
     from mla_convert.core.progress import Progress
     from mla_convert.core.report_file import read_report
-    from mla_convert.pipeline.sweep import SWEEP, Grid
+    from mla_convert.pipeline.sweep import Grid
     from mla_convert.pipeline.sweep import sweep as run
+    from mla_convert.pipeline.sweep_file import SWEEP
 
     place = folder or Path(default_name(config.source).removesuffix("-mla") + "-sweep")
     grid, progress = Grid(ratios, rope, draws), Progress(quiet=quiet, verbose=verbose)
-    chosen = {"keep": keep, "max_ppl_ratio": max_ppl_ratio, "export": export}
     try:
-        content = run_guarded(lambda: run(config, grid, place, **chosen, progress=progress), OUT_OF_MEMORY)
+        content = run_guarded(
+            lambda: run(config, grid, place, keep=keep, max_ppl_ratio=max_ppl_ratio, export=export, progress=progress),
+            OUT_OF_MEMORY,
+        )
     except GateFailed:
         _show(read_report(place / SWEEP), place, json_)
         raise
@@ -126,7 +129,7 @@ def sweep(
 def _show(content: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print sweep.json, or its table."""
     from mla_convert.core.console import Terminal
-    from mla_convert.pipeline.sweep import SWEEP_PAGE, print_sweep
+    from mla_convert.pipeline.sweep_file import SWEEP_PAGE, print_sweep
 
     if as_json:
         say(json.dumps(content, indent=2))

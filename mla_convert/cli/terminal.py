@@ -1,4 +1,4 @@
-"""What commands share around their work: verbosity, silent libraries, and interruptions as errors. Imports no torch."""
+"""Verbosity, silent libraries, and interruptions as errors, for all commands. Imports no torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def silence_libraries(quiet: bool = False) -> None:
     # A failure is reported in one line of our own; anything else that a library logs is no news to our users.
     logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
-    warnings.showwarning = _no_warning  # some libraries set filters of their own
+    warnings.showwarning = _no_warning  # type: ignore[assignment]  # some libraries set filters of their own
 
 
 def _no_warning(*_: object) -> None:
@@ -81,7 +81,7 @@ def run_guarded(work: Callable[[], Result], out_of_memory: str) -> Result:
     except KeyboardInterrupt as stop:
         raise Interrupted(": ".join(["interrupted", *map(str, stop.args)])) from None
     except Exception as error:
-        # by name: a command that reads figures alone imports no torch
+        # compared by name: a command that only reads a report imports no torch
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise ResourceError(out_of_memory) from error
         raise

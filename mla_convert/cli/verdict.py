@@ -30,9 +30,10 @@ def read_limits(
     """Limits from options as typed; fractions may be percentages."""
     from mla_convert.evaluate.gate import Limits, percentage
 
-    return Limits(max_ppl_ratio, max_ppl, min_kv_saving and percentage(min_kv_saving),
-                  max_regression and percentage(max_regression), baseline,
-                  max_kl, min_agreement and percentage(min_agreement), max_worst_ratio)  # fmt: skip
+    saving, regression, agreement = (
+        None if text is None else percentage(text) for text in (min_kv_saving, max_regression, min_agreement)
+    )
+    return Limits(max_ppl_ratio, max_ppl, saving, regression, baseline, max_kl, agreement, max_worst_ratio)
 
 
 def judge(
@@ -42,8 +43,8 @@ def judge(
 
     Args:
         model: Name of the model, as `gate` takes it.
-        limits: What to check.
-        from_report: Read the figures from the model's report.json instead of measuring.
+        limits: The limits to check.
+        from_report: Read the results from the model's report.json instead of measuring.
         against: Name of the original, if one was given.
         quiet: Show no progress.
         options: Options of the measurement, as `evaluate_model` takes them.
@@ -71,8 +72,8 @@ def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | 
     from mla_convert.core.console import Terminal
 
     table = Table(title=Plain(f"gate: {verdict.model}"), title_justify="left")
-    for column, justify in (("check", "left"), ("figure", "right"), ("limit", "right"), ("", "left")):
-        table.add_column(column, justify=justify)
+    for column in ("check", "figure", "limit", ""):
+        table.add_column(column, justify="right" if column in ("figure", "limit") else "left")
     for result in verdict.results:
         style = "green" if result.passed else "red"
         table.add_row(

@@ -34,7 +34,7 @@ def verify(
     from mla_convert.write.verify import verify as verify_folder
 
     try:
-        found = verify_folder(folder)
+        verified = verify_folder(folder)
     except CorruptCheckpoint as fault:
         if json_:
             content = {
@@ -46,41 +46,34 @@ def verify(
             }
             say(json.dumps(content, indent=2))
         raise
-    tried = _tried(folder) if run else None
+    checked = _self_check(folder) if run else None
     if json_:
-        content = {
-            "ok": True,
-            "folder": str(folder),
-            "shards": found.shards,
-            "tensors": found.tensors,
-            "bytes": found.bytes,
-            "files": found.files,
-            "note": found.note,
-            **({"self_check": tried} if tried else {}),
-        }
-        say(json.dumps(content, indent=2))
-    else:
-        say(
-            f"{folder}: {found.shards} shards, {found.tensors} tensors, {human_bytes(found.bytes)}: checksums, names, "
-            f"shapes and values are right"
-        )
-        if found.note:
-            say(found.note)
-        if tried:
-            part = (
-                ""
-                if tried["layers"] == tried["of_layers"]
-                else f"the first {tried['layers']} of {tried['of_layers']} layers, "
-            )
-            say(
-                f"generates the same with a dynamic and a static cache as without ({part}transformers "
-                f"{tried['versions']['transformers']}, torch {tried['versions']['torch']}, {tried['seconds']} s)"
-            )
-            if not tried["own_code"]:
-                say("its Python files are not this version's and were not run: `mla-convert refresh` renews them")
+        content = {"ok": True, "folder": str(folder), "shards": verified.shards, "tensors": verified.tensors,
+                   "bytes": verified.bytes, "files": verified.files, "note": verified.note}  # fmt: skip
+        say(json.dumps(content | ({"self_check": checked} if checked else {}), indent=2))
+        return
+    say(
+        f"{folder}: {verified.shards} shards, {verified.tensors} tensors, {human_bytes(verified.bytes)}: checksums, names, "
+        f"shapes and values are right"
+    )
+    if verified.note:
+        say(verified.note)
+    if checked:
+        _print_self_check(checked)
 
 
-def _tried(folder: Path) -> dict[str, Any]:
+def _print_self_check(checked: dict[str, Any]) -> None:
+    layers, total, versions = checked["layers"], checked["of_layers"], checked["versions"]
+    part = "" if layers == total else f"the first {layers} of {total} layers, "
+    say(
+        f"generates the same with a dynamic and a static cache as without ({part}transformers {versions['transformers']}, "
+        f"torch {versions['torch']}, {checked['seconds']} s)"
+    )
+    if not checked["own_code"]:
+        say("its Python files are not this version's and were not run: `mla-convert refresh` renews them")
+
+
+def _self_check(folder: Path) -> dict[str, Any]:
     """Result of the self-check of a folder.
 
     Raises:

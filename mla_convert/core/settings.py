@@ -46,10 +46,10 @@ def option(
     """A pydantic field that is also a command-line option.
 
     Args:
-        help: What the setting means, as `--help` prints it.
+        help: Meaning of the setting, as `--help` prints it.
         default: Value of the setting when it is not given.
         panel: Heading of `--help` under which the option stands.
-        unset: What stands in for the setting when it is not given, in words; where it is None, `default` says that.
+        unset: The default in words, where it depends on the model or the device; None takes `default`.
         flag: Name of the option, if it is not made from the field's name.
         metavar: Name of the value in `--help`.
         **bounds: Bounds as pydantic's `Field` takes them (ge, gt, le, lt).
@@ -274,7 +274,7 @@ def packaged(name: str, what: str) -> Path:
 
     Args:
         name: The name, with its prefix.
-        what: What the file is for, in the message.
+        what: Purpose of the file, for the message.
 
     Raises:
         InputError: There is no such package.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -147,8 +148,13 @@ def conversion_healing(config: ConvertConfig) -> HealSettings | None:
     """
     if config.heal_tokens is None:
         return None
-    given = {"data": config.heal_data, "length": config.heal_length, "train": config.heal_train, "lr": config.heal_lr,
-             "self_share": config.heal_self_share}  # fmt: skip
+    given: dict[str, Any] = {
+        "data": config.heal_data,
+        "length": config.heal_length,
+        "train": config.heal_train,
+        "lr": config.heal_lr,
+        "self_share": config.heal_self_share,
+    }
     return HealSettings(
         tokens=config.heal_tokens, seed=config.seed, **{key: value for key, value in given.items() if value is not None}
     )

@@ -181,7 +181,8 @@ def run_layers(
             windows.calib, resolved.self_generated, source, tokenizer, resolved.device, settings.seed
         )
     with phases.phase("embed"):
-        streams = layers.open_streams(layerwise, calib, windows.measured, text.suite and text.suite.windows)
+        suite_windows = text.suite.windows if text.suite else None
+        streams = layers.open_streams(layerwise, calib, windows.measured, suite_windows)
     refine = resolved.refinement
     with phases.phase("allocate"):
         states = streams.calib_original
@@ -210,7 +211,7 @@ def evaluate(layerwise: LayerwiseModel, streams: layers.Streams, text: PreparedT
     section = measure.perplexity_section(
         text.windows, streamed.scores(layerwise, text.windows.measured, original, converted)
     )
-    if text.suite:
+    if text.suite and streams.suite_original and streams.suite_converted:
         states = streams.suite_original.data, streams.suite_converted.data
         section["suite"] = suite_section(text.suite, streamed.scores(layerwise, text.suite.windows, *states))
     return section

@@ -18,8 +18,10 @@ from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine.schedule import output_advances
 from mla_convert.pipeline.dry_run_sections import (
     CacheSection,
+    CardFit,
     CardSection,
     HealSection,
+    HostMemory,
     RunSection,
     Section,
     SourceSection,
@@ -68,11 +70,11 @@ class DryRun:
                 for layer, size in enumerate(plan.layers)
             ],
             "uniform": self.cache.uniform,
-            "cache": {**self.cache.figures, "grid": self.cache.grid},
+            "cache": {**self.cache.section, "grid": self.cache.grid},
             "parameters": self.cache.parameters,
             "disk_bytes": self.run.disk_bytes,
             "disk_aside_bytes": self.run.scratch_bytes,
-            "peak_host_memory": self.run.memory,
+            "peak_host_memory": asdict(self.run.memory),
             "time": {place: estimate.as_dict() for place, estimate in self.run.time.items()},
             "warnings": self.warnings.lines,
             **({"heal": self.heal.estimate.as_dict()} if self.heal else {}),
@@ -109,13 +111,13 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
             source.name,
             source.revision,
             source.config.model_type,
-            shape_figures(source),
+            shape_section(source),
             str(dtype).removeprefix("torch."),
         ),
         cache=CacheSection(
             plan=plan,
             uniform=on_cpu.uniform,
-            figures=cache_section(plan, dtype.itemsize, windows),
+            section=cache_section(plan, dtype.itemsize, windows),
             sizes=caches,
             parameters={key: {side: count[key] for side, count in counts.items()} for key in ("attention", "model")},
         ),
@@ -138,13 +140,13 @@ def _card(
     limit = getattr(source.config, "max_position_embeddings", None) or LIMIT
     usable = int(card_bytes * sizing.USABLE)
     sides = {
-        side: {"weights_bytes": weights[side], **sizing.fit(usable - weights[side], cache, limit)}
+        side: CardFit(weights[side], **sizing.fit(usable - weights[side], cache, limit))
         for side, cache in caches.items()
     }
     return CardSection(card, card_bytes, usable, limit, sides["before"], sides["after"])
 
 
-def shape_figures(source: Source) -> dict[str, Any]:
+def shape_section(source: Source) -> dict[str, int]:
     """Shape of a source's attention, as JSON output names it."""
     shape = source.shape
     return {
@@ -243,7 +245,7 @@ def _healing(resolved: ResolvedConversion, after: dict[str, int]) -> HealEstimat
     return estimate_healing(work, healing.tokens, healing.train, length, torch.get_num_threads(), written)
 
 
-def _host_memory(resolved: ResolvedConversion, after: dict[str, int]) -> dict[str, Any]:
+def _host_memory(resolved: ResolvedConversion, after: dict[str, int]) -> HostMemory:
     """Peak host memory of a conversion on a CPU, and the moment of the peak."""
     source = resolved.source
     layers, first = f"{source.family.layers}.", f"{source.family.layers}.0."
@@ -260,7 +262,7 @@ def _host_memory(resolved: ResolvedConversion, after: dict[str, int]) -> dict[st
         moments = {moment: size + 4 * sum(after.values()) for moment, size in moments.items()}
     largest = max(moments, key=moments.__getitem__)
     whole = "; on top of it comes the whole model in float32, as GGUF is read" if source.gguf else ""
-    return {"bytes": moments[largest], "moment": largest, "basis": sizing.HOST_BASIS + whole}
+    return HostMemory(moments[largest], largest, sizing.HOST_BASIS + whole)
 
 
 def print_plan(plan: DryRun, console: Console) -> None:

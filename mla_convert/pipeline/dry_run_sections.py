@@ -32,7 +32,7 @@ class SourceSection:
     name: str
     revision: str | None
     model_type: str
-    shape: dict[str, Any]
+    shape: dict[str, int]
     dtype: str
 
     def rows(self) -> Parts:
@@ -50,7 +50,7 @@ class CacheSection:
 
     plan: Plan
     uniform: bool
-    figures: dict[str, Any]
+    section: dict[str, Any]  # as report.json holds it
     sizes: dict[str, sizing.CacheSize]
     parameters: dict[str, dict[str, int]]
 
@@ -69,11 +69,11 @@ class CacheSection:
 
     def rows(self) -> Parts:
         """A table of cache and parameters, and one of the cache at several contexts."""
-        rank, rope, exact = self.figures["kv_lora_rank"], self.figures["qk_rope_head_dim"], self.plan.exact
+        rank, rope, exact = self.section["kv_lora_rank"], self.section["qk_rope_head_dim"], self.plan.exact
         spread = "in every layer" if self.uniform else "on average: layers that lose more get more"
         table = _table(f"→ MLA, rank {rank} + {rope} rotary {spread}{', exact' if exact else ''}")
-        _compare(table, "cache numbers per token and layer", self.figures["numbers_per_token_per_layer"], str)
-        _compare(table, "cache per token", self.figures["bytes_per_token"], human_bytes)
+        _compare(table, "cache numbers per token and layer", self.section["numbers_per_token_per_layer"], str)
+        _compare(table, "cache per token", self.section["bytes_per_token"], human_bytes)
         _compare(table, "parameters of attention", self.parameters["attention"], _count)
         _compare(table, "parameters of the model", self.parameters["model"], _count)
         yield table
@@ -89,6 +89,24 @@ class CacheSection:
 
 
 @dataclass(frozen=True)
+class CardFit:
+    """Bytes of a model's weights, and the largest batches and contexts that fit beside them."""
+
+    weights_bytes: int
+    largest_batch_at_context: dict[str, int]
+    largest_context_at_batch: dict[str, int]
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Peak host memory in bytes, its moment and what that is based on."""
+
+    bytes: int
+    moment: str
+    basis: str
+
+
+@dataclass(frozen=True)
 class CardSection:
     """Batches and contexts that fit a card's memory beside the weights."""
 
@@ -96,8 +114,8 @@ class CardSection:
     bytes: int
     usable_bytes: int
     context_limit: int
-    before: dict[str, Any]
-    after: dict[str, Any]
+    before: CardFit
+    after: CardFit
 
     def rows(self) -> Parts:
         """A table, and the model's own limit."""
@@ -106,16 +124,16 @@ class CardSection:
             f"{name}{human_bytes(self.bytes)}, of which {sizing.USABLE:.0%} for weights and cache", change=False
         )
         before, after, limit = self.before, self.after, self.context_limit
-        table.add_row("weights", human_bytes(before["weights_bytes"]), human_bytes(after["weights_bytes"]))
+        table.add_row("weights", human_bytes(before.weights_bytes), human_bytes(after.weights_bytes))
         beyond = False
-        for context, batch in before["largest_batch_at_context"].items():
+        for context, batch in before.largest_batch_at_context.items():
             star = " *" if int(context) > limit else ""
             beyond |= bool(star)
             label = f"largest batch, {_context(int(context))} context{star}"
-            table.add_row(label, str(batch), str(after["largest_batch_at_context"][context]))
-        for batch, context in before["largest_context_at_batch"].items():
-            row = [_limited(size, limit) for size in (context, after["largest_context_at_batch"][batch])]
-            table.add_row(f"longest context, batch {batch}", *row)
+            table.add_row(label, str(batch), str(after.largest_batch_at_context[context]))
+        for size_of_batch, longest in before.largest_context_at_batch.items():
+            row = [_limited(size, limit) for size in (longest, after.largest_context_at_batch[size_of_batch])]
+            table.add_row(f"longest context, batch {size_of_batch}", *row)
         yield table
         yield f"the model's own limit is {limit} tokens{' (*)' if beyond else ''}"
 
@@ -126,7 +144,7 @@ class RunSection:
 
     disk_bytes: int
     scratch_bytes: int
-    memory: dict[str, Any]
+    memory: HostMemory
     time: dict[str, timing.TimeEstimate]
 
     def rows(self) -> Parts:
@@ -134,7 +152,7 @@ class RunSection:
         scratch = f"; {human_bytes(self.scratch_bytes)} more while it runs" if self.scratch_bytes else ""
         yield f"disk: {human_bytes(self.disk_bytes)} of weights, and the tokenizer's files{scratch}"
         memory = self.memory
-        yield f"peak memory: about {human_bytes(memory['bytes'])}, for {memory['moment']} ({memory['basis']})"
+        yield f"peak memory: about {human_bytes(memory.bytes)}, for {memory.moment} ({memory.basis})"
         for place, where in _places(self.time["cpu"].cores):
             yield f"time: {_range(self.time[place].seconds)} {where} ({self.time[place].basis})"
 

@@ -1,9 +1,10 @@
-"""`inspect`: what a checkpoint is and whether it can be converted, or what a converted one has become."""
+"""`inspect`: properties of a checkpoint and whether it can be converted, or those of a converted folder."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mla_convert.core.report_file import is_evaluated, mean
 from mla_convert.core.report_schema import check_report
 from mla_convert.core.units import human_bytes
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
-from mla_convert.pipeline.dry_run import shape_figures
+from mla_convert.pipeline.dry_run import shape_section
 from mla_convert.source.config_file import check_sizes
 from mla_convert.source.place import locate
 from mla_convert.source.source import Source, open_source
@@ -27,16 +28,151 @@ from mla_convert.write.writer import REPORT
 LOADED = "every tensor is there, in the shape and a dtype that the conversion reads; the tokenizer loads"
 CONFIG_ONLY = "judged by its configuration alone: no weights were read"
 
+Rows = list[tuple[str, str]]
 
-def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]:
-    """What stands at `name` (folder, Hub id, `.gguf` file, packaged checkpoint), as `inspect --json` prints it.
 
-    Of a local folder the tensors' headers are read and compared with the configuration; of a Hub id and of a GGUF file
-    only the configuration.
+@dataclass(frozen=True)
+class SourceFindings:
+    """Properties of a checkpoint that can be converted; `basis` says how that was judged."""
+
+    name: str
+    revision: str | None
+    basis: str
+    model_type: str
+    shape: dict[str, int]
+    rope: dict[str, Any] | None
+    sliding_window: dict[str, int] | None
+    biases: list[str]
+    context_limit: int | None
+    vocabulary: int
+    dtype: str
+    tied_embeddings: bool
+    parameters: int
+    cache_bytes_per_token: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `inspect --json` prints it."""
+        return {**asdict(self), "kind": "source", "convertible": True}
+
+    @property
+    def verdict(self) -> str:
+        """Whether it can be converted."""
+        return f"can be converted: {self.basis}"
+
+    def rows(self) -> Rows:
+        """The rows of the table."""
+        shape, window = self.shape, self.sliding_window
+        windowed = f"{window['tokens']} tokens in {window['layers']} of {shape['layers']} layers" if window else "none"
+        heads = f"{shape['attention_heads']} of {shape['head_dim']}, {shape['key_value_heads']} for keys and values"
+        return [
+            ("family", self.model_type),
+            ("layers", str(shape["layers"])),
+            ("hidden size", str(shape["hidden_size"])),
+            ("heads", heads),
+            ("RoPE", self._rope_words()),
+            ("sliding window", windowed),
+            ("biases", ", ".join(self.biases) or "none"),
+            ("longest context", str(self.context_limit)),
+            ("parameters", f"{self.parameters:,}, {self.dtype}"),
+            ("head", "tied to the embeddings" if self.tied_embeddings else "its own"),
+            ("KV cache per token", human_bytes(self.cache_bytes_per_token)),
+        ]
+
+    def _rope_words(self) -> str:
+        if not self.rope:
+            return "none"
+        scaling = "".join(f", {key} {value}" for key, value in self.rope["scaling"].items())
+        kinds = self.rope.get("by_layer_type", {})
+        bases = "".join(
+            f"; {kind}: base {own.get('rope_theta')}" for kind, own in kinds.items() if kind != "full_attention"
+        )
+        return f"{self.rope['type']}, base {self.rope['base']}{scaling}{bases}"
+
+
+@dataclass(frozen=True)
+class ReportFindings:
+    """The results in the report of a converted folder. Values that were not measured, or are not finite, are None."""
+
+    source: str
+    source_revision: str | None
+    share_saved: float
+    cache_bytes_per_token: dict[str, float]
+    perplexity: dict[str, float | None]
+    perplexity_ratio: float | None
+    evaluation: str | None
+    calibration: str
+    converted_by: str
+
+    def rows(self) -> Rows:
+        """The rows of the table."""
+        cache, perplexity = self.cache_bytes_per_token, self.perplexity
+        revision = f" at {self.source_revision}" if self.source_revision else ""
+        words = "not evaluated"
+        if self.evaluation:
+            values = [_value_words(perplexity["before"]), _value_words(perplexity["after"])]
+            words = f"{values[0]} → {values[1]} (×{_value_words(self.perplexity_ratio, 4)})"
+        return [
+            ("source", f"{self.source}{revision}"),
+            ("KV cache per token", f"{human_bytes(cache['before'])} → {human_bytes(cache['after'])}"),
+            ("saved", f"{self.share_saved:.1%}"),
+            ("perplexity", words),
+            *([("measured on", self.evaluation)] if self.evaluation else []),
+            ("calibrated on", self.calibration),
+            ("by", self.converted_by),
+        ]
+
+
+@dataclass(frozen=True)
+class ConvertedFindings:
+    """Sizes of a converted folder by its configuration, and the results in its report; None if that is not complete."""
+
+    name: str
+    revision: str | None
+    model_type: str
+    layers: int
+    kv_lora_rank: float
+    qk_rope_head_dim: float
+    cache_numbers_per_token_per_layer: float
+    dtype: str
+    report: ReportFindings | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `inspect --json` prints it."""
+        return {**asdict(self), "kind": "converted", "convertible": False}
+
+    @property
+    def verdict(self) -> str:
+        """That it is converted, and where the results come from."""
+        if self.report:
+            return "converted already; the results are those of its report.json"
+        return f"converted already; it has no complete {REPORT}"
+
+    def rows(self) -> Rows:
+        """The rows of the table."""
+        return [
+            ("family", self.model_type),
+            ("layers", str(self.layers)),
+            ("rank", f"{self.kv_lora_rank} + {self.qk_rope_head_dim} rotary, {self.dtype}"),
+            *(self.report.rows() if self.report else []),
+        ]
+
+
+Findings = SourceFindings | ConvertedFindings
+
+
+def inspect_checkpoint(name: str, revision: str | None = None) -> Findings:
+    """Properties of a checkpoint.
+
+    Of a local folder the tensors' headers are read and compared with the configuration; of a Hub id and of a GGUF file only
+    the configuration is read.
+
+    Args:
+        name: Folder, Hub id, `.gguf` file or packaged checkpoint.
+        revision: Branch, tag or commit of a Hub id.
 
     Raises:
-        InputError: it cannot be converted, and why; or there is no such checkpoint.
-        ResourceError: the Hub cannot be reached.
+        InputError: There is no such checkpoint, or it cannot be converted; the message says why.
+        ResourceError: The Hub cannot be reached.
     """
     place = locate(name, revision, ["config.json", REPORT])
     content = {} if place.gguf else _json(place.folder / "config.json")
@@ -48,15 +184,15 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
     if local:
         source = open_source(name, weights=True)
         for tensor in source.reader.names():
-            source.reader.dtype(tensor)  # refuses what is quantised
+            source.reader.dtype(tensor)  # refuses quantised tensors
         LayerwiseModel(source, torch.device("cpu"))  # refuses missing and misshapen tensors
         source.tokenizer()
-        source.copied_files()  # refuses links to what is not the checkpoint's
+        source.copied_files()  # refuses links that lead out of the checkpoint
     return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no such file or it is something else."""
+    """A JSON object, or an empty one if the file does not exist or holds something else."""
     try:
         content = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
@@ -64,46 +200,41 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _source(source: Source, basis: str) -> dict[str, Any]:
+def _source(source: Source, basis: str) -> SourceFindings:
     shape, config = source.shape, source.config
     windows = [window for window in source.sliding_windows if window]
     tied = config.tie_word_embeddings
     stored = {name for name in source.reader.names() if not (tied and name == "lm_head.weight")}
     first = f"{source.family.layers}.0."
-    return {
-        "name": source.name,
-        "revision": source.revision,
-        "kind": "source",
-        "convertible": True,
-        "basis": basis,
-        "model_type": config.model_type,
-        "shape": shape_figures(source),
-        "rope": _rope(config) if source.family.rotary else None,
-        "sliding_window": {"tokens": windows[0], "layers": len(windows)} if windows else None,
-        "biases": sorted(
-            name.removeprefix(first).removesuffix(".bias")
-            for name in stored
-            if name.startswith(first) and name.endswith(".bias")
-        ),
-        "context_limit": getattr(config, "max_position_embeddings", None),
-        "vocabulary": config.vocab_size,
-        "dtype": str(source.dtype).removeprefix("torch."),
-        "tied_embeddings": tied,
-        "parameters": sum(prod(source.reader.shape(name)) for name in stored),
-        "cache_bytes_per_token": shape.layers * shape.cache_width * source.dtype.itemsize,
-    }
+    biases = (name for name in stored if name.startswith(first) and name.endswith(".bias"))
+    return SourceFindings(
+        name=source.name,
+        revision=source.revision,
+        basis=basis,
+        model_type=config.model_type,
+        shape=shape_section(source),
+        rope=_rope(config) if source.family.rotary else None,
+        sliding_window={"tokens": windows[0], "layers": len(windows)} if windows else None,
+        biases=sorted(name.removeprefix(first).removesuffix(".bias") for name in biases),
+        context_limit=getattr(config, "max_position_embeddings", None),
+        vocabulary=config.vocab_size,
+        dtype=str(source.dtype).removeprefix("torch."),
+        tied_embeddings=tied,
+        parameters=sum(prod(source.reader.shape(name)) for name in stored),
+        cache_bytes_per_token=shape.layers * shape.cache_width * source.dtype.itemsize,
+    )
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """RoPE's settings; where layers differ, those of full attention, and all of them by type of layer."""
+    """Settings of RoPE; where layers differ, those of full attention, and all of them by type of layer."""
     parameters = dict(config.rope_parameters or {})
     by_type = {kind: dict(own) for kind, own in parameters.items() if isinstance(own, dict)}
     main = dict(by_type.get("full_attention", {})) if by_type else parameters
-    found = {"type": main.pop("rope_type", "default"), "base": main.pop("rope_theta", None), "scaling": main}
-    return {**found, "by_layer_type": by_type} if by_type else found
+    settings = {"type": main.pop("rope_type", "default"), "base": main.pop("rope_theta", None), "scaling": main}
+    return {**settings, "by_layer_type": by_type} if by_type else settings
 
 
-def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> ConvertedFindings:
     try:
         layers = config["num_hidden_layers"]
         # where layers differ there is a list beside the largest
@@ -112,55 +243,54 @@ def _converted(label: str, revision: str | None, config: dict[str, Any], report:
             type(size) is int for each in sizes for size in each
         ):
             raise ValueError("sizes that are not a whole number for each layer")
-        return {
-            "name": label,
-            "revision": revision,
-            "kind": "converted",
-            "convertible": False,
-            "model_type": config["model_type"],
-            "layers": layers,
-            "kv_lora_rank": mean(sizes[0]),
-            "qk_rope_head_dim": mean(sizes[1]),
-            "cache_numbers_per_token_per_layer": mean(map(int.__add__, *sizes)),
-            "dtype": str(config.get("dtype") or "float32"),
-            "report": _reported(report),
-        }
+        return ConvertedFindings(
+            name=label,
+            revision=revision,
+            model_type=config["model_type"],
+            layers=layers,
+            kv_lora_rank=mean(sizes[0]),
+            qk_rope_head_dim=mean(sizes[1]),
+            cache_numbers_per_token_per_layer=mean(map(int.__add__, *sizes)),
+            dtype=str(config.get("dtype") or "float32"),
+            report=_reported(report),
+        )
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"config.json of {label} lacks what a converted model has ({one_line(error)})") from error
 
 
-def _reported(report: dict[str, Any]) -> dict[str, Any] | None:
-    """What a report says, or None where it is not whole: what the configuration says stands."""
+def _reported(report: dict[str, Any]) -> ReportFindings | None:
+    """The results in a report; None if it is not complete."""
     try:
         check_report(report)
         evaluation, per_token = report["evaluation"], report["cache"]["bytes_per_token"]
-        skipped = not is_evaluated(evaluation)
-        return {
-            "source": _text(report["source"]["name"]),
-            "source_revision": report["source"]["revision"] and _text(report["source"]["revision"]),
-            "share_saved": _number(report["cache"]["share_saved"]),
-            "cache_bytes_per_token": {side: _number(per_token[side]) for side in ("before", "after")},
-            "perplexity": {
-                side: _measured(None if skipped else evaluation[side]["value"]) for side in ("before", "after")
+        evaluated = is_evaluated(evaluation)
+        revision = report["source"]["revision"]
+        return ReportFindings(
+            source=_text(report["source"]["name"]),
+            source_revision=revision and _text(revision),
+            share_saved=_number(report["cache"]["share_saved"]),
+            cache_bytes_per_token={side: _number(per_token[side]) for side in ("before", "after")},
+            perplexity={
+                side: _measured(evaluation[side]["value"] if evaluated else None) for side in ("before", "after")
             },
-            "perplexity_ratio": _measured(evaluation["ratio"]),
-            "evaluation": None if skipped else f"{_text(evaluation['text'])}: {_text(evaluation['protocol'])}",
-            "calibration": _text(report["calibration"]["protocol"]),
-            "converted_by": f"mla_convert {_text(report['versions']['mla_convert'])}",
-        }
+            perplexity_ratio=_measured(evaluation["ratio"]),
+            evaluation=f"{_text(evaluation['text'])}: {_text(evaluation['protocol'])}" if evaluated else None,
+            calibration=_text(report["calibration"]["protocol"]),
+            converted_by=f"mla_convert {_text(report['versions']['mla_convert'])}",
+        )
     except (InputError, AttributeError, KeyError, TypeError, ValueError):
         return None
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError("no text")
+        raise TypeError("not a text")
     return value
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError("no number")
+        raise TypeError("not a number")
     return value
 
 
@@ -168,73 +298,16 @@ def _measured(value: Any) -> float | None:
     return None if value is None else _number(value)
 
 
-def print_inspection(found: dict[str, Any], console: Console) -> None:
-    """The findings in rows, the verdict last."""
-    table = Table(title=found["name"], title_justify="left", show_header=False)
+def print_inspection(findings: Findings, console: Console) -> None:
+    """Print the findings in rows, the verdict last."""
+    table = Table(title=findings.name, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    for what, value in (_converted_rows if found["kind"] == "converted" else _source_rows)(found):
-        table.add_row(what, value)
+    for label, value in findings.rows():
+        table.add_row(label, value)
     console.print(table)
-    if found["kind"] == "source":
-        verdict = f"can be converted: {found['basis']}"
-    elif found["report"]:
-        verdict = "converted already; the figures are those of its report.json"
-    else:
-        verdict = f"converted already; it has no complete {REPORT}"
-    console.print(verdict, highlight=False, soft_wrap=True, markup=False)
+    console.print(findings.verdict, highlight=False, soft_wrap=True, markup=False)
 
 
-def _source_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    shape, rope, window = found["shape"], found["rope"], found["sliding_window"]
-    turned = "none"
-    if rope:
-        scaling = "".join(f", {key} {value}" for key, value in rope["scaling"].items())
-        others = (kind for kind in rope.get("by_layer_type", {}) if kind != "full_attention")
-        bases = "".join(f"; {kind}: base {rope['by_layer_type'][kind].get('rope_theta')}" for kind in others)
-        turned = f"{rope['type']}, base {rope['base']}{scaling}{bases}"
-    windowed = f"{window['tokens']} tokens in {window['layers']} of {shape['layers']} layers" if window else "none"
-    return [
-        ("family", found["model_type"]),
-        ("layers", str(shape["layers"])),
-        ("hidden size", str(shape["hidden_size"])),
-        ("heads", f"{shape['attention_heads']} of {shape['head_dim']}, {shape['key_value_heads']} for keys and values"),
-        ("RoPE", turned),
-        ("sliding window", windowed),
-        ("biases", ", ".join(found["biases"]) or "none"),
-        ("longest context", str(found["context_limit"])),
-        ("parameters", f"{found['parameters']:,}, {found['dtype']}"),
-        ("head", "tied to the embeddings" if found["tied_embeddings"] else "its own"),
-        ("KV cache per token", human_bytes(found["cache_bytes_per_token"])),
-    ]
-
-
-def _converted_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [
-        ("family", found["model_type"]),
-        ("layers", str(found["layers"])),
-        ("rank", f"{found['kv_lora_rank']} + {found['qk_rope_head_dim']} rotary, {found['dtype']}"),
-    ]
-    report = found["report"]
-    if not report:
-        return rows
-    cache, perplexity = report["cache_bytes_per_token"], report["perplexity"]
-    revision = f" at {report['source_revision']}" if report["source_revision"] else ""
-    words = "not evaluated"
-    if report["evaluation"]:
-        values = [_figure(perplexity["before"]), _figure(perplexity["after"])]
-        words = f"{values[0]} → {values[1]} (×{_figure(report['perplexity_ratio'], 4)})"
-    return [
-        *rows,
-        ("source", f"{report['source']}{revision}"),
-        ("KV cache per token", f"{human_bytes(cache['before'])} → {human_bytes(cache['after'])}"),
-        ("saved", f"{report['share_saved']:.1%}"),
-        ("perplexity", words),
-        *([("measured on", report["evaluation"])] if report["evaluation"] else []),
-        ("calibrated on", report["calibration"]),
-        ("by", report["converted_by"]),
-    ]
-
-
-def _figure(value: float | None, digits: int = 3) -> str:
+def _value_words(value: float | None, digits: int = 3) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}"

@@ -7,43 +7,35 @@ points and is written after every point, so that the same sweep, run again, cont
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
 from mla_convert.core.files import staged
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import PAGE, REPORT, find_report, finite, read_report
+from mla_convert.core.report_file import PAGE, REPORT, find_report, read_report
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.pipeline.convert import convert
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
+from mla_convert.pipeline.sweep_file import SWEEP, SweepFile, SweepPoint, digest
 from mla_convert.publish.engines import target_engine
 from mla_convert.publish.engines.export import export as export_folder
 from mla_convert.publish.engines.profiles import Profile, check_profile
-from mla_convert.report.html.page import page_text, write_sweep_page
-from mla_convert.report.quality_rows import ratio_error, ratio_words
-from mla_convert.report.report import Report
+from mla_convert.report.html.page import page_text
 from mla_convert.source import mixture
 from mla_convert.source.source import Source, open_source
 from mla_convert.source.texts import FROM_CALIB, NONE
 from mla_convert.write.revise import replace_files
 from mla_convert.write.writer import check_output
 
-SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
 WORK = ".work"  # folder of conversions that are not kept
-SCHEMA = 1
 RATIOS = (0.67, 0.5, 0.33, 0.25)
 
 
@@ -81,98 +73,6 @@ class PlannedPoint:
         return self.config.out
 
 
-@dataclass(frozen=True)
-class SweepPoint:
-    """A finished point, as sweep.json holds it. NaN and infinity are None."""
-
-    name: str
-    kv_ratio: float
-    seed: int
-    rank: float
-    rope_dim: float
-    numbers: float
-    share: float
-    ratio: float | None
-    stderr: float | None
-    evaluation: dict[str, Any]
-    held_out: dict[str, Any]
-    calibration: dict[str, Any]
-    seconds: float
-    device: str
-    source: str
-    settings: dict[str, Any]
-    weights: str
-    identity: str
-
-    @classmethod
-    def from_report(cls, planned: PlannedPoint, report: Report) -> SweepPoint:
-        """The point that a conversion has finished."""
-        content = report.as_dict()
-        evaluation, cache = content["evaluation"], report.cache
-        held_out = evaluation.pop("held_out")
-        return cls(
-            name=planned.out.name,
-            kv_ratio=planned.config.kv_ratio,
-            seed=planned.config.seed,
-            rank=cache["kv_lora_rank"],
-            rope_dim=cache["qk_rope_head_dim"],
-            numbers=cache["numbers_per_token_per_layer"]["after"],
-            share=1 - cache["share_saved"],
-            ratio=evaluation["ratio"],
-            stderr=ratio_error(evaluation),
-            evaluation=evaluation,
-            held_out=held_out,
-            calibration=report.calibration,
-            seconds=report.seconds,
-            device=report.device,
-            source=report.source["name"],
-            settings=content["settings"],
-            weights=_digest(report.checksums),
-            identity=planned.identity,
-        )
-
-    @classmethod
-    def read(cls, entry: Any) -> SweepPoint | None:
-        """The point of an entry of sweep.json; None if the entry is not whole."""
-        names = {field.name for field in fields(cls)}
-        whole = isinstance(entry, dict) and names <= entry.keys()
-        return cls(**{name: entry[name] for name in names}) if whole else None
-
-    @property
-    def held_out_ratio(self) -> float:
-        """Ratio of perplexity to the original's on the held-out text."""
-        ratio = self.held_out["ratio"]
-        return math.inf if ratio is None else ratio
-
-
-@dataclass(frozen=True)
-class SweepFile:
-    """sweep.json in a folder, and the page that shows it."""
-
-    folder: Path
-    limit: float | None
-
-    def read(self) -> dict[str, SweepPoint]:
-        """The finished points by identity."""
-        points = map(SweepPoint.read, find_report(self.folder / SWEEP).get("points", []))
-        return {point.identity: point for point in points if point}
-
-    def content(self, points: list[SweepPoint], chosen: SweepPoint | None) -> dict[str, Any]:
-        """The content of sweep.json."""
-        return finite({"schema": SCHEMA, "source": points[0].source, "versions": environment.versions(),
-                       "max_ppl_ratio": self.limit, "chosen": chosen and chosen.name,
-                       "points": [asdict(point) for point in points]})  # fmt: skip
-
-    def write(self, points: list[SweepPoint], chosen: SweepPoint | None) -> None:
-        """Replace sweep.json and its page."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        content = self.content(points, chosen)
-        draft = self.folder / f".{SWEEP}.partial"
-        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, self.folder / SWEEP)
-        write_sweep_page(content, self.folder / SWEEP_PAGE)
-
-
 def sweep(
     config: ConvertConfig,
     grid: Grid,
@@ -196,7 +96,7 @@ def sweep(
         progress: Where progress is shown; by default on stderr.
 
     Raises:
-        UsageError: Without an evaluation there is nothing to draw, or an export that is not possible.
+        UsageError: There is no evaluation to compare, or the export is not possible.
         InputError: A folder, source or size that cannot be used; all sizes are checked before the first conversion.
         GateFailed: No point is good enough; all are in sweep.json.
         MlaConvertError: Any error of a conversion; finished points stay in sweep.json.
@@ -355,9 +255,11 @@ class SweepRun:
     def _converted(self, number: int) -> Path | None:
         """The folder of a finished point's conversion, of this run or kept by an earlier one; None if there is none."""
         point, out = self._points[number], self._planned[number].out
-        for folder in (out, self._file.folder / out.name) if point else ():
+        if point is None:
+            return None
+        for folder in (out, self._file.folder / out.name):
             checksums = find_report(folder).get("checksums")
-            if checksums and _digest(checksums) == point.weights:
+            if checksums and digest(checksums) == point.weights:
                 return folder
         return None
 
@@ -370,7 +272,8 @@ class SweepRun:
     def _convert(self, number: int) -> Path:
         """Convert one point and return its folder."""
         planned = self._planned[number]
-        self._points[number] = SweepPoint.from_report(planned, convert(planned.config, self._progress))
+        report = convert(planned.config, self._progress)
+        self._points[number] = SweepPoint.from_report(planned.out.name, planned.config, report, planned.identity)
         return planned.out
 
 
@@ -382,11 +285,7 @@ def _identity(resolved: ResolvedConversion) -> str:
     weights = [source.name, source.revision] if source.revision else source.fingerprint()
     specs = [*(part.spec for part in mixture.parts(config.calib)), config.eval, config.held_out]
     texts = [_stamp(spec) for spec in specs]
-    return _digest([settings, weights, texts, environment.device_name(resolved.device), environment.versions()])
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest([settings, weights, texts, environment.device_name(resolved.device), environment.versions()])
 
 
 def _stamp(spec: str | None) -> list[int] | None:
@@ -416,48 +315,6 @@ def _publish(folder: Path, out: Path, points: list[SweepPoint]) -> None:
             for point in points
         ]
         replace_files(draft, {REPORT: json.dumps(report, indent=2) + "\n", PAGE: page_text(report)})
-
-
-def print_sweep(content: dict[str, Any], console: Console) -> None:
-    """Print the table of a sweep, and the chosen point."""
-    points = content["points"]
-    before = points[0]["evaluation"]["before"]["value"]
-    seeds = len({entry["seed"] for entry in points}) > 1
-    title = f"{content['source']}: perplexity {before:.3f} before conversion" if before else content["source"]
-    table = Table(title=title, title_justify="left")
-    for column in (
-        "share",
-        "numbers",
-        "rank + rotary",
-        *(["seed"] if seeds else []),
-        "perplexity",
-        "ratio",
-        "held out",
-        "s",
-    ):
-        table.add_column(column, justify="right")
-    for entry in points:
-        after = entry["evaluation"]["after"]["value"]
-        row = [f"{entry['share']:.1%}", f"{entry['numbers']:g}", f"{entry['rank']} + {entry['rope_dim']}"]
-        row += [str(entry["seed"])] if seeds else []
-        row += ["–" if after is None else f"{after:.3f}", _words(entry["evaluation"]), _words(entry["held_out"])]
-        table.add_row(*row, f"{entry['seconds']:.0f}", style="bold" if entry["name"] == content["chosen"] else None)
-    console.print(table)
-    evaluation, held_out = points[0]["evaluation"], points[0]["held_out"]
-    lines = [
-        f"perplexity and ratio to the original's on {evaluation['text']}: {evaluation['protocol']}",
-        f"held out: the ratio on {held_out['text']}: {held_out['protocol']}",
-        "± is one standard error over windows",
-    ]
-    for entry in points:
-        if entry["name"] == content["chosen"]:
-            lines.append(
-                f"smallest cache within ×{content['max_ppl_ratio']:g} on the held-out text: {entry['share']:.1%}, "
-                f"rank {entry['rank']} + {entry['rope_dim']} rotary"
-            )
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _words(evaluation: dict[str, Any]) -> str:
-    return "not finite" if evaluation["ratio"] is None else ratio_words(evaluation)
+        publish(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -76,7 +76,7 @@ def test_packaged_recipe_and_yaml(cli, source, tmp_path):
 def test_gguf_by_its_metadata(tmp_path, monkeypatch):
     file = pico.save_gguf(tmp_path / "model.gguf")
     monkeypatch.setattr(sources_module.AutoModelForCausalLM, "from_pretrained", None)
-    found = inspect_checkpoint(str(file))
+    found = inspect_checkpoint(str(file)).as_dict()
     assert found["convertible"] and found["basis"] == CONFIG_ONLY and found["shape"]["head_dim"] == 8
 
 
@@ -88,7 +88,7 @@ def test_hub_by_its_configuration(sources, tmp_path, monkeypatch):
         return shutil.copy(sources("qwen2") / "config.json", folder) and folder
 
     monkeypatch.setattr("mla_convert.source.place.snapshot_download", download)
-    found = inspect_checkpoint("owner/name")
+    found = inspect_checkpoint("owner/name").as_dict()
     assert (found["name"], found["revision"], found["basis"]) == ("owner/name", "0123abc", CONFIG_ONLY)
     assert found["biases"] == ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
 
