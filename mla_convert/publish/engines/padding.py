@@ -40,8 +40,9 @@ def parse_pad(value: str) -> Pad:
     Raises:
         UsageError: an unknown value.
     """
-    if value in ("auto", "none"):
-        return value
+    names: dict[str, Pad] = {"auto": "auto", "none": "none"}
+    if value in names:
+        return names[value]
     if value.isdigit() and int(value) in RANKS:
         return int(value)
     raise UsageError(f"pad {value!r} is none of auto, none, {', '.join(map(str, RANKS))}")

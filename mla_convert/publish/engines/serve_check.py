@@ -192,7 +192,7 @@ def _ask(folder: Path, how: EngineRequest, prompts: list[list[int]], dtype: str)
             asked |= {"server": _server(how), "port": _free_port(), "log": f"{work}/server.log"}
         questions, answers = Path(work) / "questions.json", Path(work) / "answers.json"
         questions.write_text(json.dumps(asked), encoding="utf-8")
-        model = os.path.abspath(how.gguf if how.engine == "llama.cpp" else folder)
+        model = os.path.abspath(how.gguf if how.engine == "llama.cpp" and how.gguf else folder)
         python = shutil.which(how.python) if how.python else sys.executable
         if python is None:
             raise ResourceError(
@@ -250,7 +250,7 @@ def _own_answers(
     `dtype` is that of weights, projections and attention; transformers' norms and RoPE tables are always float32. If not
     `continued`, there are no continuations.
     """
-    model = load_model(place, dtype, torch.device("cpu"))
+    model: Any = load_model(place, dtype, torch.device("cpu"))
     model.generation_config.eos_token_id = None
     logprobs, greedy = [], []
     for ids in prompts:
