@@ -315,6 +315,3 @@ def _publish(folder: Path, out: Path, points: list[SweepPoint]) -> None:
             for point in points
         ]
         replace_files(draft, {REPORT: json.dumps(report, indent=2) + "\n", PAGE: page_text(report)})
-        publish(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

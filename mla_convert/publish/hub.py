@@ -189,7 +189,7 @@ def commit(destination: Destination, upload: Upload, stale: list[str]) -> Commit
 
     def send() -> CommitInfo:
         # new operations for each attempt: one that reached the Hub cannot be used again
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(file, content) for file, content in upload.contents.items()),
             *(CommitOperationDelete(file) for file in stale),
         ]

@@ -71,7 +71,7 @@ def _bytes(path: Path, name: str) -> bytes:
 
 
 def _decoded(raw: bytes, name: str) -> str:
-    """Decoded text with line ends as "\\n"."""
+    """Decoded text, with a line feed at each line end."""
     encoding = next((encoding for mark, encoding in MARKS.items() if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 from mla_convert.core.errors import InputError
 from mla_convert.source.load_model import find_model, load_model
 from mla_convert.source.source import open_source
-from mla_convert.source.texts import evaluation_windows
 from mla_convert.source.tokens import first_tokens
+from mla_convert.source.windows import evaluation_windows
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

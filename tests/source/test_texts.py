@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mla_convert.core.errors import InputError
-from mla_convert.source.texts import calibration_windows, evaluation_windows, load_text
+from mla_convert.source.texts import load_text
 from mla_convert.source.tokens import noised
+from mla_convert.source.windows import calibration_windows, evaluation_windows
 
 BOS = 7
 

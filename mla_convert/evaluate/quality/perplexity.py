@@ -23,7 +23,8 @@ from mla_convert.core.errors import InputError
 from mla_convert.core.report_file import NOT_EVALUATED
 from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.head import HiddenStatesStub
-from mla_convert.source.texts import Windows, evaluation_protocol
+from mla_convert.source.texts import Windows
+from mla_convert.source.windows import evaluation_protocol
 
 # Logits held at once, tokens by vocabulary: 128 MB in float32.
 LOGITS = 1 << 25

@@ -1,1 +1,1 @@
-"""Converted models in the form that serving engines know: DeepSeek-V3's."""
+"""Export of converted models for serving engines, in DeepSeek-V3's form, and checks of what an engine answers."""

@@ -1,7 +1,7 @@
-"""Asks one serving engine for log-probabilities and greedy tokens: `python ask_engine.py ENGINE MODEL QUESTIONS ANSWERS`.
+"""Ask a serving engine for log-probabilities and greedy tokens: `python ask_engine.py ENGINE MODEL QUESTIONS ANSWERS`.
 
-Runs in the environment that the engine is installed in, which need not have mla_convert: imports the engine and the
-standard library, nothing else. QUESTIONS and ANSWERS are JSON files; `serve_check` writes the one and reads the other.
+The program runs in the engine's environment, which may lack mla_convert: it imports only the engine and the standard library.
+QUESTIONS and ANSWERS are JSON files, which `serve_check` writes and reads.
 """
 
 import json
@@ -14,14 +14,14 @@ import urllib.request
 
 
 def ask_transformers(model, asked):
-    """Through AutoModelForCausalLM, in one pass a prompt."""
+    """Ask transformers' AutoModelForCausalLM, with one forward pass per prompt."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, asked["dtype"])
     net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=asked["trust_remote_code"]).eval()
-    net.generation_config.eos_token_id = None  # as many tokens as are asked for, whatever they are
+    net.generation_config.eos_token_id = None  # do not stop at an end-of-sequence token
     found = []
     with torch.no_grad():
         for ids in asked["prompts"]:
@@ -36,14 +36,14 @@ def ask_transformers(model, asked):
 
 
 def ask_vllm(model, asked):
-    """Through vllm.LLM, all prompts at once."""
+    """Ask vllm.LLM, all prompts in one batch."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import vllm
     from vllm.platforms import current_platform
 
     options = {"model_impl": asked["model_impl"]} if asked["model_impl"] else {}
     if current_platform.is_cpu():
-        # 0.32's rotary kernel for CPUs misreads the queries of MLA, DeepSeek's own checkpoints included
+        # vLLM 0.32's rotary kernel for CPUs misreads the queries of MLA, also those of DeepSeek's checkpoints
         options["compilation_config"] = {"custom_ops": ["none"]}
     longest = max(map(len, asked["prompts"])) + asked["tokens"] + 1
     engine = vllm.LLM(model=model, dtype=asked["dtype"], trust_remote_code=asked["trust_remote_code"], enforce_eager=True,
@@ -61,7 +61,7 @@ def ask_vllm(model, asked):
 
 
 def ask_sglang(model, asked):
-    """Through sglang.Engine, prompt by prompt."""
+    """Ask sglang.Engine, one prompt at a time."""
     import sglang
 
     engine = sglang.Engine(model_path=model, dtype=asked["dtype"], trust_remote_code=asked["trust_remote_code"],
@@ -83,7 +83,7 @@ def ask_sglang(model, asked):
 
 
 def ask_llama_cpp(model, asked):
-    """Through llama-server: one token for each beginning of each prompt, with the likeliest next ones."""
+    """Ask llama-server for the most likely next tokens after each prefix of each prompt."""
     port = asked["port"]
     longest = max(map(len, asked["prompts"])) + asked["tokens"] + 8
     command = [asked["server"], "-m", model, "--port", str(port), "-c", str(longest), "-np", "1", "--no-warmup"]
@@ -137,7 +137,7 @@ ENGINES = {"transformers": ask_transformers, "vllm": ask_vllm, "sglang": ask_sgl
 
 
 def main():
-    """Arguments to answers."""
+    """Read the questions, ask the engine, and write the answers."""
     engine, model, questions, answers = sys.argv[1:]
     with open(questions, encoding="utf-8") as file:
         asked = json.load(file)

@@ -1,4 +1,4 @@
-"""A converted folder as the exporter reads it: configuration, what its modules hold besides weights, tensors by layer."""
+"""Access to a converted folder for the exporter: configuration, constants of its modules, tensors by layer."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 
 
 class Converted:
-    """Opened for one profile.
-
-    Raises:
-        InputError: it is no converted model, or one that the profile cannot say.
-    """
+    """A converted folder that a profile supports."""
 
     def __init__(self, folder: Path, profile: Profile):
+        """Open a folder.
+
+        Raises:
+            InputError: no converted model, or one that the profile does not support.
+        """
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} has no config.json: give the folder of a converted model")
         self.folder, self.label = folder, folder.resolve().name
@@ -57,10 +58,10 @@ class Converted:
         needed = {f"model.layers.{index}.{name}" for index in self.layers for name in (*KEPT, *attention)}
         needed |= {EMBEDDING, NORM} | (set() if self.config.tie_word_embeddings else {HEAD})
         biases = {f"model.layers.{index}.self_attn.{part}.bias" for index in self.layers for part in parts}
-        found = set(self.reader.names())
-        if missing := sorted(needed - found):
+        stored = set(self.reader.names())
+        if missing := sorted(needed - stored):
             raise InputError(f"tensor {missing[0]} is missing from {self.label}: convert the model again")
-        if foreign := sorted(found - needed - biases - {HEAD}):
+        if foreign := sorted(stored - needed - biases - {HEAD}):
             raise InputError(
                 f"tensor {foreign[0]} of {self.label} has no place in DeepSeek's model: serve it with transformers"
             )
@@ -77,23 +78,25 @@ class Converted:
         )
 
     def planes(self) -> list[list[int]]:
-        """For each layer the frequency of each plane."""
+        """For each layer, the frequency index of each rotary plane."""
         names = [f"model.layers.{index}.self_attn.rope_freq_index" for index in self.layers]
-        found = self.reader.read(names)
-        return [found[name].tolist() for name in names]
+        indices = self.reader.read(names)
+        return [indices[name].tolist() for name in names]
 
     def layer(self, index: int) -> tuple[Attention, QKNormFeatures | None, dict[str, Tensor]]:
-        """A layer's attention, what norms queries and keys before it, and other tensors by local names; all finite."""
+        """A layer's attention, its norms of queries and keys if it has them, and its other tensors by local names."""
         prefix = f"model.layers.{index}."
         tensors = self.reader.read(name for name in self.reader.names() if name.startswith(prefix))
         check_finite(tensors)
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        own = {name.removeprefix("self_attn."): local.pop(name) for name in [*local] if name.startswith("self_attn.")}
-        features = QKNormFeatures.take(own) if self.config.mla_q_norm else None
-        return Attention.read(own, self.config.num_attention_heads, self.config.v_head_dim), features, local
+        inside = {
+            name.removeprefix("self_attn."): local.pop(name) for name in [*local] if name.startswith("self_attn.")
+        }
+        features = QKNormFeatures.take(inside) if self.config.mla_q_norm else None
+        return Attention.read(inside, self.config.num_attention_heads, self.config.v_head_dim), features, local
 
     def largest_latent(self, index: int, rank: int) -> float:
-        """What the mean square of a layer's latent over `rank` numbers can be at most, for any input."""
+        """Upper bound of the mean square of a layer's latent over `rank` elements, for any input."""
         attention, features, rest = self.layer(index)
         weight = rest["input_layernorm.weight"]
         if features:

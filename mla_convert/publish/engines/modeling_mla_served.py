@@ -1,9 +1,9 @@
-"""A converted model as DeepSeek-V3 with what the stock class cannot say: biases, a softmax scale of its own, rotary frequencies
-of its own in every layer, and norms on queries and keys.
+"""DeepSeek-V3 with the properties of converted models that the stock class lacks.
 
-Needs only torch and transformers (5.15 or newer). vLLM (0.28 or newer, with --trust-remote-code) runs it through its
-transformers backend, which finds latent attention in it by its shape and replaces it by its own kernels: names, the norm
-on the latent and the inherited forward must stay what they are.
+These are biases, another softmax scale, rotary frequencies that differ by layer, and norms on queries and keys. The file needs
+only torch and transformers (5.15 or newer). vLLM (0.28 or newer, with --trust-remote-code) runs it by its transformers
+backend, which recognises latent attention by its structure and replaces it by its own kernels: names, the norm on the latent
+and the inherited forward must not change.
 """
 
 import inspect
@@ -21,8 +21,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     eager_attention_forward,
 )
 
-# The name under which the stock attention of the installed version takes its cache, and what else a layer may hand over: by it
-# nothing changes here, or the attention function reads it.
+# The stock attention's argument for its cache in the installed version, and other arguments that a layer may pass: they have no
+# effect here, or the attention function reads them.
 CACHE = next(n for n in ("cache", "past_key_values") if n in inspect.signature(DeepseekV3Attention.forward).parameters)
 LEFT_TO_OTHERS = frozenset(
     ["position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
@@ -32,13 +32,14 @@ LEFT_TO_OTHERS = frozenset(
 
 
 class MlaServedLatentNorm(DeepseekV3RMSNorm):
-    """Its epsilon is so large that it only divides by a constant, which its weight multiplies back: the identity."""
+    """A norm that is the identity: its epsilon is so large that it divides by a constant, and its weight is that constant."""
 
 
 class MlaServedAttention(DeepseekV3Attention):
-    """DeepSeek-V3's attention with the biases and the softmax scale of the model that was converted."""
+    """DeepSeek-V3's attention with the biases and the softmax scale of the converted model."""
 
     def __init__(self, config, layer_idx):
+        """Replace the stock projections and the latent norm."""
         super().__init__(config, layer_idx)
         heads, hidden = self.num_heads, config.hidden_size
         compressed = config.kv_lora_rank + config.qk_rope_head_dim
@@ -50,12 +51,13 @@ class MlaServedAttention(DeepseekV3Attention):
 
 
 class MlaServedFeatures(nn.Module):
-    """Queries and keys behind the norms that the model has on them, and its values: what latent attention then reads.
+    """The input of latent attention: normed queries and keys, and values.
 
-    One projection, not three, so that engines leave it whole on every device.
+    They come from one projection, not three, so that engines do not shard it over devices.
     """
 
     def __init__(self, config):
+        """Make the projection and the norms of one layer."""
         super().__init__()
         self.head_dim = config.mla_head_dim
         self.sizes = [count * self.head_dim for count in config.mla_feature_heads]
@@ -64,7 +66,7 @@ class MlaServedFeatures(nn.Module):
         self.k_norm = DeepseekV3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states):
-        """hidden_states (B, T, hidden) -> normed queries (B, T, H * d_h), and normed keys with values (B, T, 2 G * d_h)."""
+        """Map hidden states (B, T, hidden) to normed queries (B, T, H * d_h) and [normed keys; values] (B, T, 2 G * d_h)."""
         query, key, value = self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
         query = self.q_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         key = self.k_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(-2)
@@ -72,9 +74,10 @@ class MlaServedFeatures(nn.Module):
 
 
 class MlaServedNormedAttention(MlaServedAttention):
-    """The same attention on `MlaServedFeatures`. Each head's query is a map of its own features: q_proj is block diagonal."""
+    """The same attention on `MlaServedFeatures`. Each head's query depends on that head's features: q_proj is block diagonal."""
 
     def __init__(self, config, layer_idx):
+        """Replace the projections by maps of features."""
         super().__init__(config, layer_idx)
         heads, keys, values = (count * config.mla_head_dim for count in config.mla_feature_heads)
         compressed = config.kv_lora_rank + config.qk_rope_head_dim
@@ -82,7 +85,7 @@ class MlaServedNormedAttention(MlaServedAttention):
         self.kv_a_proj_with_mqa = nn.Linear(keys + values, compressed, bias=False)
 
     def forward(self, query, key_value, position_embeddings, attention_mask=None, **kwargs):
-        """Features of queries (B, T, H * d_h) and of keys and values -> attention output (B, T, hidden), and weights."""
+        """Map features of queries (B, T, H * d_h) and of keys and values to the output (B, T, hidden); also the weights."""
         cache = kwargs.pop(CACHE, None)
         for name, value in kwargs.items():
             if not (value is None or value is False or name in LEFT_TO_OTHERS):
@@ -119,25 +122,26 @@ class MlaServedNormedAttention(MlaServedAttention):
 
 
 class MlaServedRotaryEmbedding(DeepseekV3RotaryEmbedding):
-    """Angles of all layers' tables one after another, each table twice as the stock class has it: (B, T, tables * 2m)."""
+    """Angles of all layers' tables in sequence, each table twice as in the stock class: (B, T, tables * 2m)."""
 
     @staticmethod
     def compute_default_rope_parameters(config, *_, **__):
-        """inv_freq (tables * 2m,) in radians per position, and no scaling."""
+        """Frequencies (tables * 2m,) in radians per position, and a scaling factor of 1."""
         tables = torch.tensor(config.mla_inv_freq, dtype=torch.float)
         return torch.cat([tables, tables], dim=-1).flatten(), 1.0
 
     @torch.no_grad()
     def forward(self, x, position_ids):
-        """cos and sin for position_ids (B, T), in the dtype of x."""
+        """Cosines and sines for position_ids (B, T), in the dtype of x."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 class MlaServedDecoderLayer(DeepseekV3DecoderLayer):
-    """The stock layer with the attention above, which gets its own part of the table."""
+    """The stock layer with the attention above, which gets its layer's part of the table."""
 
     def __init__(self, config, layer_idx):
+        """Make the layer's attention and find its part of the table."""
         super().__init__(config, layer_idx)
         self.normed = config.mla_feature_heads is not None
         self.self_attn = (MlaServedNormedAttention if self.normed else MlaServedAttention)(config, layer_idx)
@@ -147,7 +151,7 @@ class MlaServedDecoderLayer(DeepseekV3DecoderLayer):
         self.last_angle = self.first_angle + config.qk_rope_head_dim
 
     def forward(self, hidden_states, position_embeddings=None, **kwargs):
-        """hidden_states (B, T, hidden) -> the same shape."""
+        """Map hidden states (B, T, hidden) to the same shape."""
         own = tuple(table[..., self.first_angle : self.last_angle] for table in position_embeddings)
         if not self.normed:
             return super().forward(hidden_states, position_embeddings=own, **kwargs)
@@ -158,18 +162,19 @@ class MlaServedDecoderLayer(DeepseekV3DecoderLayer):
 
 
 def _padding(config):
-    # config.json names a padding token that does not exist, so that nobody builds the stock class, which has no biases
+    # config.json has a padding token outside the vocabulary, so that the stock class, which lacks biases, cannot be built
     config.pad_token_id = config.mla_pad_token_id
     return config
 
 
 class MlaServedModel(DeepseekV3Model):
-    """DeepSeek-V3's decoder of the layers above."""
+    """DeepSeek-V3's decoder with the layers above."""
 
     _no_split_modules = ["MlaServedDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": MlaServedDecoderLayer, "attentions": MlaServedAttention}  # noqa: RUF012
 
     def __init__(self, config):
+        """Make the decoder's layers and RoPE tables."""
         super().__init__(_padding(config))
         self.layers = nn.ModuleList(MlaServedDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.rotary_emb = MlaServedRotaryEmbedding(config)
@@ -177,11 +182,12 @@ class MlaServedModel(DeepseekV3Model):
 
 
 class MlaServedForCausalLM(DeepseekV3ForCausalLM):
-    """The causal language model."""
+    """The causal language model of `MlaServedModel`."""
 
     _no_split_modules = ["MlaServedDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config):
+        """Make the model and its head."""
         super().__init__(_padding(config))
         self.model = MlaServedModel(config)
         self.post_init()

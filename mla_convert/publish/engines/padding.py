@@ -1,4 +1,4 @@
-"""Sizes of latent attention that serving engines have kernels for, and zero padding up to them. Imports no torch."""
+"""Sizes of latent attention that serving engines support, and zero padding to these sizes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Literal
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.method.factorise.sizes import TABLE
 
-# vLLM allocates latent and rotary key together, and takes 320, 512 and 576 numbers in all (MLACommonMetadata; 0.30 and
-# newer). Its prefill kernels know rotary dims of 64 only, and these widths of a head's (content key, rotary key, value).
+# vLLM allocates latent and rotary key together and supports 320, 512 and 576 elements in all (MLACommonMetadata; 0.30 and
+# newer). Its prefill kernels support 64 rotary dims only, and these widths of a head's (content key, rotary key, value).
 ROPE_DIM = 2 * TABLE
 RANKS = (256, 448, 512)
 HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
 KNOWN = ", ".join(str(rank) for rank in RANKS[:-1]) + f" and {RANKS[-1]}"
 
-# Zero padding: to the smallest sizes that vLLM takes, to one of its ranks, or none.
+# Zero padding: to the smallest sizes that vLLM supports, to one of its ranks, or none.
 Pad = int | Literal["auto", "none"]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of every layer: kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim and v_head_dim."""
+    """Sizes of every layer: kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim and v_head_dim."""
 
     rank: int
     rope_dim: int
@@ -30,30 +30,36 @@ class Sizes:
 
     @property
     def cache_width(self) -> int:
-        """Numbers cached per token and layer."""
+        """Elements cached per token and layer."""
         return self.rank + self.rope_dim
 
 
 def parse_pad(value: str) -> Pad:
-    """`--pad` as typed.
+    """The value of `--pad`.
 
     Raises:
-        UsageError: none of them.
+        UsageError: an unknown value.
     """
-    if value in ("auto", "none"):
-        return value
+    names: dict[str, Pad] = {"auto": "auto", "none": "none"}
+    if value in names:
+        return names[value]
     if value.isdigit() and int(value) in RANKS:
         return int(value)
     raise UsageError(f"pad {value!r} is none of auto, none, {', '.join(map(str, RANKS))}")
 
 
 def padded(ranks: list[int], rope_dim: int, nope_dim: int, v_dim: int, pad: Pad) -> Sizes:
-    """The sizes to store for layers of these ranks and these largest other sizes.
+    """The sizes in which the layers are stored.
 
-    :param pad: "auto": the smallest that vLLM takes; a rank: that one; "none": as the layers are, which must be alike.
+    Args:
+        ranks: of each layer.
+        rope_dim: largest of all layers.
+        nope_dim: largest of all layers.
+        v_dim: of all layers.
+        pad: "auto": the smallest sizes that vLLM supports; a rank: that one; "none": the layers' own, which must be equal.
 
     Raises:
-        InputError: the sizes are above all that vLLM takes, or layers differ and nobody said to pad them.
+        InputError: sizes above those that vLLM supports, or layers of different ranks without a rank to pad to.
     """
     largest = max(ranks)
     if len(set(ranks)) > 1 and pad not in RANKS:

@@ -1,4 +1,4 @@
-"""What an exported model can say, profile by profile, and what is refused with the reason. docs/guides/serve.md has the table."""
+"""The models that each export profile supports, and the reasons for which others are refused (table: docs/guides/serve.md)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mla_convert.core.errors import InputError, UsageError
 
 Profile = Literal["portable", "engine", "hf-code"]
 PROFILES: tuple[Profile, ...] = ("portable", "engine", "hf-code")
-# Families whose decoder layer is DeepSeek's but for its attention: RMSNorm, attention, RMSNorm, gated MLP.
+# Families whose decoder layer is DeepSeek's except for attention: RMSNorm, attention, RMSNorm, gated MLP.
 FAMILIES = ("llama", "mistral", "qwen2", "smollm3")
-# The same, with norms on queries and keys: profile hf-code says them.
+# The same with norms on queries and keys, which profile hf-code supports.
 NORMED_FAMILIES = ("qwen3",)
 # RoPE scalings whose frequencies depend on the length of the text.
 MOVING = ("dynamic", "longrope")
-# DeepSeek-V3's own latent norm adds this in transformers, whatever config.json says; vLLM and SGLang add rms_norm_eps.
+# Epsilon of DeepSeek-V3's latent norm in transformers, which ignores config.json; vLLM and SGLang use rms_norm_eps.
 STOCK_EPS = 1e-6
 
 
@@ -33,7 +33,7 @@ def check_profile(profile: str) -> Profile:
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """What the exporter asks of a converted model's configuration and modules."""
+    """RoPE and softmax scale of a converted model, from its configuration and modules."""
 
     theta: float
     inv_freq: tuple[float, ...]
@@ -42,9 +42,12 @@ class ModelTraits:
 
 
 def check_family(config: Any, family: str, label: str) -> None:
-    """Refuse a model that DeepSeek-V3's form cannot say in any profile.
+    """Refuse a model that no profile supports.
 
-    :param config: of the model, converted or not; `family` is the original's model type.
+    Args:
+        config: of the model, converted or not.
+        family: model type of the original.
+        label: of the model, for messages.
 
     Raises:
         InputError: the first reason.
@@ -63,12 +66,12 @@ def check_family(config: Any, family: str, label: str) -> None:
 
 
 def rope_type(config: Any) -> str:
-    """How a model's RoPE is scaled; "default" is not at all."""
+    """The type of a model's RoPE scaling; "default": none."""
     return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
 
 
 def needs_code(config: Any, biases: bool, normed: bool) -> str | None:
-    """The first reason why a model needs profile hf-code, with what engines make of it; None if it does not."""
+    """The first reason for which a model needs profile hf-code; None if it does not."""
     if normed:
         return "norms on queries and keys, which DeepSeek's attention has not"
     if biases:
@@ -79,10 +82,10 @@ def needs_code(config: Any, biases: bool, normed: bool) -> str | None:
 
 
 def check_profile_of(profile: Profile, reason: str | None, label: str) -> None:
-    """Refuse profiles without code to a model that needs some, by `needs_code`.
+    """Refuse a profile without code if `reason`, from `needs_code`, requires it.
 
     Raises:
-        InputError: with the way out.
+        InputError: names profile hf-code.
     """
     if reason and profile != "hf-code":
         raise InputError(f"{label} has {reason}: export it with --profile hf-code")
@@ -117,10 +120,15 @@ def check_dtype(stored: str, wanted: str) -> str:
 
 
 def residual_scale(profile: Profile, eps: float, largest: float) -> tuple[float, float]:
-    """Factor on the residual stream, and rms_norm_eps of the exported model, which together change nothing.
+    """Factor on the residual stream, and rms_norm_eps of the exported model; together they leave the results unchanged.
 
-    portable: rms_norm_eps must be transformers' own; engine: a power of two, so large that latents need little scaling
-    beside it, and so small that `largest`, the largest weight that it multiplies, stays within float16 (GGUF's scales).
+    portable: rms_norm_eps must be that of transformers. engine: the factor is a power of two, large enough that latents need
+    little scaling, and small enough that the largest scaled weight fits float16 (the scales of GGUF).
+
+    Args:
+        profile: of the export.
+        eps: rms_norm_eps of the converted model.
+        largest: largest magnitude of the weights that the factor multiplies.
     """
     if profile == "portable":
         return math.sqrt(STOCK_EPS / eps), STOCK_EPS

@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what it is, who may load it, and how."""
+"""README.md of an exported folder: its content, and the engines and commands that load it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEAD = """\
 # {name}
 
 {source}, converted to Multi-head Latent Attention by mla_convert, in the form of a dense DeepSeek-V3 checkpoint, profile
-**{profile}**: {cache_numbers} numbers cached per token and layer (kv_lora_rank {kv_lora_rank}, qk_rope_head_dim
+**{profile}**: {cache_numbers} elements cached per token and layer (kv_lora_rank {kv_lora_rank}, qk_rope_head_dim
 {qk_rope_head_dim}).
 """
 PORTABLE = """
@@ -45,6 +45,12 @@ TEXT = {"portable": PORTABLE, "engine": ENGINE, "hf-code": CODE}
 
 
 def write_readme(folder: Path, source: str, facts: dict[str, Any]) -> None:
-    """Write README.md; `facts` are those of export.json."""
+    """Write README.md of an exported folder.
+
+    Args:
+        folder: to write into.
+        source: name of the converted model.
+        facts: content of export.json.
+    """
     values = {**facts, "source": source, "name": f"{source}-{facts['profile']}"}
     write_file(folder / CARD, (HEAD + TEXT[facts["profile"]]).format(**values))

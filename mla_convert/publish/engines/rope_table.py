@@ -1,4 +1,4 @@
-"""One RoPE table for all layers, of the kind that DeepSeek's configuration can say: theta ** (-2 i / qk_rope_head_dim)."""
+"""One RoPE table for all layers, in the form of DeepSeek's configuration: theta ** (-2 i / qk_rope_head_dim)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from mla_convert.core.errors import InputError
 from mla_convert.method.factorise.sizes import TABLE
 
-# Relative: what float32 leaves of a frequency that is a power of theta.
+# Relative error in float32 of a frequency that is a power of theta.
 TOLERANCE = 1e-5
 CURE = "convert with --for vllm, or export with --profile hf-code, which keeps every plane"
 
 
 @dataclass(frozen=True)
 class RopeTable:
-    """`theta` and the number of frequencies; `slots` has, for each layer, where each of its planes stands."""
+    """A table of `size` frequencies with the base `theta`; `slots`: for each layer, the table index of each plane."""
 
     theta: float
     size: int
@@ -23,14 +23,16 @@ class RopeTable:
 
 
 def share_table(layers: list[list[int]], inv_freq: list[float], theta: float, limit: int | None = TABLE) -> RopeTable:
-    """The table that holds every layer's planes, each at a frequency of its own. Frequencies left over stay unused.
+    """The table that contains the frequencies of every layer's planes; it may contain others.
 
-    :param layers: for each layer the source's frequency of each plane, an index into `inv_freq`.
-    :param inv_freq: radians per position of the source's RoPE, which must be theta ** (-f / len(inv_freq)).
-    :param limit: the table's size; None: as many as are needed.
+    Args:
+        layers: for each layer, the frequency of each plane as an index into `inv_freq`.
+        inv_freq: radians per position of the source's RoPE, which must be theta ** (-f / len(inv_freq)).
+        theta: base of the source's RoPE.
+        limit: the table's size; None: the number of frequencies that are needed.
 
     Raises:
-        InputError: no such table holds them; says why and what to do.
+        InputError: there is no such table; says why and what to do.
     """
     count = len(inv_freq)
     powers = [theta ** (-f / count) for f in range(count)]

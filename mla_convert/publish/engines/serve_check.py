@@ -1,4 +1,4 @@
-"""Does an engine answer from an exported folder as the converted model does? Log-probabilities and greedy tokens, compared."""
+"""Comparison of a serving engine's answers from an exported folder with the converted model's: log-probabilities and tokens."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from mla_convert.source.texts import load_text
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
 PROMPTS, LENGTH, TOKENS, TOP = 4, 64, 16, 20
-# float32: largest difference of a log-probability, from our own model in float64: two float32 evaluations of one model each
-# round, and may do so in opposite directions. Rounded weights: times what rounding our own model costs, and a little.
+# float32: largest difference of a log-probability from the converted model in float64 (a second float32 evaluation may round in
+# the opposite direction). bfloat16: the mean difference may be SLACK times that of the converted model in bfloat16, plus EXACT.
 EXACT, SLACK = 1e-4, 2.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found. Differences are of log-probabilities, from the converted model's in a higher precision.
+    """The result of a comparison. Differences are of log-probabilities, from the converted model's in a higher precision.
 
-    `own_rounding` is the converted model's own difference in `dtype`, of the kind that `limit` is for: the largest in float32,
-    else the mean.
+    `own_rounding` is the converted model's own difference in `dtype`, of the kind that `limit` applies to: the largest one in
+    float32, else the mean.
     """
 
     engine: str
@@ -52,10 +52,11 @@ class Verdict:
     ok: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """As `serve-check --json` prints it."""
+        """For `serve-check --json`."""
         return asdict(self)
 
     def __str__(self) -> str:
+        """The result in three lines."""
         if self.dtype == "float32":
             rule = (
                 f"largest difference at most {self.limit:g} and the same greedy tokens; float32 costs our own model "
@@ -75,7 +76,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """How the engine is run. `python` has it installed; `gguf` and `server` are llama.cpp's model file and program."""
+    """The way in which the engine is run.
+
+    `python`: interpreter of the environment that has the engine; `gguf` and `server`: llama.cpp's model file and program;
+    `limit`: largest difference, instead of the default.
+    """
 
     engine: str
     python: str | None = None
@@ -88,13 +93,15 @@ class EngineRequest:
 
 
 def serve_check(folder: Path, how: EngineRequest, against: Path | None = None) -> Verdict:
-    """Ask the engine, ask the converted model, compare.
+    """Compare an engine's answers with the converted model's.
 
-    :param folder: an exported folder.
-    :param against: the converted folder that it was exported from; None: looked for beside it, by the name it notes.
+    Args:
+        folder: an exported folder.
+        how: the engine and its options.
+        against: the converted folder that it was exported from; None: the folder beside it of the name in export.json.
 
     Raises:
-        UsageError, InputError: nothing that this engine serves, or nothing to compare with.
+        UsageError, InputError: the engine does not serve this folder, or there is no converted folder.
         ResourceError: the engine is not installed, or fails.
     """
     if how.engine not in ENGINES:
@@ -177,7 +184,7 @@ def fixed_prompts(tokenizer: Any) -> list[list[int]]:
 
 
 def _ask(folder: Path, how: EngineRequest, prompts: list[list[int]], dtype: str) -> dict[str, Any]:
-    """The engine's answers, by `ask_engine.py` in its own interpreter."""
+    """The engine's answers, from `ask_engine.py` in the engine's interpreter."""
     with tempfile.TemporaryDirectory() as work:
         asked: dict[str, Any] = {"prompts": prompts, "tokens": TOKENS, "top": TOP, "dtype": dtype,
                                  "trust_remote_code": how.trust_remote_code, "model_impl": how.model_impl}  # fmt: skip
@@ -185,7 +192,7 @@ def _ask(folder: Path, how: EngineRequest, prompts: list[list[int]], dtype: str)
             asked |= {"server": _server(how), "port": _free_port(), "log": f"{work}/server.log"}
         questions, answers = Path(work) / "questions.json", Path(work) / "answers.json"
         questions.write_text(json.dumps(asked), encoding="utf-8")
-        model = os.path.abspath(how.gguf if how.engine == "llama.cpp" else folder)
+        model = os.path.abspath(how.gguf if how.engine == "llama.cpp" and how.gguf else folder)
         python = shutil.which(how.python) if how.python else sys.executable
         if python is None:
             raise ResourceError(
@@ -198,21 +205,24 @@ def _ask(folder: Path, how: EngineRequest, prompts: list[list[int]], dtype: str)
             raise ResourceError(f"{command[0]} cannot be run: {error.strerror}") from error
         if done.returncode or not answers.is_file():
             raise ResourceError(f"{how.engine} could not be asked: {_last_words(done.stderr) or done.returncode}")
-        found = json.loads(answers.read_text(encoding="utf-8"))
-    for entry in found["prompts"]:
+        given = json.loads(answers.read_text(encoding="utf-8"))
+    for entry in given["prompts"]:
         entry["logprobs"] = [{int(token): value for token, value in line.items()} for line in entry["logprobs"]]
-    return found
+    return given
 
 
 def _environment(engine: str) -> dict[str, str]:
-    own = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if engine == "vllm":
-        own |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
-    return os.environ | own
+        quiet |= {
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        }
+    return os.environ | quiet
 
 
 def _last_words(stderr: str) -> str:
-    """The error at the end of what a program says when it fails."""
+    """The last error in a failed program's stderr."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.partition(":")[0] or line.startswith("llama-server")]
     return one_line(RuntimeError((errors or lines or [""])[-1]))
@@ -222,7 +232,7 @@ def _server(how: EngineRequest) -> str:
     found = shutil.which(how.server or "llama-server") or (None if how.server else shutil.which("llama-cpp-server"))
     if found is None:
         raise ResourceError(f"{how.server or 'llama-server'} is not on the path: install llama.cpp, or give --server")
-    return os.path.abspath(found)  # not resolved: a link may be what finds the libraries beside it
+    return os.path.abspath(found)  # not resolved: the program may find its libraries by the link's folder
 
 
 def _free_port() -> int:
@@ -235,11 +245,12 @@ def _free_port() -> int:
 def _own_answers(
     place: Any, prompts: list[list[int]], dtype: torch.dtype, continued: bool = True
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """The converted model's log-probabilities (T-1, vocabulary) of each prompt, and its greedy continuations if asked for.
+    """The converted model's log-probabilities (T-1, vocabulary) of each prompt, and its greedy continuations.
 
-    float64 is that of the weights, projections and attention: the library's norms and RoPE tables are float32 throughout.
+    `dtype` is that of weights, projections and attention; transformers' norms and RoPE tables are always float32. If not
+    `continued`, there are no continuations.
     """
-    model = load_model(place, dtype, torch.device("cpu"))
+    model: Any = load_model(place, dtype, torch.device("cpu"))
     model.generation_config.eos_token_id = None
     logprobs, greedy = [], []
     for ids in prompts:
@@ -252,7 +263,7 @@ def _own_answers(
 
 
 def _as_entries(logprobs: list[torch.Tensor]) -> list[list[dict[int, float]]]:
-    """Answers of our own as an engine gives them: the TOP likeliest of each position."""
+    """Log-probabilities in the form of an engine's answers: the TOP most likely tokens of each position."""
     tops = [table.topk(min(TOP, table.shape[1])) for table in logprobs]
     return [
         [
@@ -264,14 +275,14 @@ def _as_entries(logprobs: list[torch.Tensor]) -> list[list[dict[int, float]]]:
 
 
 def _compare(answers: list[list[dict[int, float]]], exact: list[torch.Tensor]) -> tuple[float, float, float]:
-    """Largest and mean difference of log-probabilities, and the share of positions with the same likeliest token."""
+    """Largest and mean difference of log-probabilities, and the fraction of positions with the same most likely token."""
     differences, agree = [], []
     for lines, table in zip(answers, exact, strict=True):
-        for line, own in zip(lines, table, strict=True):
+        for line, expected in zip(lines, table, strict=True):
             tokens = torch.tensor(list(line))
-            found = torch.tensor(list(line.values()), dtype=torch.float64)
-            differences.append((found - own[tokens]).abs())
-            agree.append(max(line, key=line.__getitem__) == int(own.argmax()))
+            answered = torch.tensor(list(line.values()), dtype=torch.float64)
+            differences.append((answered - expected[tokens]).abs())
+            agree.append(max(line, key=line.__getitem__) == int(expected.argmax()))
     every = torch.cat(differences)
     if not torch.isfinite(every).all():
         return float("inf"), float("inf"), sum(agree) / len(agree)

@@ -1,1 +1,1 @@
-"""Reading a source checkpoint tensor by tensor, and writing the converted one shard by shard."""
+"""Reading of source checkpoints: safetensors and GGUF files, quantised tensors, names and shapes."""

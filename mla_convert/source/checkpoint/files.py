@@ -1,4 +1,4 @@
-"""Which files of a folder hold its weights: those that transformers reads, and only such as cannot run code."""
+"""The weight files of a folder: those that transformers reads, and only of formats that cannot run code."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files in the order in which transformers reads them: of a tensor that stands in two, the last counts."""
+    """The files in the order in which transformers reads them: of a tensor in two files, the last one counts."""
 
     files: tuple[str, ...]
     promised: dict[str, str] = field(default_factory=dict)
-    """Tensor name -> file, as the index has it; empty without an index."""
+    """Tensor name -> file, by the index; empty without an index."""
     index: str | None = None
     """Name of the index, if there is one."""
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """The files that hold a folder's weights: what config.json names, else the single file, else those of the index.
+    """The weight files of a folder: the one in config.json, else the single file, else those of the index.
 
     Raises:
-        InputError: there are none, or a pickle, a file outside the folder or an adapter is among them.
+        InputError: there are none, or there is a pickle, a file outside the folder or an adapter.
     """
     refuse_adapter(folder, folder.name)
     shards = sorted(path.name for path in folder.iterdir() if DISTRIBUTED.fullmatch(path.name))
@@ -58,10 +58,10 @@ def weight_files(folder: Path) -> WeightFiles:
 
 
 def refuse_adapter(folder: Path, label: str) -> None:
-    """Refuse a folder with a PEFT adapter: transformers lays it over the weights, and reads it as a pickle if it is one.
+    """Refuse a folder with a PEFT adapter: transformers adds it to the weights, and reads it even if it is a pickle.
 
     Raises:
-        InputError: there is one; with a model beside it, or alone.
+        InputError: there is one, with or without a model.
     """
     if not (folder / ADAPTER).exists():
         return
@@ -80,7 +80,7 @@ def _named(folder: Path) -> str | None:
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # whoever needs a configuration says so
+        return None  # the reader of the configuration reports it
     if named is None:
         return None
     if not isinstance(named, str):

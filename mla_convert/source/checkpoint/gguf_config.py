@@ -1,8 +1,8 @@
-"""What a GGUF file's metadata says of a model, put into the configuration that transformers makes of it.
+"""Transfer of a GGUF file's metadata into the configuration that transformers makes of the file.
 
-transformers takes up a part of the metadata and leaves the rest at its defaults, without a word: RoPE scaling, the width that
-RoPE turns, windows, soft caps. Here every key of the architecture is either taken up or refused by name
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md describes them, llama.cpp's src/llama-model.cpp what they mean).
+transformers reads a part of the metadata and silently leaves the rest at its defaults: RoPE scaling, the width that RoPE
+rotates, sliding windows, soft caps. Here every key of the architecture is either applied or refused by name. The keys:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; their meaning: llama.cpp's src/llama-model.cpp.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mla_convert.core.errors import InputError
 from mla_convert.source.checkpoint.gguf_file import GgufFile
 from mla_convert.source.checkpoint.gguf_rope import head_dim, set_rope
 
-# Key of the metadata -> settings of which the configuration has one; counts are whole numbers from 1.
+# Metadata key -> names of the setting, of which a configuration has one. Counts are integers from 1.
 COUNTS = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
@@ -35,9 +35,9 @@ NUMBERS = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
 }
-# Where a file is silent, transformers has the tokens of one checkpoint.
+# Without these keys, transformers uses the tokens of one particular checkpoint.
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-# Recommended settings of generation, and what transformers calls them.
+# Recommended generation settings -> their names in transformers.
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -45,23 +45,23 @@ SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-# Taken up below, or nothing that changes what the model computes.
+# Keys that are applied below, and keys without effect on the model's results.
 HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 WINDOW = ("attention.sliding_window", "attention.sliding_window_pattern")
 SCALE = "attention.scale"
 HARMLESS = ("tensor_data_layout", "use_parallel_residual", "rope.scaling.finetuned", "attention.causal")
-# Families whose configuration has a window that the metadata fills, and those of them that cannot do without.
+# Families whose sliding window the metadata sets, and those of them that require one.
 WINDOWED = ("mistral", "phi3", "starcoder2", "gemma2", "gemma3_text", "gpt_oss")
 ALWAYS_WINDOWED = ("gemma3_text", "gpt_oss")
-# Layers of the models of 27 billion parameters, by which llama.cpp knows that their scale is not that of their heads.
+# Layers of the 27B models; llama.cpp recognises by them that the softmax scale is not that of the heads.
 SCALED_BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
 
 
 def apply_metadata(config: PreTrainedConfig, file: GgufFile) -> list[str]:
-    """Put what the file says into `config`, which transformers made of it; returns notes.
+    """Apply a file's metadata to `config`, which transformers made of the file. Returns notes.
 
     Raises:
-        InputError: a key that has no place in the configuration, or of the wrong type.
+        InputError: a key that the configuration does not have, or of the wrong type.
     """
     start = f"{file.architecture}."
     said = {key.removeprefix(start): value for key, value in file.metadata.items() if key.startswith(start)}
@@ -76,9 +76,9 @@ def apply_metadata(config: PreTrainedConfig, file: GgufFile) -> list[str]:
     _set_heads(config, file, said)
     notes = _set_window(config, file, said) + _set_scale(config, file, said)
     _set_biases(config, file)
-    taken = {*COUNTS, *NUMBERS, *HEAD, *WINDOW, SCALE, *HARMLESS, *set_rope(config, file, said)}
+    known = {*COUNTS, *NUMBERS, *HEAD, *WINDOW, SCALE, *HARMLESS, *set_rope(config, file, said)}
     for key, value in said.items():
-        if key not in taken and value:
+        if key not in known and value:
             raise InputError(
                 f"{file.name} has {start}{key} = {value!r}, which transformers does not read and this conversion does not know: "
                 f"give the checkpoint that it was made from"
@@ -87,7 +87,7 @@ def apply_metadata(config: PreTrainedConfig, file: GgufFile) -> list[str]:
 
 
 def _count(value: Any, file: GgufFile, key: str) -> int:
-    # counts of experts may be 0, where there are none
+    # counts of experts may be 0: a model without experts
     if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (not value and "expert" not in key):
         raise InputError(
             f"{file.name} has {file.architecture}.{key} = {value!r}, which is no number from 1: fetch it again"
@@ -102,13 +102,13 @@ def _number(value: Any, file: GgufFile, key: str) -> float:
 
 
 def _set(config: PreTrainedConfig, file: GgufFile, key: str, names: tuple[str, ...], value: float) -> None:
-    """Give the configuration's setting of one of these names a value."""
+    """Set the configuration's setting that has one of these names."""
     for name in names:
         if hasattr(config, name):
             setattr(config, name, value)
             return
     if key == "attention.head_count_kv" and value == config.num_attention_heads:
-        return  # families whose every head has keys of its own
+        return  # families without grouped-query attention
     if value:
         raise InputError(
             f"{file.name} has {file.architecture}.{key} = {value}, which a {config.model_type} model of transformers does not "
@@ -117,7 +117,7 @@ def _set(config: PreTrainedConfig, file: GgufFile, key: str, names: tuple[str, .
 
 
 def _set_heads(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -> None:
-    """Width of a head."""
+    """Set the width of a head."""
     sizes = [_count(said[key], file, key) if key in said else None for key in HEAD]
     key_length, value_length, rotary = sizes
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -126,7 +126,7 @@ def _set_heads(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -
             f"{file.name} has {config.num_attention_heads} query heads and {groups} key/value heads: fetch it again"
         )
     share = config.hidden_size // config.num_attention_heads
-    # older files of the llama architecture say the width of a head as that of RoPE alone
+    # older files of the llama architecture state the width of a head only as that of RoPE
     width = key_length or (rotary if file.architecture == "llama" else None) or share
     if value_length not in (None, width):
         raise InputError(
@@ -138,7 +138,7 @@ def _set_heads(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -
 
 
 def _set_window(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -> list[str]:
-    """How far attention looks back, and in which layers."""
+    """Set the sliding window and the layers that have one. Returns notes."""
     key, pattern_key = (f"{file.architecture}.{name}" for name in WINDOW)
     window, pattern = (said.get(name) for name in WINDOW)
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
@@ -153,7 +153,7 @@ def _set_window(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) 
         return []
     if not window and config.model_type in ALWAYS_WINDOWED:
         raise InputError(f"{file.name} does not say its attention window ({key}): fetch a newer version of it")
-    if window or config.model_type != "gemma2":  # whose default is that of its models
+    if window or config.model_type != "gemma2":  # the default of Gemma 2's configuration is right
         config.sliding_window = window or None
     if pattern:
         config.layer_types = _layer_types(pattern, config.num_hidden_layers, file, pattern_key)
@@ -163,7 +163,7 @@ def _set_window(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) 
 
 
 def _layer_types(pattern: Any, layers: int, file: GgufFile, key: str) -> list[str]:
-    """Kinds of layers from a list of whether each has a window, or from the number in a row of which the last has none."""
+    """`layer_types` from a list of flags, or from a period: the last layer of each period has no window."""
     if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
         pattern = [bool((index + 1) % pattern) for index in range(layers)]
     if not isinstance(pattern, list) or len(pattern) != layers:
@@ -172,17 +172,17 @@ def _layer_types(pattern: Any, layers: int, file: GgufFile, key: str) -> list[st
 
 
 def _set_scale(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -> list[str]:
-    """What query times key is multiplied by."""
+    """Set the softmax scale. Returns notes."""
     scale = _number(said[SCALE], file, SCALE) if SCALE in said else 0.0
     has_own = hasattr(config, "query_pre_attn_scalar")
     if scale and has_own:
-        taken = round(scale**-2)  # a whole number, as the configuration has it
-        if not taken or abs(scale * taken**0.5 - 1) > 1e-5:
+        scalar = round(scale**-2)  # the configuration has an integer
+        if not scalar or abs(scale * scalar**0.5 - 1) > 1e-5:
             raise InputError(
                 f"{file.name} has {file.architecture}.{SCALE} = {scale}, which is 1/sqrt of no whole number, as transformers "
                 f"needs it: give the checkpoint that it was made from"
             )
-        config.query_pre_attn_scalar = taken
+        config.query_pre_attn_scalar = scalar
     elif scale and abs(scale * head_dim(config) ** 0.5 - 1) > 1e-4:
         raise InputError(
             f"{file.name} has {file.architecture}.{SCALE} = {scale}, and a {config.model_type} model of transformers has the "
@@ -191,35 +191,35 @@ def _set_scale(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -
     elif has_own and SCALED_BY_WIDTH.get(config.model_type) == config.num_hidden_layers:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
     elif has_own and config.query_pre_attn_scalar != head_dim(config):
-        taken = config.query_pre_attn_scalar
+        scalar = config.query_pre_attn_scalar
         return [
-            f"{file.name} does not say the scale of its attention ({file.architecture}.{SCALE}): taken as 1/sqrt({taken}), as "
+            f"{file.name} does not say the scale of its attention ({file.architecture}.{SCALE}): taken as 1/sqrt({scalar}), as "
             f"transformers does, though its heads have {head_dim(config)} dims"
         ]
     return []
 
 
 def _set_biases(config: PreTrainedConfig, file: GgufFile) -> None:
-    """Biases that are the configuration's choice: there if the first layer's projections have them."""
+    """Set the flags for biases: true if the first layer's projections have them."""
     for setting, names in (("attention_bias", ("attn_q", "attn_k", "attn_v")), ("mlp_bias", ("ffn_up",))):
         if hasattr(config, setting):
             setattr(config, setting, any(f"blk.0.{name}.bias" in file.tensors for name in names))
 
 
 def sampling(file: GgufFile) -> dict[str, Any]:
-    """The settings of generation that a file recommends, by transformers' names; it says of no others.
+    """The generation settings that a file recommends, by transformers' names.
 
     Raises:
-        InputError: one of them is no number.
+        InputError: a setting that is no number.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, name in SAMPLING.items():
         value = file.metadata.get(f"general.sampling.{key}")
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise InputError(f"{file.name} has general.sampling.{key} = {value!r}, which is no number: fetch it again")
-        found[name] = value
-    # no temperature at all is the most likely token
-    greedy = found.get("temperature") == 0
-    return {"do_sample": False} if greedy else found and {"do_sample": True, **found}
+        settings[name] = value
+    # a temperature of 0 means greedy decoding
+    greedy = settings.get("temperature") == 0
+    return {"do_sample": False} if greedy else settings and {"do_sample": True, **settings}

@@ -1,7 +1,7 @@
-"""A GGUF file, or the parts that gguf-split made of one: its metadata and what its tensors are, checked before they are used.
+"""A GGUF file, or the parts of a split one: metadata, names and shapes, checked before they are used.
 
-Only headers are read here. `whole` gives transformers one file where there are parts, since it reads the first and makes up
-what the others hold.
+Only headers are read here. `whole` joins the parts of a split file, because transformers reads only the first part and
+initialises the other tensors at random.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from mla_convert.core.errors import InputError, ResourceError, one_line
 from mla_convert.source.checkpoint.files import refuse_adapter
 
 SUFFIX = ".gguf"
-# Names that gguf-split gives.
+# Names of the parts by gguf-split.
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
-# Longest array of metadata that is read: those of the vocabulary are only counted.
+# Longest metadata array that is read; of longer ones (the vocabulary) only the length is.
 LONGEST = 4096
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is named as a GGUF file, in whatever case."""
+    """Whether a path has the suffix of a GGUF file, in upper or lower case."""
     return path.suffix.lower() == SUFFIX
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One model: `metadata` by key, and the `tensors`' shapes, as torch has them, by name."""
+    """One model. `metadata`: by key; `tensors`: shape, in torch's order, by name; `readers`: one for each part."""
 
     path: Path
     readers: tuple[GGUFReader, ...]
@@ -49,28 +49,31 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """What llama.cpp calls the family."""
+        """llama.cpp's name of the family."""
         return self.metadata["general.architecture"]
 
     def numbers(self, tensor: str) -> list[float]:
-        """The numbers of a small tensor of floats.
+        """The values of a small F32 tensor.
 
         Raises:
-            InputError: it is stored as something else.
+            InputError: it has another type.
         """
-        (found,) = (t for reader in self.readers for t in reader.tensors if t.name == tensor)
-        if found.data.dtype != np.float32:
+        (stored,) = (t for reader in self.readers for t in reader.tensors if t.name == tensor)
+        if stored.data.dtype != np.float32:
             raise InputError(
-                f"tensor {tensor} of {self.name} is stored as {found.tensor_type.name}, not F32: it is not read"
+                f"tensor {tensor} of {self.name} is stored as {stored.tensor_type.name}, not F32: it is not read"
             )
-        return [float(number) for number in found.data.flatten()]
+        return [float(number) for number in stored.data.flatten()]
 
     @contextlib.contextmanager
     def whole(self, weights: bool = True) -> Iterator[Path]:
-        """A single file with everything: this one, or one that is made of its parts and taken away afterwards.
+        """A single file with the complete model: this one, or a temporary one that joins the parts.
+
+        Args:
+            weights: whether the temporary file contains the values of the tensors.
 
         Raises:
-            ResourceError: no room for it.
+            ResourceError: no disk space for it.
         """
         if len(self.readers) == 1:
             yield self.path
@@ -85,7 +88,7 @@ class GgufFile:
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """All files of the model whose first or only file is `path`, by their names; missing ones are not looked for."""
+    """Paths of all files of the model whose first or only file is `path`, whether or not they exist."""
     match = PART.fullmatch(path.name)
     if not match:
         return [path]
@@ -94,10 +97,10 @@ def gguf_parts(path: Path) -> list[Path]:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the headers of a GGUF file and, if it is the first of several parts, of all of them.
+    """Read the headers of a GGUF file and, if it is the first of several parts, of all parts.
 
     Raises:
-        InputError: damaged, a part alone, or without what every file says.
+        InputError: damaged, an incomplete split file, or without an architecture.
     """
     refuse_adapter(path.parent, path.name)
     first = _reader(path)
@@ -109,10 +112,10 @@ def read_gguf(path: Path) -> GgufFile:
             if tensor.name in tensors:
                 raise InputError(f"tensor {tensor.name} stands in two parts of {path.name}: fetch them again")
             tensors[tensor.name] = tuple(reversed(tensor.shape.tolist()))
-    told = metadata.get("split.tensors.count")
-    if len(readers) > 1 and told != len(tensors):
+    stated = metadata.get("split.tensors.count")
+    if len(readers) > 1 and stated != len(tensors):
         raise InputError(
-            f"the parts of {path.name} hold {len(tensors)} tensors and should hold {told}: fetch them again"
+            f"the parts of {path.name} hold {len(tensors)} tensors and should hold {stated}: fetch them again"
         )
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
@@ -125,24 +128,24 @@ def _reader(path: Path) -> GGUFReader:
         return GGUFReader(path)
     except (OSError, MemoryError) as error:
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
-    except Exception as error:  # a damaged header runs into anything
+    except Exception as error:  # a damaged header can raise anything
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}; fetch it again") from error
 
 
 def _metadata(reader: GGUFReader) -> dict[str, Any]:
-    """Metadata by key: numbers, strings and short lists; of a long list its length."""
-    found: dict[str, Any] = {}
+    """Metadata by key: numbers, strings and short lists; of a long list, its length."""
+    content: dict[str, Any] = {}
     for key, entry in reader.fields.items():
         try:
-            found[key] = entry.contents() if len(entry.data) <= LONGEST else len(entry.data)
+            content[key] = entry.contents() if len(entry.data) <= LONGEST else len(entry.data)
         except Exception as error:  # as above
             raise InputError(
                 f"{key} in the metadata of a GGUF file is damaged ({one_line(error)}): fetch it again"
             ) from error
-    found["tokenizer.ggml.tokens"] = (
+    content["tokenizer.ggml.tokens"] = (
         len(tokens.data) if (tokens := reader.fields.get("tokenizer.ggml.tokens")) else None
     )
-    return found
+    return content
 
 
 def _further(path: Path, metadata: dict[str, Any]) -> list[GGUFReader]:
@@ -173,7 +176,7 @@ def _further(path: Path, metadata: dict[str, Any]) -> list[GGUFReader]:
 
 
 def _join(readers: tuple[GGUFReader, ...], path: Path, weights: bool) -> None:
-    """Write all parts as one file; without `weights` their place is left empty, which takes no room on disk."""
+    """Write all parts as one file; without `weights`, a sparse file without the tensors' values."""
     first = readers[0]
     settings = [entry for entry in first.fields.values() if not entry.name.startswith("GGUF.")]
     start, align = 24, int(first.alignment)
@@ -184,7 +187,7 @@ def _join(readers: tuple[GGUFReader, ...], path: Path, weights: bool) -> None:
         file.write(first.data[start:end].tobytes())
         place = 0
         for tensor in tensors:
-            # all that describes a tensor but its place
+            # the description of a tensor, except its offset
             file.writelines(part.tobytes() for part in tensor.field.parts[:-1])
             file.write(struct.pack("<Q", place))
             place += -(-tensor.n_bytes // align) * align

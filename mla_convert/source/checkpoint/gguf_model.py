@@ -87,25 +87,25 @@ def open_gguf(path: Path, check: Callable[[PreTrainedConfig], Any] = lambda conf
 
 
 def forget_packing(config: PreTrainedConfig) -> None:
-    """Take out of a configuration that its weights came packed in a GGUF file: what is read, and written, is not."""
+    """Remove `quantization_config` from a configuration: the weights are dequantised when they are read."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
 
 
 def _guarded(file: GgufFile, make: Callable[[], Any]) -> Any:
-    """What `make` returns; whatever a file that is damaged or not supported runs into is bad input."""
+    """The result of `make`; the errors that a damaged or unsupported file causes become bad input."""
     try:
         return make()
     except (MlaConvertError, MemoryError):
         raise
-    except Exception as error:  # transformers takes the metadata as it comes
+    except Exception as error:  # transformers does not check the metadata
         raise InputError(f"{file.name} cannot be read as GGUF: {one_line(error)}") from error
 
 
 def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model is in the file, in its size, and every tensor of the file in the model: the model's shapes.
+    """Check that file and model have the same tensors, of the same sizes. Returns the model's shapes.
 
-    transformers makes up the first kind, and leaves out the second.
+    transformers initialises tensors at random that are missing from the file, and ignores additional ones.
     """
 
     def build() -> PreTrainedModel:
@@ -113,11 +113,11 @@ def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[
             return AutoModelForCausalLM.from_config(config)
 
     model = _guarded(file, build)
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if config.tie_word_embeddings:
-        wanted = {name: shape for name, shape in wanted.items() if name not in model.all_tied_weights_keys}
-    names = _names(file, config, list(wanted))
-    for name, shape in wanted.items():
+        shapes = {name: shape for name, shape in shapes.items() if name not in model.all_tied_weights_keys}
+    names = _names(file, config, list(shapes))
+    for name, shape in shapes.items():
         for stored in names[name]:
             if stored not in file.tensors:
                 raise InputError(f"tensor {stored} ({name}) is missing from {file.name}: fetch it again")
@@ -127,34 +127,34 @@ def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[
                 f"tensor {names[name][0]} of {file.name} has shape {list(sizes[0])}, its metadata says {list(shape)}: they do not "
                 f"belong together"
             )
-    used = {stored for name in wanted for stored in names[name]} | set(FACTORS)
+    used = {stored for name in shapes for stored in names[name]} | set(FACTORS)
     for stored in file.tensors:
         if stored not in used:
             raise InputError(
                 f"tensor {stored} of {file.name} has no place in transformers' {type(model).__name__}: give the checkpoint that "
                 f"it was made from"
             )
-    return wanted
+    return shapes
 
 
-def _names(file: GgufFile, config: PreTrainedConfig, wanted: list[str]) -> dict[str, list[str]]:
-    """Names in the file of what each parameter is made of."""
+def _names(file: GgufFile, config: PreTrainedConfig, parameters: list[str]) -> dict[str, list[str]]:
+    """Names of the tensors in the file that each parameter is made of."""
     known = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture), None)
     if known is None:
         raise InputError(f"{file.name} is of architecture {file.architecture!r}, which the package gguf does not know")
     table = get_tensor_name_map(known, config.num_hidden_layers)
-    found = {}
-    for name in wanted:
+    names = {}
+    for name in parameters:
         base, _, kind = name.rpartition(".")
         layer = name.removeprefix("model.layers.").partition(".")[0]
         experts = next((parts for end, parts in EXPERTS.items() if name.endswith(end)), None)
         if experts:
-            found[name] = [f"blk.{layer}.{part}.weight" for part in experts]
+            names[name] = [f"blk.{layer}.{part}.weight" for part in experts]
             continue
         stored = table.get_name(base)
         if stored is None:
             raise InputError(
                 f"{file.name} has no tensor that transformers reads as {name}: give the checkpoint that it was made from"
             )
-        found[name] = [f"{stored}.{kind}"]
-    return found
+        names[name] = [f"{stored}.{kind}"]
+    return names

@@ -1,4 +1,4 @@
-"""RoPE as a GGUF file has it: base, width and scaling in its metadata, factors on each frequency in tensors."""
+"""RoPE settings of a GGUF file: base, width and scaling from its metadata, factors on each frequency from tensors."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 BASE, LOCAL_BASE, WIDTH = "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count"
 TYPE, FACTOR, ORIGINAL = "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"
 OLD_FACTOR, ATTENTION, YARN_ATTENTION = "rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"
-# Where YaRN's ramp begins and ends, and its share, which transformers has at 1.
+# Begin and end of YaRN's ramp, and its share, which is 1 in transformers.
 RAMP = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 SHARE = "rope.scaling.yarn_ext_factor"
 KEYS = (BASE, LOCAL_BASE, WIDTH, TYPE, FACTOR, ORIGINAL, OLD_FACTOR, ATTENTION, YARN_ATTENTION, SHARE, *RAMP)
-# Families whose RoPE may turn a part of a head only.
+# Families whose RoPE may rotate only a part of a head.
 PARTIAL = ("phi3", "stablelm")
-# Llama 3.1's scaling: what all of its checkpoints have in common.
+# Llama 3.1's scaling: the settings that all of its checkpoints share.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_CONTEXT = 8192
 
 
 def set_rope(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -> tuple[str, ...]:
-    """Put RoPE's settings into the configuration; returns the keys that it has taken up.
+    """Set RoPE's settings in the configuration. Returns the metadata keys that were applied.
+
+    Args:
+        config: to change.
+        file: for messages, and for tensors with factors.
+        said: metadata of the architecture, by keys without its name.
 
     Raises:
-        InputError: RoPE of a kind that transformers' class does not have, or settings that contradict each other.
+        InputError: RoPE that transformers' class does not support, or contradictory settings.
     """
     given = {key: said[key] for key in KEYS if key in said}
     if getattr(config, "rope_parameters", None) is None:  # learned positions
@@ -77,10 +82,10 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def _width(config: PreTrainedConfig, file: GgufFile, given: dict[str, Any]) -> dict[str, float]:
-    """The share of a head that RoPE turns."""
+    """The fraction of a head that RoPE rotates, as a setting."""
     width, head = int(given.get(WIDTH) or head_dim(config)), head_dim(config)
     if config.model_type in PARTIAL:
-        # transformers' default is that of one checkpoint
+        # transformers' default is that of one particular checkpoint
         return {"partial_rotary_factor": width / head}
     if width != head:
         raise _unknown(file, WIDTH, width)
@@ -88,10 +93,10 @@ def _width(config: PreTrainedConfig, file: GgufFile, given: dict[str, Any]) -> d
 
 
 def _scaling(config: PreTrainedConfig, file: GgufFile, given: dict[str, Any], main: dict[str, Any]) -> dict[str, Any]:
-    """The scaling, as `rope_parameters` has it."""
+    """The scaling, as entries of `rope_parameters`."""
     kind = given.get(TYPE)
     factor = given.get(FACTOR) or given.get(OLD_FACTOR) or 0.0
-    if kind is None:  # as llama.cpp does
+    if kind is None:  # llama.cpp's rule
         kind = "linear" if factor not in (0.0, 1.0) else "none"
     if kind == "linear" and factor in (0.0, 1.0):
         kind = "none"
@@ -116,7 +121,7 @@ def _scaling(config: PreTrainedConfig, file: GgufFile, given: dict[str, Any], ma
 
 
 def _refuse(file: GgufFile, given: dict[str, Any], *keys: str) -> None:
-    """Refuse factors that this kind of scaling does not have; 1 is none."""
+    """Refuse factors other than 1 that this kind of scaling does not have."""
     for key in keys:
         if given.get(key) not in (None, 0.0, 1.0):
             raise _unknown(file, key, given[key])
@@ -124,14 +129,14 @@ def _refuse(file: GgufFile, given: dict[str, Any], *keys: str) -> None:
 
 def _yarn(config: PreTrainedConfig, file: GgufFile, given: dict[str, Any], factor: float) -> dict[str, Any]:
     _refuse(file, given, SHARE)
-    found: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
-    # llama.cpp takes the context length for that of training where nothing else is said
-    found["original_max_position_embeddings"] = int(given.get(ORIGINAL) or config.max_position_embeddings)
-    found |= {name: float(given[key]) for key, name in RAMP.items() if given.get(key)}
+    settings: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+    # llama.cpp's default is the context length
+    settings["original_max_position_embeddings"] = int(given.get(ORIGINAL) or config.max_position_embeddings)
+    settings |= {name: float(given[key]) for key, name in RAMP.items() if given.get(key)}
     attention = float(given.get(ATTENTION) or 1.0) * float(given.get(YARN_ATTENTION) or 1.0)
     if attention != 1.0:
-        found["attention_factor"] = attention * (1 + 0.1 * log(factor))
-    return found
+        settings["attention_factor"] = attention * (1 + 0.1 * log(factor))
+    return settings
 
 
 def _factors(file: GgufFile, name: str, width: int) -> list[float]:
@@ -146,7 +151,7 @@ def _factors(file: GgufFile, name: str, width: int) -> list[float]:
 def _by_factors(
     config: PreTrainedConfig, file: GgufFile, given: dict[str, Any], factors: dict[str, list[float]], theta: float
 ) -> dict[str, Any]:
-    """Scaling by factors on each frequency: LongRoPE, under the name of Llama 3's where it is that."""
+    """Scaling by a factor on each frequency: LongRoPE, or Llama 3's if the factors are those of it."""
     single, long, short = (factors.get(name) for name in FACTORS)
     original = int(given.get(ORIGINAL) or 0)
     if single and not (long or short):
@@ -170,18 +175,18 @@ def _by_factors(
         )
     if hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = original
-    found = {
+    settings = {
         "rope_type": "longrope",
         "short_factor": short,
         "long_factor": long,
         "original_max_position_embeddings": original,
     }
-    # without it transformers has what LongRoPE prescribes for this ratio of contexts
-    return found | ({"attention_factor": float(given[ATTENTION])} if given.get(ATTENTION) else {})
+    # without it, transformers uses LongRoPE's own attention factor for this ratio of contexts
+    return settings | ({"attention_factor": float(given[ATTENTION])} if given.get(ATTENTION) else {})
 
 
 def _llama3(theta: float, count: int, known: dict[str, float]) -> list[float]:
-    """The factors that Llama 3's scaling has on each frequency (transformers' rope type "llama3")."""
+    """Llama 3's factor on each frequency (transformers' rope type "llama3")."""
     low, high = known["low_freq_factor"], known["high_freq_factor"]
     frequencies = theta ** -(torch.arange(count, dtype=torch.float64) / count)
     turns = known["original_max_position_embeddings"] * frequencies / (2 * pi)
@@ -190,5 +195,5 @@ def _llama3(theta: float, count: int, known: dict[str, float]) -> list[float]:
 
 
 def _same(one: list[float], other: list[float]) -> bool:
-    """Whether factors are the same, to what float32 holds."""
+    """Whether factors are equal to float32's precision."""
     return all(abs(a / b - 1) < 1e-5 for a, b in zip(one, other, strict=True))
