@@ -92,7 +92,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
             kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
         if kinds:
             model.check(kinds.windows, "the packaged suite")
-    written = selfwritten.share(config, source, device)
+    written = selfwritten.generated_fraction(config, source, device)
     code = None if source.gguf else tokenizer_code(source.folder)
     stock = [
         f"the tokenizer of {source.name} names code of its own ({code}), which is not run: a class of transformers' reads it"

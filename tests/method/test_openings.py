@@ -4,8 +4,7 @@ import pico
 import pytest
 import torch
 
-from mla_convert.method.calibrate import openings
-from mla_convert.method.calibrate import self_generated as selfwritten
+from mla_convert.method.calibrate import openings, self_generated
 from mla_convert.method.calibrate.openings import LONGEST_TURN, Openings, Script, Turns, turns, varied
 from mla_convert.source.source import open_source
 
@@ -91,10 +90,10 @@ def test_texts_are_of_many_kinds(tokenizer):
     bare = torch.cat([(each.ids[:, 0] < 0) for each in (first, second)]).float().mean()
     assert float(dialogue) == pytest.approx(0.3, abs=0.02) and float(bare) == pytest.approx(0.3, abs=0.02)
     begun = {tuple(row.tolist()) for row in first.ids}
-    floors = {round(floor, 3) for floor in first.floors.flatten().tolist()}
-    assert len(begun) > 20 and floors == set(openings.FLOORS)
+    floors = {round(floor, 3) for floor in first.min_p.flatten().tolist()}
+    assert len(begun) > 20 and floors == set(openings.MIN_P)
     again = Openings(tokenizer, 1, 0).scripts(150, 80, 64)[0]
-    assert torch.equal(again.ids, first.ids) and torch.equal(again.floors, first.floors)
+    assert torch.equal(again.ids, first.ids) and torch.equal(again.min_p, first.min_p)
     tokenizer.chat_template = None
     assert not Openings(tokenizer, 1, 0).scripts(10, 10, 64)[0].dialogue.any()
 
@@ -102,10 +101,10 @@ def test_texts_are_of_many_kinds(tokenizer):
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 def test_the_model_writes_on(sources, tokenizer, name):
     """Texts of several rounds and of windows in parts begin as told, and are the same again."""
-    model = selfwritten.load_whole(open_source(str(sources(name))), torch.device("cpu"))
+    model = self_generated.load_whole(open_source(str(sources(name))), torch.device("cpu"))
     made = Openings(tokenizer, 1, 3)
-    texts = selfwritten.write(model, 12, 24, first=1, seed=3, openings=made)
-    assert texts.shape == (12, 24) and torch.equal(texts, selfwritten.write(model, 12, 24, 1, 3, openings=made))
+    texts = self_generated.write(model, 12, 24, first=1, seed=3, openings=made)
+    assert texts.shape == (12, 24) and torch.equal(texts, self_generated.write(model, 12, 24, 1, 3, openings=made))
     head = ids(tokenizer, "<user>")
     assert (texts[:, : len(head)] == torch.tensor(head)).all(1).any()
-    assert not torch.equal(texts, selfwritten.write(model, 12, 24, first=1, seed=3))
+    assert not torch.equal(texts, self_generated.write(model, 12, 24, first=1, seed=3))

@@ -6,7 +6,7 @@ import torch
 
 from mla_convert.core.report_file import calibration_words
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.method.calibrate import self_generated as selfwritten
+from mla_convert.method.calibrate import self_generated
 from mla_convert.modeling.attention_backends import sdpa_grouped_query
 from mla_convert.source.source import open_source
 
@@ -23,15 +23,15 @@ def test_the_whole_original_is_loaded(opened, name):
     ids = torch.arange(20)[None] + 5
     with torch.no_grad():
         found, expected = (
-            m(ids, use_cache=False).logits for m in (selfwritten.load_whole(opened(name), CPU), pico.model(name))
+            m(ids, use_cache=False).logits for m in (self_generated.load_whole(opened(name), CPU), pico.model(name))
         )
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_sampled_from_the_models_own_distribution(opened):
-    model = selfwritten.load_whole(opened("llama"), CPU)
-    texts = selfwritten.write(model, 400, 2, first=1, seed=0)
-    assert texts.shape == (400, 2) and torch.equal(texts, selfwritten.write(model, 400, 2, first=1, seed=0))
+    model = self_generated.load_whole(opened("llama"), CPU)
+    texts = self_generated.write(model, 400, 2, first=1, seed=0)
+    assert texts.shape == (400, 2) and torch.equal(texts, self_generated.write(model, 400, 2, first=1, seed=0))
     with torch.no_grad():
         expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
         follow = model(torch.cat([torch.ones(400, 1, dtype=torch.long), texts[:, :1]], 1)).logits[:, -1].softmax(-1)
@@ -45,11 +45,11 @@ def test_sampled_from_the_models_own_distribution(opened):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt-oss", "qwen2", "pythia", "cohere2"])
 def test_steps_see_what_a_whole_text_sees(opened, name, monkeypatch):
-    monkeypatch.setattr(selfwritten, "CACHE_UNIT", 8)  # so that the cache grows on the way
-    model = selfwritten.load_whole(opened(name), CPU)
+    monkeypatch.setattr(self_generated, "CACHE_UNIT", 8)  # so that the cache grows on the way
+    model = self_generated.load_whole(opened(name), CPU)
     length = getattr(model.config, "sliding_window", None) or 12
     ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(0))
-    writer = selfwritten._Writer(model, 2, length)
+    writer = self_generated.Decoder(model, 2, length)
     with torch.no_grad():
         for _ in range(2):  # the second time, the cache holds another text
             writer.restart()
@@ -59,33 +59,33 @@ def test_steps_see_what_a_whole_text_sees(opened, name, monkeypatch):
 
 
 def test_texts_longer_than_a_window_are_several(opened):
-    model = selfwritten.load_whole(opened("gemma2"), CPU)
+    model = self_generated.load_whole(opened("gemma2"), CPU)
     window = model.config.sliding_window
-    texts = selfwritten.write(model, 3, 2 * window + 1, first=1, seed=0)
+    texts = self_generated.write(model, 3, 2 * window + 1, first=1, seed=0)
     assert texts.shape == (3, 2 * window + 1)
-    short = selfwritten.write(model, 9, -(-(2 * window + 1) // 3), first=1, seed=0)
+    short = self_generated.write(model, 9, -(-(2 * window + 1) // 3), first=1, seed=0)
     assert torch.equal(texts, short.view(3, -1)[:, : 2 * window + 1])
 
 
 def test_pairs_of_windows_are_replaced():
-    assert selfwritten.chosen(8, 0.5).tolist() == [False, False, True, True] * 2
-    assert not selfwritten.chosen(8, 0.0).any() and selfwritten.chosen(7, 1.0).all()
-    assert selfwritten.chosen(400, 0.3).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert self_generated.chosen(8, 0.5).tolist() == [False, False, True, True] * 2
+    assert not self_generated.chosen(8, 0.0).any() and self_generated.chosen(7, 1.0).all()
+    assert self_generated.chosen(400, 0.3).float().mean() == pytest.approx(0.3, abs=0.01)
 
 
 def test_windows_keep_their_first_token_and_their_length(opened, sources, monkeypatch):
-    monkeypatch.setattr(selfwritten, "TEXT_TOKENS", 10)  # several texts a window
+    monkeypatch.setattr(self_generated, "TEXT_TOKENS", 10)  # several texts a window
     source = opened("llama")
     windows = torch.full((8, 24), 7)
-    found = selfwritten.mixed(windows, 0.5, source, source.tokenizer(), CPU, seed=0)
-    replaced = selfwritten.chosen(8, 0.5)
+    found = self_generated.mixed(windows, 0.5, source, source.tokenizer(), CPU, seed=0)
+    replaced = self_generated.chosen(8, 0.5)
     assert found.shape == windows.shape and (found[~replaced] == 7).all() and not (found[replaced] == 7).all()
-    assert selfwritten.mixed(windows, 0.0, source, source.tokenizer(), CPU, seed=0) is windows
+    assert self_generated.mixed(windows, 0.0, source, source.tokenizer(), CPU, seed=0) is windows
 
 
 def test_default(opened):
-    assert selfwritten.share(ConvertConfig(source="x"), opened("llama"), CPU) == 0
-    assert selfwritten.share(ConvertConfig(source="x", calib_self=0.25), opened("llama"), CPU) == 0.25
+    assert self_generated.generated_fraction(ConvertConfig(source="x"), opened("llama"), CPU) == 0
+    assert self_generated.generated_fraction(ConvertConfig(source="x", calib_self=0.25), opened("llama"), CPU) == 0.25
 
 
 def test_conversion(convert_folder, sources):
