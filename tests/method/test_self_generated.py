@@ -1,4 +1,4 @@
-"""Text that the original writes: by the model as it is stored, the same again for the same seed, in the right windows."""
+"""Self-generated text: sampled from the stored model, reproducible by its seed, in the right windows."""
 
 import pico
 import pytest
@@ -37,28 +37,28 @@ def test_sampled_from_the_models_own_distribution(opened):
         follow = model(torch.cat([torch.ones(400, 1, dtype=torch.long), texts[:, :1]], 1)).logits[:, -1].softmax(-1)
     drawn = torch.bincount(texts[:, 0], minlength=len(expected)) / 400
     assert float((drawn - expected).abs().max()) < 0.12  # five standard errors
-    # what is drawn from p has, on average, a probability of sum p^2; drawn after another prefix it would have less
+    # a sample of p has an expected probability of sum p^2; a sample for another prefix would have less
     assert float(follow.gather(1, texts[:, 1:]).mean()) == pytest.approx(
         float(follow.square().sum(-1).mean()), rel=0.15
     )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt-oss", "qwen2", "pythia", "cohere2"])
-def test_steps_see_what_a_whole_text_sees(opened, name, monkeypatch):
-    monkeypatch.setattr(self_generated, "CACHE_UNIT", 8)  # so that the cache grows on the way
+def test_decoding_steps_equal_a_forward_pass(opened, name, monkeypatch):
+    monkeypatch.setattr(self_generated, "CACHE_UNIT", 8)  # so that the cache grows during decoding
     model = self_generated.load_whole(opened(name), CPU)
     length = getattr(model.config, "sliding_window", None) or 12
     ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(0))
-    writer = self_generated.Decoder(model, 2, length)
+    decoder = self_generated.Decoder(model, 2, length)
     with torch.no_grad():
         for _ in range(2):  # the second time, the cache holds another text
-            writer.restart()
-            found = torch.stack([writer(ids[:, [step]]).clone() for step in range(length)], 1)
+            decoder.restart()
+            found = torch.stack([decoder(ids[:, [step]]).clone() for step in range(length)], 1)
         expected = model(ids, use_cache=False).logits
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_texts_longer_than_a_window_are_several(opened):
+def test_texts_longer_than_a_window_are_made_of_several(opened):
     model = self_generated.load_whole(opened("gemma2"), CPU)
     window = model.config.sliding_window
     texts = self_generated.write(model, 3, 2 * window + 1, first=1, seed=0)
@@ -94,7 +94,7 @@ def test_conversion(convert_folder, sources):
     assert first.checksums != convert_folder(sources("llama"), calib_self=0, kv_ratio=0.5).checksums
 
 
-def test_reports_say_what_was_written():
+def test_reports_name_the_self_generated_fraction():
     words = "t.txt, 8 windows of 64 tokens"
     assert (
         calibration_words({"protocol": words, "self_written": 0.5})
@@ -106,7 +106,7 @@ def test_reports_say_what_was_written():
 
 
 @pytest.mark.parametrize("given", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
-def test_grouped_attention_refuses_what_it_does_not_know(given):
+def test_grouped_attention_refuses_soft_caps_and_sinks(given):
     query, key = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 3, 4)
     with pytest.raises(TypeError, match="neither soft caps nor sinks"):
         sdpa_grouped_query(None, query, key, key, None, 0.5, **given)
