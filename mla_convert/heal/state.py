@@ -133,7 +133,7 @@ class StateFolder:
         if last is None:
             self.remove()
         elif isinstance(error, KeyboardInterrupt):
-            error.args = (f"a checkpoint after {last['step']} steps is in {self.folder}: run the same command to go on, "
+            error.args = (f"a checkpoint after {last['step']} steps is in {self.folder}: run the same command to continue, "
                           f"or delete it",)  # fmt: skip
 
     @staticmethod

@@ -653,7 +653,7 @@ def test_sharded_gradients_are_the_same(small):
         ({"teacher": None}, UsageError, "give --teacher"),
         ({"length": "512"}, UsageError, "longer than the model's context of 256"),
         ({"data": "nowhere.txt"}, InputError, "not found"),
-        ({"eval": "same"}, UsageError, "is what is trained on"),
+        ({"eval": "same"}, UsageError, "is the text to train on"),
         ({"teacher": "itself"}, InputError, "is a converted model"),
     ],
 )
