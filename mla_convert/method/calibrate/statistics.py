@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from mla_convert.core.errors import InputError
 from mla_convert.method.calibrate.attention_forward import ATTENTION_LENGTH
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.families import Family
 
@@ -63,7 +62,7 @@ def head_moments(states: Activations, rows_of: Rows, heads: int) -> Tensor:
 
 @torch.no_grad()
 def attention_moments(
-    states: Activations, layer: nn.Module, family: Family, kwargs: dict[str, Any], key_value: Rows = lambda rows: rows
+    states: Activations, layer: nn.Module, family: Family, kwargs: LayerKwargs, key_value: Rows = lambda rows: rows
 ) -> tuple[Tensor, Tensor]:
     """Distances and tokens that a layer attends to, from the probabilities p of up to ATTENTION_WINDOWS windows.
 
@@ -104,7 +103,7 @@ def layer_statistics(
     layerwise: LayerwiseModel,
     layer: nn.Module,
     states: Activations,
-    kwargs: dict[str, Any],
+    kwargs: LayerKwargs,
     student: MlaAttention | None = None,
 ) -> Statistics:
     """All statistics of one layer.

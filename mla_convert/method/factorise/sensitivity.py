@@ -19,7 +19,7 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
+from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output
 from mla_convert.method.calibrate.statistics import layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.allocate import LayerLoss, allocate, probes
@@ -149,7 +149,7 @@ def _file(index: int) -> str:
 
 
 def _backward(
-    layerwise: LayerwiseModel, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict
+    layerwise: LayerwiseModel, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: LayerKwargs
 ) -> tuple[Tensor, Tensor]:
     """Backpropagate through one layer.
 
@@ -209,8 +209,8 @@ def _losses(
     states: Activations,
     metric: Tensor,
     plan: Plan,
-    kwargs: dict,
-    eager: dict,
+    kwargs: LayerKwargs,
+    eager: LayerKwargs,
 ) -> LayerLoss:
     """Losses of one layer's attention, factorised at several sizes: by rank at the plan's rotary dims, by these at full rank."""
     family, source = layerwise.source.family, layerwise.source
