@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.refine import optimise
 from mla_convert.method.refine.optimise import (
     CHANNEL_FLOOR,
     RefineSettings,
@@ -93,6 +94,33 @@ def test_held_out_windows_are_not_trained_on(task):
     before = copied(student)
     refine(student, student, inputs, targets, RefineSettings(8, 4, 0.02, 0))
     assert unchanged(student, before)
+
+
+def test_captured_steps_train_like_eager_ones(task, monkeypatch):
+    """The graph is a fake that runs its call eagerly, and not before its first replay."""
+    student, inputs, targets = task
+    start, captures, trained = copied(student), [], []
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    class Captured:
+        def __init__(self, run, *examples):
+            self.run = run
+            captures.append([example.shape for example in examples])
+
+        def __call__(self, *inputs):
+            self.run(*inputs)
+
+    monkeypatch.setattr(optimise, "CapturedCall", Captured)
+    for kind in (torch.Tensor, OnCuda):
+        student.load_state_dict(start)
+        step = optimise.TrainingStep([*student.parameters()], student, RefineSettings(8, 4, 0.02, 0), relative_error)
+        for index in batches(WINDOWS, 4, 8, seed=0):
+            step(inputs.get(index).as_subclass(kind), targets.get(index).as_subclass(kind))
+        trained.append(copied(student))
+    assert captures == [[(4, LENGTH, SIZE)] * 2] and not unchanged(student, start)
+    assert unchanged(student, trained[0])
 
 
 def test_every_window_once_before_any_again():

@@ -4,6 +4,7 @@ import pico
 import pytest
 import torch
 
+from mla_convert.core.cuda_graph import CaptureError
 from mla_convert.core.report_file import calibration_words
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate import self_generated
@@ -56,6 +57,39 @@ def test_decoding_steps_equal_a_forward_pass(opened, name, monkeypatch):
             found = torch.stack([decoder(ids[:, [step]]).clone() for step in range(length)], 1)
         expected = model(ids, use_cache=False).logits
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_captured_decoding_equals_a_forward_pass(opened, monkeypatch, refused):
+    """The graphs are fakes that run their call eagerly; one for each length of the cache, in the memory of the first."""
+    pools = []
+
+    class Captured:
+        def __init__(self, run, pool=None):
+            if refused:
+                raise CaptureError("operation not permitted when stream is capturing")
+            self.run = run
+            pools.append(pool)
+
+        def __call__(self):
+            return self.run()
+
+        def pool(self):
+            return "memory"
+
+    monkeypatch.setattr(self_generated, "CapturedCall", Captured)
+    monkeypatch.setattr(self_generated, "CACHE_UNIT", 8)
+    model = self_generated.load_whole(opened("llama"), CPU)
+    ids = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(0))
+    decoder = self_generated.Decoder(model, 2, 20)
+    decoder.capturable = True
+    with torch.no_grad():
+        for _ in range(2):
+            decoder.restart()
+            logits = torch.stack([decoder(ids[:, [step]]).clone() for step in range(20)], 1)
+        expected = model(ids, use_cache=False).logits
+    assert torch.allclose(logits, expected, atol=1e-5 * float(expected.abs().max()))
+    assert pools == ([] if refused else [None, "memory", "memory"]) and decoder.capturable != refused
 
 
 def test_texts_longer_than_a_window_are_made_of_several(opened):
