@@ -1,4 +1,4 @@
-"""What healing gives and takes: speed against a plain loop, figures before and after, a control, one GPU against two.
+"""Healing: speed against a plain loop, quality before and after, a control, one GPU against two.
 
     python benchmarks/heal all CONV50 CONV33 CONV25 --teacher ORIGINAL --data TRAIN --eval TEST --other CODE.txt --seconds 200
 

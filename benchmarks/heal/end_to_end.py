@@ -1,4 +1,4 @@
-"""heal() itself, measured before and after; and the original through the same text, as a control."""
+"""`heal` from start to end, with quality before and after; and the original trained on the same text, as a control."""
 
 import math
 import shutil
@@ -12,6 +12,7 @@ from mla_convert.core.progress import Progress
 from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.heal import HealConfig, data, heal, loop, run
 from mla_convert.heal.prepare_text import LABEL
+from mla_convert.heal.schedule import Schedule
 from mla_convert.method.refine.relative_adam import cosine
 from mla_convert.source.load_model import find_model, load_model
 
@@ -46,7 +47,7 @@ def main(args):
 
 
 def _others(args, folder):
-    """Perplexity over the original's on --other."""
+    """Perplexity over the original's on each text of --other."""
     return {
         Path(spec).name: evaluate_model(
             str(folder), args.teacher, text=spec, windows=8, length=args.length, device=DEVICE.type,
@@ -56,7 +57,7 @@ def _others(args, folder):
 
 
 def _prepared(args, name, measure):
-    """heal() with the text of part `text`, training between --gate and --until: the step size follows the time."""
+    """Make `heal` use the text of part `text` and train from --gate to --until, with a learning rate that follows the time."""
     train, step, began = run._train, loop.Trainer._step, []
 
     def prepare_corpus(state, *_):
@@ -92,13 +93,13 @@ def _prepared(args, name, measure):
 
 
 def control(args):
-    """The original through the same text by cross-entropy: what of a perplexity is the domain."""
+    """Train the original on the same text by cross-entropy: the part of a perplexity that is adaptation to the domain."""
     model = load_model(find_model(args.teacher), torch.float32, DEVICE).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=loop.BETAS, weight_decay=0.0, fused=CUDA)
     sets = judged(args, args.windows)
     wait_for(args, "text" if Path(args.work, "began.done").exists() else None)
     corpus = corpus_of(args, args.tokens, False)
-    schedule = data.Schedule(corpus, ((args.length, 1.0),), args.step_tokens, args.steps, 0)
+    schedule = Schedule(corpus, ((args.length, 1.0),), args.step_tokens, args.steps, 0)
 
     @torch.no_grad()
     def perplexities():

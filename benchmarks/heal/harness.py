@@ -1,4 +1,4 @@
-"""What all parts need: results, models, text, and a short judgement on other texts."""
+"""Shared by all parts: results, models, text, and a short evaluation on other texts."""
 
 import gc
 import json
@@ -56,7 +56,7 @@ def autocast():
 
 
 def words(text):
-    """'lr=0.002,train=all' as settings; pydantic makes numbers of them."""
+    """'lr=0.002,train=all' as settings, whose values pydantic parses."""
     return dict(part.split("=") for part in text.split(",") if part)
 
 
@@ -71,7 +71,7 @@ def make_pair(converted, teacher, settings):
 
 
 def signal(args, name):
-    """Say to processes that wait for it that a part is done."""
+    """Tell the processes that wait for a part that it is done."""
     Path(args.work, f"{name}.done").touch()
 
 
@@ -86,7 +86,7 @@ def corpus_folder(args, tokens, written=True):
 
 
 def corpus_of(args, tokens, written=True):
-    """Text for runs of so many tokens, with what the original writes or without: made once for all parts."""
+    """Text for runs over `tokens` tokens, with or without self-generated text; prepared once for all parts."""
     folder, bare = corpus_folder(args, tokens, written), corpus_folder(args, tokens, False)
     origin = find_model(args.teacher)
     with ThreadPoolExecutor() as pool:
@@ -108,7 +108,7 @@ def corpus_of(args, tokens, written=True):
 
 
 def trainer_of(args, pair, corpus, settings, name):
-    """A run of its own in `args.work`."""
+    """A trainer with its state in `args.work`."""
     engine = accelerator()
     vocabulary = ordinary_tokens(load_tokenizer(find_model(args.teacher)))
     state = StateFolder(Path(args.work) / name, {}, engine)

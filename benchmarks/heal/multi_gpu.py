@@ -1,4 +1,4 @@
-"""The same few steps on whatever this was launched with; by the first process the losses, the speed and the memory."""
+"""The same few steps on one process or several; the first one reports losses, speed and memory."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Tokenises the text and has the original write, once for all parts; with --work, for later calls as well."""
+"""Tokenises and generates the text, once for all parts; with --work, for later calls as well."""
 
 from harness import corpus_of, signal
 

@@ -1,4 +1,4 @@
-"""Short runs from one start and of equal length, judged on --eval and --other."""
+"""Short runs of equal length from the same start, evaluated on --eval and --other."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tokens a second and memory of one training step, ours and a plain transformers loop's, on the same batch."""
+"""Tokens per second and memory of one training step, of healing and of a plain transformers loop, on the same batch."""
 
 import time
 

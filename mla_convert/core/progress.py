@@ -39,20 +39,20 @@ class Progress:
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
-    def start(self, layers: int, steps: int, label: str = "layer", further: int = 0) -> None:
+    def start(self, layers: int, steps: int, label: str = "layer", extra_steps: int = 0) -> None:
         """Begin a loop over layers.
 
         Args:
             layers: Number of layers.
             steps: Refinement steps of each layer.
             label: Name of one iteration.
-            further: Extra steps of the last layers, counted once for each layer that takes them.
+            extra_steps: Extra steps of the last layers, counted once for each layer that takes them.
         """
         self._layer, self._layers, self._steps, self._label = 0, layers, steps, label
         self._start = self._shown = time.perf_counter()
         if self.console.is_terminal and not self.quiet:
             self._bars = Bars(*COLUMNS, console=self.console, transient=True)
-            self._task = self._bars.add_task(f"{label} 1/{layers}", total=layers * (steps + 1) + further)
+            self._task = self._bars.add_task(f"{label} 1/{layers}", total=layers * (steps + 1) + extra_steps)
             self._bars.start()
 
     def step(self, layers: int = 1) -> None:

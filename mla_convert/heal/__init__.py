@@ -1,4 +1,4 @@
-"""Heal: brief distillation of a converted model from its original, which gives back most of what the smaller cache took."""
+"""Healing: a short distillation from the original, which recovers most of the quality lost to the smaller cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["HealConfig", "HealSettings", "heal"]
 
 
 def __getattr__(name: str) -> Any:
-    """`heal` is imported when it is asked for: the command line's help needs the settings alone."""
+    """Import `heal` at its first use: the command line's help needs the settings alone, and no torch."""
     if name == "heal":
         from mla_convert.heal.run import heal
 

@@ -57,7 +57,7 @@ def check_apart(trained: str | None, measured: str | None) -> None:
         UsageError: the two are the same.
     """
     if trained is not None and trained == measured:
-        raise UsageError(f"{measured} is what is trained on: give another text as --eval, or to train on")
+        raise UsageError(f"{measured} is the text to train on: give another text as --eval, or to train on")
 
 
 def with_length(settings: HealSettings, limit: int | None) -> HealSettings:

@@ -16,7 +16,8 @@ from torch import Tensor
 from mla_convert.core.progress import Progress
 from mla_convert.heal import data
 from mla_convert.heal.cuda_graph import GraphedStep
-from mla_convert.heal.data import Corpus, Schedule, Window
+from mla_convert.heal.data import Corpus
+from mla_convert.heal.schedule import Schedule, Window
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.state import StateFolder, trained_state
 from mla_convert.heal.teacher_student import TeacherStudent

@@ -199,7 +199,7 @@ def _measure(job: _Job, folder: Path, label: str) -> Evaluation:
         device=device, probes=probes, progress=Progress(quiet=True),
     )  # fmt: skip
     if measured.text == label:
-        raise UsageError(f"{label} is what is trained on: give another text as --eval, or to train on")
+        raise UsageError(f"{label} is the text to train on: give another text as --eval, or to train on")
     job.progress.note(f"perplexity ×{measured.ratio.value:.4f}, KL {measured.kl.value:.4f} on {measured.text}")
     return measured
 

@@ -1,4 +1,4 @@
-"""What a healing run keeps on disk so that it can go on after it died: beside the output, gone when that is whole."""
+"""Checkpoints of a healing run, in a folder beside the output; deleted when the output is complete."""
 
 from __future__ import annotations
 
@@ -26,37 +26,38 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def state_folder(out: Path) -> Path:
-    """Where the state of the run that writes `out` lies."""
+    """Folder of the state of the run that writes `out`."""
     return out.parent / f".{out.name}.heal"
 
 
 def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """What is trained, on the CPU, by its name in the checkpoint; adapters as NAME.lora_A.weight and NAME.lora_B.weight.
+    """The trained tensors, float32 on the CPU, by their names in the checkpoint.
 
-    Every process must call this; only the main one is sure to get everything.
+    Adapters are NAME.lora_A.weight and NAME.lora_B.weight. Every process must call this; only the main one is sure to get
+    all tensors.
     """
     inner = accelerator.unwrap_model(model)
-    wanted = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
     full = (
         accelerator.get_state_dict(model) if accelerator.distributed_type in SHARDED else dict(inner.named_parameters())
     )
-    found = {name.removeprefix("module."): tensor for name, tensor in full.items()}
+    tensors = {name.removeprefix("module."): tensor for name, tensor in full.items()}
     return {
-        checkpoint_name(name).replace(".default.", "."): found[name].detach().float().cpu().clone()
-        for name in sorted(wanted & found.keys())
+        checkpoint_name(name).replace(".default.", "."): tensors[name].detach().float().cpu().clone()
+        for name in sorted(trained & tensors.keys())
     }
 
 
 def _differing(before: Any, now: dict[str, Any]) -> str:
-    """What of an identity is not as it was, in words."""
+    """The parts of an identity that changed, in words."""
     words = {"original": "the original", "converted": "the converted model", "text": "the text to train on",
              "settings": "a setting", "engine": "the device or the number of processes", "versions": "a library"}  # fmt: skip
-    found = [words.get(key, key) for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
-    return " and ".join(found) or "the identity"
+    changed = [words.get(key, key) for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
+    return " and ".join(changed) or "the identity"
 
 
 class StateFolder:
-    """The folder of one run's state. `identity` is whatever makes an older state useless when it changed."""
+    """The folder of one run's state, locked while the run lasts; used as a context."""
 
     def __init__(
         self,
@@ -65,8 +66,16 @@ class StateFolder:
         accelerator: Accelerator,
         note: Callable[[str], None] = lambda words: None,
     ):
-        """Raises:
-        ResourceError: another run works there, or the disk does not suffice.
+        """Lock the folder, and delete the state of an earlier run with another identity.
+
+        Args:
+            folder: of the state.
+            identity: the run's inputs and settings, as JSON; a checkpoint is of use only while all are the same.
+            accelerator: of this process.
+            note: told in words why an earlier state is deleted.
+
+        Raises:
+            ResourceError: another run uses the folder, or the disk does not suffice.
         """
         self._note = note
         self.folder, self._accelerator, self._removed = folder, accelerator, False
@@ -117,14 +126,14 @@ class StateFolder:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self._accelerator.is_main_process:
             self._stop()
-        # a run that stopped goes on from its last checkpoint; without one there is nothing to keep
+        # a run that stopped resumes from its last checkpoint; without one there is nothing to keep
         if error is None or self._removed:
             return
         last = self.last()
         if last is None:
             self.remove()
         elif isinstance(error, KeyboardInterrupt):
-            error.args = (f"a checkpoint after {last['step']} steps is in {self.folder}: run the same command to go on, "
+            error.args = (f"a checkpoint after {last['step']} steps is in {self.folder}: run the same command to continue, "
                           f"or delete it",)  # fmt: skip
 
     @staticmethod
@@ -135,7 +144,12 @@ class StateFolder:
             return None
 
     def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` returns (JSON), made by the main process once for all processes and for runs that go on."""
+        """Compute a result once, in the main process, for all processes and for runs that resume.
+
+        Args:
+            name: of its file in the folder.
+            make: computes the result, as JSON.
+        """
         file = self.folder / name
         if self._accelerator.is_main_process and self._read(file) is None:
             content = json.dumps(make())
@@ -145,11 +159,15 @@ class StateFolder:
         return self._read(file)
 
     def last(self) -> dict[str, Any] | None:
-        """What `save` was given when the last whole checkpoint was written; None where there is none."""
+        """The `run` of the last complete checkpoint; None if there is none."""
         return self._read(self.folder / CHECKPOINT / RUN)
 
     def save(self, run: dict[str, Any], best: dict[str, Tensor] | None) -> None:
-        """Write a checkpoint beside the last one, then put it in that one's place. Every process must call this.
+        """Write a checkpoint, then replace the last one with it. Every process must call this.
+
+        Args:
+            run: progress of the run, as JSON.
+            best: the trained tensors with the least held-out loss, if they are not the start.
 
         Raises:
             ResourceError: the disk does not suffice; the last checkpoint stays.
@@ -181,20 +199,20 @@ class StateFolder:
         self._accelerator.wait_for_everyone()
 
     def load(self) -> dict[str, Tensor] | None:
-        """Put the last checkpoint's weights and optimizer into what accelerate has prepared; returns the best state."""
+        """Load the last checkpoint into the objects that accelerate prepared; returns its `best`."""
         current = self.folder / CHECKPOINT
         self._accelerator.load_state(str(current / TRAINER))
         return load_file(current / BEST) if (current / BEST).is_file() else None
 
     def _recover(self) -> None:
-        """A run that died between two renames has left its checkpoint under another name."""
+        """Rename the checkpoint of a run that died between two renames."""
         for name in (f"{CHECKPOINT}.new", f"{CHECKPOINT}.old"):
             other = self.folder / name
             if not (self.folder / CHECKPOINT).exists() and self._read(other / RUN):
                 other.rename(self.folder / CHECKPOINT)
 
     def remove(self) -> None:
-        """Nothing is left to go on from."""
+        """Delete the state."""
         self._removed = True
         if self._accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)

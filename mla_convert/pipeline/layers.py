@@ -18,7 +18,7 @@ from mla_convert.core.runtime import return_freed_memory
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.attention_forward import Forward, attention_forward, attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, is_attention_tensor
@@ -172,7 +172,7 @@ class LayerConverter:
         return f"model-{index + 1:05d}-of-{self.plan.shape.layers + 2:05d}.safetensors"
 
     def _open_layer(
-        self, stack: contextlib.ExitStack, index: int, kwargs: dict[int, dict[str, Any]], eager: dict[str, Any]
+        self, stack: contextlib.ExitStack, index: int, kwargs: dict[int, LayerKwargs], eager: LayerKwargs
     ) -> LayerPair:
         """Load one layer until `stack` closes, and build the attention that replaces its own."""
         tensors = self.layerwise.layer_tensors(index)

@@ -99,7 +99,7 @@ class ResolvedConversion:
     @cached_property
     def self_generated(self) -> float:
         """Fraction of the calibration windows that the original generates."""
-        return self_generated.share(self.settings, self.source, self.device)
+        return self_generated.generated_fraction(self.settings, self.source, self.device)
 
     @property
     def chosen(self) -> dict[str, Any]:

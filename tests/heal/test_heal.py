@@ -1,4 +1,4 @@
-"""Healing: the loss is the loss, the pair is both models, the windows are fair, and a run that dies goes on as it would have."""
+"""Healing: loss and gradients, the pair of models, the windows of a run, resuming, and the command line."""
 
 import itertools
 import json
@@ -22,8 +22,9 @@ from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.units import parse_lengths, parse_tokens
 from mla_convert.heal import HealConfig, HealSettings, cuda_graph, data, heal, loop, prepare_text
-from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
+from mla_convert.heal.data import Corpus, cut, make_corpus, open_corpus
 from mla_convert.heal.record import ADAPTED_NOTE, ERRORS_NOTE
+from mla_convert.heal.schedule import Schedule
 from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.modeling import distillation
 from mla_convert.modeling.distillation import distillation_loss
@@ -47,7 +48,7 @@ def pair_of(source, converted, **settings):
 
 @pytest.fixture
 def small(convert_pico, sources):
-    """A pico model at a third of its cache, and what heals it on its own small text in a second or two."""
+    """A pico model at a third of its cache, and settings that heal it in a second or two."""
     converted = convert_pico("llama", rank=16, rope_dim=6, refine_steps=4).out
     text = sources("llama").parent / "text.txt"
     settings = {
@@ -108,7 +109,9 @@ def test_kernel_is_the_loss(mix, dtype):
     from mla_convert.modeling import distillation_triton as kernel
 
     draw = torch.Generator().manual_seed(0)
-    ours, theirs = (5 * torch.randn(7, 4999, generator=draw) for _ in range(2))  # more than a block, and not whole ones
+    ours, theirs = (
+        5 * torch.randn(7, 4999, generator=draw) for _ in range(2)
+    )  # more than one block of the kernel, and no multiple of it
     ours, theirs = ours.to(dtype), (ours + 0.5 * theirs).to(dtype)
     labels = torch.randint(4999, (7,), generator=draw)
     labels[2] = IGNORED
@@ -120,7 +123,7 @@ def test_kernel_is_the_loss(mix, dtype):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2", "opt"])
-def test_head_does_all_that_the_model_does_to_its_logits(name):
+def test_head_gives_the_logits_of_the_model(name):
     model = pico.model(name)
     ids = torch.randint(4, pico.VOCAB, (1, 9))
     with torch.no_grad():
@@ -200,7 +203,7 @@ def test_windows_of_one_document_need_no_mask(convert_pico, sources, monkeypatch
 
 @pytest.mark.parametrize("replay", ["right", "wrong", "refused"])
 def test_captured_passes_are_checked(monkeypatch, replay):
-    """What is captured has to come to what an eager pass came to; else training goes on without. The graph is a stand-in."""
+    """A captured pass has to equal an eager one, else training continues without graphs. The graph is a fake."""
     weight = torch.nn.Parameter(torch.ones(3))
     batches = [
         data.Batch(torch.full((1, 3), float(n)), torch.zeros(1, 3), torch.zeros(1, 3) if n == 3 else None)
@@ -299,11 +302,11 @@ def test_windows_of_a_schedule():
         assert len(begins) * length == schedule.tokens(step) == 256
         assert min(begins) >= 0 and max(begins) + length <= text.train_end  # never the held-out end
     assert tokens[64] / sum(tokens.values()) == pytest.approx(0.75, abs=0.01)
-    # the same whatever was asked before, and another for another seed
+    # a step does not depend on the steps read before; it does on the seed
     again = Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=1)
     assert again.step(77) == schedule.step(77)
     assert Schedule(text, ((64, 0.75), (128, 0.25)), 256, 200, seed=2).step(77) != schedule.step(77)
-    # one pass takes every window once, the next cuts the text elsewhere
+    # one pass takes every window once; the next cuts the text at another offset
     single = Schedule(text, ((64, 1.0),), 64, 200, seed=0)
     count = text.train_end // 64 - 1
     first, second = (
@@ -340,7 +343,7 @@ def test_rows_are_documents_unless_joined(tmp_path):
     assert len(open_corpus(tmp_path / "c").ids) == 100
 
 
-def test_pieces_of_a_long_text_are_from_all_over(monkeypatch):
+def test_pieces_are_from_all_over_a_long_text(monkeypatch):
     monkeypatch.setattr(data, "PIECE", 100)
     text = "".join(f"line {number:04d} of the text\n" for number in range(1000))
     parts = data.pieces(text)
@@ -351,7 +354,7 @@ def test_pieces_of_a_long_text_are_from_all_over(monkeypatch):
     assert data._thinned([text], 10**6) == [text]
 
 
-def test_the_original_writes_text_of_its_own(small, tmp_path, monkeypatch):
+def test_healing_on_self_generated_text(small, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_text.self_generated, "TEXT_TOKENS", 64)
     added, add = [], data.add_generated
     monkeypatch.setattr(data, "add_generated", lambda folder, ids: (added.append(ids), add(folder, ids)))
@@ -370,7 +373,7 @@ def test_cross_entropy_is_that_of_the_given_text(small, tmp_path, monkeypatch, k
     seen, inner = [], loop.Trainer._cut
 
     def cut(trainer, begins, length):
-        """Of a window: who wrote it, whether it is held out, whether it has labels."""
+        """Record of each window: whether it is self-generated, whether it is held out, whether it has labels."""
         found, corpus = inner(trainer, begins, length), trainer.corpus
         for begin, labels in zip(begins, found.labels, strict=True):
             written = begin < corpus.generated
@@ -389,7 +392,7 @@ def test_cross_entropy_is_that_of_the_given_text(small, tmp_path, monkeypatch, k
     }
 
 
-def test_what_the_original_wrote_has_its_share_of_the_windows(tmp_path):
+def test_self_generated_text_has_its_fraction_of_the_windows(tmp_path):
     data.save_corpus(tmp_path, np.arange(4000, dtype=np.int32), np.array([0, 60]))
     data.add_generated(tmp_path, np.full(1000, 7))
     found = open_corpus(tmp_path)
@@ -437,7 +440,7 @@ def test_in_place_and_attention_alone(small, tmp_path):
     changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
     assert changed and all(".self_attn." in name for name in changed)
     assert "everything else is the original's" in (folder / "README.md").read_text()
-    # again, on what is healed already
+    # again, on the healed model
     again = heal(HealConfig(**{**small, "folder": folder, "train": "attention", "tokens": 8 * 512}), QUIET)
     assert again["heal"]["before"]["evaluation"]["ratio"] == report["evaluation"]["ratio"]
 
@@ -448,7 +451,7 @@ def test_lora(small, tmp_path):
     curve = report["heal"]["curve"]
     verify(tmp_path / "out")
     assert curve[-1]["kl"] < 0.9 * curve[0]["kl"]
-    # what is written is what was trained: adapters merged into their projections
+    # the adapters are merged into their projections
     assert report["evaluation"]["ratio"] < report["heal"]["before"]["evaluation"]["ratio"]
 
 
@@ -478,8 +481,8 @@ def test_every_try_of_a_race_has_its_own_loss(small, tmp_path):
         assert other[0] == first[0] and other[-1] != first[-1]
 
 
-def test_killed_and_gone_on(small, tmp_path):
-    """SIGKILL after a checkpoint; the same command then gives the loss curve and the bytes of a run that was left alone."""
+def test_killed_and_resumed(small, tmp_path):
+    """After SIGKILL the same command resumes, and gives the loss curve and the bytes of an uninterrupted run."""
     options = {**small, "tokens": 48 * 512, "checkpoint_minutes": 0.0}
     whole = heal(HealConfig(**options, out=tmp_path / "whole"), QUIET)
     code = (
@@ -507,7 +510,7 @@ def test_killed_and_gone_on(small, tmp_path):
     resumed = Progress(quiet=True)
     resumed.advance = lambda done: seen.append(done) or advance(resumed, done)
     report = heal(HealConfig(**options, out=tmp_path / "killed"), resumed)
-    assert seen[0] > 15  # it went on, and did not begin again
+    assert seen[0] > 15  # it resumed, and did not start again
     for key in ("loss", "kl", "perplexity", "tokens"):
         assert [e[key] for e in report["heal"]["curve"]] == [e[key] for e in whole["heal"]["curve"]]
     assert report["checksums"] == whole["checksums"]
@@ -525,7 +528,7 @@ def test_bad_losses_stop_the_run_and_the_best_state_is_kept(small, tmp_path, mon
         found = original(self, number)
         if number >= 14:
             found = found * (float("nan") if kind == "nan" else 100.0)
-            with torch.no_grad():  # as an update by such a gradient leaves it
+            with torch.no_grad():  # as such a gradient would
                 for parameter in self.parameters:
                     parameter.add_(float("nan") if kind == "nan" else 1.0)
         return found
@@ -555,8 +558,8 @@ def test_early_stop(small, tmp_path, monkeypatch):
     assert record["tokens"] == 18 * 512 and record["best_tokens"] == 6 * 512
 
 
-def test_what_is_gained_at_the_end_is_waited_for(small, tmp_path, monkeypatch):
-    """Large steps take away more than they give where little is lost; the run is no failure while it gets better."""
+def test_patience_counts_from_the_first_evaluation_behind_the_start(small, tmp_path, monkeypatch):
+    """The loss may rise above the start before it falls: the run continues while it improves."""
     losses, held_out = iter([1.0, 3.0, 2.5, 2.0, 1.5, 0.5]), loop.Trainer.held_out
     monkeypatch.setattr(loop.Trainer, "held_out", lambda self: {**held_out(self), "loss": next(losses)})
     monkeypatch.setattr(data, "EVALUATION_MIN", 256)
@@ -571,13 +574,13 @@ def test_evaluations_take_a_small_part_of_a_run():
         assert data.evaluations(tokens, most) == found
 
 
-def test_schedule_of_the_step_size():
+def test_schedule_of_the_learning_rate():
     rates = [loop.rate_factor(step, 100) for step in range(100)]
     assert rates[0] == 0.2 and max(rates) == rates[4] == 1.0 and rates[-1] < 0.03
     assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
-def test_several_processes_see_one_curve(small, tmp_path):
+def test_several_processes_give_the_same_curve(small, tmp_path):
     """Two processes by DDP: the same windows, the same losses, one output."""
     options = {**small, "tokens": 8 * 512}
     alone = heal(HealConfig(**options, out=tmp_path / "alone"), QUIET)
@@ -632,7 +635,7 @@ for train in ("all", "attention"):
 
 @pytest.mark.slow
 def test_sharded_gradients_are_the_same(small):
-    """FSDP2 over two processes on the CPU, of the pair with its own original and with a shared one."""
+    """FSDP2 over two processes on the CPU, for two models and for a pair that shares its frozen weights."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(small["folder"]).parent / "sharded.py"
     script.write_text(SHARDED)
@@ -650,7 +653,7 @@ def test_sharded_gradients_are_the_same(small):
         ({"teacher": None}, UsageError, "give --teacher"),
         ({"length": "512"}, UsageError, "longer than the model's context of 256"),
         ({"data": "nowhere.txt"}, InputError, "not found"),
-        ({"eval": "same"}, UsageError, "is what is trained on"),
+        ({"eval": "same"}, UsageError, "is the text to train on"),
         ({"teacher": "itself"}, InputError, "is a converted model"),
     ],
 )
@@ -714,7 +717,7 @@ def test_conversion_that_heals(cli, sources, tmp_path):
     recipe = (out / "recipe.yaml").read_text()
     assert "heal_tokens: 40000" in recipe and "heal_length: '64'" in recipe and "heal_lr" not in recipe
     verify(out)
-    # what would fail after the conversion is refused before it
+    # settings with which healing would fail are refused before the conversion
     for more, words_ in ((["--heal-tokens", "40k", "--heal-length", 512], "context of 256"),
                          (["--heal-lr", 0.1], "heal_lr means nothing without heal_tokens"),
                          (["--heal-tokens", "40k", "--heal-data", "nowhere.txt"], "not found")):  # fmt: skip
@@ -723,7 +726,7 @@ def test_conversion_that_heals(cli, sources, tmp_path):
 
 
 def test_demo_heals_in_a_minute(cli, tmp_path):
-    """The small form of `mla-convert demo --heal-tokens 200k`, at a quarter of the cache: a tenth of the loss comes back."""
+    """A short `mla-convert demo --heal-tokens 200k` at a quarter of the cache recovers a tenth of the loss."""
     code, _, err = cli("demo", "--kv-ratio", 0.25, "--refine-steps", 4, "--calib-samples", 8, "--calib-length", 128, "--uniform",
                        "--eval-windows", 2, "--eval-length", 256, "--heal-tokens", "20k", "--heal-length", 256, "--device", "cpu",
                        "--out", tmp_path / "out")  # fmt: skip

@@ -1,4 +1,4 @@
-"""A healing run that stopped goes on only from a checkpoint of the same weights and the same text."""
+"""A healing run resumes only from a checkpoint of the same weights and the same text."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ class Notes(Progress):
 
 @pytest.fixture
 def stopped(convert_pico, sources, tmp_path, monkeypatch):
-    """Settings of a run that was interrupted behind its first checkpoint, of files that may be changed."""
+    """Settings of a run that was interrupted after its first checkpoint, with files that a test may change."""
     converted = shutil.copytree(convert_pico("llama", rank=16, rope_dim=6, refine_steps=4).out, tmp_path / "converted")
     source = shutil.copytree(sources("llama"), tmp_path / "source")
     text = shutil.copy(sources("llama").parent / "text.txt", tmp_path / "text.txt")
@@ -50,7 +50,7 @@ def stopped(convert_pico, sources, tmp_path, monkeypatch):
 
 
 def rewrite(path, change):
-    """Other content, same size and times: only the content tells."""
+    """Change the content of a file, but not its size and times."""
     before = path.stat()
     content = bytearray(path.read_bytes())
     change(content)
@@ -75,7 +75,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_changed_starts_anew(stopped, tmp_path, what):
+def test_a_change_starts_anew(stopped, tmp_path, what):
     if CHANGES[what]:
         CHANGES[what](stopped, tmp_path)
     notes = Notes()
@@ -91,7 +91,7 @@ def test_what_changed_starts_anew(stopped, tmp_path, what):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
-def test_figures_of_another_measurement_are_not_taken_over(stopped, tmp_path):
+def test_values_of_another_measurement_are_not_reused(stopped, tmp_path):
     before = {path.name for path in (tmp_path / ".out.heal").glob("before-*")}
     report = heal(HealConfig(**{**stopped, "eval_windows": 1}), Progress(quiet=True))
     assert before and report["heal"]["before"]["evaluation"]["before"]["windows"] == 1

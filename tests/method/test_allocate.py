@@ -1,4 +1,4 @@
-"""Sharing a cache budget among layers."""
+"""Allocation of a cache budget to layers."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def losses(plan, unit, scales):
     return [LayerLoss(decay(rank, 0.9, ranks), decay(rope, 0.8, ropes)) for rank, rope in scales]
 
 
-def test_probes_lie_within_what_a_layer_may_get():
+def test_probes_are_sizes_that_a_layer_may_get():
     for plan, unit in ((PLAN, 2), (Plan(512, 64, AttentionShape(32, 4096, 32, 8, 128)), 16)):
         ranks, ropes = probes(plan, unit)
         assert ranks == sorted(set(ranks)) and ropes == sorted(set(ropes))
@@ -30,7 +30,7 @@ def test_probes_lie_within_what_a_layer_may_get():
     assert ropes[-1] == MAX_ROPE
 
 
-def test_curve_goes_through_what_was_measured_and_is_convex():
+def test_curve_interpolates_the_measurements_and_is_convex():
     found = curve({2: 1.0, 6: 0.1, 12: 0.05}, 2, 12)
     assert len(found) == 7 and found[1] == 1.0 and found[3] == pytest.approx(0.1) and found[6] == pytest.approx(0.05)
     assert found[2] == pytest.approx(0.1**0.5)
@@ -49,7 +49,7 @@ def test_equal_layers_get_equal_sizes_and_all_of_the_budget():
     assert len(set(sizes)) == 1 and sizes[0].width == PLAN.cache_width
 
 
-def test_who_loses_more_gets_more():
+def test_sensitive_layers_get_larger_sizes():
     sizes = allocate(PLAN, losses(PLAN, 2, [(0.1, 1), (1, 1), (10, 1)]), 2, 1.0)
     assert sum(size.width for size in sizes) == 3 * PLAN.cache_width
     assert sizes[0].rank < sizes[1].rank < sizes[2].rank
@@ -57,7 +57,7 @@ def test_who_loses_more_gets_more():
     assert sizes[0].rope_dim < sizes[1].rope_dim < sizes[2].rope_dim
 
 
-def test_greedy_is_the_best_there_is():
+def test_greedy_is_optimal():
     found = losses(PLAN, 2, [(0.3, 1), (2, 0.5), (1, 3)])
     sizes = allocate(PLAN, found, 2, 1.0)
     floor = [loss.rank[PLAN.full_rank] for loss in found]
@@ -68,7 +68,7 @@ def test_greedy_is_the_best_there_is():
         return sum(ranks[i][size.rank // 2] + ropes[i][size.rope_dim // 2] for i, size in enumerate(choice))
 
     best = total(sizes)
-    # no unit moved from anywhere to anywhere else helps
+    # moving one unit from one layer to another never helps
     for (a, kind_a), (b, kind_b) in itertools.permutations(itertools.product(range(3), range(2)), 2):
         moved = [[size.rank, size.rope_dim] for size in sizes]
         moved[a][kind_a] -= 2
@@ -85,7 +85,7 @@ def test_rotary_losses_can_count_less():
 @pytest.mark.parametrize("plan", [Plan(2, 0, SHAPE), Plan(2, 2, SHAPE), Plan(48, 14, SHAPE)])
 def test_small_and_large_budgets(plan):
     sizes = allocate(plan, losses(plan, 2, [(1, 1), (5, 2), (0.1, 9)]), 2, 1.0)
-    # the least that a layer has is one unit of each
+    # a layer has at least one unit of each
     assert sum(size.width for size in sizes) <= 3 * max(plan.cache_width, 4)
     for size in sizes:
         assert 2 <= size.rank <= SHAPE.full_rank(size.rope_dim) and size.rope_dim < SHAPE.full_rope_dim

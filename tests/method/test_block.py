@@ -1,4 +1,4 @@
-"""Layers refined together: never worse, for any family, and the model that is measured is the one that is written."""
+"""Joint refinement of layers: it never makes a model worse, and the model that is evaluated is the one that is written."""
 
 import io
 import math
@@ -31,7 +31,7 @@ def test_blocks_cover_all_layers_evenly(layers, size):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "pythia", "gpt2", "qwen3", "mixtral"])
-def test_a_block_gains(convert_pico, name):
+def test_joint_refinement_lowers_the_error_of_a_block(convert_pico, name):
     report = convert_pico(name, kv_ratio=0.4, refine_steps=0, refine_block=2, block_steps=20, block_lr=0.002)
     together = [layer for layer in report.layers if "block" in layer]
     assert [layer["block"] for layer in together] == [[0, 1], [0, 1]]  # three layers: one block of two, one alone
@@ -40,7 +40,7 @@ def test_a_block_gains(convert_pico, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "cohere"])
-def test_the_last_block_then_comes_nearer_in_what_it_predicts(convert_pico, name):
+def test_output_steps_lower_the_divergence(convert_pico, name):
     settings = {"kv_ratio": 0.3, "refine_steps": 0, "block_steps": 10, "block_lr": 0.02, "calib_samples": 64}
     without, report = (convert_pico(name, refine_block=3, **settings, output_steps=steps) for steps in (0, 60))
     for layer, other in zip(report.layers, without.layers, strict=True):
@@ -50,7 +50,7 @@ def test_the_last_block_then_comes_nearer_in_what_it_predicts(convert_pico, name
     assert last["output_kl"] < last["output_kl_before"] and not any("output_kl" in layer for layer in others)
 
 
-def test_the_last_blocks_are_a_group():
+def test_the_last_blocks_form_a_group():
     def sizes(layers, **settings):
         given = {"steps": 1, "batch": 1, "lr": 0.1, "seed": 0, "block": 6, "output_steps": 5, **settings}
         return [[len(block) for block in group] for group in groups(layers, RefineSettings(**given))]
@@ -61,21 +61,21 @@ def test_the_last_blocks_are_a_group():
     assert sizes(24, output_layers=99, output_steps=0) == [[6], [6], [6], [6]]
 
 
-def test_as_many_layers_take_the_last_steps_as_fit(sources):
+def test_number_of_layers_in_the_output_steps_follows_memory(sources):
     def layers(numbers):
         return refine_settings(
             ConvertConfig(source="x"), torch.device("cuda"), (768, 1024), 1536, numbers
         ).output_layers
 
-    assert layers(0) == 21 and layers(50_000_000) < 21  # of a card of 80 GB, where there is none
-    assert layers(10**11) == 1  # experts that no card holds: the last block alone
+    assert layers(0) == 21 and layers(50_000_000) < 21  # for a card of 80 GB, as there is none
+    assert layers(10**11) == 1  # experts that fit on no card: the last block alone
     source = open_source(str(sources("llama")))
     found = layer_numbers(source)
     with_biases = [name for name in source.reader.names() if name.startswith("model.layers.0.")]
     assert found == sum(math.prod(source.reader.shape(name)) for name in with_biases)
 
 
-def test_several_blocks_come_nearer_together(convert_pico):
+def test_output_steps_of_several_blocks_lower_the_divergence_further(convert_pico):
     settings = {
         "kv_ratio": 0.3,
         "refine_steps": 0,
@@ -95,7 +95,7 @@ def test_several_blocks_come_nearer_together(convert_pico):
     assert report.evaluation["after"]["value"] == pytest.approx(expected.value, rel=1e-4)
 
 
-def test_the_bar_counts_every_step(sources, tmp_path, monkeypatch):
+def test_the_progress_bar_counts_every_step(sources, tmp_path, monkeypatch):
     seen = []
 
     class Watched(progress.Bars):
@@ -114,13 +114,13 @@ def test_the_bar_counts_every_step(sources, tmp_path, monkeypatch):
                            calib_length=48, eval_windows=4, eval_length=48, kv_ratio=0.4, uniform=True, device="cpu",
                            refine_steps=2, refine_block=2, block_steps=3, output_steps=7)  # fmt: skip
     convert(config, progress.Progress(Console(file=io.StringIO(), force_terminal=True)))
-    # 3 layers of 2 + 3 steps and one for all else, and the last two or one of 7 more
-    further = 7 * len(blocks(3, 2)[-1])
-    assert seen[-1] == (3 * 6 + further, 3 * 6 + further)
+    # 3 layers with 2 + 3 steps and one for all other work, and 7 more steps for each layer of the last block
+    extra_steps = 7 * len(blocks(3, 2)[-1])
+    assert seen[-1] == (3 * 6 + extra_steps, 3 * 6 + extra_steps)
     assert all(done <= total for done, total in seen)
 
 
-def test_what_is_measured_is_what_is_written(convert_pico):
+def test_the_evaluated_model_is_the_written_one(convert_pico):
     report = convert_pico("llama", **SMALL, block_steps=30)
     windows = texts.evaluation_windows(pico.text(), AutoTokenizer.from_pretrained(report.out), 4, 48, "text")
     expected = measure.perplexity(pico.losses(AutoModelForCausalLM.from_pretrained(report.out), windows))
@@ -143,7 +143,7 @@ def test_killed_between_the_shards_of_a_block(convert_folder, sources, tmp_path,
     write, written = Writer.write_shard, []
 
     def killed(self, file, *rest):
-        if len(written) == 3:  # the two ends and the first layer of the first block
+        if len(written) == 3:  # embeddings, head, and the first layer of the first block
             raise KeyboardInterrupt
         written.append(file)
         write(self, file, *rest)

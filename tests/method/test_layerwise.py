@@ -1,4 +1,4 @@
-"""A model run one layer at a time gives what the same model gives whole."""
+"""A model that runs one layer at a time computes the same as the whole model."""
 
 import pico
 import pytest
@@ -32,8 +32,13 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
+<<<<<<< HEAD
     """From what the last layer gives, whatever a family does behind it: norm, biases, scales, soft caps."""
     monkeypatch.setattr(distillation, "CHUNK", 7 * VOCAB)
+=======
+    """From the output of the last layer, whatever a family has behind it: norm, biases, scales, soft caps."""
+    monkeypatch.setattr(divergence, "CHUNK", 7 * VOCAB)
+>>>>>>> method
     layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
     draw = torch.Generator().manual_seed(3)
     expected = torch.randn(2, 9, layerwise.source.config.hidden_size, generator=draw)
@@ -41,7 +46,7 @@ def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
     head = StreamedHead(layerwise)
     with torch.no_grad():
         for start in head.slices():
-            assert start == 0  # one slice holds all of so small a vocabulary
+            assert start == 0  # one slice holds the whole vocabulary
             ours, theirs = (head.logits(each.flatten(0, 1)[None]).log_softmax(-1) for each in (found, expected))
     with head.divergence() as distance:
         value = distance(found, expected)

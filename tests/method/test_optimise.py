@@ -1,4 +1,4 @@
-"""Refinement may only help: toy modules for its laws, pico models for its use."""
+"""Refinement never makes a layer worse: toy modules for its properties, pico models for its use."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.refine import optimise
 from mla_convert.method.refine.optimise import (
     CHANNEL_FLOOR,
     RefineSettings,
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def task():
-    """A linear student some way off its teacher, inputs and targets."""
+    """A linear student with weights near its teacher's, inputs and targets."""
     torch.manual_seed(0)
     inputs = Activations(torch.randn(WINDOWS, LENGTH, SIZE), CPU, torch.float32)
     teacher, student = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
@@ -89,10 +90,37 @@ def test_same_seed_gives_the_same_parameters(task):
 def test_held_out_windows_are_not_trained_on(task):
     student, inputs, targets = task
     with torch.no_grad():
-        targets.data[-1] = inputs.data[-1] + student(inputs.data[-1])  # the start is perfect on the window held out
+        targets.data[-1] = inputs.data[-1] + student(inputs.data[-1])  # the start is perfect on the held-out window
     before = copied(student)
     refine(student, student, inputs, targets, RefineSettings(8, 4, 0.02, 0))
     assert unchanged(student, before)
+
+
+def test_captured_steps_train_like_eager_ones(task, monkeypatch):
+    """The graph is a fake that runs its call eagerly, and not before its first replay."""
+    student, inputs, targets = task
+    start, captures, trained = copied(student), [], []
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    class Captured:
+        def __init__(self, run, *examples):
+            self.run = run
+            captures.append([example.shape for example in examples])
+
+        def __call__(self, *inputs):
+            self.run(*inputs)
+
+    monkeypatch.setattr(optimise, "CapturedCall", Captured)
+    for kind in (torch.Tensor, OnCuda):
+        student.load_state_dict(start)
+        step = optimise.TrainingStep([*student.parameters()], student, RefineSettings(8, 4, 0.02, 0), relative_error)
+        for index in batches(WINDOWS, 4, 8, seed=0):
+            step(inputs.get(index).as_subclass(kind), targets.get(index).as_subclass(kind))
+        trained.append(copied(student))
+    assert captures == [[(4, LENGTH, SIZE)] * 2] and not unchanged(student, start)
+    assert unchanged(student, trained[0])
 
 
 def test_every_window_once_before_any_again():
@@ -108,7 +136,7 @@ def test_errors_are_relative():
     assert output_error(lambda x: 1.2 * x, lambda x: x, states) == pytest.approx(0.04, rel=1e-4)
 
 
-def test_a_token_past_mending_is_not_everything():
+def test_a_token_that_cannot_be_corrected_does_not_dominate():
     expected = torch.randn(1, 100, SIZE, generator=torch.Generator().manual_seed(0))
     found = (1.1 * expected).requires_grad_(True)
     with torch.no_grad():
@@ -120,18 +148,18 @@ def test_a_token_past_mending_is_not_everything():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_pico_model_gets_better(convert_pico, name):
+def test_refinement_improves_a_pico_model(convert_pico, name):
     settings = {"kv_ratio": 0.4, "calib_samples": 64}
     closed, refined = (convert_pico(name, refine_steps=steps, **settings) for steps in (0, 40))
     for layer in refined.layers:
         assert layer["residual_error"] <= layer["residual_error_closed_form"]
     assert refined.layers[0]["residual_error"] < 0.9 * closed.layers[0]["residual_error"]
-    same = "output_error_closed_form"  # the residual error is weighted by what is measured for refinement only
+    same = "output_error_closed_form"  # the residual error has weights that are measured for refinement only
     assert refined.layers[0][same] == closed.layers[0][same]
 
 
 def test_weights_of_channels():
-    """Channels count by what they cost; equal costs, or the same share of error everywhere, are as without weights."""
+    """Weights follow the cost of channels; with equal costs, or equal relative errors, the loss is as without weights."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([100.0, 1.0, 1.0, 0.1])
     stream = Activations(torch.randn(6, 20, 4, generator=generator) * scale, torch.device("cpu"), torch.float32)
@@ -143,5 +171,5 @@ def test_weights_of_channels():
     assert small == pytest.approx(1e-4, rel=1e-3)
     alone = [relative_error(expected + 1e-4 * torch.eye(4)[i], expected, weight).item() for i in range(4)]
     assert alone[0] < alone[1] < alone[3] and alone[1] == pytest.approx(alone[2])
-    # a channel that costs nothing still counts a little: few tokens have been looked at
+    # a channel without cost keeps a small weight, as the costs are measured on few tokens
     assert alone[0] / alone[3] == pytest.approx(CHANNEL_FLOOR / 4, rel=0.05)

@@ -45,7 +45,7 @@ def test_harmonic_distance_sums_to_one():
 
 @pytest.mark.parametrize("choose", [rope.choose_planes, rope.even_planes])
 @pytest.mark.parametrize("count", [0, 3, 5, N_F * KV])
-def test_planes_have_increasing_distinct_slots_and_report_their_loss(choose, count, spectrum):
+def test_planes_have_increasing_distinct_indices_and_report_their_loss(choose, count, spectrum):
     key_cov, energy, distance = spectrum
     rho = rope.mean_rotation(distance, INV_FREQ)
     planes = choose(key_cov, energy, rho, count)
@@ -71,14 +71,14 @@ def test_choose_planes_loses_no_more_than_even_planes(spectrum):
 
 
 @pytest.mark.parametrize("count", [0, 1, N_F])
-def test_table_planes_are_the_best_with_a_frequency_each(count, spectrum):
+def test_table_planes_are_the_best_with_one_frequency_each(count, spectrum):
     key_cov, energy, distance = spectrum
     rho = rope.mean_rotation(distance, INV_FREQ)
     planes = rope.table_planes(key_cov, energy, rho, count)
     assert len(planes.freq_index) == len(set(planes.freq_index.tolist())) == count
     free = rope.choose_planes(key_cov, energy, rho, count)
     assert free.lost <= planes.lost <= rope.even_planes(key_cov, energy, rho, count).lost
-    if count == 1:  # nothing to choose between frequencies: the best of all planes
+    if count == 1:  # the best of all planes
         assert torch.equal(free.freq_index, planes.freq_index) and torch.isclose(free.lost, planes.lost)
 
 
@@ -87,7 +87,7 @@ def test_a_table_has_frequencies_in_even_steps():
     assert table_frequencies(48) == range(32) and table_frequencies(4) == range(4) and not table_frequencies(0)
 
 
-def test_content_maps_give_the_mean_of_what_no_plane_carries(spectrum):
+def test_content_maps_give_the_mean_of_the_part_without_planes(spectrum):
     key_cov, energy, distance = spectrum
     rho = rope.mean_rotation(distance, INV_FREQ)
     planes = rope.choose_planes(key_cov, energy, rho, 3)

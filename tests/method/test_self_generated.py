@@ -1,12 +1,13 @@
-"""Text that the original writes: by the model as it is stored, the same again for the same seed, in the right windows."""
+"""Self-generated text: sampled from the stored model, reproducible by its seed, in the right windows."""
 
 import pico
 import pytest
 import torch
 
+from mla_convert.core.cuda_graph import CaptureError
 from mla_convert.core.report_file import calibration_words
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.method.calibrate import self_generated as selfwritten
+from mla_convert.method.calibrate import self_generated
 from mla_convert.modeling.attention_backends import sdpa_grouped_query
 from mla_convert.source.source import open_source
 
@@ -23,69 +24,105 @@ def test_the_whole_original_is_loaded(opened, name):
     ids = torch.arange(20)[None] + 5
     with torch.no_grad():
         found, expected = (
-            m(ids, use_cache=False).logits for m in (selfwritten.load_whole(opened(name), CPU), pico.model(name))
+            m(ids, use_cache=False).logits for m in (self_generated.load_whole(opened(name), CPU), pico.model(name))
         )
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_sampled_from_the_models_own_distribution(opened):
-    model = selfwritten.load_whole(opened("llama"), CPU)
-    texts = selfwritten.write(model, 400, 2, first=1, seed=0)
-    assert texts.shape == (400, 2) and torch.equal(texts, selfwritten.write(model, 400, 2, first=1, seed=0))
+    model = self_generated.load_whole(opened("llama"), CPU)
+    texts = self_generated.write(model, 400, 2, first=1, seed=0)
+    assert texts.shape == (400, 2) and torch.equal(texts, self_generated.write(model, 400, 2, first=1, seed=0))
     with torch.no_grad():
         expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
         follow = model(torch.cat([torch.ones(400, 1, dtype=torch.long), texts[:, :1]], 1)).logits[:, -1].softmax(-1)
     drawn = torch.bincount(texts[:, 0], minlength=len(expected)) / 400
     assert float((drawn - expected).abs().max()) < 0.12  # five standard errors
-    # what is drawn from p has, on average, a probability of sum p^2; drawn after another prefix it would have less
+    # a sample of p has an expected probability of sum p^2; a sample for another prefix would have less
     assert float(follow.gather(1, texts[:, 1:]).mean()) == pytest.approx(
         float(follow.square().sum(-1).mean()), rel=0.15
     )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt-oss", "qwen2", "pythia", "cohere2"])
-def test_steps_see_what_a_whole_text_sees(opened, name, monkeypatch):
-    monkeypatch.setattr(selfwritten, "CACHE_UNIT", 8)  # so that the cache grows on the way
-    model = selfwritten.load_whole(opened(name), CPU)
+def test_decoding_steps_equal_a_forward_pass(opened, name, monkeypatch):
+    monkeypatch.setattr(self_generated, "CACHE_UNIT", 8)  # so that the cache grows during decoding
+    model = self_generated.load_whole(opened(name), CPU)
     length = getattr(model.config, "sliding_window", None) or 12
     ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(0))
-    writer = selfwritten._Writer(model, 2, length)
+    decoder = self_generated.Decoder(model, 2, length)
     with torch.no_grad():
         for _ in range(2):  # the second time, the cache holds another text
-            writer.restart()
-            found = torch.stack([writer(ids[:, [step]]).clone() for step in range(length)], 1)
+            decoder.restart()
+            found = torch.stack([decoder(ids[:, [step]]).clone() for step in range(length)], 1)
         expected = model(ids, use_cache=False).logits
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_texts_longer_than_a_window_are_several(opened):
-    model = selfwritten.load_whole(opened("gemma2"), CPU)
+@pytest.mark.parametrize("refused", [False, True])
+def test_captured_decoding_equals_a_forward_pass(opened, monkeypatch, refused):
+    """The graphs are fakes that run their call eagerly; one for each length of the cache, in the memory of the first."""
+    pools = []
+
+    class Captured:
+        def __init__(self, run, pool=None):
+            if refused:
+                raise CaptureError("operation not permitted when stream is capturing")
+            self.run = run
+            pools.append(pool)
+
+        def __call__(self):
+            return self.run()
+
+        def pool(self):
+            return "memory"
+
+    monkeypatch.setattr(self_generated, "CapturedCall", Captured)
+    monkeypatch.setattr(self_generated, "CACHE_UNIT", 8)
+    model = self_generated.load_whole(opened("llama"), CPU)
+    ids = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(0))
+    decoder = self_generated.Decoder(model, 2, 20)
+    decoder.capturable = True
+    with torch.no_grad():
+        for _ in range(2):
+            decoder.restart()
+            logits = torch.stack([decoder(ids[:, [step]]).clone() for step in range(20)], 1)
+        expected = model(ids, use_cache=False).logits
+    assert torch.allclose(logits, expected, atol=1e-5 * float(expected.abs().max()))
+    assert pools == ([] if refused else [None, "memory", "memory"]) and decoder.capturable != refused
+
+
+def test_texts_longer_than_a_window_are_made_of_several(opened):
+    model = self_generated.load_whole(opened("gemma2"), CPU)
     window = model.config.sliding_window
-    texts = selfwritten.write(model, 3, 2 * window + 1, first=1, seed=0)
+    texts = self_generated.write(model, 3, 2 * window + 1, first=1, seed=0)
     assert texts.shape == (3, 2 * window + 1)
-    short = selfwritten.write(model, 9, -(-(2 * window + 1) // 3), first=1, seed=0)
+    short = self_generated.write(model, 9, -(-(2 * window + 1) // 3), first=1, seed=0)
     assert torch.equal(texts, short.view(3, -1)[:, : 2 * window + 1])
 
 
 def test_pairs_of_windows_are_replaced():
-    assert selfwritten.chosen(8, 0.5).tolist() == [False, False, True, True] * 2
-    assert not selfwritten.chosen(8, 0.0).any() and selfwritten.chosen(7, 1.0).all()
-    assert selfwritten.chosen(400, 0.3).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert self_generated.chosen(8, 0.5).tolist() == [False, False, True, True] * 2
+    assert not self_generated.chosen(8, 0.0).any() and self_generated.chosen(7, 1.0).all()
+    assert self_generated.chosen(400, 0.3).float().mean() == pytest.approx(0.3, abs=0.01)
 
 
 def test_windows_keep_their_first_token_and_their_length(opened, sources, monkeypatch):
-    monkeypatch.setattr(selfwritten, "TEXT_TOKENS", 10)  # several texts a window
+    monkeypatch.setattr(self_generated, "TEXT_TOKENS", 10)  # several texts a window
     source = opened("llama")
     windows = torch.full((8, 24), 7)
-    found = selfwritten.mixed(windows, 0.5, source, source.tokenizer(), CPU, seed=0)
-    replaced = selfwritten.chosen(8, 0.5)
+    found = self_generated.mixed(windows, 0.5, source, source.tokenizer(), CPU, seed=0)
+    replaced = self_generated.chosen(8, 0.5)
     assert found.shape == windows.shape and (found[~replaced] == 7).all() and not (found[replaced] == 7).all()
-    assert selfwritten.mixed(windows, 0.0, source, source.tokenizer(), CPU, seed=0) is windows
+    assert self_generated.mixed(windows, 0.0, source, source.tokenizer(), CPU, seed=0) is windows
 
 
 def test_default(opened):
-    assert selfwritten.share(ConvertConfig(source="x"), opened("llama"), CPU) == 0
-    assert selfwritten.share(ConvertConfig(source="x", calib_self_generated=0.25), opened("llama"), CPU) == 0.25
+    assert self_generated.generated_fraction(ConvertConfig(source="x"), opened("llama"), CPU) == 0
+    assert (
+        self_generated.generated_fraction(ConvertConfig(source="x", calib_self_generated=0.25), opened("llama"), CPU)
+        == 0.25
+    )
 
 
 def test_conversion(convert_folder, sources):
@@ -94,7 +131,7 @@ def test_conversion(convert_folder, sources):
     assert first.checksums != convert_folder(sources("llama"), calib_self_generated=0, kv_ratio=0.5).checksums
 
 
-def test_reports_say_what_was_written():
+def test_reports_name_the_self_generated_fraction():
     words = "t.txt, 8 windows of 64 tokens"
     assert (
         calibration_words({"protocol": words, "self_written": 0.5})
@@ -106,7 +143,7 @@ def test_reports_say_what_was_written():
 
 
 @pytest.mark.parametrize("given", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
-def test_grouped_attention_refuses_what_it_does_not_know(given):
+def test_grouped_attention_refuses_soft_caps_and_sinks(given):
     query, key = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 3, 4)
     with pytest.raises(TypeError, match="neither soft caps nor sinks"):
         sdpa_grouped_query(None, query, key, key, None, 0.5, **given)

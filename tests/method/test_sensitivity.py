@@ -1,4 +1,4 @@
-"""Losses by layer: the streamed gradient against autograd through the whole model, and what the sizes do with them."""
+"""Losses by layer: the streamed gradient equals autograd through the whole model, and losses fall with size."""
 
 import pico
 import pytest
@@ -37,7 +37,7 @@ def tokens(seed=0):
 
 
 def whole_gradients(model, ids, drawn):
-    """Gradients of the drawn tokens' losses at each attention's output (layers, N, L, d), and at each layer's."""
+    """Gradients of the sampled tokens' losses at each attention's output (layers, N, L, d), and at each layer's."""
     kept, outputs = [], []
 
     def keep(_module, _args, output):
@@ -58,7 +58,7 @@ def whole_gradients(model, ids, drawn):
     return [tensor.grad for tensor in kept], [tensor.grad for tensor in outputs]
 
 
-def test_gradient_of_drawn_tokens(layerwise):
+def test_gradient_of_sampled_tokens(layerwise):
     ids = tokens()
     with torch.no_grad():
         out = layerwise.whole.model(ids, use_cache=False)
@@ -70,18 +70,18 @@ def test_gradient_of_drawn_tokens(layerwise):
         hook.remove()
         logits = layerwise.whole.lm_head(out.last_hidden_state)
     gradient = StreamedHead(layerwise).output_gradient(last["states"], torch.Generator().manual_seed(1))
-    # which tokens were drawn follows from the gradient at the logits: the same noise, drawn again
+    # the sampled tokens are found by drawing the same noise again
     drawn = drawn_tokens(layerwise, last["states"], 1)
     expected = whole_gradients(layerwise.whole, ids, drawn)[1][-1]
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    # drawn, not the most likely ones: the mean loss is near the entropy
+    # samples, not the most likely tokens: the mean loss is near the entropy
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten())
     assert abs(float(loss - entropy)) < 1.0
 
 
 def drawn_tokens(layerwise, states, seed):
-    """What output_gradient draws: the same passes over the same slices, with the noise added to whole logits."""
+    """The tokens that output_gradient samples: the same noise on the same slices, added to whole logits."""
     generator = torch.Generator().manual_seed(seed)
     best = torch.full(states.shape[:2], -torch.inf)
     drawn = torch.zeros(states.shape[:2], dtype=torch.int64)
@@ -127,7 +127,7 @@ def test_metric_is_that_of_the_whole_model(layerwise, tmp_path, monkeypatch):
         torch.testing.assert_close(metric, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_losses_fall_and_are_small_where_little_is_left_out(layerwise, tmp_path):
+def test_losses_fall_with_size(layerwise, tmp_path):
     plan = make_plan(Settings(kv_ratio=0.5), layerwise.source.shape)
     with Writer(tmp_path / "out", {}) as writer:
         losses = sensitivity.sensitivities(layerwise, embedded(layerwise, tokens()), plan, 0, writer).losses
@@ -136,5 +136,5 @@ def test_losses_fall_and_are_small_where_little_is_left_out(layerwise, tmp_path)
         ranks, ropes = sorted(loss.rank), sorted(loss.rope)
         assert loss.rank[ranks[0]] > 2 * loss.rank[plan.full_rank] > 0
         assert loss.rope[ropes[0]] > loss.rope[ropes[-1]] >= 0
-        # whole rank with the plan's rotary dims is the same thing reached from both sides
+        # full rank with the plan's rotary dims is measured on both curves
         assert loss.rank[plan.full_rank] == pytest.approx(loss.rope[plan.rope_dim], rel=0.02)

@@ -1,4 +1,4 @@
-"""Sizes of the converted cache, for every way to ask for them."""
+"""Sizes of the converted cache, for every setting that determines them."""
 
 import pytest
 
@@ -51,13 +51,13 @@ def test_full_is_exact(shape):
     assert plan.rank == min(shape.num_kv_heads * shape.head_dim, shape.hidden_size + shape.has_kv_bias)
 
 
-def test_full_rank_of_wide_heads_is_the_inputs():
+def test_full_rank_of_wide_heads_is_the_width_of_the_input():
     wide = AttentionShape(3, 48, 6, 6, 16)
     assert wide.full_rank(0) == 48 and AttentionShape(3, 48, 6, 6, 16, has_kv_bias=True).full_rank(0) == 49
 
 
 @pytest.mark.parametrize("rope_dim", [0, 2, 16])
-def test_sizes_given_are_taken(rope_dim):
+def test_given_sizes_are_used(rope_dim):
     plan = make_plan(Settings(rank=9, rope_dim=rope_dim), PICO)
     assert (plan.rank, plan.rope_dim, plan.cache_width) == (9, rope_dim, 9 + rope_dim)
     assert plan.cache_ratio == (9 + rope_dim) / 32 and not plan.exact

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from mla_convert.core.settings import Settings
-from mla_convert.method.calibrate import statistics as calibrate
+from mla_convert.method.calibrate.attention_forward import attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.statistics import diagonal_sums, layer_statistics, second_moment
 from mla_convert.method.factorise.layer import build_attention, mla_config
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source.source import open_source
@@ -18,7 +19,7 @@ LAYER = 1
 
 @pytest.fixture(scope="module", params=["llama3-rope", "mistral-window", "qwen2"])
 def measured(request, sources):
-    """Statistics of one layer, and what they should be: its inputs x~ (N, T, d+1) and attention (N, H, T, T)."""
+    """Statistics of one layer, with its inputs x~ (N, T, d+1) and attention (N, H, T, T) to compute them directly."""
     layerwise = LayerwiseModel(open_source(str(sources(request.param))), torch.device("cpu"))
     ids = torch.randint(3, pico.VOCAB, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     model = pico.model(request.param)
@@ -28,9 +29,9 @@ def measured(request, sources):
         hidden = output.hidden_states[LAYER]
         rows = model.model.layers[LAYER].input_layernorm(hidden)
     states = Activations(hidden, layerwise.device, torch.float32)
-    kwargs = calibrate.attention_kwargs(layerwise, LENGTH)[LAYER]
+    kwargs = attention_kwargs(layerwise, LENGTH)[LAYER]
     with layerwise.layer(LAYER, layerwise.layer_tensors(LAYER)) as layer:
-        statistics = calibrate.layer_statistics(layerwise, layer, states, kwargs)
+        statistics = layer_statistics(layerwise, layer, states, kwargs)
     x = torch.cat([rows, torch.ones(WINDOWS, LENGTH, 1)], -1).double()
     return statistics, x, output.attentions[LAYER].double()
 
@@ -76,12 +77,12 @@ def test_moments_behind_norms(sources, name):
         WINDOWS, LENGTH, layerwise.source.shape.hidden_size, generator=torch.Generator().manual_seed(0)
     )
     states = Activations(hidden, layerwise.device, torch.float32)
-    kwargs = calibrate.attention_kwargs(layerwise, LENGTH)[LAYER]
+    kwargs = attention_kwargs(layerwise, LENGTH)[LAYER]
     seen = {}
     with layerwise.layer(LAYER, layerwise.layer_tensors(LAYER)) as layer:
         stock = layer.self_attn
         student = build_attention(mla_config(layerwise.source, plan, torch.float32), stock, layerwise.device)
-        statistics = calibrate.layer_statistics(layerwise, layer, states, kwargs, student)
+        statistics = layer_statistics(layerwise, layer, states, kwargs, student)
         for part in ("q_norm", "k_norm", "v_proj"):
             module = getattr(stock, part, None) or getattr(stock, part.replace("norm", "layernorm"))
             module.register_forward_hook(lambda _, __, output, part=part: seen.update({part: output}))
@@ -101,11 +102,11 @@ def test_moments_behind_norms(sources, name):
 def test_diagonal_sums(length):
     weights = torch.rand(3, length, length).tril()
     expected = torch.stack([weights.diagonal(-distance, 1, 2).sum(-1) for distance in range(length)], 1)
-    torch.testing.assert_close(calibrate.diagonal_sums(weights), expected)
+    torch.testing.assert_close(diagonal_sums(weights), expected)
 
 
 def test_moments_do_not_depend_on_batches(monkeypatch):
     states = Activations(torch.randn(WINDOWS, LENGTH, 6), torch.device("cpu"), torch.float32)
-    whole = calibrate.second_moment(states, torch.nn.Identity())
+    whole = second_moment(states, torch.nn.Identity())
     monkeypatch.setattr("mla_convert.method.calibrate.hidden_states.BATCH_TOKENS", {"cpu": 2 * LENGTH})
-    close(calibrate.second_moment(states, torch.nn.Identity()), whole)
+    close(second_moment(states, torch.nn.Identity()), whole)

@@ -96,7 +96,7 @@ def test_all_planes_and_full_rank_reproduce_the_source(heads, num_kv, biased):
 
 @pytest.mark.parametrize("planes", ["by_loss", "evenly_spaced"])
 @pytest.mark.parametrize("heads, num_kv, rope_dim", [(6, 6, 8), (6, 2, 8), (9, 3, 6), (3, 1, 2), (3, 1, 0)])
-def test_full_rank_is_exact_where_nothing_rotates(heads, num_kv, rope_dim, planes):
+def test_full_rank_is_exact_without_rotation(heads, num_kv, rope_dim, planes):
     weights, geometry, stats = make_layer(heads, num_kv, biased=True, rope_scale=1.3)
     stats = dataclasses.replace(stats, inv_freq=torch.zeros(HEAD_DIM // 2, dtype=torch.float64))
     rank = full_rank(geometry, HIDDEN, rope_dim, True)
@@ -141,7 +141,7 @@ def test_singular_statistics_stay_exact_for_unseen_inputs():
     torch.testing.assert_close(mla[1], original(x, weights, geometry, stats)[1], rtol=1e-6, atol=1e-6)
 
 
-def test_key_moment_moves_the_error_to_tokens_nobody_attends_to():
+def test_key_moment_moves_the_error_to_tokens_without_attention():
     weights, geometry, stats = make_layer(6, 2)
     seen = torch.randn(HIDDEN + 1, 10, dtype=torch.float64)
     focused = dataclasses.replace(stats, key_moment=seen @ seen.T)
@@ -156,8 +156,8 @@ def test_statistics_that_are_not_finite_are_refused():
         factorise(weights, geometry, broken, 8, 4)
 
 
-def test_eigenvectors_are_looked_at(monkeypatch):
-    """A GPU's solver may give NaN without a word; the CPU's does the work then."""
+def test_eigenvectors_are_checked(monkeypatch):
+    """A GPU's solver may return NaN without raising; the CPU's is used then."""
     matrix = torch.diag(torch.tensor([1.0, 2.0]))
 
     class Silent(torch.Tensor):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 from torch import Tensor, nn
 
-from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 
 # hidden states (B, L, d) at a layer's input -> what a module adds to them, float32 (B, L, d)
 Forward = Callable[[Tensor], Tensor]
@@ -20,7 +19,7 @@ ATTENTION_LENGTH = 1024
 def attention_forward(
     attention: nn.Module,
     norm: Callable[[Tensor], Tensor],
-    kwargs: dict[str, Any],
+    kwargs: LayerKwargs,
     autocast: Callable[[], AbstractContextManager],
     after: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> Forward:
@@ -41,6 +40,6 @@ def attention_forward(
     return forward
 
 
-def attention_kwargs(layerwise: LayerwiseModel, length: int) -> list[dict[str, Any]]:
+def attention_kwargs(layerwise: LayerwiseModel, length: int) -> list[LayerKwargs]:
     """Keyword arguments of every layer for `statistics.attention_moments`, on windows of `length` tokens at most."""
     return layerwise.layer_kwargs(min(length, ATTENTION_LENGTH), eager=True)

@@ -1,4 +1,4 @@
-"""Hidden states of a set of windows at one layer boundary, kept on the device if they are small, else in host memory."""
+"""Hidden states of a set of windows at one layer boundary: on the device if they are small, else in pinned host memory."""
 
 from __future__ import annotations
 
@@ -12,58 +12,66 @@ from torch import Tensor
 from mla_convert.core.errors import InputError
 from mla_convert.source.checkpoint.reader import LARGEST
 
-# A set of states that takes more than this, and more than this share of the device's memory, lives in pinned host memory and
-# travels batch by batch. There are five sets at most.
-DEVICE_BYTES, DEVICE_SHARE = 5 << 28, 1 / 24
+# A set of states larger than DEVICE_BYTES, and than DEVICE_FRACTION of the device's memory, is kept in pinned host memory and
+# copied batch by batch. A conversion has at most five sets.
+DEVICE_BYTES, DEVICE_FRACTION = 5 << 28, 1 / 24
 BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
 
 
-def device_room(device: torch.device) -> int:
-    """Bytes that one set of states may take on a CUDA device."""
-    return max(DEVICE_BYTES, int(torch.cuda.get_device_properties(device).total_memory * DEVICE_SHARE))
+def device_limit(device: torch.device) -> int:
+    """Largest size in bytes of a set of states on a CUDA device."""
+    return max(DEVICE_BYTES, int(torch.cuda.get_device_properties(device).total_memory * DEVICE_FRACTION))
 
 
 class Activations:
     """Hidden states (N, L, hidden) of N windows, changed in place from layer to layer."""
 
     def __init__(self, data: Tensor, device: torch.device, dtype: torch.dtype, on_host: bool = False):
+        """Copy hidden states.
+
+        Args:
+            data: (N, L, hidden).
+            device: that computes on them.
+            dtype: that they are kept in.
+            on_host: keep them in host memory, whatever their size.
+        """
         self.device = device
         size = data.numel() * dtype.itemsize
-        if device.type == "cuda" and (on_host or size > device_room(device)):
+        if device.type == "cuda" and (on_host or size > device_limit(device)):
             self.data = data.to(dtype).pin_memory()
         else:
             self.data = data.to(device, dtype, copy=True)
         self.windows, self.length, self.hidden_size = data.shape
 
     def empty_like(self) -> Activations:
-        """Room for as many states, where these ones live."""
+        """Uninitialised states of the same shape, in the same memory."""
         other = copy(self)
         other.data = torch.empty_like(self.data, pin_memory=self.data.is_pinned())
         return other
 
     def clone(self) -> Activations:
-        """A copy of its own, where these states live."""
+        """A copy, in the same memory."""
         other = self.empty_like()
         other.data.copy_(self.data)
         return other
 
     def batches(self) -> Iterator[slice]:
-        """Slices over the windows that make batches of a size fit for the device."""
+        """Slices over the windows, in batches of a size that suits the device."""
         size = max(1, BATCH_TOKENS[self.device.type] // self.length)
         for start in range(0, self.windows, size):
             yield slice(start, min(start + size, self.windows))
 
     def get(self, index: slice | Tensor) -> Tensor:
-        """Some windows on the device, float32."""
+        """Some windows (B, L, hidden) on the device, float32."""
         if isinstance(index, Tensor) and self.data.is_pinned():
-            # one copy a window: gathering them first would take them out of pinned memory
+            # one copy for each window: gathering them first would allocate memory that is not pinned
             return torch.stack([self.data[i].to(self.device, non_blocking=True) for i in index.tolist()]).float()
         index = index.to(self.data.device) if isinstance(index, Tensor) else index
         return self.data[index].to(self.device, non_blocking=True).float()
 
     def put(self, index: slice, states: Tensor) -> None:
-        """Store some windows."""
-        # cast on the device, then straight into (pinned) place
+        """Store some windows (B, L, hidden)."""
+        # cast on the device, so that the copy is direct and half as large
         self.data[index].copy_(states.to(self.data.dtype))
 
     @torch.no_grad()
@@ -73,10 +81,13 @@ class Activations:
             self.put(batch, layer(self.get(batch)))
 
     def check_finite(self, where: str) -> None:
-        """Refuse states that nothing can be made of; `where` they come from, for the message.
+        """Refuse states that cannot be computed with.
+
+        Args:
+            where: name of the module that they come from, for the message.
 
         Raises:
-            InputError: one of them is NaN, infinite, or has no square.
+            InputError: one of them is NaN, infinite, or so large that its square is.
         """
         largest = [float(torch.linalg.vector_norm(self.data[batch], math.inf)) for batch in self.batches()]
         if not all(size <= LARGEST for size in largest):

@@ -17,6 +17,9 @@ from mla_convert.core.errors import InputError, one_line
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.source.source import Source
 
+# keyword arguments of a stock decoder layer: positions, rotary tables, mask
+LayerKwargs = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -33,7 +36,7 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.names = list(inspect.signature(layer.forward).parameters)
-        self.kwargs: dict[str, Any] = {}
+        self.kwargs: LayerKwargs = {}
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         self.kwargs = dict(zip(self.names[1:], args, strict=False)) | kwargs
@@ -99,7 +102,7 @@ class LayerwiseModel:
                     f"{list(parameter.shape)}: config.json and weights do not belong together"
                 )
 
-    def rotation(self, index: int, kwargs: dict[str, Any]) -> Rotation:
+    def rotation(self, index: int, kwargs: LayerKwargs) -> Rotation:
         """RoPE of a layer, from the cos and sin tables that the stock model passes to it.
 
         Args:
@@ -252,7 +255,7 @@ class LayerwiseModel:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def layer_kwargs(self, length: int, eager: bool = False) -> list[dict[str, Any]]:
+    def layer_kwargs(self, length: int, eager: bool = False) -> list[LayerKwargs]:
         """Keyword arguments (positions, masks) that the stock model passes to each layer for unpadded windows.
 
         Args:

@@ -1,10 +1,10 @@
-"""How the texts that a model writes itself begin, how freely it chooses their tokens, and whose turn it is in a dialogue.
+"""First tokens of self-generated texts, the sampling of each, and the turns of dialogues.
 
-From the start of a document alone a model writes mostly of what its training data began with most often. Its other sides
-appear behind other beginnings: the chat template's user turn (an instruction-tuned model then writes questions as well as
-answers; Magpie, arXiv 2406.08464), code, headings, licences' first words, other languages. And what it knows by heart appears
-when unlikely tokens are left out: one of them ends a recital. Lower temperatures do that too, but a small model then repeats
-itself without end (docs/research/calibration-text.md).
+From the start of a document alone a model generates mostly the most common openings of its training data. Other parts of its
+distribution need other openings: the chat template's user turn (an instruction-tuned model then writes questions as well as
+answers; Magpie, arXiv 2406.08464), code, headings, licences, other languages. Memorised text appears when unlikely tokens are
+left out (min-p sampling, arXiv 2407.01082): one of them ends a recitation. Lower temperatures do that too, but make a small
+model repeat itself without end (docs/research/calibration-text.md).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of ten texts so many begin a document, a dialogue, or with one of the OPENINGS; without a chat template there are no dialogues.
+# Of ten texts: how many begin a document, and a dialogue; the others begin with one of OPENINGS. Without a chat template there
+# are no dialogues.
 DOCUMENTS, DIALOGUES = 3, 3
-# Texts leave out, in turn, tokens that are less likely than this share of the likeliest one (min-p, arXiv 2407.01082).
-FLOORS = (0.0, 0.05, 0.1)
-# So many more texts are written than are wanted, and those that repeat themselves most are dropped.
+# min-p of the texts, in turn: tokens less likely than this fraction of the likeliest one are left out.
+MIN_P = (0.0, 0.05, 0.1)
+# Additional texts, as a fraction of those needed; the most repetitive ones are dropped.
 SPARE = 1 / 4
 # Tokens of a passage that counts as repeated when it occurs again in its text.
 PASSAGE = 4
@@ -41,7 +42,7 @@ OPENINGS = (
     "<!DOCTYPE html>\n", "SELECT ", "CREATE TABLE ", "#!/bin/bash\n", "FROM ", "{\n  \"", "version: ", "module ", "require ",
     "library(",
     "\\documentclass", "diff --git a/", "@", "template <", "interface ", "[package]\nname = ",
-    # what accompanies code
+    # documentation and messages of code
     "# Installation\n\n", "## Usage\n\n", "README\n\n", "CHANGELOG\n\n", "NAME\n", "Usage: ", "LICENSE\n\n", "Copyright (c) ",
     "# Copyright ",
     "Terms ", "Article 1\n\n", "Traceback (most recent call last):\n", "Error: ",
@@ -57,17 +58,19 @@ OPENINGS = (
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template in tokens: what comes before the user's first words, what ends a side's turn and begins the other's."""
+    """A chat template in tokens."""
 
-    head: list[int]
-    after_user: list[int]
-    after_assistant: list[int]
+    head: list[int]  # before the user's first words
+    after_user: list[int]  # end the user's turn and begin the assistant's
+    after_assistant: list[int]  # end the assistant's turn and begin the user's
 
 
 def turns(tokenizer: Any, first: int) -> Turns | None:
-    """The tokenizer's chat template taken apart; None where there is none, or one that does not come apart.
+    """The parts of the tokenizer's chat template; None if there is none, or one that changes the words of a turn.
 
-    `first` is a token that stands before every text already.
+    Args:
+        tokenizer: of the model.
+        first: token that is before every text already.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -76,12 +79,12 @@ def turns(tokenizer: Any, first: int) -> Turns | None:
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template raises what it likes
+    except Exception:  # a template may raise anything
         return None
     pieces, rest = [], text
     for mark in marks:
-        before, found, rest = rest.partition(mark)
-        if not found:
+        before, match, rest = rest.partition(mark)
+        if not match:
             return None
         pieces.append(tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"])
     head, after_user, after_assistant = pieces
@@ -91,47 +94,55 @@ def turns(tokenizer: Any, first: int) -> Turns | None:
 
 
 class Script:
-    """Tells N texts that are written at once how they begin and go on, token by token, without a look at the device."""
+    """Directs N texts that are generated at once, token by token, without reading from the device."""
 
-    def __init__(self, prompts: list[list[int]], floors: Tensor, chats: Tensor, tails: Turns | None, length: int):
-        """`prompts` are the texts' first tokens, `floors` (N,) as FLOORS, and `chats` (N,) whether they are dialogues."""
-        room = min(max(map(len, prompts), default=0), length)
-        ids = torch.full((len(prompts), room), -1)
+    def __init__(self, prompts: list[list[int]], min_p: Tensor, chats: Tensor, template: Turns | None, length: int):
+        """Pad the prompts.
+
+        Args:
+            prompts: first tokens of each text.
+            min_p: (N,), as MIN_P.
+            chats: bool (N,), which texts are dialogues.
+            template: the chat template; None where there is none.
+            length: tokens of a text.
+        """
+        width = min(max(map(len, prompts), default=0), length)
+        ids = torch.full((len(prompts), width), -1)
         for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt[:room], dtype=torch.int64)
-        self.ids, self.floors = ids, floors[:, None]
-        self.dialogue, self.tails = chats[:, None], tails
+            ids[row, : len(prompt)] = torch.tensor(prompt[:width], dtype=torch.int64)
+        self.ids, self.min_p = ids, min_p[:, None]
+        self.dialogue, self.template = chats[:, None], template
 
     def to(self, device: torch.device) -> Script:
-        """On the device that writes, at the start of the texts."""
-        self.ids, self.floors = self.ids.to(device), self.floors.to(device)
-        self.dialogue = self.dialogue.to(device) & (self.tails is not None)
-        if self.tails:
-            user, assistant = self.tails.after_user, self.tails.after_assistant
+        """Move to the device that generates, and go to the start of the texts; returns self."""
+        self.ids, self.min_p = self.ids.to(device), self.min_p.to(device)
+        self.dialogue = self.dialogue.to(device) & (self.template is not None)
+        if self.template:
+            user, assistant = self.template.after_user, self.template.after_assistant
             self._line = torch.tensor([*user, -1, *assistant, -1], device=device)
             self._starts = torch.tensor([0, len(user) + 1], device=device)
-            zero = torch.zeros(self.floors.shape, dtype=torch.int64, device=device)
-            # whose turn it is (0: the user's), tokens written in it, and where in the line the text is, or -1
+            zero = torch.zeros(self.min_p.shape, dtype=torch.int64, device=device)
+            # whose turn it is (0: the user's), tokens in it, and the next forced token's index in the line, or -1
             self._side, self._age, self._at = zero.clone(), zero.clone(), zero - 1
         return self
 
     def likely(self, probabilities: Tensor) -> Tensor:
-        """Next-token probabilities (N, V), not normalised, without those that are left out."""
-        least = self.floors * probabilities.amax(-1, keepdim=True)
+        """Next-token probabilities (N, V) after min-p, not normalised."""
+        least = self.min_p * probabilities.amax(-1, keepdim=True)
         return torch.where(probabilities < least, 0.0, probabilities)
 
     def direct(self, step: int, drawn: Tensor) -> Tensor:
-        """The tokens (N, 1) that are written at `step` where `drawn` were drawn."""
+        """The tokens (N, 1) of the texts at `step`: the prompt's, the template's, or else those in `drawn`."""
         if step < self.ids.shape[1]:
             given = self.ids[:, step : step + 1]
             begun = given < 0
         else:
             given, begun = drawn, torch.ones_like(drawn, dtype=torch.bool)
         written = torch.where(begun, drawn, given)
-        return self._talk(written, begun) if self.tails else written
+        return self._talk(written, begun) if self.template else written
 
     def _talk(self, written: Tensor, begun: Tensor) -> Tensor:
-        """Dialogues: where a side ends its turn, the template's own tokens follow up to where the other's begins."""
+        """The tokens after dialogues: where a side ends its turn, the template's tokens follow until the other's begins."""
         active = self.dialogue & begun
         ends = (written == self._line[self._starts[self._side]]) | ((self._side == 0) & (self._age >= LONGEST_TURN))
         self._at = torch.where(active & (self._at < 0) & ends, self._starts[self._side], self._at)
@@ -147,15 +158,15 @@ class Script:
 
 @dataclass(frozen=True)
 class Openings:
-    """How the texts of one model begin: made once, asked for any number of texts."""
+    """Openings of self-generated texts, for one tokenizer and seed."""
 
     tokenizer: Any
     first: int
     seed: int
 
     def scripts(self, count: int, batch: int, length: int) -> list[Script]:
-        """Scripts of `count` texts of `length` tokens, `batch` to each; the last one is filled up."""
-        tails = turns(self.tokenizer, self.first)
+        """Scripts for `count` texts of `length` tokens, `batch` texts in each; the last one has more than are needed."""
+        template = turns(self.tokenizer, self.first)
         generator = torch.Generator().manual_seed(self.seed)
         total = math.ceil(count / batch) * batch
         encoded = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in OPENINGS]
@@ -163,21 +174,21 @@ class Openings:
         prompts: list[list[int]] = []
         chats = torch.zeros(total, dtype=torch.bool)
         for index in range(total):
-            place = index * 7 % 10  # neighbours begin differently
-            chats[index] = tails is not None and DOCUMENTS <= place < DOCUMENTS + DIALOGUES
+            kind = index * 7 % 10  # neighbours begin differently
+            chats[index] = template is not None and DOCUMENTS <= kind < DOCUMENTS + DIALOGUES
             if chats[index]:
-                prompts.append(tails.head)
+                prompts.append(template.head)
             else:
-                prompts.append([] if place < DOCUMENTS else encoded[int(order[index])])
-        floors = torch.tensor(FLOORS)[torch.randint(len(FLOORS), (total,), generator=generator)]
+                prompts.append([] if kind < DOCUMENTS else encoded[int(order[index])])
+        min_p = torch.tensor(MIN_P)[torch.randint(len(MIN_P), (total,), generator=generator)]
         parts = (slice(start, start + batch) for start in range(0, total, batch))
-        return [Script(prompts[part], floors[part], chats[part], tails, length) for part in parts]
+        return [Script(prompts[part], min_p[part], chats[part], template, length) for part in parts]
 
 
 def varied(texts: Tensor, count: int) -> Tensor:
-    """Those `count` of the texts (N, T) that repeat themselves least, in their order.
+    """The `count` least repetitive of the texts (N, T), in their order.
 
-    A small model may fall into saying one thing without end, from which nothing can be learnt.
+    A small model may repeat one passage until the end of a text, from which nothing can be learnt.
     """
     length = min(PASSAGE, texts.shape[1])
     distinct = torch.tensor([len({tuple(row) for row in text.unfold(0, length, 1).tolist()}) for text in texts])

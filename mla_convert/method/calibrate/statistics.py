@@ -1,10 +1,9 @@
-"""What a layer's factorisation needs to know of the data: second moments of its inputs, and what attention looks at."""
+"""Statistics of the calibration text for a layer's factorisation: second moments of its inputs, weighted by attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +12,30 @@ from torch import Tensor, nn
 from mla_convert.core.errors import InputError
 from mla_convert.method.calibrate.attention_forward import ATTENTION_LENGTH
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.families import Family
 
 # Hidden states (B, T, hidden) -> rows (B, T, n).
 Rows = Callable[[Tensor], Tensor]
 
-# Windows whose attention probabilities are looked at, and the longest part of one: a (heads, T, T) tensor each.
+# Windows whose attention probabilities are measured.
 ATTENTION_WINDOWS = 32
 
 
 def _with_one(rows: Tensor) -> Tensor:
-    """x -> [x; 1], so that biases are part of the linear algebra."""
+    """x~ = [x; 1], so that biases are part of the linear algebra."""
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
 
 
 @torch.no_grad()
 def second_moment(states: Activations, norm: Rows) -> Tensor:
-    """E[x~ x~^T], float64 (d+1, d+1), where x~ = [norm(h); 1]: accumulated batch by batch, no activation is kept."""
+    """E[x~ x~^T], float64 (d+1, d+1), with x~ = [norm(h); 1], accumulated batch by batch.
+
+    Args:
+        states: hidden states h.
+        norm: of the layer's attention, or what else keys and values are linear functions of.
+    """
     total = 0.0
     for batch in states.batches():
         rows = _with_one(norm(states.get(batch)).float().flatten(0, 1))
@@ -42,7 +46,13 @@ def second_moment(states: Activations, norm: Rows) -> Tensor:
 
 @torch.no_grad()
 def head_moments(states: Activations, rows_of: Rows, heads: int) -> Tensor:
-    """The same for each head's part of rows (B, T, heads * n): float64 (heads, n+1, n+1)."""
+    """E[x~ x~^T] of each head, float64 (heads, n+1, n+1).
+
+    Args:
+        states: hidden states.
+        rows_of: hidden states -> rows (B, T, heads * n), of which head h has part h as its x.
+        heads: number of heads.
+    """
     total = 0.0
     for batch in states.batches():
         rows = _with_one(rows_of(states.get(batch)).float().flatten(0, 1).unflatten(-1, (heads, -1))).transpose(0, 1)
@@ -52,17 +62,21 @@ def head_moments(states: Activations, rows_of: Rows, heads: int) -> Tensor:
 
 @torch.no_grad()
 def attention_moments(
-    states: Activations, layer: nn.Module, family: Family, kwargs: dict[str, Any], key_value: Rows = lambda rows: rows
+    states: Activations, layer: nn.Module, family: Family, kwargs: LayerKwargs, key_value: Rows = lambda rows: rows
 ) -> tuple[Tensor, Tensor]:
-    """What attention looks at, measured on real attention probabilities p of up to ATTENTION_WINDOWS windows.
+    """Distances and tokens that a layer attends to, from the probabilities p of up to ATTENTION_WINDOWS windows.
 
-    `kwargs` are the layer's keyword arguments for windows of length T <= ATTENTION_LENGTH under eager attention;
-    `key_value` makes what keys and values are linear functions of (x~) from the attention's input.
+    Args:
+        states: hidden states before the layer.
+        layer: of the source model.
+        family: of the source model.
+        kwargs: the layer's keyword arguments for windows of length T <= ATTENTION_LENGTH under eager attention.
+        key_value: normed hidden states -> x, of which keys and values are linear functions.
 
     Returns:
-        distance: share of each head's attention by distance between query and key, float64 (H, T), rows sum to 1.
+        distance: probability of each distance from query to key, by head, float64 (H, T); rows sum to 1.
         key_moment: sum over tokens t of a_t x~_t x~_t^T, float64 (d+1, d+1), where a_t is the sum of p^2 over heads
-            and queries: an error in a key or value that no query looks at costs nothing.
+            and queries: an error in a key or value that no query attends to costs nothing.
     """
     norm, attention = family.entry(layer), getattr(layer, family.attention)
     length = min(states.length, ATTENTION_LENGTH)
@@ -70,7 +84,7 @@ def attention_moments(
     for window in range(min(ATTENTION_WINDOWS, states.windows)):
         hidden = norm(states.get(slice(window, window + 1))[:, :length])
         weights = attention(hidden_states=hidden, **kwargs)[1][0].float()
-        # the first key is looked at from everywhere whatever its distance is: it says nothing about distances
+        # the first key is an attention sink (arXiv 2309.17453), attended to at any distance: it is not counted
         distance = distance + diagonal_sums(F.pad(weights[:, :, 1:], (1, 0))).double()
         rows = _with_one(key_value(hidden)[0].float())
         moment = moment + (rows.T @ (rows * weights.square().sum((0, 1))[:, None])).double()
@@ -78,9 +92,9 @@ def attention_moments(
 
 
 def diagonal_sums(weights: Tensor) -> Tensor:
-    """Sum of causal weights (H, T, T) over each diagonal: (H, T), entry D for keys D positions before the query."""
+    """Sums (H, T) of causal weights (H, T, T) over each diagonal; entry D is for keys D positions before the query."""
     heads, length, _ = weights.shape
-    # Laid out with one element more to a row, each row moves one column right: diagonals become columns.
+    # With one more element in a row, each row moves one column to the right: diagonals become columns.
     skewed = F.pad(weights.flip(2), (0, length)).flatten(1)[:, : length * (2 * length - 1)]
     return skewed.view(heads, length, 2 * length - 1).sum(1)[:, length - 1 :]
 
@@ -89,12 +103,18 @@ def layer_statistics(
     layerwise: LayerwiseModel,
     layer: nn.Module,
     states: Activations,
-    kwargs: dict[str, Any],
+    kwargs: LayerKwargs,
     student: MlaAttention | None = None,
 ) -> Statistics:
-    """All statistics of one layer, from the hidden states that enter it.
+    """All statistics of one layer.
 
-    `student` is the module to be: its norms, if it has some, say what keys, values and queries are linear functions of.
+    Args:
+        layerwise: the source model.
+        layer: one of its layers, loaded.
+        states: hidden states before the layer.
+        kwargs: the layer's keyword arguments under eager attention, as from `attention_kwargs`.
+        student: the attention to be filled; if it has norms on queries and keys, they make the vectors of which keys, values
+            and queries are linear functions.
 
     Raises:
         InputError: they are not finite.
@@ -123,13 +143,13 @@ def layer_statistics(
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration measured at one layer's attention."""
+    """Measurements at one layer's attention."""
 
     second_moment: Tensor  # (d+1, d+1) E[x~ x~^T], x~ = [x; 1], x the input of the q, k and v projections
-    distance: Tensor  # (H, T) attention probability by distance from query to key, rows sum to one
+    distance: Tensor  # (H, T) attention probability by distance from query to key; rows sum to 1
     inv_freq: Tensor  # (d_h/2,) radians per position, half-split layout; dims without rotation are zeros at the end
     # (d+1, d+1) sum_t a_t x~_t x~_t^T, where a_t = sum over heads and queries of the squared attention
     # probability that token t receives. Only its shape matters: it is scaled to a unit weight.
     key_moment: Tensor | None = None
-    # (H, d_q+1, d_q+1) the same as second_moment for what each head's query is a function of, if that is not x
+    # (H, d_q+1, d_q+1) second moment of the vector of which each head's query is a linear function, if that is not x
     query_moment: Tensor | None = None

@@ -1,4 +1,4 @@
-"""From a source layer's attention tensors to an MLA attention module, and the configuration of the converted model."""
+"""An MLA attention module for one layer of the source, and the configuration of the converted model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from mla_convert.source.source import Source
 
 
 def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConfig:
-    """Configuration of the converted model: the source's, and the sizes of its latent attention."""
+    """Configuration of the converted model: the source's, and the sizes of its latent attention.
+
+    Args:
+        source: of the conversion.
+        plan: sizes of every layer.
+        dtype: of the converted model.
+    """
     family, layers = source.family, range(plan.shape.layers)
     fields = source.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
@@ -56,19 +62,19 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_softcap=getattr(source.config, family.softcap) if family.softcap else None,
         mla_sinks=family.sinks,
     )
-    # transformers sets it when it builds a model; here only layers are built. SDPA knows neither soft caps nor sinks.
+    # transformers sets it when it builds a model; here only layers are built. SDPA supports neither soft caps nor sinks.
     config._attn_implementation = "eager" if family.softcap or family.sinks else "sdpa"
     return config
 
 
 def projection_rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (rows, inputs) and bias (rows,) of a linear layer, or of GPT-2's, which stores the transpose."""
+    """Weight (rows, inputs) and bias (rows,) of a linear layer, or of a `Conv1D`, which stores the transpose."""
     weight = projection.weight.T if isinstance(projection, Conv1D) else projection.weight
     return weight, projection.bias
 
 
 def attention_parts(attention: nn.Module, family: Family, shape: AttentionShape) -> dict[str, Tensor | None]:
-    """Weights "q", "k", "v", "o" and their biases "q_bias", … of a stock attention, heads in its own layout."""
+    """Weights "q", "k", "v", "o" and biases "q_bias", … of a stock attention, with heads in its own layout."""
     parts: dict[str, Tensor | None] = {}
     for letter, name in family.projections.items():
         parts[letter], parts[f"{letter}_bias"] = projection_rows(getattr(attention, name))
@@ -87,19 +93,31 @@ def attention_parts(attention: nn.Module, family: Family, shape: AttentionShape)
 
 
 def half_split(head_dim: int, rotary_dim: int, interleaved: bool) -> Tensor:
-    """Order (d_h,) of a head's dims in which f and f + d_h/2 turn together; pairs that do not turn come last."""
-    num_rotary_freqs, still = torch.arange(rotary_dim), torch.arange(rotary_dim, head_dim)
-    real, imag = (num_rotary_freqs[0::2], num_rotary_freqs[1::2]) if interleaved else num_rotary_freqs.chunk(2)
+    """Order (d_h,) of a head's dims in which f and f + d_h/2 are one rotary pair; pairs without rotation come last.
+
+    Args:
+        head_dim: d_h.
+        rotary_dim: rotary dims, the first ones.
+        interleaved: the source's pairs are neighbours; else they are half of `rotary_dim` apart.
+    """
+    rotary, still = torch.arange(rotary_dim), torch.arange(rotary_dim, head_dim)
+    real, imag = (rotary[0::2], rotary[1::2]) if interleaved else rotary.chunk(2)
     return torch.cat([real, still[: len(still) // 2], imag, still[len(still) // 2 :]])
 
 
-def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, turns: int) -> AttentionWeights:
-    """A stock attention as `factorise` reads it, `turns` dims of each head being rotary.
+def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, rotary_dim: int) -> AttentionWeights:
+    """The weights of a stock attention in the layout of `factorise`.
 
     With norms on queries and keys, the rows act on [normed key; value] and on each head's normed query (`MlaAttention`).
+
+    Args:
+        attention: stock, loaded.
+        family: of the source.
+        shape: of the source's attention.
+        rotary_dim: rotary dims of each head.
     """
     parts = attention_parts(attention, family, shape)
-    order = half_split(shape.head_dim, turns, family.interleaved).to(parts["o"].device)
+    order = half_split(shape.head_dim, rotary_dim, family.interleaved).to(parts["o"].device)
     if shape.normed:
         heads, width = shape.num_heads, shape.num_kv_heads * shape.head_dim
         pick = torch.eye(shape.head_dim, device=order.device)[order]
@@ -127,7 +145,17 @@ def factorise_layer(
     planes: str,
     rotation: Rotation,
 ) -> MlaWeights:
-    """Closed-form MLA weights of a loaded source layer's attention; for a rank of None see `factorise`."""
+    """Closed-form MLA weights of a source layer's attention.
+
+    Args:
+        source: of the conversion.
+        attention: of one of its layers, loaded.
+        statistics: of the attention's inputs.
+        rank: kv_lora_rank; None as in `factorise`.
+        rope_dim: qk_rope_head_dim.
+        planes: as in `factorise`.
+        rotation: RoPE of the layer.
+    """
     shape, num_rotary_freqs = source.shape, rotation.num_rotary_freqs
     weights = source_weights(attention, source.family, shape, 2 * num_rotary_freqs)
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
@@ -140,21 +168,33 @@ def _on_meta(part: nn.Module | nn.Parameter) -> nn.Module | nn.Parameter:
 
 
 def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.device) -> MlaAttention:
-    """An MLA attention module of one layer, float32, for its loaded stock attention; what it keeps of that is copied."""
+    """An MLA attention module for one layer, float32, with uninitialised projections.
+
+    Args:
+        config: of the converted model.
+        stock: attention of the layer, loaded; norms, sinks and projections that the module keeps are copied.
+        device: of the module.
+    """
     kept = {name for name in (config.mla_q_norm, config.mla_k_norm, config.mla_sinks) if name}
     parts = SimpleNamespace(scaling=stock.scaling, **{name: _on_meta(getattr(stock, name)) for name in kept})
     with torch.device("meta"):
         module = MlaAttention(config, stock.layer_idx, parts)
     module = module.to_empty(device=device).float().eval()
     prefixes = tuple(f"{name}." for name in kept | ({"q_proj", "k_proj", "v_proj"} if module.normed else set()))
-    own = {name: t for name, t in stock.state_dict().items() if name in kept or name.startswith(prefixes)}
-    module.load_state_dict(own, strict=False)
+    state = {name: t for name, t in stock.state_dict().items() if name in kept or name.startswith(prefixes)}
+    module.load_state_dict(state, strict=False)
     return module
 
 
 @torch.no_grad()
-def fill_attention(module: MlaAttention, weights: MlaWeights, table_step: int = 1) -> None:
-    """Put factorised weights into the module. `table_step`: columns of the cos table from one frequency to the next."""
+def fill_attention(module: MlaAttention, weights: MlaWeights, freq_stride: int = 1) -> None:
+    """Put factorised weights into a module.
+
+    Args:
+        module: from `build_attention`.
+        weights: of the same sizes.
+        freq_stride: columns of the stock model's cos table from one frequency to the next.
+    """
     for projection, weight, bias in (
         (module.q_b_proj if module.normed else module.q_proj, weights.q_proj, weights.q_bias),
         (module.kv_a_proj_with_mqa, weights.kv_a, weights.kv_a_bias),
@@ -164,7 +204,7 @@ def fill_attention(module: MlaAttention, weights: MlaWeights, table_step: int = 
         projection.weight.copy_(weight)
         if bias is not None:
             projection.bias.copy_(bias)
-    module.rope_freq_index.copy_(weights.freq_index * table_step)
+    module.rope_freq_index.copy_(weights.freq_index * freq_stride)
 
 
 def is_attention_tensor(source: Source, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Linear algebra that does not give up."""
+"""`eigh` with a CPU fallback."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors of symmetric matrices (..., n, n).
+    """Eigenvalues (..., n), ascending, and eigenvectors (..., n, n) of symmetric or Hermitian matrices (..., n, n).
 
-    Where the GPU's solver does not converge, as on steeply graded spectra, LAPACK's does the work on the CPU. Not always
-    does it say so: the result is looked at.
+    Where the GPU's solver does not converge, as on steeply graded spectra, LAPACK's is used on the CPU. cuSOLVER may return
+    NaN without raising, so the result is checked.
     """
     if not matrix.is_cuda:
         return torch.linalg.eigh(matrix)

@@ -1,8 +1,9 @@
-"""What a lost number costs in each layer, in nats per token: one pass forward and one back through the original.
+"""Loss of each layer by its sizes, in nats per token, from one forward and one backward pass through the source.
 
-Backward goes the gradient g of the negative log-likelihood of tokens drawn from the model's own prediction, so that
-E[g g^T] is the curvature (Fisher information) by which a small error e of an attention output raises the divergence
-from the original: e^T E[g g^T] e / 2. With it, errors of different layers are in one unit and can be traded.
+We backpropagate the NLL of tokens sampled from the model itself; E[g g^T] of the gradient g at an attention's output is then
+the Fisher information, and an output error e raises the divergence from the source by about e^T E[g g^T] e / 2 nats. Second
+derivatives rank weights to be removed in the same way in Optimal Brain Surgeon (Hassibi and Stork, 1993). Errors of different
+layers are thus in one unit and can be traded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
+from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output
 from mla_convert.method.calibrate.statistics import layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.allocate import LayerLoss, allocate, probes
@@ -28,37 +29,37 @@ from mla_convert.method.factorise.svd import ridged
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.write.writer import Writer
 
-# Tokens that the gradients are taken at, in windows of at most WINDOW.
+# Tokens at which gradients are computed, in windows of at most WINDOW tokens.
 TOKENS = {"cuda": 8192, "cpu": 4096}
 WINDOW = 1024
-# Tokens with massive activations (the first one above all) have curvatures of their own; what is compared between layers
-# is that of all others: those whose stream is at most this many times as long as the median.
+# Tokens with massive activations (arXiv 2402.17762; above all the first one) have a different curvature and are left out:
+# those whose residual stream has more than MASSIVE times the median norm.
 MASSIVE = 5.0
-# Tokens that factorised attentions are run on.
+# Tokens on which factorised attentions are run.
 ERROR_TOKENS = 4096
-# Of the metric's mean diagonal, added to it: few tokens may leave it without full rank.
+# Ridge of the metric, as a fraction of its mean diagonal: on few tokens it may be rank-deficient.
 SHRINKAGE = 1e-3
-# Refinement regains more of what de-rotation loses than of what low rank loses, the more so the longer it is: in a trade
-# between the two, losses by rotary dims count 1 / (1 + steps / REGAIN_STEPS). docs/research/layer-sizes.md has what was measured.
+# Refinement recovers more of the loss of de-rotation than of that of low rank, the more so the longer it is: in a trade
+# between the two, losses by rotary dims have the weight 1 / (1 + steps / REGAIN_STEPS). Measurements: docs/research/layer-sizes.md.
 REGAIN_STEPS = 100
 
 
 def scratch_bytes(plan: Plan) -> int:
-    """Room that `layer_losses` takes on disk while it runs, at most: each layer's inputs, bfloat16 on a GPU, else float32."""
+    """Bytes on disk that `sensitivities` takes at most while it runs: each layer's inputs, bfloat16 on a GPU, else float32."""
     tokens = max(TOKENS["cuda"] * torch.bfloat16.itemsize, TOKENS["cpu"] * torch.float32.itemsize)
     return plan.shape.layers * plan.shape.hidden_size * tokens
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was measured: each layer's losses by size, and E[g^2] (d,) at each layer's output, over tokens."""
+    """Measurements of all layers."""
 
-    losses: list[LayerLoss]
-    channels: list[Tensor]
+    losses: list[LayerLoss]  # by size; empty if only channels were measured
+    channels: list[Tensor]  # E[g^2] (d,) at each layer's output, over tokens
 
 
 def is_measured(plan: Plan, config: Settings) -> bool:
-    """Whether a conversion measures at all: to share sizes out, or to know which channels refinement must keep."""
+    """Whether a conversion measures sensitivities: to choose sizes by layer, or to weight channels in refinement."""
     return config.refine_steps != 0 or shares_out(config, plan)
 
 
@@ -71,10 +72,19 @@ def measure(
     writer: Writer,
     progress: Progress,
 ) -> tuple[Plan, list[Tensor] | None]:
-    """The plan with sizes layer by layer, where it leaves anything to choose and the settings do not forbid it; E[g^2].
+    """Choose the sizes of each layer by its sensitivity, where the plan and the settings leave a choice.
 
-    :param steps: of refinement that each layer will get.
-    :param states: embedded calibration windows; a few of them are used.
+    Args:
+        plan: mean sizes.
+        config: of the conversion.
+        steps: of refinement that each layer will get.
+        layerwise: the source model.
+        states: embedded calibration windows; a few of them are used.
+        writer: whose folder holds each layer's inputs meanwhile.
+        progress: told twice a layer.
+
+    Returns:
+        The plan, and E[g^2] (d,) of each layer's channels, or None if nothing was measured.
     """
     if not is_measured(plan, config):
         return plan, None
@@ -84,12 +94,12 @@ def measure(
     few = Activations(states.data[:windows, :length], layerwise.device, states.data.dtype)
     progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
-        found = sensitivities(layerwise, few, plan, config.seed, writer, shared, progress.layer_measured)
+        measured = sensitivities(layerwise, few, plan, config.seed, writer, shared, progress.layer_measured)
     finally:
         progress.stop()
     if shared:
-        plan = replace(plan, sizes=allocate(plan, found.losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
-    return plan, found.channels
+        plan = replace(plan, sizes=allocate(plan, measured.losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
+    return plan, measured.channels
 
 
 def sensitivities(
@@ -101,11 +111,16 @@ def sensitivities(
     by_size: bool = True,
     tick: Callable[[], None] = lambda: None,
 ) -> Sensitivity:
-    """Expected loss of every layer by rank and by rotary dims, and by channel, from embedded windows (changed in place).
+    """Expected loss of every layer by rank, by rotary dims and by channel.
 
-    :param writer: has room for the layers' inputs between the two passes.
-    :param by_size: without, only channels are measured.
-    :param tick: called twice a layer.
+    Args:
+        layerwise: the source model.
+        states: embedded windows, changed in place.
+        plan: sizes around which losses are measured.
+        seed: of the sampled tokens.
+        writer: whose folder holds the layers' inputs between the two passes.
+        by_size: without, only channels are measured.
+        tick: called twice a layer.
     """
     count, losses, channels = plan.shape.layers, [], []
     kwargs = layerwise.layer_kwargs(states.length)
@@ -113,7 +128,7 @@ def sensitivities(
     for index in range(count):
         writer.spill(_file(index), states.data.cpu())
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer, layerwise.autocast():
-            states.advance(lambda hidden, layer=layer, own=kwargs[index]: first_output(layer(hidden, **own)))
+            states.advance(lambda hidden, layer=layer, kw=kwargs[index]: first_output(layer(hidden, **kw)))
         states.check_finite(f"layer {layerwise.layer_prefix(index)[:-1]}")
         tick()
     generator = torch.Generator(layerwise.device).manual_seed(seed)
@@ -134,11 +149,19 @@ def _file(index: int) -> str:
 
 
 def _backward(
-    layerwise: LayerwiseModel, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: dict
+    layerwise: LayerwiseModel, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: LayerKwargs
 ) -> tuple[Tensor, Tensor]:
-    """Carry `gradient` (N, L, d), in place, from a layer's output to its input.
+    """Backpropagate through one layer.
 
-    Returns E[g g^T] (d, d) at its attention's output, and E[g^2] (d,) at its own.
+    Args:
+        layerwise: the source model.
+        layer: loaded.
+        states: hidden states before the layer.
+        gradient: (N, L, d) at the layer's output; at its input afterwards.
+        kwargs: the layer's keyword arguments.
+
+    Returns:
+        E[g g^T] (d, d) at the attention's output, and E[g^2] (d,) at the layer's output.
 
     Raises:
         InputError: they are not finite.
@@ -162,10 +185,10 @@ def _backward(
             behind = gradient[part].to(output.device, output.dtype)
             output.backward(behind)
             with torch.no_grad():
-                usual = _usual(hidden + leave(kept[0]))[0]
-            rows = kept[0].grad[0].float()[usual]
+                ordinary = _without_massive(hidden + leave(kept[0]))[0]
+            rows = kept[0].grad[0].float()[ordinary]
             metric += (rows.T @ rows).double()
-            squares += behind[0].float()[usual].square().sum(0).double()
+            squares += behind[0].float()[ordinary].square().sum(0).double()
             gradient[part] = hidden.grad.to(gradient.device)
             tokens += len(rows)
             kept.clear()
@@ -186,10 +209,10 @@ def _losses(
     states: Activations,
     metric: Tensor,
     plan: Plan,
-    kwargs: dict,
-    eager: dict,
+    kwargs: LayerKwargs,
+    eager: LayerKwargs,
 ) -> LayerLoss:
-    """Run one layer's attention, factorised at several sizes, and compare: rank and rotary dims each with the other whole."""
+    """Losses of one layer's attention, factorised at several sizes: by rank at the plan's rotary dims, by these at full rank."""
     family, source = layerwise.source.family, layerwise.source
     attention, norm = getattr(layer, family.attention), family.entry(layer)
     size, rotation = plan.layer(attention.layer_idx), layerwise.rotation(attention.layer_idx, eager)
@@ -197,12 +220,12 @@ def _losses(
     statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, plan, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
     expected = attention_forward(attention, norm, kwargs, layerwise.autocast)(hidden)
-    usual = _usual(hidden + family.exit(layer)(expected))
+    ordinary = _without_massive(hidden + family.exit(layer)(expected))
     root = torch.linalg.cholesky(ridged(metric, SHRINKAGE)).float()
 
     def error(module: MlaAttention) -> float:
-        found = attention_forward(module, norm, kwargs, layerwise.autocast)(hidden)
-        return float(((found - expected) @ root).square().sum(-1)[usual].mean() / 2)
+        output = attention_forward(module, norm, kwargs, layerwise.autocast)(hidden)
+        return float(((output - expected) @ root).square().sum(-1)[ordinary].mean() / 2)
 
     def build(rank: int | None, rope_dim: int) -> MlaAttention:
         weights = factorise_layer(source, attention, statistics, rank, rope_dim, "by_loss", rotation)
@@ -214,7 +237,7 @@ def _losses(
     by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in (ropes if rotation.num_rotary_freqs else [0])}
     module, by_rank = build(full, size.rope_dim), {}
     for rank in sorted({full, *(rank for rank in ranks if rank < full)}, reverse=True):
-        # latents are ordered: without the last ones it is the module of a lower rank
+        # the elements of a latent are ordered: without the last ones it is that of a lower rank
         for parameter in module.kv_a_proj_with_mqa.parameters():
             parameter.data[rank:full] = 0
         by_rank[rank] = error(module)
@@ -222,12 +245,12 @@ def _losses(
 
 
 def _module(layerwise: LayerwiseModel, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
-    """An attention of some size for one stock attention, without values."""
+    """An attention of some size to replace one stock attention, with uninitialised weights."""
     sized = replace(plan, sizes=(size,) * plan.shape.layers)
     return build_attention(mla_config(layerwise.source, sized, torch.float32), attention, layerwise.device)
 
 
-def _usual(stream: Tensor) -> Tensor:
-    """Which tokens (B, L) of a residual stream (B, L, d) have no massive activations."""
+def _without_massive(stream: Tensor) -> Tensor:
+    """Mask (B, L) of the tokens of a residual stream (B, L, d) without massive activations."""
     size = stream.norm(dim=-1)
     return size <= MASSIVE * size.median()

@@ -1,4 +1,4 @@
-"""How large the converted cache is: rank and rotary dims from the settings and the model's shape. Imports no torch."""
+"""Size of the converted cache: rank and rotary dims from the settings and the model's shape. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,41 +8,50 @@ from mla_convert.core.errors import InputError
 from mla_convert.core.settings import Settings
 from mla_convert.source.shape import AttentionShape
 
-# Kernels like multiples of 16; models too small for that get multiples of 2.
+# Kernels need multiples of 16; models too small for that get multiples of 2.
 UNIT = 16
 MAX_DEFAULT_ROPE = 64
 DEFAULT_RATIO = 0.5
-# Frequencies of the RoPE table that serving engines have for latent attention (qk_rope_head_dim 64).
+# Frequencies of serving engines' RoPE table for latent attention (qk_rope_head_dim 64).
 TABLE = 32
 
 
 def table_frequencies(num_rotary_freqs: int) -> range:
-    """Which of a model's `num_rotary_freqs` frequencies selection engine_table may have: evenly spaced, from the fastest on.
+    """Indices of the frequencies that selection `engine_table` may have: evenly spaced, from the fastest on.
 
-    Every n-th power of theta is again a table of DeepSeek's form, so an engine can be told of them by one number.
+    Every n-th power of theta is again a table of DeepSeek's form, which one number in an engine's configuration gives.
+
+    Args:
+        num_rotary_freqs: frequencies of the model's own table.
     """
-    step = max(1, num_rotary_freqs // TABLE)
-    return range(0, num_rotary_freqs, step)[:TABLE]
+    freq_stride = max(1, num_rotary_freqs // TABLE)
+    return range(0, num_rotary_freqs, freq_stride)[:TABLE]
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Numbers that one layer caches per token: kv_lora_rank and qk_rope_head_dim."""
+    """Elements that one layer caches per token: kv_lora_rank (`rank`) and qk_rope_head_dim (`rope_dim`)."""
 
     rank: int
     rope_dim: int
 
     @property
     def width(self) -> int:
-        """Both together."""
+        """Elements per token."""
         return self.rank + self.rope_dim
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the converted cache. `rank` and `rope_dim` are every layer's, or the budget that `sizes` shares out.
+    """Sizes of the converted cache.
 
-    Layers without RoPE, where a model has some, spend all of it on the latent.
+    Layers without RoPE, where a model has some, spend the whole budget on the latent.
+
+    Attributes:
+        rank: of every layer, or on average where `sizes` are set.
+        rope_dim: likewise.
+        shape: of the source's attention.
+        sizes: of each layer, where they differ.
     """
 
     rank: int
@@ -65,17 +74,17 @@ class Plan:
 
     @property
     def cache_width(self) -> int:
-        """Numbers per token and layer that the settings ask for, the mean over layers where they differ."""
+        """Elements per token and layer that the settings ask for, the mean over layers where they differ."""
         return self.rank + self.rope_dim
 
     @property
     def cache_ratio(self) -> float:
-        """Share of the original's cache."""
+        """Size of the cache as a fraction of the source's."""
         return self.cache_width / self.shape.cache_width
 
     @property
     def full_rank(self) -> int:
-        """Rank at which nothing but the rotation of the other planes is lost."""
+        """Rank at which only the rotation of the planes that are not kept is lost."""
         return self.shape.full_rank(self.rope_dim)
 
     @property
@@ -85,29 +94,29 @@ class Plan:
 
     @property
     def qk_nope_head_dim(self) -> int:
-        """Width of a head's key part without position, the largest of all layers."""
+        """Width of a head's content key, the largest of all layers."""
         return max(self.layer_nope_dim(layer) for layer in range(self.shape.layers))
 
     def layer_nope_dim(self, layer: int) -> int:
-        """qk_nope_head_dim of one layer: none is left when every dim of every key head stays rotary."""
-        every = self.shape.num_kv_heads * self.shape.head_dim
-        return 0 if self.layer(layer).rope_dim == every else self.shape.head_dim
+        """qk_nope_head_dim of one layer: 0 where every dim of every key head stays rotary."""
+        all_dims = self.shape.num_kv_heads * self.shape.head_dim
+        return 0 if self.layer(layer).rope_dim == all_dims else self.shape.head_dim
 
 
 def shares_out(settings: Settings, plan: Plan) -> bool:
-    """Whether the conversion gives layers sizes of their own, by what it measures; the plan then holds their mean."""
+    """Whether the conversion chooses a size for each layer by its sensitivity; the plan then holds their mean."""
     free = not settings.uniform and settings.rope_selection == "by_loss"
     return free and plan.shape.layers > 1 and plan.rank < plan.full_rank
 
 
 def size_unit(plan: Plan) -> int:
-    """What per-layer sizes are multiples of. A model without RoPE has ranks alone to share out."""
+    """Unit of which per-layer sizes are multiples. A model without RoPE has ranks only."""
     smallest = min(plan.rank, plan.shape.full_rope_dim - 1) if plan.shape.full_rope_dim else plan.rank
     return UNIT if smallest >= UNIT else 2
 
 
 def make_plan(settings: Settings, shape: AttentionShape) -> Plan:
-    """Rank and rotary dims of the converted cache.
+    """Choose rank and rotary dims of the converted cache.
 
     Raises:
         InputError: a rank, rope_dim or kv_ratio that this model cannot have.
@@ -144,7 +153,7 @@ def _plan_from_ratio(settings: Settings, shape: AttentionShape) -> Plan:
 
 
 def _default_rope(shape: AttentionShape, rank: int | str) -> int:
-    """A third of the rank, which makes the rotary share a quarter of the cache; measured best near there."""
+    """A third of the rank, so that a quarter of the cache is rotary, near the best that was measured."""
     largest = min(MAX_DEFAULT_ROPE, shape.full_rope_dim)
     if rank == "full":
         return largest

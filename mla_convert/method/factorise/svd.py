@@ -1,11 +1,11 @@
-"""Closed-form factorisation of one attention layer into multi-head latent attention.
+"""Closed-form factorisation of one attention layer into multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434).
 
-The keys that keep their rotation (rope.py) are written to the cache as they are. Everything else, the content
-keys and the values, becomes one latent c = A [x; 1] of r numbers, chosen so that the expected error of the
-attention output is least. With W the metric of that error on y = [keys; values] and C = L L^T the second
-moment of y, the best rank-r estimate of y is L E E^T L^-1 y, E being the r leading eigenvectors of L^T W L.
-Tokens that nobody attends to may err freely, so C weights tokens by attention: no other ingredient matters as
-much. DESIGN.md section 2.
+The keys that keep their rotation (rope.py) are written to the cache as they are. All else, the content keys and the values,
+becomes one latent c = A [x; 1] of r elements, chosen so that the expected error of the attention output is least: a weighted
+low-rank approximation, solved by the theorem of Eckart, Young and Mirsky after a change of basis. With W the metric of the
+error on y = [keys; values] and C = L L^T the second moment of y, the best rank-r estimate of y is L E E^T L^-1 y, where E are
+the r leading eigenvectors of L^T W L. Tokens that no query attends to may have any error, so C weights tokens by attention,
+which matters more than any other part. DESIGN.md section 2.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ from mla_convert.method.factorise import linalg, rope
 
 __all__ = ["AttentionWeights", "Geometry", "MlaWeights", "factorise", "full_rank"]
 
-# Of the mean diagonal: any calibration leaves a Cholesky factor usable in float64, far below any signal.
+# Ridge as a fraction of the mean diagonal: makes the Cholesky factor of any calibration usable in float64, far below any
+# signal.
 RIDGE = 1e-10
-# Keeps full rank exact for inputs that calibration never saw, at the cost of no measurable energy.
+# The same for costs: keeps full rank exact for inputs that calibration never saw, without measurable loss of energy.
 COST_RIDGE = 1e-6
 
 
@@ -30,9 +31,9 @@ COST_RIDGE = 1e-6
 class AttentionWeights:
     """One layer of the source: H query heads, G kv heads, head size d_h, hidden size d; any float dtype.
 
-    Rows of a head are in half-split order over all of d_h: dims without rotation are pairs of frequency zero. Where
-    queries and keys are no linear functions of x (a norm stands between), k and v act on another vector of some size d,
-    and q on each head's own of some size d_q; Statistics then hold the moments of those.
+    Rows of a head are in half-split order over all of d_h: dims without rotation are pairs of frequency zero. Where a norm
+    makes queries and keys nonlinear in x, k and v act on another vector of some size d, and q on one of size d_q for each
+    head; `Statistics` then hold the moments of those.
     """
 
     q: Tensor  # (H*d_h, d), or (H*d_h, d_q)
@@ -54,7 +55,7 @@ class Geometry:
     head_dim: int
     scaling: float  # factor of the logits before softmax
     rope_scale: float = 1.0  # factor of cos and sin (yarn, longrope); rotary logits get it squared
-    num_rotary_freqs: int | None = None  # how many frequencies, the first ones, RoPE turns by; None: all d_h/2
+    num_rotary_freqs: int | None = None  # number of RoPE's frequencies, the first ones; None: all d_h/2
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class MlaWeights:
     kv_a_bias: Tensor | None  # present when the source has a k or v bias
     o_bias: Tensor | None  # present when the source has an o bias
     freq_index: Tensor  # (m,) int64, frequency of each rotary plane
-    energy: dict[str, float]  # what the approximation loses, see factorise
+    energy: dict[str, float]  # kept energy and errors of the approximation, see `_energy`
 
 
 def full_rank(geometry: Geometry, hidden_size: int, rope_dim: int, has_kv_bias: bool) -> int:
@@ -87,7 +88,7 @@ def _affine(weight: Tensor, bias: Tensor | None) -> Tensor:
 def ridged(moment: Tensor, ridge: float) -> Tensor:
     """Symmetric (..., n, n) matrices plus `ridge` times their mean diagonal on the diagonal.
 
-    Of a zero matrix, as layers whose weights are zero give, `ridge` itself: there is no scale to be small beside.
+    To a zero matrix, as from a layer whose weights are zero, `ridge` itself is added.
     """
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
     floor = torch.where(mean > torch.finfo(moment.dtype).tiny / ridge, mean, torch.ones_like(mean)) * ridge
@@ -97,10 +98,15 @@ def ridged(moment: Tensor, ridge: float) -> Tensor:
 def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor, query_moment: Tensor) -> Tensor:
     """(H, d_h, d_h) output error caused by an error of each head's key, at a softmax scale of one.
 
-    A logit error of head h moves the output by about W_o,h (v - E v): that energy times E[q_h q_h^T].
+    A logit error of head h changes the output by about W_o,h (v - E v): the cost is the energy of that, times
+    E[q_h q_h^T].
 
-    :param q: (H, d_h, d+1), :param v: (G, d_h, d+1), :param o_heads: (H, d, d_h), :param moment: (d+1, d+1) of what v
-        acts on, :param query_moment: the same, or one for each head, of what q acts on.
+    Args:
+        q: (H, d_h, d+1).
+        v: (G, d_h, d+1).
+        o_heads: (H, d, d_h).
+        moment: (d+1, d+1) second moment of the input of v.
+        query_moment: the same of the input of q, or one for each head.
     """
     mean = moment[:, -1]
     spread = v @ (moment - torch.outer(mean, mean)) @ v.mT
@@ -112,9 +118,16 @@ def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor, query_momen
 def _choose(
     k: Tensor, tokens: Tensor, key_cost: Tensor, rho: Tensor, count: int, planes: str, num_rotary_freqs: int
 ) -> rope.Planes:
-    """Rotary planes of a layer from its affine key rows (G*d_h, d+1) and key costs (H, d_h, d_h).
+    """Rotary planes of a layer.
 
-    :param num_rotary_freqs: see Geometry; the other frequencies stay out of the choice.
+    Args:
+        k: affine key rows (G*d_h, d+1).
+        tokens: (d+1, d+1) second moment of the input, weighted by attention.
+        key_cost: (H, d_h, d_h) from `_key_cost`.
+        rho: (H, n_f) mean rotations.
+        count: planes to keep.
+        planes: see `factorise`.
+        num_rotary_freqs: see `Geometry`; the other frequencies are not candidates.
     """
     keys = rope.complex_rows(k, 2 * rho.shape[1])
     key_cov = keys @ tokens.to(keys.dtype) @ keys.mH
@@ -135,7 +148,7 @@ def _choose(
         wide = (none.expand(-1, -1, heads) for heads in (keys.shape[1], len(rho)))
         return rope.Planes(index, *wide, still.new_zeros(()), still.sum())
     kept = choose(key_cov[:num_rotary_freqs], query_energy[:, :num_rotary_freqs], rho[:, :num_rotary_freqs], count)
-    # (m, frequencies, heads): nothing of the others is written or read
+    # (m, frequencies, heads): planes neither write nor read the other frequencies
     wide = (F.pad(part, (0, 0, 0, rho.shape[1] - num_rotary_freqs)) for part in (kept.write, kept.read))
     return rope.Planes(kept.freq_index, *wide, kept.lost, kept.total + still.sum())
 
@@ -152,9 +165,9 @@ def _rope_rows(planes: rope.Planes, k: Tensor, q: Tensor) -> tuple[Tensor, Tenso
 
 
 def _balance(up: Tensor, down: Tensor) -> Tensor:
-    """Factor that makes two sides with these mean squares about equal, one where either is zero.
+    """Factor that makes two matrices with these mean squares about equal, 1 where either is zero.
 
-    A power of two: weights that only change sides stay what they are to the last bit.
+    It is a power of two, so that scaling does not round.
     """
     ratio = (up / down) ** 0.25
     return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).log2().round().exp2()
@@ -163,7 +176,9 @@ def _balance(up: Tensor, down: Tensor) -> Tensor:
 def _reads(k_maps: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
     """Maps from y = [keys; values] to the content keys (H, nope, n) and the values (H, d_h, n) of every head.
 
-    :param k_maps: (H, nope, G*d_h) from all keys to the content key of each head.
+    Args:
+        k_maps: (H, nope, G*d_h) from all keys to the content key of each head.
+        num_kv: kv heads G.
     """
     heads, _, width = k_maps.shape
     picks = torch.eye(width, dtype=k_maps.dtype, device=k_maps.device).view(num_kv, -1, width)
@@ -178,7 +193,7 @@ def _metric(reads: Tensor, cost: Tensor) -> Tensor:
 
 
 def _cholesky(cov: Tensor) -> Tensor:
-    """Lower factor of a covariance; one of less than full rank, as little text gives, gets just enough of a ridge.
+    """Lower factor of a covariance; a rank-deficient one, as from little text, gets a ridge that is just large enough.
 
     Raises:
         InputError: it is not finite.
@@ -193,9 +208,15 @@ def _cholesky(cov: Tensor) -> Tensor:
 
 
 def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Best rank-r latent of y under the error y^T metric y, for cov = E[y y^T] (n, n).
+    """Best rank-r latent of y under the error e^T metric e (Eckart-Young-Mirsky in the metric's basis).
 
-    :return: encode (r, n), decode (n, r), and tail (n, n - r) with E[error error^T] = tail tail^T.
+    Args:
+        cov: E[y y^T] (n, n).
+        metric: (n, n), positive semidefinite.
+        rank: r.
+
+    Returns:
+        encode (r, n), decode (n, r), and tail (n, n - r) with E[error error^T] = tail tail^T.
     """
     factor = _cholesky(cov)
     vectors = linalg.eigh(factor.T @ metric @ factor)[1].flip(-1)
@@ -205,39 +226,51 @@ def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics: tuple) -> dict[str, float]:
-    """Shares kept by both steps, and the relative errors they leave if different keys err independently.
+    """Energy that both steps keep, as fractions, and the relative errors that remain if errors of keys are independent.
 
-    :param gain: of squared rotary logits; cov, tail: see _latent; metrics: of keys and of values.
+    Args:
+        planes: that keep their rotation.
+        gain: factor of squared rotary logits.
+        cov: see `_latent`.
+        tail: see `_latent`.
+        metrics: of keys and of values.
     """
     rope_lost, rope_total = float(planes.lost) * gain, float(planes.total) * gain
     key_total, value_total = (float((m * cov).sum()) for m in metrics)
     key_lost, value_lost = (max(0.0, float((tail * (m @ tail)).sum())) for m in metrics)
-    # Of what is no more than rounding no share can be lost: layers may be silent.
+    # A total that is no more than rounding, as in a layer of zero weights, counts as not lost.
     least = torch.finfo(torch.float64).eps * (rope_total + key_total + value_total)
 
-    def share(lost: float, total: float) -> float:
+    def fraction(lost: float, total: float) -> float:
         return lost / total if total > least else 0.0
 
     return {
-        "rope_kept": 1 - share(rope_lost, rope_total),
-        "rank_kept": 1 - share(key_lost + value_lost, key_total + value_total),
-        "logit_error": share(rope_lost + key_lost, rope_total) ** 0.5,
-        "value_error": share(value_lost, value_total) ** 0.5,
-        "output_error": share(rope_lost + key_lost + value_lost, value_total) ** 0.5,
+        "rope_kept": 1 - fraction(rope_lost, rope_total),
+        "rank_kept": 1 - fraction(key_lost + value_lost, key_total + value_total),
+        "logit_error": fraction(rope_lost + key_lost, rope_total) ** 0.5,
+        "value_error": fraction(value_lost, value_total) ** 0.5,
+        "output_error": fraction(rope_lost + key_lost + value_lost, value_total) ** 0.5,
     }
 
 
 def _content(
     rows: Tensor, tokens: Tensor, reads: tuple[Tensor, Tensor], costs: tuple[Tensor, Tensor], rank: int | None
 ) -> tuple[Tensor, Tensor, tuple]:
-    """Latent rows (r, c) and kv_b (H*(nope+d_h), r) from rows (n, c) = [keys; values] of c input columns.
+    """The joint low-rank factorisation of content keys and values.
 
-    :param tokens: (c, c) second moment of the input;  :param reads, costs: see _reads and _metric.
-    :return: also (cov, tail, metrics) for _energy.
+    Args:
+        rows: [keys; values] (n, c) as functions of c input columns.
+        tokens: (c, c) second moment of the input.
+        reads: from `_reads`.
+        costs: of errors of keys (H, nope, nope) and of values (H, d_h, d_h).
+        rank: r; None keeps the latent whole.
+
+    Returns:
+        Latent rows (r, c), kv_b (H*(nope+d_h), r), and (cov, tail, metrics) for `_energy`.
     """
     metrics = tuple(_metric(read, cost) for read, cost in zip(reads, costs, strict=True))
     served = torch.cat(reads, 1).flatten(0, 1)
-    if reads[0].shape[1] == 0:  # no content keys: they must not compete for directions of y
+    if reads[0].shape[1] == 0:  # no content keys: keys must not compete for directions of y
         half = len(rows) // 2
         rows, served, metrics = rows[half:], served[:, half:], tuple(m[half:, half:] for m in metrics)
     if len(rows) > rows.shape[1]:  # the input is smaller than its keys and values: factorise it instead
@@ -271,7 +304,7 @@ def _assemble(
 
 
 def _moments(statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """Second moments (d+1, d+1) of the inputs as queries see them, and as keys and values are looked at."""
+    """Second moments (d+1, d+1) of the inputs: over tokens, for queries; weighted by attention, for keys and values."""
     moment = statistics.second_moment.double()
     tokens = moment if statistics.key_moment is None else statistics.key_moment.double()
     return moment, ridged(tokens / tokens[-1, -1], RIDGE)
@@ -286,15 +319,22 @@ def factorise(
     *,
     planes: str = "by_loss",
 ) -> MlaWeights:
-    """Convert one layer to MLA with kv_lora_rank `rank` and qk_rope_head_dim `rope_dim`.
+    """Convert one layer to MLA.
 
-    Latents are ordered: the first r rows of a higher rank are what rank r would have.
+    The elements of a latent are ordered: the first r rows of a higher rank are those of rank r.
 
-    :param rank: None leaves the latent whole, all keys and values (or the input where that is smaller), unordered.
-    :param planes: "by_loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation; "engine_table" does
-        so with one plane at most for each frequency of a table that serving engines can express;
-        "evenly_spaced" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
-    :return: weights in float64 and, in `energy`, what the approximation loses.
+    Args:
+        weights: of the source's attention.
+        geometry: of the source's attention.
+        statistics: of its inputs.
+        rank: kv_lora_rank; None leaves the latent whole and unordered: all keys and values, or the input where it is smaller.
+        rope_dim: qk_rope_head_dim, even.
+        planes: "by_loss" keeps the planes whose de-rotation costs most and damps the rest by the mean rotation; "engine_table" does
+            so with at most one plane for each frequency of a table that serving engines can express; "evenly_spaced" keeps the best
+            plane of evenly spaced frequencies and damps nothing (as TransMLA does).
+
+    Returns:
+        Weights in float64, with the kept energy and the errors of the approximation.
     """
     heads, num_kv, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
     q, k, v = (_affine(getattr(weights, n), getattr(weights, n + "_bias")) for n in "qkv")
@@ -313,7 +353,7 @@ def factorise(
     gain[:, :num_rotary_freqs] = geometry.rope_scale**2
     k_maps = (rope.content_maps(kept, rho, num_kv) * gain.flatten(0, 1))[:, :nope]
     costs = (key_cost[:, :nope, :nope], ridged(o_heads.mT @ o_heads, COST_RIDGE))
-    # Without a source bias the result has none: constants are then part of what the latent carries.
+    # Without a source bias the result has none, and no column for constants.
     columns = slice(None if weights.k_bias is not None or weights.v_bias is not None else -1)
     rows = torch.cat((k, v))[:, columns]
     down, up, lost = _content(rows, tokens[columns, columns], _reads(k_maps, num_kv), costs, rank)

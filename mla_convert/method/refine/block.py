@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import first_output
+from mla_convert.method.calibrate.layerwise import LayerKwargs, first_output
 from mla_convert.method.refine.optimise import (
     Distance,
     RefineResult,
@@ -33,8 +32,8 @@ class LayerPair:
     layer: nn.Module
     attention_name: str  # attribute of the layer
     student: MlaAttention
-    kwargs: dict[int, dict[str, Any]]  # keyword arguments of the layer, by window length
-    eager_kwargs: dict[str, Any]  # the same under eager attention, for calibration windows
+    kwargs: dict[int, LayerKwargs]  # keyword arguments of the layer, by window length
+    eager_kwargs: LayerKwargs  # the same under eager attention, for calibration windows
 
     @property
     def attention(self) -> nn.Module:

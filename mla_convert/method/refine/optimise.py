@@ -74,19 +74,19 @@ class RefineResult:
     steps: int
 
 
-def relative_error(found: Tensor, expected: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over tokens of log(1 + |found - expected|^2 / |expected|^2).
+def relative_error(states: Tensor, expected: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over tokens of log(1 + |states - expected|^2 / |expected|^2).
 
     Relative to each token, because the norms that read the stream divide by its length: plain squares would be dominated
     by the few tokens with massive activations (arXiv 2402.17762), above all the first one. The logarithm (Cauchy's loss)
     bounds the tokens that are massive in one model only: they are wrong a thousand times over and cannot be corrected.
 
     Args:
-        found: residual stream (B, L, d).
+        states: residual stream (B, L, d).
         expected: its target (B, L, d).
         weight: of each channel's squared error (d,), as from `channel_weights`; equal if None.
     """
-    error = (found - expected).square()
+    error = (states - expected).square()
     if weight is not None:
         error = error * weight
     return (error.mean(-1) / expected.square().mean(-1).clamp_min(1e-12)).log1p().mean()
