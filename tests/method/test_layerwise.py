@@ -32,13 +32,8 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
-<<<<<<< HEAD
-    """From what the last layer gives, whatever a family does behind it: norm, biases, scales, soft caps."""
-    monkeypatch.setattr(distillation, "CHUNK", 7 * VOCAB)
-=======
     """From the output of the last layer, whatever a family has behind it: norm, biases, scales, soft caps."""
-    monkeypatch.setattr(divergence, "CHUNK", 7 * VOCAB)
->>>>>>> method
+    monkeypatch.setattr(distillation, "CHUNK", 7 * VOCAB)
     layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
     draw = torch.Generator().manual_seed(3)
     expected = torch.randn(2, 9, layerwise.source.config.hidden_size, generator=draw)

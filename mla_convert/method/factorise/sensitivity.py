@@ -40,7 +40,7 @@ ERROR_TOKENS = 4096
 # Ridge of the metric, as a fraction of its mean diagonal: on few tokens it may be rank-deficient.
 SHRINKAGE = 1e-3
 # Refinement recovers more of the loss of de-rotation than of that of low rank, the more so the longer it is: in a trade
-# between the two, losses by rotary dims have the weight 1 / (1 + steps / REGAIN_STEPS). Measurements: docs/research/layer-sizes.md.
+# between the two, losses by rotary dims have the weight 1 / (1 + steps / REGAIN_STEPS). See docs/research/layer-sizes.md.
 REGAIN_STEPS = 100
 
 

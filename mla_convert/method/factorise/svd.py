@@ -329,9 +329,9 @@ def factorise(
         statistics: of its inputs.
         rank: kv_lora_rank; None leaves the latent whole and unordered: all keys and values, or the input where it is smaller.
         rope_dim: qk_rope_head_dim, even.
-        planes: "by_loss" keeps the planes whose de-rotation costs most and damps the rest by the mean rotation; "engine_table" does
-            so with at most one plane for each frequency of a table that serving engines can express; "evenly_spaced" keeps the best
-            plane of evenly spaced frequencies and damps nothing (as TransMLA does).
+        planes: "by_loss" keeps the planes whose de-rotation costs most and damps the rest by the mean rotation;
+            "engine_table" does so with at most one plane for each frequency of a table that serving engines can express;
+            "evenly_spaced" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
 
     Returns:
         Weights in float64, with the kept energy and the errors of the approximation.
