@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from gpu_workers import Pool
-from harness import Log, Shape, ceilings, decode_calls, half, make_slices, time_calls
+from harness import Log, Shape, Slices, ceilings, decode_calls, half, make_slices, time_calls
 from speed import alone
 from torch import Tensor
 from tune import brief
@@ -39,11 +40,30 @@ def without_combination() -> Iterator[None]:
     decode_kernels.mla_decode_fwd_kernel_combine, hopper._kernels = triton, cuda
 
 
+def host_us(slices: Slices, repeats: int = 200) -> float:
+    """Microseconds that the host takes to launch one `mla_decode` outside of CUDA graphs."""
+    q, qr, latent, rope, lengths, table, out, _ = slices
+
+    def launch() -> None:
+        mla_decode(q, qr, latent[0], rope[0], lengths, softmax_scale=0.07, block_table=table, out=out, return_lse=True)
+
+    launch()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        launch()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / repeats * 1e6
+
+
 def call_parts(shape: Shape, config: DecodeConfig, device: str) -> dict[str, float]:
-    """Microseconds of a call, of its attending kernel alone, and of that kernel on a cache that fits the L2."""
+    """Microseconds of a call, of its attending kernel alone, of that kernel on a cache in the L2, and of the host's launch."""
     slices, _, _ = make_slices(*shape, device)
     calls = decode_calls(slices, config, 0)
     row = {"call": time_calls(calls, device)}
+    if device == "cuda":
+        row["host, outside of graphs"] = host_us(slices)
     q, qr, latent, rope, *rest = slices
     # All sequences read the rows of the first one; time beyond that of the memory is computation.
     same = (q, qr, latent[:1, :1].expand(1, *latent.shape[1:]), rope[:1, :1].expand(1, *rope.shape[1:]), *rest)

@@ -10,6 +10,7 @@ import warnings
 
 import transformers
 from packaging.version import Version
+from transformers import PreTrainedConfig
 
 PREFIX = "Mla"
 # These plans of the stock classes name projections that a converted model does not have.
@@ -89,7 +90,7 @@ def config_class(base: type) -> type:
     return _classes[name]
 
 
-def kernel_choice(config) -> str:
+def kernel_choice(config: PreTrainedConfig) -> str:
     """The environment variable MLA_CONVERT_KERNEL, else the configuration's mla_kernel.
 
     Raises:
@@ -101,7 +102,7 @@ def kernel_choice(config) -> str:
     return choice
 
 
-def warn_if_untried(config) -> None:
+def warn_if_untried(config: PreTrainedConfig) -> None:
     """Warn if the installed transformers is newer than any that this code was tried with."""
     tried = config.mla_transformers
     if tried and Version(transformers.__version__) > Version(tried):

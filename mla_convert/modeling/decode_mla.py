@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 try:
     import mla_attention
@@ -143,7 +143,7 @@ def cache_names(base: type) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.name in CACHE_NAMES or "Cache" in str(p.annotation))
 
 
-def take_cache(given: dict, names: frozenset[str]):
+def take_cache(given: dict, names: frozenset[str]) -> Cache | None:
     """Remove the cache from an attention's arguments and return it; None if there is none.
 
     Args:
@@ -175,7 +175,7 @@ def refuse_unknown(attention: type, given: dict) -> None:
             )
 
 
-def update_cache(cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+def update_cache(cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
     """Append new tokens to a transformers cache.
 
     A quantised cache takes whole groups of numbers, so that its rows are padded with zeros to the next whole group.
@@ -211,7 +211,7 @@ def update_cache(cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple
 
 
 def write_static(
-    cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None, sin: Tensor | None
+    cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Apply RoPE to queries and new keys and append to a static cache, in one launch.
 

@@ -87,8 +87,9 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, original_hidden, labels, head, original_head, weights, divergence_, differentiate, *parameters
-    ):
+        ctx, hidden: Tensor, original_hidden: Tensor, labels: Tensor, head: Head, original_head: Head,
+        weights: LossWeights, divergence_: Divergence, differentiate: bool, *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         tokens = len(hidden)
         chunks = -(-tokens * head.output.weight.shape[0] // CHUNK)
         step = -(-tokens // chunks)
@@ -117,7 +118,7 @@ class _Distillation(torch.autograd.Function):
         return sums[0].clone(), sums
 
     @staticmethod
-    def backward(ctx, slope, _):
+    def backward(ctx, slope: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, *of_parameters = (slope * each for each in ctx.saved_tensors)
         return of_hidden, None, None, None, None, None, None, None, *of_parameters
 

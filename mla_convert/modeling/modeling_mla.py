@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_mla import PREFIX, config_class, kernel_choice, warn_if_untried
@@ -75,7 +77,7 @@ class MlaAttention(nn.Module):
     stock_arguments: tuple[str, ...] = ("hidden_states",)
     cache_names: frozenset[str] = frozenset(CACHE_NAMES)
 
-    def __init__(self, config, layer_idx: int, stock: nn.Module):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, stock: nn.Module):
         """Take the place of a stock attention.
 
         Args:
@@ -105,7 +107,7 @@ class MlaAttention(nn.Module):
         self._add_projections(config, stock)
         self.register_buffer("rope_freq_index", torch.zeros(self.qk_rope_head_dim // 2, dtype=torch.int64))
 
-    def _add_projections(self, config, stock: nn.Module) -> None:
+    def _add_projections(self, config: PreTrainedConfig, stock: nn.Module) -> None:
         """Create the projections, and take over the stock attention's norms and sinks."""
         hidden, heads, compressed = config.hidden_size, self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
         if self.normed:
@@ -176,8 +178,9 @@ class MlaAttention(nn.Module):
         return self._attend(hidden_states, position_embeddings, attention_mask, past_key_values, given)
 
     def _attend(
-        self, hidden_states: Tensor, position_embeddings, attention_mask: Tensor | None, past_key_values, kwargs: dict
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
+        past_key_values: Cache | None, kwargs: dict,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Project, rotate, cache and attend; absorbed for few queries on a cache, expanded otherwise."""
         batch, length, _ = hidden_states.shape
         query, compressed = self._project(hidden_states)
@@ -204,8 +207,9 @@ class MlaAttention(nn.Module):
         return F.dropout(output, self.output_dropout, self.training), weights
 
     def _rotate_and_cache(
-        self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None, cache
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Apply RoPE and append the new tokens to the cache.
 
         Returns:
@@ -331,7 +335,7 @@ def attention_class(base: type) -> type:
     return type(PREFIX + base.__name__, (MlaAttention, base), fields)
 
 
-def install(model) -> None:
+def install(model: PreTrainedModel) -> None:
     """Replace every attention of a stock causal language model (built from an Mla configuration) by MLA."""
     config = model.config
     warn_if_untried(config)
@@ -344,7 +348,7 @@ def install(model) -> None:
 CONTINUOUS = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 
-def no_continuous_batching(self, *_, **__):
+def no_continuous_batching(self: PreTrainedModel, *_, **__) -> None:
     """Refuse continuous batching, which pages keys and values of every head.
 
     Raises:
@@ -361,7 +365,7 @@ def model_class(base: type) -> type:
     name = PREFIX + base.__name__
     if name not in _classes:
 
-        def __init__(self, config):  # noqa: N807
+        def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:  # noqa: N807
             if config.mla_softcap is not None or config.mla_sinks:
                 self._supports_sdpa = False  # SDPA has neither; not every version of the stock classes declares it
             base.__init__(self, config)

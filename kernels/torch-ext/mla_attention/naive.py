@@ -51,18 +51,7 @@ def naive_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of the absorbed queries on the latents (arXiv 2405.04434, section 2.1.2), written out.
 
-    Args:
-        q_latent: as in `mla_decode`, and so are all arguments but the last.
-        q_rope: (B, T, H, p).
-        latent_cache: (B, S, r), or (pages, page_size, r).
-        rope_cache: (B, S, p), or (pages, page_size, p).
-        cache_seqlens: (B,).
-        softmax_scale: > 0.
-        block_table: (B, max_pages).
-        softcap: 0 for none.
-        window: None for all.
-        mask: (B, T, S), boolean.
-        compute_dtype: dtype of all products and sums.
+    Arguments are those of `mla_decode`; `compute_dtype` is the dtype of all products and sums.
 
     Returns:
         Attended latents (B, T, H, r) and the natural logarithm of the sum of exponentials (B, H, T), in `compute_dtype`. A
@@ -120,17 +109,7 @@ def naive_write(
 ) -> Tensor:
     """Append latents and rotated keys to the caches, in place; return the rotated queries.
 
-    Args:
-        latent: as in `mla_write`, and so are all arguments but the last.
-        k_rope: (B, T, p).
-        q_rope: (B, T, H, p).
-        cos: (B, T, p / 2).
-        sin: (B, T, p / 2).
-        latent_cache: (B, S, r), or (pages, page_size, r).
-        rope_cache: (B, S, p), or (pages, page_size, p).
-        positions: (B, T).
-        block_table: (B, max_pages).
-        compute_dtype: dtype in which keys and queries are rotated.
+    Arguments are those of `mla_write`; keys and queries are rotated in `compute_dtype`.
 
     Returns:
         Rotated queries (B, T, H, p).
