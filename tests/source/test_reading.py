@@ -90,7 +90,7 @@ def test_an_index_need_not_name_every_tensor(sharded):
 
 
 def test_an_index_without_metadata_is_read(sharded):
-    """transformers requires an index here; the files are unambiguous without one."""
+    """transformers refuses such an index, although the weights are unambiguous without its metadata."""
     change(sharded / INDEX, drop=("metadata",))
     found = open_source(str(sharded)).reader.read([EMBEDDING])[EMBEDDING]
     assert torch.equal(found, pico.model("llama").state_dict()[EMBEDDING])
