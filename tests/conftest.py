@@ -22,6 +22,12 @@ import pytest
 from filelock import FileLock
 
 
+def pytest_configure(config):
+    """Give each worker of `-n` a contiguous half of the tests, so that it loads a parametrised fixture's model once."""
+    if getattr(config.option, "dist", None) == "load":
+        config.option.dist = "worksteal"
+
+
 def _load(name: str):
     # importlib import mode leaves sys.path alone, so the shared helpers are loaded by their files
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")

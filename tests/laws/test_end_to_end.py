@@ -1,4 +1,4 @@
-"""The whole way of a model, from its plan to a Hub on loopback, and back into a process that has no mla_convert."""
+"""A model from its plan to a Hub on loopback, and back into a process without mla_convert."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from mla_convert.source.checkpoint.reader import SafetensorsReader
 
 REPO = "my-org/demo-mla"
-# In a process without mla_convert: the real client downloads weights and code, transformers runs them.
+# Runs without mla_convert: huggingface_hub downloads weights and code, and transformers runs them.
 LOAD = """
 import json, sys
 class Blocker:
@@ -29,7 +29,7 @@ print(json.dumps({"class": type(model).__name__, "rank": model.config.kv_lora_ra
 
 @pytest.fixture(params=["one process", pytest.param("a process each", marks=pytest.mark.slow)])
 def mla(request, hub, cli, tmp_path, monkeypatch):
-    """Run mla-convert in an empty folder: (exit code, stdout, stderr). Most of a process of its own is imports."""
+    """Run mla-convert in an empty folder: (exit code, stdout, stderr). A separate process mostly imports, so it is slow."""
     (tmp_path / "work").mkdir()
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -67,7 +67,7 @@ def test_from_plan_to_the_hub_and_back(mla, hub, tmp_path):
     assert code == 0 and "perplexity" in out, err
     folder = tmp_path / "work" / "demo-mla"
     report = json.loads((folder / "report.json").read_text())
-    sizes = "numbers_per_token_per_layer"  # ranks are shared out among layers by what is measured
+    sizes = "numbers_per_token_per_layer"  # ranks are allocated by measured sensitivity
     assert report["cache"][sizes] == plan["cache"][sizes]
     weights = sum(tensor.nbytes for tensor in _tensors(folder).values())
     assert weights == pytest.approx(plan["disk_bytes"], rel=0.05)
@@ -98,7 +98,7 @@ def test_from_plan_to_the_hub_and_back(mla, hub, tmp_path):
     )
     assert loaded["text"].startswith("The people of the islands") and len(loaded["text"]) > 30
 
-    # and what is on the Hub can be inspected and gated by its name
+    # the model on the Hub can be inspected and gated by its name
     code, out, err = mla("inspect", REPO, "--json")
     assert code == 0 and json.loads(out)["report"]["perplexity_ratio"] == report["evaluation"]["ratio"], err
     code, out, err = mla("gate", REPO, "--from-report", "--min-kv-saving", "50%")

@@ -60,7 +60,7 @@ def run(model, ids, **options):
 
 def generate(model, ids, **options):
     model(ids[:, :1])
-    return model.generate(ids, max_new_tokens=16, do_sample=False, **options)
+    return model.generate(ids, max_new_tokens=8, do_sample=False, **options)
 
 
 def in_chunks(model, ids, mask, chunks):

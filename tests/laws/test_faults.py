@@ -1,4 +1,4 @@
-"""A disk that is full, fails or loses its process at any change of a file: nothing half-written, and then the same bytes."""
+"""A full or failing disk, or a kill, at any change of a file: nothing is half-written, and the next run gives the same bytes."""
 
 import json
 import os
@@ -16,7 +16,7 @@ FULL, BROKEN, KILL = 1, 2, 3
 RESOURCE = 5
 HERE = Path(__file__).parents[1]
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-TIMED = ("report.json", "report.html", "export.json", "SHA256SUMS")  # hold how long things took
+TIMED = ("report.json", "report.html", "export.json", "SHA256SUMS")  # they contain durations
 pytestmark = pytest.mark.skipif(
     not COMPILER or not sys.platform.startswith("linux"), reason="needs Linux and a C compiler"
 )
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Runs a command with the n-th change of a file failing."""
+    """Runs a command in which the n-th change of a file fails."""
     layer = tmp_path_factory.mktemp("layer") / "fault_layer.so"
     subprocess.run([COMPILER, "-shared", "-fPIC", "-O1", "-o", layer, HERE / "fault_layer.c", "-ldl"], check=True)
     env = {**os.environ, "LD_PRELOAD": str(layer), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -43,7 +43,7 @@ def server(tmp_path_factory):
 
 
 def contents(folder):
-    """Of everything below a folder."""
+    """Checksums of all files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -52,7 +52,7 @@ def lasting(found):
 
 
 class Job:
-    """A command, and the folder that it writes: `before` is what stands there, None for nothing."""
+    """A command and the folder that it writes; `before`: the existing folder, or None."""
 
     def __init__(self, server, work, argv, before=None):
         self.server, self.work, self.argv, self.before = server, work / "work", argv, before
@@ -82,10 +82,10 @@ class Job:
         return True
 
     def fail(self, at, kind):
-        """A disk that is full, or fails once: one line, and everything as it was."""
+        """A full disk, or one failure: one line of error, and nothing is changed."""
         found = self.again(at, kind)
         where = f"change {at} of {self.changes}, kind {kind}: {found}"
-        if found["code"] == 0:  # what failed was not needed: to delete something, or to wait for the disk
+        if found["code"] == 0:  # the failed call was not necessary: a deletion, or a sync
             assert self.is_new(), where
         else:
             assert found["code"] == RESOURCE and len(found["err"].splitlines()) == 1, where
@@ -94,11 +94,11 @@ class Job:
         assert self.left() == [] or self.may_keep(), f"{where}: {self.left()}"
 
     def may_keep(self):
-        """Healing keeps what a later run goes on from."""
+        """Healing keeps its state for the next run."""
         return self.left() == [".out.heal"] and (self.work / ".out.heal" / "checkpoint" / "run.json").exists()
 
     def kill(self, at):
-        """The process goes: the name holds the old or the new folder, and the same command ends with the new one."""
+        """A kill: the output is the old or the new folder, and the same command then completes the new one."""
         found = self.again(at, KILL)
         where = f"killed at change {at} of {self.changes}: {found}"
         assert found["code"] in (-9, 0), where
@@ -107,7 +107,7 @@ class Job:
         assert done["code"] == 0 and self.is_new() and self.left() == [], f"{where}, then {done}, {self.left()}"
 
     def some(self, count, seed=0):
-        """Changes to try: the first, the last ones, where the folder gets its name, and others."""
+        """Changes to try: the first, the last ones (the renames), and others."""
         draw = random.Random(seed)
         last = range(self.changes - 6, self.changes)
         return sorted({0, draw.choice(last), *(draw.randrange(self.changes) for _ in range(count))})
@@ -131,7 +131,7 @@ def converted(convert_pico):
 
 @pytest.fixture(scope="module")
 def jobs(server, sources, converted, text, tmp_path_factory):
-    """Job by name, made once."""
+    """Jobs by name, each made once."""
     small = ["--calib", text, "--eval", text, "--calib-samples", 2, "--calib-length", 16, "--eval-windows", 1, "--eval-length", 16,
              "--refine-steps", 0, "--device", "cpu", "-q"]  # fmt: skip
     made = {}

@@ -1,4 +1,4 @@
-"""Damaged inputs, thousands of them: each is taken for what it is, or refused in one line that a user can act on."""
+"""Thousands of damaged inputs: each is read correctly, or refused in one line that a user can act on."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from mla_convert.source.text_files import read_documents
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE_FAILED = 3
 FAMILIES = ("llama", "gpt2", "gemma3", "mixtral")
-# Kinds of input, and how many of each a run of 1 draws.
+# Kinds of input, and the number of each in a run of size 1.
 COUNTS = {"config": 400, "index": 150, "header": 200, "tokenizer": 150, "tokenizer_config": 100, "gguf": 100, "recipe": 350,
           "report": 400, "converted config": 250}  # fmt: skip
 RECIPE = """description: A test's recipe.
@@ -35,7 +35,7 @@ settings:
 
 @pytest.fixture(scope="module")
 def inputs(sources, convert_pico, tmp_path_factory):
-    """Whole inputs of every kind, by name."""
+    """Undamaged inputs of every kind, by name."""
     place = tmp_path_factory.mktemp("inputs")
     found = {family: sources(family) for family in FAMILIES}
     found["shards"] = pico.save("llama", place / "shards", max_shard_size="60KB")
@@ -66,7 +66,7 @@ def logits_of(model):
 
 
 def differ(ours, theirs):
-    """What is different between two models' logits, or None."""
+    """The difference of two models' logits in words, or None."""
     if ours.shape != theirs.shape or not torch.equal(ours.isfinite(), theirs.isfinite()):
         return "logits differ in shape or in what is finite"
     known = theirs.isfinite()
@@ -77,7 +77,7 @@ def differ(ours, theirs):
 
 
 def same_as_transformers(whole: Path, folder: Path, out: str) -> str | None:
-    """What is wrong with a mutated source being taken: it must be what transformers loads, or what it was when `whole`."""
+    """The error of an accepted mutated source: it must equal the model that transformers loads, or the undamaged one."""
     from transformers import AutoModelForCausalLM
 
     from mla_convert.method.calibrate.self_generated import load_whole
@@ -99,7 +99,7 @@ def same_as_transformers(whole: Path, folder: Path, out: str) -> str | None:
 
 
 def passed_rightly(limit: float, folder: Path, out: str) -> str | None:
-    """Whether a gate that passed had a figure to pass on."""
+    """Whether a gate that passed had a measured value."""
     value = json.loads((folder / "converted" / "report.json").read_text())["evaluation"]["after"]["value"]
     return None if isinstance(value, int | float) and 0 < value <= limit * (1 + 1e-6) else f"passed on {value!r}"
 

@@ -1,4 +1,4 @@
-"""What pyproject.toml says is what is there."""
+"""The statements of pyproject.toml: packages, data files, licences, dependencies and version."""
 
 import ast
 import sys
@@ -42,7 +42,8 @@ def test_licence_files_are_there():
 
 
 def test_every_import_is_a_declared_dependency():
-    requirements = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["eval"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    requirements = [*PROJECT["project"]["dependencies"], *extras["eval"], *extras["heal"]]
     declared = {requirement.split(">=")[0].lower().replace("-", "_") for requirement in requirements}
     imported = set()
     for name in FOLDERS:
@@ -52,11 +53,15 @@ def test_every_import_is_a_declared_dependency():
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     imported.add(node.module.partition(".")[0])
+                elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                    named = node.args[0]
+                    if isinstance(named, ast.Constant):
+                        imported.add(named.value.partition(".")[0])
     imported -= {*sys.stdlib_module_names, *(name.partition(".")[0] for name in FOLDERS)}
-    imported -= {"triton"}  # torch brings it where there are GPUs, and it is imported only to launch a kernel
-    imported -= {"vllm", "sglang"}  # by ask_engine.py, which runs in the engine's own environment
+    imported -= {"triton"}  # torch depends on it if there are GPUs; it is imported only to launch a kernel
+    imported -= {"vllm", "sglang"}  # imported by ask_engine.py, which runs in the engine's environment
     distributions = metadata.packages_distributions()
-    # an extra that is not installed is named as it is imported
+    # an extra that is not installed has the name that it is imported by
     needed = {distributions.get(module, [module])[0].lower().replace("-", "_") for module in imported}
     assert needed <= declared
 

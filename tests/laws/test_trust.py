@@ -1,4 +1,4 @@
-"""What a source or a folder brings along: none of its code runs or is carried over, no link leads out, no word is markup."""
+"""Untrusted sources and folders: none of their code is run or copied, no link leads out, and no text becomes markup."""
 
 import gzip
 import io
@@ -56,7 +56,7 @@ def change_json(path, **fields):
 @pytest.mark.parametrize("stock", [True, False])
 @pytest.mark.parametrize("command", ["convert", "inspect", "plan"])
 def test_code_of_a_tokenizer_is_neither_run_nor_asked_about(source, tmp_path, cli, monkeypatch, command, stock):
-    """The class is one of transformers' for `stock`; stdin says yes to whatever is asked."""
+    """If `stock`, the class is one of transformers'; stdin answers every question with yes."""
     mark = tmp_path / "ran"
     (source / "tokenization_own.py").write_text(EVIL.format(str(mark)))
     change_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_own.Own", None]},
@@ -138,7 +138,7 @@ def test_link_within_the_folder(source, convert_folder):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_links_of_the_hubs_cache(source, convert_folder, tmp_path, shared):
-    """A snapshot's files are links to blobs of the model, which newer caches share between models."""
+    """A snapshot's files are links to the model's blobs, which newer caches share between models."""
     model = tmp_path / "hub" / "models--somebody--something"
     snapshot = model / "snapshots" / "0123456789abcdef"
     snapshot.mkdir(parents=True)
@@ -187,7 +187,7 @@ def test_nothing_is_written_through_a_link_in_a_folder(folder, tmp_path, cli, na
 
 
 def test_page_elsewhere(folder, tmp_path, cli):
-    """A link that its user names is followed, as by any other command."""
+    """A link that the user gives is followed, as by any other command."""
     (tmp_path / "page.html").symlink_to(tmp_path / "there.html")
     (tmp_path / "there.html").write_text("")
     assert cli("report", folder, "--html", tmp_path / "page.html")[0] == 0

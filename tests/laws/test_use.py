@@ -1,4 +1,4 @@
-"""What people do with a converted model as with any other: adapters, weights in few bits, caches of all kinds, training."""
+"""Common uses of a converted model: adapters, quantised weights, caches of all kinds, training."""
 
 import copy
 
@@ -25,7 +25,7 @@ def load(folder, **options):
 
 @torch.no_grad()
 def cached_error(model, ids=IDS):
-    """Largest difference that a cache makes to a logit, as a share of their range: a prefill of 12 tokens, then one by one."""
+    """Largest difference of a logit with and without a cache, relative to their range: 12 tokens, then one at a time."""
     cache, whole = DynamicCache(config=model.config), model(input_ids=ids, use_cache=False).logits.float()
     parts = [
         model(input_ids=part, **with_cache(unwrapped(model), cache)).logits for part in ids.split([12, *[1] * 5], dim=1)
@@ -75,7 +75,7 @@ def test_every_adapter_learns(folder):
 
 
 def test_prompt_and_prefix_adapters_do_as_with_the_original(sources, convert_pico):
-    """Their virtual tokens are embeddings, or rows of the cache as the configuration has it: at full rank the same text."""
+    """Virtual tokens are embeddings or rows of the original's cache; at full rank the text is the same."""
     peft = pytest.importorskip("peft")
     texts = []
     for folder in (sources("llama"), convert_pico("llama", rank="full", rope_dim="full").out):
@@ -89,7 +89,7 @@ def test_prompt_and_prefix_adapters_do_as_with_the_original(sources, convert_pic
 
 
 class Scaled(torch.nn.Linear):
-    """Stands for a projection whose weight is stored in another form than it multiplies by."""
+    """A projection whose stored weight is not the matrix that it multiplies by."""
 
     def forward(self, x):
         return torch.nn.functional.linear(x, self.weight / 4)
@@ -123,7 +123,7 @@ def test_a_projection_with_a_bias_is_not_a_matrix():
 
 @pytest.fixture(scope="module")
 def wide(convert_folder, tmp_path_factory):
-    """A converted model with sizes of whole blocks of 64 numbers, as kernels for 4 bits want them."""
+    """A converted model with sizes that are multiples of 64, which 4-bit kernels require."""
     sizes = dict(hidden_size=128, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
     config = pico.CONFIG_MAPPING["llama"](**pico.COMMON | sizes)
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def test_weights_in_few_bits(wide, options):
     from transformers import BitsAndBytesConfig
 
     model = load(wide, quantization_config=BitsAndBytesConfig(**options), device_map="cpu")
-    # activations in 8 bits, products in 16: as far as the original's own
+    # 8-bit activations, 16-bit products: the original has the same error
     assert cached_error(model) < 0.05
 
 
@@ -157,7 +157,7 @@ def test_weights_of_torchao(folder, kind):
 
 @pytest.mark.parametrize("backend", ["hqq", "quanto"])
 def test_quantised_caches_take_any_size(convert_pico, backend):
-    """Sizes that are no multiple of a cache's groups, as shared-out ones are."""
+    """Sizes that are no multiple of a cache's groups, as allocated ones are."""
     pytest.importorskip("hqq" if backend == "hqq" else "optimum.quanto")
     model = load(convert_pico("llama", rank=22, rope_dim=10).out)
     plain = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -262,12 +262,12 @@ def test_a_step_of_trl(folder, tmp_path):
     assert not torch.equal(before, model.model.layers[0].self_attn.kv_b_proj.weight)
 
 
-# What users do with generate. At full rank a converted model must say what its original says.
+# Features of `generate`. At full rank a converted model must give its original's text.
 K = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
 def assisted(model, original):
-    """The assistant is the same for both, so that the same drafts are taken."""
+    """Both models have the same assistant, so that the same drafts are accepted."""
     assistant = copy.deepcopy(original)
     torch.manual_seed(3)
     for parameter in assistant.parameters():

@@ -1,4 +1,4 @@
-"""Exported folders: what they hold answers as the converted model does, and what cannot be said is refused."""
+"""Exported folders: they give the converted model's logits, and models that a profile does not support are refused."""
 
 import json
 import subprocess
@@ -33,13 +33,18 @@ def distance(one, other):
 
 @pytest.fixture(scope="module")
 def tabled(convert_pico):
+<<<<<<< HEAD
     """A conversion that engines can express: one plane for each frequency."""
     return lambda name: convert_pico(name, rank=10, rope_dim=8, rope_selection="engine_table").out
+=======
+    """A conversion that engines support: one plane for each frequency."""
+    return lambda name: convert_pico(name, rank=10, rope_dim=8, planes="table").out
+>>>>>>> source
 
 
 @pytest.fixture
 def changed(tabled, tmp_path):
-    """A copy of a conversion with something changed in config.json, or in a tensor's place."""
+    """A copy of a conversion with changed settings in config.json, or changed tensors."""
 
     def make(name="llama", tensors=lambda found: found, **config):
         source, folder = tabled(name), tmp_path / "changed"
@@ -115,7 +120,7 @@ def test_code_is_the_converted_model(convert_pico, tmp_path, name):
 
 
 def test_code_keeps_every_layers_own_planes_and_sizes(convert_pico, tmp_path):
-    """Sizes shared out, as by default: all are padded to the largest."""
+    """Layers of different sizes, as by default, are padded to the largest."""
     converted = convert_pico("llama", rank=12, rope_dim=6, uniform=False).out
     with pytest.raises(InputError, match=r"layers have ranks from .* --pad RANK"):
         export(converted, tmp_path / "out", "hf-code")
@@ -138,7 +143,7 @@ def test_code_of_a_model_with_layers_without_rope(convert_pico, tmp_path):
 
 @torch.no_grad()
 def test_engine_is_right_where_the_latent_norm_reads_the_configuration(tabled, tmp_path):
-    """As vLLM, SGLang and llama.cpp read it; transformers' own class, which does not, refuses to build it."""
+    """The form for vLLM, SGLang and llama.cpp; transformers' class, which would misread it, refuses to build it."""
     export(tabled("llama"), tmp_path / "out", "engine")
     with pytest.raises(AssertionError, match="Padding_idx"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""`push` against a Hub on loopback, through huggingface_hub's own client: what arrives, what never does, what goes wrong."""
+"""`push` to a Hub on loopback by huggingface_hub's client: the uploaded files, private data, and failures."""
 
 import json
 import re
@@ -116,7 +116,7 @@ def test_card(hub, folder, tmp_path):
     data = card.data
     assert data.library_name == "transformers" and data.pipeline_tag == "text-generation" and "mla" in data.tags
     assert data.license == "unknown" and "look it up" in card.text
-    assert data.base_model is None  # a local folder is nobody's name on the Hub
+    assert data.base_model is None  # a local folder has no name on the Hub
     assert [result.metric_type for result in data.eval_results] == ["perplexity"] * 2
     assert data.to_dict()["model-index"][0]["results"]
     for words in ("## Load", "## Limits", "## Licence", "KV cache at 32k context", "perplexity"):
@@ -160,7 +160,7 @@ def test_user_name_in_a_path_is_refused(folder, monkeypatch):
 
 
 def test_nothing_private_is_uploaded(hub, folder, monkeypatch):
-    """Every byte of every request body: no path of this machine, no user name in a path, no token."""
+    """No request body contains a path of this machine, a user name in a path, or a token."""
     monkeypatch.setenv("LOGNAME", "someone")
     push(folder, REPO, progress=QUIET)
     sent = b"\n".join([*hub.bodies, *hub.files(REPO).values()])
@@ -197,7 +197,7 @@ def test_what_was_changed(hub, folder, cli):
 
 
 def test_folder_of_an_earlier_version(hub, folder, cli):
-    """Only what that version wrote goes, and that the rest was not checked is said."""
+    """Only the files of that version are uploaded; a note says that the others were not checked."""
     report = json.loads((folder / "report.json").read_text())
     report["versions"]["mla_convert"] = "0.1.0"
     (folder / "report.json").write_text(json.dumps(report))

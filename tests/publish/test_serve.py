@@ -1,4 +1,4 @@
-"""Conversions towards an engine, the commands export and serve-check, and (marked `engine`) real engines."""
+"""Conversions for an engine, the commands export and serve-check, and (marked `engine`) real engines."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def exported(cli, tabled, tmp_path):
 
 
 class Like:
-    """A source as `apply_constraints` sees it."""
+    """The attributes of a source that `apply_constraints` reads."""
 
     def __init__(self, kv_heads, head_dim, hidden=4096, model_type="llama", rope="default", bias=False, normed=False):
         from types import SimpleNamespace
@@ -159,7 +159,9 @@ def test_convert_for_an_engine_and_export(cli, sources, tmp_path):
     code, out, _ = cli("serve-check", tmp_path / "mla-portable", "--engine", "transformers", "--json")
     found = json.loads(out)
     assert code == 0 and found["ok"] and found["max_difference"] < 1e-4 and found["greedy_same"] == found["prompts"]
-    assert 0 < found["own_rounding"] < 1e-4  # our own float32 is compared too: what is right is float64
+    assert (
+        0 < found["own_rounding"] < 1e-4
+    )  # the reference is float64, so the converted model's own float32 differs too
 
 
 def test_export_json(exported):
@@ -255,7 +257,7 @@ def test_serve_check_of_code(cli, exported, convert_pico):
 
 
 def test_sglang_is_asked_as_it_is_called(tmp_path):
-    """Its answers in its own form (sglang.Engine, return_logprob), from a stand-in: none was at hand to run."""
+    """Answers in the form of sglang.Engine (return_logprob), from a stub."""
     from mla_convert.publish.engines import ask_engine
 
     class Engine:
@@ -342,7 +344,7 @@ def test_vllm_with_profile_engine(cli, exported, tabled):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A real model at the size that vLLM has kernels for, in closed form with little text: it is compared with itself."""
+    """A real model in sizes that vLLM supports, in closed form with little text: only its serving is compared."""
     from mla_convert import convert
     from mla_convert.core.progress import Progress
 
@@ -371,7 +373,7 @@ def test_vllm_with_a_real_model(cli, exported, real, profile, dtype, options):
 @needs_llama
 @needs_model
 def test_llama_cpp_with_a_real_model(cli, exported, real, tmp_path):
-    """Differences must be those of the file's type: float32 least, then bfloat16, then eight bits."""
+    """Differences grow with the file's type: float32, bfloat16, eight bits."""
     folder, _ = exported("--profile", "engine", "--gguf", "--pad", "none", folder=real)
     means = []
     for kind, limit in (("f32", 5e-3), ("bf16", 5e-2), ("q8_0", 0.3)):

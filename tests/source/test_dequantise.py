@@ -1,4 +1,4 @@
-"""Quantised checkpoints: read as transformers reads them, and converted exactly from what they hold."""
+"""Quantised checkpoints: their values equal transformers', and their conversion is exact."""
 
 import json
 
@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from mla_convert.source.checkpoint.reader import SafetensorsReader
 from mla_convert.source.source import open_source
 
-BLOCK = (16, 32)  # divides neither all rows nor all columns of a pico model
+BLOCK = (16, 32)  # does not divide all rows and columns of a pico model
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
 def blocks_of(weight, block):
-    """Scales of each block of a weight, and the same spread over it."""
+    """Scales of each block of a weight, and the same scales expanded to the weight's shape."""
     scale = torch.empty(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
@@ -41,7 +41,7 @@ QUANTIZATION = {
 
 
 def quantise(folder, kind, name="qwen2"):
-    """A checkpoint whose projections are FP8; returns what the numbers in it mean, in bfloat16."""
+    """A checkpoint whose projections are FP8; returns the dequantised weights in bfloat16."""
     pico.save(name, folder, dtype=torch.bfloat16)
     tensors, meant = {}, {}
     for key, tensor in load_file(folder / "model.safetensors").items():
@@ -74,7 +74,7 @@ def test_fp8_is_read_as_what_it_means(tmp_path, kind):
 
 
 def test_fp8_is_read_as_transformers_reads_it(tmp_path, monkeypatch):
-    # blocks that divide every weight: it takes others to be of equal size
+    # blocks that divide every weight: transformers assumes blocks of equal size
     monkeypatch.setitem(globals(), "BLOCK", (16, 16))
     monkeypatch.setitem(QUANTIZATION["block"], "weight_block_size", [16, 16])
     quantise(tmp_path / "source", "block")
@@ -111,7 +111,7 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path, cli):
 
 
 def test_mxfp4_experts(tmp_path):
-    """Random codes and exponents, against the table of the format's numbers."""
+    """Random codes and exponents, compared with the format's table of values."""
     experts, rows, groups = 3, 8, 2
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (experts, rows, groups, 32), generator=generator)
@@ -130,7 +130,7 @@ def test_mxfp4_experts(tmp_path):
 
 
 def packed(weight):
-    """Weights (E, c, n) as MXFP4 blocks and scales, and what those mean, (E, c, n) in bfloat16."""
+    """Weights (E, c, n) as MXFP4 blocks and scales, and the dequantised weights (E, c, n) in bfloat16."""
     groups = weight.mT.unflatten(-1, (-1, 32))
     exponents = (groups.abs().amax(-1, keepdim=True) / 6).log2().ceil()
     codes = (groups / exponents.exp2() - FP4[:, None, None, None, None]).abs().argmin(0)

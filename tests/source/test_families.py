@@ -25,7 +25,7 @@ LENGTH = 40
 
 @pytest.fixture(scope="module")
 def batch():
-    """Text of the calibration's kind, the first row padded on the left."""
+    """Text of the same kind as the calibration's; the first row is padded on the left."""
     ids = torch.tensor(pico.tokenizer()(pico.text()[5000:9000])["input_ids"])[: 2 * LENGTH].view(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -48,7 +48,7 @@ def same_bytes(one, other):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_not_attention_is_untouched(sources, convert_pico, name):
     attention = f".{FAMILIES[VARIANTS[name][0]].attention}."
-    # as the model has them: checkpoints may store experts one by one
+    # the model's tensors, not the stored ones: checkpoints may store experts one by one
     before = AutoModelForCausalLM.from_pretrained(sources(name), dtype="auto").state_dict()
     tied = AutoModelForCausalLM.from_pretrained(sources(name)).all_tied_weights_keys
     after = tensors(convert_pico(name, **HALF).out)
@@ -76,10 +76,10 @@ def halved(request, convert_pico):
 
 @torch.no_grad()
 def test_absorbed_equals_expanded(halved, batch):
-    """Pieces given to a cache are attended on latents, the whole on keys and values; content and rotary parts are there."""
+    """Chunks with a cache use attention on latents, the whole text attention on keys and values; both give the same logits."""
     ids, mask = batch
     whole, cache, start, parts = halved(ids, attention_mask=mask).logits, None, 0, []
-    # the first piece is so long that dynamic RoPE does not forget the whole, which set its frequencies
+    # the first chunk is long enough that dynamic RoPE keeps the frequencies of the whole text
     for size in (LENGTH - 8, 4, 1, 1, 2):
         stop = start + size
         output = halved(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
@@ -126,7 +126,7 @@ def worst(report, key="output_error"):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_real_budget_is_finite_and_close(convert_pico, name):
-    """Random weights are the worst case: they have no direction that could be left out."""
+    """Random weights are the worst case: no direction is unimportant."""
     half, quarter = convert_pico(name, **HALF), convert_pico(name, **QUARTER)
     for report in (half, quarter):
         assert all(torch.isfinite(t).all() for t in tensors(report.out).values() if t.is_floating_point())
@@ -134,11 +134,11 @@ def test_a_real_budget_is_finite_and_close(convert_pico, name):
         assert worst(report, "residual_error") <= worst(report, "residual_error_closed_form")
     assert report.cache["share_saved"] == pytest.approx(0.75, abs=0.05)
     assert worst(half, "output_error_closed_form") < 0.65
-    # on random weights a quarter may be worth nothing; it is never much worse than that
+    # on random weights a quarter may be no better than no attention, but never much worse
     assert worst(half, "output_error_closed_form") <= worst(quarter, "output_error_closed_form") + 1e-6 < 1.1
 
 
-# Loads every folder by the code beside it, in a process that has no mla_convert; writes it again, and loads that too.
+# Loads every folder by its own code in a process without mla_convert, saves it, and loads the copy.
 FOREIGN = """
 import json, sys
 class Blocker:

@@ -1,4 +1,4 @@
-"""GGUF files: everything that their metadata says is taken up or refused by name, and no tensor is made up."""
+"""GGUF files: every metadata key is applied or refused by name, and no missing tensor is accepted."""
 
 from math import log
 
@@ -41,7 +41,7 @@ def build(model_type="llama", **own):
 
 
 def stored(model, arch):
-    """The model's tensors as llama.cpp's converter names and lays them out."""
+    """The model's tensors with llama.cpp's names and layout."""
     config, tensors = model.config, {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -90,7 +90,7 @@ def settings(config, arch):
 
 
 def write(path, model, arch=None, tensors=None, drop=(), split=None, **metadata):
-    """The model as a GGUF file; `metadata` with its keys' dots as double underscores, None to leave one out; `tensors` added."""
+    """The model as a GGUF file. `metadata`: keys with double underscores for dots, None to omit one; `tensors`: additional."""
     arch = arch or model.config.model_type
     writer = gguf.GGUFWriter(path, arch)
     own = {
@@ -137,7 +137,7 @@ def vocabulary(writer):
 
 @torch.no_grad()
 def assert_same(model, path):
-    """What stands at `path` computes what `model` does, past all windows; returns the source."""
+    """Check that the source at `path` computes the same as `model`, beyond all windows; returns the source."""
     source = open_source(str(path))
     loaded = load_model(find_model(str(path)), "auto", torch.device("cpu"))
     if source.family.softcap:
@@ -409,7 +409,7 @@ def test_names_of_files(tmp_path):
 
 @pytest.fixture
 def parts(tmp_path):
-    """A tied model in three parts: which tensors are there decides what it is."""
+    """A tied model in three parts, each with some of its tensors."""
     model = build(head_dim=8, tie_word_embeddings=False)
     names = [*stored(model, "llama")]
     for number, own in enumerate((names[:5], names[5:12], names[12:])):

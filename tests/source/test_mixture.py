@@ -1,4 +1,4 @@
-"""Calibration on several texts: as much of each as its weight says, from all over them, and what the report says of it."""
+"""Calibration on several texts: each gives windows in proportion to its weight, from all of it, and the report says so."""
 
 import pico
 import pytest
@@ -15,7 +15,7 @@ from mla_convert.source.mixture import Part, parts, quotas
 
 @pytest.fixture
 def files(tmp_path):
-    """Texts that are told apart by their only letter."""
+    """Texts that each consist of one letter."""
     for name, size in (("a", 4000), ("b", 4000), ("c", 130)):
         (tmp_path / f"{name}.txt").write_text(name * size)
     return tmp_path

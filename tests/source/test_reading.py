@@ -1,4 +1,4 @@
-"""Checkpoints that transformers reads one way and others another: what it loads is converted, or the folder is refused by name."""
+"""Ambiguous checkpoints: the weights that transformers loads are converted, or the folder is refused with the reason."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def store(folder, tensors, file=WEIGHTS):
 
 
 def same_as_transformers(folder):
-    """Every parameter that transformers loads is what the source reads; returns the source."""
+    """Check that the source reads every parameter as transformers loads it; returns the source."""
     source = open_source(str(folder))
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = source.reader.read(source.reader.names())
@@ -90,7 +90,7 @@ def test_an_index_need_not_name_every_tensor(sharded):
 
 
 def test_an_index_without_metadata_is_read(sharded):
-    """transformers reads none; the files are as clear as with it."""
+    """transformers refuses such an index, although the weights are unambiguous without its metadata."""
     change(sharded / INDEX, drop=("metadata",))
     found = open_source(str(sharded)).reader.read([EMBEDDING])[EMBEDDING]
     assert torch.equal(found, pico.model("llama").state_dict()[EMBEDDING])
@@ -330,7 +330,7 @@ def test_embeddings_of_another_width(tmp_path, sources):
 @pytest.mark.parametrize("rope_type", ["default", "proportional"])
 @torch.no_grad()
 def test_dims_that_turn_are_those_of_the_class(source, convert_folder, rope_type):
-    """Llama's class turns whole heads whatever `partial_rotary_factor` says, or gives the rest no frequency."""
+    """Llama's class ignores `partial_rotary_factor` and rotates whole heads, or gives some dims no frequency."""
     change(source / CONFIG, rope_parameters={"rope_type": rope_type, "rope_theta": 500.0, "partial_rotary_factor": 0.5})
     try:
         stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -362,7 +362,7 @@ def test_sampling_settings_in_the_configuration_are_carried_over(source, convert
     (source / "generation_config.json").unlink(missing_ok=True)
     (source.parent / "text.txt").write_text(pico.text())
     settings = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
-    for do_sample in (True, False):  # the second is one that transformers loads and does not save
+    for do_sample in (True, False):  # transformers loads the second one, but does not save it
         change(source / CONFIG, do_sample=do_sample, **settings)
         expected = AutoModelForCausalLM.from_pretrained(source).generation_config.to_dict()
         found = json.loads((convert_folder(source).out / "generation_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Texts as people have them: each is read for what it is, or refused in a line with its name and the line in it."""
+"""Text files of every kind: each is read by its kind, or refused in one line with its name and the number of the line."""
 
 import codecs
 import gzip

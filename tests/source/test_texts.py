@@ -1,4 +1,4 @@
-"""Texts: every way to name one, and the windows cut from them."""
+"""Texts: every way to name one, and the windows that are cut from it."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ BOS = 7
 
 
 class Words:
-    """One token a word; a beginning-of-sequence token if asked for special ones."""
+    """One token per word; with special tokens, also a beginning-of-sequence token."""
 
     def __call__(self, text, add_special_tokens, verbose):
         return {"input_ids": [BOS] * add_special_tokens + [int(word) for word in text.split()]}

@@ -1,4 +1,4 @@
-"""Before a folder gets its name it is loaded and generates: what a broken cache would do is caught, and nothing is written."""
+"""The self-check before a folder gets its name: it detects a broken cache, and then nothing is written."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_runs_the_files_of_the_folder_if_they_are_ours(folder, tmp_path):
 
 
 def lost(given, names):
-    """A cache that vanishes, as under a name that an attention does not know."""
+    """A cache that is ignored, as if the attention did not know its argument's name."""
     for name in names:
         given.pop(name, None)
 

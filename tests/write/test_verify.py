@@ -1,4 +1,4 @@
-"""`verify` accepts what was written and names the first thing that is wrong with anything else."""
+"""`verify` accepts a written folder, and names the first error of a changed one."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def change_json(folder, name, change):
 
 
 def reseal(folder, file):
-    """Record a shard's checksum as it is now, everywhere."""
+    """Update a shard's checksum in every file that states it."""
     change_json(folder, "report.json", lambda report: report["checksums"].update({file: sha256(folder / file)}))
 
 
@@ -371,7 +371,7 @@ def test_sums_are_what_sha256sum_reads(folder):
 
 
 def older(folder):
-    """As version 0.1.0 wrote it."""
+    """A folder in the form of version 0.1.0."""
     change_json(folder, "report.json", lambda report: report["versions"].update(mla_convert="0.1.0"))
     (folder / SUMS).unlink()
 
@@ -398,7 +398,7 @@ def test_only_an_earlier_version_may_have_no_sums(folder, by):
 
 
 def test_link_to_the_same_bytes_is_no_fault(folder, tmp_path):
-    """As in the Hub's cache."""
+    """Links to blobs, as in the Hub's cache."""
     (folder / LAYER).rename(tmp_path / "blob")
     (folder / LAYER).symlink_to(tmp_path / "blob")
     verify(folder)

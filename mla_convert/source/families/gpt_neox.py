@@ -1,4 +1,4 @@
-"""GPT-NeoX, Pythia and their kin."""
+"""GPT-NeoX, Pythia and related models."""
 
 from mla_convert.source.families.base import Family
 

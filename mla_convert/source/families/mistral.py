@@ -1,4 +1,4 @@
-"""Mistral 7B and its kin."""
+"""Mistral 7B and related models."""
 
 from mla_convert.source.families.base import Family
 
