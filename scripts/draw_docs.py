@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mla_convert.report.html.svg import Figure, linear
+from mla_convert.report.html.svg import Chart, linear
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 STYLE = """<style>
@@ -36,15 +36,13 @@ text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-seri
 </style>"""
 
 
-def save(figure: Figure, name: str) -> None:
+def save(figure: Chart, name: str) -> None:
     """Write a figure as a file of its own, with its colours."""
     start, end = str(figure).split(">", 1)
     (IMAGES / name).write_text(f"{start}>{STYLE}{end}\n", encoding="utf-8")
 
 
-def box(
-    figure: Figure, x: float, y: float, width: float, height: float, css: str, *lines: str, on: bool = True
-) -> None:
+def box(figure: Chart, x: float, y: float, width: float, height: float, css: str, *lines: str, on: bool = True) -> None:
     """A box with centred lines of words."""
     figure.add("rect", css, x=x, y=y, width=width, height=height, rx=3)
     for index, line in enumerate(lines):
@@ -53,7 +51,7 @@ def box(
         figure.text(x + width / 2, middle, line, style.strip(), "middle")
 
 
-def arrow(figure: Figure, *points: tuple[float, float]) -> None:
+def arrow(figure: Chart, *points: tuple[float, float]) -> None:
     """A line through points with a head at its end."""
     figure.path(points, "line")
     (x0, y0), (x1, y1) = points[-2:]
@@ -65,7 +63,7 @@ def arrow(figure: Figure, *points: tuple[float, float]) -> None:
 
 def draw_cache() -> None:
     """From keys and values of all heads to a latent and a rotary key."""
-    figure = Figure(760, 330, "From keys and values to a latent", "Keys of all heads are split into complex planes. Planes that "
+    figure = Chart(760, 330, "From keys and values to a latent", "Keys of all heads are split into complex planes. Planes that "
                     "would lose most stay rotary and form the rotary key. The rest, with the mean of their rotation, and the "
                     "values share one latent.")  # fmt: skip
     figure.text(0, 18, "what one token leaves in one layer's cache", "small")
@@ -105,7 +103,7 @@ def draw_cache() -> None:
 
 def draw_plane() -> None:
     """What a plane's score is with its rotation, with none, and with the mean of it."""
-    figure = Figure(760, 300, "One plane with and without its rotation", "Score of one plane over distance: with rotation a "
+    figure = Chart(760, 300, "One plane with and without its rotation", "Score of one plane over distance: with rotation a "
                     "cosine; without, constant; with the mean rotation, a lower constant that is right on average over the "
                     "distances at which the head attends.")  # fmt: skip
     left, right, top, bottom = 60, 520, 24, 250
@@ -136,7 +134,7 @@ def draw_plane() -> None:
 
 def draw_decode() -> None:
     """Decoding reads the latent itself."""
-    figure = Figure(760, 262, "Decoding on the latent", "The query's content part is carried into the space of the latent, the "
+    figure = Chart(760, 262, "Decoding on the latent", "The query's content part is carried into the space of the latent, the "
                     "rotary part is rotated as always. Attention runs on the cached latent and rotary key, and the output is "
                     "carried back to the heads' values.")  # fmt: skip
     box(figure, 0, 20, 130, 44, "box", "hidden state", on=False)

@@ -142,6 +142,6 @@ def bench(
     if plot:
         write_plot(figures, plot)
     if json_:
-        say(json.dumps(figures, indent=2))
+        say(json.dumps(figures.as_dict(), indent=2))
     else:
         print_table(figures, Terminal(width=None if Terminal().is_terminal else 140))

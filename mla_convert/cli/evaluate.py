@@ -13,7 +13,7 @@ from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert eval llama-8b-mla --against meta-llama/Llama-3.1-8B"
 
-MEASURE, BEYOND = "Measurement", "Beyond perplexity"
+MEASURE, PROBES = "Measurement", "Quality probes"
 OUT_OF_MEMORY = "out of memory: lower --eval-length, --eval-windows or --passkey-length, or give --dtype bfloat16"
 
 Model = Annotated[
@@ -63,7 +63,7 @@ Passkey = Annotated[
     typer.Option(
         "--passkey",
         help="Have a five-digit key looked up in long text, at five depths and at lengths up to the model's context.",
-        rich_help_panel=BEYOND,
+        rich_help_panel=PROBES,
     ),
 ]
 PasskeyLength = Annotated[
@@ -71,7 +71,7 @@ PasskeyLength = Annotated[
     typer.Option(
         help="Tokens of the longest text; turns --passkey on. Default: the model's context.",
         show_default=False,
-        rich_help_panel=BEYOND,
+        rich_help_panel=PROBES,
     ),
 ]
 Greedy = Annotated[
@@ -80,12 +80,12 @@ Greedy = Annotated[
         metavar="N",
         help="Continue N prompts greedily, and compare with the original's continuations.",
         show_default=False,
-        rich_help_panel=BEYOND,
+        rich_help_panel=PROBES,
     ),
 ]
 GreedyTokens = Annotated[
     int | None,
-    typer.Option(help="Tokens of a continuation at most. Default: 64.", show_default=False, rich_help_panel=BEYOND),
+    typer.Option(help="Tokens of a continuation at most. Default: 64.", show_default=False, rich_help_panel=PROBES),
 ]
 TaskNames = Annotated[
     str | None,
@@ -93,19 +93,19 @@ TaskNames = Annotated[
         "--tasks",
         help="Tasks of lm-evaluation-harness, by name or as .yaml files, with commas between. Needs the extra eval.",
         show_default=False,
-        rich_help_panel=BEYOND,
+        rich_help_panel=PROBES,
     ),
 ]
 TaskLimit = Annotated[
     int | None,
-    typer.Option(help="Examples of a task at most. Default: all.", show_default=False, rich_help_panel=BEYOND),
+    typer.Option(help="Examples of a task at most. Default: all.", show_default=False, rich_help_panel=PROBES),
 ]
 IntoReport = Annotated[
     bool,
     typer.Option(
         "--into-report",
-        help="Add what is found beyond perplexity to MODEL's report.json, and make report.html and README.md again.",
-        rich_help_panel=BEYOND,
+        help="Add the quality probes to MODEL's report.json, and make report.html and README.md again.",
+        rich_help_panel=PROBES,
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there), cpu, cuda, cuda:N.", rich_help_panel=MEASURE)]
@@ -162,7 +162,7 @@ def evaluate(
     except (MemoryError, OutOfMemoryError) as error:
         raise ResourceError(OUT_OF_MEMORY) from error
     if folder:
-        write_into_report(folder, found.beyond)
+        write_into_report(folder, found.probes)
     if json_:
         say(json.dumps(found.as_dict(), indent=2))
     else:

@@ -133,7 +133,7 @@ def gate(
 
     In GitHub Actions, failed gates become annotations and a table in the job's summary.
     """
-    from mla_convert.evaluate.gate import junit_xml
+    from mla_convert.report.gate_formats import junit_xml
 
     began = time.perf_counter()
     limits = read_limits(
@@ -200,29 +200,18 @@ def judge(
 
 def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | None = None) -> None:
     """The table of checks, and why those that failed did."""
-    from rich.table import Table
-    from rich.text import Text as Plain
-
     from mla_convert.core.console import Terminal
+    from mla_convert.report.gate_formats import reasons, table
+    from mla_convert.report.table import print_lines
 
-    table = Table(title=Plain(f"gate: {verdict.model}"), title_justify="left")
-    for column, justify in (("check", "left"), ("figure", "right"), ("limit", "right"), ("", "left")):
-        table.add_column(column, justify=justify)
-    for result in verdict.results:
-        style = "green" if result.passed else "red"
-        table.add_row(
-            result.name, result.figure_text, result.limit_text, Plain("pass" if result.passed else "FAIL", style)
-        )
     console = console or Terminal(stderr=to_stderr)
-    console.print(table)
-    for line in (*(f"{result.name}: {result.reason}" for result in verdict.results if not result.passed),
-                 f"figures {verdict.basis}"):  # fmt: skip
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(table(verdict))
+    print_lines(reasons(verdict), console)
 
 
 def tell_github(verdict: Verdict, to_stderr: bool) -> None:
     """Annotations and a summary, where GitHub's runner asks for them by its environment variables."""
-    from mla_convert.evaluate.gate import error_lines, markdown
+    from mla_convert.report.gate_formats import error_lines, markdown
 
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in error_lines(verdict):

@@ -112,7 +112,7 @@ def sweep(
     silence_libraries(quiet)
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
-    from mla_convert.core.report_file import read_report
+    from mla_convert.core.report_file import read_content
     from mla_convert.pipeline.sweep import SWEEP, SWEEP_PAGE, Grid, print_sweep
     from mla_convert.pipeline.sweep import sweep as run
 
@@ -129,7 +129,7 @@ def sweep(
     try:
         show(run_guarded(lambda: run(config, grid, place, keep=keep, max_ppl_ratio=max_ppl_ratio, progress=progress)))
     except GateFailed:
-        show(read_report(place / SWEEP))
+        show(read_content(place / SWEEP))
         raise
     if out is not None and not json_:
         say(f"the chosen conversion is in {out}")

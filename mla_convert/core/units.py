@@ -1,4 +1,4 @@
-"""Numbers of tokens and lengths of windows as people type them. Imports no torch."""
+"""Numbers of tokens, lengths of windows, bytes and times, as people type and read them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SHORTEST = 16
 
 
 def parse_tokens(value: Any) -> Any:
-    """`200k`, `20M` or `1.5B` as a number of tokens; what is no text is given back.
+    """`200k`, `20M` or `1.5B` as a number of tokens; a value that is no string is returned as it is.
 
     Raises:
-        ValueError: no such number.
+        ValueError: the string is no such number.
     """
     if not isinstance(value, str):
         return value
@@ -33,20 +33,20 @@ def parse_lengths(value: Any) -> tuple[tuple[int, float], ...]:
     """`1024`, or `1024:0.75,4096:0.25`, as lengths of windows with their shares of the tokens, which sum to 1.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the value has another form.
     """
-    found = {}
+    weights: dict[int, float] = {}
     for part in str(value).split(","):
         length, _, share = part.partition(":")
         try:
             size, weight = int(length), float(share) if share else 1.0
         except ValueError:
             raise ValueError(f"{value!r} is neither a length nor lengths with shares (1024:0.75,4096:0.25)") from None
-        if size < SHORTEST or not 0 < weight < math.inf or size in found:
+        if size < SHORTEST or not 0 < weight < math.inf or size in weights:
             raise ValueError(f"{part!r} is no further length of at least {SHORTEST} tokens with a share above 0")
-        found[size] = weight
-    total = sum(found.values())
-    return tuple((length, weight / total) for length, weight in found.items())
+        weights[size] = weight
+    total = sum(weights.values())
+    return tuple((length, weight / total) for length, weight in weights.items())
 
 
 def _lengths(value: Any) -> str:
@@ -67,8 +67,16 @@ def human_bytes(number: float) -> str:
     raise AssertionError
 
 
+def human_tokens(tokens: float) -> str:
+    """1234567 -> '1.23M' (powers of ten, three figures)."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens:.0f}"
+
+
 def duration(seconds: float) -> str:
-    """93.4 -> '1.6 min', to two figures: an estimate is no better."""
+    """93.4 -> '1.6 min', to two figures, which is as precise as an estimate of time."""
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 1.5 * size:
             value = seconds / size

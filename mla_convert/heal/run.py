@@ -15,29 +15,34 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from rich.console import Console
-from rich.table import Table
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError, UsageError
 from mla_convert.core.files import on_disk, write_file
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import REPORT, read_report
+from mla_convert.core.report_file import read_content
+from mla_convert.core.report_schema import (
+    EvaluationSection,
+    HealingSettings,
+    HealSection,
+    Measurement,
+    PhaseEntry,
+    Report,
+    SelfCheckSection,
+    parse_report,
+)
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.evaluate.quality.evaluation import Evaluation, evaluate_model
 from mla_convert.evaluate.quality.probes import ProbeSettings
 from mla_convert.heal import data
 from mla_convert.heal.fingerprint import content_of, text_content
-from mla_convert.heal.loop import Run, Trainer, step_sizes, tokens_words
+from mla_convert.heal.loop import Run, Trainer, step_sizes
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.settings import HealConfig, HealSettings
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import TeacherStudent, peft
 from mla_convert.method.calibrate import self_generated as selfwritten
-from mla_convert.report.quality_rows import heal_rows
-from mla_convert.report.report import Report
-from mla_convert.report.update import to_report
 from mla_convert.source import mixture, texts
 from mla_convert.source.load_model import (
     find_model,
@@ -62,8 +67,9 @@ ADAPTED_NOTE = (
 )
 
 
-def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Distil the original into a converted model, write the healed folder, and return the content of its report.json.
+def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
+    """Distil the original into a converted model, write the healed folder, and return its report (None in other processes
+    than the first).
 
     With several processes (`accelerate launch`) all call this with equal arguments. A run that died goes on from its last
     checkpoint when it is called again with the same ones.
@@ -83,20 +89,20 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
     place, origin = find_model(str(folder)), _original(config, report)
     out = config.out or folder
     output.check_output(out, origin.folder, config.overwrite)
-    shards = sorted(report["checksums"])
+    shards = sorted(report.checksums)
     output.check_space(out, sum((folder / shard).stat().st_size for shard in shards))
     settings = HealSettings.model_validate(config.model_dump(include=set(HealSettings.model_fields)))
 
     _check_apart(config.data, config.eval)
     settings = _with_length(settings, getattr(model_config(place), "max_position_embeddings", None))
 
-    result: dict[str, Any] = {}
+    result = None
     identity = _identity(accelerator, settings, folder, origin) if main else {}
     with StateFolder(state_folder(Path(os.path.realpath(out))), identity, accelerator, progress.note) as state:
         label = _corpus(state, accelerator, settings, place, origin, progress)
         before = state.remember(
             BEFORE.format(_measured_by(config)),
-            lambda: _figures(_measure(config, folder, origin, accelerator, progress, label)),
+            lambda: _figures(_measure(config, folder, origin, accelerator, progress, label)).as_dict(),
         )
         with phases.phase("heal"):
             run, best = _train(accelerator, settings, place, origin, state, progress)
@@ -108,16 +114,16 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
                 f"give more --tokens or other --data"
             )
         if main:
-            with output.Writer(Path(os.path.realpath(out)), {"heal": report["checksums"]}) as writer:
+            with output.Writer(Path(os.path.realpath(out)), {"heal": report.checksums}) as writer:
                 write_weights(writer, folder, shards, best)
-                write_file(writer.folder / REPORT, json.dumps(report))  # says how to measure it
+                report.write(writer.folder)  # says how to measure it
                 after = _measure(config, writer.folder, origin, accelerator, progress, label)
                 record = _record(settings, origin, label, run, accelerator)
-                result = _report(report, record, before, _figures(after), phases)
-                result["checksums"] = writer.checksums()
+                result = _healed(report, record, Measurement.model_validate(before), _figures(after), phases)
+                result.checksums = writer.checksums()
                 for name, content in outdated(writer.folder).items():
                     write_file(writer.folder / name, content)
-                result["self_check"] = self_check(writer.folder, accelerator.device)
+                result.self_check = SelfCheckSection(**self_check(writer.folder, accelerator.device))
                 write_report(result, writer.folder)
                 writer.publish()
         accelerator.wait_for_everyone()
@@ -134,12 +140,12 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
     given = {"data": _heal_text(config), "length": config.heal_length, "train": config.heal_train,
              "lr": config.heal_lr, "self_share": config.heal_self_share,
              "eval": config.eval, "seed": config.seed, "teacher_revision": config.revision}  # fmt: skip
-    windows = report.evaluation["before"]
+    windows = report.evaluation.before
     try:
-        content = heal(
+        healed = heal(
             HealConfig(
                 folder=report.out, teacher=config.source, device=config.device, tokens=config.heal_tokens,
-                eval_windows=windows["windows"], eval_length=windows["length"],
+                eval_windows=windows.windows, eval_length=windows.length,
                 **{key: value for key, value in given.items() if value is not None},
             ),
             progress,
@@ -147,8 +153,7 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
     except (MlaConvertError, KeyboardInterrupt) as error:
         error.args = (": ".join([*map(str, error.args), f"the converted model, not healed, is in {report.out}"]),)
         raise
-    healed = to_report(content)
-    healed.out, healed.seconds = report.out, round(report.seconds + content["phases"]["heal"]["seconds"], 2)
+    healed.out, healed.seconds = report.out, round(report.seconds + healed.phases["heal"].seconds, 2)
     return healed
 
 
@@ -167,16 +172,16 @@ def _accelerator(config: HealConfig) -> Accelerator:
     )
 
 
-def _folder(config: HealConfig) -> tuple[Path, dict[str, Any]]:
+def _folder(config: HealConfig) -> tuple[Path, Report]:
     folder = Path(os.path.realpath(expanded(config.folder)))
     if not folder.is_dir():
         raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
-    report = read_report(folder)
-    if not isinstance(report.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
+    content = read_content(folder)
+    if not isinstance(content.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
         raise InputError(f"{config.folder} is not the folder of a converted model")
     if config.out is None or os.path.realpath(config.out) == str(folder):
-        check_unknown(folder, report["checksums"])  # what is not written again would be lost
-    return folder, report
+        check_unknown(folder, content["checksums"])  # what is not written again would be lost
+    return folder, parse_report(content)
 
 
 def _heal_text(config: ConvertConfig) -> str | None:
@@ -229,7 +234,7 @@ def _with_length(settings: HealSettings, limit: int | None) -> HealSettings:
     return settings.model_copy(update={"length": words})
 
 
-def _original(config: HealConfig, report: dict[str, Any]) -> SourceLocation:
+def _original(config: HealConfig, report: Report) -> SourceLocation:
     origin = find_model(config.teacher, config.teacher_revision) if config.teacher else find_original(report)
     if origin is None:
         raise UsageError("the original is not where the report says: give --teacher")
@@ -323,10 +328,10 @@ def _measure(
     return found
 
 
-def _figures(found: Evaluation) -> dict[str, Any]:
-    """What of a measurement goes into a report."""
+def _figures(found: Evaluation) -> Measurement:
+    """A measurement as a report holds it."""
     content = found.as_dict()
-    return {key: content[key] for key in ("evaluation", "beyond", "dtype", "device")}
+    return Measurement.model_validate({key: content[key] for key in ("evaluation", "probes", "dtype", "device")})
 
 
 def _train(
@@ -352,64 +357,42 @@ def _train(
 
 def _record(
     settings: HealSettings, origin: SourceLocation, label: str, run: Run, accelerator: Accelerator
-) -> dict[str, Any]:
-    """What a report says of the run. The text by its label: a report holds no paths."""
+) -> HealSection:
+    """The run in a report. Its text is named by a label: a report holds no paths."""
     step, micro = step_sizes(settings, settings.mix(None), accelerator.device.type == "cuda")
-    return {
-        "settings": {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro},
-        "text": label,
-        "against": origin.label,
-        "tokens": run.tokens,
-        "steps": run.step,
-        "seconds": run.seconds,
-        "tokens_per_second": round(run.tokens / run.seconds) if run.seconds else None,
-        "best_tokens": run.best_tokens,
-        "stopped": run.stopped,
-        "device": environment.device_name(accelerator.device),
-        "processes": accelerator.num_processes,
-        "curve": run.curve,
-    }
+    return HealSection(
+        settings=HealingSettings(
+            **{**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro}
+        ),
+        text=label,
+        against=origin.label,
+        tokens=run.tokens,
+        steps=run.step,
+        seconds=run.seconds,
+        tokens_per_second=round(run.tokens / run.seconds) if run.seconds else None,
+        best_tokens=run.best_tokens,
+        stopped=run.stopped,
+        device=environment.device_name(accelerator.device),
+        processes=accelerator.num_processes,
+        curve=run.curve,
+    )
 
 
-def _report(
-    report: dict[str, Any],
-    record: dict[str, Any],
-    before: dict[str, Any],
-    after: dict[str, Any],
-    phases: environment.Phases,
-) -> dict[str, Any]:
+def _healed(
+    report: Report, record: HealSection, before: Measurement, after: Measurement, phases: environment.Phases
+) -> Report:
     """The conversion's report with the healed model's figures; those that they replace are kept under `heal`."""
-    evaluation = {key: value for key, value in after["evaluation"].items() if key not in ("kl", "agreement")}
-    notes = [ERRORS_NOTE, *([ADAPTED_NOTE] if record["settings"]["ce_weight"] else [])]
-    return {
-        **report,
-        "evaluation": evaluation,
-        "beyond": after["beyond"],
-        "phases": {**report["phases"], **phases.results},
-        "notes": [*(note for note in report.get("notes") or [] if note not in notes), *notes],
-        "heal": {
-            **record,
-            "before": before,
-            "conversion": {"evaluation": report["evaluation"], "beyond": report.get("beyond")},
-        },
-    }
-
-
-def print_summary(report: dict[str, Any], folder: Path, console: Console) -> None:
-    """What healing gained, as a table."""
-    record, after = report["heal"], {"evaluation": report["evaluation"], "beyond": report["beyond"]}
-    table = Table(title=f"{report['source']['name']} → MLA, healed", title_justify="left")
-    for column, justify in (("", "left"), ("not healed", "right"), ("healed", "right")):
-        table.add_column(column, justify=justify)
-    for what, *cells in heal_rows(record["before"], after):
-        table.add_row(what, *cells)
-    console.print(table)
-    stopped = f"; stopped early: {record['stopped']}" if record["stopped"] else ""
-    for line in (
-        f"on {report['evaluation']['text']}: {report['evaluation']['protocol']}; against {record['against']}",
-        f"{tokens_words(record['tokens'])} tokens of {record['text']}, windows of {record['settings']['length']}, "
-        f"{record['settings']['train']} trained, best after {tokens_words(record['best_tokens'])}{stopped}",
-        f"took {record['seconds']:.0f} s on {record['device']} ({tokens_words(record['tokens_per_second'])} tokens/s); "
-        f"written to {folder}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    figures = after.evaluation.entries()
+    evaluation = EvaluationSection(**{key: value for key, value in figures.items() if key not in ("kl", "agreement")})
+    notes = [ERRORS_NOTE, *([ADAPTED_NOTE] if record.settings.ce_weight else [])]
+    record.before = before
+    record.conversion = Measurement(evaluation=report.evaluation, probes=report.probes)
+    return report.model_copy(
+        update={
+            "evaluation": evaluation,
+            "probes": after.probes,
+            "phases": {**report.phases, **{name: PhaseEntry(**entry) for name, entry in phases.results.items()}},
+            "notes": [*(note for note in report.notes or [] if note not in notes), *notes],
+            "heal": record,
+        }
+    )

@@ -14,6 +14,7 @@ from mla_convert.core import runtime as environment
 from mla_convert.core.files import on_disk
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import PAGE
+from mla_convert.core.report_schema import EvaluationSection, NotEvaluated, SelfCheckSection
 from mla_convert.core.settings import ConvertConfig, default_name
 from mla_convert.core.words import check_name
 from mla_convert.evaluate.quality import perplexity as measure
@@ -44,7 +45,7 @@ from mla_convert.write.writer import Writer
 
 def evaluated(
     layerwise: LayerwiseModel, streams: layers.Streams, windows: texts.Windows, kinds: suite.Suite | None
-) -> dict[str, Any]:
+) -> EvaluationSection | NotEvaluated:
     """What a report says of its evaluation, from the states that both models left behind their last layers."""
     found = measure.perplexity_section(
         windows,
@@ -52,7 +53,7 @@ def evaluated(
     )
     if kinds:
         states = streams.suite_original.data, streams.suite_converted.data
-        found["suite"] = suite.suite_section(kinds, streamed.scores(layerwise, kinds.windows, *states))
+        found.suite = suite.suite_section(kinds, streamed.scores(layerwise, kinds.windows, *states))
     return found
 
 
@@ -173,10 +174,10 @@ def finish(
         write_tokenizer(source, tokenizer, writer.folder)
         write_config(config, stock_class, writer.folder)
         writer.write_index()
-        report.self_check = self_check(writer.folder, device)
+        report.self_check = SelfCheckSection.model_validate(self_check(writer.folder, device))
         write_card(report, writer.folder)
         report.write(writer.folder)
-        write_page(report.as_dict(), writer.folder / PAGE)
+        write_page(report, writer.folder / PAGE)
         writer.publish()
 
 

@@ -65,7 +65,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         # otherwise these are means, which the conversion shares out by what it measures
         "uniform": uniform,
         "cache": {
-            **cache_section(plan, dtype.itemsize, windows),
+            **cache_section(plan, dtype.itemsize, windows).as_dict(),
             "grid": [
                 {"context": context, "batch": batch, **{side: cache.bytes(context, batch) for side, cache in caches.items()}}
                 for context in sizing.CONTEXTS

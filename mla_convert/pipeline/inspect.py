@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from rich.table import Table
 
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import read_regular
-from mla_convert.core.report_file import is_evaluated, mean
-from mla_convert.core.report_schema import check_report
+from mla_convert.core.report_file import mean
+from mla_convert.core.report_schema import JsonObject, parse_report, to_json
 from mla_convert.core.units import human_bytes
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.pipeline.dry_run import shape_figures
@@ -28,7 +27,7 @@ LOADED = "every tensor is there, in the shape and a dtype that the conversion re
 CONFIG_ONLY = "judged by its configuration alone: no weights were read"
 
 
-def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]:
+def inspect_checkpoint(name: str, revision: str | None = None) -> JsonObject:
     """What stands at `name` (folder, Hub id, `.gguf` file, packaged checkpoint), as `inspect --json` prints it.
 
     Of a local folder the tensors' headers are read and compared with the configuration; of a Hub id and of a GGUF file
@@ -55,7 +54,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
     return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> JsonObject:
     """A JSON object, or an empty one where there is no such file or it is something else."""
     try:
         content = json.loads(read_regular(path))
@@ -64,7 +63,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _source(source: Source, basis: str) -> dict[str, Any]:
+def _source(source: Source, basis: str) -> JsonObject:
     shape, config = source.shape, source.config
     windows = [window for window in source.sliding_windows if window]
     tied = config.tie_word_embeddings
@@ -94,7 +93,7 @@ def _source(source: Source, basis: str) -> dict[str, Any]:
     }
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: Any) -> JsonObject:
     """RoPE's settings; where layers differ, those of full attention, and all of them by type of layer."""
     parameters = dict(config.rope_parameters or {})
     by_type = {kind: dict(own) for kind, own in parameters.items() if isinstance(own, dict)}
@@ -103,7 +102,7 @@ def _rope(config: Any) -> dict[str, Any]:
     return {**found, "by_layer_type": by_type} if by_type else found
 
 
-def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+def _converted(label: str, revision: str | None, config: JsonObject, report: JsonObject) -> JsonObject:
     try:
         layers = config["num_hidden_layers"]
         # where layers differ there is a list beside the largest
@@ -129,46 +128,29 @@ def _converted(label: str, revision: str | None, config: dict[str, Any], report:
         raise InputError(f"config.json of {label} lacks what a converted model has ({one_line(error)})") from error
 
 
-def _reported(report: dict[str, Any]) -> dict[str, Any] | None:
+def _reported(content: JsonObject) -> JsonObject | None:
     """What a report says, or None where it is not whole: what the configuration says stands."""
     try:
-        check_report(report)
-        evaluation, per_token = report["evaluation"], report["cache"]["bytes_per_token"]
-        skipped = not is_evaluated(evaluation)
-        return {
-            "source": _text(report["source"]["name"]),
-            "source_revision": report["source"]["revision"] and _text(report["source"]["revision"]),
-            "share_saved": _number(report["cache"]["share_saved"]),
-            "cache_bytes_per_token": {side: _number(per_token[side]) for side in ("before", "after")},
-            "perplexity": {
-                side: _measured(None if skipped else evaluation[side]["value"]) for side in ("before", "after")
-            },
-            "perplexity_ratio": _measured(evaluation["ratio"]),
-            "evaluation": None if skipped else f"{_text(evaluation['text'])}: {_text(evaluation['protocol'])}",
-            "calibration": _text(report["calibration"]["protocol"]),
-            "converted_by": f"mla_convert {_text(report['versions']['mla_convert'])}",
-        }
-    except (InputError, AttributeError, KeyError, TypeError, ValueError):
+        report = parse_report(content)
+    except InputError:
         return None
+    evaluation, version = report.measured, report.versions.get("mla_convert")
+    if version is None:
+        return None
+    return to_json({
+        "source": report.source.name,
+        "source_revision": report.source.revision,
+        "share_saved": report.cache.share_saved,
+        "cache_bytes_per_token": report.cache.bytes_per_token,
+        "perplexity": {side: evaluation and evaluation[side].value for side in ("before", "after")},
+        "perplexity_ratio": report.perplexity_ratio,
+        "evaluation": evaluation and f"{evaluation.text}: {evaluation.protocol}",
+        "calibration": report.calibration.protocol,
+        "converted_by": f"mla_convert {version}",
+    })  # fmt: skip
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("no text")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError("no number")
-    return value
-
-
-def _measured(value: Any) -> float | None:
-    return None if value is None else _number(value)
-
-
-def print_inspection(found: dict[str, Any], console: Console) -> None:
+def print_inspection(found: JsonObject, console: Console) -> None:
     """The findings in rows, the verdict last."""
     table = Table(title=found["name"], title_justify="left", show_header=False)
     table.add_column()
@@ -185,7 +167,7 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     console.print(verdict, highlight=False, soft_wrap=True, markup=False)
 
 
-def _source_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _source_rows(found: JsonObject) -> list[tuple[str, str]]:
     shape, rope, window = found["shape"], found["rope"], found["sliding_window"]
     turned = "none"
     if rope:
@@ -209,7 +191,7 @@ def _source_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _converted_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _converted_rows(found: JsonObject) -> list[tuple[str, str]]:
     rows = [
         ("family", found["model_type"]),
         ("layers", str(found["layers"])),

@@ -51,7 +51,7 @@ def write_recipe(
         "block_steps": refine.block_steps,
         "output_steps": refine.output_steps,
         "output_layers": refine.output_layers,
-        "suite_windows": report.evaluation["suite"]["windows"] if "suite" in report.evaluation else 0,
+        "suite_windows": report.measured.suite.windows if report.measured and report.measured.suite else 0,
     }
     settings = {key: value for key, value in settings.items() if not key.startswith("heal_") or value is not None}
     local = []

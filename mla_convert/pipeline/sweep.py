@@ -24,13 +24,14 @@ from mla_convert.core import runtime as environment
 from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
 from mla_convert.core.files import publish
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import PAGE, REPORT, find_report, finite, read_report
+from mla_convert.core.report_file import PAGE, REPORT, find_content, read_report
+from mla_convert.core.report_schema import Comparison, JsonObject, SweepEntry, to_json
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.pipeline.convert import convert
+from mla_convert.report import format
 from mla_convert.report.html.page import page_text, write_sweep_page
-from mla_convert.report.quality_rows import ratio_error, ratio_words
 from mla_convert.source import mixture
 from mla_convert.source.source import Source, open_source
 from mla_convert.source.texts import FROM_CALIB, NONE
@@ -70,7 +71,7 @@ def sweep(
     keep: bool = False,
     max_ppl_ratio: float | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Convert and measure every point of a grid; returns the content of sweep.json, which is written to `folder`.
 
     With `max_ppl_ratio`, `chosen` is the smallest cache whose ratio on the held-out text is at most that, and where
@@ -128,20 +129,20 @@ class _Points:
         self._configs, self._folder, self._keep, self._limit = configs, folder, keep, limit
         self._progress = progress
         self._identities = [_identity(config, source) for config in configs]
-        made = {entry.get("identity"): entry for entry in find_report(folder / SWEEP).get("points", [])}
+        made = {entry.get("identity"): entry for entry in find_content(folder / SWEEP).get("points", [])}
         self._entries = [made.get(identity) for identity in self._identities]
         self._chosen: int | None = None
 
     @property
-    def done(self) -> list[dict[str, Any]]:
+    def done(self) -> list[JsonObject]:
         """What is known of the points that are finished, in order."""
         return [entry for entry in self._entries if entry]
 
     @property
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """As in sweep.json: NaN and infinity as null."""
         chosen = None if self._chosen is None else self._entries[self._chosen]["name"]
-        return finite({"schema": SCHEMA, "source": self.done[0]["source"], "versions": environment.versions(),
+        return to_json({"schema": SCHEMA, "source": self.done[0]["source"], "versions": environment.versions(),
                        "max_ppl_ratio": self._limit, "chosen": chosen, "points": self.done})  # fmt: skip
 
     def add(self, number: int) -> None:
@@ -186,7 +187,7 @@ class _Points:
         """The folder of a finished point's conversion, of this run or one that was kept; None if it is gone."""
         entry, out = self._entries[number], self._configs[number].out
         for folder in (out, self._folder / out.name):
-            checksums = find_report(folder).get("checksums")
+            checksums = find_content(folder).get("checksums")
             if checksums and _digest(checksums) == entry["weights"]:
                 return folder
         return None
@@ -207,18 +208,18 @@ class _Points:
             "name": config.out.name,
             "kv_ratio": config.kv_ratio,
             "seed": config.seed,
-            "rank": report.cache["kv_lora_rank"],
-            "rope_dim": report.cache["qk_rope_head_dim"],
-            "numbers": report.cache["numbers_per_token_per_layer"]["after"],
-            "share": 1 - report.cache["share_saved"],
+            "rank": report.cache.kv_lora_rank,
+            "rope_dim": report.cache.qk_rope_head_dim,
+            "numbers": report.cache.numbers_per_token_per_layer.after,
+            "share": 1 - report.cache.share_saved,
             "ratio": evaluation["ratio"],
-            "stderr": ratio_error(evaluation),
+            "stderr": to_json(report.measured.ratio_error),
             "evaluation": evaluation,
             "held_out": held_out,
-            "calibration": report.calibration,
+            "calibration": content["calibration"],
             "seconds": report.seconds,
             "device": report.device,
-            "source": report.source["name"],
+            "source": report.source.name,
             "settings": content["settings"],
             "weights": _digest(report.checksums),
             "identity": self._identities[number],
@@ -256,7 +257,7 @@ def _stamp(spec: str | None) -> list[int] | None:
     return [path.stat().st_size, path.stat().st_mtime_ns] if path and path.is_file() else None
 
 
-def _held_out_ratio(entry: dict[str, Any]) -> float:
+def _held_out_ratio(entry: JsonObject) -> float:
     ratio = entry["held_out"]["ratio"]
     return math.inf if ratio is None else ratio
 
@@ -270,7 +271,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"folder {folder} exists and holds no sweep: give another with --folder")
 
 
-def _publish(made: Path, out: Path, points: list[dict[str, Any]]) -> None:
+def _publish(made: Path, out: Path, points: list[JsonObject]) -> None:
     """A finished conversion, with the frontier in its report, under a name that it gets only when all of it is there."""
     draft = out.parent / f".{out.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -278,14 +279,16 @@ def _publish(made: Path, out: Path, points: list[dict[str, Any]]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(made, draft)
         report = read_report(draft)
-        report["sweep"] = [{key: entry[key] for key in ("numbers", "share", "ratio", "stderr")} for entry in points]
-        replace_files(draft, {REPORT: json.dumps(report, indent=2) + "\n", PAGE: page_text(report)})
+        report.sweep = [
+            SweepEntry(**{key: entry[key] for key in ("numbers", "share", "ratio", "stderr")}) for entry in points
+        ]
+        replace_files(draft, {REPORT: report.text(), PAGE: page_text(report)})
         publish(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def print_sweep(content: dict[str, Any], console: Console) -> None:
+def print_sweep(content: JsonObject, console: Console) -> None:
     """The table at the end of a sweep, and which point was chosen."""
     points = content["points"]
     before = points[0]["evaluation"]["before"]["value"]
@@ -326,5 +329,5 @@ def print_sweep(content: dict[str, Any], console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _words(evaluation: dict[str, Any]) -> str:
-    return "not finite" if evaluation["ratio"] is None else ratio_words(evaluation)
+def _words(evaluation: JsonObject) -> str:
+    return format.ratio(Comparison.model_validate(evaluation))

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
 from mla_convert.core.report_file import look_up
+from mla_convert.core.report_schema import JsonObject, Report
 from mla_convert.core.settings import PACKAGE, find_recipe, recipe_files
 from mla_convert.core.words import expanded
 from mla_convert.source.checkpoint.files import refuse_adapter, weight_files
@@ -46,7 +47,7 @@ def find_model(name: str, revision: str | None = None) -> SourceLocation:
     return place
 
 
-def find_original(report: dict[str, Any]) -> SourceLocation | None:
+def find_original(report: Report | JsonObject) -> SourceLocation | None:
     """The original that a report names, if it can be found from here: on the Hub, packaged, or in the working folder.
 
     Reports hold names, not paths, so a folder of that name counts only if it is a model of the same type.

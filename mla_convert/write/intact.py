@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError
-from mla_convert.core.report_file import REPORT, read_report
+from mla_convert.core.report_file import REPORT, read_content
+from mla_convert.core.report_schema import JsonObject
 from mla_convert.core.sums import SUMS, CorruptCheckpoint
 
 EXPORT = "export.json"  # of an exported folder, what report.json is of a converted one
@@ -21,7 +21,7 @@ EXPORT = "export.json"  # of an exported folder, what report.json is of a conver
 class Intact:
     """What was found in order. `sealed`: every file of the folder is under checksum, not its shards alone."""
 
-    report: dict[str, Any]
+    report: JsonObject
     checksums: dict[str, str]
     digests: dict[str, str]
     sealed: bool
@@ -78,16 +78,16 @@ def check_input(folder: Path) -> str | None:
     return check_intact(folder).note(folder)
 
 
-def _report(folder: Path, file: str) -> dict[str, Any]:
+def _report(folder: Path, file: str) -> JsonObject:
     if not (folder / file).exists():
         raise CorruptCheckpoint(f"{file} is missing: not a finished conversion", file)
     try:
-        return read_report(folder / file)
+        return read_content(folder / file)
     except InputError as error:
         raise CorruptCheckpoint(str(error), file) from error
 
 
-def _checksums(report: dict[str, Any], file: str) -> dict[str, str]:
+def _checksums(report: JsonObject, file: str) -> dict[str, str]:
     """sha256 by shard, in order."""
     found = report.get("checksums")
     if not isinstance(found, dict) or not found:

@@ -1,4 +1,4 @@
-"""`eval` beyond perplexity: pass keys, greedy continuations, tasks of the harness, and what of it a report keeps."""
+"""Quality probes of `eval`: pass keys, greedy continuations, tasks of the harness, and their entries in a report."""
 
 import importlib.util
 import json
@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.report_schema import parse_report
 from mla_convert.core.sums import seal
 from mla_convert.evaluate.quality import greedy_agreement as decoding
 from mla_convert.evaluate.quality import passkey
 from mla_convert.report import quality_rows
-from mla_convert.report.html.page import page
+from mla_convert.report.html.page import page_text
 from mla_convert.write.verify import verify
 
 USAGE, INPUT = 2, 4
@@ -149,7 +150,7 @@ def test_greedy_is_that_of_generate(load, name):
 def test_agreement_by_hand():
     original = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 2]]
     model = [[1, 2, 3, 4], [5, 0, 7, 8], [9, 9, 9, 9]]
-    found = decoding.compare(torch.zeros(3, 10), 4, original, model)
+    found = decoding.compare(torch.zeros(3, 10), 4, original, model, "text.txt", "3 windows")
     assert (found.prompts, found.prompt_tokens, found.tokens) == (3, 10, 4)
     assert found.prefix.value == pytest.approx((1 + 0.25 + 0.5) / 3) and found.exact.value == pytest.approx(1 / 3)
     assert found.exact.error == pytest.approx(torch.tensor([1.0, 0, 0]).std() / math.sqrt(3))
@@ -163,7 +164,7 @@ def test_exact_conversion_agrees_in_everything(cli, convert_pico, sources, small
     options = ("--against", sources("llama"), "--passkey", "--greedy", 2, "--greedy-tokens", 8, "--json")
     code, text, err = cli("eval", out, *small, *options)
     assert code == 0, err
-    found = json.loads(text)["beyond"]
+    found = json.loads(text)["probes"]
     assert found.keys() == {"next_token", "greedy", "passkey"}
     assert found["greedy"]["prefix"]["value"] == found["greedy"]["exact"]["value"] == 1
     assert found["greedy"]["prompts"] == 2 and found["greedy"]["prompt_tokens"] == 24
@@ -184,23 +185,27 @@ def test_table_and_report(cli, folder, sources, small):
     )
     assert "3 prompts of 24 tokens of text.txt" in flat and "-11.41 for guessing evenly" in flat
     after = json.loads((folder / "report.json").read_text())
-    assert {**after, "beyond": None} == {**before, "beyond": None} and after["beyond"].keys() >= {
+    assert {**after, "probes": None} == {**before, "probes": None} and after["probes"].keys() >= {
         "next_token",
         "greedy",
     }
     verify(folder)
     html, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
-    assert html == page(after) and "<h2>Beyond perplexity</h2>" in html and "Pass keys by length and depth" in html
     assert (
-        all(row[0] in html and row[0] in card for row in quality_rows.rows(after["beyond"]))
-        and "## Beyond perplexity" in card
+        html == page_text(parse_report(after))
+        and "<h2>Quality probes</h2>" in html
+        and "Pass keys by length and depth" in html
     )
-    assert "Beyond perplexity" not in page(before)
-    assert str(folder.parent) not in json.dumps(after["beyond"]) and not list(folder.glob(".report*"))
+    assert (
+        all(row[0] in html and row[0] in card for row in quality_rows.probe_rows(parse_report(after).probes))
+        and "## Quality probes" in card
+    )
+    assert "Quality probes" not in page_text(parse_report(before))
+    assert str(folder.parent) not in json.dumps(after["probes"]) and not list(folder.glob(".report*"))
     # alone, another length: what was found of other kinds stays
     assert cli("eval", folder, *small, "--passkey-length", 160, "--into-report")[0] == 0
-    again = json.loads((folder / "report.json").read_text())["beyond"]
-    assert again["greedy"] == after["beyond"]["greedy"]
+    again = json.loads((folder / "report.json").read_text())["probes"]
+    assert again["greedy"] == after["probes"]["greedy"]
     assert [cell["length"] for cell in again["passkey"]["results"]] == [160] * 5
     assert all(cell["before"] is None for cell in again["passkey"]["results"])
     verify(folder)
@@ -210,7 +215,7 @@ def test_card_is_that_of_the_conversion_and_more(cli, folder, small):
     before = (folder / "README.md").read_text()
     assert cli("eval", folder, *small, "--passkey-length", 160, "--into-report")[0] == 0
     after = (folder / "README.md").read_text()
-    start, end = after.index("\n## Beyond perplexity"), after.index("\n## Load")
+    start, end = after.index("\n## Quality probes"), after.index("\n## Load")
     assert after[:start] + after[end:] == before
 
 
@@ -302,7 +307,7 @@ def test_task_of_a_file(cli, folder, sources, small, task):
     options = ("--against", sources("llama"), "--tasks", task, "--into-report", "--json")
     code, out, err = cli("eval", folder, *small, *options)
     assert code == 0 and not err, err
-    found = json.loads(out)["beyond"]["tasks"]
+    found = json.loads(out)["probes"]["tasks"]
     tiny = found["results"]["tiny_colours"]
     assert tiny["examples"] == 12 and found["limit"] is None
     for side, place in (("before", sources("llama")), ("after", folder)):
@@ -337,7 +342,7 @@ def test_task_that_generates(cli, folder, sources, small, task):
     code, out, err = cli("eval", folder, *small, "--tasks", task, "--json")
     assert code == 0 and not err, err
     assert (
-        json.loads(out)["beyond"]["tasks"]["results"]["tiny_colours"]["metrics"]["exact_match"]["after"]["value"] == 1
+        json.loads(out)["probes"]["tasks"]["results"]["tiny_colours"]["metrics"]["exact_match"]["after"]["value"] == 1
     )
 
 

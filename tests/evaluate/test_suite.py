@@ -16,18 +16,17 @@ import torch.nn.functional as F
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import finite
-from mla_convert.core.report_schema import check_report
+from mla_convert.core.report_schema import Measurement, SuiteSection, WorstKind, parse_report
 from mla_convert.evaluate import gate
-from mla_convert.evaluate.quality import kinds, suite
+from mla_convert.evaluate.quality import suite
 from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.evaluate.quality.kinds import KINDS
 from mla_convert.evaluate.quality.perplexity import Scores
 from mla_convert.method.calibrate import layerwise
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.pipeline import streamed
-from mla_convert.report.quality_rows import heal_rows
-from mla_convert.report.tables import report_rows
+from mla_convert.report.quality_rows import heal_table, kinds_table, suite_headline, suite_rows
+from mla_convert.report.tables import report_table
 from mla_convert.source.source import open_source
 
 CPU = torch.device("cpu")
@@ -166,7 +165,8 @@ def test_a_conversion_measures_it_as_eval_does(report, sources):
     alone = evaluate_model(str(report.out), device="cpu", windows=1, text=str(sources("llama").parent / "text.txt"),
                            progress=Progress(quiet=True)).as_dict()["evaluation"]["suite"]  # fmt: skip
     assert "worst" not in alone and set(alone["kinds"]["rust"]) == {"after"}
-    assert kinds.summary_rows(alone) == [] and kinds.rows(alone)[0][1] == "–"
+    section = SuiteSection.model_validate(alone)
+    assert suite_rows(section) == [] and kinds_table(section).rows[0][1] == "–"
 
 
 def test_it_can_be_left_out(convert_pico):
@@ -175,23 +175,27 @@ def test_it_can_be_left_out(convert_pico):
 
 def test_report_card_and_page_show_the_worst_kind(report):
     worst = report.evaluation["suite"]["worst"]
-    assert any(worst["kind"] in row[0] for row in report_rows(report))
+    assert any(worst["kind"] in row[0] for row in report_table(report).rows)
     card = (report.out / "README.md").read_text(encoding="utf-8")
     assert f"×{worst['ratio']:.3f} on the worst kind of text ({worst['kind']})" in card
     page = (report.out / "report.html").read_text(encoding="utf-8")
     assert "worst kind of text" in page and all(f">{kind}<" in page for kind in KINDS)
     written = json.loads((report.out / "report.json").read_text(encoding="utf-8"))
     assert written["evaluation"]["suite"] == report.as_dict()["evaluation"]["suite"]
-    assert kinds.rows(written["evaluation"]["suite"])[0][0] == worst["kind"]  # the worst comes first
+    rows = kinds_table(parse_report(written).measured.suite).rows
+    assert rows[0][0] == worst["kind"]  # the worst comes first
 
 
 def test_what_is_not_finite_is_the_worst(report):
-    scores = {"ratio": float("nan")}
-    entries = {**report.evaluation["suite"]["kinds"], "c": {**report.evaluation["suite"]["kinds"]["c"], **scores}}
-    assert max(entries, key=lambda kind: suite._rank(entries[kind]["ratio"])) == "c"
-    found = {**report.evaluation["suite"], "kinds": {**entries, "c": {**entries["c"], "ratio": None}}}
-    assert kinds.rows(found)[0][:1] == ("c",) and kinds.rows(found)[0][3] == "–"
-    assert "not finite" in kinds.headline({**found, "worst": {"kind": "c", "ratio": None}})
+    section = report.evaluation.suite.model_copy(deep=True)
+    section.kinds["c"].ratio = math.nan
+    assert max(section.kinds, key=lambda kind: suite._rank(section.kinds[kind].ratio)) == "c"
+    row = kinds_table(section).rows[0]
+    assert row[0] == "c" and row[3] == "–"
+    section.worst = WorstKind(kind="c", ratio=math.nan)
+    assert "not finite" in suite_headline(section)
+    assert section.as_dict()["worst"] == {"kind": "c", "ratio": None}
+    assert math.isnan(SuiteSection.model_validate(section.as_dict()).worst.ratio)
 
 
 def test_gates_on_the_suite(report):
@@ -225,13 +229,14 @@ def test_gate_measures_the_suite_only_where_a_limit_asks_for_it(report, sources,
 
 
 def test_healing_says_what_it_did_to_the_worst_kind(report):
-    side = {"evaluation": report.as_dict()["evaluation"], "beyond": {}}
-    shown = {row[0]: row[1:] for row in heal_rows(side, side)}
+    side = Measurement(evaluation=report.evaluation)
+    shown = {row[0]: row[1:] for row in heal_table(side, side).rows}
     assert "worst kind of text, over the original's" in shown and "KL, mean over kinds" in shown
 
 
 def test_tables_import_no_torch():
-    code = "import sys, mla_convert.evaluate.quality.kinds, mla_convert.evaluate.gate; sys.exit('torch' in sys.modules)"
+    modules = "mla_convert.evaluate.quality.kinds, mla_convert.report.quality_rows, mla_convert.report.gate_formats"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -239,10 +244,10 @@ def test_a_perplexity_beyond_all_measure_is_infinite_and_the_report_stays_one(re
     found = suite._kind(
         Scores(torch.full((2, 4), 60.0), torch.full((2, 4), 1.0), torch.ones(2, 4), torch.ones(2, 4)), slice(0, 2)
     )
-    assert found["ratio"] == found["after"]["value"] == math.inf and found["before"]["value"] == pytest.approx(math.e)
+    assert found.ratio == found.after.value == math.inf and found.before.value == pytest.approx(math.e)
     content = report.as_dict()
-    content["evaluation"]["suite"]["kinds"]["c"] = finite(found)
-    check_report(content)
+    content["evaluation"]["suite"]["kinds"]["c"] = found.as_dict()
+    assert math.isnan(parse_report(content).measured.suite.kinds["c"].ratio)
 
 
 @pytest.mark.parametrize("path, value", [
@@ -253,4 +258,4 @@ def test_a_downloaded_report_cannot_hold_anything_else(report, path, value):
     content = report.as_dict()
     content["evaluation"]["suite"][path] = value
     with pytest.raises(InputError, match="is not that of a conversion"):
-        check_report(content)
+        parse_report(content)

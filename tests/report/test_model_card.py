@@ -6,8 +6,8 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
+from mla_convert.core.report_schema import parse_report
 from mla_convert.report.model_card import write_card
-from mla_convert.report.report import Report
 from mla_convert.source.source import open_source
 
 ON_HUB = {"name": "meta-llama/Llama-3.1-8B", "revision": "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b"}
@@ -22,7 +22,7 @@ def card(convert_pico, tmp_path):
     def make(source=(), evaluation=()):
         changed = {**content, "source": {**content["source"], **dict(source)},
                    "evaluation": {**content["evaluation"], **dict(evaluation)}}  # fmt: skip
-        write_card(Report(**changed), tmp_path)
+        write_card(parse_report(changed), tmp_path)
         return ModelCard.load(tmp_path / "README.md")
 
     return make

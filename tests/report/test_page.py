@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mla_convert.core.report_schema import parse_report
 from mla_convert.report.html import svg
-from mla_convert.report.html.page import page, write_page
+from mla_convert.report.html.page import page_text, write_page
 
 INPUT = 4
 SECTIONS = ("The cache", "Perplexity", "Which planes stayed rotary", "Layer by layer", "Time and memory", "Details")
@@ -22,6 +23,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 @pytest.fixture(scope="module")
 def report(convert_pico):
     return json.loads((convert_pico("llama", rank=10, rope_dim=6, refine_steps=2).out / "report.json").read_text())
+
+
+def page(content):
+    return page_text(parse_report(content))
 
 
 def figures(html):
@@ -239,7 +244,7 @@ return [...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_chromium(browser, report, tmp_path, width, scheme):
     more = {"sweep": [{"numbers": n, "share": n / 32, "ratio": 1 + 3 / n, "stderr": 0.01} for n in (8, 16, 24)]}
-    write_page({**report, **more}, tmp_path / "report.html")
+    write_page(parse_report({**report, **more}), tmp_path / "report.html")
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
