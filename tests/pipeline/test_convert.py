@@ -219,7 +219,7 @@ def numbers(value):
 def test_report(report):
     found = json.loads((report.out / "report.json").read_text())
     assert found == json.loads(json.dumps(report.as_dict()))
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert found["source"]["model_type"] in ("llama", "mistral", "qwen2") and found["source"]["revision"] is None
     assert {"mla_convert", "torch", "transformers", "python"} <= found["versions"].keys()
     for field in ("layers", "phases", "cache", "evaluation", "seconds"):

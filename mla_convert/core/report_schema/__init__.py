@@ -41,7 +41,7 @@ from mla_convert.core.report_schema.probes import (
     Task,
     Tasks,
 )
-from mla_convert.core.report_schema.report import REPORT, SCHEMA, Report, json_schema, parse_report
+from mla_convert.core.report_schema.report import REPORT, SCHEMA, Report, parse_report
 
 __all__ = [
     "LARGEST",
@@ -87,7 +87,6 @@ __all__ = [
     "Task",
     "Tasks",
     "WorstKind",
-    "json_schema",
     "parse_report",
     "to_json",
 ]

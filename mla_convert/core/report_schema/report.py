@@ -11,7 +11,7 @@ from pydantic import AliasChoices, Field, ValidationError
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.files import write_file
-from mla_convert.core.report_schema.base import Amount, JsonObject, Section, first_problem, to_json
+from mla_convert.core.report_schema.base import Amount, JsonObject, Section, first_problem
 from mla_convert.core.report_schema.conversion import (
     BenchSection,
     CacheSection,
@@ -99,11 +99,13 @@ class Report(Section):
         warnings.warn("Report.ratio is now Report.perplexity_ratio", DeprecationWarning, stacklevel=2)
         return self.perplexity_ratio
 
+    def model_post_init(self, context: object) -> None:
+        """Whatever was read, this version's schema is written."""
+        self.schema_version = SCHEMA
+
     def entries(self) -> JsonObject:
-        """Its entries by name in report.json, with the schema that is written."""
-        entries = {**super().entries(), "schema": SCHEMA}
-        entries.pop("out", None)
-        return entries
+        """Its entries by name in report.json."""
+        return {name: value for name, value in super().entries().items() if name != "out"}
 
     def text(self) -> str:
         """The content of report.json."""
@@ -128,10 +130,3 @@ def parse_report(content: object) -> Report:
         raise InputError(f"{NOT_A_REPORT}: {first_problem(error)}") from error
     except RecursionError:
         raise InputError(f"{NOT_A_REPORT}: it is nested too deeply") from None
-
-
-def json_schema() -> JsonObject:
-    """The JSON schema of report.json."""
-    schema = Report.model_json_schema(by_alias=True)
-    del schema["properties"]["out"]
-    return to_json({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": REPORT, **schema})

@@ -155,7 +155,7 @@ def _setting(report: JsonObject, name: str, least: int) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else None
 
 
-def _text_of(report: dict[str, Any]) -> tuple[str | None, str]:
+def _text_of(report: JsonObject) -> tuple[str | None, str]:
     """The evaluation text that a report names, as `--eval` takes it, and why it was chosen. Reports hold no paths."""
     label, why = look_up(report, "settings.eval"), "no evaluation text was given"
     if not isinstance(label, str) or label in ("", texts.NONE):
