@@ -1,4 +1,4 @@
-"""`gate` passes what is within its limits and nothing else."""
+"""`gate` passes values within their limits and nothing else."""
 
 import copy
 import json

@@ -51,7 +51,7 @@ def load(convert_pico, sources):
 # ---- pass keys
 
 
-def test_prompts_are_what_they_say():
+def test_prompts_hold_key_and_question():
     tokenizer = pico.tokenizer()
     prompts = passkey.make_prompts(tokenizer, [512, 2048], seed=3)
     assert len(prompts) == 2 * len(passkey.DEPTHS) * passkey.KEYS
@@ -70,7 +70,7 @@ def test_prompts_are_what_they_say():
 
 
 def test_prompts_begin_as_the_tokenizer_begins(sources):
-    """Special tokens before a text are kept, those after it are not: a prompt goes on."""
+    """Special tokens before a text are kept, those after it are not, because a prompt is continued."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(sources("llama"))
@@ -95,7 +95,7 @@ def test_context_too_short_for_a_key():
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
 @pytest.mark.parametrize("converted", [True, False])
 def test_log_probability_is_that_of_the_whole_sequence(load, name, converted):
-    """The cache, and with it absorbed decoding, gives what one pass without a cache gives."""
+    """Decoding with the cache, absorbed or not, gives the log-probability of one pass without a cache."""
     model = load(name, converted)
     prompts = passkey.make_prompts(pico.tokenizer(), [200], 0)[::5]
     for prompt, found in zip(prompts, passkey.retrieve(model, prompts), strict=True):
@@ -108,7 +108,7 @@ def test_log_probability_is_that_of_the_whole_sequence(load, name, converted):
 
 
 def test_a_model_that_finds_the_key():
-    """Reads the key off its prompt: what retrieval is, without the years of training."""
+    """A model that reads the key from its prompt finds every key."""
     tokenizer = pico.tokenizer()
 
     class Reader(torch.nn.Module):
@@ -202,7 +202,7 @@ def test_table_and_report(cli, folder, sources, small):
     )
     assert "Quality probes" not in page_text(parse_report(before))
     assert str(folder.parent) not in json.dumps(after["probes"]) and not list(folder.glob(".report*"))
-    # alone, another length: what was found of other kinds stays
+    # without an original and at another length: probes of other kinds stay
     assert cli("eval", folder, *small, "--passkey-length", 160, "--into-report")[0] == 0
     again = json.loads((folder / "report.json").read_text())["probes"]
     assert again["greedy"] == after["probes"]["greedy"]
@@ -211,7 +211,7 @@ def test_table_and_report(cli, folder, sources, small):
     verify(folder)
 
 
-def test_card_is_that_of_the_conversion_and_more(cli, folder, small):
+def test_the_card_gains_one_section(cli, folder, small):
     before = (folder / "README.md").read_text()
     assert cli("eval", folder, *small, "--passkey-length", 160, "--into-report")[0] == 0
     after = (folder / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""`bench` on the CPU: what it counts is right, what it runs is the model, and what it refuses it names."""
+"""`bench` on the CPU: bytes and rates, the step that it times, and its messages on bad input."""
 
 import json
 
@@ -33,7 +33,7 @@ def models(configs):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_step_is_the_model(models, which):
-    """On the cache that a prompt leaves, a step gives the logits of the model's own way."""
+    """On the cache of a prompt, a step gives the logits of the whole model."""
     model = models[which]
     ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

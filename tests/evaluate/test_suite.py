@@ -1,4 +1,4 @@
-"""The packaged suite: what it holds, that it is measured right, and that every place which shows a result shows the worst kind."""
+"""The packaged suite: its texts, its measurement, and the worst kind of text wherever results are shown."""
 
 import copy
 import gzip
@@ -186,7 +186,7 @@ def test_report_card_and_page_show_the_worst_kind(report):
     assert rows[0][0] == worst["kind"]  # the worst comes first
 
 
-def test_what_is_not_finite_is_the_worst(report):
+def test_a_ratio_that_is_not_finite_is_the_worst(report):
     section = report.evaluation.suite.model_copy(deep=True)
     section.kinds["c"].ratio = math.nan
     assert max(section.kinds, key=lambda kind: suite._rank(section.kinds[kind].ratio)) == "c"
@@ -228,7 +228,7 @@ def test_gate_measures_the_suite_only_where_a_limit_asks_for_it(report, sources,
     assert code == 3 and re.search(r"KL divergence, mean over kinds of text: [\d.]+ is above the limit", err)
 
 
-def test_healing_says_what_it_did_to_the_worst_kind(report):
+def test_healing_shows_the_worst_kind(report):
     side = Measurement(evaluation=report.evaluation)
     shown = {row[0]: row[1:] for row in heal_table(side, side).rows}
     assert "worst kind of text, over the original's" in shown and "KL, mean over kinds" in shown
@@ -240,7 +240,7 @@ def test_tables_import_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_perplexity_beyond_all_measure_is_infinite_and_the_report_stays_one(report):
+def test_an_enormous_perplexity_is_infinite_and_null_in_the_report(report):
     found = suite._kind(
         Scores(torch.full((2, 4), 60.0), torch.full((2, 4), 1.0), torch.ones(2, 4), torch.ones(2, 4)), slice(0, 2)
     )
@@ -254,7 +254,7 @@ def test_a_perplexity_beyond_all_measure_is_infinite_and_the_report_stays_one(re
     ("kinds", {"<b>": {"after": {"value": 1.0}}}), ("kinds", {"a|b": {"after": {"value": 1.0}}}),
     ("worst", {"kind": "**c**", "ratio": 1.0}), ("kl", {"value": "much"}), ("protocol", 3),
 ])  # fmt: skip
-def test_a_downloaded_report_cannot_hold_anything_else(report, path, value):
+def test_wrong_entries_of_the_suite_are_refused(report, path, value):
     content = report.as_dict()
     content["evaluation"]["suite"][path] = value
     with pytest.raises(InputError, match="is not that of a conversion"):
