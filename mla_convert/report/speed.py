@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from mla_convert.core.errors import ResourceError
 from mla_convert.core.units import human_bytes
+from mla_convert.evaluate.speed.results import BenchResult, DecodeTiming
 from mla_convert.report.html.plots import BOTTOM, LEFT, RIGHT, TOP
 from mla_convert.report.html.svg import Chart, decades, logarithmic
 from mla_convert.report.table import Table
-
-if TYPE_CHECKING:
-    from mla_convert.evaluate.speed.decode import BenchResult, DecodeTiming
 
 # A picture outside of the page brings the page's colours, light and dark, with it.
 STYLE = """<style>

@@ -91,6 +91,13 @@ def test_entries_of_somebody_stay(content):
     assert parse_report(changed).as_dict() == changed
 
 
+def test_nested_too_deeply(content):
+    deep = json.loads("[" * 700 + "]" * 700)
+    for changed in ({**content, "of_somebody": deep}, {**content, "settings": {"x": deep}}):
+        with pytest.raises(InputError, match="nested too deeply"):
+            parse_report(changed).text()
+
+
 def test_not_finite_is_null_in_the_file(content):
     changed = copy.deepcopy(content)
     changed["evaluation"]["ratio"] = changed["evaluation"]["after"]["value"] = None

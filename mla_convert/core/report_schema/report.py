@@ -108,8 +108,15 @@ class Report(Section):
         return {name: value for name, value in super().entries().items() if name != "out"}
 
     def text(self) -> str:
-        """The content of report.json."""
-        return json.dumps(self.as_dict(), indent=2) + "\n"
+        """The content of report.json.
+
+        Raises:
+            InputError: an entry that somebody added is nested too deeply.
+        """
+        try:
+            return json.dumps(self.as_dict(), indent=2) + "\n"
+        except RecursionError:
+            raise InputError(f"{NOT_A_REPORT}: it is nested too deeply") from None
 
     def write(self, folder: Path) -> None:
         """Write report.json into a folder."""
@@ -128,5 +135,3 @@ def parse_report(content: object) -> Report:
         return Report.model_validate({name: value for name, value in content.items() if name != "out"})
     except ValidationError as error:
         raise InputError(f"{NOT_A_REPORT}: {first_problem(error)}") from error
-    except RecursionError:
-        raise InputError(f"{NOT_A_REPORT}: it is nested too deeply") from None
