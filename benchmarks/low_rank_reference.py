@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
+from mla_convert.core.recipes import build_config
 from mla_convert.core.report_schema import to_json
-from mla_convert.core.settings import ConvertConfig, build_config
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
+from mla_convert.method.calibrate.attention_forward import attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel, Rotation
-from mla_convert.method.calibrate.statistics import Statistics, attention_kwargs, layer_statistics
+from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.factorise.layer import half_split, source_weights
 from mla_convert.method.factorise.sizes import Plan, make_plan
 from mla_convert.method.factorise.svd import _affine, _key_cost, _latent, _moments

@@ -51,7 +51,7 @@ SETTINGS = {
     "residual only": ["--output-steps", "0"],
     "no noise": ["--calib-noise", "0"],
     "closed form": ["--refine-steps", "0"],
-    "even planes": ["--planes", "even", "--uniform", "--refine-steps", "0", "--calib-noise", "0"],
+    "even planes": ["--rope-selection", "evenly_spaced", "--uniform", "--refine-steps", "0", "--calib-noise", "0"],
     "rope kept": [],
     "fp8 cache": ["--bits", "8"],
     "int8 cache": ["--bits", "8", "--group", "32"],

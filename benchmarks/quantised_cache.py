@@ -22,8 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
+from mla_convert.core.recipes import build_config
 from mla_convert.core.report_schema import to_json
-from mla_convert.core.settings import ConvertConfig, build_config
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
 from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = "mla_convert."
-# Modules whose old name is free. Where a package has the old name now, its `__getattr__` comes from `names_of`.
+# Modules whose old name is free. If a package has the old name now, its `__getattr__` comes from `names_of`.
 MOVED = {
     "activations": "method.calibrate.hidden_states",
     "allocate": "method.factorise.allocate",
@@ -30,7 +30,7 @@ MOVED = {
     "checkpoint.writer": "write.writer",
     "code": "modeling.shipped_code",
     "commands": "cli",
-    "config": "core.settings",
+    "config": "core.recipes",  # which imports the settings too
     "config_file": "source.config_file",
     "decoding": "evaluate.quality.greedy_agreement",
     "divergence": "modeling.distillation",
@@ -103,10 +103,12 @@ MOVED = {
     "words": "core.words",
     "yaml_marks": "core.yaml_positions",
 }
+# Public names that changed, by the old name of their module.
+RENAMED = {"engines.serve_check": {"Asking": "EngineRequest"}, "probes": {"Probes": "ProbeSettings"}}
 
 
 def _new_name(old: str) -> str | None:
-    """The new name of a module that moved, by itself or with the package that holds it."""
+    """The new name of a module that moved, alone or with its package; None if it did not move."""
     if not old.startswith(ROOT):
         return None
     name, rest = old.removeprefix(ROOT), ""
@@ -123,7 +125,7 @@ def _warn(old: str, new: str) -> None:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds modules that moved. It stands last, so that it is asked for what is nowhere else."""
+    """Finds modules that moved. It is the last finder, so it is asked only for modules that no other one finds."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -138,34 +140,36 @@ class _Finder(MetaPathFinder, Loader):
         old, new = module.__name__, str(_new_name(module.__name__))
         target = importlib.import_module(new)
         _warn(old, new)
-        module.__getattr__ = lambda name: getattr(target, name)  # type: ignore[method-assign]
+        renamed = RENAMED.get(old.removeprefix(ROOT), {})
+        module.__getattr__ = lambda name: getattr(target, renamed.get(name, name))  # type: ignore[method-assign]
 
 
 def names_of(package: str, module: str) -> Callable[[str], Any]:
-    """`__getattr__` of a package that stands where version 0.1 had a module: the module's names, with a warning."""
+    """`__getattr__` of a package whose name was a module's in version 0.1: that module's names, with a warning."""
 
     def get(name: str) -> Any:
         if not name.startswith("__"):
-            found = getattr(importlib.import_module(module), name, None)
-            if found is not None:
+            value = getattr(importlib.import_module(module), name, None)
+            if value is not None:
                 _warn(f"{package}.{name}", f"{module}.{name}")
-                return found
+                return value
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return get
 
 
 class _Callable(ModuleType):
-    """A module with the name of a function that version 0.1 had in its place: calling it calls the function."""
+    """A module whose name was a function's in version 0.1: calling the module calls its function of that name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function, with a warning."""
         name = self.__name__.rpartition(".")[2]
         _warn(self.__name__, f"{self.__name__}.{name}")
         return getattr(self, name)(*args, **kwargs)
 
 
 def callable_as_before(module: str) -> None:
-    """Let `from package import name` give what can be called, where `name` is a module now and was a function."""
+    """Make a module callable, so that `from package import name` still gives a function's replacement."""
     sys.modules[module].__class__ = _Callable
 
 

@@ -1,7 +1,7 @@
-"""Draws the pictures of the documentation into docs/images.
+"""Draw the pictures of the documentation into docs/images, for light and for dark pages. Needs matplotlib (extra `docs`).
 
-python scripts/draw_docs.py                      # the diagrams
-python scripts/draw_docs.py --terminal           # and what a terminal shows of the demo, which it runs for that
+python scripts/draw_docs.py                      # the charts, from benchmarks/results, and the diagrams
+python scripts/draw_docs.py --terminal           # and the output of the demo in a terminal; this converts the demo model
 python scripts/draw_docs.py --report FOLDER      # and a screenshot of a conversion's report.html (needs Chromium)
 """
 
@@ -10,168 +10,277 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import hashlib
 import io
 import math
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mla_convert.report.html.svg import Chart, linear
+from make_results_tables import RESULTS, read_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-STYLE = """<style>
-text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: #1c1f23; }
-.small { font-size: 12.5px; fill: #5f6871; } .bold { font-weight: 650; }
-.key { fill: #8b949c; } .value { fill: #b9bfc4; } .latent { fill: #0072b2; } .rotary { fill: #c35a00; }
-.on { fill: #fff; } .box { fill: none; stroke: #8b949c; stroke-width: 1.2; } .shade { fill: #8b949c; fill-opacity: .16; }
-.line { stroke: #8b949c; stroke-width: 1.4; fill: none; } .grid { stroke: #e3e5e6; } .head { fill: #8b949c; stroke: none; }
-.r { stroke: #c35a00; stroke-width: 2.2; fill: none; } .l { stroke: #0072b2; stroke-width: 2.2; fill: none; }
-.d { stroke: #8b949c; stroke-width: 2; stroke-dasharray: 5 4; fill: none; }
-@media (prefers-color-scheme: dark) {
-  text { fill: #e7e9ea; } .small { fill: #9aa4ac; } .latent { fill: #56b4e9; } .rotary { fill: #e69f00; } .on { fill: #15181b; }
-  .key { fill: #7d868e; } .value { fill: #565e65; } .grid { stroke: #2b3035; } .r { stroke: #e69f00; } .l { stroke: #56b4e9; }
-}
-</style>"""
+# Okabe and Ito's colours, which people with any colour vision tell apart; lighter ones on a dark page.
+PALETTES = {
+    "light": dict(page="#ffffff", ink="#1c1f23", soft="#5f6871", line="#8b949c", grid="#e3e5e6", on="#ffffff", key="#8b949c",
+                  value="#b9bfc4", latent="#0072b2", rotary="#c35a00", healed="#00835f"),
+    "dark": dict(page="#0d1117", ink="#e7e9ea", soft="#9aa4ac", line="#8b949c", grid="#2b3035", on="#15181b", key="#7d868e",
+                 value="#565e65", latent="#56b4e9", rotary="#e69f00", healed="#2fc79a"),
+}  # fmt: skip
+TRADE_SOURCES = ("quality-quantised-cache-smollm2.csv", "speed-vllm.csv")
 
 
-def save(figure: Chart, name: str) -> None:
-    """Write a figure as a file of its own, with its colours."""
-    start, end = str(figure).split(">", 1)
-    (IMAGES / name).write_text(f"{start}>{STYLE}{end}\n", encoding="utf-8")
+def digest(*names: str) -> str:
+    """The checksum of results files that a chart is stamped with, so that a test finds a stale chart."""
+    return hashlib.sha256(b"".join((RESULTS / name).read_bytes() for name in names)).hexdigest()[:16]
 
 
-def box(figure: Chart, x: float, y: float, width: float, height: float, css: str, *lines: str, on: bool = True) -> None:
-    """A box with centred lines of words."""
-    figure.add("rect", css, x=x, y=y, width=width, height=height, rx=3)
-    for index, line in enumerate(lines):
-        middle = y + height / 2 + 5 + (index - (len(lines) - 1) / 2) * 17
-        style = ("on " if on else "") + ("bold" if index == 0 else "")
-        figure.text(x + width / 2, middle, line, style.strip(), "middle")
+@contextlib.contextmanager
+def figure(name: str, size: tuple[float, float], palette: dict[str, str], source: str = "") -> Iterator[Figure]:
+    """Make a figure and save it as `name`; `size` is in points. Text becomes paths, so that every browser shows the same."""
+    import matplotlib
+    from matplotlib.figure import Figure as MplFigure
+
+    with matplotlib.rc_context({"svg.hashsalt": "mla_convert", "font.family": "DejaVu Sans", "font.size": 11}):
+        made = MplFigure(figsize=(size[0] / 72, size[1] / 72), facecolor=palette["page"])
+        yield made
+        metadata = {"Date": None, "Creator": None, **({"Source": source} if source else {})}
+        made.savefig(IMAGES / name, format="svg", metadata=metadata)
 
 
-def arrow(figure: Chart, *points: tuple[float, float]) -> None:
-    """A line through points with a head at its end."""
-    figure.path(points, "line")
-    (x0, y0), (x1, y1) = points[-2:]
-    angle = math.atan2(y1 - y0, x1 - x0)
-    corners = [(x1 + 3 * math.cos(angle), y1 + 3 * math.sin(angle))]
-    corners += [(x1 - 8 * math.cos(angle + turn), y1 - 8 * math.sin(angle + turn)) for turn in (0.42, -0.42)]
-    figure.add("path", "head", d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in corners) + "Z")
+class Canvas:
+    """A drawing surface in points, with the origin at the top left."""
+
+    def __init__(self, figure: Figure, size: tuple[float, float], palette: dict[str, str]) -> None:
+        """Cover `figure`, which is `size` points wide and high, with one axis without frame."""
+        self.palette = palette
+        self.axes = figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
+        self.axes.set_axis_off()
+
+    def text(
+        self, x: float, y: float, words: str, colour: str = "soft", weight: str = "normal", align: str = "left"
+    ) -> None:
+        """One line of text with its baseline at `y`."""
+        self.axes.text(x, y, words, color=self.palette[colour], weight=weight, ha=align, va="baseline",
+                       size=12 if weight == "bold" or colour == "ink" else 10.5)  # fmt: skip
+
+    def box(self, x: float, y: float, width: float, height: float, colour: str, *lines: str) -> None:
+        """A box, filled unless its colour is `line`, with centred lines of text of which the first is bold."""
+        from matplotlib.patches import FancyBboxPatch
+
+        filled = colour != "line"
+        shade = self.palette[colour]
+        self.axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=3", fc=shade if filled else "none",
+                                           ec="none" if filled else shade, lw=1.2))  # fmt: skip
+        for index, line in enumerate(lines):
+            middle = y + height / 2 + (index - (len(lines) - 1) / 2) * 16
+            ink = "ink" if not filled or colour == "value" else "on"
+            self.axes.text(x + width / 2, middle, line, color=self.palette[ink], ha="center", va="center", size=11,
+                           weight="normal" if index else "bold")  # fmt: skip
+
+    def arrow(self, *points: tuple[float, float]) -> None:
+        """A line through points with a head at its end."""
+        xs, ys = zip(*points, strict=True)
+        self.axes.plot(xs, ys, color=self.palette["line"], lw=1.4, solid_capstyle="butt")
+        style = dict(arrowstyle="-|>", color=self.palette["line"], lw=1.4, shrinkA=0, shrinkB=0)
+        self.axes.annotate("", points[-1], points[-2], arrowprops=style)
 
 
-def draw_cache() -> None:
-    """From keys and values of all heads to a latent and a rotary key."""
-    figure = Chart(760, 330, "From keys and values to a latent", "Keys of all heads are split into complex planes. Planes that "
-                    "would lose most stay rotary and form the rotary key. The rest, with the mean of their rotation, and the "
-                    "values share one latent.")  # fmt: skip
-    figure.text(0, 18, "what one token leaves in one layer's cache", "small")
-    figure.text(0, 52, "before", "bold")
-    for head in range(4):
-        x = head * 150
-        box(figure, x, 62, 70, 34, "key", f"key {head + 1}")
-        box(figure, x + 72, 62, 70, 34, "value", f"value {head + 1}", on=False)
-    figure.text(608, 84, "2 · heads · width", "small")
-    figure.text(170, 132, "keys, as planes by rotary frequency", "small")
-    kept = {0, 1, 2, 4, 5, 9}
-    for plane in range(16):
-        css = "rotary" if plane in kept else "latent"
-        figure.add("rect", css, x=170 + plane * 22, y=140, width=19, height=30, rx=2)
-    figure.text(170, 188, "fast", "small")
-    figure.text(170 + 16 * 22 - 3, 188, "slow", "small", "end")
-    figure.text(564, 153, "stay rotary", "small")
-    figure.text(564, 170, "rotation replaced by its mean", "small")
-    figure.add("rect", "rotary", x=546, y=143, width=11, height=11, rx=2)
-    figure.add("rect", "latent", x=546, y=160, width=11, height=11, rx=2)
-    arrow(figure, (485, 98), (485, 132))
-    arrow(figure, (230, 176), (230, 214), (508, 214), (508, 252))
-    arrow(figure, (400, 176), (400, 232), (260, 232), (260, 252))
-    arrow(figure, (107, 98), (107, 252))
-    figure.text(116, 246, "values", "small")
-    figure.text(0, 274, "after", "bold")
-    box(figure, 60, 258, 360, 38, "latent", "latent: rank numbers")
-    box(figure, 424, 258, 170, 38, "rotary", "rotary key")
-    figure.text(
-        0,
-        322,
-        "One latent serves content and values: the best of its rank for the attention output, as tokens are really looked at.",
-        "small",
+def plain(axes: Axes, palette: dict[str, str]) -> None:
+    """Colours of a chart's frame, ticks and grid."""
+    axes.set_facecolor(palette["page"])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(palette["line"])
+    axes.tick_params(colors=palette["soft"], labelsize=10)
+    axes.xaxis.label.set_color(palette["soft"])
+    axes.yaxis.label.set_color(palette["soft"])
+
+
+def draw_quality(axes: Axes, palette: dict[str, str]) -> None:
+    """Perplexity ratio against bytes of the cache, for conversions and for the original with a quantised cache."""
+    _, _, rows = read_results(RESULTS / TRADE_SOURCES[0])
+    series = {
+        "mla_convert, calibrated on one text": ("latent", "o", lambda cache: cache == "mla_convert"),
+        "the same on several kinds (default)": ("latent", "^", lambda cache: cache.endswith("present defaults")),
+        "the first, healed": ("healed", "s", lambda cache: cache.endswith("healed")),
+        "the original, quantised cache": ("rotary", "D", lambda cache: not cache.startswith("mla")),
+    }
+    for label, (colour, marker, chosen) in series.items():
+        points = [
+            (float(row["bytes"].rstrip("%")), float(row["perplexity ratio"])) for row in rows if chosen(row["cache"])
+        ]
+        line = "none" if len(points) == 1 or colour == "rotary" else "-"
+        axes.plot(
+            *zip(*sorted(points), strict=True), color=palette[colour], marker=marker, ls=line, lw=2, ms=6, label=label
+        )
+    for row in rows:
+        if not row["cache"].startswith("mla"):
+            name = (
+                row["cache"]
+                .replace(", groups of 32", "")
+                .replace(" e4m3, one scale a tensor", "")
+                .replace(", ", " +\n")
+            )
+            place = (float(row["bytes"].rstrip("%")), float(row["perplexity ratio"]))
+            shift = (7, 6) if name == "INT4" else (7, -4)
+            axes.annotate(name, place, shift, textcoords="offset points", color=palette["soft"], size=9.5)
+    axes.set(xlim=(65, 15), ylim=(0.98, 1.34), xlabel="bytes of the KV cache, % of bfloat16 (smaller →)")
+    axes.set_title(
+        "Quality: perplexity ÷ the original's", loc="left", color=palette["ink"], size=12, weight="bold", pad=22
     )
-    save(figure, "cache.svg")
+    axes.text(0, 1.03, "SmolLM2-135M-Instruct, WikiText-2; lower is better", transform=axes.transAxes, color=palette["soft"],
+              size=9.5)  # fmt: skip
+    axes.grid(axis="y", color=palette["grid"])
+    axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=10, loc="upper left")
+    plain(axes, palette)
 
 
-def draw_plane() -> None:
-    """What a plane's score is with its rotation, with none, and with the mean of it."""
-    figure = Chart(760, 300, "One plane with and without its rotation", "Score of one plane over distance: with rotation a "
-                    "cosine; without, constant; with the mean rotation, a lower constant that is right on average over the "
-                    "distances at which the head attends.")  # fmt: skip
-    left, right, top, bottom = 60, 520, 24, 250
-    x, y = linear((0, 48), (left, right)), linear((-1.15, 1.15), (bottom, top))
+def draw_throughput(axes: Axes, palette: dict[str, str]) -> None:
+    """Decode speed in stock vLLM over that of the original with a bfloat16 cache."""
+    _, columns, rows = read_results(RESULTS / TRADE_SOURCES[1])
+    work = {
+        "batch 32\nat 16k tokens": columns[5],
+        "batch 64\nat 2k tokens": columns[4],
+        "one user\nat 16k tokens": columns[3],
+    }
+    bars = {"original, FP8": "rotary", "converted, bfloat16": "latent", "converted, FP8": "healed"}
+    back = dict(boxstyle="square,pad=0.1", fc=palette["page"], ec="none")
+    for group, column in enumerate(work.values()):
+        base = float(rows[0][column])
+        for place, (cache, colour) in enumerate(bars.items()):
+            speed = float(next(row for row in rows if row["cache"] == cache)[column]) / base
+            x = group + (place - 1) * 0.27
+            axes.bar(x, speed, 0.25, color=palette[colour], label=cache if group == 0 else None)
+            axes.text(x, speed + 0.04, f"{speed:.2f}", ha="center", color=palette["soft"], size=9.5, bbox=back)
+    axes.axhline(1, color=palette["line"], lw=1.2, ls=(0, (4, 3)))
+    axes.set(xticks=range(len(work)), xticklabels=list(work), ylim=(0, 2.4))
+    axes.set_title(
+        "Speed: decode tokens/s ÷ the original's", loc="left", color=palette["ink"], size=12, weight="bold", pad=22
+    )
+    axes.text(0, 1.03, "vLLM 0.26, H200, Llama-3-8B shape, 512 + 64 (28%); higher is better", transform=axes.transAxes,
+              color=palette["soft"], size=9.5)  # fmt: skip
+    axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=10, loc="upper right")
+    plain(axes, palette)
+
+
+def draw_trade(name: str, palette: dict[str, str]) -> None:
+    """The measured trade: quality against bytes, and decode speed."""
+    source = f"{', '.join(TRADE_SOURCES)} sha256 {digest(*TRADE_SOURCES)}"
+    with figure(name, (880, 330), palette, source) as page:
+        left, right = page.subplots(1, 2)
+        page.subplots_adjust(left=0.05, right=0.985, top=0.83, bottom=0.16, wspace=0.13)
+        draw_quality(left, palette)
+        draw_throughput(right, palette)
+
+
+def draw_cache(name: str, palette: dict[str, str]) -> None:
+    """From keys and values of all heads to a latent and a rotary key."""
+    size = (760, 330)
+    with figure(name, size, palette) as page:
+        canvas = Canvas(page, size, palette)
+        canvas.text(0, 18, "cache of one token in one layer")
+        canvas.text(0, 52, "before", "ink", "bold")
+        for head in range(4):
+            canvas.box(head * 150, 62, 70, 34, "key", f"key {head + 1}")
+            canvas.box(head * 150 + 72, 62, 70, 34, "value", f"value {head + 1}")
+        canvas.text(608, 84, "2 · heads · width")
+        canvas.text(170, 132, "keys, as planes by rotary frequency")
+        for plane in range(16):
+            canvas.box(170 + plane * 22, 140, 19, 30, "rotary" if plane in {0, 1, 2, 4, 5, 9} else "latent")
+        canvas.text(170, 188, "fast")
+        canvas.text(519, 188, "slow", align="right")
+        canvas.box(546, 143, 11, 11, "rotary")
+        canvas.box(546, 160, 11, 11, "latent")
+        canvas.text(564, 153, "stay rotary")
+        canvas.text(564, 170, "rotation replaced by its mean")
+        canvas.arrow((485, 98), (485, 134))
+        canvas.arrow((230, 174), (230, 214), (508, 214), (508, 254))
+        canvas.arrow((400, 174), (400, 232), (260, 232), (260, 254))
+        canvas.arrow((107, 98), (107, 254))
+        canvas.text(116, 246, "values")
+        canvas.text(0, 281, "after", "ink", "bold")
+        canvas.box(60, 258, 360, 38, "latent", "latent: rank numbers")
+        canvas.box(424, 258, 170, 38, "rotary", "rotary key")
+        canvas.text(0, 322, "One latent serves content keys and values: the best of its rank for the attention output.")
+
+
+def draw_plane(name: str, palette: dict[str, str]) -> None:
+    """The score of one plane over distance: with its rotation, with none, and with the mean rotation."""
     omega, decay = 0.09, 14.0
+    distances = [step / 2 for step in range(97)]
     weights = [math.exp(-distance / decay) for distance in range(49)]
     mean = sum(w * math.cos(omega * d) for d, w in enumerate(weights)) / sum(weights)
-    for value in (-1, 0, 1):
-        figure.line(left, y(value), right, y(value), "grid")
-        figure.text(left - 8, y(value) + 5, f"{value}", "small", "end")
-    outline = [(x(0), bottom), *((x(d), bottom - 92 * w) for d, w in enumerate(weights)), (x(48), bottom)]
-    figure.add("path", "shade", d="M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in outline) + "Z")
-    figure.path([(x(d / 2), y(math.cos(omega * d / 2))) for d in range(97)], "r")
-    figure.path([(x(0), y(1)), (x(48), y(1))], "d")
-    figure.path([(x(0), y(mean)), (x(48), y(mean))], "l")
-    figure.text(right + 12, y(math.cos(omega * 48)) - 2, "with its rotation: exact,", "bold")
-    figure.text(right + 12, y(math.cos(omega * 48)) + 16, "and a plane in the rotary key")
-    figure.text(right + 12, y(1) + 5, "rotation left out")
-    figure.text(right + 12, y(mean) - 4, "its mean: right on average,", "bold")
-    figure.text(right + 12, y(mean) + 14, "and nothing extra to cache")
-    figure.text(x(0.6), bottom - 8, "how often the head attends there", "small")
-    figure.text((left + right) / 2, bottom + 32, "distance between query and key, tokens", "small", "middle")
-    for distance in (0, 12, 24, 36, 48):
-        figure.text(x(distance), bottom + 15, str(distance), "small", "middle")
-    figure.text(16, (top + bottom) / 2, "score of the plane", "small", "middle", turn=True)
-    save(figure, "plane.svg")
+    with figure(name, (760, 310), palette) as page:
+        axes = page.add_axes((0.08, 0.17, 0.6, 0.78))
+        plain(axes, palette)
+        axes.fill_between(range(49), -1.15, [-1.15 + 0.9 * w for w in weights], color=palette["line"], alpha=0.2, lw=0)
+        axes.plot(distances, [math.cos(omega * d) for d in distances], color=palette["rotary"], lw=2.2)
+        axes.plot((0, 48), (1, 1), color=palette["line"], lw=2, ls=(0, (4, 3)))
+        axes.plot((0, 48), (mean, mean), color=palette["latent"], lw=2.2)
+        axes.text(0.6, -1.11, "how often the head attends there", color=palette["soft"], size=9.5)
+        axes.set(xlim=(0, 48), ylim=(-1.15, 1.15), xticks=range(0, 49, 12), yticks=(-1, 0, 1),
+                 xlabel="distance between query and key, tokens", ylabel="score of the plane")  # fmt: skip
+        axes.grid(axis="y", color=palette["grid"])
+        for y, first, second in ((1, "rotation left out", ""), (mean, "mean rotation:", "right on average, no cache of its own"),
+                                 (math.cos(omega * 48), "with its rotation:", "exact, cached in the rotary key")):  # fmt: skip
+            axes.text(49, y, first, color=palette["ink"], size=11, weight="bold", va="center")
+            axes.text(49, y - 0.17, second, color=palette["soft"], size=10, va="center")
 
 
-def draw_decode() -> None:
-    """Decoding reads the latent itself."""
-    figure = Chart(760, 262, "Decoding on the latent", "The query's content part is carried into the space of the latent, the "
-                    "rotary part is rotated as always. Attention runs on the cached latent and rotary key, and the output is "
-                    "carried back to the heads' values.")  # fmt: skip
-    box(figure, 0, 20, 130, 44, "box", "hidden state", on=False)
-    box(figure, 190, 0, 190, 40, "box", "query, content part", "× key up-projection", on=False)
-    box(figure, 190, 54, 190, 40, "box", "query, rotary part", "rotated", on=False)
-    arrow(figure, (132, 34), (184, 20))
-    arrow(figure, (132, 50), (184, 74))
-    box(figure, 440, 14, 150, 66, "box", "attention", "as with one kv head", on=False)
-    arrow(figure, (382, 20), (434, 36))
-    arrow(figure, (382, 74), (434, 58))
-    box(figure, 634, 14, 126, 66, "box", "× value up", "× output", on=False)
-    arrow(figure, (592, 47), (628, 47))
-    for row in range(3):
-        y = 148 + row * 30
-        figure.add("rect", "latent", x=390, y=y, width=170, height=24, rx=2)
-        figure.add("rect", "rotary", x=563, y=y, width=58, height=24, rx=2)
-    figure.text(475, 165, "latent", "on bold", "middle")
-    figure.text(592, 165, "rotary", "on bold", "middle")
-    figure.text(380, 165, "token 1", "small", "end")
-    figure.text(380, 195, "token 2", "small", "end")
-    figure.text(380, 225, "token 3", "small", "end")
-    figure.text(505, 256, "the cache: all that is read for each new token", "small", "middle")
-    arrow(figure, (515, 142), (515, 86))
-    figure.text(0, 130, "Few query tokens: attend on the latent.", "bold")
-    figure.text(0, 152, "Many (a prompt): expand keys and")
-    figure.text(0, 172, "values once, and use the library's")
-    figure.text(0, 192, "attention. Both give the same numbers.")
-    save(figure, "decode.svg")
+def draw_decode(name: str, palette: dict[str, str]) -> None:
+    """Decoding attends to the cached latent."""
+    size = (760, 262)
+    with figure(name, size, palette) as page:
+        canvas = Canvas(page, size, palette)
+        canvas.box(2, 22, 130, 44, "line", "hidden state")
+        canvas.box(190, 2, 190, 40, "line", "query, content part", "× key up-projection")
+        canvas.box(190, 56, 190, 40, "line", "query, rotary part", "rotated")
+        canvas.arrow((134, 36), (188, 22))
+        canvas.arrow((134, 52), (188, 76))
+        canvas.box(440, 16, 150, 66, "line", "attention", "as with one kv head")
+        canvas.arrow((382, 22), (438, 38))
+        canvas.arrow((382, 76), (438, 60))
+        canvas.box(634, 16, 124, 66, "line", "× value up", "× output")
+        canvas.arrow((592, 49), (632, 49))
+        for row in range(3):
+            y = 148 + row * 30
+            canvas.box(390, y, 170, 24, "latent", *(["latent"] if row == 0 else []))
+            canvas.box(563, y, 58, 24, "rotary", *(["rotary"] if row == 0 else []))
+            canvas.text(380, y + 16, f"token {row + 1}", align="right")
+        canvas.text(505, 256, "the cache: all that is read for a new token", align="center")
+        canvas.arrow((515, 144), (515, 84))
+        canvas.text(0, 130, "Few query tokens: attend to the latent.", "ink", "bold")
+        canvas.text(0, 152, "A prompt: expand keys and values once and")
+        canvas.text(0, 170, "use the library's attention. Both give the")
+        canvas.text(0, 188, "same numbers to rounding.")
+
+
+DRAWINGS: dict[str, Callable[[str, dict[str, str]], None]] = {
+    "trade": draw_trade,
+    "cache": draw_cache,
+    "plane": draw_plane,
+    "decode": draw_decode,
+}
 
 
 def draw_terminal() -> None:
-    """A real run of the demo and of a plan, as a terminal shows them."""
+    """Run the demo and a gate, and draw what a terminal shows."""
     from rich.console import Console
 
     from mla_convert import ConvertConfig, convert
+    from mla_convert.cli.gate import print_verdict
     from mla_convert.core.progress import Progress
-    from mla_convert.core.settings import build_config
+    from mla_convert.core.recipes import build_config
+    from mla_convert.evaluate.gate import Limits, run_gate
     from mla_convert.report.tables import print_summary
 
     console = Console(record=True, width=124, file=io.StringIO(), force_terminal=True)
@@ -182,18 +291,15 @@ def draw_terminal() -> None:
         print_summary(report, console)
         command = "gate demo-mla --max-ppl-ratio 1.05 --min-kv-saving 50% --from-report"
         console.print(f"[bold green]$[/] mla-convert {command}", highlight=False)
-        from mla_convert.cli import gate
-        from mla_convert.evaluate.gate import Limits, run_gate
-
         verdict = run_gate("demo-mla", Limits(max_ppl_ratio=1.05, min_kv_saving=0.5), from_report=True)
-        gate.print_verdict(verdict, console=console)
+        print_verdict(verdict, console=console)
     svg = console.export_svg(title="mla-convert", font_aspect_ratio=0.61)
-    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # they would come from a server
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # the fonts would come from a server
     (IMAGES / "terminal.svg").write_text(svg, encoding="utf-8")
 
 
 def shoot_report(folder: Path) -> None:
-    """The top of a report's page, as Chromium on a desktop draws it."""
+    """Photograph the top of a report's page in Chromium, light and dark."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -215,14 +321,15 @@ def shoot_report(folder: Path) -> None:
 
 
 def main() -> None:
-    """Draw what was asked for."""
+    """Draw the pictures that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--terminal", action="store_true")
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
-    for draw in (draw_cache, draw_plane, draw_decode):
-        draw()
+    for name, draw in DRAWINGS.items():
+        for scheme, palette in PALETTES.items():
+            draw(f"{name}-{scheme}.svg", palette)
     if options.terminal:
         draw_terminal()
     if options.report:

@@ -12,11 +12,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The kernel tests interpret Triton, which asks for it when it is first imported, by whichever test that may be.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hashlib
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 def _load(name: str):
@@ -31,14 +34,25 @@ pico, fake_hub, mutate = _load("pico"), _load("fake_hub"), _load("mutate")
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory):
-    """name -> folder of that pico checkpoint, made once a session."""
-    made: dict[str, Path] = {}
+def shared_folder(tmp_path_factory):
+    """A folder for results that the workers of one run share: base.parent under xdist, the base folder else."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sources(shared_folder):
+    """name -> folder of that pico checkpoint, made once a run. Tests copy it before they change it."""
 
     def get(name: str) -> Path:
-        if name not in made:
-            made[name] = pico.save(name, tmp_path_factory.mktemp(name) / "source")
-        return made[name]
+        place = shared_folder / name
+        with FileLock(f"{place}.lock"):
+            if not place.exists():
+                pico.save(name, place.with_suffix(".new") / "source")
+                place.with_suffix(".new").rename(place)
+        return place / "source"
 
     return get
 
@@ -46,31 +60,26 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="session")
 def convert_folder(tmp_path_factory):
     """Convert the checkpoint in a folder that `pico.save` wrote, with its small text."""
-    from mla_convert import ConvertConfig, convert
-    from mla_convert.core.progress import Progress
 
     def run(folder: Path, **settings):
-        text = str(folder.parent / "text.txt")
-        defaults = {
-            "calib": text, "eval": text, "calib_samples": 16, "calib_length": 48, "eval_windows": 4, "eval_length": 48,
-            "refine_steps": 0, "uniform": True, "device": "cpu", "suite_windows": 0,
-            "out": tmp_path_factory.mktemp("out") / folder.name,
-        }  # fmt: skip
-        return convert(ConvertConfig(source=str(folder), **{**defaults, **settings}), Progress(quiet=True))
+        out = settings.pop("out", None) or tmp_path_factory.mktemp("out") / folder.name
+        return pico.convert(folder, out, **settings)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def convert_pico(sources, convert_folder):
-    """Convert a pico checkpoint; remembers conversions with equal settings."""
-    made = {}
+def convert_pico(sources, shared_folder):
+    """Convert a pico checkpoint; a conversion with equal settings is made once a run. Tests copy it before they change it."""
 
     def run(name: str, **settings):
-        key = (name, repr(sorted(settings.items())))
-        if key not in made:
-            made[key] = convert_folder(sources(name), **settings)
-        return made[key]
+        key = hashlib.sha256(repr((name, sorted(settings.items()))).encode()).hexdigest()[:16]
+        place = shared_folder / f"{name}-{key}"
+        with FileLock(f"{place}.lock"):
+            if not (place / "report.pickle").exists():
+                report = pico.convert(sources(name), place / "source", **settings)
+                (place / "report.pickle").write_bytes(pickle.dumps(report))
+        return pickle.loads((place / "report.pickle").read_bytes())
 
     return run
 
@@ -80,7 +89,7 @@ def hub(monkeypatch):
     """A fake Hub that huggingface_hub's own client in this process talks to, logged in."""
     from huggingface_hub import constants
 
-    import mla_convert.publish.hub
+    import mla_convert.publish.hub_errors
 
     with fake_hub.running() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -88,7 +97,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not an open one
-        monkeypatch.setattr(mla_convert.publish.hub, "WAIT", 0.01)
+        monkeypatch.setattr(mla_convert.publish.hub_errors, "WAIT", 0.01)
         monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
         yield server
 

@@ -1,10 +1,11 @@
-"""Tiny random checkpoints of every family, saved as real folders with a real tokenizer."""
+"""Tiny random checkpoints of every family, saved as complete folders with a real tokenizer, and their conversion."""
 
 from __future__ import annotations
 
 import gzip
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import torch
@@ -12,6 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
 from mla_convert.source.families import FAMILIES
+
+if TYPE_CHECKING:
+    from mla_convert.report.report import Report
 
 VOCAB = 264
 COMMON = {
@@ -28,15 +32,20 @@ COMMON = {
     "initializer_range": 0.3,
 }
 # Every variant of every family: name -> model type and settings. Tests run over all of them.
-VARIANTS = {name: (family.model_type, own) for family in FAMILIES.values() for name, own in family.tested.items()}
+VARIANTS = {
+    name: (family.model_type, settings) for family in FAMILIES.values() for name, settings in family.tested.items()
+}
+# Conversions at half and at a quarter of the cache, without noise: half of the few calibration windows would be noise.
+HALF = {"kv_ratio": 0.5, "calib_noise": 0, "calib_samples": 32}
+QUARTER = {"kv_ratio": 0.25, "calib_noise": 0, "calib_samples": 32, "refine_steps": 4, "refine_batch": 4}
 
 
 def config(name: str) -> PreTrainedConfig:
-    """The variant's configuration: what all have in common, and its own."""
-    model_type, own = VARIANTS[name]
-    kind = CONFIG_MAPPING[model_type]
-    known = {*kind.__dataclass_fields__, *kind.attribute_map}  # not every family knows every setting
-    return kind(**{key: value for key, value in COMMON.items() if key in known} | own)
+    """The variant's configuration: the common settings and its own."""
+    model_type, settings = VARIANTS[name]
+    config_class = CONFIG_MAPPING[model_type]
+    known = {*config_class.__dataclass_fields__, *config_class.attribute_map}  # a family may lack a common setting
+    return config_class(**{key: value for key, value in COMMON.items() if key in known} | settings)
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -49,7 +58,7 @@ def text(characters: int = 20000) -> str:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: it reads any text, and every family's own tokenizer class takes it."""
+    """A byte-level tokenizer without merges: it encodes any text, and works with every family's tokenizer class."""
     vocab = {token: index for index, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,6 +99,19 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **kwargs) 
     return folder
 
 
+def convert(folder: Path, out: Path, **settings: Any) -> Report:
+    """Convert the checkpoint in a folder that `save` wrote, with its small text; returns the report."""
+    from mla_convert import ConvertConfig, convert
+    from mla_convert.core.progress import Progress
+
+    text = str(folder.parent / "text.txt")
+    defaults = {
+        "calib": text, "eval": text, "calib_samples": 16, "calib_length": 48, "eval_windows": 4, "eval_length": 48,
+        "refine_steps": 0, "uniform": True, "device": "cpu", "suite_windows": 0, "out": out,
+    }  # fmt: skip
+    return convert(ConvertConfig(source=str(folder), **{**defaults, **settings}), Progress(quiet=True))
+
+
 GGUF_NAMES = {
     "model.layers.": "blk.",
     "model.embed_tokens": "token_embd",
@@ -105,7 +127,7 @@ GGUF_NAMES = {
 
 
 def save_gguf(path: Path, add_bos: bool | None = None) -> Path:
-    """The llama variant as a GGUF file of F32 tensors, laid out as llama.cpp does; `add_bos` is what it says of first tokens."""
+    """The llama variant as a GGUF file of F32 tensors in llama.cpp's layout; `add_bos` is its `add_bos_token`."""
     built, vocab = model("llama"), tokenizer().get_vocab()
     config = built.config
     tokens = [*sorted(vocab, key=vocab.get), "Ġt", "Ġa"]  # transformers 5.17 misreads a single merge
@@ -134,8 +156,8 @@ def save_gguf(path: Path, add_bos: bool | None = None) -> Path:
     for name, tensor in built.state_dict().items():
         if "q_proj" in name or "k_proj" in name:  # llama.cpp interleaves the halves of a rotary head
             tensor = tensor.view(-1, 2, config.head_dim // 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        for ours, theirs in GGUF_NAMES.items():
-            name = name.replace(ours, theirs)
+        for in_transformers, in_gguf in GGUF_NAMES.items():
+            name = name.replace(in_transformers, in_gguf)
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

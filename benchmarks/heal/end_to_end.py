@@ -11,6 +11,8 @@ from harness import CUDA, DEVICE, autocast, corpus_folder, corpus_of, emit, judg
 from mla_convert.core.progress import Progress
 from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.heal import HealConfig, data, heal, loop, run
+from mla_convert.heal.prepare_text import LABEL
+from mla_convert.method.refine.relative_adam import cosine
 from mla_convert.source.load_model import find_model, load_model
 
 
@@ -57,23 +59,23 @@ def _prepared(args, name, measure):
     """heal() with the text of part `text`, training between --gate and --until: the step size follows the time."""
     train, step, began = run._train, loop.Trainer._step, []
 
-    def corpus(state, *_):
+    def prepare_corpus(state, *_):
         def make():
             wait_for(args, "text")
             for file in corpus_folder(args, args.tokens).iterdir():
                 shutil.copy(file, state.folder)
             return {"label": Path(args.data).name}
 
-        return state.remember(run.LABEL, make)["label"]
+        return state.remember(LABEL, make)["label"]
 
     def gated(*given):
         measure()
         wait_for(args, args.gate)
         return train(*given)
 
-    def scheduled(number, steps):
+    def rate_factor(number, steps):
         done = (time.time() - began[0]) / (args.until - began[0]) if began else 0.0
-        return min(1.0, (number + 1) / loop.WARMUP_MAX) * loop.scheduled_at(done)
+        return min(1.0, (number + 1) / loop.WARMUP_MAX) * cosine(done, loop.FLOOR)
 
     def timed(trainer, number):
         if number == 3:  # compiled by now
@@ -84,9 +86,9 @@ def _prepared(args, name, measure):
             emit(args, part="progress", converted=name, tokens=trainer.run.tokens, kl=trainer.run.curve[-1]["kl"])
         return step(trainer, number)
 
-    run._corpus, run._train, loop.Trainer._step = corpus, gated, timed
+    run.prepare_corpus, run._train, loop.Trainer._step = prepare_corpus, gated, timed
     if args.until:
-        loop.scheduled = scheduled
+        loop.rate_factor = rate_factor
 
 
 def control(args):
@@ -109,7 +111,7 @@ def control(args):
 
     before = perplexities()
     for number in range(args.steps):
-        optimizer.param_groups[0]["lr"] = 3e-4 * loop.scheduled(number, args.steps)
+        optimizer.param_groups[0]["lr"] = 3e-4 * loop.rate_factor(number, args.steps)
         begins = [window.begin for window in schedule.step(number)[1]]
         ids = data.cut(corpus, begins, args.length).ids.to(DEVICE)
         with autocast():

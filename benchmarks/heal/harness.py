@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from mla_convert.core.progress import Progress
-from mla_convert.heal import HealSettings, data, loop, run
+from mla_convert.heal import HealSettings, data, loop, prepare_text
 from mla_convert.heal.state import StateFolder
 from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.source import texts
@@ -67,7 +67,7 @@ def settings_of(args, **own):
 
 def make_pair(converted, teacher, settings):
     student = load_model(find_model(converted), torch.float32 if settings.train == "all" else "auto", HOST)
-    return TeacherStudent(student, load_model(find_model(teacher), FROZEN, HOST), settings, FROZEN)
+    return TeacherStudent.build(student, load_model(find_model(teacher), FROZEN, HOST), settings, FROZEN)
 
 
 def signal(args, name):
@@ -92,16 +92,16 @@ def corpus_of(args, tokens, written=True):
     with ThreadPoolExecutor() as pool:
         made = None
         if not (bare / data.IDS).exists():
-            wanted = data.wanted_tokens(tokens)
+            wanted = data.needed_tokens(tokens)
             made = pool.submit(data.make_corpus, args.data, load_tokenizer(origin), wanted, bare)
         if written and not (folder / data.IDS).exists():
             began = time.perf_counter()
             engine, settings = accelerator(), settings_of(args, tokens=tokens)
-            ids = run._written(engine, settings, origin, load_tokenizer(origin), Progress(quiet=True))
+            ids = prepare_text.generate_text(engine, settings, origin, load_tokenizer(origin), Progress(quiet=True))
             emit(args, part="written", tokens=len(ids), seconds=round(time.perf_counter() - began, 1), peak_gb=peak())
             made and made.result()
             shutil.copytree(bare, folder, dirs_exist_ok=True)
-            data.add_written(folder, ids)
+            data.add_generated(folder, ids)
             free()
         made and made.result()
     return data.open_corpus(folder)

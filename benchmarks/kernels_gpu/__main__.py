@@ -1,6 +1,6 @@
-r"""The decode kernels on a GPU: correctness over the whole grid, tuning, and speed against what the card can do.
+r"""The decode kernels on a GPU: correctness, tuning, and speed as a share of what the card can reach.
 
-In this order, on a card that has not seen them yet:
+In this order, on a kind of card where they have not run:
 
     python benchmarks/kernels_gpu grid  --seconds 300
     python benchmarks/kernels_gpu tune  --seconds 60 --limit 5 --shape 256,64,32 --shape 128,64,32 --shape 96,32,32 \
@@ -11,15 +11,17 @@ In this order, on a card that has not seen them yet:
     mla-convert bench --config llama2-7b --rank 512 --context 8192 --batch max --memory 70GB
     mla-convert bench --config llama-8b --rank 512 --context 32768 --batch max --memory 70GB
 
-Results are printed as they come and written to --out as JSON lines, with a table at the end. Everything that runs on the GPU
-runs in processes of its own: a configuration that breaks one is reported, and the process replaced. Timing: several calls
-on different slices of the cache, at least 256 MB of them, in one CUDA graph, so that the L2 does not hold the cache; CUDA
-events round the replays; median.
+Results are printed at once and written to --out as JSON lines, with a table at the end. GPU work runs in worker processes: a
+configuration that breaks one is reported, and the process is replaced. Timing: one CUDA graph of several calls on different
+slices of the cache, at least 256 MB, so that the L2 does not hold the cache; CUDA events around the replays; median.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,26 +33,30 @@ from speed import speed
 from tune import parsed, tune
 
 
-def numbers(separator):
+def numbers(separator: str) -> Callable[[str], tuple[int, ...]]:
+    """A parser of numbers with `separator` in between."""
     return lambda text: tuple(int(part) for part in text.split(separator))
 
 
-def main():
+def main() -> bool:
+    """Run a task; returns whether any case was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["grid", "tune", "speed", "parts"])
-    parser.add_argument("--seconds", type=float, default=240, help="stop starting new work after this long")
+    parser.add_argument("--seconds", type=float, default=240, help="seconds after which no new work starts")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "kernel-results")))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run in the interpreter")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes; 0: all in this one")
-    parser.add_argument("--seed", type=int, default=0, help="grid: which cases")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes; 0: none")
+    parser.add_argument("--seed", type=int, default=0, help="grid: seed of the random cases")
     parser.add_argument(
         "--shape", type=numbers(","), action="append", help="rank,rope,heads; may be given several times"
     )
     parser.add_argument("--at", type=numbers("x"), action="append", help="batch x length, as 32x8192; several times")
     parser.add_argument("--page-size", type=int, default=0, help="tune: tokens in a page, 0 for a contiguous cache")
-    parser.add_argument("--limit", type=int, default=0, help="tune: at most so many configurations, 0 for all")
+    parser.add_argument("--limit", type=int, default=0, help="tune: most configurations of a shape, 0 for all")
     parser.add_argument("--config", type=parsed, action="append", default=[], help="tune: try this first, as printed")
-    parser.add_argument("--tuned", type=Path, help="speed: tune.json of an earlier run; default configurations without")
+    parser.add_argument(
+        "--tuned", type=Path, help="speed: tune.json of an earlier run, in place of the default configurations"
+    )
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or [(512, 64, 32)]
     arguments.at = arguments.at or [(32, 8192)]

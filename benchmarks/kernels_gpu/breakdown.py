@@ -1,31 +1,36 @@
-"""Where the time of one call goes, and up to how many query tokens absorbed attention is the faster."""
+"""Time of the parts of one call, and the number of query tokens up to which absorbed attention is faster."""
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from gpu_workers import Pool
-from harness import Log, ceilings, decode_calls, half, make_slices, time_calls
+from harness import Log, Shape, ceilings, decode_calls, half, make_slices, time_calls
 from speed import alone
+from torch import Tensor
 from tune import brief
 
 from mla_attention import decode as launcher
 from mla_attention import decode_kernels, hopper, mla_decode
-from mla_attention.tuning import default_config, hopper_config
+from mla_attention.tuning import DecodeConfig, default_config, hopper_config
 
 
 class NullKernel:
     """A kernel that is not launched."""
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **options: None
 
-    def launch(self, *arguments):
-        pass
+    def launch(self, *arguments: object) -> None:
+        """Launch nothing."""
 
 
 @contextmanager
-def without_combination():
+def without_combination() -> Iterator[None]:
     """Launch the attending kernels alone."""
     triton, cuda = decode_kernels.mla_decode_fwd_kernel_combine, hopper._kernels
     decode_kernels.mla_decode_fwd_kernel_combine = NullKernel()
@@ -34,13 +39,13 @@ def without_combination():
     decode_kernels.mla_decode_fwd_kernel_combine, hopper._kernels = triton, cuda
 
 
-def call_parts(shape, config, device):
-    """Microseconds of a call, of its attending kernel alone, and of that on a cache that fits the L2."""
+def call_parts(shape: Shape, config: DecodeConfig, device: str) -> dict[str, float]:
+    """Microseconds of a call, of its attending kernel alone, and of that kernel on a cache that fits the L2."""
     slices, _, _ = make_slices(*shape, device)
     calls = decode_calls(slices, config, 0)
     row = {"call": time_calls(calls, device)}
     q, qr, latent, rope, *rest = slices
-    # Every sequence reads the first one's rows: what then takes longer than the memory would is computing.
+    # All sequences read the rows of the first one; time beyond that of the memory is computation.
     same = (q, qr, latent[:1, :1].expand(1, *latent.shape[1:]), rope[:1, :1].expand(1, *rope.shape[1:]), *rest)
     with without_combination():
         row["attending"] = time_calls(calls, device)
@@ -48,9 +53,11 @@ def call_parts(shape, config, device):
     return row
 
 
-def absorbed_or_expanded(rank, rope_dim, heads, length, device, width=128):
-    """Microseconds of both ways for T new tokens of one sequence with `length` in the cache: {T: (absorbed, expanded)}."""
-    rows = {}
+def absorbed_or_expanded(
+    rank: int, rope_dim: int, heads: int, length: int, device: str, width: int = 128
+) -> dict[int, tuple[float, float]]:
+    """Microseconds of absorbed and of expanded attention for T new tokens of a sequence of `length`, by T."""
+    rows: dict[int, tuple[float, float]] = {}
     latent, rope = (torch.randn(1, length, d, device=device).to(half(device)) for d in (rank, rope_dim))
     up = (torch.randn(heads, 2 * width, rank, device=device) * rank**-0.5).to(half(device))
     lengths = torch.tensor([length], dtype=torch.int32, device=device)
@@ -59,15 +66,15 @@ def absorbed_or_expanded(rank, rope_dim, heads, length, device, width=128):
             break
         q_nope = torch.randn(1, heads, tokens, width, device=device).to(half(device))
         q_rope = torch.randn(1, tokens, heads, rope_dim, device=device).to(half(device))
-        own = torch.arange(length - tokens, length, device=device)
-        mask = None if tokens == 1 else torch.arange(length, device=device) <= own[:, None]
+        query_position = torch.arange(length - tokens, length, device=device)
+        mask = None if tokens == 1 else torch.arange(length, device=device) <= query_position[:, None]
 
-        def absorbed(q_nope=q_nope, q_rope=q_rope):
+        def absorbed(q_nope: Tensor = q_nope, q_rope: Tensor = q_rope) -> Tensor:
             query = torch.einsum("bhtd,hdr->bthr", q_nope, up[:, :width])
             attended = mla_decode(query, q_rope, latent, rope, lengths, softmax_scale=0.07)
             return torch.einsum("bthr,hvr->bthv", attended, up[:, width:])
 
-        def expanded(q_nope=q_nope, q_rope=q_rope, mask=mask):
+        def expanded(q_nope: Tensor = q_nope, q_rope: Tensor = q_rope, mask: Tensor | None = mask) -> Tensor:
             both = F.linear(latent, up.flatten(0, 1)).view(1, length, heads, -1).transpose(1, 2)
             key = torch.cat([both[..., :width], rope[:, None].expand(-1, heads, -1, -1)], -1)
             query = torch.cat([q_nope, q_rope.transpose(1, 2)], -1)
@@ -77,7 +84,8 @@ def absorbed_or_expanded(rank, rope_dim, heads, length, device, width=128):
     return rows
 
 
-def parts(arguments):
+def parts(arguments: argparse.Namespace) -> bool:
+    """Measure all shapes; returns False, as no result is judged."""
     device = arguments.device
     log = Log(arguments.out, "parts")
     pool = Pool(min(arguments.processes, 1))

@@ -1,28 +1,34 @@
-"""Correctness over the whole grid: random kernels (what is fixed when one is compiled), each on a dozen cases."""
+"""Correctness over the whole grid: random kernels (a set of compile-time constants), each on a dozen cases."""
 
+from __future__ import annotations
+
+import argparse
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
-from cases import CACHE_SCALE, disagreement, make_case
+from cases import CACHE_SCALE, as_problem, disagreement, make_case
 from gpu_workers import Pool
-from harness import Log, decode_calls, device_name, half, left, make_slices, row_error
+from harness import Log, Shape, decode_calls, device_name, half, left, make_slices, row_error
+from torch import Tensor
 from tune import candidates, hopper_candidates
 
-from mla_attention import mask_extent, mla_decode, mla_write, naive_write
+from mla_attention import mla_decode, mla_write, naive_write
 from mla_attention.decode import launch_decode
 from mla_attention.tuning import DecodeConfig, default_config
 
 LENGTHS = ([0, 1, 15, 16], [17, 31, 33, 64], [63, 65, 127, 3], [1000, 4096, 1, 0], [700, 20, 513, 2049])
-# Long enough that a program walks over many tiles, more than its pipeline holds, and over the end of a sequence.
+# Long enough that a program attends to more tiles than its pipeline holds, and to the end of a sequence.
 DEEP, VERY_DEEP = [40000, 5, 30001, 0], [131072, 5, 70000, 0]
 HEADS = (1, 3, 9, 14, 16, 32, 63, 64, 128)
 
 
-def grid_groups(seed):
-    """Kernels to build, endlessly: everything that is fixed when one is compiled."""
+def grid_groups(seed: int) -> Iterator[dict[str, Any]]:
+    """Endless random groups: compile-time constants of a kernel, and options of its calls."""
     rng = random.Random(seed)
     ranks = [64, 128, 256, 512, 576, 96, 160, 384, 144, *range(16, 577, 16)]
     for index in itertools.count():
@@ -39,33 +45,33 @@ def grid_groups(seed):
             "rank": rank, "rope_dim": rope_dim, "dtype": dtype, "page_size": rng.choice([0, 0, 1, 16, 64, 128]),
             "config": asdict(config), "num_splits": rng.choice([0, 0, 0, 1, 3]),
             "softcap": rng.choice([0.0, 0.0, 0.0, 5.0]), "window": rng.choice([None, None, None, 50]),
-            "mask": rng.choice([None, None, None, None, "padding", "holes"]),
+            "mask": rng.choice([None, None, None, None, "padding", "gaps"]),
             "seed": index,
         }  # fmt: skip
 
 
-def fitted(group, device):
-    """The group itself, or what the interpreter can do of it in reasonable time."""
+def fitted(group: dict[str, Any], device: str) -> dict[str, Any]:
+    """The group, made small enough for the interpreter where it runs there."""
     if device == "cuda":
         return group
     return group | {"rank": 16 + group["rank"] % 48 // 16 * 16, "rope_dim": group["rope_dim"] % 32, "dtype": "float32",
                     "config": group["config"] | {"pdl": False}}  # fmt: skip
 
 
-def random_mask(case, tokens, lengths, holes, rng):
-    """Left padding of random width, and one token in four hidden if asked for."""
+def random_mask(case: dict[str, Any], tokens: int, lengths: list[int], gaps: bool, rng: random.Random) -> Tensor:
+    """A mask with left padding of random width, and optionally one token in four hidden."""
     device = case["latent_cache"].device
     position = torch.arange(case["latent_cache"].shape[1], device=device)
-    own = torch.tensor(lengths, device=device)[:, None] - tokens + 1 + torch.arange(tokens, device=device)
+    limit = torch.tensor(lengths, device=device)[:, None] - tokens + 1 + torch.arange(tokens, device=device)
     start = torch.tensor([rng.randrange(max(length, 1)) for length in lengths], device=device)
-    mask = (position < own[..., None]) & (position >= start[:, None, None])
-    return mask & (torch.rand(mask.shape, device=device) < 0.75) if holes else mask
+    mask = (position < limit[..., None]) & (position >= start[:, None, None])
+    return mask & (torch.rand(mask.shape, device=device) < 0.75) if gaps else mask
 
 
-def run_group(group, device, cases=12):
-    """Results of one kernel on several lengths, head counts and numbers of query tokens: (case, what is wrong or None).
+def run_group(group: dict[str, Any], device: str, cases: int = 12) -> list[tuple[dict[str, Any], str | None]]:
+    """Results of one kernel on several lengths, head counts and numbers of query tokens: (case, error or None).
 
-    A problem with the GPU itself is raised, for the pool to see.
+    Errors of the GPU are raised, and the pool replaces the process.
     """
     rng = random.Random(group["seed"])
     config = DecodeConfig(**group["config"])
@@ -84,12 +90,10 @@ def run_group(group, device, cases=12):
         lse = torch.full((4, heads, tokens), torch.nan, device=device)
         mask = None
         if group["mask"] and not group["page_size"] and not group["window"] and max(lengths) < 10000:
-            mask = random_mask(case, tokens, lengths, group["mask"] == "holes", rng)
+            mask = random_mask(case, tokens, lengths, group["mask"] == "gaps", rng)
             del case["cache_seqlens"]
-        launch_decode(case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"],
-                      case.get("cache_seqlens"), case.get("block_table"), case["softmax_scale"], group["num_splits"],
-                      group["softcap"], group["window"] or 0, out, lse, config, mask=mask,
-                      extent=None if mask is None else mask_extent(mask))  # fmt: skip
+        problem = as_problem(case, out, lse, group["num_splits"], group["softcap"], group["window"], mask)
+        launch_decode(problem, config)
         label = {"heads": heads, "tokens": tokens, "lengths": lengths}
         results.append((label, disagreement(out, lse, case, mask=mask, **options)))
     if device == "cuda":
@@ -97,8 +101,8 @@ def run_group(group, device, cases=12):
     return results
 
 
-def large_offsets(device):
-    """A cache of more than 2^31 numbers, of which the last rows are used."""
+def large_offsets(device: str) -> str | None:
+    """Error on a cache of more than 2^31 numbers, in which the last sequence begins beyond that; None if there is none."""
     span = (1 << 21) + 64
     latent = torch.empty(3, span, 512, device=device, dtype=torch.bfloat16)
     rope = torch.empty(3, span, 64, device=device, dtype=torch.bfloat16)
@@ -107,16 +111,15 @@ def large_offsets(device):
     latent[:, :rows], rope[:, :rows] = case["latent_cache"], case["rope_cache"]
     small = dict(case)
     out, lse = torch.full_like(case["q_latent"], torch.nan), torch.full((3, 32, 1), torch.nan, device=device)
-    launch_decode(case["q_latent"], case["q_rope"], latent, rope, case["cache_seqlens"], None, case["softmax_scale"], 0,
-                  0.0, 0, out, lse)  # fmt: skip
-    problem = disagreement(out, lse, small)
+    launch_decode(as_problem(case | {"latent_cache": latent, "rope_cache": rope}, out, lse))
+    error = disagreement(out, lse, small)
     del latent, rope
     torch.cuda.empty_cache()
-    return problem
+    return error
 
 
-def operators(device):
-    """What is wrong with the public functions, called as a model does: write new tokens, then decode, compiled and not."""
+def operators(device: str) -> str | None:
+    """Error of the public functions, called as in a model: write new tokens, then decode, eager and compiled."""
     batch, tokens, heads, rank, planes = 2, 3, 32, 512, 32
     case = make_case(batch, tokens, heads, rank, 2 * planes, [100, 37], half(device), 64, device)
     positions = case["cache_seqlens"][:, None] - tokens + torch.arange(tokens, device=device, dtype=torch.int32)
@@ -125,10 +128,10 @@ def operators(device):
     new = {"latent": compressed[..., :rank], "k_rope": compressed[..., rank:], "q_rope": case["q_rope"],
            "cos": angles.cos(), "sin": angles.sin(), "positions": positions, "block_table": case["block_table"]}  # fmt: skip
     caches = {name: case[name].clone() for name in ("latent_cache", "rope_cache")}
-    want = naive_write(**new, **caches)
+    expected = naive_write(**new, **caches)
     case["q_rope"] = mla_write(**new, latent_cache=case["latent_cache"], rope_cache=case["rope_cache"])
-    for mine, reference in ((case["q_rope"], want), *((case[name], caches[name]) for name in caches)):
-        if not torch.allclose(mine.float(), reference.float(), atol=2e-3, rtol=1e-2, equal_nan=True):
+    for result, reference in ((case["q_rope"], expected), *((case[name], caches[name]) for name in caches)):
+        if not torch.allclose(result.float(), reference.float(), atol=2e-3, rtol=1e-2, equal_nan=True):
             return "mla_write differs from its reference"
     scale = case["softmax_scale"]
     out, lse = mla_decode(**case, return_lse=True)
@@ -141,15 +144,15 @@ def operators(device):
     return disagreement(out, lse, case)
 
 
-# Many tiles for every program, at full speed: rank, rope dimension, heads, batch, length, page size, ragged.
+# Shapes with many tiles for every program, at full speed.
 REPEATED = [
     (96, 32, 32, 32, 8192, 0, False), (128, 64, 32, 128, 8192, 0, False), (160, 32, 14, 32, 8192, 64, True),
     (256, 64, 128, 32, 8192, 0, False), (512, 64, 128, 32, 8192, 64, True), (512, 64, 32, 8, 32768, 0, False),
 ]  # fmt: skip
 
 
-def repeated(shape, device, times=40):
-    """What is wrong with a result that should have the same bits every time: a race shows as one that has not."""
+def repeated(shape: Shape, device: str, times: int = 40) -> str | None:
+    """Error of repeated calls, whose results must have the same bits every time; a race in a kernel changes them."""
     slices, _, _ = make_slices(*shape, device)
     error = row_error(slices, None, 0)
     if error > 5e-3:
@@ -165,20 +168,21 @@ def repeated(shape, device, times=40):
     return None
 
 
-def once(check, *arguments):
-    """Outcome of a check that is no group, as one."""
+def once(check: Callable[..., str | None], *arguments: Any) -> list[tuple[dict[str, Any], str | None]]:
+    """The result of a single check in the form of `run_group`'s."""
     return [({}, check(*arguments))]
 
 
-def table(counts):
-    """Right and wrong cases by every dimension of the grid."""
+def table(counts: Counter) -> str:
+    """Markdown table of right and wrong cases by every dimension of the grid."""
     lines = ["| dimension | value | right | wrong |", "|---|---|---|---|"]
     for name, value in sorted({key[:2] for key in counts}):
         lines.append(f"| {name} | {value} | {counts[name, value, True]} | {counts[name, value, False]} |")
     return "\n".join(lines)
 
 
-def grid(arguments):
+def grid(arguments: argparse.Namespace) -> bool:
+    """Run checks and random groups until the time is up; returns whether any case was wrong."""
     device = arguments.device
     log = Log(arguments.out, "grid")
     counts, kernels = Counter(), Counter()

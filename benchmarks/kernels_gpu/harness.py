@@ -1,51 +1,69 @@
-"""What grid, tune and speed share: log, timing, inputs, and how fast the card is."""
+"""Shared by all tasks: log, timing, inputs, and the speed of the card."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import platform
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mla_attention.decode import launch_decode
+from mla_attention.problem import DecodeProblem
+from mla_attention.tuning import DecodeConfig
 
 DISTINCT_BYTES = 256e6
 START = time.monotonic()
 
+# Rank, rope dimension, heads, batch, length, page size (0: contiguous), and whether lengths differ.
+Shape = tuple[int, int, int, int, int, int, bool]
+# Queries, rotary queries, latent caches and rope caches of all slices, lengths, block table, out and lse.
+Slices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
-def half(device):
-    """bfloat16; in the interpreter float16, since Triton's multiplies bfloat16 bit patterns as integers."""
+
+def half(device: str) -> torch.dtype:
+    """bfloat16, or float16 in Triton's interpreter, which multiplies bit patterns of bfloat16 as integers."""
     return torch.bfloat16 if device == "cuda" else torch.float16
 
 
-def left(arguments):
+def left(arguments: argparse.Namespace) -> float:
+    """Seconds left of `--seconds`."""
     return arguments.seconds - (time.monotonic() - START)
 
 
-def device_name(device):
+def device_name(device: str) -> str:
+    """The device and the versions of what runs on it."""
     name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
     return f"{name}, torch {torch.__version__}, Triton {triton.__version__}, Python {platform.python_version()}"
 
 
 class Log:
-    """JSON lines that are on disk as soon as they are known, and the same to the terminal in short."""
+    """A file of JSON lines, each written at once, with a short form of each on the terminal."""
 
-    def __init__(self, folder, name):
+    def __init__(self, folder: Path, name: str):
+        """Create `name`.jsonl in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / f"{name}.jsonl").open("w")
 
-    def add(self, text=None, **row):
+    def add(self, text: str | None = None, **row: Any) -> None:
+        """Write `row`, and print `text` with the elapsed seconds."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if text:
             print(f"[{time.monotonic() - START:5.0f}s] {text}", flush=True)
 
 
-def time_calls(calls, device, replays=9):
-    """Median microseconds of one of `calls`, run one after another in one CUDA graph."""
-    if device == "cpu":  # a dry run in the interpreter: every line is run, the figure means nothing
+def time_calls(calls: Sequence[Callable[[], object]], device: str, replays: int = 9) -> float:
+    """Median microseconds of a call, from replays of one CUDA graph that runs all `calls` one after another."""
+    if device == "cpu":  # a dry run in the interpreter; its time means nothing
         start = time.perf_counter()
         calls[0]()
         return (time.perf_counter() - start) * 1e6
@@ -56,7 +74,7 @@ def time_calls(calls, device, replays=9):
         for call in calls:
             call()
     start = time.perf_counter()
-    while True:  # clocks up
+    while True:  # until the clocks have risen
         graph.replay()
         torch.cuda.synchronize()
         if time.perf_counter() - start > 0.015:
@@ -81,7 +99,7 @@ def read_kernel(x, total, BLOCK: tl.constexpr, PIECES: tl.constexpr):  # noqa: N
     tl.store(total + tl.program_id(0), tl.sum(seen, 0))
 
 
-def read_bandwidth(device):
+def read_bandwidth(device: str) -> float:
     """GB/s of a kernel that only reads."""
     block, pieces = 4096, 32
     programs = (4 << 30) // (block * pieces * 4) if device == "cuda" else 2
@@ -91,25 +109,27 @@ def read_bandwidth(device):
     return x.numel() * 4 / us / 1e3
 
 
-def matmul_rate(device):
+def matmul_rate(device: str) -> float:
     """TFLOP/s of torch.mm in bfloat16."""
     n = 8192 if device == "cuda" else 64
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
     return 2 * n**3 / time_calls([lambda: torch.mm(a, b)] * 4, device) / 1e6
 
 
-def ceilings(device):
-    """Read bandwidth and matrix rate of this card, now; and its name."""
+def ceilings(device: str) -> tuple[float, float, str]:
+    """Read bandwidth in GB/s and matrix rate in TFLOP/s of the card at this moment, and its name."""
     forget_inputs()
     result = read_bandwidth(device), matmul_rate(device), device_name(device)
     forget_inputs()
     return result
 
 
-def make_slices(rank, rope_dim, heads, batch, length, page_size, ragged, device):
-    """Queries, several distinct slices of caches, lengths and block table, all random normal; bytes and operations."""
+def make_slices(
+    rank: int, rope_dim: int, heads: int, batch: int, length: int, page_size: int, ragged: bool, device: str
+) -> tuple[Slices, int, int]:
+    """Random inputs with several distinct slices of caches; bytes read and operations of a call."""
     row_bytes = (rank + rope_dim) * 2
-    # Ragged: lengths from 1/2 to 3/2 of the mean, the same number of tokens in all.
+    # Ragged: lengths from 1/2 to 3/2 of the mean, with the same number of tokens in total.
     lengths = torch.full((batch,), length, dtype=torch.int32)
     if ragged and batch > 1:
         lengths = torch.linspace(length / 2, length * 3 / 2, batch).round().to(torch.int32)
@@ -134,19 +154,22 @@ def make_slices(rank, rope_dim, heads, batch, length, page_size, ragged, device)
     return (q, qr, latent, rope, lengths.to(device), table, out, lse), nbytes, flops
 
 
-def decode_calls(slices, config, num_splits):
+def decode_calls(slices: Slices, config: DecodeConfig | None, num_splits: int) -> list[Callable[[], None]]:
     """One call per slice."""
     q, qr, latent, rope, lengths, table, out, lse = slices
     scale = (q.shape[3] + qr.shape[3]) ** -0.5
 
-    def call(i):
-        launch_decode(q, qr, latent[i], rope[i], lengths, table, scale, num_splits, 0.0, 0, out, lse, config)
+    def call(i: int) -> None:
+        problem = DecodeProblem(
+            q, qr, latent[i], rope[i], lengths, table, scale, num_splits, 0.0, 0, None, None, out, lse
+        )
+        launch_decode(problem, config)
 
     return [lambda i=i: call(i) for i in range(latent.shape[0])]
 
 
-def row_error(slices, config, num_splits):
-    """Largest distance of a row from float32 products of the same numbers, over its norm, in a few sequences."""
+def row_error(slices: Slices, config: DecodeConfig | None, num_splits: int) -> float:
+    """Largest distance of a row from float32 products of the same numbers over the row's norm, in a few sequences."""
     q, qr, latent, rope, lengths, table, out, _ = slices
     out.fill_(torch.nan)
     decode_calls(slices, config, num_splits)[0]()
@@ -156,25 +179,25 @@ def row_error(slices, config, num_splits):
         n = int(lengths[b])
         c, k = c[:n].float(), k[:n].float()
         scores = (q[b, 0].float() @ c.T + qr[b, 0].float() @ k.T) * (q.shape[3] + qr.shape[3]) ** -0.5
-        want = scores.softmax(-1) @ c
-        error = (out[b, 0].float() - want).norm(dim=-1) / want.norm(dim=-1)
+        expected = scores.softmax(-1) @ c
+        error = (out[b, 0].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
         worst = max(worst, error.nan_to_num(torch.inf).max().item())
     return worst
 
 
-# Inputs of the last shape: drawn once in a process, not for every configuration.
-_inputs = {}
+# Inputs of the last shape, drawn once in a process for all configurations.
+_inputs: dict[Shape, tuple[Slices, int, int]] = {}
 
 
-def forget_inputs():
-    """Give the memory of the last shape back to the device."""
+def forget_inputs() -> None:
+    """Free the inputs of the last shape."""
     _inputs.clear()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-def measure(shape, config, num_splits, device):
-    """Microseconds, GB/s, TFLOP/s and error of one configuration. `shape`: make_slices' arguments up to the device."""
+def measure(shape: Shape, config: DecodeConfig | None, num_splits: int, device: str) -> dict[str, float]:
+    """Microseconds, GB/s, TFLOP/s and error of one configuration."""
     if shape not in _inputs:
         forget_inputs()
         _inputs[shape] = make_slices(*shape, device)

@@ -1,12 +1,18 @@
-"""Speed of the kernels, and of the original model's own attention, against what the card can do."""
+"""Speed of the kernels and of the original model's attention, as a share of the card's read bandwidth and matrix rate."""
 
+from __future__ import annotations
+
+import argparse
 import itertools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from gpu_workers import Pool
 from harness import DISTINCT_BYTES, Log, ceilings, forget_inputs, left, measure, time_calls
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tune import brief
 
@@ -16,7 +22,7 @@ BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.E
 ORIGINALS = (("Llama-3-8B", 8), ("Llama-2-7B", 32))  # name, key-value heads of 32
 
 
-def backend_us(backend, q, k, v, device):
+def backend_us(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, device: str) -> float:
     """Microseconds of one SDPA backend, or infinity where it does not serve the shape."""
     calls = [lambda i=i: F.scaled_dot_product_attention(q, k[i], v[i]) for i in range(k.shape[0])]
     try:
@@ -26,33 +32,38 @@ def backend_us(backend, q, k, v, device):
         return float("inf")
 
 
-def sdpa(kv_heads, batch, length, device, heads=32, head_dim=128):
+def sdpa(
+    kv_heads: int, batch: int, length: int, device: str, heads: int = 32, head_dim: int = 128
+) -> tuple[float, str]:
     """Microseconds of the fastest SDPA backend on one decode step of the original model's layer, and its name."""
     forget_inputs()
     count = max(2, int(-(-DISTINCT_BYTES // (batch * length * kv_heads * head_dim * 4)))) if device == "cuda" else 2
     shape = (min(count, 128), batch, kv_heads, length, head_dim)
     k, v = (torch.empty(shape, device=device, dtype=torch.bfloat16).normal_() for _ in range(2))
-    # A group's heads are rows of one query: every backend reads a key once for all of them.
+    # The heads of a group are rows of one query, so that every backend reads a key once for all of them.
     q = torch.randn(batch, kv_heads, heads // kv_heads, head_dim, device=device).to(torch.bfloat16)
     backends = BACKENDS if device == "cuda" else (SDPBackend.MATH,)
     return min((backend_us(backend, q, k, v, device), backend.name) for backend in backends)
 
 
-def nearest(tuned, rank, rope_dim, heads, batch, length):
+def nearest(
+    tuned: list[dict[str, Any]], rank: int, rope_dim: int, heads: int, batch: int, length: int
+) -> dict[str, Any] | None:
     """The tuned entry of this shape at the closest batch and length, or None."""
     same = [e for e in tuned if (e["rank"], e["rope_dim"], e["heads"]) == (rank, rope_dim, heads)]
     return min(same, default=None, key=lambda e: (e["batch"] != batch, abs(e["batch"] * e["length"] - batch * length)))
 
 
-def alone(pool, function, *args):
-    """(result, problem) of one job in a process of its own."""
+def alone(pool: Pool, function: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
+    """(result, problem) of one job in a worker process."""
     pool.start(None, function, *args)
     while not (done := pool.finished(1)):
         pass
     return done[0][1:]
 
 
-def speed(arguments):
+def speed(arguments: argparse.Namespace) -> bool:
+    """Measure all shapes; returns False, as no result is judged."""
     device = arguments.device
     log = Log(arguments.out, "speed")
     pool = Pool(min(arguments.processes, 1))

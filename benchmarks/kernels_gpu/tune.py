@@ -1,15 +1,20 @@
 """Time configurations of the decode kernel at given shapes, the most promising first."""
 
+from __future__ import annotations
+
+import argparse
 import itertools
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
+from typing import Any, get_type_hints
 
 import torch
 from gpu_workers import Pool
-from harness import Log, ceilings, half, left, measure
+from harness import Log, Shape, ceilings, half, left, measure
 
 from mla_attention import decode_kernels, nvrtc
 from mla_attention.decode import launch_decode
+from mla_attention.problem import DecodeProblem
 from mla_attention.tuning import (
     DecodeConfig,
     default_config,
@@ -22,11 +27,14 @@ SHARED_LIMIT = 227 * 1024
 PROCESSORS = 132  # of the H100, for the number of splits to try
 LARGEST_ERROR = 1e-2
 
+# A configuration and a number of splits.
+Job = tuple[DecodeConfig, int]
 
-def candidates(rank, rope_dim, rows):
-    """Configurations of the Triton kernel worth trying for bf16: those that Hopper's shared memory and registers can hold."""
+
+def candidates(rank: int, rope_dim: int, rows: int) -> list[DecodeConfig]:
+    """Configurations of the Triton kernel for bfloat16 that fit Hopper's shared memory and registers, most promising first."""
     wide = power_of_two(max(rows, 16))
-    found = []
+    configs = []
     for block_m, block_n, warps, stages, per_sm in itertools.product(
         (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3)
     ):
@@ -46,17 +54,17 @@ def candidates(rank, rope_dim, rows):
             continue
         if memory * per_sm < SHARED_LIMIT / 3 and per_sm < 3 and rank >= 96:
             continue  # far too few bytes in flight
-        found.append(replace(config, registers=registers if registers < 255 else 0))
-    return sorted(found, key=lambda config: promise(config, rank, rope_dim, rows), reverse=True)
+        configs.append(replace(config, registers=registers if registers < 255 else 0))
+    return sorted(configs, key=lambda config: promise(config, rank, rope_dim, rows), reverse=True)
 
 
-def hopper_candidates(rank, rope_dim):
-    """The CUDA kernel as it is launched, and with smaller tiles."""
+def hopper_candidates(rank: int, rope_dim: int) -> list[DecodeConfig]:
+    """The CUDA kernel's configuration, if it serves these sizes."""
     return [config for config in (hopper_config(rank, rope_dim),) if config]
 
 
-def promise(config, rank, rope_dim, rows):
-    """Larger for configurations to time first: bytes in flight, and what costs registers or reads of shared memory."""
+def promise(config: DecodeConfig, rank: int, rope_dim: int, rows: int) -> float:
+    """Estimate of a configuration's speed: bytes in flight, less the cost of registers and of repeated reads."""
     accumulators = config.block_m * rank / (32 * config.warps)
     tiles = max(config.stages - (config.block_m < 64) - 1, 0.5)
     ahead = config.per_sm * tiles * config.block_n * (rank + rope_dim) * 2
@@ -66,9 +74,10 @@ def promise(config, rank, rope_dim, rows):
     return min(ahead, 100e3) / 100e3 + (config.block_m >= 64) * 0.4 - slow
 
 
-def build(shape, config, num_splits, device):
-    """Compile for a shape into the caches on disk, without a launch: it would disturb what is being timed. A process that
-    has done this launches nothing any more, so it is no place for anything else.
+def build(shape: Shape, config: DecodeConfig, num_splits: int, device: str) -> None:
+    """Compile for a shape into the caches on disk, without a launch, which would disturb the timing of other kernels.
+
+    The process cannot launch kernels afterwards.
     """
     if device == "cpu":
         return
@@ -89,19 +98,25 @@ def build(shape, config, num_splits, device):
     lengths = torch.empty(batch, dtype=torch.int32, device=device)
     table = torch.empty(batch, -(-length // page_size), dtype=torch.int32, device=device) if page_size else None
     lse = torch.empty(batch, heads, 1, device=device)
-    launch_decode(q, qr, latent, rope, lengths, table, 0.1, num_splits, 0.0, 0, torch.empty_like(q), lse, config)
+    problem = DecodeProblem(
+        q, qr, latent, rope, lengths, table, 0.1, num_splits, 0.0, 0, None, None, torch.empty_like(q), lse
+    )
+    launch_decode(problem, config)
 
 
-def sweep(jobs, shape, builders, timer, arguments, log, tag):
-    """Time (config, splits) jobs in this order as they get built; the right ones, fastest first."""
-    waiting, built, found = list(enumerate(jobs)), [], []
+def sweep(
+    jobs: list[Job], shape: Shape, builders: Pool, timer: Pool, arguments: argparse.Namespace, log: Log,
+    tag: dict[str, Any],
+) -> list[tuple[dict[str, float], DecodeConfig, int]]:  # fmt: skip
+    """Time jobs in this order as they are built; returns the correct ones, fastest first."""
+    waiting, built, timed = list(enumerate(jobs)), [], []
     while (waiting or built or builders.busy or builders.done or timer.busy or timer.done) and left(arguments) > 4:
         while waiting and builders.room:
             number, job = waiting.pop(0)
             builders.start((shape, number, job), build, shape, *job, arguments.device)
         for (of, number, job), _, problem in builders.finished():
             if of != shape:
-                continue  # begun for the shape before, whose time was up
+                continue  # started for the shape before, whose time is up
             if problem:
                 log.add(
                     f"not built: {job[0]}: {problem}", kind="unbuilt", **tag, config=asdict(job[0]), problem=problem
@@ -126,27 +141,28 @@ def sweep(jobs, shape, builders, timer, arguments, log, tag):
                 )
             else:
                 log.add(f"{row['us']:8.1f} us {brief(config)} splits={num_splits}", kind="timing", **tag, **what, **row)
-                found.append((row, config, num_splits))
-    return sorted(found, key=lambda entry: entry[0]["us"])
+                timed.append((row, config, num_splits))
+    return sorted(timed, key=lambda entry: entry[0]["us"])
 
 
-def brief(config):
+def brief(config: DecodeConfig | None) -> str:
+    """A configuration as words `name=value`, without those that are 0."""
     if config is None:
         return "default"
     return " ".join(f"{name}={int(value)}" for name, value in asdict(config).items() if value)
 
 
-def parsed(text):
+def parsed(text: str) -> DecodeConfig:
     """A configuration from words as `brief` prints them."""
     words = dict(word.split("=") for word in text.split())
-    kinds = {field.name: field.type for field in fields(DecodeConfig)}
+    kinds = get_type_hints(DecodeConfig)
     return DecodeConfig(**{name: kinds[name](int(value)) for name, value in words.items()})
 
 
-def variants(found, batch):
-    """What else to try on the fastest: dependent launch, other numbers of splits, fewer programs for short work."""
+def variants(timed: list[tuple[dict[str, float], DecodeConfig, int]], batch: int) -> list[Job]:
+    """Variants of the fastest three: dependent launch, other numbers of splits, fewer programs for small batches."""
     more = []
-    for _, config, _ in found[:3]:
+    for _, config, _ in timed[:3]:
         fast = replace(config, pdl=True)
         workers = PROCESSORS * config.per_sm
         more += [(fast, s) for s in sorted({0, max(workers // batch, 1), max(2 * workers // batch, 1), 4}) if s <= 1024]
@@ -155,7 +171,8 @@ def variants(found, batch):
     return list(dict.fromkeys(more))
 
 
-def tune(arguments):
+def tune(arguments: argparse.Namespace) -> bool:
+    """Find the fastest configuration of every shape; returns False, as no result is judged."""
     log = Log(arguments.out, "tune")
     builders = Pool(arguments.processes)
     timer = Pool(min(arguments.processes, 1))
@@ -169,7 +186,7 @@ def tune(arguments):
     work = list(itertools.product(arguments.shape, arguments.at))
     whole = arguments.seconds
     for number, ((rank, rope_dim, heads), (batch, length)) in enumerate(work):
-        # An even share of what is left, so that every shape gets its turn, and a third of it for the second sweep.
+        # Every shape gets an even share of the time that is left, and the second sweep a third of that share.
         arguments.seconds = whole
         share = (left(arguments) - 4) / (len(work) - number)
         end = whole - left(arguments) + share
@@ -181,21 +198,21 @@ def tune(arguments):
         jobs += [(config, 0) for config in candidates(rank, rope_dim, heads)]
         jobs = list(dict.fromkeys(jobs))[: arguments.limit or None]
         arguments.seconds = end - share / 3
-        found = sweep(jobs, shape, builders, timer, arguments, log, tag)
+        timed = sweep(jobs, shape, builders, timer, arguments, log, tag)
         arguments.seconds = end
-        found += sweep(
-            variants(found, batch) if arguments.device == "cuda" else [], shape, builders, timer, arguments, log, tag
+        timed += sweep(
+            variants(timed, batch) if arguments.device == "cuda" else [], shape, builders, timer, arguments, log, tag
         )
-        found.sort(key=lambda entry: entry[0]["us"])
-        for row, config, num_splits in found[:3]:
+        timed.sort(key=lambda entry: entry[0]["us"])
+        for row, config, num_splits in timed[:3]:
             log.add(
                 f"BEST {rank}+{rope_dim} h={heads} {batch}x{length}: {row['us']:.1f} us {row['gb_s']:.0f} GB/s "
                 f"({row['gb_s'] / bandwidth:.0%}) {row['tflop_s']:.0f} TFLOP/s ({row['tflop_s'] / rate:.0%}) "
                 f"{brief(config)} splits={num_splits} error {row['error']:.1e}",
                 kind="best", **tag, **row, config=asdict(config), num_splits=num_splits,
             )  # fmt: skip
-        if found:
-            row, config, num_splits = found[0]
+        if timed:
+            row, config, num_splits = timed[0]
             best.append(tag | {"us": row["us"], "share": row["gb_s"] / bandwidth, "num_splits": num_splits,
                                "config": asdict(config), "page_size": arguments.page_size})  # fmt: skip
         report = {"device": device, "gb_s": bandwidth, "tflop_s": rate, "best": best}

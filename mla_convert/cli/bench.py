@@ -1,4 +1,4 @@
-"""`mla-convert bench`: how fast a model decodes, and how many sequences fit."""
+"""`mla-convert bench`: decoding speed of a model, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose
+from mla_convert.cli.terminal import silence_libraries
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.words import say
 from mla_convert.evaluate.speed.shapes import SHAPES
@@ -23,25 +24,34 @@ Shape = Annotated[
     str | None,
     typer.Option(
         "--config",
-        help=f"Instead of MODEL: sizes of {', '.join(SHAPES)}, or a config.json. With --rank, its conversion against it.",
+        help=f"Instead of MODEL: random weights with the sizes of {', '.join(SHAPES)}, or of a config.json. With --rank, its "
+        "conversion against it.",
         show_default=False,
         rich_help_panel=SHAPE,
     ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the conversion.", show_default=False, rich_help_panel=SHAPE)]
 RopeDim = Annotated[int, typer.Option(help="Rotary dimensions of the conversion.", rich_help_panel=SHAPE)]
-Context = Annotated[str, typer.Option(help="Tokens in the cache, with commas between.", rich_help_panel=WORK)]
+Context = Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.", rich_help_panel=WORK)]
 Batch = Annotated[
     str,
-    typer.Option(help="Sequences, with commas between; max is the largest that fits (CUDA).", rich_help_panel=WORK),
+    typer.Option(
+        help="Sequences, separated by commas; max is the largest batch that fits (CUDA).", rich_help_panel=WORK
+    ),
 ]
 PromptTokens = Annotated[
     str | None,
-    typer.Option("--prompt", help="Read prompts of so many tokens.", show_default=False, rich_help_panel=WORK),
+    typer.Option(
+        "--prompt",
+        help="Also measure prefill of prompts of this many tokens, separated by commas.",
+        show_default=False,
+        rich_help_panel=WORK,
+    ),
 ]
-Steps = Annotated[int, typer.Option(min=2, help="Steps timed at every point.", rich_help_panel=WORK)]
+Steps = Annotated[int, typer.Option(min=2, help="Decode steps that are timed at every point.", rich_help_panel=WORK)]
 Memory = Annotated[
-    str | None, typer.Option(help="Take at most this much of the card: 70GB.", show_default=False, rich_help_panel=WORK)
+    str | None,
+    typer.Option(help="Use at most this much of the card's memory: 70GB.", show_default=False, rich_help_panel=WORK),
 ]
 Price = Annotated[
     float | None,
@@ -57,17 +67,17 @@ Plot = Annotated[
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
-        found = tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"{option} {text!r}: give whole numbers with commas between") from None
-    if min(found) < 1:
+    if min(numbers) < 1:
         raise UsageError(f"{option} {text!r}: every number must be at least 1")
-    return found
+    return numbers
 
 
 def _sides(model: str | None, against: str | None, shape: str | None, rank: int | None, rope_dim: int, dtype: Any,
            device: Any) -> list[tuple[str, Any]]:  # fmt: skip
-    """Names of the models, and what builds each."""
+    """Names of the models, and a function that builds each."""
     from mla_convert.evaluate.speed.models import converted_config, random_model, shape_config
     from mla_convert.source.load_model import find_model, load_model
     from mla_convert.source.source import load_config
@@ -110,11 +120,11 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     plot: Plot = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure decoding: tokens/s, latency, cache, largest batch, share of the memory's speed, cost. Any model or shape."""
+    """Measure decoding of any model or shape: tokens/s, latency, cache, largest batch, use of memory bandwidth, cost."""
     silence_libraries(quiet)
     contexts = _numbers(context, "--context")
     batches = tuple(None if part == "max" else _numbers(part, "--batch")[0] for part in batch.split(","))
@@ -133,12 +143,12 @@ def bench(
     from mla_convert.evaluate.speed import decode as measuring
     from mla_convert.report.speed import print_table, write_plot
 
-    where = pick_device(device)
-    sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), where)
-    wanted = measuring.BenchRequest(contexts, batches, prompts, limit, price, steps)
+    target = pick_device(device)
+    sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), target)
+    request = measuring.BenchRequest(contexts, batches, prompts, limit, price, steps)
     console = Terminal(stderr=True)
     note = (lambda _: None) if quiet else (lambda words: console.print(words, style="dim", highlight=False))
-    figures = measuring.bench(sides, wanted, where, note)
+    figures = measuring.bench(sides, request, target, note)
     if plot:
         write_plot(figures, plot)
     if json_:

@@ -7,69 +7,38 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.cli.options import Quiet, Verbose, is_verbose, silence_libraries, tell_place
-from mla_convert.core.errors import ResourceError, UsageError
+from mla_convert.cli.options import (
+    PROBES,
+    Against,
+    Device,
+    Dtype,
+    Length,
+    Model,
+    Quiet,
+    SuiteWindows,
+    Text,
+    Verbose,
+    Windows,
+)
+from mla_convert.cli.terminal import is_verbose, print_location, run_guarded, silence_libraries
+from mla_convert.cli.verdict import OUT_OF_MEMORY
+from mla_convert.core.errors import UsageError
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert eval llama-8b-mla --against meta-llama/Llama-3.1-8B"
 
-MEASURE, PROBES = "Measurement", "Quality probes"
-OUT_OF_MEMORY = "out of memory: lower --eval-length, --eval-windows or --passkey-length, or give --dtype bfloat16"
-
-Model = Annotated[
-    str, typer.Argument(help="Folder, Hub id (owner/name), .gguf file or recipe; converted or not.", show_default=False)
-]
-Against = Annotated[
-    str | None, typer.Option(help="The original, named like MODEL.", show_default=False, rich_help_panel=MEASURE)
-]
-Text = Annotated[
-    str | None,
-    typer.Option(
-        "--eval",
-        help="Text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Default: the conversion's if it can be "
-        "found, else WikiText-2 from the Hub, or the packaged text when that cannot be reached.",
-        show_default=False,
-        rich_help_panel=MEASURE,
-    ),
-]
-Windows = Annotated[
-    int | None,
-    typer.Option(
-        help="Windows at most. Default: the conversion's, else 40.", show_default=False, rich_help_panel=MEASURE
-    ),
-]
-Length = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens in a window. Default: the conversion's, else 2048 or the model's limit.",
-        show_default=False,
-        rich_help_panel=MEASURE,
-    ),
-]
-SuiteWindows = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Windows of each kind of the packaged suite of texts; 0: none. Default: the conversion's, else 4 (CPU: 2).",
-        show_default=False,
-        rich_help_panel=MEASURE,
-    ),
-]
-Dtype = Annotated[
-    str, typer.Option(help="auto (as MODEL is stored), float32, bfloat16 or float16.", rich_help_panel=MEASURE)
-]
 Passkey = Annotated[
     bool,
     typer.Option(
         "--passkey",
-        help="Have a five-digit key looked up in long text, at five depths and at lengths up to the model's context.",
+        help="Passkey test: retrieve a five-digit key from long text, at five depths and at lengths up to the model's context.",
         rich_help_panel=PROBES,
     ),
 ]
 PasskeyLength = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of the longest text; turns --passkey on. Default: the model's context.",
+        help="Tokens of the longest passkey text; turns --passkey on. Default: the model's context.",
         show_default=False,
         rich_help_panel=PROBES,
     ),
@@ -91,7 +60,7 @@ TaskNames = Annotated[
     str | None,
     typer.Option(
         "--tasks",
-        help="Tasks of lm-evaluation-harness, by name or as .yaml files, with commas between. Needs the extra eval.",
+        help="Tasks of lm-evaluation-harness, by name or as .yaml files, separated by commas. Needs the extra eval.",
         show_default=False,
         rich_help_panel=PROBES,
     ),
@@ -108,7 +77,6 @@ IntoReport = Annotated[
         rich_help_panel=PROBES,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto (CUDA if there), cpu, cuda, cuda:N.", rich_help_panel=MEASURE)]
 
 
 def evaluate(
@@ -127,11 +95,11 @@ def evaluate(
     tasks: TaskNames = None,
     task_limit: TaskLimit = None,
     into_report: IntoReport = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure MODEL: perplexity, KV cache bytes, and how far it is from its original."""
+    """Measure MODEL: perplexity, KV cache bytes, and its distance from the original."""
     silence_libraries(quiet)
     from mla_convert.report.update import check_target, write_into_report
 
@@ -144,8 +112,6 @@ def evaluate(
         raise UsageError("--into-report has nothing to write: give --against, --passkey or --tasks")
     folder = check_target(model) if into_report else None
 
-    from torch import OutOfMemoryError
-
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
     from mla_convert.evaluate.quality.evaluation import evaluate_model
@@ -155,17 +121,17 @@ def evaluate(
     probes = ProbeSettings(passkey=passkey or passkey_length is not None, passkey_length=passkey_length, greedy=greedy,
                     greedy_tokens=GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
                     tasks=names, task_limit=task_limit)  # fmt: skip
-    try:
-        found = evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length,
-                               suite_windows=suite_windows, dtype=dtype, device=device, probes=probes,
-                               progress=Progress(quiet=quiet, verbose=is_verbose()))  # fmt: skip
-    except (MemoryError, OutOfMemoryError) as error:
-        raise ResourceError(OUT_OF_MEMORY) from error
+    progress = Progress(quiet=quiet, verbose=is_verbose())
+    evaluation = run_guarded(
+        lambda: evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length,
+                               suite_windows=suite_windows, dtype=dtype, device=device, probes=probes, progress=progress),
+        OUT_OF_MEMORY,
+    )  # fmt: skip
     if folder:
-        write_into_report(folder, found.probes)
+        write_into_report(folder, evaluation.probes)
     if json_:
-        say(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(evaluation.as_dict(), indent=2))
     else:
         console = Terminal()
-        print_evaluation(found, console)
-        tell_place(model, found.model, console)
+        print_evaluation(evaluation, console)
+        print_location(model, evaluation.model, console)

@@ -1,104 +1,41 @@
-"""`mla-convert gate`: pass or fail, for a CI job."""
+"""`mla-convert gate`: check a model against limits, for a CI job."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mla_convert.cli.evaluate import (
-    MEASURE,
-    OUT_OF_MEMORY,
+from mla_convert.cli.options import (
+    OUTPUT,
     Against,
+    Baseline,
     Device,
     Dtype,
+    FromReport,
     Length,
+    MaxKl,
+    MaxPerplexity,
+    MaxRatio,
+    MaxRegression,
+    MaxWorst,
+    MinAgreement,
+    MinSaving,
     Model,
+    Quiet,
     SuiteWindows,
     Text,
+    Verbose,
     Windows,
 )
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries
-from mla_convert.core.errors import GateFailed, InputError, ResourceError, UsageError
+from mla_convert.cli.verdict import judge, print_verdict, read_limits, tell_github
+from mla_convert.core.errors import GateFailed, InputError, UsageError
 from mla_convert.core.words import say
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mla_convert.evaluate.gate import Limits, Verdict
-
 EXAMPLE = "mla-convert gate llama-8b-mla --max-ppl-ratio 1.05 --min-kv-saving 70%"
-LIMITS, OUTPUT = "Limits", "Output"
-
-
-MaxRatio = Annotated[
-    float | None,
-    typer.Option(help="Most that perplexity may be over the original's.", rich_help_panel=LIMITS, show_default=False),
-]
-MaxPerplexity = Annotated[
-    float | None, typer.Option(help="Most that perplexity may be.", rich_help_panel=LIMITS, show_default=False)
-]
-MinSaving = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SHARE",
-        help="Least share of the KV cache to be saved: 70% or 0.7.",
-        rich_help_panel=LIMITS,
-        show_default=False,
-    ),
-]
-MaxWorst = Annotated[
-    float | None,
-    typer.Option(
-        "--max-worst-ratio",
-        help="The same of the packaged suite's worst kind of text.",
-        rich_help_panel=LIMITS,
-        show_default=False,
-    ),
-]
-MaxKl = Annotated[
-    float | None,
-    typer.Option(
-        metavar="NATS",
-        help="Most that KL(original ‖ model) of the next token may be, mean over the suite's kinds of text.",
-        rich_help_panel=LIMITS,
-        show_default=False,
-    ),
-]
-MinAgreement = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SHARE",
-        help="Least share of tokens at which both find the same next token likeliest: 90% or 0.9.",
-        rich_help_panel=LIMITS,
-        show_default=False,
-    ),
-]
-Baseline = Annotated[
-    Path | None,
-    typer.Option(
-        help="report.json (or eval --json) of an earlier conversion to compare perplexity with.",
-        rich_help_panel=LIMITS,
-        show_default=False,
-    ),
-]
-MaxRegression = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SHARE",
-        help="Most that perplexity may be above the baseline's: 1% or 0.01. Default 1%.",
-        rich_help_panel=LIMITS,
-        show_default=False,
-    ),
-]
-FromReport = Annotated[
-    bool,
-    typer.Option("--from-report", help="Trust the model's report.json instead of measuring.", rich_help_panel=MEASURE),
-]
 
 
 def gate(
@@ -156,66 +93,3 @@ def gate(
     tell_github(verdict, to_stderr=json_)
     if not verdict.passed:
         raise GateFailed(verdict.summary)
-
-
-def read_limits(
-    max_ppl_ratio: float | None,
-    max_ppl: float | None,
-    min_kv_saving: str | None,
-    baseline: Path | None,
-    max_regression: str | None,
-    max_worst_ratio: float | None = None,
-    max_kl: float | None = None,
-    min_agreement: str | None = None,
-) -> Limits:
-    """Limits as typed."""
-    from mla_convert.evaluate.gate import Limits, percentage
-
-    return Limits(max_ppl_ratio, max_ppl, min_kv_saving and percentage(min_kv_saving),
-                  max_regression and percentage(max_regression), baseline,
-                  max_kl, min_agreement and percentage(min_agreement), max_worst_ratio)  # fmt: skip
-
-
-def judge(
-    model: str, limits: Limits, from_report: bool, against: str | None, quiet: bool, options: dict[str, Any]
-) -> Verdict:
-    """Measure the model, or read its report, and check it; `options` are those of `evaluate_model`."""
-    from mla_convert.evaluate.gate import run_gate
-
-    silence_libraries(quiet)
-    if from_report:
-        options = {}
-    else:
-        from mla_convert.core.progress import Progress
-
-        options = {**options, "progress": Progress(quiet=quiet)}
-    try:
-        return run_gate(model, limits, from_report, against, **options)
-    except Exception as error:
-        # named so and not imported: with --from-report there is no torch
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            raise ResourceError(OUT_OF_MEMORY) from error
-        raise
-
-
-def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | None = None) -> None:
-    """The table of checks, and why those that failed did."""
-    from mla_convert.core.console import Terminal
-    from mla_convert.report.gate_formats import reasons, table
-    from mla_convert.report.table import print_lines
-
-    console = console or Terminal(stderr=to_stderr)
-    console.print(table(verdict))
-    print_lines(reasons(verdict), console)
-
-
-def tell_github(verdict: Verdict, to_stderr: bool) -> None:
-    """Annotations and a summary, where GitHub's runner asks for them by its environment variables."""
-    from mla_convert.report.gate_formats import error_lines, markdown
-
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in error_lines(verdict):
-            say(line, err=to_stderr)  # the runner reads both
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with open(summary, "a", encoding="utf-8") as file:
-            file.write(markdown(verdict))

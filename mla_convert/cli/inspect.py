@@ -1,4 +1,4 @@
-"""`mla-convert inspect`: what a checkpoint is and whether it can be converted."""
+"""`mla-convert inspect`: properties of a checkpoint, and whether it can be converted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries, tell_place
+from mla_convert.cli.options import Quiet, Verbose
+from mla_convert.cli.terminal import print_location, silence_libraries
 from mla_convert.core.errors import InputError
 from mla_convert.core.words import say
 
@@ -21,11 +22,11 @@ def inspect(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """What PATH is: its attention, RoPE, size and cache, and whether it can be converted (exit code 4 if not).
+    """Attention, RoPE, size and cache of PATH, and whether it can be converted (exit code 4 if not).
 
-    Of a converted folder: its rank, its source, and what its report says.
+    For a converted folder: its rank, its source and the results in its report.
     """
-    from mla_convert.core.settings import build_config
+    from mla_convert.core.recipes import build_config
 
     config = build_config({"source": path, "revision": revision})
     silence_libraries(quiet)
@@ -33,14 +34,14 @@ def inspect(
     from mla_convert.pipeline.inspect import inspect_checkpoint, print_inspection
 
     try:
-        found = inspect_checkpoint(config.source, config.revision)
+        findings = inspect_checkpoint(config.source, config.revision)
     except InputError as error:
         if json_:
             say(json.dumps({"name": path, "convertible": False, "reason": str(error)}, indent=2))
         raise
     if json_:
-        say(json.dumps(found, indent=2))
+        say(json.dumps(findings, indent=2))
     else:
         console = Terminal()
-        print_inspection(found, console)
-        tell_place(config.source, found["name"], console)
+        print_inspection(findings, console)
+        print_location(config.source, findings["name"], console)

@@ -1,4 +1,4 @@
-"""The command line: options in, one call, an exit code out. Imports no torch, so that --help answers at once."""
+"""The command line: options in, one call, an exit code out. Imports no torch, so that --help answers quickly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mla_convert.cli import (
     sweep,
     verify,
 )
-from mla_convert.cli.options import is_verbose
+from mla_convert.cli.terminal import is_verbose
 from mla_convert.core.errors import GateFailed, InputError, Interrupted, MlaConvertError, ReaderGone, ResourceError
 from mla_convert.core.words import drop_output, open_streams, say
 from mla_convert.moved import callable_as_before
@@ -37,9 +37,9 @@ EXIT_CODES = (
     "Exit codes: 0 done, 1 a bug, 2 usage, 3 a gate failed, 4 bad input, 5 resources (disk, device, network), "
     "130 interrupted."
 )
-# What the system says of names that no file can have.
+# Errors of the system for names that no file can have.
 NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
-# The base of all errors of the parser: click's own, or the copy of click that newer typers carry.
+# Base of all errors of the parser, in click or in the copy of click that newer versions of typer carry.
 ParserError = typer.BadParameter.__base__
 
 
@@ -47,14 +47,14 @@ class DefaultGroup(TyperGroup):
     """`mla-convert SOURCE …` is `mla-convert convert SOURCE …`."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        """Put `convert` in front unless the first word is a command or an option of the whole."""
+        """Insert `convert` unless the first word is a command or an option of the application."""
         own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:
-        """The main job's options are what a user looks for first: show them with the list of commands."""
+        """Show the options of `convert`, which users look for first, below the list of commands."""
         super().format_help(ctx, formatter)
         convert = self.commands["convert"]
         with typer.Context(convert, info_name=f"{ctx.info_name} [convert]") as inner:
@@ -74,16 +74,16 @@ def _version(show: bool) -> None:
     if show:
         from mla_convert.core.runtime import versions
 
-        found = {"cuda": "none (this torch is built without)", **versions()}
-        order = sorted(found, key=lambda name: (name != "mla_convert", name == "cuda"))  # ours first, cuda last
-        say("\n".join(f"{name} {found[name]}" for name in order))
+        installed = {"cuda": "none (this torch is built without)", **versions()}
+        order = sorted(installed, key=lambda name: (name != "mla_convert", name == "cuda"))  # ours first, cuda last
+        say("\n".join(f"{name} {installed[name]}" for name in order))
         raise typer.Exit
 
 
 @app.callback()
 def root(  # noqa: D103  (a docstring here would replace the application's help)
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions, and exit.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and exit.")
     ] = False,
 ) -> None:
     return
@@ -111,7 +111,7 @@ for name, command, example in (
 
 
 def main() -> None:
-    """Entry point: every expected failure is one line on stderr and its exit code."""
+    """Entry point: every expected failure becomes one line on stderr and its exit code."""
     open_streams()
     try:
         code = _run()
@@ -127,7 +127,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted", Interrupted.exit_code)
     except OSError as error:
-        drop_output()  # it may be stdout's own
+        drop_output()  # the error may be that of stdout
         code = InputError.exit_code if error.errno in NAMES else ResourceError.exit_code
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), code)
     except RecursionError:
@@ -139,25 +139,25 @@ def main() -> None:
 
 
 def _run() -> int | None:
-    """Run the command that was typed, and give out all that it printed."""
+    """Run the command, flush its output and return its exit code."""
     try:
         code = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
         raise ReaderGone from None
-    except SystemExit as stop:  # the parser's way to say that nobody reads its help any more
+    except SystemExit as stop:  # the parser raises it when the reader of its help is gone
         if stop.code == 1:
             raise ReaderGone from None
         raise
-    _say_if_untried()
-    if code == Interrupted.exit_code:  # what typer makes of Ctrl-C
+    _print_if_untried()
+    if code == Interrupted.exit_code:  # typer turns Ctrl-C into it
         raise Interrupted("interrupted")
     return code
 
 
-def _say_if_untried() -> None:
-    """One line on stderr after a command that used a transformers newer than any that the tests have run with."""
+def _print_if_untried() -> None:
+    """Print one line on stderr after a command that used a transformers newer than the newest that the tests ran with."""
     if "transformers" in sys.modules and "mla_convert.core.runtime" in sys.modules:
         from mla_convert.core.runtime import untried
 

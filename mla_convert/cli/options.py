@@ -1,41 +1,119 @@
-"""What several commands need. Imports no torch."""
+"""Options of commands: those of settings, made from their fields, and those that several commands declare. Imports no torch."""
 
 from __future__ import annotations
 
-import re
-import sys
+import inspect
+import types
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from mla_convert.cli.terminal import set_verbose
+from mla_convert.core.settings import OLD_NAMES, RUN
 
-
-class _Talk:
-    """Whether a failure also shows where in the code it came from: of the whole process, as the parser finds it."""
-
-    verbose = False
-
-
-def _set_verbose(value: bool) -> bool:
-    _Talk.verbose = value
-    return value
+HUB, MEASURE, PROBES, LIMITS, OUTPUT = "Hub", "Measurement", "Beyond perplexity", "Limits", "Output"
+Command = Callable[..., None]
 
 
-def is_verbose() -> bool:
-    """Whether -v was given."""
-    return _Talk.verbose
+def from_settings(
+    model: type[BaseModel], *, skip: Collection[str] = (), only: Collection[str] | None = None
+) -> Callable[[Command], Command]:
+    """Replace the parameter `settings` of a command by one option for each field of a settings model.
+
+    The command is called with `settings` as a dictionary of the options that were given, under their fields' names.
+
+    Args:
+        model: The settings, whose fields are made by `core.settings.option`; other fields make no option.
+        skip: Fields that make no option.
+        only: The fields that make options; None for all of them.
+    """
+    if unknown := {*skip, *(only or ())} - model.model_fields.keys():
+        raise TypeError(f"{model.__name__} has no fields {', '.join(sorted(unknown))}")
+    chosen = {name for name in model.model_fields if name not in skip and (only is None or name in only)}
+    options = [parameter for name in model.model_fields if name in chosen for parameter in _parameters(model, name)]
+
+    def decorate(command: Command) -> Command:
+        declared = inspect.signature(command, eval_str=True).parameters
+        made = {parameter.name for parameter in options}
+        signature: list[inspect.Parameter] = []
+        for name, parameter in declared.items():
+            signature += options if name == "settings" else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+
+        def run(**values: Any) -> None:
+            settings = {name: value for name, value in values.items() if name in made and value is not None}
+            command(settings=settings, **{name: value for name, value in values.items() if name not in made})
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
-Verbose = Annotated[
-    bool,
-    typer.Option(
-        "--verbose", "-v", callback=_set_verbose, help="Say more: libraries' own words, and where an error came from."
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+def _parameters(model: type[BaseModel], name: str) -> Iterator[inspect.Parameter]:
+    """The option of one field, and a hidden one for its name in version 0.1."""
+    field = model.model_fields[name]
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    if not isinstance(about := extra.get("option"), dict):
+        return
+    flag = about["flag"] or f"--{name.replace('_', '-')}"
+    if bool in alternatives(field) and field.default is None:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    yield _option(name, field, str(flag), about, hidden=False)
+    for old, (new, _) in OLD_NAMES.items():
+        if new == name:
+            yield _option(old, field, f"--{old.replace('_', '-')}", about, hidden=True)
+
+
+def _option(name: str, field: FieldInfo, flag: str, about: dict[str, Any], hidden: bool) -> inspect.Parameter:
+    value = _type(field)
+    default = default_words(field)
+    info = typer.Option(
+        flag,
+        help=f"{field.description} Default: {default}." if default else field.description,
+        rich_help_panel=about["panel"],
+        metavar=about["metavar"],
+        parser=rank_or_full if Literal["full"] in alternatives(field) else None,
+        show_default=False,
+        hidden=hidden,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value | None, info]
+    )
+
+
+def default_words(field: FieldInfo) -> str:
+    """The value that a setting has when it is not given, in words; empty where there is nothing to say."""
+    extra = field.json_schema_extra
+    about = extra.get("option") if isinstance(extra, dict) else None
+    if isinstance(about, dict) and about["unset"]:
+        return str(about["unset"])
+    default = field.default
+    if default is None or isinstance(default, bool):
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def alternatives(field: FieldInfo) -> tuple[Any, ...]:
+    """The types of a field, those of a union one by one."""
+    union = get_origin(field.annotation) in (Union, types.UnionType)
+    return get_args(field.annotation) if union else (field.annotation,)
+
+
+def _type(field: FieldInfo) -> Any:
+    """The type that the parser converts an option's value to; pydantic checks the value itself."""
+    kinds = alternatives(field)
+    if list[str] in kinds:
+        return list[str]
+    if not any(isinstance(entry, BeforeValidator) for entry in field.metadata):
+        for kind in (bool, int, float, Path):
+            if kind in kinds and Literal["full"] not in kinds:
+                return kind
+    return str
 
 
 def rank_or_full(value: str | None) -> int | str | None:
@@ -48,30 +126,163 @@ def rank_or_full(value: str | None) -> int | str | None:
         raise typer.BadParameter(f"{value!r} is neither a whole number nor 'full'") from None
 
 
-def tell_place(source: str, name: str, console: Console) -> None:
-    """Which path a local checkpoint was read from, where a name of signs and brackets alone does not say so."""
-    if name != source and not re.fullmatch(r"[\w./~-]*", source) and Path(source).exists():
-        console.print(f"read from {source}", soft_wrap=True)
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", callback=set_verbose, help="Print more: messages of libraries, and where an error came from."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 
+# ---- a source to convert
 
-def silence_libraries(quiet: bool = False) -> None:
-    """Only our own words on the terminal unless -v was given: libraries' advice is not for our users."""
-    import logging
-    import os
-    import warnings
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        help="Folder, Hub id (owner/name), .gguf file, or recipe (demo, llama-8b, …, or a .yaml file).",
+        show_default=False,
+    ),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        help="Settings from a YAML file (recipe.yaml of an output repeats its run) or packaged recipe; SOURCE, if given, "
+        "replaces the recipe's source.",
+        show_default=False,
+    ),
+]
+Export = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROFILE",
+        help="Then also export the result for engines, as `export` does, beside it: portable, engine or hf-code.",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
 
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if is_verbose():
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns when data sets are read in other processes
-    # whatever the library and its level: a failure is our own one line, and what is no failure is no news
-    logging.disable(logging.CRITICAL)
-    warnings.filterwarnings("ignore")
-    warnings.showwarning = _no_warning  # libraries set filters of their own
+# ---- the Hub
 
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private",
+        help="Make the repository private. An existing repository keeps its visibility; a public one is refused.",
+        rich_help_panel=HUB,
+    ),
+]
 
-def _no_warning(*_: object) -> None:
-    return
+# ---- a measurement
+
+Model = Annotated[
+    str, typer.Argument(help="Folder, Hub id (owner/name), .gguf file or recipe; converted or not.", show_default=False)
+]
+Against = Annotated[
+    str | None, typer.Option(help="The original, named like MODEL.", show_default=False, rich_help_panel=MEASURE)
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--eval",
+        help="Text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Default: the conversion's if it can be "
+        "found, else WikiText-2 from the Hub, or the packaged text if the Hub cannot be reached.",
+        show_default=False,
+        rich_help_panel=MEASURE,
+    ),
+]
+Windows = Annotated[
+    int | None,
+    typer.Option(
+        help="Windows at most. Default: the conversion's, else 40.", show_default=False, rich_help_panel=MEASURE
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens in a window. Default: the conversion's, else 2048 or the model's limit.",
+        show_default=False,
+        rich_help_panel=MEASURE,
+    ),
+]
+SuiteWindows = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Windows of each kind of text in the packaged suite; 0 leaves it out. Default: the conversion's, else 4 (CPU: 2).",
+        show_default=False,
+        rich_help_panel=MEASURE,
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option(help="auto (as MODEL is stored), float32, bfloat16 or float16.", rich_help_panel=MEASURE)
+]
+Device = Annotated[
+    str, typer.Option(help="auto (CUDA if there is a GPU), cpu, cuda or cuda:N.", rich_help_panel=MEASURE)
+]
+FromReport = Annotated[
+    bool,
+    typer.Option("--from-report", help="Trust the model's report.json instead of measuring.", rich_help_panel=MEASURE),
+]
+
+# ---- limits of a gate
+
+MaxRatio = Annotated[
+    float | None,
+    typer.Option(help="Largest ratio of perplexity to the original's.", rich_help_panel=LIMITS, show_default=False),
+]
+MaxPerplexity = Annotated[
+    float | None, typer.Option(help="Largest perplexity.", rich_help_panel=LIMITS, show_default=False)
+]
+MinSaving = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="Smallest fraction of the KV cache that is saved: 70% or 0.7.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+MaxWorst = Annotated[
+    float | None,
+    typer.Option(
+        "--max-worst-ratio",
+        help="Largest ratio of perplexity on the worst kind of text in the packaged suite.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Largest KL(original ‖ model) of the next token, mean over the suite's kinds of text.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+MinAgreement = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="Smallest fraction of tokens at which both models predict the same next token: 90% or 0.9.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(
+        help="report.json (or eval --json) of an earlier conversion to compare perplexity with.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+MaxRegression = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="Largest increase of perplexity over the baseline's: 1% or 0.01. Default: 1%.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]

@@ -1,4 +1,4 @@
-"""`mla-convert push`: a finished conversion to the Hub, behind a gate if asked."""
+"""`mla-convert push`: upload a finished conversion to the Hub, after a gate if one is given."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.cli.evaluate import MEASURE, Against, Device, Text
-from mla_convert.cli.gate import (
+from mla_convert.cli.options import (
+    HUB,
+    MEASURE,
+    Against,
     Baseline,
+    Device,
     FromReport,
     MaxKl,
     MaxPerplexity,
@@ -19,38 +22,31 @@ from mla_convert.cli.gate import (
     MaxWorst,
     MinAgreement,
     MinSaving,
-    judge,
-    print_verdict,
-    read_limits,
-    tell_github,
+    Private,
+    Quiet,
+    Text,
+    Verbose,
 )
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries
+from mla_convert.cli.terminal import silence_libraries
+from mla_convert.cli.verdict import judge, print_verdict, read_limits, tell_github
 from mla_convert.core.errors import GateFailed, UsageError
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert push llama-8b-mla my-org/llama-8b-mla --private --min-kv-saving 70% --from-report"
-HUB = "Hub"
-
-Private = Annotated[
-    bool | None,
-    typer.Option(
-        "--private",
-        help="Make the repository private. One that is there already keeps what it is; a public one is refused.",
-        rich_help_panel=HUB,
-    ),
-]
 
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.", show_default=False)],
     repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="owner/name; made if it is not there.", show_default=False)
+        str, typer.Argument(metavar="REPO", help="owner/name; created if it does not exist.", show_default=False)
     ],
     private: Private = None,
     revision: Annotated[
         str | None,
         typer.Option(
-            help="Branch to push to, made if it is not there. Default: main.", rich_help_panel=HUB, show_default=False
+            help="Branch to push to; created if it does not exist. Default: main.",
+            rich_help_panel=HUB,
+            show_default=False,
         ),
     ] = None,
     create_pr: Annotated[
@@ -58,7 +54,10 @@ def push(
         typer.Option("--create-pr", help="Open a pull request instead of pushing.", rich_help_panel=HUB),
     ] = False,
     commit_message: Annotated[
-        str | None, typer.Option(help="Default: the model's name, rank and rotary dims.", rich_help_panel=HUB)
+        str | None,
+        typer.Option(
+            help="Message of the commit. Default: the model's name, rank and rotary dims.", rich_help_panel=HUB
+        ),
     ] = None,
     max_ppl_ratio: MaxRatio = None,
     max_ppl: MaxPerplexity = None,
@@ -73,7 +72,7 @@ def push(
     text: Text = None,
     device: Device = "auto",
     json_: Annotated[
-        bool, typer.Option("--json", help="Print what was pushed as JSON on stdout.", rich_help_panel=HUB)
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=HUB)
     ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -96,7 +95,7 @@ def push(
     hub.check_name(repo)
     progress = Progress(quiet=quiet)
     if limits:
-        verify(folder)  # what is measured must be what is uploaded
+        verify(folder)  # the uploaded folder must be the measured one
         options = {"text": text, "device": device}
         verdict = judge(str(folder), limits, from_report, against, quiet, options)
         print_verdict(verdict, to_stderr=json_)

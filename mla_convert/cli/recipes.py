@@ -1,4 +1,4 @@
-"""`mla-convert recipes`: the packaged recipes, as a table or one by one."""
+"""`mla-convert recipes`: list the packaged recipes, or print one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def recipes(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """List the recipes, or print the YAML of one: the start of your own (`mla-convert ./mine.yaml`)."""
-    from mla_convert.core.settings import Recipe, load_recipe, recipe_file, recipe_files
+    """List the recipes, or print the YAML of one, to start your own from (`mla-convert ./mine.yaml`)."""
+    from mla_convert.core.recipes import Recipe, load_recipe, recipe_file, recipe_files
 
     words = list(words or [])
     if words[:1] == ["show"]:
@@ -33,12 +33,12 @@ def recipes(
     if len(words) > 1:
         raise UsageError(f"recipes prints one recipe at a time: {' '.join(words)!r} are {len(words)}")
 
-    def entry(name: str, recipe: Recipe) -> dict:
+    def entry(name: str, recipe: Recipe) -> dict[str, Any]:
         return {"name": name, **recipe.model_dump(exclude_unset=True, mode="json")}
 
     if words:
         file = recipe_file(words[0])
-        recipe = load_recipe(file)  # one that is not valid is not shown
+        recipe = load_recipe(file)  # an invalid recipe is not printed
         if json_:
             say(json.dumps(entry(file.name.rpartition(".")[0], recipe), indent=2))
         else:
@@ -62,7 +62,7 @@ def recipes(
 
 
 def _size(recipe: Any) -> str:
-    """Rank and rotary dims, or the share of the cache that is kept, as far as the YAML says."""
+    """Rank and rotary dims, or the fraction of the cache that is kept, as far as the recipe sets them."""
     settings = recipe.settings
     if settings.rank is not None:
         return f"rank {settings.rank}" + (f" + {settings.rope_dim}" if settings.rope_dim is not None else "")

@@ -1,4 +1,4 @@
-"""`mla-convert refresh`: a folder of an earlier version with the current Python files."""
+"""`mla-convert refresh`: give a folder of an earlier version the current Python files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose
+from mla_convert.cli.terminal import silence_libraries
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert refresh llama-8b-mla"
@@ -22,23 +23,25 @@ def refresh(
         list[str] | None,
         typer.Option(
             metavar="FILE",
-            help="A file in DIR that was changed on purpose (README.md, a tokenizer or licence file): it stays as it is, and its "
-            "new content goes under checksum. May be given more than once.",
+            help="A file in DIR that was changed on purpose (README.md, a tokenizer or licence file): it is kept, and its "
+            "checksum is renewed. May be given more than once.",
             show_default=False,
         ),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the names of the written files as JSON on stdout.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Give DIR this version's Python files and put every file under checksum; the weights stay as they are."""
+    """Replace the Python files in DIR by this version's, and record a checksum of every file; weights are not changed."""
     silence_libraries(quiet)
     from mla_convert.pipeline.refresh import refresh as refresh_folder
 
-    found = refresh_folder(folder, accept or ())
+    refreshed = refresh_folder(folder, accept or ())
     if json_:
-        say(json.dumps(found.as_dict(), indent=2))
-    elif found.written:
-        say(f"{folder}: written anew: {', '.join(found.written)}")
+        say(json.dumps(refreshed.as_dict(), indent=2))
+    elif refreshed.written:
+        say(f"{folder}: written anew: {', '.join(refreshed.written)}")
     else:
         say(f"{folder}: nothing to do: its files are this version's, and each is under checksum")

@@ -1,4 +1,4 @@
-"""`mla-convert report`: the page of a conversion, made again."""
+"""`mla-convert report`: make the page of a conversion again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def report(
     json_: Annotated[bool, typer.Option("--json", help="Print the report itself as JSON on stdout.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make report.html anew from the report.json in DIR: plots of cache, perplexity, planes and layers, in one file."""
+    """Make report.html again from the report.json in DIR: plots of cache, perplexity, planes and layers, in one file."""
     from mla_convert.core.report_file import PAGE, read_report
     from mla_convert.report.html.page import page_text, write_page
     from mla_convert.write.revise import replace_files

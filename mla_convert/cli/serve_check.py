@@ -1,4 +1,4 @@
-"""`mla-convert serve-check`: does an engine answer from an exported folder as the converted model does?"""
+"""`mla-convert serve-check`: compare an engine's answers from an exported folder with those of the converted model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose
+from mla_convert.cli.terminal import silence_libraries
 from mla_convert.core.errors import GateFailed
 from mla_convert.core.words import say
 
@@ -23,11 +24,12 @@ def serve_check(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="The converted model that DIR was exported from. Default: looked for beside DIR, by the name it had."
+            help="The converted model that DIR was exported from. Default: the folder of its name beside DIR."
         ),
     ] = None,
     python: Annotated[
-        str | None, typer.Option(help="Interpreter of the environment that has the engine. Default: this one.")
+        str | None,
+        typer.Option(help="Python interpreter of the environment that has the engine. Default: the running one."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as DIR is stored.")] = None,
     model_impl: Annotated[
@@ -37,31 +39,34 @@ def serve_check(
         bool, typer.Option("--trust-remote-code", help="Let the engine run the Python file in DIR (profile hf-code).")
     ] = False,
     gguf: Annotated[Path | None, typer.Option(help="For llama.cpp: the .gguf file made from DIR.")] = None,
-    server: Annotated[str | None, typer.Option(help="For llama.cpp: its llama-server. Default: on the path.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="For llama.cpp: its llama-server. Default: the one on the path.")
+    ] = None,
     limit: Annotated[
         float | None,
         typer.Option(
-            help="Difference of log-probabilities that is allowed: float32 the largest (default 1e-4, from our own model in "
-            "float64), else the mean (default: twice what bfloat16 costs our own model). Quantised weights need one of your own."
+            help="Largest allowed difference of log-probabilities: in float32 at any token (default 1e-4, from our own model in "
+            "float64), else in the mean (default: twice the rounding of our own model in bfloat16). Quantised "
+            "weights need their own."
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON on stdout.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Ask an engine and the converted model the same, and compare. Exit code 3: the engine answers something else."""
+    """Give an engine and the converted model the same prompts, and compare. Exit code 3: the answers differ."""
     silence_libraries(True)
     from mla_convert.publish.engines.serve_check import EngineRequest
     from mla_convert.publish.engines.serve_check import serve_check as check
 
-    how = EngineRequest(engine, python, dtype, model_impl, trust_remote_code, gguf, server, limit)
-    found = check(folder, how, against)
+    request = EngineRequest(engine, python, dtype, model_impl, trust_remote_code, gguf, server, limit)
+    verdict = check(folder, request, against)
     if json_:
-        say(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(verdict.as_dict(), indent=2))
     elif not quiet:
-        say(str(found))
-    if not found.ok:
+        say(str(verdict))
+    if not verdict.ok:
         raise GateFailed(
-            f"{engine} answers other than the converted model: log-probabilities differ by {found.mean_difference:.1e} in the "
-            f"mean, {found.max_difference:.1e} at most"
+            f"{engine} answers other than the converted model: log-probabilities differ by {verdict.mean_difference:.1e} in the "
+            f"mean, {verdict.max_difference:.1e} at most"
         )

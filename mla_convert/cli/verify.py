@@ -1,4 +1,4 @@
-"""`mla-convert verify`: is a converted folder whole?"""
+"""`mla-convert verify`: check that a converted folder is complete and unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mla_convert.cli.options import Quiet, Verbose, silence_libraries
+from mla_convert.cli.options import Quiet, Verbose
+from mla_convert.cli.terminal import silence_libraries
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert verify llama-8b-mla"
@@ -80,10 +81,10 @@ def verify(
 
 
 def _tried(folder: Path) -> dict[str, Any]:
-    """What the self-check says of the folder.
+    """Result of the self-check of a folder.
 
     Raises:
-        UsageError: an export that transformers would misread.
+        UsageError: An export that transformers would misread.
     """
     from mla_convert.core.errors import UsageError
     from mla_convert.source.load_model import EXPORTED

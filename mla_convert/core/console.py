@@ -1,4 +1,4 @@
-"""The console that all tables and lines are printed on: names are text there, never markup or control codes."""
+"""The console that prints all tables and lines: it shows names as text, never as markup or control codes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from mla_convert.core.words import shown
 
 
 class Terminal(Console):
-    """A console of rich that takes what it is given for plain text."""
+    """A rich console that takes every string as plain text."""
 
     def __init__(self, stderr: bool = False, **options: Any):
+        """Open a console.
+
+        Args:
+            stderr: Print on stderr instead of stdout.
+            **options: As rich's `Console` takes them.
+        """
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """A string as text, without control characters: spelled out before widths are measured."""
+        """A string as rich text; control characters are spelled out before widths are measured."""
         return super().render_str(shown(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does; what is no control code of its own holds none."""
+        """Segments as rich renders them; all but its own control codes are without control characters."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(shown(part.text), part.style)
 
     def on_broken_pipe(self) -> None:
-        """Nobody reads any more.
+        """Called by rich when the reader of the stream has closed it.
 
         Raises:
-            ReaderGone: always.
+            ReaderGone: Always.
         """
         raise ReaderGone

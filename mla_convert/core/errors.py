@@ -1,8 +1,8 @@
-"""Errors that a user can act on. Each is shown as one line and ends the command with its exit code."""
+"""Errors that a user can act on. Each is printed as one line and ends the command with its exit code."""
 
 
 class MlaConvertError(Exception):
-    """Base of all errors with a message for the user: what is wrong, where, what to do."""
+    """Base of all errors with a message for the user, which names the problem, its place and a remedy."""
 
     exit_code = 1
 
@@ -14,7 +14,7 @@ class UsageError(MlaConvertError):
 
 
 class GateFailed(MlaConvertError):  # noqa: N818  (a verdict, not an error)
-    """A measured figure is outside its limit, or could not be had."""
+    """A measured value is outside its limit, or could not be measured."""
 
     exit_code = 3
 
@@ -26,7 +26,7 @@ class InputError(MlaConvertError):
 
 
 class ResourceError(MlaConvertError):
-    """Disk, memory, device or network did not suffice."""
+    """Disk, memory, device or network was not sufficient."""
 
     exit_code = 5
 
@@ -38,13 +38,13 @@ class Interrupted(MlaConvertError):  # noqa: N818  (nothing went wrong)
 
 
 class ReaderGone(Exception):  # noqa: N818  (as when a pager is left)
-    """Whoever read our output has closed it: nothing to say, and nobody to say it to."""
+    """The reader of our output has closed it. Nothing is printed."""
 
-    exit_code = 141  # of a process that SIGPIPE ended
+    exit_code = 141  # as of a process that SIGPIPE ended
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message as one line of at most 200 characters; of a key that is not there, that it is not there."""
+    """An error's message as one line of at most 200 characters; of a KeyError, that the key is missing."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError):
         text += " is missing"

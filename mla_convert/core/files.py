@@ -1,4 +1,4 @@
-"""Files and folders that change whole or not at all. Imports no torch."""
+"""Atomic replacement of files and folders: a change happens completely or not at all. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mla_convert.core.errors import MlaConvertError, ResourceError
 
-# What a disk says when it is full or failing: the command may work later or elsewhere.
+# Errors of a full or failing disk: the command may succeed later or elsewhere.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 RUST = re.compile(r"os error (\d+)|code: (\d+)")
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
@@ -23,7 +23,7 @@ AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file whole, under its name only when every byte is on the disk. A link of that name is replaced, not followed."""
+    """Write a file that gets its name only when every byte is on the disk. A link of that name is replaced, not followed."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
     try:
@@ -40,10 +40,14 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def read_regular(path: Path, most: int = -1) -> bytes:
-    """What a regular file holds, at most so many bytes. A pipe or device is refused: reading it may wait for ever.
+    """The content of a regular file. A pipe or device is refused, because reading it may block for ever.
+
+    Args:
+        path: of the file.
+        most: bytes to read; -1: all.
 
     Raises:
-        OSError: it is none, or cannot be read.
+        OSError: not a regular file, or it cannot be read.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "no regular file", str(path))
@@ -52,14 +56,14 @@ def read_regular(path: Path, most: int = -1) -> bytes:
 
 
 def permissions() -> int:
-    """What a new file may be used for, by the umask."""
+    """Permissions of a new file, by the umask."""
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the platform can."""
+    """Flush the names in a folder to the disk, if the platform supports that."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -74,7 +78,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def on_disk(what: str, folder: Path) -> Iterator[None]:
-    """Turns what the disk has against writing `what` in `folder` into one line, whichever library says it.
+    """Convert the disk's errors while `what` is written in `folder` into one line, whichever library raises them.
 
     Raises:
         ResourceError: the disk is full or failing.
@@ -90,39 +94,54 @@ def on_disk(what: str, folder: Path) -> Iterator[None]:
 
 
 def disk_error(error: BaseException) -> int | None:
-    """The number of the disk's error behind an exception; None where it is about something else.
+    """The errno behind an exception if it is one of `DISK`, else None.
 
-    Libraries in Rust say it in words, and torch only that its writer failed, with no number.
+    Libraries in Rust give the number only in the message, and torch only reports that its writer failed.
     """
     if isinstance(error, MlaConvertError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in DISK else None
-    said = str(error)
-    if match := RUST.search(said):
+    message = str(error)
+    if match := RUST.search(message):
         code = int(match[1] or match[2])
         return code if code in DISK else None
-    short = isinstance(error, OSError) and " requested and " in said  # numpy's, of a file not written whole
-    return errno.ENOSPC if short or any(name in said for name in TORCH_WRITER) else None
+    short = isinstance(error, OSError) and " requested and " in message  # numpy's, if a file is not written completely
+    return errno.ENOSPC if short or any(name in message for name in TORCH_WRITER) else None
 
 
-def publish(made: Path, out: Path) -> None:
-    """Give a finished folder its name. What stood there is replaced at once: at no moment is nothing under the name.
+@contextlib.contextmanager
+def staged(staging: Path, out: Path) -> Iterator[None]:
+    """A block that fills the folder `staging`, which replaces `out` at the end of the block and is removed if it fails.
 
-    Where the platform cannot exchange two names, the old folder is put aside for the moment of a rename, and put back if
-    that fails; `recover` finds it after a kill.
+    A leftover of a killed run is removed first.
     """
-    sync_folder(made)
+    recover(out)
+    remove(staging)
+    try:
+        yield
+        publish(staging, out)
+    finally:
+        remove(staging)
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Atomically rename the finished folder `staging` to `out`, which is replaced if it exists.
+
+    If the platform cannot exchange two names, the old folder gets another name between two renames, and its own again if the
+    second one fails; after a kill between the two, `recover` restores it.
+    """
+    sync_folder(staging)
     old = aside(out)
     remove(old)
     if not os.path.lexists(out):
-        made.rename(out)
-    elif exchange(made, out):
-        remove(made)  # which is the old folder now
+        staging.rename(out)
+    elif exchange(staging, out):
+        remove(staging)  # the old folder has this name now
     else:
         out.rename(old)
         try:
-            made.rename(out)
+            staging.rename(out)
         except BaseException:
             old.rename(out)
             raise
@@ -132,12 +151,12 @@ def publish(made: Path, out: Path) -> None:
 
 
 def aside(out: Path) -> Path:
-    """Where the folder that is being replaced lies for a moment."""
+    """Name of the folder that is being replaced, between two renames."""
     return out.parent / f".{out.name}.old"
 
 
 def recover(out: Path) -> None:
-    """Put back what a run that was killed between two renames has left aside; away with what it had replaced already."""
+    """Restore the folder of a run that was killed between two renames, or remove it if the run had replaced it."""
     old = aside(out)
     if os.path.lexists(old):
         if os.path.lexists(out):
@@ -147,7 +166,7 @@ def recover(out: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Away with a file or folder, if it is there; what cannot be removed stays."""
+    """Remove a file or folder if it exists; errors are ignored."""
     if path.is_symlink() or path.is_file():
         with contextlib.suppress(OSError):
             path.unlink()
@@ -156,10 +175,10 @@ def remove(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step. False where the platform or the file system cannot.
+    """Exchange two names in one step. False if the platform or the file system does not support that.
 
     Raises:
-        OSError: it can, and failed.
+        OSError: it is supported, and failed.
     """
     names = os.fsencode(one), os.fsencode(other)
     try:

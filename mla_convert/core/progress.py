@@ -1,4 +1,4 @@
-"""What a user sees while a conversion runs: a live bar on a terminal, a few plain lines elsewhere. Goes to stderr."""
+"""Progress of a run on stderr: a live bar on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNComp
 
 
 class Progress:
-    """Progress over layers; the unit is one refinement step (plus one for everything else a layer needs)."""
+    """Progress over layers, counted in refinement steps, plus one step for all other work on a layer."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False, verbose: bool = False):
+        """Prepare the display; nothing is printed yet.
+
+        Args:
+            console: Where to print; stderr if None.
+            quiet: Print nothing.
+            verbose: Print a line for every layer.
+        """
         self.console = console or Terminal(stderr=True)
         self.quiet = quiet
         self.verbose = verbose
@@ -29,12 +36,19 @@ class Progress:
         self._start = self._shown = time.perf_counter()
 
     def note(self, text: str) -> None:
-        """One line, said once."""
+        """Print one line."""
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
     def start(self, layers: int, steps: int, label: str = "layer", further: int = 0) -> None:
-        """Begin a loop over `layers`, each with `steps` refinement steps, and the last ones with `further` in all."""
+        """Begin a loop over layers.
+
+        Args:
+            layers: Number of layers.
+            steps: Refinement steps of each layer.
+            label: Name of one iteration.
+            further: Extra steps of the last layers, counted once for each layer that takes them.
+        """
         self._layer, self._layers, self._steps, self._label = 0, layers, steps, label
         self._start = self._shown = time.perf_counter()
         if self.console.is_terminal and not self.quiet:
@@ -43,12 +57,18 @@ class Progress:
             self._bars.start()
 
     def step(self, layers: int = 1) -> None:
-        """One refinement step of so many layers is done."""
+        """Count one refinement step of `layers` layers."""
         if self._bars:
             self._bars.advance(self._task, layers)
 
     def begin(self, label: str, steps: int, done: int = 0) -> None:
-        """Begin a loop over steps that is no loop over layers; what it has to say is said with `note`."""
+        """Begin a loop over steps that is not a loop over layers; its messages are printed by `note`.
+
+        Args:
+            label: Name of the loop.
+            steps: Number of steps.
+            done: Steps that an earlier run finished.
+        """
         self._label = label
         if self.console.is_terminal and not self.quiet:
             self._bars = Bars(*COLUMNS, console=self.console, transient=True)
@@ -56,21 +76,21 @@ class Progress:
             self._bars.start()
 
     def advance(self, done: int) -> None:
-        """So many steps of a loop begun with `begin` are done."""
+        """Set the number of finished steps of a loop begun by `begin`."""
         if self._bars:
             self._bars.update(self._task, completed=done)
 
     def skip(self, steps: int) -> None:
-        """A layer that an earlier run has finished needs no steps."""
+        """Count the steps of layers that an earlier run has finished."""
         if self._bars:
             self._bars.advance(self._task, steps)
 
     def layer_measured(self) -> None:
-        """A pass over a layer that writes nothing is done."""
+        """Count a pass over a layer that writes nothing."""
         self._done()
 
     def layer_done(self, report: JsonObject) -> None:
-        """A layer is on disk."""
+        """Count a layer that is on disk, and show its error."""
         self._done(f"residual error {report['residual_error']:.2e}  ")
 
     def _done(self, words: str = "") -> None:
@@ -90,7 +110,7 @@ class Progress:
             )
 
     def stop(self) -> None:
-        """End the live display, whatever happened."""
+        """End the live display, if there is one."""
         if self._bars:
             self._bars.stop()
             self._bars = None

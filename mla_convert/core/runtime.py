@@ -9,6 +9,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import torch
@@ -19,44 +20,44 @@ from mla_convert.version import TRIED_TRANSFORMERS, __version__
 
 
 def versions() -> dict[str, str]:
-    """Versions of what shapes the result."""
-    names = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
-    # our own from the code that runs: metadata of an editable install may be older
-    found = {"python": platform.python_version(), "mla_convert": __version__}
-    for name in names:
+    """Versions of the packages that affect the result, by name."""
+    packages = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
+    # our own version comes from the code that runs: the metadata of an editable install may be older
+    installed = {"python": platform.python_version(), "mla_convert": __version__}
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        installed["cuda"] = torch.version.cuda
+    return installed
 
 
 def newest_tried() -> str:
-    """The newest transformers that code of this version was tried with, once what is written passes the self-check."""
+    """The newest transformers that this version's code has worked with, counting the one in use once the self-check passed."""
     import transformers
 
     return max(TRIED_TRANSFORMERS, transformers.__version__, key=Version)
 
 
 def untried() -> str | None:
-    """One line if the transformers in use is newer than the newest that the tests have run with."""
-    import transformers  # what only wants to know versions need not wait for it
+    """One line if the transformers in use is newer than the newest that the tests ran with, else None."""
+    import transformers  # slow to import, and `versions` does not need it
 
     installed = transformers.__version__
     if Version(installed) <= Version(TRIED_TRANSFORMERS):
         return None
     return (
         f"transformers {installed} is newer than {TRIED_TRANSFORMERS}, the newest that mla_convert {__version__} was tested with: "
-        f"what it writes is tried before it is called done"
+        f"each written model is checked before its folder gets its name"
     )
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is one.
+    """The device of that name; `auto` is CUDA if there is a GPU.
 
     Raises:
-        UsageError: no such device type.
-        ResourceError: a CUDA device that is not there.
+        UsageError: There is no such type of device.
+        ResourceError: There is no such CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,11 +82,19 @@ def device_name(device: torch.device) -> str:
 class Phases:
     """Seconds and peak memory of each phase of a run.
 
-    Host memory is the process's resident set, sampled, above what it was at the start (the interpreter and libraries).
-    Device memory is what the allocator holds, cached blocks included: what the card must have free.
+    Host memory is the process's resident set, sampled, less its size at the start (the interpreter and libraries). Device
+    memory is the memory that the allocator reserves, cached blocks included: the card must have that much free.
+
+    Attributes:
+        results: For each phase, `seconds`, `peak_host_bytes` and on a GPU `peak_device_bytes`.
     """
 
     def __init__(self, device: torch.device):
+        """Begin; the process's resident set is the baseline.
+
+        Args:
+            device: The device of the run.
+        """
         self.device = device
         self.results: dict[str, dict[str, float]] = {}
         self._process = psutil.Process()
@@ -93,7 +102,7 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure one phase."""
+        """Measure the enclosed block as one phase."""
         peak, done = [0], threading.Event()
 
         def watch() -> None:
@@ -121,24 +130,26 @@ class Phases:
 
 
 def return_freed_memory() -> None:
-    """Give freed heap memory back to the system.
+    """Return freed heap memory to the system.
 
-    glibc keeps what lies between live blocks; with one layer's tensors after another that looks like growth with depth.
+    glibc keeps free memory between live blocks. Over a loop that loads one layer after another, the process would seem to
+    grow with the number of layers.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextlib.contextmanager
 def deterministic(seed: int) -> Iterator[None]:
-    """Same inputs, seed and device give the same bytes."""
+    """Make equal inputs, seed and device give equal bytes."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # its attribute has no type
+    fill = memory.fill_uninitialized_memory
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written before it is read
+    memory.fill_uninitialized_memory = False  # every element is written before it is read
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill

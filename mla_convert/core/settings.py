@@ -1,80 +1,258 @@
-"""Settings of a conversion, and the recipes that hold them by name or in a YAML file. Imports no torch."""
+"""Settings of a conversion, with their bounds, defaults and help text. Imports no torch.
+
+Each field says everything about its option: the command line (`cli/options.py`), docs/reference/options.md and the table in
+README.md are made from these fields.
+"""
 
 from __future__ import annotations
 
-import difflib
-import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mla_convert.core.errors import InputError, UsageError, one_line
+from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.units import Lengths, Tokens
-from mla_convert.core.words import expanded
-from mla_convert.core.yaml_positions import Marks, Scalars
 
 PACKAGE = "package:"
-YAML = (".yaml", ".yml")
 Full = Literal["full"]
 Trained = Literal["attention", "all", "lora"]
+RopeSelection = Literal["by_loss", "engine_table", "evenly_spaced"]
+Engine = Literal["vllm", "sglang", "llama.cpp"]
+
+# Panels of `--help`.
+SIZE, TEXT, REFINE = "Cache size", "Calibration and evaluation text", "Refinement"
+HEAL, RUN = "Healing", "Output and device"
+
+# Settings that had another name in version 0.1, and their values that had other names.
+OLD_NAMES: dict[str, tuple[str, dict[str, str]]] = {
+    "planes": ("rope_selection", {"loss": "by_loss", "table": "engine_table", "even": "evenly_spaced"}),
+    "calib_self": ("calib_self_generated", {}),
+}
+
+
+def option(
+    help: str,
+    default: Any = None,
+    *,
+    panel: str,
+    unset: str | None = None,
+    flag: str | None = None,
+    metavar: str | None = None,
+    **bounds: Any,
+) -> Any:
+    """A pydantic field that is also a command-line option.
+
+    Args:
+        help: What the setting means, as `--help` prints it.
+        default: Value of the setting when it is not given.
+        panel: Heading of `--help` under which the option stands.
+        unset: What stands in for the setting when it is not given, in words; where it is None, `default` says that.
+        flag: Name of the option, if it is not made from the field's name.
+        metavar: Name of the value in `--help`.
+        **bounds: Bounds as pydantic's `Field` takes them (ge, gt, le, lt).
+    """
+    extra: dict[str, Any] = {"panel": panel, "unset": unset, "flag": flag, "metavar": metavar}
+    return Field(default, description=help, json_schema_extra={"option": extra}, **bounds)
+
+
+def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the names and values of version 0.1 replaced by those of this version.
+
+    Raises:
+        ValueError: A setting is given under both names.
+    """
+    renamed = dict(settings)
+    for old, (new, values) in OLD_NAMES.items():
+        if old in renamed:
+            if new in renamed:
+                raise ValueError(f"{old} is the old name of {new}: give one of them")
+            value = renamed.pop(old)
+            renamed[new] = values.get(value, value) if isinstance(value, str) else value
+    return renamed
 
 
 class Settings(BaseModel):
-    """What a conversion does, apart from where its source and output lie. Recipes may set any of these."""
+    """Everything that determines a conversion, apart from its source, output folder and device. Recipes may set any field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int | Full | None = None
-    rope_dim: int | Full | None = None
-    kv_ratio: float | None = None
-    uniform: bool = False
-    planes: Literal["loss", "table", "even"] = "loss"
-    engine: Literal["vllm", "sglang", "llama.cpp"] | None = None
-    calib: str | list[str] | None = None
-    calib_samples: int | None = Field(None, ge=1)
-    calib_length: int | None = Field(None, ge=16)
-    calib_noise: float = Field(0.3, ge=0, le=1)
-    calib_self: float | None = Field(None, ge=0, le=1)
-    eval: str | None = None
-    eval_windows: int = Field(40, ge=1)
-    eval_length: int | None = Field(None, ge=16)
-    held_out: str | None = None
-    suite_windows: int | None = Field(None, ge=0)
-    refine_steps: int | None = Field(None, ge=0)
-    refine_batch: int | None = Field(None, ge=1)
-    refine_lr: float = Field(0.025, gt=0, le=1)
-    refine_block: int | None = Field(None, ge=1)
-    block_steps: int | None = Field(None, ge=0)
-    block_lr: float = Field(0.009, gt=0, le=1)
-    output_steps: int | None = Field(None, ge=0)
-    output_layers: int | None = Field(None, ge=1)
-    heal_tokens: Tokens | None = Field(None, ge=1)
-    heal_data: str | None = None
-    heal_length: Lengths | None = None
-    heal_train: Trained | None = None
-    heal_lr: float | None = Field(None, gt=0, le=1)
-    heal_self_share: float | None = Field(None, ge=0, lt=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: int = Field(0, ge=0)
+    rank: int | Full | None = option(
+        "Rank of the KV latent per token and layer (kv_lora_rank), or 'full'.",
+        panel=SIZE,
+        unset="follows from --kv-ratio",
+        metavar="RANK",
+    )
+    rope_dim: int | Full | None = option(
+        "Rotary dimensions kept in the cache (qk_rope_head_dim, an even number), or 'full'.",
+        panel=SIZE,
+        unset="a third of the rank, at most 64",
+        metavar="DIM",
+    )
+    kv_ratio: float | None = option(
+        "Fraction of the original KV cache to keep; chooses rank and rope-dim.",
+        panel=SIZE,
+        unset="0.5 if no rank is given",
+    )
+    uniform: bool = option(
+        "Use the same rank and rope-dim in every layer, as serving engines require. Otherwise they are means, and layers "
+        "that lose more get more.",
+        False,
+        panel=SIZE,
+    )
+    rope_selection: RopeSelection = option(
+        "Which planes stay rotary: by_loss (those that would lose most), engine_table (of those, one for each frequency, as "
+        "serving engines require) or evenly_spaced.",
+        "by_loss",
+        panel=SIZE,
+        metavar="SELECTION",
+    )
+    engine: Engine | None = option(
+        "Choose sizes and planes that vllm, sglang or llama.cpp can serve; then see `export`.",
+        panel=SIZE,
+        flag="--for",
+        metavar="ENGINE",
+    )
+    calib: str | list[str] | None = option(
+        "Calibration text: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT. Give several, with weights, to "
+        "cover everything that the model is for.",
+        panel=TEXT,
+        unset="packaged texts of several kinds",
+        metavar="TEXT[=WEIGHT]",
+    )
+    calib_samples: int | None = option(
+        "Calibration windows.", panel=TEXT, unset="2048, of wide models fewer, at least 256 (CPU: 32)", ge=1
+    )
+    calib_length: int | None = option("Tokens in a calibration window.", panel=TEXT, unset="1024 (CPU: 512)", ge=16)
+    calib_noise: float = option(
+        "Fraction of the tokens of every second calibration window that are replaced by random ones, so that the model "
+        "stays good on other text.",
+        0.3,
+        panel=TEXT,
+        ge=0,
+        le=1,
+    )
+    calib_self_generated: float | None = option(
+        "Fraction of the calibration windows that the original model generates. The whole original must then fit on the "
+        "device.",
+        panel=TEXT,
+        unset="0.5 on a GPU with memory for eight copies of it, else 0",
+        ge=0,
+        le=1,
+    )
+    eval: str | None = option(
+        "Evaluation text, named as for --calib. 'none' skips the evaluation, and the report says so.",
+        panel=TEXT,
+        unset="WikiText-2 from the Hub, or the packaged text if the Hub cannot be reached",
+        metavar="TEXT",
+    )
+    eval_windows: int = option("Evaluation windows at most.", 40, panel=TEXT, ge=1)
+    eval_length: int | None = option(
+        "Tokens in an evaluation window.", panel=TEXT, unset="2048, or the model's limit", ge=16
+    )
+    suite_windows: int | None = option(
+        "Windows of each kind of text in the packaged suite that the result is measured on; 0 leaves the suite out.",
+        panel=TEXT,
+        unset="4 of 1024 tokens (CPU: 2 of 512)",
+        ge=0,
+    )
+    held_out: str | None = option(
+        "Also report perplexity on this text, to choose settings by. 'calib' takes the last tenth of the calibration text, "
+        "which calibration then does not use.",
+        panel=TEXT,
+        metavar="TEXT",
+    )
+    refine_steps: int | None = option(
+        "Gradient steps per layer; 0 keeps the closed form.", panel=REFINE, unset="200 (CPU: 30)", ge=0
+    )
+    refine_batch: int | None = option("Windows in a step.", panel=REFINE, unset="8192 tokens' worth (CPU: 2048)", ge=1)
+    refine_lr: float = option(
+        "Learning rate relative to each parameter's magnitude; lower where little is lost.",
+        0.025,
+        panel=REFINE,
+        gt=0,
+        le=1,
+    )
+    refine_block: int | None = option(
+        "Layers that are then refined together; 1 refines none together.",
+        panel=REFINE,
+        unset="up to 6, as memory allows (CPU: 1)",
+        ge=1,
+    )
+    block_steps: int | None = option(
+        "Gradient steps per block.", panel=REFINE, unset="a layer's for every 125 calibration windows", ge=0
+    )
+    block_lr: float = option("Learning rate for blocks, as --refine-lr.", 0.009, panel=REFINE, gt=0, le=1)
+    output_steps: int | None = option(
+        "Extra steps of the last layers, towards the original's next-token distribution.",
+        panel=REFINE,
+        unset="a quarter of a block's (CPU: 0)",
+        ge=0,
+    )
+    output_layers: int | None = option(
+        "Layers at the end, in whole blocks, that take the extra steps together.",
+        panel=REFINE,
+        unset="as many as fit in a quarter of a GPU's memory (CPU: the last block)",
+        ge=1,
+    )
+    heal_tokens: Tokens | None = option(
+        "Heal the result: distil it from the original on this many tokens (200k, 20M), as `heal` does.",
+        panel=HEAL,
+        metavar="TOKENS",
+        ge=1,
+    )
+    heal_data: str | None = option(
+        "Text for healing, named as for --calib.",
+        panel=HEAL,
+        unset="the calibration text if one is given, else WikiText-2",
+        metavar="TEXT",
+    )
+    heal_length: Lengths | None = option(
+        "Tokens in a window of healing, or a mix of lengths: 1024:0.75,8192:0.25.",
+        panel=HEAL,
+        unset="2048, or the model's limit",
+        metavar="LENGTHS",
+    )
+    heal_train: Trained | None = option(
+        "Parameters that healing trains: all, attention or lora.", panel=HEAL, unset="all", metavar="PART"
+    )
+    heal_lr: float | None = option(
+        "Peak learning rate of healing, relative to each parameter's magnitude.",
+        panel=HEAL,
+        unset="follows from --heal-train",
+        gt=0,
+        le=1,
+    )
+    heal_self_share: float | None = option(
+        "Fraction of the healing text that the original model generates.", panel=HEAL, unset="0.5", ge=0, lt=1
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto (the source's), float32, bfloat16 or float16.", "auto", panel=RUN, metavar="DTYPE"
+    )
+    seed: int = option("Seed for drawing calibration windows and batches.", 0, panel=RUN, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, data: Any) -> Any:
+        return with_new_names(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
-    def _rank_or_ratio(self) -> Settings:
+    def _check_rank_or_ratio(self) -> Settings:
         if self.rank is not None and self.kv_ratio is not None:
-            raise ValueError("rank and kv_ratio are two ways to say one thing: give one of them")
+            raise ValueError("rank and kv_ratio both set the size: give one of them")
         return self
 
     @model_validator(mode="after")
-    def _evaluation_or_not(self) -> Settings:
+    def _check_evaluation(self) -> Settings:
         measured = next((key for key in ("held_out", "heal_tokens") if getattr(self, key) is not None), None)
         if self.eval == "none" and measured:
             raise ValueError(f"{measured} needs an evaluation, and eval is none: leave out one of them")
         return self
 
     @model_validator(mode="after")
-    def _healing_or_not(self) -> Settings:
+    def _check_healing(self) -> Settings:
         extra = [key for key, value in self if key.startswith("heal_") and key != "heal_tokens" and value is not None]
         if extra and self.heal_tokens is None:
             raise ValueError(f"{extra[0]} means nothing without heal_tokens")
@@ -85,196 +263,24 @@ class ConvertConfig(Settings):
     """One conversion: a source, an output folder, a device and the settings."""
 
     source: str
-    revision: str | None = None
-    out: Path | None = None
-    overwrite: bool = False
-    device: str = "auto"
-
-
-class Recipe(BaseModel):
-    """A named source with settings that were found to suit it (one YAML file in `recipes/`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    description: str
-    source: str
-    revision: str | None = None
-    aliases: list[str] = []
-    settings: Settings = Settings()
-
-
-def first_problem(error: ValidationError) -> str:
-    """One line from a pydantic error: the setting and what is wrong with it."""
-    return _problem(error.errors()[0])
-
-
-def _problem(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"] if part not in ("int", "literal['full']"))
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
-
-
-def load_recipe(path: Any) -> Recipe:
-    """Read and validate one recipe file.
-
-    Raises:
-        InputError: the file cannot be read, is not YAML, or has an unknown, repeated or ill-typed key; names the line,
-            and for an unknown key the nearest that is known.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"recipe {path} not found: give an existing YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path.name} cannot be read ({' '.join(str(error).split())})") from error
-    try:
-        marks, content = Marks(text), yaml.load(text, Scalars)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or one_line(error)
-        raise InputError(f"recipe {path.name}{_at(mark and mark.line + 1)}: not valid YAML: {problem}") from error
-    repeated = marks.duplicate()
-    if repeated:
-        raise InputError(f"recipe {path.name}{_at(repeated[1])}: {repeated[0]} is given a second time")
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        # an unknown key often is why another is missing: it goes first
-        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        words = _unknown_key(problem["loc"]) if problem["type"] == "extra_forbidden" else _problem(problem)
-        raise InputError(f"recipe {path.name}{_at(marks.line(problem['loc']))}: {words}") from error
-
-
-def _at(line: int | None) -> str:
-    return f", line {line}" if line else ""
-
-
-def _unknown_key(location: tuple[str | int, ...]) -> str:
-    """What is wrong with a key that no recipe has, and the nearest that it could mean."""
-    known = [*Recipe.model_fields, *(f"settings.{key}" for key in Settings.model_fields)]
-    key = str(location[-1])
-    by_last = {name.rpartition(".")[2]: name for name in known}  # no two end alike
-    near = difflib.get_close_matches(key, by_last, n=1, cutoff=0.6)
-    here = [last for last, name in by_last.items() if name == ".".join(map(str, (*location[:-1], last)))]
-    hint = f"did you mean {by_last[near[0]]}?" if near else f"known there are {', '.join(here)}"
-    return f"{'.'.join(map(str, location))} is no key of a recipe: {hint}"
-
-
-def recipe_files() -> dict[str, Any]:
-    """The packaged recipe files by name."""
-    files = resources.files("mla_recipes").iterdir()
-    return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=str) if file.name.endswith(".yaml")}
-
-
-def find_recipe(name: str) -> Recipe | None:
-    """The packaged recipe of that name or alias, or None."""
-    file = packaged_recipe(name)
-    return None if file is None else load_recipe(file)
-
-
-def packaged_recipe(name: str) -> Any:
-    """The file of the packaged recipe of that name or alias, or None."""
-    files = recipe_files()
-    if name in files:
-        return files[name]
-    return next((file for file in files.values() if name in load_recipe(file).aliases), None)
-
-
-def _recipe_hint(name: str) -> str:
-    """The packaged recipe whose name or alias is nearest to `name`, or all of them."""
-    names = [*recipe_files(), *(alias for file in recipe_files().values() for alias in load_recipe(file).aliases)]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known recipes: {', '.join(sorted(recipe_files()))}."
-
-
-def unknown_source(name: str) -> InputError:
-    """The error for a name that is no path, recipe or Hub id; suggests the nearest recipe."""
-    return InputError(f"{name!r} is no folder, .gguf file, recipe or Hub id (owner/name): {_recipe_hint(name)}")
-
-
-def recipe_file(name: str) -> Any:
-    """The file of a recipe named by its path, or of a packaged one named by its name or alias.
-
-    Raises:
-        InputError: there is none.
-    """
-    files = recipe_files()
-    if Path(name).suffix in YAML or (Path(name).is_file() and name not in files):
-        return expanded(name)
-    found = packaged_recipe(name)
-    if found is None:
-        raise InputError(f"{name!r} is neither a YAML file nor a packaged recipe: {_recipe_hint(name)}")
-    return found
-
-
-def build_config(options: dict[str, Any]) -> ConvertConfig:
-    """Settings of a recipe, if there is one, overridden by the options given (those that are not None).
-
-    A recipe is named by the source itself (packaged name or YAML path) or by the option `recipe`; beside the latter a
-    source may be given, which takes the place of the recipe's.
-
-    Raises:
-        UsageError: options out of range or contradicting each other, or neither source nor recipe.
-        InputError: the recipe is not valid.
-    """
-    given = {key: value for key, value in options.items() if value is not None}
-    named, source = given.pop("recipe", None), given.get("source")
-    if named is None and source is None:
-        raise UsageError("no SOURCE is given: name a folder, Hub id, .gguf file or recipe, or give --recipe FILE")
-    as_recipe = None if source is None or Path(source).is_dir() else _recipe_of_source(source)
-    if named and as_recipe:
-        raise UsageError(f"SOURCE {source} is a recipe too: give one of the two")
-    recipe = load_recipe(recipe_file(named)) if named else as_recipe
-    base: dict[str, Any] = {}
-    if recipe:
-        base = recipe.settings.model_dump(exclude_unset=True)
-        if as_recipe:
-            given.pop("source")
-        if "source" not in given:
-            base["source"] = recipe.source
-            base["out"] = Path(_recipe_output(named or source, recipe))
-            if recipe.revision:
-                base["revision"] = recipe.revision
-    # A rank given replaces a recipe's ratio and the other way round; a recipe's rope_dim belongs to its size.
-    if {"rank", "kv_ratio"} & given.keys():
-        if given.get("rank", base.get("rank")) != base.get("rank") or "kv_ratio" in given:
-            base.pop("rope_dim", None)
-        base.pop("rank", None)
-        base.pop("kv_ratio", None)
-    try:
-        return ConvertConfig.model_validate({**base, **given})
-    except ValidationError as error:
-        raise UsageError(first_problem(error)) from error
-
-
-def _recipe_of_source(source: str) -> Recipe | None:
-    """The recipe that a SOURCE names by path or name; None where it names a checkpoint."""
-    if Path(source).suffix in YAML:
-        return load_recipe(expanded(source))
-    return None if Path(source).exists() else find_recipe(source)
-
-
-def _recipe_output(name: str, recipe: Recipe) -> str:
-    """Output folder of a recipe: named after it, or after its source where it is just called recipe.yaml."""
-    path = Path(name)
-    if path.suffix not in YAML:
-        return default_name(name)
-    return default_name(recipe.source if path.stem == "recipe" else path.stem)
+    out: Path | None = option("Folder to write.", panel=RUN, unset="NAME-mla in the working folder", metavar="PATH")
+    overwrite: bool = option("Replace an output folder that is not a converted model.", False, panel=RUN)
+    revision: str | None = option("Branch, tag or commit of a Hub source.", panel=RUN, metavar="REVISION")
+    device: str = option("auto (CUDA if there is a GPU), cpu, cuda or cuda:N.", "auto", panel=RUN, metavar="DEVICE")
 
 
 def packaged(name: str, what: str) -> Path:
-    """Where `package:NAME/INNER` lies. `what` it is, for the message.
+    """Path of the file or folder that `package:NAME/INNER` names.
+
+    Args:
+        name: The name, with its prefix.
+        what: What the file is for, in the message.
 
     Raises:
-        InputError: there is no such package.
+        InputError: There is no such package.
     """
     package, _, inner = name.removeprefix(PACKAGE).partition("/")
     try:
         return Path(str(resources.files(package))) / inner
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{what} {name} not found: there is no package {package!r} ({one_line(error)})") from error
-
-
-def default_name(source: str) -> str:
-    """Name of the output folder when none is given."""
-    return Path(os.path.abspath(source)).name.removesuffix(".gguf") + "-mla"

@@ -1,7 +1,7 @@
-"""SHA256SUMS: the checksum of every file of a finished folder, in the form that `sha256sum -c` reads. Imports no torch.
+"""SHA256SUMS: the checksum of every file of a finished folder, in the format of `sha256sum -c`. Imports no torch.
 
-There is one way to write the file: a line `DIGEST  NAME` for each other file, by name, in lower case and with line feeds. Whatever
-is read must be exactly that, so that a bit that flips in SHA256SUMS itself is noticed as well.
+The file has one canonical form: a line `DIGEST  NAME` for each other file, in order of names, in lower case and with line feeds.
+Any other form is refused, so that a flipped bit in SHA256SUMS itself is detected too.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from mla_convert.core.report_schema import JsonObject
 SUMS = "SHA256SUMS"
 NAME = re.compile(r"[\w+-][\w.+-]*", re.ASCII)
 LINE = re.compile(rf"([0-9a-f]{{64}})  ({NAME.pattern})", re.ASCII)
-# The first version whose folders have one; earlier folders hold checksums of their shards alone, in report.json.
+# The first version whose folders have one; earlier folders have checksums of their shards alone, in report.json.
 SINCE = Version("0.2.0.dev0")
-# What the Hub, its client and git put beside a model's files. Nothing loads it as part of the model, and none of it is pushed.
+# Files of the Hub, its client and git beside a model's files. They are no part of the model and are not pushed.
 FOREIGN = (".gitattributes", ".cache", ".git")
 
 
 class CorruptCheckpoint(InputError):  # noqa: N818  (it describes a folder)
-    """The first thing found wrong: in which file, and of which tensor if it is one's."""
+    """The first error in a folder, with its `file` and, if it concerns one, its `tensor`."""
 
     def __init__(self, message: str, file: str, tensor: str | None = None):
+        """Make an error with a one-line message, the name of its file and of its tensor."""
         super().__init__(message)
         self.file = file
         self.tensor = tensor
@@ -49,12 +50,16 @@ def text(sums: dict[str, str]) -> str:
 
 
 def listed(folder: Path) -> list[str]:
-    """Names of what SHA256SUMS must list: everything in the folder but itself and what is foreign."""
+    """Names that SHA256SUMS must list: those of all files in the folder except itself and `FOREIGN`."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.name not in (SUMS, *FOREIGN))
 
 
 def seal(folder: Path, known: dict[str, str] | None = None) -> None:
-    """Put every file of a folder under checksum. `known` are digests that need not be taken again.
+    """Write SHA256SUMS.
+
+    Args:
+        folder: finished.
+        known: digests by file name that need not be computed again.
 
     Raises:
         InputError: a file that no finished folder has.
@@ -68,31 +73,33 @@ def seal(folder: Path, known: dict[str, str] | None = None) -> None:
 
 
 def read(folder: Path) -> dict[str, str]:
-    """Digest by name, as SHA256SUMS states them.
+    """The digests in SHA256SUMS by file name.
 
     Raises:
-        CorruptCheckpoint: it cannot be read, or is not exactly as `seal` writes it.
+        CorruptCheckpoint: it cannot be read, or is not in the form of `seal`.
     """
     try:
         content = read_regular(folder / SUMS)
-        found = [LINE.fullmatch(line) for line in content.decode("ascii").split("\n")[:-1]]
+        lines = [LINE.fullmatch(line) for line in content.decode("ascii").split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise CorruptCheckpoint(f"{SUMS} cannot be read ({error}): damaged or changed", SUMS) from error
-    sums = {match[2]: match[1] for match in found if match}
+    sums = {match[2]: match[1] for match in lines if match}
     if not sums or text(sums).encode() != content:
         raise CorruptCheckpoint(f"{SUMS} is not as mla-convert writes it: damaged or changed", SUMS)
     return sums
 
 
 def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
-    """Compare a folder with its SHA256SUMS: every byte, and that no file is missing or more. Returns the digests as found.
+    """Compare every byte of a folder with its SHA256SUMS. Returns the computed digests by file name.
 
-    `accept` names files that may differ from it.
+    Args:
+        folder: finished.
+        accept: names of files that may differ.
 
     Raises:
-        CorruptCheckpoint: the first file that is not as it says.
+        CorruptCheckpoint: names the first file that is changed, missing or additional.
     """
-    stated, present, found = read(folder), listed(folder), {}
+    stated, present, digests = read(folder), listed(folder), {}
     for name in present:
         if name not in stated and name not in accept:
             shown = name if NAME.fullmatch(name) else ascii(name[:100])
@@ -101,12 +108,12 @@ def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
         if name not in present:
             raise CorruptCheckpoint(f"{name} is missing: {SUMS} lists it", name)
     for name in present:
-        found[name] = _digest(folder, name)
-        if name not in accept and found[name] != stated[name]:
+        digests[name] = _digest(folder, name)
+        if name not in accept and digests[name] != stated[name]:
             raise CorruptCheckpoint(
-                f"{name} has sha256 {found[name][:12]}…, {SUMS} says {stated[name][:12]}…: damaged or changed", name
+                f"{name} has sha256 {digests[name][:12]}…, {SUMS} says {stated[name][:12]}…: damaged or changed", name
             )
-    return found
+    return digests
 
 
 def _digest(folder: Path, name: str) -> str:
@@ -119,10 +126,15 @@ def _digest(folder: Path, name: str) -> str:
 
 
 def is_sealed(folder: Path, report: JsonObject, file: str) -> bool:
-    """Whether a folder has a SHA256SUMS; False for one that an earlier version wrote, by what `report` (in `file`) says.
+    """Whether a folder has a SHA256SUMS; False if an earlier version wrote it.
+
+    Args:
+        folder: finished.
+        report: content of its report.
+        file: name of the report.
 
     Raises:
-        CorruptCheckpoint: it has none, and should.
+        CorruptCheckpoint: it has none, although the version that wrote it writes one.
     """
     if os.path.lexists(folder / SUMS):
         return True
@@ -135,9 +147,9 @@ def is_sealed(folder: Path, report: JsonObject, file: str) -> bool:
 
 
 def written_by(report: JsonObject) -> Version | None:
-    """The version that wrote a folder, or refreshed it last; None where its report does not say."""
-    found = look_up(report, "refreshed.mla_convert") or look_up(report, "versions.mla_convert")
+    """The version that wrote or last refreshed a folder; None if its report does not state it."""
+    stated = look_up(report, "refreshed.mla_convert") or look_up(report, "versions.mla_convert")
     try:
-        return Version(found) if isinstance(found, str) else None
+        return Version(stated) if isinstance(stated, str) else None
     except InvalidVersion:
         return None

@@ -1,4 +1,4 @@
-"""Numbers of tokens, lengths of windows, bytes and times, as people type and read them. Imports no torch."""
+"""Numbers of tokens, lengths of windows, bytes and durations, as typed and as printed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SHORTEST = 16
 
 
 def parse_tokens(value: Any) -> Any:
-    """`200k`, `20M` or `1.5B` as a number of tokens; a value that is no string is returned as it is.
+    """`200k`, `20M` or `1.5B` as a number of tokens; a value that is not a string is returned unchanged.
 
     Raises:
-        ValueError: the string is no such number.
+        ValueError: The text is no number of tokens.
     """
     if not isinstance(value, str):
         return value
@@ -30,10 +30,10 @@ def parse_tokens(value: Any) -> Any:
 
 
 def parse_lengths(value: Any) -> tuple[tuple[int, float], ...]:
-    """`1024`, or `1024:0.75,4096:0.25`, as lengths of windows with their shares of the tokens, which sum to 1.
+    """`1024`, or `1024:0.75,4096:0.25`, as window lengths with their fractions of the tokens, which sum to 1.
 
     Raises:
-        ValueError: the value has another form.
+        ValueError: The text is neither.
     """
     weights: dict[int, float] = {}
     for part in str(value).split(","):
@@ -68,7 +68,7 @@ def human_bytes(number: float) -> str:
 
 
 def human_tokens(tokens: float) -> str:
-    """1234567 -> '1.23M' (powers of ten, three figures)."""
+    """1234567 -> '1.23M' (powers of ten, three digits)."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if tokens >= size:
             return f"{tokens / size:.3g}{unit}"
@@ -76,7 +76,7 @@ def human_tokens(tokens: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """93.4 -> '1.6 min', to two figures, which is as precise as an estimate of time."""
+    """93.4 -> '1.6 min', to two digits: estimates are no more accurate."""
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 1.5 * size:
             value = seconds / size

@@ -1,4 +1,4 @@
-"""Text that is fit to be shown: names and messages without control characters, on whatever console there is. Imports no torch."""
+"""Text that is safe to print: names and messages without control characters, on any console. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from mla_convert.core.errors import InputError, ReaderGone
 
-# What a console cannot show, in characters that every one has; anything else becomes a question mark.
+# Replacements for signs that a console cannot encode; anything else becomes a question mark.
 SIGNS = {"→": "->", "×": "x", "±": "+/-", "≥": ">=", "≤": "<=", "–": "-", "—": "-", "−": "-", "…": "...", "‖": "||",
          "’": "'", "‘": "'", "“": '"', "”": '"'}  # fmt: skip
-# Control characters, those that turn the direction of text, and what stands for bytes that are no UTF-8.
+# Control characters, characters that change the direction of text, and surrogates that stand for bytes outside UTF-8.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 BREAKS = re.compile("[\t\n]")
-ERRORS = "mla_convert.signs"  # our name among the error handlers of codecs
+ERRORS = "mla_convert.signs"  # name of our error handler for codecs
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -28,22 +28,22 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def shown(text: str) -> str:
-    """Text as a terminal may have it: lines and tabs stay, other control characters are spelled out."""
+    """Text for a terminal: newlines and tabs stay, other control characters are spelled out."""
     return CONTROL.sub(_escaped, text)
 
 
 def plain(text: str) -> str:
-    """A name as messages, reports and cards may have it: valid Unicode on one line, control characters spelled out."""
+    """A name for messages, reports and cards: valid Unicode on one line, control characters spelled out."""
     return BREAKS.sub(_escaped, shown(text))
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "".join(SIGNS.get(sign) or (_known(sign)) for sign in error.object[error.start : error.end]), error.end
+    return "".join(SIGNS.get(sign) or _substitute(sign) for sign in error.object[error.start : error.end]), error.end
 
 
-def _known(sign: str) -> str:
+def _substitute(sign: str) -> str:
     return CONTROL.sub(_escaped, sign) if CONTROL.match(sign) else "?"
 
 
@@ -51,7 +51,7 @@ codecs.register_error(ERRORS, _replaced)
 
 
 def open_streams() -> None:
-    """Make stdout and stderr fit for any text: what their encoding lacks is replaced, and none of the two is closed."""
+    """Let stdout and stderr take any text: signs outside their encoding are replaced, and neither stream is closed."""
     for _ in range(3):
         number = os.open(os.devnull, os.O_RDWR)
         if number > 2:
@@ -59,14 +59,19 @@ def open_streams() -> None:
             break
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # closed, or a test's own
-            stream.reconfigure(errors=ERRORS)
+            stream.reconfigure(errors=ERRORS)  # type: ignore[union-attr]
 
 
 def say(text: str, err: bool = False, end: str = "\n") -> None:
-    """Print on stdout, or stderr.
+    """Print one text.
+
+    Args:
+        text: The text; control characters are spelled out.
+        err: Print on stderr instead of stdout.
+        end: Printed after the text.
 
     Raises:
-        ReaderGone: nobody reads it any more.
+        ReaderGone: The reader of the stream has closed it.
     """
     stream = sys.stderr if err else sys.stdout
     if stream is None:
@@ -79,7 +84,7 @@ def say(text: str, err: bool = False, end: str = "\n") -> None:
 
 
 def drop_output() -> None:
-    """Let go of what stdout could not be given, so that the interpreter does not try again when it ends."""
+    """Discard output that stdout did not take, so that the interpreter does not try to flush it again at its end."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -87,10 +92,10 @@ def drop_output() -> None:
 
 
 def expanded(name: str | Path) -> Path:
-    """A path with `~` and `~user` spelled out.
+    """A path with `~` and `~user` expanded.
 
     Raises:
-        InputError: there is no such user.
+        InputError: There is no such user.
     """
     try:
         return Path(name).expanduser()
@@ -100,10 +105,10 @@ def expanded(name: str | Path) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Refuse a folder for weights whose name is no Unicode: safetensors opens no file there.
+    """Refuse a folder for weights whose name is not Unicode: safetensors opens no file there.
 
     Raises:
-        InputError: it is one.
+        InputError: The name is not Unicode.
     """
     if any("\ud800" <= sign <= "\udfff" for sign in str(path)):
         raise InputError(f"the name of folder {path} is not UTF-8, and safetensors opens no file in it: rename it")

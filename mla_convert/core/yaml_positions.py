@@ -1,4 +1,4 @@
-"""Where in a YAML file a key stands, so that a complaint can name its line. Imports no torch."""
+"""Line numbers of the keys of a YAML file, for error messages. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,39 +13,43 @@ Location = tuple[str | int, ...]
 
 
 class Marks:
-    """Lines (from 1) of the keys and items of a YAML text.
-
-    Raises:
-        yaml.YAMLError: the text is not YAML.
-    """
+    """Lines (from 1) of the keys and items of a YAML text."""
 
     def __init__(self, text: str):
+        """Parse the text.
+
+        Raises:
+            yaml.YAMLError: The text is not YAML.
+        """
         self._root = yaml.compose(text, Loader=yaml.SafeLoader)
 
     def line(self, location: Location) -> int | None:
-        """Line of the key or item at `location` (keys and indices from the top), or of the nearest one above it that
-        is there; None where only the whole file is."""
+        """Line of a key or item, or of its nearest ancestor in the file; None if that is the whole file.
+
+        Args:
+            location: Keys and indices from the top.
+        """
         node, line = self._root, None
         for part in location:
-            found = next((pair for pair in _children(node) if pair[0] == str(part)), None)
-            if found is None:
+            child = next((each for each in _children(node) if each[0] == str(part)), None)
+            if child is None:
                 break
-            _, line, node = found
+            _, line, node = child
         return line
 
     def duplicate(self) -> tuple[str, int] | None:
-        """The first key that stands twice in one mapping, as `outer.key`, and the line of the second; None if none."""
+        """The first key that occurs twice in one mapping, as `outer.key`, and the line of its second occurrence, or None."""
         return _duplicate(self._root, "", set())
 
 
 class Scalars(yaml.SafeLoader):
-    """PyYAML's safe loader; a scalar that it cannot make a value of is an error of YAML, with its line."""
+    """PyYAML's safe loader, which reports a scalar without a value (a date such as 2024-99-99) as a YAML error with its line."""
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         """The value of a node.
 
         Raises:
-            yaml.YAMLError: it has none.
+            yaml.YAMLError: The node has no value.
         """
         try:
             return super().construct_object(node, deep)
@@ -57,7 +61,7 @@ class Scalars(yaml.SafeLoader):
 
 
 def _children(node: Any) -> Iterator[tuple[str, int, Any]]:
-    """Key or index, line and node of what a mapping or sequence holds; nothing for scalars."""
+    """Key or index, line and node of each child of a mapping or sequence; nothing for scalars."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield str(key.value), key.start_mark.line + 1, value
@@ -75,7 +79,7 @@ def _duplicate(node: Any, prefix: str, seen: set[int]) -> tuple[str, int] | None
         if key in keys:
             return prefix + key, line
         keys.add(key)
-        found = _duplicate(value, f"{prefix}{key}.", seen)
-        if found:
-            return found
+        inner = _duplicate(value, f"{prefix}{key}.", seen)
+        if inner:
+            return inner
     return None

@@ -1,7 +1,7 @@
 """Text to heal on: tokenised once into a file that all processes map, and cut into the windows of every training step.
 
-Which windows a step sees is a function of the seed and the step's number alone: a run that goes on from a checkpoint, and
-one on other numbers of processes, see the same ones.
+The windows of a step are a function of the seed and the step's number alone: they are the same for a run that resumes from
+a checkpoint, and for other numbers of processes.
 """
 
 from __future__ import annotations
@@ -22,70 +22,76 @@ from mla_convert.modeling.loss_terms import IGNORED
 from mla_convert.source import texts
 from mla_convert.source.tokens import first_tokens
 
-IDS, STARTS, ADDED = "tokens.npy", "documents.npy", "added.npy"
-# Share of the data, its end, that is never trained on; tokens of it that are looked at.
-HELD_OUT_SHARE, HELD_OUT_MAX = 1 / 20, 1 << 17
-# Tokens that are looked at, over all looks, as a share of those that are trained on; at least so many a look, in so many.
-LOOKED_AT, LOOK_MIN, LOOKS_MIN = 0.2, 1 << 12, 4
-# Characters that a token is taken to be before any has been counted, to see whether a text is longer than needed.
+IDS, STARTS, GENERATED = "tokens.npy", "documents.npy", "generated.npy"
+# Fraction of the data, at its end, that is never trained on; most tokens of it in one evaluation.
+HELD_OUT_FRACTION, HELD_OUT_MAX = 1 / 20, 1 << 17
+# Tokens of all held-out evaluations, as a fraction of the training's; least tokens of one evaluation; least evaluations.
+EVALUATED_FRACTION, EVALUATION_MIN, EVALUATIONS_MIN = 0.2, 1 << 12, 4
+# Characters per token, assumed before any are tokenised, to tell whether a text is longer than needed.
 CHARACTERS = 4
 TOKENISED = 64  # pieces of documents tokenised at once
-PIECE = 1 << 16  # characters of a piece: a tokenizer's time can grow faster than the text
+PIECE = 1 << 16  # characters of a piece: the time of some tokenizers grows faster than the text
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids (N,) of all documents, one after another, and the offsets (D,) at which they begin.
+    """All documents, one after another. The end of the self-generated text and the end of the given text are held out."""
 
-    The first `added` tokens are what the original wrote; behind them is the text that was given. The end of both is held
-    out.
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    added: int = 0
+    ids: np.ndarray  # token ids (N,)
+    starts: np.ndarray  # offsets (D,) at which documents begin
+    generated: int = 0  # the first tokens are self-generated; the given text follows
 
     @property
     def train_end(self) -> int:
-        """Where the held-out end of the given text begins."""
-        return len(self.ids) - _held(len(self.ids) - self.added)
+        """Offset at which the held-out end of the given text begins."""
+        return len(self.ids) - _held_out_tokens(len(self.ids) - self.generated)
 
     @property
-    def added_end(self) -> int:
-        """Where the held-out end of what the original wrote begins."""
-        return self.added - (_held(self.added) if self.added else 0)
+    def generated_end(self) -> int:
+        """Offset at which the held-out end of the self-generated text begins."""
+        return self.generated - (_held_out_tokens(self.generated) if self.generated else 0)
 
 
-def _held(tokens: int) -> int:
-    return min(HELD_OUT_MAX, max(1, round(tokens * HELD_OUT_SHARE)))
+def _held_out_tokens(tokens: int) -> int:
+    return min(HELD_OUT_MAX, max(1, round(tokens * HELD_OUT_FRACTION)))
 
 
 def make_corpus(
     spec: str | None,
     tokenizer: Any,
-    wanted: int,
+    most: int,
     folder: Path,
     joined: bool = False,
     model: texts.Reach = texts.Reach(),  # noqa: B008
 ) -> str:
-    """Tokenise what `spec` names, about `wanted` tokens of it at most, into `folder`. Returns the text's label.
+    """Tokenise a text into `folder`.
 
-    A file of text is one document, a row of a `.jsonl` file or of a data set (which is streamed) is one each, unless
-    `joined` says that rows are parts of one text. Of a file that is longer than wanted, pieces from all over are taken.
+    A text file is one document; a row of a `.jsonl` file, or of a data set (which is streamed), is one each.
+
+    Args:
+        spec: names the text, as `texts.load_documents` reads it.
+        tokenizer: of the model.
+        most: tokens at most, about; of a longer file, pieces from all over it are taken.
+        folder: made if it is not there.
+        joined: rows are parts of one document.
+        model: limits of the token ids.
+
+    Returns:
+        The text's label.
 
     Raises:
-        InputError, ResourceError: as `texts.load_text`; or no two tokens, or one that `model` has no embedding for.
+        InputError, ResourceError: as `texts.load_documents`; or no two tokens, or one that `model` has no embedding for.
     """
     documents, label = texts.load_documents(spec, joined)
     if isinstance(documents, list):
-        documents = _thinned(documents, wanted)
+        documents = _thinned(documents, most)
     prefix = first_tokens(tokenizer)
     parts, starts, total = [], [], 0
-    for ids in _taught(_tokenised(documents, tokenizer), prefix):
+    for ids in _predictable(_tokenised(documents, tokenizer), prefix):
         starts.append(total)
         parts.append(np.asarray(ids, dtype=np.int32))
         total += len(parts[-1])
-        if total >= wanted:
+        if total >= most:
             break
     if not parts:
         raise InputError(
@@ -93,52 +99,57 @@ def make_corpus(
         )
     model.check(torch.from_numpy(np.concatenate(parts)), label)
     folder.mkdir(parents=True, exist_ok=True)
-    _save(folder, np.concatenate(parts)[:wanted], np.asarray(starts, dtype=np.int64))
+    save_corpus(folder, np.concatenate(parts)[:most], np.asarray(starts, dtype=np.int64))
     return label
 
 
-def add_written(folder: Path, ids: np.ndarray) -> None:
-    """Put what the original wrote (N,) before what `make_corpus` wrote, as one document.
+def add_generated(folder: Path, ids: np.ndarray) -> None:
+    """Put self-generated text before the text that `make_corpus` wrote, as one document.
 
-    Its texts follow one another in a window, and see each other: for a distillation a context is as good as another, and
-    windows of one document need no mask.
+    Texts that follow one another in a window see each other: for a distillation any context is as good, and windows of
+    one document need no mask.
+
+    Args:
+        folder: of the corpus.
+        ids: token ids (N,).
     """
     corpus = open_corpus(folder)
     starts = np.concatenate([[0], corpus.starts + len(ids)]).astype(np.int64)
-    _save(folder, np.concatenate([ids.astype(np.int32), corpus.ids]), starts, corpus.added + len(ids))
+    save_corpus(folder, np.concatenate([ids.astype(np.int32), corpus.ids]), starts, corpus.generated + len(ids))
 
 
-def _save(folder: Path, ids: np.ndarray, starts: np.ndarray, added: int = 0) -> None:
-    for name, array in ((STARTS, starts), (IDS, ids), (ADDED, np.asarray(added))):
+def save_corpus(folder: Path, ids: np.ndarray, starts: np.ndarray, generated: int = 0) -> None:
+    """Write a corpus, file by file under a temporary name; for the arguments see `Corpus`."""
+    for name, array in ((STARTS, starts), (IDS, ids), (GENERATED, np.asarray(generated))):
         temporary = folder / f".{os.getpid()}.{name}"
         np.save(temporary, array)
         os.replace(temporary, folder / name)
 
 
-def wanted_tokens(tokens: int) -> int:
-    """Tokens of text for a run over so many: each at most once, and the held-out end."""
-    return round(tokens * (1 + 2 * HELD_OUT_SHARE)) + (1 << 12)
+def needed_tokens(tokens: int) -> int:
+    """Tokens of text for a run over `tokens` tokens: each at most once, and the held-out end."""
+    return round(tokens * (1 + 2 * HELD_OUT_FRACTION)) + (1 << 12)
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """What `make_corpus` wrote, mapped."""
-    return Corpus(np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS), int(np.load(folder / ADDED)))
+    """Map the corpus that `make_corpus` wrote."""
+    return Corpus(np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS), int(np.load(folder / GENERATED)))
 
 
 def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of each document that has any. Pieces of many are tokenised at once, on all cores."""
+    """Token ids of each document that has any. The pieces of many documents are tokenised at once, on all cores."""
     batch: list[tuple[int, str]] = []
-    held: list[int] = []  # of a document that may go on in the next batch
+    held: list[int] = []  # ids of a document that may continue in the next batch
     last = 0
 
     def flush() -> Iterator[tuple[int, list[int]]]:
-        found = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        yield from zip([number for number, _ in batch], found, strict=True)
+        encoded = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        yield from zip([number for number, _ in batch], encoded, strict=True)
         batch.clear()
 
-    def merged(found: Iterable[tuple[int, list[int]]]) -> Iterator[list[int]]:
+    def merged(encoded: Iterable[tuple[int, list[int]]]) -> Iterator[list[int]]:
         nonlocal held, last
-        for number, ids in found:
+        for number, ids in encoded:
             if number != last and held:
                 yield held
                 held = []
@@ -155,8 +166,8 @@ def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
         yield held
 
 
-def _taught(documents: Iterable[list[int]], prefix: list[int]) -> Iterator[list[int]]:
-    """Documents behind `prefix`, each with a token to foretell: one that is a single token goes with the next one."""
+def _predictable(documents: Iterable[list[int]], prefix: list[int]) -> Iterator[list[int]]:
+    """Documents behind `prefix`, each with a token to predict: a single token is joined to the next document."""
     held: list[int] = []
     for ids in documents:
         held = held + ids if held else prefix + ids
@@ -167,45 +178,50 @@ def _taught(documents: Iterable[list[int]], prefix: list[int]) -> Iterator[list[
 
 def pieces(document: str) -> list[str]:
     """A document in parts of at most PIECE characters, cut at line ends where there are any."""
-    found, start = [], 0
+    parts, start = [], 0
     while start < len(document):
         stop = min(start + PIECE, len(document))
         if stop < len(document):
             stop = document.rfind("\n", start + PIECE // 2, stop) + 1 or stop
-        found.append(document[start:stop])
+        parts.append(document[start:stop])
         start = stop
-    return found
+    return parts
 
 
-def _thinned(documents: list[str], wanted: int) -> list[str]:
-    """Everything, or pieces at even distances where that is much more than `wanted` tokens."""
+def _thinned(documents: list[str], most: int) -> list[str]:
+    """Everything, or pieces at even distances where that is much more than `most` tokens."""
     characters = sum(map(len, documents))
-    if characters <= 2 * CHARACTERS * wanted:
+    if characters <= 2 * CHARACTERS * most:
         return documents
     parts = [piece for document in documents for piece in pieces(document)]
-    count = max(1, -(-len(parts) * 2 * CHARACTERS * wanted // characters))
+    count = max(1, -(-len(parts) * 2 * CHARACTERS * most // characters))
     return [parts[index * len(parts) // count] for index in range(min(count, len(parts)))]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` and `labels` (B, L), and `positions` (B, L) where a window holds more than one document, else None."""
+    """Windows (B, L) of a training step."""
 
     ids: Tensor
-    labels: Tensor
-    positions: Tensor | None
+    labels: Tensor  # the token that follows each, or IGNORED
+    positions: Tensor | None  # where a window holds more than one document
 
     def to(self, device: torch.device) -> Batch:
-        """On a device."""
+        """The batch on a device."""
         ids, labels = (each.to(device, non_blocking=True) for each in (self.ids, self.labels))
         return Batch(ids, labels, None if self.positions is None else self.positions.to(device, non_blocking=True))
 
 
 def cut(corpus: Corpus, begins: list[int], length: int) -> Batch:
-    """Windows of `length` tokens from given offsets.
+    """Cut windows out of a corpus.
 
-    Where a document begins inside a window, positions begin anew, which transformers takes to mean that no token sees
-    another document's; the token before has no label.
+    Where a document begins inside a window, positions restart at 0, from which transformers derives a mask that separates
+    the documents; the token before has no label.
+
+    Args:
+        corpus: tokens and documents.
+        begins: offsets of the windows.
+        length: tokens of a window.
     """
     ids = np.stack([corpus.ids[begin : begin + length] for begin in begins]).astype(np.int64)
     labels = np.full_like(ids, IGNORED)
@@ -221,74 +237,98 @@ def cut(corpus: Corpus, begins: list[int], length: int) -> Batch:
     return Batch(*map(torch.from_numpy, (ids, labels)), torch.from_numpy(positions) if packed else None)
 
 
-def noised(batch: Batch, share: float, vocabulary: Tensor, keys: list[tuple[int, ...] | None]) -> Batch:
-    """The batch with a share of the tokens of some windows, but the first, replaced by random ones of `vocabulary` (V,).
+def noised(batch: Batch, fraction: float, vocabulary: Tensor, keys: list[tuple[int, ...] | None]) -> Batch:
+    """Replace tokens of some windows by random ones.
 
-    `keys` has a seed for every window that is to be noised, and None for the others. No label is a random token. As for
-    calibration (`tokens.noised`), contexts that no text has keep the model from becoming a specialist of the text at hand.
+    As in calibration (`tokens.noised`), contexts that no text contains keep the model from specialising in the text at
+    hand. The first token of a window, the attention sink, stays; random tokens are no labels.
+
+    Args:
+        batch: windows of text.
+        fraction: of the tokens that are replaced.
+        vocabulary: token ids (V,) to draw from.
+        keys: for each window the seed of its noise, or None for none.
     """
     ids, labels = batch.ids.clone(), batch.labels.clone()
     for row, key in enumerate(keys):
         if key is not None:
             draw = np.random.default_rng(key)
-            chosen = torch.from_numpy(draw.random(ids.shape[1]) < share)
-            chosen[0] = False  # the attention sink
+            chosen = torch.from_numpy(draw.random(ids.shape[1]) < fraction)
+            chosen[0] = False
             ids[row, chosen] = vocabulary[torch.from_numpy(draw.integers(0, len(vocabulary), int(chosen.sum())))]
-            labels[row, :-1][chosen[1:]] = IGNORED  # nobody can foresee a random token
+            labels[row, :-1][chosen[1:]] = IGNORED
     return Batch(ids, labels, batch.positions)
 
 
-def held_out(corpus: Corpus, length: int, share: float = 0.0, most: int = HELD_OUT_MAX) -> list[int]:
-    """Offsets of windows that are never trained on, of about `most` tokens: of the text's end and, by their share of the
-    training, of the end of what the original wrote.
+def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int = HELD_OUT_MAX) -> list[int]:
+    """Offsets of the windows that are never trained on.
+
+    Args:
+        corpus: whose given text and self-generated text both have a held-out end.
+        length: tokens of a window.
+        self_fraction: of the windows that are self-generated, as in training.
+        most: tokens of all windows, about.
 
     Raises:
-        InputError: not one of the text.
+        InputError: the given text is too short for one window.
     """
     length = held_length(corpus, length)
     if length < 2:
-        raise InputError(f"the text has {len(corpus.ids) - corpus.added} tokens, too few to heal on: give more text")
-    found = []
-    for begin, end, part in (
-        (corpus.train_end, len(corpus.ids), 1 - share),
-        (corpus.added_end, corpus.added, share),
+        raise InputError(
+            f"the text has {len(corpus.ids) - corpus.generated} tokens, too few to heal on: give more text"
+        )
+    offsets = []
+    for begin, end, fraction in (
+        (corpus.train_end, len(corpus.ids), 1 - self_fraction),
+        (corpus.generated_end, corpus.generated, self_fraction),
     ):
         windows = range(begin, end - length + 1, length)
-        count = min(len(windows), max(1, round(most * part / length))) if part else 0
-        found += [windows[index * len(windows) // count] for index in range(count)]
-    return found
+        count = min(len(windows), max(1, round(most * fraction / length))) if fraction else 0
+        offsets += [windows[index * len(windows) // count] for index in range(count)]
+    return offsets
 
 
-def looks(tokens: int, most: int) -> tuple[int, int]:
-    """How often a run of so many tokens looks at the held-out windows, `most` times at most, and at how many tokens of them.
+def evaluations(tokens: int, most: int) -> tuple[int, int]:
+    """Number and size of the held-out evaluations of a run.
 
-    Looking takes about a twelfth of the time of a run; one that is short looks less often, not at next to nothing.
+    All of them take about a twelfth of the run's time; a short run has fewer of them, rather than ones on few tokens.
+
+    Args:
+        tokens: that are trained on.
+        most: evaluations.
+
+    Returns:
+        The number of evaluations, and tokens in each.
     """
-    room = LOOKED_AT * tokens
-    count = min(most, max(LOOKS_MIN, int(room // LOOK_MIN)))
-    return count, min(HELD_OUT_MAX, max(LOOK_MIN, round(room / count)))
+    budget = EVALUATED_FRACTION * tokens
+    count = min(most, max(EVALUATIONS_MIN, int(budget // EVALUATION_MIN)))
+    return count, min(HELD_OUT_MAX, max(EVALUATION_MIN, round(budget / count)))
 
 
 def held_length(corpus: Corpus, length: int) -> int:
-    """Tokens of a held-out window: `length`, or all there are."""
+    """Tokens of a held-out window: `length`, or all that are held out of the given text if they are fewer."""
     return min(length, len(corpus.ids) - corpus.train_end)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Where a training window begins, and whether it is an odd one of its kind: those are noised, if any is."""
+    """A training window."""
 
-    begin: int
-    odd: bool
+    begin: int  # offset in the corpus
+    odd: bool  # odd number among the windows of its kind: the ones that get noise, if there is any
 
 
 def check_enough(corpus: Corpus, mix: tuple[tuple[int, float], ...]) -> None:
-    """Refuse a text that is too short to train on and to look at, before anything is measured.
+    """Refuse a text that is too short to train and to evaluate on, before anything is measured.
+
+    Args:
+        corpus: the text.
+        mix: lengths of the windows with their fractions of the tokens.
 
     Raises:
-        InputError: not one window of each.
+        InputError: the text holds no window to train on, or none to evaluate on.
     """
-    train = corpus.train_end - corpus.added
+    train = corpus.train_end - corpus.generated
     for length, _ in mix:
         if length > train:
             raise InputError(
@@ -299,29 +339,45 @@ def check_enough(corpus: Corpus, mix: tuple[tuple[int, float], ...]) -> None:
 
 
 class Schedule:
-    """Which windows every step sees: of each length in turn, by its share of the tokens, and of the text evenly.
+    """The windows of every step, with each length and each kind of text in proportion.
 
-    `mix` is (length, share of tokens), `step_tokens` the tokens of a step over all processes; `share` of the windows are of
-    what the original wrote. Every pass over a text cuts it at another place and takes its windows in another order.
+    Every pass over a text cuts it at another offset and takes its windows in another order.
     """
 
-    def __init__(self, corpus: Corpus, mix: tuple[tuple[int, float], ...], step_tokens: int, steps: int, seed: int,
-                 processes: int = 1, share: float = 0.0):  # fmt: skip
-        """A step's windows are a multiple of `processes`.
+    def __init__(
+        self,
+        corpus: Corpus,
+        mix: tuple[tuple[int, float], ...],
+        step_tokens: int,
+        steps: int,
+        seed: int,
+        processes: int = 1,
+        self_fraction: float = 0.0,
+    ):
+        """Choose the window length of every step.
+
+        Args:
+            corpus: the text.
+            mix: lengths of the windows with their fractions of the tokens; a step has windows of one length.
+            step_tokens: tokens of a step over all processes, about.
+            steps: of the run.
+            seed: of the order of the windows.
+            processes: the windows of a step are a multiple of it.
+            self_fraction: of the windows that are self-generated.
 
         Raises:
-            InputError: not one window of text to train on.
+            InputError: the text is too short, as in `check_enough`.
         """
         self._seed, self._orders = seed, {}
-        self._share = share if corpus.added else 0.0
-        self._texts = (corpus.added, corpus.train_end), (0, corpus.added_end)  # given, and written by the original
+        self._self_fraction = self_fraction if corpus.generated else 0.0
+        self._texts = (corpus.generated, corpus.train_end), (0, corpus.generated_end)  # given, self-generated
         check_enough(corpus, mix)
         self.windows = {length: -(-max(1, step_tokens // length) // processes) * processes for length, _ in mix}
         self.steps: list[tuple[int, int]] = []  # length and number of the first window, of every step
         used, taken, total = dict.fromkeys(self.windows, 0), dict.fromkeys(self.windows, 0), 0
-        shares = dict(mix)
+        fractions = dict(mix)
         for _ in range(steps):
-            length = max(shares, key=lambda each: shares[each] * (total + step_tokens) - used[each])
+            length = max(fractions, key=lambda each: fractions[each] * (total + step_tokens) - used[each])
             self.steps.append((length, taken[length]))
             taken[length] += self.windows[length]
             used[length] += self.windows[length] * length
@@ -338,19 +394,21 @@ class Schedule:
         return length, [self._window(length, first + index) for index in range(self.windows[length])]
 
     def _window(self, length: int, number: int) -> Window:
-        before = math.floor(number * self._share)  # windows of the original's own
-        written = math.floor((number + 1) * self._share) > before
-        index = before if written else number - before
-        return Window(self._begin(length, written, index), index % 2 == 1)
+        """Window `number` of a length over the whole run; self-generated ones are spread evenly."""
+        before = math.floor(number * self._self_fraction)  # self-generated windows
+        generated = math.floor((number + 1) * self._self_fraction) > before
+        index = before if generated else number - before
+        return Window(self._begin(length, generated, index), index % 2 == 1)
 
-    def _begin(self, length: int, written: bool, number: int) -> int:
-        first, stop = self._texts[written]
+    def _begin(self, length: int, generated: bool, number: int) -> int:
+        """Offset of window `number` of a kind of text."""
+        first, stop = self._texts[generated]
         count = max(1, (stop - first) // length - 1)
         epoch, index = divmod(number, count)
-        key = length, written, epoch
+        key = length, generated, epoch
         if key not in self._orders:
             self._orders = {known: order for known, order in self._orders.items() if known[:2] != key[:2]}
-            draw = np.random.default_rng((self._seed, length, int(written), epoch))
+            draw = np.random.default_rng((self._seed, length, int(generated), epoch))
             self._orders[key] = int(draw.integers(0, stop - first - count * length + 1)), draw.permutation(count)
         offset, order = self._orders[key]
         return first + offset + int(order[index]) * length

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 
 from mla_convert.core.progress import Progress
 from mla_convert.core.units import human_tokens
@@ -21,64 +21,57 @@ from mla_convert.heal.data import Corpus, Schedule, Window
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.state import StateFolder, trained_state
 from mla_convert.heal.teacher_student import TeacherStudent
+from mla_convert.method.refine.relative_adam import BestState, RelativeAdam, set_rates, warmup_cosine
 from mla_convert.modeling.loss_terms import IGNORED
 
-# By what is trained. For adapters, which start at zero, absolute; else relative to each parameter's root mean square.
+# Peak learning rates by the parameters that are trained: relative to each one's root mean square, absolute for adapters.
 RATES = {"attention": 0.004, "all": 0.001, "lora": 1e-3}
 BETAS = (0.9, 0.95)
-MIN_SCALE = 1e-3  # a parameter smaller than this (a zero bias, say) moves as if it had this root mean square
-WARMUP_SHARE, WARMUP_MAX = 0.05, 100
-FLOOR = 0.02  # of the peak rate, at the end
-CLIP = 1.0
+# Steps of warm-up, as a fraction of all and at most; learning rate at the end, as a fraction of the peak.
+WARMUP_FRACTION, WARMUP_MAX, FLOOR = 0.05, 100, 0.02
+GRADIENT_NORM = 1.0
 COMPILE_FROM = 4_000_000  # tokens on a GPU: compiling takes half a minute, and a graph of a pass its memory once more
-# SPIKES steps in a row whose loss is above SPIKE times the median of the RECENT ones before end the run.
+# SPIKES steps in a row with a loss above SPIKE times the median of the RECENT ones before end the run.
 SPIKE, RECENT, SPIKES = 3.0, 50, 5
-ASK_EVERY = 16  # steps between asking all processes whether a checkpoint is due
+AGREE_EVERY = 16  # steps between agreements of all processes on whether a checkpoint is due
+NOTE_SECONDS = 10  # between lines of progress
 
 
 @dataclass
 class Run:
-    """How far a run is. `curve` has an entry for every look at the held-out windows, the start included."""
+    """Progress of a healing run, kept in its checkpoints."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best: float = math.inf
+    best: float = math.inf  # held-out loss of the best state
     best_tokens: int = 0
-    lowest: float = math.inf  # of the looks behind the start
-    waited: int = 0
-    noted: int = 0  # losses that are in the curve
+    lowest: float = math.inf  # held-out loss, the start not counted
+    patience_used: int = 0  # evaluations since `lowest`
+    losses_evaluated: int = 0  # losses that the curve accounts for
     stopped: str | None = None
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # one entry for each held-out evaluation, the start included
     losses: list[float] = field(default_factory=list)
 
 
-def scheduled(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to FLOOR: the share of the peak rate at a step."""
-    warm = max(1, min(WARMUP_MAX, round(steps * WARMUP_SHARE)))
-    if step < warm:
-        return (step + 1) / warm
-    return scheduled_at((step - warm) / max(1, steps - warm))
+def rate_factor(step: int, steps: int) -> float:
+    """Fraction of the peak learning rate at a step: linear warm-up, then a cosine to FLOOR."""
+    return warmup_cosine(step, steps, max(1, min(WARMUP_MAX, round(steps * WARMUP_FRACTION))), FLOOR)
 
 
-def scheduled_at(done: float) -> float:
-    """The cosine alone: the share of the peak rate where a share of the run is `done`."""
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def make_optimizer(pair: TeacherStudent, settings: HealSettings) -> torch.optim.Optimizer:
-    """AdamW without decay; parameters of about equal magnitude share a group and its rate."""
-    lr = settings.lr or RATES[settings.train]
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in (p for p in pair.parameters() if p.requires_grad):
-        rate = lr
-        if settings.train != "lora":
-            scale = float(parameter.detach().float().square().mean().sqrt().clamp_min(MIN_SCALE))
-            rate *= 2 ** (round(2 * math.log2(scale)) / 2)
-        groups.setdefault(rate, []).append(parameter)
-    fused = all(p.is_cuda for each in groups.values() for p in each)
-    found = [{"params": each, "lr": rate, "peak": rate} for rate, each in sorted(groups.items())]
-    return torch.optim.AdamW(found, betas=BETAS, weight_decay=0.0, fused=fused)
+def make_optimizer(pair: TeacherStudent, settings: HealSettings) -> RelativeAdam:
+    """The optimizer of the parameters that are trained; LoRA's, which start at zero, have an absolute rate."""
+    parameters = [parameter for parameter in pair.parameters() if parameter.requires_grad]
+    return RelativeAdam(
+        parameters,
+        settings.lr or RATES[settings.train],
+        BETAS,
+        relative=settings.train != "lora",
+        grouped=True,
+        fused=all(parameter.is_cuda for parameter in parameters),
+    )
 
 
 class Trainer:
@@ -94,112 +87,130 @@ class Trainer:
         progress: Progress,
         vocabulary: Tensor | None = None,
     ):
-        """Takes the pair over; goes on from the state folder's last checkpoint if there is one.
+        """Prepare the pair for training, and load the last checkpoint if there is one.
 
-        `vocabulary` (V,) are the tokens that noise is drawn from: needed where the settings have noise.
+        Args:
+            accelerator: of this process.
+            pair: on its device; the trainer takes it over.
+            corpus: text to train on and to evaluate on.
+            settings: of the run.
+            state: folder of its checkpoints.
+            progress: told of every step.
+            vocabulary: token ids (V,) that noise is drawn from; needed where the settings have noise.
         """
         self.accelerator, self.settings, self.state, self.progress = accelerator, settings, state, progress
+        self.corpus, self._vocabulary = corpus, vocabulary
         cuda = accelerator.device.type == "cuda"
         mix = settings.mix(getattr(pair.student.config, "max_position_embeddings", None))
         self.step_tokens, self.micro_tokens = step_sizes(settings, mix, cuda)
-        self.corpus = corpus
-        self._vocabulary = vocabulary
         steps = max(1, round(settings.tokens / self.step_tokens))
-        processes = accelerator.num_processes
-        share = settings.self_share
-        self.schedule = Schedule(corpus, mix, self.step_tokens, steps, settings.seed, processes, share)
+        self.schedule = Schedule(
+            corpus, mix, self.step_tokens, steps, settings.seed, accelerator.num_processes, settings.self_share
+        )
         if settings.gradient_checkpointing:
             pair.checkpoint_gradients()
-        long = cuda and settings.tokens >= COMPILE_FROM
-        if fast := long if settings.compile is None else settings.compile:
+        compiled = settings.compile
+        if compiled is None:
+            compiled = cuda and settings.tokens >= COMPILE_FROM
+        if compiled:
             pair.compile()
         self.model, self.optimizer = accelerator.prepare(pair, make_optimizer(pair, settings))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        # several processes exchange gradients on the way; layers run again keep the state of the random generator
+        # not with several processes, which exchange gradients in the backward pass, and not with gradient checkpointing,
+        # which keeps the state of the random generator
         alone = cuda and accelerator.distributed_type == DistributedType.NO
-        capture = fast and alone and not settings.gradient_checkpointing
+        capture = compiled and alone and not settings.gradient_checkpointing
         self._pass = GraphedStep(self._forward_backward, self.parameters, capture)
-        self.run, self.best = Run(), None
+        self.run, best = Run(), None
         if (last := state.last()) is not None:
-            self.best = state.load()
+            best = state.load()
             self.run = Run(**last)
+        self._best = BestState(self.run.best, best)
         length = mix[0][0]
-        self._looks, most = data.looks(settings.tokens, settings.evaluations)
-        self._watched = data.held_out(corpus, length, share, most), data.held_length(corpus, length)
+        self._evaluations, held_out_tokens = data.evaluations(settings.tokens, settings.evaluations)
+        self._held_out = data.held_out(corpus, length, settings.self_share, held_out_tokens)
+        self._held_out_length = data.held_length(corpus, length)
+        self._began = 0.0
+        self._pending: Tensor | None = None  # loss and gradient norm of the last step
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return len(self.schedule.steps)
 
+    @property
+    def best(self) -> dict[str, Tensor] | None:
+        """The trained tensors with the least held-out loss, by their names in the checkpoint; None if it is the start."""
+        return self._best.state
+
     def train(self) -> Run:
-        """Train until the tokens are used up, or until it no longer pays; the best state is in `best` then."""
-        run, settings = self.run, self.settings
-        every = max(1, round(self.steps / self._looks))
+        """Train until the tokens are used up or the run stops early; `best` has the best state then."""
+        run = self.run
+        every = max(1, round(self.steps / self._evaluations))
         saved = shown = time.perf_counter()
-        began = saved - run.seconds
+        self._began = saved - run.seconds
         if not run.curve:
-            self._look(began)
+            self._evaluate()
         self.progress.begin("heal", self.steps, run.step)
-        fresh, fresh_tokens, last = time.perf_counter(), 0, None
+        loop_began, tokens_before = time.perf_counter(), run.tokens
         try:
             while run.step < self.steps and run.stopped is None:
-                found = self._step(run.step)
-                fresh_tokens += self.schedule.tokens(run.step)
+                losses = self._step(run.step)
                 run.tokens += self.schedule.tokens(run.step)
                 run.step += 1
-                # read one step late, so that the device never waits for us
-                self._note_loss(last)
-                last = found
+                # the loss is read one step late, so that the device never waits for the host
+                self._record_loss()
+                self._pending = losses
                 self.progress.advance(run.step)
                 if run.step % every == 0 or run.step == self.steps:
-                    self._note_loss(last)
-                    last = None
+                    self._record_loss()
                     if run.stopped is None:
-                        self._look(began)
+                        self._evaluate()
                 now = time.perf_counter()
-                if (
-                    self._agreed(now - saved > 60 * settings.checkpoint_minutes)
-                    and run.stopped is None
-                    and run.step < self.steps
-                ):
-                    self._note_loss(last)
-                    last, run.seconds = None, now - began
+                if self._checkpoint_is_due(now - saved):
+                    self._record_loss()
+                    run.seconds = now - self._began
                     if run.stopped is None:
                         self.state.save(vars(run), self.best)
                         saved = time.perf_counter()
-                if now - shown > 10 or self.progress.verbose:
+                if now - shown > NOTE_SECONDS or self.progress.verbose:
                     shown = now
-                    self._say(fresh_tokens / (now - fresh))
+                    self._show_progress((run.tokens - tokens_before) / (now - loop_began))
         finally:
             self.progress.stop()
-        self._note_loss(last)
-        run.seconds = round(time.perf_counter() - began, 2)
+        self._record_loss()
+        run.seconds = round(time.perf_counter() - self._began, 2)
         return run
 
+    def _checkpoint_is_due(self, elapsed: float) -> bool:
+        """Whether to write a checkpoint, `elapsed` seconds after the last one; the same in all processes."""
+        due = self._agreed(elapsed > 60 * self.settings.checkpoint_minutes)
+        return due and self.run.stopped is None and self.run.step < self.steps
+
     def _agreed(self, wish: bool) -> bool:
-        """The main process's wish: clocks differ, and all must do the same. Asked now and then, as asking takes a wait."""
+        """The main process's wish: clocks differ, and all must do the same. Every AGREE_EVERY steps, as asking blocks."""
         if self.accelerator.num_processes == 1:
             return wish
-        if self.run.step % ASK_EVERY:
+        if self.run.step % AGREE_EVERY:
             return False
         flag = torch.tensor([float(wish and self.accelerator.is_main_process)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
-    def _say(self, speed: float) -> None:
+    def _show_progress(self, speed: float) -> None:
         run, left = self.run, (self.steps - self.run.step) * self.step_tokens
-        looked = run.curve[-1]
+        latest = run.curve[-1]
         loss = f"loss {run.losses[-1]:.4f}  " if run.losses else ""
         self.progress.note(
-            f"heal {human_tokens(run.tokens)} of {human_tokens(run.tokens + left)} tokens  {loss}held out: KL {looked['kl']:.4f}, "
-            f"perplexity ×{looked['ratio']:.4f}  {human_tokens(speed)} tokens/s, about {left / speed:.0f} s left"
+            f"heal {human_tokens(run.tokens)} of {human_tokens(run.tokens + left)} tokens  {loss}held out: KL {latest['kl']:.4f}, "
+            f"perplexity ×{latest['ratio']:.4f}  {human_tokens(speed)} tokens/s, about {left / speed:.0f} s left"
         )
 
-    def _note_loss(self, found: Tensor | None) -> None:
-        """Take a step's loss into the record, and stop at what is not finite or has run away."""
-        if found is None:
+    def _record_loss(self) -> None:
+        """Record the loss of the last step, once; stop the run at a loss that is not finite or diverges."""
+        if self._pending is None:
             return
-        run, (loss, norm) = self.run, found.tolist()
+        run, (loss, norm) = self.run, self._pending.tolist()
+        self._pending = None
         if not math.isfinite(loss) or not math.isfinite(norm):
             run.stopped = "the loss was not finite"
             return
@@ -209,34 +220,32 @@ class Trainer:
             run.stopped = "the loss ran away"
 
     def _step(self, step: int) -> Tensor:
-        """One optimizer step over this process's share of the windows; (2,) loss over all of them and gradient norm."""
+        """One optimizer step over this process's part of the windows; (2,) loss over all processes and gradient norm."""
         accelerator, (length, windows) = self.accelerator, self.schedule.step(step)
-        own = [*enumerate(windows)][accelerator.process_index :: accelerator.num_processes]
+        mine = [*enumerate(windows)][accelerator.process_index :: accelerator.num_processes]
         size = max(1, self.micro_tokens // length)
-        parts = [own[start : start + size] for start in range(0, len(own), size)]
-        factor = scheduled(step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        set_rates(self.optimizer, rate_factor(step, self.steps))
         total = torch.zeros((), device=accelerator.device)
         for index, part in enumerate(parts):
             accelerator.sync_gradients = index == len(parts) - 1
             batch = self._batch(step, part, length).to(accelerator.device)
             with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
-                total += self._pass(batch, len(part) / len(own), first=index == 0)
-        norm = accelerator.clip_grad_norm_(self.parameters, CLIP)
+                total += self._pass(batch, len(part) / len(mine), first=index == 0)
+        norm = accelerator.clip_grad_norm_(self.parameters, GRADIENT_NORM)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm, device=total.device)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self._pass.capture)
         return torch.stack([accelerator.reduce(total, "mean"), norm.float()])
 
-    def _forward_backward(self, ids: Tensor, labels: Tensor, positions: Tensor | None, share: float) -> Tensor:
-        """Add the gradients of `share` times a batch's loss, and give that."""
-        loss = self.model(ids, labels, positions)[0] * share
+    def _forward_backward(self, ids: Tensor, labels: Tensor, positions: Tensor | None, grad_scale: float) -> Tensor:
+        """Add the gradients of `grad_scale` times a batch's loss, and return that product."""
+        loss = self.model(ids, labels, positions)[0] * grad_scale
         self.accelerator.backward(loss)
         return loss.detach()
 
     def _batch(self, step: int, windows: list[tuple[int, Window]], length: int) -> data.Batch:
-        """Windows with their number in the step; the odd ones are noised, if any is."""
+        """The batch of some windows, each with its number in the step; noise, if any, is in the odd windows."""
         batch = self._cut([window.begin for _, window in windows], length)
         if not self.settings.noise:
             return batch
@@ -244,52 +253,54 @@ class Trainer:
         return data.noised(batch, self.settings.noise, self._vocabulary, keys)
 
     def _cut(self, begins: list[int], length: int) -> data.Batch:
-        """Windows of the corpus, trained on or held out.
+        """The batch of windows of the corpus, for training or held out.
 
-        The labels of what the original wrote are drawn from its prediction: their cross-entropy says in one token, with
-        noise, what the KL says over the whole vocabulary. Where both are minimised they have none.
+        The labels of self-generated text are samples of the original's prediction: their cross-entropy is a one-sample,
+        noisy estimate of what the KL computes over the whole vocabulary. Where both are minimised they have none.
         """
         batch = data.cut(self.corpus, begins, length)
         if self.settings.ce_weight and self.settings.kl_weight:
-            batch.labels[torch.tensor(begins) < self.corpus.added] = IGNORED
+            batch.labels[torch.tensor(begins) < self.corpus.generated] = IGNORED
         return batch
 
-    def _look(self, began: float) -> None:
-        """Measure on the held-out windows, and keep the state if none was better."""
-        run, found = self.run, self.held_out()
-        loss = found.pop("loss")
-        recent, run.noted = run.losses[run.noted :], len(run.losses)
-        run.curve.append({"tokens": run.tokens, "seconds": round(time.perf_counter() - began, 1), **found,
+    def _evaluate(self) -> None:
+        """Measure on the held-out windows, keep the state if none was better, and stop if patience is used up."""
+        run, measured = self.run, self.held_out()
+        loss = measured.pop("loss")
+        recent, run.losses_evaluated = run.losses[run.losses_evaluated :], len(run.losses)
+        run.curve.append({"tokens": run.tokens, "seconds": round(time.perf_counter() - self._began, 1), **measured,
                           "loss": round(statistics.fmean(recent), 6) if recent else None})  # fmt: skip
         if not math.isfinite(loss):
             run.stopped = "the loss was not finite"
             return
-        if loss < run.best:
+        if self._best.update(loss, self._trained_state):
             run.best, run.best_tokens = loss, run.tokens
-            self.best = trained_state(self.accelerator, self.model) if run.tokens else None
         if not run.tokens:
-            return  # where little is lost, large steps lose more and small ones gain it back: the start is not what to wait for
+            return  # patience does not count from the start: the KL may rise before it falls
         if loss < run.lowest:
-            run.lowest, run.waited = loss, 0
+            run.lowest, run.patience_used = loss, 0
         else:
-            run.waited += 1
-            if run.waited >= self.settings.patience:
-                run.stopped = f"{run.waited} looks at the held-out text found nothing better"
+            run.patience_used += 1
+            if run.patience_used >= self.settings.patience:
+                run.stopped = f"no improvement in {run.patience_used} held-out evaluations"
+
+    def _trained_state(self) -> dict[str, Tensor] | None:
+        return trained_state(self.accelerator, self.model) if self.run.tokens else None
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """Loss, KL and both perplexities on the held-out windows, which are shared out among the processes."""
-        accelerator, (begins, length) = self.accelerator, self._watched
+        """Loss, KL (nats a token), perplexity and its ratio to the original's on the held-out windows, over all processes."""
+        accelerator, begins, length = self.accelerator, self._held_out, self._held_out_length
         size = max(1, self.micro_tokens // length)
         total = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
         count, index = accelerator.num_processes, accelerator.process_index
         for number in range(-(-len(begins) // (size * count))):
             start = (number * count + index) * size
-            own = begins[start : start + size]
-            # every process runs the model equally often, as sharded weights are gathered by all; the odd ones weigh nothing
-            batch = self._cut(own or begins[:1], length).to(accelerator.device)
+            mine = begins[start : start + size]
+            # all ranks must run the same number of forward passes, as FSDP gathers weights in each; padding has no weight
+            batch = self._cut(mine or begins[:1], length).to(accelerator.device)
             _, sums = self.model(batch.ids, batch.labels, batch.positions)
-            if own:
+            if mine:
                 total[:4] += sums.double() * batch.ids.numel()
                 total[4] += (batch.labels != IGNORED).sum()
         loss, kl, ce, ce_original, labels = accelerator.reduce(total, "sum").tolist()
@@ -303,9 +314,18 @@ class Trainer:
 
 
 def step_sizes(settings: HealSettings, mix: tuple[tuple[int, float], ...], cuda: bool) -> tuple[int, int]:
-    """Tokens of a step over all processes, and of a forward pass of one: what was set, or what suits the run's length.
+    """Tokens of a step and of a forward pass, where none were set.
 
-    A run has at least some 500 steps, or steps as small as the device likes; large steps give less noise than they cost.
+    A run has at least about 500 steps, or steps of the smallest size that uses the device well; larger steps reduce the
+    gradient's noise by less than they cost.
+
+    Args:
+        settings: of the run.
+        mix: lengths of the windows with their fractions of the tokens.
+        cuda: whether the run is on a GPU.
+
+    Returns:
+        Tokens of a step over all processes, and of a forward pass of one process.
     """
     largest, smallest = (1 << 15, 1 << 13) if cuda else (1 << 13, 1 << 12)
     longest = max(length for length, _ in mix)

@@ -1,58 +1,113 @@
-"""Settings of a healing run. Imports no torch."""
+"""Settings of a healing run, with their bounds, defaults and help text. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from mla_convert.core.settings import Trained
+from mla_convert.core.settings import RUN, ConvertConfig, Trained, option
 from mla_convert.core.units import Lengths, Tokens, parse_lengths
 
 LENGTH = 2048
-# Passes over what the original writes, which takes as long as training on it; and the most that it writes.
+# Passes over the self-generated text, which takes as long to generate as to train on; and its most tokens.
 WRITTEN_PASSES, WRITTEN_MAX = 2, 1 << 23
+
+# Panels of `--help`.
+TEXT, TRAINING, LOSS = "Text", "Training", "Loss"
 
 
 class HealSettings(BaseModel):
-    """What healing does, apart from where models and output lie. Tokens and windows are counted over all processes."""
+    """Everything that determines healing, apart from models and output. Tokens and windows are counted over all processes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: Tokens = Field(ge=1)
-    data: str | None = None
-    joined: bool = False
-    length: Lengths | None = None
-    noise: float = Field(0.0, ge=0, lt=1)
-    self_share: float = Field(0.5, ge=0, lt=1)
-    train: Trained = "all"
-    lora_rank: int = Field(64, ge=1)
-    lr: float | None = Field(None, gt=0, le=1)
-    step_tokens: int | None = Field(None, ge=16)
-    micro_tokens: int | None = Field(None, ge=16)
-    kl_weight: float = Field(1.0, ge=0)
-    ce_weight: float = Field(0.0, ge=0)
-    hidden_weight: float = Field(0.0, ge=0)
-    temperature: float = Field(1.0, gt=0)
-    evaluations: int = Field(20, ge=1)
-    patience: int = Field(10, ge=1)
-    checkpoint_minutes: float = Field(10.0, ge=0)
-    gradient_checkpointing: bool = False
-    compile: bool | None = None
-    seed: int = Field(0, ge=0)
+    tokens: Tokens = option(
+        "Tokens to train on, all passes over the text together: 200k, 20M, 1B.",
+        20_000_000,
+        panel=TEXT,
+        unset="20M",
+        metavar="TOKENS",
+        ge=1,
+    )
+    data: str | None = option(
+        "Text to train on: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT, which is streamed. Its end is held "
+        "out.",
+        panel=TEXT,
+        unset="WikiText-2 from the Hub, or the packaged text if the Hub cannot be reached",
+        metavar="TEXT",
+    )
+    joined: bool = option("Rows of the data are parts of one text, not documents.", False, panel=TEXT)
+    length: Lengths | None = option(
+        "Tokens in a window, or a mix of lengths with their fractions of the tokens: 1024:0.75,8192:0.25.",
+        panel=TEXT,
+        unset="2048, or the model's limit",
+        metavar="LENGTHS",
+    )
+    noise: float = option(
+        "Fraction of the tokens of every second window that are replaced by random ones.", 0.0, panel=TEXT, ge=0, lt=1
+    )
+    self_share: float = option(
+        "Fraction of the text that the original model generates before training.", 0.5, panel=TEXT, ge=0, lt=1
+    )
+    train: Trained = option(
+        "Parameters to train: all, attention, or lora (needs the extra heal).", "all", panel=TRAINING, metavar="PART"
+    )
+    lr: float | None = option(
+        "Peak learning rate, relative to each parameter's magnitude (lora: absolute).",
+        panel=TRAINING,
+        unset="follows from --train",
+        gt=0,
+        le=1,
+    )
+    lora_rank: int = option("Rank of the adapters.", 64, panel=TRAINING, ge=1)
+    step_tokens: int | None = option(
+        "Tokens in an optimiser step, over all processes.",
+        panel=TRAINING,
+        unset="follows from --tokens, at most 32768 (CPU: 8192)",
+        ge=16,
+    )
+    micro_tokens: int | None = option("Tokens in a forward pass.", panel=TRAINING, unset="16384 (CPU: 4096)", ge=16)
+    gradient_checkpointing: bool = option("Use less memory, a third slower.", False, panel=TRAINING)
+    compile: bool | None = option(
+        "Use torch.compile, and CUDA graphs on one GPU.", panel=TRAINING, unset="from 4M tokens on a GPU"
+    )
+    evaluations: int = option("Evaluations on the held-out text at most.", 20, panel=TRAINING, ge=1)
+    patience: int = option("Evaluations without improvement that end the run.", 10, panel=TRAINING, ge=1)
+    kl_weight: float = option("Weight of KL(original ‖ model).", 1.0, panel=LOSS, ge=0)
+    ce_weight: float = option(
+        "Weight of the cross-entropy on the given text, which teaches that text and not the original.",
+        0.0,
+        panel=LOSS,
+        ge=0,
+    )
+    hidden_weight: float = option("Weight of the relative error of every layer's hidden states.", 0.0, panel=LOSS, ge=0)
+    temperature: float = option("Temperature of both distributions in the KL.", 1.0, panel=LOSS, gt=0)
+    checkpoint_minutes: float = option(
+        "Minutes between checkpoints, from which the same command continues.", 10.0, panel=RUN, ge=0
+    )
+    seed: int = option("Seed for drawing windows and adapters.", 0, panel=RUN, ge=0)
 
     @model_validator(mode="after")
-    def _some_loss(self) -> HealSettings:
+    def _check_loss(self) -> HealSettings:
         if not (self.kl_weight or self.ce_weight or self.hidden_weight):
             raise ValueError("every weight of the loss is 0: give --kl-weight, --ce-weight or --hidden-weight")
         return self
 
     def mix(self, longest: int | None) -> tuple[tuple[int, float], ...]:
-        """Window lengths with their shares of the tokens. `longest` is the model's limit, if it has one."""
+        """Window lengths with their fractions of the tokens.
+
+        Args:
+            longest: The model's longest context in tokens, if it has a limit.
+        """
         return parse_lengths(self.length or str(min(LENGTH, longest or LENGTH)))
 
     def written_tokens(self, longest: int | None = None) -> int:
-        """Tokens that the original writes beforehand, a few windows at least."""
+        """Tokens that the original generates before training, at least four windows.
+
+        Args:
+            longest: The model's longest context in tokens, if it has a limit.
+        """
         if not self.self_share:
             return 0
         window = max(length for length, _ in self.mix(longest))
@@ -63,13 +118,37 @@ class HealConfig(HealSettings):
     """One healing run: a converted folder, its original, an output folder (by default the folder itself) and a device."""
 
     folder: Path
-    teacher: str | None = None
+    teacher: str | None = option(
+        "The original: folder, Hub id, .gguf file or recipe.",
+        panel=TEXT,
+        unset="the source that the conversion's report names, if it can be found",
+        metavar="MODEL",
+    )
     teacher_revision: str | None = None
-    out: Path | None = None
-    eval: str | None = None
-    eval_windows: int | None = Field(None, ge=1)
-    eval_length: int | None = Field(None, ge=16)
-    passkey: bool = False
-    passkey_length: int | None = Field(None, ge=1)
-    device: str = "auto"
-    overwrite: bool = False
+    eval: str | None = option("Evaluation text, as for `eval`.", panel=TEXT, unset="the conversion's", metavar="TEXT")
+    eval_windows: int | None = option("Evaluation windows at most.", panel=TEXT, unset="the conversion's", ge=1)
+    eval_length: int | None = option("Tokens in an evaluation window.", panel=TEXT, unset="the conversion's", ge=16)
+    passkey: bool = option("Run the passkey test before and after.", False, panel=TEXT)
+    passkey_length: int | None = option(
+        "Tokens of the longest passkey text; turns the test on.", panel=TEXT, unset="the model's context", ge=1
+    )
+    out: Path | None = option(
+        "Folder to write.", panel=RUN, unset="FOLDER itself, replaced when all is done", metavar="PATH"
+    )
+    overwrite: bool = option("Replace an --out that is not a converted model.", False, panel=RUN)
+    device: str = option("auto (CUDA if there is a GPU), cpu, cuda or cuda:N.", "auto", panel=RUN, metavar="DEVICE")
+
+
+def conversion_healing(config: ConvertConfig) -> HealSettings | None:
+    """Settings of the healing run that a conversion ends with; None if it has none.
+
+    Text, learning rate and seed are those that the conversion names; `heal_data` alone is not resolved to the calibration
+    text here.
+    """
+    if config.heal_tokens is None:
+        return None
+    given = {"data": config.heal_data, "length": config.heal_length, "train": config.heal_train, "lr": config.heal_lr,
+             "self_share": config.heal_self_share}  # fmt: skip
+    return HealSettings(
+        tokens=config.heal_tokens, seed=config.seed, **{key: value for key, value in given.items() if value is not None}
+    )

@@ -1,6 +1,6 @@
-"""A converted model and its original side by side, with one copy of every weight that is frozen and equal in both.
+"""A converted model and its original side by side, with one copy of the weights that are frozen and equal in both.
 
-With only attention trained, that is everything but attention: the original is the converted model with its own attention
+With only attention trained these are all other weights: the original is the converted model with its own attention
 modules put back, so both together take little more memory than one.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,29 +27,31 @@ from mla_convert.modeling.modeling_mla import MlaAttention
 
 NOT_ADAPTED = ("q_b_proj",)  # the modeling code reads its weight and does not call it
 OWN, ORIGINAL = "own", "original"
-RECOMPILED = 32  # graphs of one function: with gradients and without, of several lengths and sizes
+# Graphs that torch.compile may make of one function: with gradients and without, for several lengths and sizes.
+RECOMPILE_LIMIT = 32
 
 
 class SharedAttention(nn.Module):
-    """Stands where a layer's attention was: the converted model's, or its original's when `as_original` is set."""
+    """Replaces a layer's attention: runs the converted model's, or its original's while `as_original` is set."""
 
     def __init__(self, own: nn.Module, original: nn.Module):
+        """Hold both attentions of a layer, the converted model's (`own`) and its original's."""
         super().__init__()
         self.own, self.original, self.as_original = own, original, False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the attention in charge."""
+        """As the attention that is active."""
         return (self.original if self.as_original else self.own)(*args, **kwargs)
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in another dtype; buffers, rotary frequencies among them, as they are."""
+    """Cast the parameters; buffers, such as rotary frequencies, keep their dtype."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def narrow_stream(model: nn.Module) -> None:
-    """Embeddings and norms give bfloat16, as they do when a model is stored so, whatever their weights are in.
+    """Make embeddings and norms return bfloat16, as in a model that is stored so, whatever the dtype of their weights.
 
     Under autocast alone float32 weights would make the whole residual stream float32, and every projection cast it again.
     """
@@ -67,77 +69,140 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 class TeacherStudent(nn.Module):
     """The converted model (`student`, to be trained) and its original; calling it gives the loss of a batch.
 
-    Both run in evaluation mode: no dropout, which would have the student learn from noise.
+    Both run in evaluation mode: with dropout the student would learn from noise. `build` makes one by the settings.
     """
 
-    def __init__(self, student: nn.Module, original: nn.Module, settings: HealSettings, frozen_dtype: torch.dtype):
-        """Takes both models over, on one device; `frozen_dtype` is that of what is not trained.
+    @classmethod
+    def build(
+        cls, student: nn.Module, original: nn.Module, settings: HealSettings, frozen_dtype: torch.dtype
+    ) -> TeacherStudent:
+        """The pair in which the parameters that `settings.train` names are trained.
+
+        Args:
+            student: the converted model.
+            original: its source, on the same device; both are taken over.
+            settings: of the healing run.
+            frozen_dtype: of the parameters that are not trained; the others are float32.
 
         Raises:
             InputError: the two are not a conversion and its original.
             UsageError: LoRA without peft.
         """
+        constructors = {"all": cls.two_models, "attention": cls.sharing_frozen, "lora": cls.with_lora}
+        return constructors[settings.train](student, original, settings, frozen_dtype)
+
+    @classmethod
+    def two_models(
+        cls, student: nn.Module, original: nn.Module, settings: HealSettings, frozen_dtype: torch.dtype
+    ) -> TeacherStudent:
+        """Train all parameters of the student; see `build`."""
+        _freeze(student, original, frozen_dtype)
+        _train(student.parameters())
+        return cls(student, original, settings, frozen_dtype)
+
+    @classmethod
+    def sharing_frozen(
+        cls, student: nn.Module, original: nn.Module, settings: HealSettings, frozen_dtype: torch.dtype
+    ) -> TeacherStudent:
+        """Train the student's attention, and share the other weights with the original if they are equal; see `build`."""
+        _freeze(student, original, frozen_dtype)
+        cast_parameters(student, frozen_dtype)
+        for attention in attentions(student):
+            _train(attention.parameters())
+        return cls._sharing(student, original, settings, frozen_dtype)
+
+    @classmethod
+    def with_lora(
+        cls, student: nn.Module, original: nn.Module, settings: HealSettings, frozen_dtype: torch.dtype
+    ) -> TeacherStudent:
+        """Train adapters on the student's attention, and share the other weights if they are equal; see `build`."""
+        _freeze(student, original, frozen_dtype)
+        cast_parameters(student, frozen_dtype)
+        add_lora(student, settings.lora_rank)
+        _train(parameter for name, parameter in student.named_parameters() if ".lora_" in name)
+        return cls._sharing(student, original, settings, frozen_dtype)
+
+    @classmethod
+    def _sharing(
+        cls, student: nn.Module, original: nn.Module, settings: HealSettings, frozen_dtype: torch.dtype
+    ) -> TeacherStudent:
+        """Put the original's attentions beside the student's if all other weights are equal."""
+        if not _equal_but_attention(student, original):
+            return cls(student, original, settings, frozen_dtype)
+        path, name = student.config.mla_layers, student.config.mla_attention
+        layers, originals = student.get_submodule(path), original.get_submodule(path)
+        switches = []
+        for layer, other in zip(layers, originals, strict=True):
+            switches.append(SharedAttention(getattr(layer, name), getattr(other, name)))
+            setattr(layer, name, switches[-1])
+        return cls(student, student, settings, frozen_dtype, switches)
+
+    def __init__(
+        self,
+        student: nn.Module,
+        original: nn.Module,
+        settings: HealSettings,
+        frozen_dtype: torch.dtype,
+        switches: Iterable[SharedAttention] = (),
+    ):
+        """Join two models whose parameters are set up for training; `build` does that first.
+
+        Args:
+            student: the converted model.
+            original: its source; the student itself where they share weights.
+            settings: of the healing run.
+            frozen_dtype: of the parameters that are not trained.
+            switches: the attentions that make the student the original, where they share weights.
+
+        Raises:
+            InputError: the two have different vocabularies.
+        """
         super().__init__()
-        config = student.config
-        layers, originals = (model.get_submodule(config.mla_layers) for model in (student, original))
-        if len(layers) != len(originals):
-            raise InputError(f"the original has {len(originals)} layers and the converted model {len(layers)}")
         self._settings = settings
         self._mix = LossWeights(settings.kl_weight, settings.ce_weight, settings.temperature)
         self._compare = distillation_loss_fn(self._mix, torch.device("cpu"))
-        self._layers = [*layers]
+        self._layers = [*student.get_submodule(student.config.mla_layers)]
         # what accelerate's FSDP wraps one by one
         self._no_split_modules = list(student._no_split_modules or ())
-        student.eval().requires_grad_(False)
-        original.eval().requires_grad_(False)
-        cast_parameters(original, frozen_dtype)
-        original.config._attn_implementation = config._attn_implementation
-
-        trained = [student] if settings.train == "all" else attentions(student)
-        if settings.train != "all":
-            cast_parameters(student, frozen_dtype)
-        if settings.train == "lora":
-            add_lora(student, settings.lora_rank)
-            trained = [nn.ParameterList(p for n, p in student.named_parameters() if ".lora_" in n)]
-        for module in trained:
-            module.requires_grad_(True)
-            cast_parameters(module, torch.float32)
-        self.shares = settings.train != "all" and _equal_but_attention(student, original)
-        self._switches: list[SharedAttention] = []
-        if self.shares:
-            for layer, theirs in zip(layers, originals, strict=True):
-                own = getattr(layer, config.mla_attention)
-                switch = SharedAttention(own, getattr(theirs, config.mla_attention))
-                setattr(layer, config.mla_attention, switch)
-                self._switches.append(switch)
+        self._switches = [*switches]
         if frozen_dtype == torch.bfloat16:
             narrow_stream(student)
         self.student = student
-        # in a list: no part of what is trained, wrapped and saved
-        self._original = [student if self.shares else original]
-        self._heads = Head(student), Head(student if self.shares else original)
+        # in a list, so that it is no submodule: it is not to be trained, wrapped or saved
+        self._original = [original]
+        self._heads = Head(student), Head(original)
         if self._heads[0].output.weight.shape[0] != self._heads[1].output.weight.shape[0]:
             raise InputError("the two models do not have the same vocabulary: not a conversion and its original")
 
+    @property
+    def original(self) -> nn.Module:
+        """The model that runs as the original; the student itself where they share weights."""
+        return self._original[0]
+
+    @property
+    def shares(self) -> bool:
+        """Whether the two share their frozen weights."""
+        return bool(self._switches)
+
     def place(self, device: torch.device) -> TeacherStudent:
-        """Both models on a device."""
-        self._original[0].to(device)
+        """Move both models to a device; returns self."""
+        self.original.to(device)
         self._compare = distillation_loss_fn(self._mix, device)
         return self.to(device)
 
     def checkpoint_gradients(self) -> None:
-        """Keep only each layer's input for the backward pass, and run the layer again there."""
+        """Keep only each layer's input for the backward pass, and run the layer again there (arXiv 1604.06174)."""
         for layer in self._layers:
             layer.forward = _Checkpointed(layer.forward)
 
     def compile(self) -> None:
-        """torch.compile of the original's layers, of which one is as the other, and of the parts of the converted model's:
-        of its attention, which differs in size from layer to layer, what lies between the matrix products.
+        """Apply torch.compile to the original's layers, which are alike, and to parts of the converted model's layers.
 
-        Compiling whole layers of different sizes takes minutes where this takes seconds.
+        The converted attention differs in size from layer to layer: only the operations between its matrix products are
+        compiled. Compiling whole layers of different sizes takes minutes where this takes seconds.
         """
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        torch._dynamo.config.recompile_limit = max(RECOMPILED, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.suppress_errors = True  # code that cannot be compiled runs eagerly
+        torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         join = torch.compile(MlaAttention.join, dynamic=True)
         for layer in self._layers:
             for name, part in layer.named_children():
@@ -146,7 +211,7 @@ class TeacherStudent(nn.Module):
                 else:
                     (part.own if isinstance(part, SharedAttention) else part).join = join
         if not self.shares:
-            for layer in self._original[0].get_submodule(self.student.config.mla_layers):
+            for layer in self.original.get_submodule(self.student.config.mla_layers):
                 layer.compile()
         if self._compare is compare:
             self._compare = torch.compile(compare)
@@ -162,13 +227,23 @@ class TeacherStudent(nn.Module):
                 switch.as_original = False
 
     def _attending(self, length: int) -> contextlib.AbstractContextManager:
-        """For windows of one document: without masks, unless layers see less of a window than all before."""
-        models = self.student, self._original[0]
+        """Attention for windows of one document: without masks, unless a sliding window is shorter than they are."""
+        models = self.student, self.original
         window = getattr(models[0].config.get_text_config(), "sliding_window", None)
         return contextlib.nullcontext() if window and length > window else attending(CAUSAL, *models)
 
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss of windows (B, L), and the sums of `losses.compare` by token."""
+        """Loss of a batch.
+
+        Args:
+            ids: token ids (B, L).
+            labels: the token that follows each (B, L), or IGNORED.
+            positions: (B, L) where a window holds more than one document, else None.
+
+        Returns:
+            The loss, and the means over tokens of loss, KL, cross-entropy and the original's cross-entropy (4,), as from
+            `distillation_loss`.
+        """
         inputs = {"input_ids": ids, "use_cache": False}
         if positions is not None:
             inputs["position_ids"] = positions
@@ -176,13 +251,37 @@ class TeacherStudent(nn.Module):
             inputs["output_hidden_states"] = True
         with self._attending(ids.shape[1]) if positions is None else contextlib.nullcontext():
             with torch.no_grad(), self._as_original():
-                theirs = self._original[0].base_model(**inputs)
-            ours = self.student.base_model(**inputs)
-        hidden, target = ours.last_hidden_state, theirs.last_hidden_state
-        loss, sums = distillation_loss(hidden, target, labels, *self._heads, self._mix, self._compare)
+                target = self.original.base_model(**inputs)
+            output = self.student.base_model(**inputs)
+        loss, sums = distillation_loss(
+            output.last_hidden_state, target.last_hidden_state, labels, *self._heads, self._mix, self._compare
+        )
         if self._settings.hidden_weight:
-            loss = loss + self._settings.hidden_weight * hidden_distance(ours.hidden_states, theirs.hidden_states)
+            loss = loss + self._settings.hidden_weight * hidden_distance(output.hidden_states, target.hidden_states)
         return loss, sums
+
+
+def _freeze(student: nn.Module, original: nn.Module, frozen_dtype: torch.dtype) -> None:
+    """Prepare both models for distillation, with no parameter trained.
+
+    Raises:
+        InputError: they have different numbers of layers.
+    """
+    path = student.config.mla_layers
+    layers, originals = (len(model.get_submodule(path)) for model in (student, original))
+    if layers != originals:
+        raise InputError(f"the original has {originals} layers and the converted model {layers}")
+    student.eval().requires_grad_(False)
+    original.eval().requires_grad_(False)
+    cast_parameters(original, frozen_dtype)
+    original.config._attn_implementation = student.config._attn_implementation
+
+
+def _train(parameters: Iterable[nn.Parameter]) -> None:
+    """Train parameters, in float32."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.to(torch.float32)
 
 
 class _Checkpointed:
@@ -197,16 +296,16 @@ class _Checkpointed:
         return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
 
 
-def hidden_distance(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
-    """Mean over layers of `refine.relative_error`, for hidden states (B, L, d) of every layer."""
-    return torch.stack([relative_error(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]).mean()
+def hidden_distance(states: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+    """Mean over layers of `relative_error`, for hidden states (B, L, d) of every layer."""
+    return torch.stack([relative_error(a.float(), b.float()) for a, b in zip(states, targets, strict=True)]).mean()
 
 
 def peft() -> Any:
-    """The library of adapters.
+    """The library peft.
 
     Raises:
-        UsageError: not installed.
+        UsageError: it is not installed.
     """
     try:
         return importlib.import_module("peft")
@@ -215,7 +314,11 @@ def peft() -> Any:
 
 
 def add_lora(student: nn.Module, rank: int) -> None:
-    """Low-rank adapters (arXiv 2106.09685), with alpha = rank, on the projections of every attention.
+    """Put low-rank adapters (LoRA, arXiv 2106.09685), with alpha = rank, on the projections of every attention.
+
+    Args:
+        student: the converted model, changed in place.
+        rank: of the adapters.
 
     Raises:
         UsageError: peft is not installed.
@@ -233,18 +336,18 @@ def add_lora(student: nn.Module, rank: int) -> None:
 
 
 def _equal_but_attention(student: nn.Module, original: nn.Module) -> bool:
-    """Whether every parameter outside attention is the same in both."""
+    """Whether every parameter outside attention is equal in both models."""
     path, name = student.config.mla_layers, student.config.mla_attention
     inside = re.compile(rf"{re.escape(path)}\.\d+\.{re.escape(name)}\.")
-    ours, theirs = (
+    converted, expected = (
         {key: p for key, p in model.named_parameters() if not inside.match(key)} for model in (student, original)
     )
-    return ours.keys() == theirs.keys() and all(
-        ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in ours
+    return converted.keys() == expected.keys() and all(
+        converted[key].dtype == expected[key].dtype and torch.equal(converted[key], expected[key]) for key in converted
     )
 
 
 def checkpoint_name(name: str) -> str:
-    """A parameter's name in a Pair as the converted checkpoint has it (that of an adapter: its projection's)."""
+    """Name in the converted checkpoint of a parameter of a TeacherStudent; for an adapter, under its projection's name."""
     name = name.removeprefix("module.").removeprefix("student.").replace(".base_layer.", ".")
     return name.replace(f".{OWN}.", ".", 1)

@@ -1,10 +1,11 @@
-"""The whole story of a conversion, in order."""
+"""A conversion from its settings to the finished folder, step by step."""
 
 from __future__ import annotations
 
 import os
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,33 @@ import torch
 from mla_convert.core import runtime as environment
 from mla_convert.core.files import on_disk
 from mla_convert.core.progress import Progress
+from mla_convert.core.recipes import default_name
 from mla_convert.core.report_file import PAGE
-from mla_convert.core.report_schema import EvaluationSection, NotEvaluated, SelfCheckSection
-from mla_convert.core.settings import ConvertConfig, default_name
+from mla_convert.core.report_schema import (
+    CalibrationSection,
+    EvaluationSection,
+    NotEvaluated,
+    Report,
+)
+from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import check_name
 from mla_convert.evaluate.quality import perplexity as measure
-from mla_convert.evaluate.quality import suite
-from mla_convert.heal.run import check_conversion, heal_conversion
-from mla_convert.method.calibrate import self_generated as selfwritten
+from mla_convert.evaluate.quality.suite import Suite, suite_of, suite_section
+from mla_convert.heal.checks import check_conversion
+from mla_convert.heal.run import heal_conversion
+from mla_convert.method.calibrate import self_generated
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.layer import mla_config
-from mla_convert.method.factorise.sizes import make_plan
+from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine import schedule
 from mla_convert.moved import callable_as_before
 from mla_convert.pipeline import layers, streamed
 from mla_convert.pipeline.recipe import write_recipe
-from mla_convert.publish.engines.target_engine import apply_constraints
+from mla_convert.pipeline.resolve import ResolvedConversion, resolve
 from mla_convert.report import report
 from mla_convert.report.html.page import write_page
 from mla_convert.report.model_card import write_card
-from mla_convert.report.report import Report
 from mla_convert.source import texts
 from mla_convert.source.carried import tokenizer_code
 from mla_convert.source.source import Source, open_source
@@ -43,26 +50,35 @@ from mla_convert.write.selfcheck import self_check
 from mla_convert.write.writer import Writer
 
 
-def evaluated(
-    layerwise: LayerwiseModel, streams: layers.Streams, windows: texts.Windows, kinds: suite.Suite | None
-) -> EvaluationSection | NotEvaluated:
-    """What a report says of its evaluation, from the states that both models left behind their last layers."""
-    found = measure.perplexity_section(
-        windows,
-        streamed.scores(layerwise, windows.measured, streams.eval_original.data, streams.eval_converted.data),
-    )
-    if kinds:
-        states = streams.suite_original.data, streams.suite_converted.data
-        found.suite = suite.suite_section(kinds, streamed.scores(layerwise, kinds.windows, *states))
-    return found
+@dataclass(frozen=True)
+class PreparedText:
+    """Token windows of all texts of a conversion, and the packaged suite where it is measured."""
+
+    windows: texts.Windows
+    suite: Suite | None
 
 
-def convert(config: ConvertConfig, progress: Progress | None = None) -> report.Report:
+@dataclass(frozen=True)
+class ConvertedLayers:
+    """All layers of a finished conversion: their sizes, the model's configuration, report entries and the evaluation."""
+
+    plan: Plan
+    mla_config: Any
+    stock_class: str
+    entries: list[dict[str, Any]]
+    evaluation: EvaluationSection | NotEvaluated
+
+
+def convert(config: ConvertConfig, progress: Progress | None = None) -> Report:
     """Convert a checkpoint to Multi-head Latent Attention, write it with its report, and return the report.
 
+    Args:
+        config: Source, output and settings.
+        progress: Where progress is shown; by default on stderr.
+
     Raises:
-        InputError: the source, a text or a setting cannot be used; nothing is written.
-        ResourceError: disk, device or network did not suffice; nothing is left behind.
+        InputError: The source, a text or a setting cannot be used; nothing is written.
+        ResourceError: Disk, device or network did not suffice; nothing is left behind.
     """
     began, progress = time.perf_counter(), progress or Progress()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
@@ -73,108 +89,201 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> report.R
 
     with phases.phase("open"):
         source = open_source(config.source, config.revision)
-        config = apply_constraints(config, source)
-        output.check_output(out, source.folder, config.overwrite)
-        # what is carried over is looked at now: hours later it would be too late to refuse it
-        licence, _ = source.license(), source.copied_files()
-        plan = make_plan(config, source.shape)
-        cast = None if config.dtype == "auto" and not source.gguf else getattr(torch, config.dtype, source.dtype)
-        aside = sensitivity.scratch_bytes(plan) if sensitivity.is_measured(plan, config) else 0
-        output.check_space(out, output.stored_bytes(source.reader, cast.itemsize if cast else None) + aside)
+        resolved = resolve(config, source, device)
+        check_target(resolved, out)
         layerwise, tokenizer = LayerwiseModel(source, device), source.tokenizer()
-
     with phases.phase("text"):
-        model = texts.reach(source.config, learned=not source.family.rotary)
-        check_conversion(config, model.longest)
-        windows = texts.load_windows(config, tokenizer, device.type == "cuda", model, source.shape.hidden_size)
-        kinds = None
-        if windows.evaluated:
-            kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
-        if kinds:
-            model.check(kinds.windows, "the packaged suite")
-    written = selfwritten.share(config, source, device)
-    code = None if source.gguf else tokenizer_code(source.folder)
-    stock = [
-        f"the tokenizer of {source.name} names code of its own ({code}), which is not run: a class of transformers' reads it"
-    ]
-    for note in (notes := [*source.notes, *(stock if code else []), *windows.notes]):
+        text = prepare_text(resolved, tokenizer)
+    resolved = resolved.for_windows(*text.windows.calib.shape)
+    notes = collect_notes(source, text, progress)
+
+    # A link is written through, not replaced.
+    target = Path(os.path.realpath(out))
+    with environment.deterministic(config.seed), Writer(target, _identity(resolved, text)) as writer:
+        converted = run_layers(resolved, text, layerwise, tokenizer, writer, progress, phases)
+        result = make_report(resolved, text, converted)
+        result.phases, result.checksums, result.notes, result.out = phases.results, writer.checksums(), notes, out
+        result.seconds = round(time.perf_counter() - began, 2)
+        write_recipe(writer.folder, resolved, text.windows, result)
+        finish(source, tokenizer, converted, writer, result, device)
+    return heal_conversion(resolved.settings, result, progress) if resolved.healing else result
+
+
+def check_target(resolved: ResolvedConversion, out: Path) -> None:
+    """Refuse an output folder that cannot be written, and a source whose other files cannot be carried over.
+
+    These checks run before the conversion, which may take hours.
+
+    Raises:
+        InputError: The folder holds something else, or a file of the source cannot be carried over.
+        ResourceError: There is not enough space.
+    """
+    source, cast = resolved.source, resolved.cast
+    output.check_output(out, source.folder, resolved.settings.overwrite)
+    source.license()
+    source.copied_files()
+    stored = output.stored_bytes(source.reader, cast.itemsize if cast else None)
+    output.check_space(out, stored + resolved.scratch_bytes)
+
+
+def prepare_text(resolved: ResolvedConversion, tokenizer: Any) -> PreparedText:
+    """Read and tokenise every text.
+
+    Raises:
+        InputError: A text that cannot be used, or a tokenizer of another model.
+        UsageError: A healing run that would be refused after the conversion.
+    """
+    settings, model, hidden = resolved.settings, resolved.reach, resolved.source.shape.hidden_size
+    check_conversion(settings, model.longest)
+    windows = texts.load_windows(settings, tokenizer, resolved.on_gpu, model, hidden)
+    suite = None
+    if windows.evaluated:
+        suite = suite_of(tokenizer, settings.suite_windows, resolved.on_gpu, windows.evaluation)
+    if suite:
+        model.check(suite.windows, "the packaged suite")
+    return PreparedText(windows, suite)
+
+
+def collect_notes(source: Source, text: PreparedText, progress: Progress) -> list[str]:
+    """The notes of a conversion's report, each of which is also shown."""
+    notes = list(source.notes)
+    if code := None if source.gguf else tokenizer_code(source.folder):
+        notes.append(
+            f"the tokenizer of {source.name} names code of its own ({code}), which is not run: transformers' own class reads it"
+        )
+    notes += text.windows.notes
+    for note in notes:
         progress.note(note)
     if untried := environment.untried():
-        warnings.warn(untried, stacklevel=2)
+        warnings.warn(untried, stacklevel=3)
         notes.append(untried)
+    return notes
 
-    size = source.shape.hidden_size, schedule.layer_numbers(source)
-    refine = schedule.refine_settings(config, device, tuple(windows.calib.shape), *size)
-    settings = config.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
-    settings |= {"refine_steps": refine.steps, "refine_batch": refine.batch, "refine_block": refine.block,
-                 "block_steps": refine.block_steps, "output_steps": refine.output_steps, "output_layers": refine.output_layers,
-                 "calib_self": written}  # fmt: skip
-    identity = {"settings": settings, "source": source.fingerprint(), "device": environment.device_name(device),
-                "windows": [windows.calib.tolist(), windows.measured.tolist()],
-                "versions": environment.versions()}  # fmt: skip
-    # a link is written through, not replaced
-    with environment.deterministic(config.seed), output.Writer(Path(os.path.realpath(out)), identity) as writer:
-        with phases.phase("write text"):
-            calib = selfwritten.mixed(windows.calib, written, source, tokenizer, device, config.seed)
-        with phases.phase("embed"):
-            streams = layers.open_streams(layerwise, calib, windows.measured, kinds and kinds.windows)
-        with phases.phase("allocate"):
-            states = streams.calib_original
-            plan, channels = sensitivity.measure(plan, config, refine.steps, layerwise, states, writer, progress)
-        new_config = mla_config(source, plan, cast or source.dtype)
-        job = layers.LayerJob(config, plan, layerwise, new_config, cast, writer, progress, refine, channels)
-        with phases.phase("ends"):
-            layers.write_embeddings_and_head(job)
-        further = schedule.output_advances(refine, plan.shape.layers)
-        progress.start(plan.shape.layers, refine.steps_per_layer, "layer", further)
-        try:
-            with phases.phase("layers"):
-                layer_reports = layers.convert_layers(job, streams)
-        finally:
-            progress.stop()
-        with phases.phase("evaluate"):
-            evaluation = evaluated(layerwise, streams, windows, kinds)
-        result = report.Report(
-            source=report.source_section(source.name, source.revision, source.config.model_type, plan.shape, licence),
-            # labels, not paths: a report is made to be published
-            settings={**settings, **windows.labels(config)},
-            versions=environment.versions(),
-            device=environment.device_name(device),
-            cache=report.cache_section(plan, (cast or source.dtype).itemsize, source.sliding_windows),
-            evaluation=evaluation,
-            calibration={"text": windows.calib_text, "protocol": windows.calib_protocol, "noise": config.calib_noise,
-                         "self_written": written, "windows": windows.calib_counts},
-            layers=layer_reports,
-            phases=phases.results,
-            seconds=round(time.perf_counter() - began, 2),
-            checksums=writer.checksums(),
-            notes=notes,
-            out=out,
-        )  # fmt: skip
-        write_recipe(writer.folder, config, source, plan, windows, refine, written, result)
-        finish(source, tokenizer, new_config, type(layerwise.model).__name__, writer, result, device)
-    return heal_conversion(config, result, progress) if config.heal_tokens else result
+
+def run_layers(
+    resolved: ResolvedConversion,
+    text: PreparedText,
+    layerwise: LayerwiseModel,
+    tokenizer: Any,
+    writer: Writer,
+    progress: Progress,
+    phases: environment.Phases,
+) -> ConvertedLayers:
+    """Choose each layer's sizes, convert and write every layer, and evaluate the result.
+
+    Args:
+        resolved: The conversion.
+        text: Its texts.
+        layerwise: The source, of which one layer's weights are loaded at a time.
+        tokenizer: The source's tokenizer.
+        writer: Writes the shards; an interrupted run continues after those that it finished.
+        progress: Where progress is shown.
+        phases: Records time and memory of each step.
+    """
+    settings, source, windows = resolved.settings, resolved.source, text.windows
+    with phases.phase("write text"):
+        calib = self_generated.mixed(
+            windows.calib, resolved.self_generated, source, tokenizer, resolved.device, settings.seed
+        )
+    with phases.phase("embed"):
+        streams = layers.open_streams(layerwise, calib, windows.measured, text.suite and text.suite.windows)
+    refine = resolved.refinement
+    with phases.phase("allocate"):
+        states = streams.calib_original
+        plan, channels = sensitivity.measure(resolved.plan, settings, refine.steps, layerwise, states, writer, progress)
+    new_config = mla_config(source, plan, resolved.dtype)
+    converter = layers.LayerConverter(
+        settings, plan, layerwise, new_config, resolved.cast, writer, progress, refine, channels
+    )
+    with phases.phase("ends"):
+        converter.write_embeddings_and_head()
+    extra_steps = schedule.output_advances(refine, plan.shape.layers)
+    progress.start(plan.shape.layers, refine.steps_per_layer, "layer", extra_steps)
+    try:
+        with phases.phase("layers"):
+            entries = converter.convert(streams)
+    finally:
+        progress.stop()
+    with phases.phase("evaluate"):
+        evaluation = evaluate(layerwise, streams, text)
+    return ConvertedLayers(plan, new_config, type(layerwise.model).__name__, entries, evaluation)
+
+
+def evaluate(
+    layerwise: LayerwiseModel, streams: layers.Streams, text: PreparedText
+) -> EvaluationSection | NotEvaluated:
+    """The report's section on the evaluation, from the hidden states of both models behind their last layers."""
+    original, converted = streams.eval_original.data, streams.eval_converted.data
+    section = measure.perplexity_section(
+        text.windows, streamed.scores(layerwise, text.windows.measured, original, converted)
+    )
+    if text.suite:
+        states = streams.suite_original.data, streams.suite_converted.data
+        section.suite = suite_section(text.suite, streamed.scores(layerwise, text.suite.windows, *states))
+    return section
+
+
+def make_report(resolved: ResolvedConversion, text: PreparedText, converted: ConvertedLayers) -> Report:
+    """The report of a conversion, without the time it took and the files it wrote."""
+    source, settings, windows, plan = resolved.source, resolved.settings, text.windows, converted.plan
+    return Report(
+        source=report.source_section(
+            source.name, source.revision, source.config.model_type, plan.shape, source.license()
+        ),
+        # labels, not paths: a report is made to be published
+        settings={**resolved.recorded(), **windows.labels(settings)},
+        versions=environment.versions(),
+        device=environment.device_name(resolved.device),
+        cache=report.cache_section(plan, resolved.dtype.itemsize, source.sliding_windows),
+        evaluation=converted.evaluation,
+        calibration=CalibrationSection(
+            text=windows.calib_text,
+            protocol=windows.calib_protocol,
+            noise=settings.calib_noise,
+            self_written=resolved.self_generated,
+            windows=windows.calib_counts,
+        ),
+        layers=converted.entries,
+        phases={},
+        seconds=0.0,
+        checksums={},
+    )  # fmt: skip
+
+
+def _identity(resolved: ResolvedConversion, text: PreparedText) -> dict[str, Any]:
+    """Everything that changes the written weights: shards of an interrupted run are kept only where this is the same."""
+    return {"settings": resolved.recorded(), "source": resolved.source.fingerprint(),
+            "device": environment.device_name(resolved.device),
+            "windows": [text.windows.calib.tolist(), text.windows.measured.tolist()],
+            "versions": environment.versions()}  # fmt: skip
 
 
 def finish(
     source: Source,
     tokenizer: Any,
-    config: Any,
-    stock_class: str,
+    converted: ConvertedLayers,
     writer: Writer,
     report: Report,
     device: torch.device,
 ) -> None:
-    """Write everything but the weights, try what was written, then give the folder its name.
+    """Write everything but the weights, check that the folder generates, and give the folder its name.
+
+    Args:
+        source: The source of the conversion.
+        tokenizer: Its tokenizer.
+        converted: The converted layers.
+        writer: Has written the shards.
+        report: The report; its self-check is filled in.
+        device: Device of the self-check.
 
     Raises:
-        SelfCheckFailed: the model does not generate what it should.
+        SelfCheckFailed: The model does not generate what it should.
     """
     with on_disk("the output", writer.out.parent):
         write_tokenizer(source, tokenizer, writer.folder)
-        write_config(config, stock_class, writer.folder)
+        write_config(converted.mla_config, converted.stock_class, writer.folder)
         writer.write_index()
-        report.self_check = SelfCheckSection.model_validate(self_check(writer.folder, device))
+        report.self_check = self_check(writer.folder, device)
         write_card(report, writer.folder)
         report.write(writer.folder)
         write_page(report, writer.folder / PAGE)

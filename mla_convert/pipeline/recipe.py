@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from mla_convert.core.settings import PACKAGE, ConvertConfig, Settings
-from mla_convert.method.factorise.sizes import Plan
-from mla_convert.method.refine.optimise import RefineSettings
+from mla_convert.core.settings import PACKAGE, Settings
+from mla_convert.pipeline.resolve import ResolvedConversion
 from mla_convert.report.report import Report
 from mla_convert.source import mixture
-from mla_convert.source.source import Source
 from mla_convert.source.texts import Windows, repeatable
 
 RECIPE = "recipe.yaml"
@@ -22,57 +21,20 @@ HEAD = """\
 """
 
 
-def write_recipe(
-    folder: Path,
-    config: ConvertConfig,
-    source: Source,
-    plan: Plan,
-    windows: Windows,
-    refine: RefineSettings,
-    self_written: float,
-    report: Report,
-) -> None:
-    """Write recipe.yaml: what was given, and what stood in for what was not.
+def write_recipe(folder: Path, resolved: ResolvedConversion, windows: Windows, report: Report) -> None:
+    """Write recipe.yaml: the settings that were given, and those that were resolved for the others.
 
-    Local files and folders are written by their names alone, as a converted folder is made to be published; a comment
-    says which.
+    Local files and folders are written by their names alone, because a converted folder is made to be published; a comment
+    names each of them.
+
+    Args:
+        folder: Where to write.
+        resolved: The conversion, with the calibration windows that its text filled.
+        windows: Its texts.
+        report: Its report.
     """
-    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio", "engine"})
-    settings |= {
-        "rank": plan.rank,
-        "rope_dim": plan.rope_dim,
-        "calib_samples": windows.calib.shape[0],
-        "calib_length": windows.calib.shape[1],
-        "calib_self": self_written,
-        "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,
-        "refine_steps": refine.steps,
-        "refine_batch": refine.batch,
-        "refine_block": refine.block,
-        "block_steps": refine.block_steps,
-        "output_steps": refine.output_steps,
-        "output_layers": refine.output_layers,
-        "suite_windows": report.measured.suite.windows if report.measured and report.measured.suite else 0,
-    }
-    settings = {key: value for key, value in settings.items() if not key.startswith("heal_") or value is not None}
-    local = []
-    named = []
-    for part in mixture.parts(config.calib):
-        name, is_file = repeatable(part.spec, "", "calibration")
-        named.append(str(replace(part, spec=name)))
-        if is_file:
-            local.append(("--calib", name))
-    settings["calib"] = named[0] if len(named) == 1 else named
-    texts = [("eval", windows.eval_text, "evaluation")]
-    if config.held_out:
-        texts.append(("held_out", windows.held_out_text, "held-out"))
-    else:
-        del settings["held_out"]  # nothing stood in for it
-    if config.heal_data:
-        texts.append(("heal_data", "", "calibration"))
-    for key, label, purpose in texts:
-        settings[key], is_file = repeatable(getattr(config, key), label, purpose)
-        if is_file:
-            local.append((f"--{key.replace('_', '-')}", settings[key]))
+    source, config, plan = resolved.source, resolved.settings, resolved.plan
+    settings, local = _settings(resolved, windows, report)
     packaged = config.source.startswith(PACKAGE)
     if not packaged and source.revision is None:
         local.insert(0, ("SOURCE", source.name))
@@ -87,3 +49,40 @@ def write_recipe(
         text += f"# {name} was a local file or folder: have it in the working folder, or give its path as {option}.\n"
     text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
     (folder / RECIPE).write_text(text, encoding="utf-8")
+
+
+def _settings(
+    resolved: ResolvedConversion, windows: Windows, report: Report
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The recipe's settings, and the options that name local files, with those names."""
+    config = resolved.settings
+    # kv_ratio is replaced by the sizes that follow from it
+    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio"})
+    settings |= resolved.chosen | {
+        "rank": resolved.plan.rank,
+        "rope_dim": resolved.plan.rope_dim,
+        "calib_samples": windows.calib.shape[0],
+        "calib_length": windows.calib.shape[1],
+        "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,
+        "suite_windows": report.measured.suite.windows if report.measured and report.measured.suite else 0,
+    }
+    optional = {"engine", "held_out", *(key for key in settings if key.startswith("heal_"))}
+    settings = {key: value for key, value in settings.items() if key not in optional or value is not None}
+    local: list[tuple[str, str]] = []
+    names = []
+    for part in mixture.parts(config.calib):
+        name, is_file = repeatable(part.spec, "", "calibration")
+        names.append(str(replace(part, spec=name)))
+        if is_file:
+            local.append(("--calib", name))
+    settings["calib"] = names[0] if len(names) == 1 else names
+    texts = [("eval", windows.eval_text, "evaluation")]
+    if config.held_out:
+        texts.append(("held_out", windows.held_out_text or "", "held-out"))
+    if config.heal_data:
+        texts.append(("heal_data", "", "calibration"))
+    for key, label, purpose in texts:
+        settings[key], is_file = repeatable(getattr(config, key), label, purpose)
+        if is_file:
+            local.append((f"--{key.replace('_', '-')}", settings[key]))
+    return settings, local

@@ -1,4 +1,4 @@
-"""Gives a folder that an earlier version wrote what this version would have written beside the same weights."""
+"""Rewrites the files beside the weights of a folder as this version writes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mla_convert.write.selfcheck import self_check
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What a refresh wrote anew: names of files, none where nothing was to do."""
+    """The names of the files that a refresh wrote; none if the folder was current."""
 
     folder: Path
     written: list[str]
@@ -38,34 +38,37 @@ class Refreshed:
 
 
 def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
-    """Write this version's Python files beside the weights of a converted, healed or exported folder, and seal every file.
+    """Write this version's Python files into a converted, healed or exported folder, and checksums of all its files.
 
-    Weights, tokenizer and configuration stay as they are, but for keys that would have foreign code run, and for the version of
-    transformers that the code was tried with, which it is before the folder is called done; report, page and card are
-    made again, unknown entries of the report are kept. `accept` names files that were changed on purpose: they keep what
-    they hold. The folder is the old one until the new one is whole.
+    Weights, tokenizer and configuration stay the same, except for keys that name foreign code and for the tested version of
+    transformers. Report, page and card are made again; unknown entries of the report are kept. The new folder is checked
+    (`self_check`) before it replaces the old one in one step.
+
+    Args:
+        folder: converted, healed or exported, by this or an earlier version.
+        accept: names of files that were changed on purpose; they are kept.
 
     Raises:
         InputError: damaged, no finished conversion, or files in it that are no part of one.
-        UsageError: an accepted file that is not there, or that is a weight.
+        UsageError: an accepted file is missing or is a weight.
         ResourceError: the disk does not suffice.
-        SelfCheckFailed: with the new files the model does not generate what it should; the folder stays as it was.
+        SelfCheckFailed: the model fails with the new files; the folder is not changed.
     """
     tidy(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder of a converted model")
     accept = check_accepted(folder, accept)
-    found = check_intact(folder, accept)
-    check_unknown(folder, found.checksums)
-    weight_files(folder)  # refuses an index that is gone or damaged, which older folders have under no checksum
-    if not found.sealed and describing_file(folder) == REPORT:
+    intact = check_intact(folder, accept)
+    check_unknown(folder, intact.checksums)
+    weight_files(folder)  # refuses a missing or damaged index, which has no checksum in older folders
+    if not intact.sealed and describing_file(folder) == REPORT:
         read_config(folder, folder.name)
-        read_tokenizer(folder, folder.name)  # what is not under checksum might be damaged, or gone
+        read_tokenizer(folder, folder.name)  # it has no checksum, and may be damaged or missing
     changed = outdated(folder)
     if (
         not changed
-        and found.sealed
-        and not any(found.digests[name] != stated for name, stated in sums.read(folder).items())
+        and intact.sealed
+        and not any(intact.digests[name] != stated for name, stated in sums.read(folder).items())
     ):
         return Refreshed(folder, [])
     check_exchange(folder)
@@ -73,10 +76,10 @@ def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
     with revised(folder) as staging:
         for name, content in changed.items():
             write_file(staging / name, content)
-        _describe(staging, kind, found.report, accept)
-        kept = {name: digest for name, digest in found.digests.items() if name in found.checksums}
+        _describe(staging, kind, intact.report, accept)
+        kept = {name: digest for name, digest in intact.digests.items() if name in intact.checksums}
         sums.seal(staging, kept)
-        before, after = _digests(folder, found.digests), sums.read(staging)
+        before, after = _digests(folder, intact.digests), sums.read(staging)
     written = sorted(name for name, digest in after.items() if before.get(name) != digest)
     return Refreshed(folder, [*written, sums.SUMS])
 
@@ -85,7 +88,7 @@ def check_accepted(folder: Path, accept: Iterable[str]) -> tuple[str, ...]:
     """Names of files that may have changed.
 
     Raises:
-        UsageError: one that is not there, or that must be as it was written.
+        UsageError: a file that is missing or must not be changed.
     """
     names = tuple(accept)
     for name in names:
@@ -103,7 +106,7 @@ def _digests(folder: Path, known: dict[str, str]) -> dict[str, str]:
 
 
 def _describe(staging: Path, kind: str, report: JsonObject, accept: tuple[str, ...]) -> None:
-    """Report, page and card of the staged folder, once it has been tried."""
+    """Write report, page and card of the staged folder, after its self-check."""
     content = {**report, "refreshed": versions()}
     if report.get("profile") != "engine":
         content["self_check"] = self_check(staging)

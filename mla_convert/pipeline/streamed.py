@@ -1,4 +1,4 @@
-"""How a converted model's next token differs from its original's, from what both leave behind their last layers.
+"""Token losses of the source and the converted model, and their divergence, from the outputs of their last layers.
 
 The head is read a slice of the vocabulary at a time: neither the whole head nor a window's logits are ever in memory.
 """
@@ -12,77 +12,87 @@ import torch
 from torch import Tensor
 
 from mla_convert.evaluate.quality.perplexity import Scores
-from mla_convert.method.calibrate.layerwise import LOGIT_TOKENS, LayerwiseModel
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.streamed_head import LOGIT_TOKENS, StreamedHead
 
 
 @dataclass
-class _Model:
-    """One model's outputs (N, L, hidden) of its last layer, and what is known of its logits so far, each (N, L-1)."""
+class _Readout:
+    """One model's outputs (N, L, hidden) of its last layer, and statistics of the logits seen so far, each (N, L-1)."""
 
     hidden: Tensor
     total: Tensor  # log-sum-exp
     picked: Tensor  # logit of the token that follows
-    best: Tensor
-    token: Tensor  # with the best logit
+    best: Tensor  # largest logit
+    token: Tensor  # with the largest logit
 
     @classmethod
-    def start(cls, hidden: Tensor, shape: torch.Size, device: torch.device) -> _Model:
+    def start(cls, hidden: Tensor, shape: torch.Size, device: torch.device) -> _Readout:
+        """Before the first slice of the vocabulary."""
         low = torch.full(shape, -torch.inf, device=device)
         return cls(
             hidden, low, torch.zeros_like(low), low.clone(), torch.zeros(shape, dtype=torch.int64, device=device)
         )
 
     def add(self, part: tuple[int, slice], logits: Tensor, targets: Tensor, first: int) -> None:
-        """Take in logits (T, slice) of the vocabulary from `first` on."""
+        """Add logits (T, rows) of the tokens `part`, for the vocabulary from token `first` on."""
         self.total[part] = torch.logaddexp(self.total[part], logits.logsumexp(-1))
         local = targets[part] - first
-        here = (local >= 0) & (local < logits.shape[-1])
-        found = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-        self.picked[part] = torch.where(here, found, self.picked[part])
+        inside = (local >= 0) & (local < logits.shape[-1])
+        target_logits = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
+        self.picked[part] = torch.where(inside, target_logits, self.picked[part])
         value, index = logits.max(-1)
         self.token[part] = torch.where(value > self.best[part], index + first, self.token[part])
         self.best[part] = torch.maximum(self.best[part], value)
 
     @property
     def losses(self) -> Tensor:
-        """Negative log-likelihood of the tokens that follow."""
+        """Negative log-likelihood (N, L-1) of the tokens that follow, nats."""
         return self.total - self.picked
 
 
 @torch.no_grad()
 def scores(layerwise: LayerwiseModel, windows: Tensor, original: Tensor, converted: Tensor | None = None) -> Scores:
-    """Losses of windows (N, L) by one model or by two, and how far the second is from the first, token by token.
+    """Token losses of one model or two, and the divergence of the second from the first, token by token.
 
-    `original` and `converted` are outputs (N, L, hidden) of the last layers. Without the latter, `losses` are the original's.
-    Logits are float32. The divergence is summed slice by slice as well: sum of p (z - z') over the vocabulary, where p is
-    rescaled as its normaliser grows.
+    Logits are float32. KL(original || converted) is the sum over the vocabulary of p (z - z') plus the difference of the
+    normalisers; the sum is accumulated slice by slice, and rescaled as the normaliser of p grows.
+
+    Args:
+        layerwise: the source model, whose head both models share.
+        windows: token ids (N, L).
+        original: outputs (N, L, hidden) of the source's last layer.
+        converted: the same of the converted model; without it, `losses` of the result are the source's.
     """
+    head = StreamedHead(layerwise)
     targets = windows[:, 1:].to(layerwise.device)
-    models = [
-        _Model.start(hidden, targets.shape, layerwise.device) for hidden in (original, converted) if hidden is not None
+    readouts = [
+        _Readout.start(hidden, targets.shape, layerwise.device)
+        for hidden in (original, converted)
+        if hidden is not None
     ]
-    apart = torch.zeros(targets.shape, device=layerwise.device)
+    divergence = torch.zeros(targets.shape, device=layerwise.device)
     chunks = list(itertools.product(range(len(targets)), range(0, targets.shape[1], LOGIT_TOKENS)))
-    for first in layerwise.head_slices():
+    for first in head.slices():
         for window, start in chunks:
             part = (window, slice(start, min(start + LOGIT_TOKENS, targets.shape[1])))
-            logits = [layerwise.logits(_states(model.hidden, part, layerwise.device)) for model in models]
-            before = models[0].total[part].clone()
-            for model, own in zip(models, logits, strict=True):
-                model.add(part, own, targets, first)
-            if len(models) == 2:
-                now = models[0].total[part]
-                share = (logits[0] - now[:, None]).exp()
+            logits = [head.logits(_states(readout.hidden, part, layerwise.device)) for readout in readouts]
+            before = readouts[0].total[part].clone()
+            for readout, slice_logits in zip(readouts, logits, strict=True):
+                readout.add(part, slice_logits, targets, first)
+            if len(readouts) == 2:
+                total = readouts[0].total[part]
+                probabilities = (logits[0] - total[:, None]).exp()
                 # an impossible token (a logit of -inf) adds nothing, and no NaN
-                gap = torch.where(share > 0, share * (logits[0] - logits[1]), 0.0).sum(-1)
-                apart[part] = apart[part] * (before - now).exp() + gap
-    if len(models) == 1:
-        return Scores(models[0].losses.cpu())
-    ours, theirs = models[1], models[0]
-    kl = (apart - theirs.total + ours.total).clamp_min(0)  # rounding can take it below
-    return Scores(ours.losses.cpu(), theirs.losses.cpu(), kl.cpu(), (ours.token == theirs.token).float().cpu())
+                gap = torch.where(probabilities > 0, probabilities * (logits[0] - logits[1]), 0.0).sum(-1)
+                divergence[part] = divergence[part] * (before - total).exp() + gap
+    if len(readouts) == 1:
+        return Scores(readouts[0].losses.cpu())
+    source, student = readouts
+    kl = (divergence - source.total + student.total).clamp_min(0)  # rounding can make it negative
+    return Scores(student.losses.cpu(), source.losses.cpu(), kl.cpu(), (student.token == source.token).float().cpu())
 
 
 def _states(hidden: Tensor, part: tuple[int, slice], device: torch.device) -> Tensor:
-    """Some tokens' states (1, T, hidden), float32."""
+    """States (1, T, hidden) of some tokens, float32."""
     return hidden[None, part[0], part[1]].to(device, torch.float32)

@@ -1,8 +1,8 @@
-"""The quality–size frontier of a model: converts it at several sizes and measures each one.
+"""The frontier of cache size and quality of a model: converts it at several sizes and measures each one.
 
-Every point is a conversion of its own. It is measured on the evaluation text, which is what is reported, and on a held-out
-text, by which a size is chosen: what was chosen on a text looks better there than it is. sweep.json holds what is finished
-and is written after every point, so that the same sweep, run again, goes on from there.
+Every point is a conversion of its own. It is measured on the evaluation text, which is reported, and on a held-out text, by
+which a size is chosen: on the text that it was chosen by, a size looks better than it is. sweep.json holds the finished
+points and is written after every point, so that the same sweep, run again, continues from there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ from rich.table import Table
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
-from mla_convert.core.files import publish
+from mla_convert.core.files import staged
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import PAGE, REPORT, find_content, read_report
-from mla_convert.core.report_schema import Comparison, JsonObject, SweepEntry, to_json
+from mla_convert.core.report_schema import Comparison, JsonObject, Report, SweepEntry, to_json
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
-from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.pipeline.convert import convert
+from mla_convert.pipeline.resolve import ResolvedConversion, resolve
+from mla_convert.publish.engines import target_engine
+from mla_convert.publish.engines.export import export as export_folder
+from mla_convert.publish.engines.profiles import Profile, check_profile
 from mla_convert.report import format
 from mla_convert.report.html.page import page_text, write_sweep_page
 from mla_convert.source import mixture
@@ -39,21 +42,21 @@ from mla_convert.write.revise import replace_files
 from mla_convert.write.writer import check_output
 
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
-WORK = ".work"  # for conversions that are not kept
+WORK = ".work"  # folder of conversions that are not kept
 SCHEMA = 1
 RATIOS = (0.67, 0.5, 0.33, 0.25)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is converted: every share of the cache with every number of rotary dims and every seed."""
+    """The points of a sweep: every fraction of the cache with every number of rotary dims and every seed."""
 
     kv_ratios: tuple[float, ...] = RATIOS
     rope_dims: tuple[int | str | None, ...] = (None,)
     seeds: tuple[int, ...] = (0,)
 
     def configs(self, config: ConvertConfig, folder: Path) -> Iterator[ConvertConfig]:
-        """One configuration a point, in order; each writes a folder of its own in `folder`."""
+        """One configuration per point, in order; each writes a folder of its own in `folder`."""
         for ratio in self.kv_ratios:
             for rope_dim in self.rope_dims:
                 for seed in self.seeds:
@@ -63,6 +66,113 @@ class Grid:
                     yield config.model_copy(update={**size, "out": folder / name, "overwrite": False})
 
 
+@dataclass(frozen=True)
+class PlannedPoint:
+    """A point to convert: its configuration, its resolution and the identity that a finished point is recognised by."""
+
+    config: ConvertConfig
+    resolved: ResolvedConversion
+    identity: str
+
+    @property
+    def out(self) -> Path:
+        """Folder that the conversion writes."""
+        assert self.config.out is not None
+        return self.config.out
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """A finished point, as sweep.json holds it. NaN and infinity are None."""
+
+    name: str
+    kv_ratio: float
+    seed: int
+    rank: float
+    rope_dim: float
+    numbers: float
+    share: float
+    ratio: float | None
+    stderr: float | None
+    evaluation: JsonObject
+    held_out: JsonObject
+    calibration: JsonObject
+    seconds: float
+    device: str
+    source: str
+    settings: JsonObject
+    weights: str
+    identity: str
+
+    @classmethod
+    def from_report(cls, planned: PlannedPoint, report: Report) -> SweepPoint:
+        """The point that a conversion has finished."""
+        content = report.as_dict()
+        evaluation, cache = content["evaluation"], report.cache
+        held_out = evaluation.pop("held_out")
+        return cls(
+            name=planned.out.name,
+            kv_ratio=planned.config.kv_ratio,
+            seed=planned.config.seed,
+            rank=cache.kv_lora_rank,
+            rope_dim=cache.qk_rope_head_dim,
+            numbers=cache.numbers_per_token_per_layer.after,
+            share=1 - cache.share_saved,
+            ratio=evaluation["ratio"],
+            stderr=to_json(report.measured.ratio_error),
+            evaluation=evaluation,
+            held_out=held_out,
+            calibration=content["calibration"],
+            seconds=report.seconds,
+            device=report.device,
+            source=report.source.name,
+            settings=content["settings"],
+            weights=_digest(report.checksums),
+            identity=planned.identity,
+        )
+
+    @classmethod
+    def read(cls, entry: Any) -> SweepPoint | None:
+        """The point of an entry of sweep.json; None if the entry is not whole."""
+        names = {field.name for field in fields(cls)}
+        whole = isinstance(entry, dict) and names <= entry.keys()
+        return cls(**{name: entry[name] for name in names}) if whole else None
+
+    @property
+    def held_out_ratio(self) -> float:
+        """Ratio of perplexity to the original's on the held-out text."""
+        ratio = self.held_out["ratio"]
+        return math.inf if ratio is None else ratio
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """sweep.json in a folder, and the page that shows it."""
+
+    folder: Path
+    limit: float | None
+
+    def read(self) -> dict[str, SweepPoint]:
+        """The finished points by identity."""
+        points = map(SweepPoint.read, find_content(self.folder / SWEEP).get("points", []))
+        return {point.identity: point for point in points if point}
+
+    def content(self, points: list[SweepPoint], chosen: SweepPoint | None) -> JsonObject:
+        """The content of sweep.json."""
+        return to_json({"schema": SCHEMA, "source": points[0].source, "versions": environment.versions(),
+                       "max_ppl_ratio": self.limit, "chosen": chosen and chosen.name,
+                       "points": [asdict(point) for point in points]})  # fmt: skip
+
+    def write(self, points: list[SweepPoint], chosen: SweepPoint | None) -> None:
+        """Replace sweep.json and its page."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = self.content(points, chosen)
+        draft = self.folder / f".{SWEEP}.partial"
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, self.folder / SWEEP)
+        write_sweep_page(content, self.folder / SWEEP_PAGE)
+
+
 def sweep(
     config: ConvertConfig,
     grid: Grid,
@@ -70,181 +180,209 @@ def sweep(
     *,
     keep: bool = False,
     max_ppl_ratio: float | None = None,
+    export: str | None = None,
     progress: Progress | None = None,
 ) -> JsonObject:
     """Convert and measure every point of a grid; returns the content of sweep.json, which is written to `folder`.
 
-    With `max_ppl_ratio`, `chosen` is the smallest cache whose ratio on the held-out text is at most that, and where
-    `config.out` is given too, that conversion is written there. `keep` leaves all conversions in `folder`.
+    Args:
+        config: The settings that all points share; the chosen conversion is written to `config.out`, if it is given.
+        grid: The points.
+        folder: Where sweep.json and its page are written.
+        keep: Leave all conversions in `folder`.
+        max_ppl_ratio: Choose the smallest cache whose ratio on the held-out text is at most this.
+        export: Profile in which the chosen conversion is exported beside `config.out`, or every point in `folder` where
+            that is not given.
+        progress: Where progress is shown; by default on stderr.
 
     Raises:
-        UsageError: without an evaluation there is nothing to draw.
-        InputError: a folder, source or size that cannot be used; all sizes are looked at before the first conversion.
-        GateFailed: no point is good enough; all are in sweep.json.
-        MlaConvertError: whatever a conversion raises; finished points stay in sweep.json.
+        UsageError: Without an evaluation there is nothing to draw, or an export that is not possible.
+        InputError: A folder, source or size that cannot be used; all sizes are checked before the first conversion.
+        GateFailed: No point is good enough; all are in sweep.json.
+        MlaConvertError: Any error of a conversion; finished points stay in sweep.json.
     """
     progress = progress or Progress()
     if config.eval == NONE:
         raise UsageError(f"a sweep is a comparison of evaluations: --eval {NONE} leaves nothing to compare")
+    profile = None if export is None else check_profile(export)
     config = config.model_copy(update={"held_out": config.held_out or FROM_CALIB})
     source = open_source(config.source, config.revision, weights=False)
     _check_folder(folder)
     if config.out:
         check_output(config.out, source.folder, config.overwrite)
-    wanted = list(grid.configs(config, folder if keep else folder / WORK))
-    for point in wanted:
-        make_plan(point, source.shape)
-    points = _Points(wanted, source, folder, keep, max_ppl_ratio, progress)
+    planned = plan_points(list(grid.configs(config, folder if keep else folder / WORK)), source, progress)
+    if profile:
+        for point in planned:
+            target_engine.check_export(point.resolved.settings, point.resolved.plan, profile, source)
+    run = SweepRun(planned, SweepFile(folder, max_ppl_ratio), keep, None if config.out else profile, progress)
     try:
-        for number, point in enumerate(wanted):
-            progress.note(f"point {number + 1} of {len(wanted)}: {point.out.name}")
-            points.add(number)
+        for number, point in enumerate(planned):
+            progress.note(f"point {number + 1} of {len(planned)}: {point.out.name}")
+            run.add(number)
     except (MlaConvertError, KeyboardInterrupt) as error:
-        if done := points.done:
-            kept = (
-                f"{len(done)} of {len(wanted)} points are in {folder / SWEEP}, and the same command goes on from there"
-            )
+        if done := run.done:
+            kept = f"{len(done)} of {len(planned)} points are in {folder / SWEEP}, and the same command continues from there"
             error.args = ("; ".join([*map(str, error.args), kept]),)
         raise
     try:
         if max_ppl_ratio is not None:
-            points.choose(config.out)
+            run.choose(config.out)
+        if config.out and profile:
+            export_folder(config.out, target_engine.default_export(config.out, profile), profile, overwrite=True,
+                          progress=progress)  # fmt: skip
     finally:
-        points.clear()
-    return points.content
+        run.clear()
+    return run.content
 
 
-class _Points:
-    """The finished points of a sweep, in memory and on disk."""
+def plan_points(configs: list[ConvertConfig], source: Source, progress: Progress) -> list[PlannedPoint]:
+    """Resolve every point of a sweep.
+
+    An engine has a few sizes, so that several fractions of the cache may lead to the same one, and some to none: such points
+    are left out, with a note.
+
+    Raises:
+        InputError: A size that the model cannot have; with an engine only where no point is left.
+        UsageError: A setting that the engine cannot serve.
+        ResourceError: There is no such device.
+    """
+    points: dict[tuple[int, int, int], PlannedPoint] = {}
+    notes, refused = [], []
+    for config in configs:
+        assert config.out is not None
+        try:
+            resolved = resolve(config, source)
+        except InputError as error:
+            if config.engine is None:
+                raise
+            refused.append(error)
+            notes.append(f"{config.out.name} is left out: {error}")
+            continue
+        size = (resolved.plan.rank, resolved.plan.rope_dim, config.seed)
+        if config.engine and size in points:
+            notes.append(
+                f"{config.out.name} is left out: for {config.engine} its sizes are those of {points[size].out.name}"
+            )
+            continue
+        key = size if config.engine else (len(points), 0, 0)
+        points[key] = PlannedPoint(config, resolved, _identity(resolved))
+    if not points:
+        raise refused[0]
+    for note in notes:
+        progress.note(note)
+    return list(points.values())
+
+
+class SweepRun:
+    """The points of a sweep while it runs: converted one after another, in memory and in sweep.json.
+
+    Args:
+        planned: The points.
+        file: sweep.json; points that it holds already are not converted again.
+        keep: Leave all conversions in the folder.
+        profile: Profile in which every point is exported, or None.
+        progress: Where progress is shown.
+    """
 
     def __init__(
-        self,
-        configs: list[ConvertConfig],
-        source: Source,
-        folder: Path,
-        keep: bool,
-        limit: float | None,
-        progress: Progress,
+        self, planned: list[PlannedPoint], file: SweepFile, keep: bool, profile: Profile | None, progress: Progress
     ):
-        self._configs, self._folder, self._keep, self._limit = configs, folder, keep, limit
-        self._progress = progress
-        self._identities = [_identity(config, source) for config in configs]
-        made = {entry.get("identity"): entry for entry in find_content(folder / SWEEP).get("points", [])}
-        self._entries = [made.get(identity) for identity in self._identities]
-        self._chosen: int | None = None
+        """Take over the points that an earlier run has finished."""
+        self._planned, self._file, self._keep, self._profile, self._progress = planned, file, keep, profile, progress
+        finished = file.read()
+        self._points = [finished.get(point.identity) for point in planned]
+        self._chosen: SweepPoint | None = None
 
     @property
-    def done(self) -> list[JsonObject]:
-        """What is known of the points that are finished, in order."""
-        return [entry for entry in self._entries if entry]
+    def done(self) -> list[SweepPoint]:
+        """The finished points, in order."""
+        return [point for point in self._points if point]
 
     @property
     def content(self) -> JsonObject:
-        """As in sweep.json: NaN and infinity as null."""
-        chosen = None if self._chosen is None else self._entries[self._chosen]["name"]
-        return to_json({"schema": SCHEMA, "source": self.done[0]["source"], "versions": environment.versions(),
-                       "max_ppl_ratio": self._limit, "chosen": chosen, "points": self.done})  # fmt: skip
+        """The content of sweep.json."""
+        return self._file.content(self.done, self._chosen)
 
     def add(self, number: int) -> None:
-        """Convert one point, unless that is done already, and write down what was found."""
-        config = self._configs[number]
-        if self._entries[number] and (not self._keep or self._made(number) == config.out):
-            self._progress.note(f"{config.out.name} is in {self._folder / SWEEP} already")
+        """Convert one point, unless that is done already, and record it."""
+        planned = self._planned[number]
+        exported = self._file.folder / f"{planned.out.name}-{self._profile}"
+        converted = self._converted(number)
+        measured = converted == planned.out if self._keep else self._points[number] is not None
+        to_export = self._profile is not None and not (measured and exported.exists())
+        if measured and (converted or not to_export):
+            self._progress.note(f"{planned.out.name} is in {self._file.folder / SWEEP} already")
         else:
-            self._convert(number)
-        self._write()
+            converted = self._convert(number)
+        self._file.write(self.done, self._chosen)
+        if self._profile and converted and to_export:
+            export_folder(converted, exported, self._profile, overwrite=True, progress=self._progress)
         if not self._keep:
-            for other in range(len(self._configs)):
+            for other in range(len(self._planned)):
                 if other != self._best():
-                    shutil.rmtree(self._configs[other].out, ignore_errors=True)
+                    shutil.rmtree(self._planned[other].out, ignore_errors=True)
 
     def choose(self, out: Path | None) -> None:
-        """Name the point that is small and good enough, and put its conversion to `out`.
+        """Choose the smallest point that is good enough, and write its conversion to `out`.
+
+        Args:
+            out: Folder to write; None writes nothing.
 
         Raises:
-            GateFailed: there is none.
+            GateFailed: No point is good enough.
         """
-        self._chosen = self._best()
-        self._write()
-        if self._chosen is None:
-            least = min(map(_held_out_ratio, self.done))
+        number = self._best()
+        self._chosen = None if number is None else self._points[number]
+        self._file.write(self.done, self._chosen)
+        if number is None or self._chosen is None:
+            least = min(point.held_out_ratio for point in self.done)
+            limit = self._file.limit
             raise GateFailed(
-                f"no point has a perplexity ratio of at most {self._limit:g} on the held-out text: the best has ×{least:.4f}"
+                f"no point has a perplexity ratio of at most {limit:g} on the held-out text: the best has ×{least:.4f}"
             )
-        if out is not None:
-            made = self._made(self._chosen)
-            if made is None:  # an earlier run measured it and did not keep it
-                self._progress.note(f"{self._entries[self._chosen]['name']} is converted again, to be written")
-                self._convert(self._chosen)
-                made = self._configs[self._chosen].out
-            _publish(made, out, self.done)
+        if out is None:
+            return
+        converted = self._converted(number)
+        if converted is None:  # an earlier run measured it and did not keep it
+            self._progress.note(f"{self._chosen.name} is converted again, to be written")
+            converted = self._convert(number)
+        _publish(converted, out, self.done)
 
     def clear(self) -> None:
         """Delete the conversions that are not kept."""
-        shutil.rmtree(self._folder / WORK, ignore_errors=True)
+        shutil.rmtree(self._file.folder / WORK, ignore_errors=True)
 
-    def _made(self, number: int) -> Path | None:
-        """The folder of a finished point's conversion, of this run or one that was kept; None if it is gone."""
-        entry, out = self._entries[number], self._configs[number].out
-        for folder in (out, self._folder / out.name):
+    def _converted(self, number: int) -> Path | None:
+        """The folder of a finished point's conversion, of this run or kept by an earlier one; None if there is none."""
+        point, out = self._points[number], self._planned[number].out
+        for folder in (out, self._file.folder / out.name) if point else ():
             checksums = find_content(folder).get("checksums")
-            if checksums and _digest(checksums) == entry["weights"]:
+            if checksums and _digest(checksums) == point.weights:
                 return folder
         return None
 
     def _best(self) -> int | None:
-        """Of the points within the limit on the held-out text the smallest; of equal ones the best."""
-        limit = -math.inf if self._limit is None else self._limit
-        good = [i for i, entry in enumerate(self._entries) if entry and _held_out_ratio(entry) <= limit]
-        return min(good, key=lambda i: (self._entries[i]["numbers"], _held_out_ratio(self._entries[i])), default=None)
+        """Of the points within the limit on the held-out text the smallest; of equally small ones the best."""
+        limit = -math.inf if self._file.limit is None else self._file.limit
+        good = [(p.numbers, p.held_out_ratio, i) for i, p in enumerate(self._points) if p and p.held_out_ratio <= limit]
+        return min(good)[2] if good else None
 
-    def _convert(self, number: int) -> None:
-        config = self._configs[number]
-        report = convert(config, self._progress)
-        content = report.as_dict()
-        evaluation = content["evaluation"]
-        held_out = evaluation.pop("held_out")
-        self._entries[number] = {
-            "name": config.out.name,
-            "kv_ratio": config.kv_ratio,
-            "seed": config.seed,
-            "rank": report.cache.kv_lora_rank,
-            "rope_dim": report.cache.qk_rope_head_dim,
-            "numbers": report.cache.numbers_per_token_per_layer.after,
-            "share": 1 - report.cache.share_saved,
-            "ratio": evaluation["ratio"],
-            "stderr": to_json(report.measured.ratio_error),
-            "evaluation": evaluation,
-            "held_out": held_out,
-            "calibration": content["calibration"],
-            "seconds": report.seconds,
-            "device": report.device,
-            "source": report.source.name,
-            "settings": content["settings"],
-            "weights": _digest(report.checksums),
-            "identity": self._identities[number],
-        }
-
-    def _write(self) -> None:
-        """sweep.json, replaced whole, and its page."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        content = self.content
-        draft = self._folder / f".{SWEEP}.partial"
-        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, self._folder / SWEEP)
-        write_sweep_page(content, self._folder / SWEEP_PAGE)
+    def _convert(self, number: int) -> Path:
+        """Convert one point and return its folder."""
+        planned = self._planned[number]
+        self._points[number] = SweepPoint.from_report(planned, convert(planned.config, self._progress))
+        return planned.out
 
 
-def _identity(config: ConvertConfig, source: Source) -> str:
-    """What changes when a point would come out different."""
+def _identity(resolved: ResolvedConversion) -> str:
+    """A digest of everything that changes a point's result."""
+    config, source = resolved.settings, resolved.source
     settings = config.model_dump(mode="json", exclude={"out", "overwrite"})
-    # of a Hub source the revision says it all, and its weights may not have been fetched yet
+    # the revision of a Hub source identifies it, and its weights may not have been fetched yet
     weights = [source.name, source.revision] if source.revision else source.fingerprint()
     specs = [*(part.spec for part in mixture.parts(config.calib)), config.eval, config.held_out]
     texts = [_stamp(spec) for spec in specs]
-    device = environment.device_name(environment.pick_device(config.device))
-    whole = [settings, weights, texts, device, environment.versions()]
-    return _digest(whole)
+    return _digest([settings, weights, texts, environment.device_name(resolved.device), environment.versions()])
 
 
 def _digest(content: Any) -> str:
@@ -252,14 +390,9 @@ def _digest(content: Any) -> str:
 
 
 def _stamp(spec: str | None) -> list[int] | None:
-    """What changes when a text file does."""
+    """Size and time of a text file, which change when the text does; None for any other text."""
     path = expanded(spec) if spec else None
     return [path.stat().st_size, path.stat().st_mtime_ns] if path and path.is_file() else None
-
-
-def _held_out_ratio(entry: JsonObject) -> float:
-    ratio = entry["held_out"]["ratio"]
-    return math.inf if ratio is None else ratio
 
 
 def _check_folder(folder: Path) -> None:
@@ -271,25 +404,22 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"folder {folder} exists and holds no sweep: give another with --folder")
 
 
-def _publish(made: Path, out: Path, points: list[JsonObject]) -> None:
-    """A finished conversion, with the frontier in its report, under a name that it gets only when all of it is there."""
+def _publish(folder: Path, out: Path, points: list[SweepPoint]) -> None:
+    """Copy a finished conversion to `out`, with the frontier in its report. The name appears when all files are there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.parent / f".{out.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(made, draft)
+    with staged(draft, out):
+        shutil.copytree(folder, draft)
         report = read_report(draft)
         report.sweep = [
-            SweepEntry(**{key: entry[key] for key in ("numbers", "share", "ratio", "stderr")}) for entry in points
+            SweepEntry(numbers=point.numbers, share=point.share, ratio=point.ratio, stderr=point.stderr)
+            for point in points
         ]
         replace_files(draft, {REPORT: report.text(), PAGE: page_text(report)})
-        publish(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def print_sweep(content: JsonObject, console: Console) -> None:
-    """The table at the end of a sweep, and which point was chosen."""
+    """Print the table of a sweep, and the chosen point."""
     points = content["points"]
     before = points[0]["evaluation"]["before"]["value"]
     seeds = len({entry["seed"] for entry in points}) > 1

@@ -1,4 +1,4 @@
-"""Puts a finished conversion on the Hugging Face Hub: what belongs there, checked first, in one commit."""
+"""Upload of a finished conversion to the Hugging Face Hub: its own files alone, checked first, in one commit."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import contextlib
 import getpass
 import hashlib
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -27,27 +21,27 @@ from huggingface_hub.utils import (
 )
 
 from mla_convert.core import sums
-from mla_convert.core.errors import InputError, MlaConvertError, ResourceError, UsageError, one_line
+from mla_convert.core.errors import InputError, UsageError, one_line
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import PAGE, REPORT, read_content, read_report
 from mla_convert.modeling.shipped_code import CODE
+from mla_convert.publish.hub_errors import hub_errors, with_retries
 from mla_convert.source.carried import carried_files
 from mla_convert.source.checkpoint.reader import INDEX
 from mla_convert.source.licence import CARD
 from mla_convert.write.verify import verify
 
-# What a conversion writes beside the weights and what it carries over; nothing else in the folder is uploaded.
+# Files that every conversion writes; with the weights and the source's own files, nothing else is uploaded.
 BESIDE = (CARD, REPORT, PAGE, INDEX, "config.json", *CODE, "recipe.yaml")
-# A vocabulary may hold any words: there only what is surely private counts.
+# A vocabulary may hold any words: in these files only the user's own token is looked for.
 VOCABULARY = ("tokenizer.json", "vocab*", "merges.txt", "*.model", "added_tokens.json")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 LOCAL_PATH = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.~-]+|\bfile://\S+")
-TRIES, WAIT = 4, 1.0  # of a request that the connection, not the Hub, made fail; seconds, doubled each time
 
 
 @dataclass(frozen=True)
 class Push:
-    """What stands on the Hub after a push. `pull_request` is its page, if one was asked for."""
+    """The result of a push. `pull_request` is the page of the pull request, if one was asked for."""
 
     repo: str
     revision: str
@@ -63,6 +57,40 @@ class Push:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Destination:
+    """The place on the Hub that a push writes to.
+
+    `private`: whether the repository must be private (None: as it is, or as the Hub makes it); `revision`: a branch, made if
+    it does not exist; `create_pr`: open a pull request instead of committing.
+    """
+
+    repo: str
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The content of a commit: name -> local file, or bytes that replace it. `size`: bytes of the local files."""
+
+    contents: dict[str, Path | bytes]
+    message: str
+    size: int
+
+    @classmethod
+    def of(cls, folder: Path, files: list[str], repo: str, message: str | None) -> Upload:
+        """Files of a conversion, with the repository's name in the model card and the checksum of that card."""
+        card = card_for(folder, repo)
+        contents: dict[str, Path | bytes] = {**{file: folder / file for file in files}, CARD: card}
+        if sums.SUMS in files:
+            stated = {**sums.read(folder), CARD: hashlib.sha256(card).hexdigest()}
+            contents[sums.SUMS] = sums.text(stated).encode()
+        size = sum((folder / file).stat().st_size for file in files)
+        return cls(contents, message or commit_message(folder), size)
+
+
 def push(
     folder: Path,
     repo: str,
@@ -73,11 +101,19 @@ def push(
     message: str | None = None,
     progress: Progress | None = None,
 ) -> Push:
-    """Upload a finished conversion to the model repository `repo` in one commit, and make the repository if need be.
+    """Upload a finished conversion to the model repository `repo` in one commit; make the repository if it does not exist.
 
-    Every byte is checked first (`verify`), then that no token, user name or path of this machine is among them. Weights
-    that an earlier conversion left in the repository and this one does not have are deleted in the same commit.
-    `revision` is a branch, made if it is not there. With `create_pr` the commit becomes a pull request.
+    Every byte is verified first, and no file may hold a token, a user name or a path of this machine. The same commit deletes
+    weights in the repository that this conversion does not have.
+
+    Args:
+        folder: a converted or healed folder.
+        repo: owner/name.
+        private: make a new repository private; refuse a public one that exists.
+        revision: a branch, made if it does not exist.
+        create_pr: open a pull request instead of committing.
+        message: of the commit; made from the report if not given.
+        progress: for notes.
 
     Raises:
         UsageError: a repository name that the Hub cannot have.
@@ -85,74 +121,99 @@ def push(
         ResourceError: the Hub cannot be reached or does not answer.
     """
     progress = progress or Progress()
+    destination = Destination(repo, private, revision, create_pr)
+    files = preflight(folder, repo, progress)
+    upload = Upload.of(folder, files, repo, message)
+    with hub_errors(repo), _bars(progress):
+        is_private = open_repository(destination)
+        stale = stale_weights(destination, upload)
+        progress.note(f"uploading {len(upload.contents)} files, {upload.size / 1e9:.2f} GB, to {repo}")
+        done = commit(destination, upload, stale)
+    url = f"{HfApi().endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+    return Push(
+        repo=repo,
+        revision=str(done.pr_revision) if create_pr else revision or "main",
+        commit=done.oid,
+        url=str(done.pr_url) if create_pr else url,
+        private=is_private,
+        files=sorted(upload.contents),
+        deleted=stale,
+        pull_request=done.pr_url if create_pr else None,
+    )
+
+
+def preflight(folder: Path, repo: str, progress: Progress) -> list[str]:
+    """Check a folder before anything is sent. Returns the names of the files to upload.
+
+    Raises:
+        UsageError: a repository name that the Hub cannot have.
+        InputError: no finished conversion, or something private in it.
+    """
     check_name(repo)
     progress.note(f"checking {folder}")
     if note := verify(folder).note:
         progress.note(note)
     files = belonging(folder)
     check_private(folder, files)
-    contents: dict[str, Path | bytes] = {file: folder / file for file in files}
-    contents[CARD] = card_for(folder, repo)
-    if sums.SUMS in files:  # of what is uploaded, the card as it is there
-        stated = {**sums.read(folder), CARD: hashlib.sha256(contents[CARD]).hexdigest()}
-        contents[sums.SUMS] = sums.text(stated).encode()
+    return files
 
-    api = HfApi()
-    with _hub_errors(repo), _bars(progress):
-        if create_pr:  # to somebody else's repository, as a rule: it is there already
-            _again(lambda: api.repo_info(repo))
-        else:
-            _again(lambda: api.create_repo(repo, private=private, exist_ok=True))
-        found = _again(lambda: api.repo_info(repo))
-        if private and not found.private:
-            raise InputError(f"{repo} is there already and public: make it private on the Hub, or leave out --private")
-        if revision and not create_pr:
-            _again(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-        stale = sorted(
-            file
-            for file in _again(lambda: api.list_repo_files(repo, revision=revision))
-            if file.endswith(".safetensors") and "/" not in file and file not in contents
-        )
-        size = sum((folder / file).stat().st_size for file in files)
-        progress.note(f"uploading {len(contents)} files, {size / 1e9:.2f} GB, to {repo}")
 
-        def commit() -> Any:
-            # made anew each time: an operation that reached the Hub cannot be used again
-            operations = [
-                *(CommitOperationAdd(file, content) for file, content in contents.items()),
-                *(CommitOperationDelete(file) for file in stale),
-            ]
-            return api.create_commit(
-                repo,
-                operations,
-                commit_message=message or commit_message(folder),
-                revision=revision,
-                create_pr=create_pr,
-            )
+def open_repository(destination: Destination) -> bool:
+    """Make the repository and its branch if they do not exist. Returns whether the repository is private.
 
-        # a commit whose answer is lost is found out to be there already; a pull request would be opened twice
-        done = commit() if create_pr else _again(commit)
-    return Push(
-        repo=repo,
-        revision=done.pr_revision if create_pr else revision or "main",
-        commit=done.oid,
-        url=done.pr_url if create_pr else f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else ""),
-        private=bool(found.private),
-        files=sorted(contents),
-        deleted=stale,
-        pull_request=done.pr_url if create_pr else None,
+    Raises:
+        InputError: it is public and must be private.
+    """
+    api, repo = HfApi(), destination.repo
+    if not destination.create_pr:  # a pull request goes to a repository that exists, usually somebody else's
+        with_retries(lambda: api.create_repo(repo, private=destination.private, exist_ok=True))
+    is_private = bool(with_retries(lambda: api.repo_info(repo)).private)
+    if destination.private and not is_private:
+        raise InputError(f"{repo} is there already and public: make it private on the Hub, or leave out --private")
+    revision = destination.revision
+    if revision and not destination.create_pr:
+        with_retries(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+    return is_private
+
+
+def stale_weights(destination: Destination, upload: Upload) -> list[str]:
+    """Weights in the repository that an earlier conversion left there."""
+    files = with_retries(lambda: HfApi().list_repo_files(destination.repo, revision=destination.revision))
+    return sorted(
+        file for file in files if file.endswith(".safetensors") and "/" not in file and file not in upload.contents
     )
 
 
+def commit(destination: Destination, upload: Upload, stale: list[str]) -> CommitInfo:
+    """Add the upload's files and delete the stale ones in one commit."""
+
+    def send() -> CommitInfo:
+        # new operations for each attempt: one that reached the Hub cannot be used again
+        operations = [
+            *(CommitOperationAdd(file, content) for file, content in upload.contents.items()),
+            *(CommitOperationDelete(file) for file in stale),
+        ]
+        return HfApi().create_commit(
+            destination.repo,
+            operations,
+            commit_message=upload.message,
+            revision=destination.revision,
+            create_pr=destination.create_pr,
+        )
+
+    # The Hub recognises a repeated commit; a repeated pull request would be a second one.
+    return send() if destination.create_pr else with_retries(send)
+
+
 def check_access(repo: str) -> None:
-    """Refuse a push that cannot succeed before hours of work are spent on what it would upload.
+    """Refuse a push that cannot succeed, before the conversion that it would upload.
 
     Raises:
         UsageError, InputError, ResourceError: as `push`.
     """
     check_name(repo)
-    with _hub_errors(repo):
-        _again(lambda: HfApi().whoami())
+    with hub_errors(repo):
+        with_retries(lambda: HfApi().whoami())
 
 
 def check_name(repo: str) -> None:
@@ -166,10 +227,10 @@ def check_name(repo: str) -> None:
 
 
 def belonging(folder: Path) -> list[str]:
-    """Names of the files of a conversion: all that SHA256SUMS lists; in an earlier version's folder, what it wrote.
+    """Names of the files of a conversion: those in SHA256SUMS, or, in a folder of version 0.1, those that it wrote.
 
     Raises:
-        InputError: one that every conversion has is missing.
+        InputError: a file that every conversion has is missing.
     """
     for file in BESIDE:
         if file != PAGE and not (folder / file).is_file():  # folders of the first version have no page
@@ -182,13 +243,13 @@ def belonging(folder: Path) -> list[str]:
 
 
 def check_private(folder: Path, files: list[str]) -> None:
-    """Refuse to publish what is nobody's business: tokens, paths of this machine, its user's name.
+    """Refuse to publish private data: tokens, paths of this machine, the user's name.
 
     Raises:
-        InputError: with the file and what it holds (a token is not repeated).
+        InputError: names the file and the text that it holds (not a token's).
     """
     token = get_token()
-    # a path of one part, such as /tmp, may stand in any text
+    # a short path such as /tmp may occur in any text
     here = {str(path) for path in (folder.resolve(), Path.home(), Path.cwd()) if len(path.parts) > 2}
     name = _user()
     user = re.compile(rf"[/\\]{re.escape(name)}[/\\]") if name else None
@@ -203,7 +264,7 @@ def check_private(folder: Path, files: list[str]) -> None:
                 raise InputError(f"{file} holds a local path ({path}): remove it before publishing")
         if TOKEN.search(text):
             raise InputError(f"{file} holds a Hub token: remove it before publishing")
-        # files of the source's are public already, and a chat template may speak of anybody's home
+        # the source's own files are public already, and a chat template may mention any home folder
         if file in BESIDE and (match := LOCAL_PATH.search(text)):
             raise InputError(f"{file} holds a local path ({match[0]}): remove it before publishing")
         if user and (match := user.search(text)):
@@ -211,7 +272,7 @@ def check_private(folder: Path, files: list[str]) -> None:
 
 
 def _user() -> str | None:
-    """The user's name, if it is long enough to be told from other words."""
+    """The user's name, if it is longer than two letters, which other words might contain."""
     with contextlib.suppress(OSError, KeyError):
         name = getpass.getuser()
         return name if len(name) > 2 else None
@@ -219,7 +280,7 @@ def _user() -> str | None:
 
 
 def _text(path: Path) -> str:
-    """A file's text; of a shard its header, where names and metadata are."""
+    """A file's text; of a shard only the header, which holds names and metadata."""
     if path.suffix != ".safetensors":
         return path.read_bytes().decode("utf-8", errors="replace")
     with open(path, "rb") as shard:
@@ -236,7 +297,7 @@ def card_for(folder: Path, repo: str) -> bytes:
 
 
 def commit_message(folder: Path) -> str:
-    """What the commit says where nothing was given."""
+    """The default message of the commit, from the report."""
     report = read_report(folder)
     sizes = f"rank {report.cache.kv_lora_rank} + {report.cache.qk_rope_head_dim} rotary"
     return f"{report.source.name} with Multi-head Latent Attention, {sizes}"
@@ -244,7 +305,7 @@ def commit_message(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _bars(progress: Progress) -> Iterator[None]:
-    """The library's own bars only where somebody watches."""
+    """Hide huggingface_hub's progress bars unless the output is a terminal."""
     hide = (progress.quiet or not progress.console.is_terminal) and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()
@@ -253,92 +314,3 @@ def _bars(progress: Progress) -> Iterator[None]:
     finally:
         if hide:
             enable_progress_bars()
-
-
-def _again(request: Any) -> Any:
-    """Ask again, with a growing pause, when the connection broke or the Hub was busy."""
-    for attempt in range(TRIES):
-        try:
-            return request()
-        except Exception as error:
-            if attempt == TRIES - 1 or not _passing(error):
-                raise
-            time.sleep(WAIT * 2**attempt)
-    raise AssertionError
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error; the library wraps those of large files in others."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return getattr(error.response, "status_code", None)
-        error = error.__cause__
-    return None
-
-
-def _of_connection(error: BaseException | None) -> bool:
-    # by module and not by class: huggingface_hub has changed its HTTP library more than once
-    while error is not None:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
-            return not isinstance(error, HfHubHTTPError)
-        if isinstance(error, ConnectionError | TimeoutError):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _passing(error: BaseException) -> bool:
-    status = _status(error)
-    return status in (429, 500, 502, 503, 504) if status else _of_connection(error)
-
-
-@contextlib.contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    """Every way in which the Hub can refuse, in one line and with its exit code."""
-    try:
-        yield
-    except MlaConvertError:
-        raise
-    except OfflineModeIsEnabled as error:
-        raise ResourceError(f"the Hub cannot be reached for {repo}: offline mode is set (HF_HUB_OFFLINE)") from error
-    except LocalTokenNotFoundError as error:
-        raise InputError(f"no Hub token for {repo}: log in with `hf auth login`, or set HF_TOKEN") from error
-    except Exception as error:
-        status = _status(error)
-        if status is not None or _of_connection(error):
-            raise _refusal(repo, status, error) from error
-        if isinstance(error, RuntimeError):  # what the library's upload of large files fails with
-            raise ResourceError(f"the upload to {repo} failed: {one_line(_innermost(error))}") from error
-        if isinstance(error, ValueError):  # metadata of the card, before anything is uploaded
-            raise InputError(f"the Hub does not take this for {repo}: {one_line(error)}") from error
-        raise
-
-
-def _refusal(repo: str, status: int | None, error: Exception) -> MlaConvertError:
-    said = one_line(_server_words(error))
-    if status is None:
-        return ResourceError(f"the Hub cannot be reached for {repo}: {said}")
-    words = {
-        401: f"the Hub does not accept the token for {repo} (401): log in with `hf auth login`, or set HF_TOKEN",
-        403: f"the token may not write to {repo} (403): give it the right to write there, or use --create-pr",
-        404: f"{repo} is not on the Hub, or not visible with this token (404)",
-        409: f"the Hub reports a conflict for {repo} (409), somebody may be writing to it: {said}",
-    }
-    if status in words:
-        return InputError(words[status])
-    kind = ResourceError if status >= 500 or status in (402, 408, 413, 429, 507) else InputError
-    return kind(f"the Hub refuses {repo} ({status}): {said}")
-
-
-def _server_words(error: BaseException) -> BaseException:
-    """What the server said, or the innermost error."""
-    inner = _innermost(error)
-    if isinstance(inner, HfHubHTTPError) and inner.server_message:
-        return RuntimeError(inner.server_message)
-    return inner
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
-    return error

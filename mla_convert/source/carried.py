@@ -1,8 +1,7 @@
-"""What of a source's own files reaches a converted or exported folder: decided here and nowhere else. Imports no torch.
+"""The source's own files that a converted or exported folder contains. No other module decides this. Imports no torch.
 
-Only files by exactly these names are carried over, only regular ones, and never code: no Python file, no pickle, and no
-`auto_map` that would have transformers run one. A link counts as the file that it names only while that lies in the same folder,
-or in the cache that huggingface_hub keeps of the model.
+Only regular files with exactly these names are copied, and never code: no Python file, no pickle, and no `auto_map` that makes
+transformers run code. A link is followed only to a file in the same folder or in huggingface_hub's cache of the same model.
 """
 
 from __future__ import annotations
@@ -24,47 +23,47 @@ TOKENIZER = (
 )  # fmt: skip
 GENERATION = "generation_config.json"
 NAMES = (*TOKENIZER, GENERATION)
-# Licences come under many names; what follows a last dot must be a text's ending or a number (LICENSE-2.0).
+# Licences have many names; the part after the last dot must be the suffix of a text or a number (LICENSE-2.0).
 LICENCE = re.compile(r"(?:LICEN[SC]E|NOTICE|ATTRIBUTION|COPYING|USE_POLICY)[\w.+-]*", re.ASCII | re.IGNORECASE)
 LAST_PART = re.compile(r"txt|md|rst|\d[\w+-]*|llama\w*|apache|mit|bsd", re.ASCII | re.IGNORECASE)
-# Settings, where a key may name code; in a vocabulary the same word is a token.
+# Files with settings, whose keys may name code; in a vocabulary the same word is a token.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.json")
 CODE_KEYS = ("auto_map", "custom_generate")
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file of that name is carried over."""
+    """Whether a file of that name is copied."""
     return name in NAMES or is_licence(name)
 
 
 def is_licence(name: str) -> bool:
-    """Whether a file of that name is a licence or notice: text, whatever its last part."""
+    """Whether a file of that name is a licence or notice."""
     last = name.rpartition(".")[2] if "." in name else "txt"
     return bool(LICENCE.fullmatch(name) and LAST_PART.fullmatch(last))
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The files of a folder that are carried over, by name.
+    """The files of a folder that are copied, in order of their names.
 
     Raises:
-        InputError: one is a link to something outside the folder, or no regular file.
+        InputError: one is a link to a place outside the folder, or no regular file.
     """
-    found = [Path(entry.path) for entry in os.scandir(folder) if is_carried(entry.name)]
-    for path in found:
+    paths = [Path(entry.path) for entry in os.scandir(folder) if is_carried(entry.name)]
+    for path in paths:
         check_inside(path)
-    return sorted(found)
+    return sorted(paths)
 
 
 def licence_files(folder: Path) -> list[Path]:
-    """Only the licences and notices of a folder, as `carried_files`."""
+    """The licences and notices among `carried_files`."""
     return [path for path in carried_files(folder) if is_licence(path.name)]
 
 
 def check_inside(path: Path) -> Path:
-    """Where a file really lies, which must be in its folder or in the Hub's cache of the same model.
+    """The real path of a file, which must be in its folder or in the Hub's cache of the same model.
 
     Raises:
-        InputError: it lies elsewhere, or is no regular file.
+        InputError: it is elsewhere, or no regular file.
     """
     folder = Path(os.path.realpath(path.parent))
     real = Path(os.path.realpath(path))
@@ -83,7 +82,7 @@ def check_inside(path: Path) -> Path:
 
 
 def _cache_roots(folder: Path) -> tuple[Path, ...]:
-    """Where huggingface_hub keeps the files of a snapshot `CACHE/models--OWNER--NAME/snapshots/COMMIT`."""
+    """Folders with the files of a huggingface_hub snapshot `CACHE/models--OWNER--NAME/snapshots/COMMIT`."""
     if folder.parent.name != "snapshots" or not folder.parent.parent.name.startswith("models--"):
         return ()
     model = folder.parent.parent
@@ -91,7 +90,7 @@ def _cache_roots(folder: Path) -> tuple[Path, ...]:
 
 
 def carry(path: Path, folder: Path) -> None:
-    """Copy one file into `folder`, without what would have code run.
+    """Copy one file into `folder`, without keys that name code.
 
     Raises:
         InputError: as `check_inside`, or it cannot be read.
@@ -101,7 +100,7 @@ def carry(path: Path, folder: Path) -> None:
 
 
 def read_bytes(real: Path, name: str) -> bytes:
-    """A file's content, without following a link that took its place meanwhile.
+    """A file's content; a link that has replaced the file since it was checked is not followed.
 
     Raises:
         InputError: it cannot be read.
@@ -114,21 +113,21 @@ def read_bytes(real: Path, name: str) -> bytes:
 
 
 def without_code(name: str, content: bytes) -> bytes:
-    """A file's content as it is carried over: the same bytes, but for keys of settings that name code."""
+    """The bytes of the copy of a file: the same, except for keys of settings that name code."""
     if name not in SETTINGS:
         return content
     try:
-        found = json.loads(content)
-        kept = _stripped(found)
+        settings = json.loads(content)
+        kept = _stripped(settings)
     except (ValueError, RecursionError):
-        return content  # whoever reads it says so
-    if kept == found:
+        return content  # its reader reports the damage
+    if kept == settings:
         return content
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def tokenizer_code(folder: Path) -> str | None:
-    """The class in the folder's own code that its tokenizer would be read by, if its settings name one."""
+    """The tokenizer class in the folder's own code that its settings name, if they do."""
     try:
         named = json.loads((folder / "tokenizer_config.json").read_bytes())["auto_map"]["AutoTokenizer"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

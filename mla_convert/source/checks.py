@@ -1,7 +1,7 @@
-"""What is checked of a source before any work: that it is a language model, and that its tensors are this model's, all of them.
+"""Checks of a source before any work: it is a language model, and its tensors are exactly those of that model.
 
-transformers loads much of what is refused here, and says so in its log alone: it leaves out a head or an adapter, and makes
-up what it does not find.
+transformers loads many of the checkpoints that are refused here, with a message in its log alone: it leaves out a head or an
+adapter, and initialises missing tensors at random.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.source.checkpoint.layout import ModelReader
@@ -22,7 +23,7 @@ from mla_convert.source.families import Family
 from mla_convert.source.tokenizer import read_tokenizer
 from mla_convert.source.tokens import first_tokens
 
-# Rows of a matrix that are compared together.
+# Rows of a matrix that are compared at a time.
 ROWS = 4096
 KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 # More decoder layers than any language model has; building a million of them takes minutes.
@@ -31,7 +32,7 @@ MOST_LAYERS = 1000
 OTHER_HEAD = re.compile(r"\w+For(?!CausalLM|ConditionalGeneration)[A-Z]\w+")
 OTHER_HEAD_TENSOR = re.compile(r"(^|\.)(score|classifier|classification_head|qa_outputs|reward_head|regression_head)\.")
 ADAPTER_TENSOR = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
-# Buffers of older versions, and scales of what is computed rather than stored.
+# Buffers that older versions stored, and scales of activations.
 BUFFERS = re.compile(
     r"(rotary_emb\.inv_freq|\.(attn|attention)\.(bias|masked_bias)|position_ids|_extra_state"
     r"|(input|output|k|v|q|kv|prob)_scale)$"
@@ -41,24 +42,24 @@ AUDIO = re.compile(r"audio|speech|codec|acoustic|vocoder|asr|voxtral")
 
 @contextlib.contextmanager
 def makes_sense(label: str) -> Iterator[None]:
-    """Whatever a setting that makes no sense runs into is bad input.
+    """Convert the errors that invalid settings cause into bad input.
 
     Raises:
-        InputError: in place of any error but those that say already what is wrong.
+        InputError: for any error that is not one of this package.
     """
     try:
         yield
     except (MlaConvertError, MemoryError):
         raise
-    except Exception as error:  # settings come from a file of others: no list of what they may run into is complete
+    except Exception as error:  # no list of the errors that foreign settings cause is complete
         raise InputError(f"configuration of {label} does not make a model: {one_line(error)}") from error
 
 
 def check_derived(source: Any) -> None:
-    """Refuse settings of a source from which its sizes, windows or defaults of generation cannot be made.
+    """Refuse a source whose sizes, windows or generation defaults cannot be derived from its settings.
 
     Raises:
-        InputError: names the window or kind of layer; other settings run into `makes_sense`.
+        InputError: names the window or the type of layer; `makes_sense` converts the errors of other settings.
     """
     config, known = source.config, type(source.config)()
     kinds = getattr(config, "layer_types", None) or ()
@@ -75,7 +76,7 @@ def check_derived(source: Any) -> None:
         )
     windowed = any(window is not None for window in source.sliding_windows)
     if (windowed and not hasattr(known, "sliding_window")) or (kinds and not hasattr(known, "layer_types")):
-        # transformers' caches and masks heed them, and its attention does not
+        # transformers' caches and masks use these settings, but this family's attention ignores them
         raise InputError(
             f"configuration of {source.name} has a sliding_window or layer_types, and {config.model_type} has no windows: take "
             f"them out of it"
@@ -88,7 +89,7 @@ def check_derived(source: Any) -> None:
 
 
 def refuse_audio(content: dict[str, Any], label: str) -> None:
-    """Refuse a model of sound: the language model inside it continues what its encoder heard, not text.
+    """Refuse an audio model: its language model continues encoded sound, not text.
 
     Raises:
         InputError: it is one.
@@ -102,12 +103,16 @@ def refuse_audio(content: dict[str, Any], label: str) -> None:
 
 
 def check_classes(content: dict[str, Any], stock: str, label: str, part: bool) -> list[str]:
-    """Notes about the classes that config.json names, where they are not the `stock` class that is converted.
+    """Notes about classes in config.json other than the one that is converted.
 
-    `part`: the language model is a part of what config.json describes.
+    Args:
+        content: of config.json.
+        stock: name of the transformers class that is converted.
+        label: of the source, for messages.
+        part: whether the language model is a part of the model that config.json describes.
 
     Raises:
-        InputError: it is a classifier or the like, or code of its own, under a name that transformers does not have.
+        InputError: a classifier or another kind of model, or a class that only the checkpoint's own code defines.
     """
     named = content.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
@@ -135,10 +140,16 @@ def check_classes(content: dict[str, Any], stock: str, label: str, part: bool) -
 
 
 def check_tensors(reader: ModelReader, wanted: Iterable[str], label: str, part: bool) -> list[str]:
-    """Compare the stored tensors with those `wanted`: notes about what has no place in the model.
+    """Compare the stored tensors with those of the model. Returns notes about tensors that the model does not have.
+
+    Args:
+        reader: of the checkpoint.
+        wanted: names of the model's tensors.
+        label: of the source, for messages.
+        part: whether the model is part of a multimodal one, which has other tensors.
 
     Raises:
-        InputError: one is missing, in a type that is not read, or shows that this is another kind of model.
+        InputError: a tensor is missing, has an unsupported dtype, or belongs to another kind of model.
     """
     for name in reader.unused:
         if ADAPTER_TENSOR.search(name):
@@ -150,7 +161,7 @@ def check_tensors(reader: ModelReader, wanted: Iterable[str], label: str, part: 
         if name not in held:
             raise InputError(_missing(name, reader.unused, label))
     for name in held:
-        reader.dtype(name)  # refuses what is packed or quantised in a way that nothing explains
+        reader.dtype(name)  # refuses unknown packed and quantised dtypes
     if part:
         return []
     unused = [name for name in reader.unused if not BUFFERS.search(name)]
@@ -167,7 +178,7 @@ def check_tensors(reader: ModelReader, wanted: Iterable[str], label: str, part: 
 
 
 def _missing(name: str, unused: list[str], label: str) -> str:
-    """What to say of a tensor that is missing: whether it stands under a wrapper's name."""
+    """The message about a missing tensor; it says if the tensor is stored under a wrapper's name."""
     for stored in unused:
         prefix = stored.removesuffix(name)
         if prefix != stored and prefix.endswith("."):
@@ -181,10 +192,15 @@ def _missing(name: str, unused: list[str], label: str) -> str:
 
 
 def settle_ties(reader: ModelReader, tied: dict[str, str], label: str, compare: bool) -> tuple[bool, list[str]]:
-    """Whether the weights are tied as config.json says (`tied`: parameter -> the one it is tied to), and notes.
+    """Whether the weights are tied as config.json says, by transformers' rules, and notes.
 
-    As transformers does: stored once, under either name, they are one tensor; stored twice and unlike, they are not tied
-    (without `compare` their values are not looked at).
+    Tensors that are stored once, under either name, are tied; tensors that are stored twice with different values are not.
+
+    Args:
+        reader: of the checkpoint; it loses the second name of tied tensors.
+        tied: parameter -> the parameter that it is tied to.
+        label: of the source, for messages.
+        compare: whether the values of tensors that are stored twice are compared; if not, they count as equal.
 
     Raises:
         InputError: stored twice in two shapes.
@@ -220,16 +236,16 @@ def _equal(reader: ModelReader, one: str, other: str, label: str) -> bool:
 
 
 def first_token_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
-    """A warning where texts should begin with a token that the tokenizer, as transformers reads it, does not put there.
+    """A warning if a GGUF file requires a first token that its tokenizer, as transformers reads it, does not add.
 
-    transformers 5.17 takes Gemma's vocabulary out of a GGUF file without that token and with half of its merges, silently.
+    transformers 5.17 silently reads Gemma's vocabulary from a GGUF file without that token and with half of its merges.
     """
     wanted, token = (metadata.get(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "bos_token_id"))
     if not wanted or token is None:
         return ()
     try:
         first = first_tokens(read_tokenizer(path.parent, path.name, gguf_file=path.name))
-    except Exception:  # `Source.tokenizer` says so where one is needed
+    except Exception:  # `Source.tokenizer` reports it if a tokenizer is needed
         return ()
     if first == [token]:
         return ()
@@ -241,7 +257,7 @@ def first_token_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
 
 
 def check_layers(layers: int, names: Iterable[str], family: Family, label: str) -> None:
-    """Refuse a configuration with more layers than there are weights for, before a model of so many is built.
+    """Refuse a configuration with more layers than the weights have, before such a model is built.
 
     Raises:
         InputError: names the first layer that is missing.
@@ -255,34 +271,35 @@ def check_layers(layers: int, names: Iterable[str], family: Family, label: str) 
         )
 
 
-def check_width(model: torch.nn.Module, label: str) -> None:
-    """Refuse a model whose embeddings are of another width than its layers, with a projection between them.
+def check_width(model: PreTrainedModel, label: str) -> None:
+    """Refuse a model with a projection between embeddings and layers of different widths.
 
     Raises:
-        InputError: it is one.
+        InputError: states both widths.
     """
-    width, hidden = model.get_input_embeddings().weight.shape[1], model.config.hidden_size
+    embedding: Any = model.get_input_embeddings()
+    width, hidden = embedding.weight.shape[1], model.config.hidden_size
     if width != hidden:
         raise InputError(f"{label} has embeddings of {width} numbers and layers of {hidden}, which is not supported")
 
 
 def rotary_dims(model: torch.nn.Module, label: str) -> int:
-    """Dims of a head that transformers' model turns, by its own tables: not every class heeds `partial_rotary_factor`.
+    """Dims of a head that RoPE rotates, by the model's own tables: some classes ignore `partial_rotary_factor`.
 
     Raises:
-        InputError: its layers turn different numbers of them.
+        InputError: layers differ in that number.
     """
-    found = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
-    if len(found) > 1:
-        raise InputError(f"{label} has layers with different numbers of rotary dims {sorted(found)}: not supported")
-    return found.pop() if found else 0
+    dims = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    if len(dims) > 1:
+        raise InputError(f"{label} has layers with different numbers of rotary dims {sorted(dims)}: not supported")
+    return dims.pop() if dims else 0
 
 
 def check_scaling(model: torch.nn.Module, label: str) -> None:
-    """Refuse a configuration whose attention would be scaled by what is no number.
+    """Refuse a configuration whose softmax scale is not a finite real number.
 
     Raises:
-        InputError: there is such a layer.
+        InputError: states the scale.
     """
     for module in model.modules():
         scale = getattr(module, "scaling", None)

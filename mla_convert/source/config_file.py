@@ -1,4 +1,4 @@
-"""Reads config.json before transformers does: an object, not too deep, with sizes that some model can have. Imports no torch."""
+"""Reads and checks config.json before transformers does: a JSON object with plausible sizes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.words import plain
 
-# Largest values that are believed, some ten times and more above what any model has. Beyond them it takes minutes, or more
-# memory than there is, to find out that no model is like that.
+# Largest plausible values, at least ten times those of any model. With larger ones, transformers takes minutes, or more memory
+# than there is, before it fails.
 SIZES = {
     "layers": 1024,
     "width": 1 << 20,
@@ -21,7 +21,7 @@ SIZES = {
     "vocabulary": 1 << 26,
     "context": 1 << 40,
 }
-# Keys of all families for each.
+# Each size's keys in the configurations of all families.
 KEYS = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "max_window_layers"), "layers"),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "hidden_dim", "ffn_dim", "n_inner",
@@ -33,17 +33,17 @@ KEYS = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window", "n_ctx"), "context"),
 }  # fmt: skip
 MOST_TOKEN = 1 << 31
-# Lists with an entry a layer.
+# Largest length of a list with one entry per layer.
 PER_LAYER = 64 * SIZES["layers"]
-# Layers times the numbers of one, roughly: no model has so many.
+# Largest plausible number of parameters, estimated as layers × width² × experts.
 LARGEST = 1e15
 
 
 def read_config(folder: Path, label: str) -> dict[str, Any]:
-    """The content of a folder's config.json, looked over (`check_sizes`).
+    """The content of a folder's config.json, after `check_sizes`.
 
     Raises:
-        InputError: it is not there, no JSON object, or describes what no model can be.
+        InputError: it is missing, no JSON object, or has implausible sizes.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -61,10 +61,10 @@ def read_config(folder: Path, label: str) -> dict[str, Any]:
 
 
 def check_sizes(content: dict[str, Any], label: str) -> None:
-    """Refuse sizes that no model has, in a configuration or in a part of one.
+    """Refuse implausible sizes in a configuration or in a part of one.
 
     Raises:
-        InputError: names the key and the most that is believed.
+        InputError: names the key and the largest plausible value.
     """
     for key, value in content.items():
         if isinstance(value, dict):
@@ -89,12 +89,12 @@ def _check(key: str, value: float, label: str) -> None:
 
 
 def _shown(value: float) -> str:
-    """A number of any size in a few digits."""
+    """A number of any size, in a few digits."""
     return str(value) if abs(value) < 1e15 else f"{float(max(min(value, 10**300), -(10**300))):.3g}"
 
 
 def _check_whole(content: dict[str, Any], label: str) -> None:
-    """Sizes that are fine one by one and together make what no machine holds."""
+    """Refuse sizes that are plausible one by one, but together describe a model that no machine holds."""
     largest = dict.fromkeys(SIZES, 1.0)
     for key, value in content.items():
         if key in KEYS and isinstance(value, int) and value > 0:

@@ -1,6 +1,6 @@
-"""The licence that a source's model card names, as far as it can be carried over. Imports no torch.
+"""The licence in a source's model card, if it can be copied to another card. Imports no torch.
 
-It is read before a conversion begins, and nothing that it can hold makes the card of the converted model fail at its end.
+It is read before a conversion begins; no content of it makes the card of the converted model fail at the end.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import yaml
 from mla_convert.core.files import read_regular
 
 CARD = "README.md"
-# A card's metadata stand between two lines of dashes at its beginning.
+# A card's metadata are between two lines of dashes at its beginning.
 METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MOST_BYTES, MOST_CHARACTERS = 1 << 20, 300
 LINK = re.compile(r"[^\s()<>\[\]`|\\]+")
 
 
 def read_licence(folder: Path) -> dict[str, Any]:
-    """`license` (a name, a list of names, or None), and `license_name` and `license_link` where the card has them."""
+    """`license` (a name, a list of names, or None), and `license_name` and `license_link` if the card has them."""
     data = _metadata(folder / CARD)
     named = data.get("license")
     if isinstance(named, list):
@@ -41,12 +41,12 @@ def _metadata(card: Path) -> dict[Any, Any]:
         match = METADATA.search(read_regular(card, MOST_BYTES).decode("utf-8-sig", errors="replace"))
         content = yaml.safe_load(match[1]) if match else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        return {}  # yaml raises what its constructors do, of dates and numbers that there are not
+        return {}  # yaml passes on its constructors' errors for invalid dates and numbers
     return content if isinstance(content, dict) else {}
 
 
 def _is_name(value: Any) -> bool:
-    """Whether a value is words of one line, which a card can say."""
+    """Whether a value is a single line that a card can contain."""
     return (
         isinstance(value, str)
         and 0 < len(value) <= MOST_CHARACTERS

@@ -1,22 +1,24 @@
-"""Loads whole models through transformers, to measure them: converted or not, and never with code from their folder."""
+"""Loads complete models by transformers, to measure them; code from their folder is never run."""
 
 from __future__ import annotations
 
 import contextlib
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
+from mla_convert.core.recipes import find_recipe, recipe_files
 from mla_convert.core.report_file import look_up
 from mla_convert.core.report_schema import JsonObject, Report
-from mla_convert.core.settings import PACKAGE, find_recipe, recipe_files
+from mla_convert.core.settings import PACKAGE
 from mla_convert.core.words import expanded
 from mla_convert.source.checkpoint.files import refuse_adapter, weight_files
 from mla_convert.source.checkpoint.gguf_model import open_gguf
@@ -25,15 +27,15 @@ from mla_convert.source.place import SourceLocation, locate
 from mla_convert.source.source import load_config
 from mla_convert.source.tokenizer import read_tokenizer
 
-PREFIX = "mla_"  # of a converted model's model_type
-EXPORTED = "mla_convert"  # key of an exported model's config.json
+PREFIX = "mla_"  # a converted model's model_type begins with it
+EXPORTED = "mla_convert"  # key in the config.json of an exported model
 
 
 def find_model(name: str, revision: str | None = None) -> SourceLocation:
-    """Where the model of that name lies: a folder, `.gguf` file, Hub id (which is fetched) or recipe (its source).
+    """Find the model of that name: a folder, a `.gguf` file, a Hub id (which is downloaded) or a recipe (its source).
 
     Raises:
-        InputError: nothing there by that name, or a folder that is no checkpoint.
+        InputError: there is no model of that name, or the folder is no checkpoint.
         ResourceError: the Hub cannot be reached.
     """
     recipe = None if expanded(name).exists() else find_recipe(name)
@@ -43,14 +45,14 @@ def find_model(name: str, revision: str | None = None) -> SourceLocation:
         return place
     if not (place.folder / "config.json").is_file():
         raise InputError(f"{place.label} has no config.json: give a folder that holds a transformers checkpoint")
-    weight_files(place.folder)  # refuses pickles, which transformers would read where an index names them
+    weight_files(place.folder)  # refuses pickles, which transformers reads if an index names them
     return place
 
 
 def find_original(report: Report | JsonObject) -> SourceLocation | None:
-    """The original that a report names, if it can be found from here: on the Hub, packaged, or in the working folder.
+    """The original that a report names, if it can be found: on the Hub, in a package, or in the working folder.
 
-    Reports hold names, not paths, so a folder of that name counts only if it is a model of the same type.
+    Reports contain names, not paths, so a folder of that name is accepted only if its model type is the same.
     """
     name, revision = look_up(report, "source.name"), look_up(report, "source.revision")
     if not isinstance(name, str) or not name:
@@ -69,7 +71,7 @@ def find_original(report: Report | JsonObject) -> SourceLocation | None:
 
 
 def model_config(place: SourceLocation) -> PreTrainedConfig:
-    """The model's configuration; that of a GGUF file is made of its metadata.
+    """The model's configuration; of a GGUF file, made from its metadata.
 
     Raises:
         InputError: it cannot be read.
@@ -94,15 +96,22 @@ def load_tokenizer(place: SourceLocation) -> Any:
     return read_tokenizer(place.folder, place.label, **gguf)
 
 
-def load_model(place: SourceLocation, dtype: str | torch.dtype, device: torch.device) -> torch.nn.Module:
-    """The causal language model on `device`, in `dtype` ("auto": as stored; GGUF: float32).
+def load_model(place: SourceLocation, dtype: str | torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal language model on `device`, in evaluation mode and without gradients.
+
+    Args:
+        place: of the model.
+        dtype: of its weights; "auto": the stored one (GGUF: float32).
+        device: of its weights.
 
     Raises:
-        InputError: its weights are missing, damaged, of other shapes than its configuration says, or pickled.
+        InputError: its weights are missing, damaged, pickled, or of other shapes than in its configuration.
     """
     if place.gguf:
         with quietly():
-            model = open_gguf(place.folder / place.gguf).load(torch.float32 if dtype == "auto" else dtype)
+            model = open_gguf(place.folder / place.gguf).load(
+                dtype if isinstance(dtype, torch.dtype) else torch.float32
+            )
         return _ready(model, device)
     config = model_config(place)
     exported = getattr(config, EXPORTED, None)
@@ -111,13 +120,14 @@ def load_model(place: SourceLocation, dtype: str | torch.dtype, device: torch.de
             f"{place.label} is exported for engines (profile {exported.get('profile')}), and transformers' own classes would "
             f"misread it: give the converted model that it was made from"
         )
-    weight_files(place.folder)  # as find_model does, for those who know the folder already
+    weight_files(place.folder)  # find_model's check, for callers that did not use it
     with _readable(place.label), quietly():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False,
             use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
-    # transformers makes up what it does not find, and says so only in its log
+    model, info = loaded
+    # transformers initialises missing tensors at random, and reports that only in its log
     if info["missing_keys"]:
         raise InputError(
             f"tensor {min(info['missing_keys'])} is missing from {place.label}: fetch the checkpoint again"
@@ -125,17 +135,17 @@ def load_model(place: SourceLocation, dtype: str | torch.dtype, device: torch.de
     return _ready(model, device)
 
 
-def _ready(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model to measure, frozen, with all of its attention."""
+def _ready(model: Any, device: torch.device) -> PreTrainedModel:
+    """The model to measure, frozen, with an attention implementation that supports soft caps and sinks if it has them."""
     family = FAMILIES.get(model.config.model_type)
     if family and (family.softcap or family.sinks):
-        model.set_attn_implementation("eager")  # not every version says that SDPA leaves them out
+        model.set_attn_implementation("eager")  # SDPA supports neither, and some versions ignore them silently
     return model.eval().requires_grad_(False).to(device)
 
 
 @contextlib.contextmanager
-def quietly():
-    """Without transformers' progress bars and advice: what to show is the caller's choice."""
+def quietly() -> Iterator[None]:
+    """Hide transformers' progress bars and warnings."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(max(level, logging.ERROR))
@@ -150,7 +160,8 @@ def quietly():
 
 
 @contextlib.contextmanager
-def _readable(label: str):
+def _readable(label: str) -> Iterator[None]:
+    """Convert the errors of damaged files and configurations into one line."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError,

@@ -1,4 +1,4 @@
-"""Calibration on several texts: which, and how much of each. Imports no torch."""
+"""Calibration on several texts: their names and weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mla_convert.core.errors import InputError
 
-# What is calibrated on where nothing is named: packaged, so that it needs no network and is the same everywhere. A latent has
-# room for what calibration looks at and for little else, so it is of many kinds. Nothing of it is in the packaged suite.
+# The default calibration texts: packaged, so that they need no network and are the same everywhere; of many kinds, because a
+# latent keeps the directions that calibration contains and little else. They have no text in common with the packaged suite.
 PACKAGED = (
     "package:mla_demo/calibration.txt.gz",
     "package:mla_texts/calibration/documentation.txt.gz",
@@ -23,32 +23,36 @@ PACKAGED_LABEL = "the texts packaged with mla_convert"
 
 @dataclass(frozen=True)
 class Part:
-    """A text, named as `texts.load_text` takes it, and its weight among others."""
+    """A text, by its name for `texts.load_text`, and its weight among the texts."""
 
     spec: str
     weight: float = 1.0
 
     def __str__(self) -> str:
+        """The form that `parts` reads."""
         return self.spec if self.weight == 1 else f"{self.spec}={self.weight:g}"
 
 
 def parts(given: str | list[str] | None) -> list[Part]:
-    """What to calibrate on: the texts that are given, each with `=WEIGHT` behind it or none (1), or else the packaged ones.
+    """The calibration texts.
+
+    Args:
+        given: one text or several, each optionally with `=WEIGHT` at its end (default 1); None: the packaged texts.
 
     Raises:
-        InputError: a weight that is none, or a text that is given twice.
+        InputError: an invalid weight, or a text that is given twice.
     """
-    found = [_part(spec) for spec in ([given] if isinstance(given, str) else given or PACKAGED)]
-    names = [part.spec for part in found]
+    texts = [_part(spec) for spec in ([given] if isinstance(given, str) else given or PACKAGED)]
+    names = [part.spec for part in texts]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"calibration text {name} is given twice: give it once, with a weight ({name}=2)")
-    return found
+    return texts
 
 
 def _part(spec: str) -> Part:
     name, _, tail = spec.rpartition("=")
-    if not name or Path(spec).expanduser().exists():  # a file's name may hold an equals sign
+    if not name or Path(spec).expanduser().exists():  # a file's name may contain an equals sign
         return Part(spec)
     try:
         weight = float(tail)
@@ -60,16 +64,16 @@ def _part(spec: str) -> Part:
 
 
 def quotas(weights: list[float], total: int) -> list[int]:
-    """`total` shared out by weight, in whole numbers: the largest remainders get what rounding down leaves."""
+    """Integers with the sum `total` in proportion to the weights, by the largest-remainder method."""
     exact = [total * weight / sum(weights) for weight in weights]
-    found = [math.floor(value) for value in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda index: found[index] - exact[index])
-    for index in by_remainder[: total - sum(found)]:
-        found[index] += 1
-    return found
+    shares = [math.floor(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: shares[index] - exact[index])
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
 
 
 def label(names: list[str], given: list[Part]) -> str:
-    """The texts in words, by the names that reports have for them."""
+    """The texts in words, by their labels in reports (`names`), with weights other than 1."""
     words = [name if part.weight == 1 else f"{name} ×{part.weight:g}" for name, part in zip(names, given, strict=True)]
     return ", ".join(words)

@@ -1,4 +1,4 @@
-"""Finds where a model's files lie: a packaged checkpoint, a local folder, a GGUF file, or a Hub id, which is fetched."""
+"""The location of a model's files: a packaged checkpoint, a local folder, a GGUF file, or a Hub id, which is downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
-from mla_convert.core.settings import PACKAGE, packaged, unknown_source
+from mla_convert.core.recipes import unknown_source
+from mla_convert.core.settings import PACKAGE, packaged
 from mla_convert.core.words import check_name, expanded, plain
 from mla_convert.source.checkpoint.gguf_file import is_gguf
 
@@ -26,7 +27,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.m
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a model's files lie on this machine. `label` names it in reports; `gguf` is the file, if it is one."""
+    """A model's files on this machine. `label`: its name in reports; `gguf`: name of the GGUF file, if it is one."""
 
     folder: Path
     label: str
@@ -35,10 +36,15 @@ class SourceLocation:
 
 
 def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> SourceLocation:
-    """The folder of a packaged checkpoint, a local folder, a `.gguf` file, or a Hub id, of which `files` are fetched.
+    """Find a model's files, and download them if it is on the Hub.
+
+    Args:
+        name: a packaged checkpoint, a local folder, a `.gguf` file, or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        files: patterns of the files to download.
 
     Raises:
-        InputError: nothing there by that name.
+        InputError: there is no model of that name.
         ResourceError: the Hub cannot be reached.
     """
     if name.startswith(PACKAGE):

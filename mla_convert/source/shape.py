@@ -1,4 +1,4 @@
-"""The shape of a source's attention: what its cache holds. Imports no torch."""
+"""The shape of a source's attention, which determines the size of its cache. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Shape of a source's attention. `has_kv_bias`: a bias on its key or value projection.
+    """Shape of a source's attention.
 
-    `rotary_dim`: dims of a head that RoPE turns, where that is not all of them; `rope_layers`: which layers have RoPE,
-    where not all do; `normed`: a norm stands between key projection and attention.
+    `has_kv_bias`: its key or value projection has a bias; `rotary_dim`: dims of a head that RoPE rotates (None: all);
+    `rope_layers`: whether each layer has RoPE (None: all have it); `normed`: there is a norm between the key projection and
+    attention.
     """
 
     layers: int
@@ -29,12 +30,12 @@ class AttentionShape:
 
     @property
     def cache_width(self) -> int:
-        """Numbers cached per token and layer by the source: keys and values of all kv heads."""
+        """Elements that the source caches per token and layer: keys and values of all KV heads."""
         return 2 * self.num_kv_heads * self.head_dim
 
     @property
     def full_rope_dim(self) -> int:
-        """Rotary dims when every plane keeps RoPE."""
+        """Rotary dims of a layer that keeps all rotary frequencies of all KV heads."""
         return self.num_kv_heads * (self.head_dim if self.rotary_dim is None else self.rotary_dim)
 
     def has_rope(self, layer: int) -> bool:
@@ -42,22 +43,22 @@ class AttentionShape:
         return self.rope_layers is None or self.rope_layers[layer]
 
     def full_rank(self, rope_dim: int) -> int:
-        """Rank at which nothing is lost: the features left, or the inputs they are linear in if those are fewer."""
+        """Rank of an exact factorisation: the number of features without RoPE, or of their inputs if that is smaller."""
         features = self.cache_width - rope_dim
         return features if self.normed else min(features, self.hidden_size + self.has_kv_bias)
 
 
 def head_width(config: PreTrainedConfig) -> int:
-    """Dims of a head: the stream's share of one where a family knows no other number."""
+    """Dims of a head: `head_dim`, or the residual stream's width divided by the number of heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_heads(config: PreTrainedConfig) -> int:
-    """Heads of keys and values: as many as query heads where a family knows no other number."""
+    """Number of KV heads; the number of query heads if the configuration has no other."""
     groups = getattr(config, "num_key_value_heads", None)
     return config.num_attention_heads if groups is None else groups
 
 
 def original_cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
-    """Bytes a token that the original of a converted model caches, from the fields that its configuration keeps."""
+    """Bytes per token of the original's cache, from a converted model's configuration; `itemsize`: bytes of an element."""
     return 2 * kv_heads(config) * head_width(config) * config.num_hidden_layers * itemsize

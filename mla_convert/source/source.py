@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.source.carried import GENERATION, carried_files, check_inside, licence_files
@@ -44,7 +44,7 @@ from mla_convert.source.tokenizer import read_tokenizer
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. `name` identifies it in reports and never holds a local path."""
+    """An opened source. `name` identifies it in reports and never contains a local path."""
 
     name: str
     revision: str | None
@@ -55,7 +55,7 @@ class Source:
     reader: Reader
     notes: tuple[str, ...] = ()
     rotary: int = 0
-    """Dims of a head that RoPE turns."""
+    """Dims of a head that RoPE rotates."""
 
     @property
     def shape(self) -> AttentionShape:
@@ -64,9 +64,6 @@ class Source:
         heads = config.num_attention_heads
         head_dim = head_width(config)
         layers = range(config.num_hidden_layers)
-        has_rope = tuple(bool(on) for on in getattr(config, family.rope_layers)) if family.rope_layers else ()
-        if family.rope_layer_type:
-            has_rope = tuple(kind == family.rope_layer_type for kind in config.layer_types)
         return AttentionShape(
             layers=len(layers),
             hidden_size=config.hidden_size,
@@ -75,12 +72,12 @@ class Source:
             head_dim=head_dim,
             has_kv_bias=self.has_bias("k") or self.has_bias("v"),
             rotary_dim=self.rotary if family.rotary else 0,
-            rope_layers=has_rope if not all(has_rope) else None,
+            rope_layers=family.layers_with_rope(config),
             normed=self._has(f"{family.k_norm}."),
         )
 
     def _has(self, start: str) -> bool:
-        """Whether the first layer's attention has a tensor whose name starts so."""
+        """Whether the first layer's attention has a tensor whose name begins with `start`."""
         return any(name.startswith(f"{self.family.layers}.0.{self.family.attention}.{start}") for name in self.names)
 
     def has_bias(self, letter: str) -> bool:
@@ -102,7 +99,7 @@ class Source:
 
     @property
     def sliding_windows(self) -> list[int | None]:
-        """Each layer's attention window, None where it sees everything."""
+        """Each layer's attention window in tokens; None for full attention."""
         layers, window = self.config.num_hidden_layers, getattr(self.config, "sliding_window", None)
         types = (
             getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
@@ -118,43 +115,46 @@ class Source:
         return read_tokenizer(self.folder, self.name, **({"gguf_file": self.gguf} if self.gguf else {}))
 
     def license(self) -> dict[str, Any]:
-        """What the source's model card says of its licence: `license`, and `license_name` and `license_link` if it does.
+        """Licence fields of the source's model card: `license`, and `license_name` and `license_link` if present.
 
-        Nothing is made up: without a card, or a licence in it that can be carried over, `license` is None.
+        `license` is None without a card, or if the card has no licence that can be copied.
         """
         return read_licence(self.folder)
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the weights or the configuration do: names, sizes and times of the files they come from."""
+        """Identity of weights and configuration: names, sizes and modification times of their files."""
         files = gguf_parts(self.folder / self.gguf) if self.gguf else sorted(self.folder.glob("*.safetensors"))
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return [self.name, self.revision, stats, self.config.to_json_string()]
 
     def copied_files(self) -> list[Path]:
-        """Tokenizer, generation and licence files that are carried over.
+        """Tokenizer, generation and licence files to copy into the converted folder.
 
         Raises:
-            InputError: one of them is a link to something outside the folder.
+            InputError: one of them is a link to a place outside the folder.
         """
         if self.gguf:
             return []
-        found = carried_files(self.folder)
-        if (self.folder.parent / "__init__.py").exists():  # a packaged checkpoint: its licence stands beside it
-            found += licence_files(self.folder.parent)
-        return sorted(found)
+        files = carried_files(self.folder)
+        if (self.folder.parent / "__init__.py").exists():  # a packaged checkpoint: its licence is beside it
+            files += licence_files(self.folder.parent)
+        return sorted(files)
 
     def generation_config(self) -> GenerationConfig:
-        """Generation defaults: its own file's, or from its configuration, as transformers has them.
+        """Generation defaults, as transformers reads them: from generation_config.json, else from the configuration.
 
-        Configurations take up no sampling settings, so those in config.json, or a GGUF file's metadata, are read from there.
+        Configuration classes drop sampling settings; those in config.json or in a GGUF file's metadata are read from the file.
+
+        Raises:
+            InputError: the settings cannot be read.
         """
         if self.gguf:
-            found = GenerationConfig.from_model_config(self.config)
-            found.update(**sampling(read_gguf(self.folder / self.gguf)))
-            return found
-        own = (self.folder / GENERATION).exists()
+            settings = GenerationConfig.from_model_config(self.config)
+            settings.update(**sampling(read_gguf(self.folder / self.gguf)))
+            return settings
+        has_file = (self.folder / GENERATION).exists()
         try:
-            if own:
+            if has_file:
                 check_inside(self.folder / GENERATION)
                 return GenerationConfig.from_pretrained(self.folder)
             return GenerationConfig.from_pretrained(
@@ -162,17 +162,20 @@ class Source:
             )
         except (MlaConvertError, MemoryError):
             raise
-        except Exception as error:  # settings of others: no list of what they may run into is complete
-            file = GENERATION if own else "config.json"
+        except Exception as error:  # no list of the errors that foreign settings cause is complete
+            file = GENERATION if has_file else "config.json"
             raise InputError(f"sampling settings in {file} of {self.name} cannot be read: {one_line(error)}") from error
 
 
 def open_source(name: str, revision: str | None = None, weights: bool = True) -> Source:
-    """Open a source lazily: configuration and tensor headers are read, no weights (GGUF files excepted).
+    """Open a source lazily: read the configuration and the headers of the weights, no weights (except of GGUF files).
 
-    Without `weights` only its configuration is read (from the Hub: config.json alone; of a GGUF file: its metadata), and
-    compared with the headers of weights that lie beside it. Its tensors are then those that the configuration asks for, on
-    the meta device.
+    Args:
+        name: a folder, a Hub id, a GGUF file or "demo".
+        revision: branch, tag or commit on the Hub.
+        weights: if False, read only the configuration (from the Hub: config.json; of a GGUF file: its metadata) and compare
+            it with the headers of local weights, if there are any. The reader then gives the tensors that the configuration
+            requires, on the meta device.
 
     Raises:
         InputError: not found, not a checkpoint, architecture not supported, files missing or damaged.
@@ -188,9 +191,10 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     refuse_adapter(folder, label)
     content = read_config(folder, label)
     model_type, text = content.get("model_type", "none given"), content.get("text_config")
-    part = isinstance(text, dict) and isinstance(text.get("model_type"), str) and text["model_type"] in FAMILIES
-    # of a multimodal checkpoint the language model is read, if it is of a family
-    family = FAMILIES[text["model_type"]] if part else find_family(str(model_type), content.keys())
+    # of a multimodal checkpoint, the language model is read if its family is supported
+    inner = str(text.get("model_type")) if isinstance(text, dict) else ""
+    part = inner in FAMILIES
+    family = FAMILIES[inner] if part else find_family(str(model_type), content.keys())
     refuse_audio(content, label)
     notes = [f"{label} is multimodal ({model_type}): only its language model is converted"] if part else []
     with makes_sense(label):
@@ -201,13 +205,15 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
         stored = SafetensorsReader(folder) if here else None
         if stored:
             check_layers(config.num_hidden_layers, stored.names(), family, label)
-        expected = _expected(config, label)  # refuses a configuration that makes no model, before any weight is read
+        expected = _expected(
+            config, label
+        )  # refuses a configuration that describes no model, before any weight is read
         notes += check_classes(content, expected.model, label, part)
         source = Source(label, revision, folder, None, config, family, expected, tuple(notes), expected.rotary)
         check_derived(source)
     if stored:
-        found = _with_weights(source, stored, expected, quantization, part, weights)
-        return found if weights else replace(source, notes=found.notes)
+        complete = _with_weights(source, stored, expected, quantization, part, weights)
+        return complete if weights else replace(source, notes=complete.notes)
     return source
 
 
@@ -219,9 +225,9 @@ def _with_weights(
     part: bool,
     compare: bool,
 ) -> Source:
-    """The source with the reader of its tensors, which are checked to be all that its configuration asks for.
+    """The source with the reader of its tensors, after a check that they are those that its configuration requires.
 
-    Headers are read; and with `compare` the values of tied tensors that are stored twice.
+    Only headers are read, and with `compare` the values of tied tensors that are stored twice.
     """
     notes = [*source.notes, *stored.notes]
     numbers: Reader = DequantisedReader(stored, quantization) if quantization else stored
@@ -236,21 +242,22 @@ def _with_weights(
 
 
 class _Expected(MemoryReader):
-    """The tensors that a configuration asks for, on the meta device; a tied head is not among them.
+    """The tensors that a configuration requires, on the meta device, without a tied head.
 
-    `model` is the class that it makes, `rotary` counts the dims of a head that it turns, `tied` has the parameters that are
-    others' as well: name -> the other's name.
+    `model`: name of its transformers class; `rotary`: dims of a head that RoPE rotates; `tied`: parameter -> the parameter
+    that it is tied to.
     """
 
-    def __init__(self, model: torch.nn.Module, rotary: int):
-        super().__init__(parameters(model))
+    def __init__(self, model: PreTrainedModel, rotary: int):
+        """Take the tensors of `model`, which is on the meta device."""
+        super().__init__(parameters(model) | persistent_buffers(model))
         self.model = type(model).__name__
         self.rotary = rotary
-        self.tied = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
 
 
 def _expected(config: PreTrainedConfig, label: str) -> _Expected:
-    """The tensors that a configuration asks for, in its dtype."""
+    """The tensors that a configuration requires, in its dtype."""
     with makes_sense(label), init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
         check_scaling(model, label)
@@ -258,7 +265,7 @@ def _expected(config: PreTrainedConfig, label: str) -> _Expected:
         return _Expected(model, rotary_dims(model, label))
 
 
-def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A causal language model's parameters by name, without a head that is tied to the embeddings."""
     named = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if model.config.tie_word_embeddings:
@@ -267,27 +274,36 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return named
 
 
+def persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A model's buffers that checkpoints contain, by name (of the stock models, Apertus has some, in its activation)."""
+    buffers = dict(model.named_buffers())
+    return {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+
+
 def _open_gguf(path: Path, weights: bool) -> Source:
     def check(config: PreTrainedConfig) -> None:
         find_family(config.model_type).check(config, path.name)
 
-    found = open_gguf(path, check)
-    config, notes = found.config, (*found.notes, *first_token_notes(path, found.file.metadata))
+    opened = open_gguf(path, check)
+    config, notes = opened.config, (*opened.notes, *first_token_notes(path, opened.file.metadata))
     with makes_sense(path.name):
         _check_sizes(config, path.name)
         expected = _expected(config, path.name)
         family = find_family(config.model_type)
         source = Source(path.name, None, path.parent, path.name, config, family, expected, notes, expected.rotary)
         check_derived(source)
-    sampling(found.file)  # refuses before the work what would be refused after it
-    # transformers dequantises a GGUF file as a whole: these sources are held in memory
-    return replace(source, reader=MemoryReader(parameters(found.load()))) if weights else source
+    sampling(opened.file)  # refuse unusable settings before the conversion, not after it
+    # transformers dequantises a GGUF file as a whole: such a source is held in memory
+    if not weights:
+        return source
+    model = opened.load()
+    return replace(source, reader=MemoryReader(parameters(model) | persistent_buffers(model)))
 
 
 def load_config(folder: Path, label: str) -> PreTrainedConfig:
-    """The configuration of a transformers folder, by a class that is installed: never by code from the folder.
+    """The configuration of a transformers folder, by an installed class: no code from the folder is run.
 
-    Nor by code that it names: an implementation of attention may be one from the Hub.
+    Nor is code run that it names, such as an attention implementation from the Hub.
 
     Raises:
         InputError: missing, damaged or not valid.
@@ -295,15 +311,15 @@ def load_config(folder: Path, label: str) -> PreTrainedConfig:
     read_config(folder, label)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for own in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-            if own is not None and own._attn_implementation not in (None, "eager", "sdpa"):
-                own._attn_implementation = None
-            if own is not None:
-                own._experts_implementation = None
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None and part._attn_implementation not in (None, "eager", "sdpa"):
+                part._attn_implementation = None
+            if part is not None:
+                part._experts_implementation = None
         return config
     except MemoryError:
         raise
-    except Exception as error:  # settings of any kind, and the strict classes' own errors, which share no public base
+    except Exception as error:  # also the errors of the strict configuration classes, which share no public base
         raise InputError(f"configuration of {label} cannot be read: {one_line(error)}") from error
 
 
@@ -312,7 +328,7 @@ def _read_config(folder: Path, label: str, part: bool) -> PreTrainedConfig:
     whole = load_config(folder, label)
     config = whole.text_config if part else whole
     if part:
-        # what is said of the whole holds for its part
+        # settings of the whole model apply to its part
         for key in ("quantization_config", "tie_word_embeddings", "dtype"):
             if getattr(whole, key, None) is not None:
                 setattr(config, key, getattr(whole, key))

@@ -1,4 +1,4 @@
-"""Documents of a text file: plain text, JSON Lines, CSV or Parquet. What is none of these is refused by name, with its line."""
+"""Documents of a text file: plain text, JSON Lines, CSV or Parquet. Other content is refused, with its kind or line."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from mla_convert.core.words import plain
 JSON, TABLES, PARQUET = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}, ".parquet"
 SUFFIXES = (".txt", ".md", *JSON, *TABLES, PARQUET)
 KINDS = "text (UTF-8), .jsonl, .csv, .tsv and .parquet are read, all but the last also as .gz"
-# Where a byte order mark says how text is written; the longer ones first, as one begins like another.
+# Encodings by byte order mark; the longer marks first, because UTF-32's begins with UTF-16's.
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
 GZIP = b"\x1f\x8b"
-# How files begin that are no text, whatever they are named.
+# Signatures of files that are no text.
 OTHERS = {b"%PDF": "a PDF", b"PK\x03\x04": "a ZIP archive or an office document", b"\xfd7zXZ": "compressed with xz",
           b"(\xb5/\xfd": "compressed with zstd", b"BZh": "compressed with bzip2", b"PAR1": "Parquet",
           b"ARROW1": "an Arrow file", b"\x89PNG": "a picture", b"GGUF": "a model"}  # fmt: skip
 
 
 def is_text_name(name: str) -> bool:
-    """Whether a name is that of a text file, by how it ends."""
+    """Whether a name has the suffix of a text file."""
     return name.lower().removesuffix(".gz").endswith(SUFFIXES)
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a file: one of plain text, one a row of the other kinds, from its field or column "text".
+    """The documents of a file: plain text is one document; of the other kinds, each row's field or column "text" is one.
 
     Raises:
-        InputError: the file is not of a kind that is read, or a line of it is not right; names file and line.
+        InputError: an unsupported kind of file, or an invalid line; names the file and the line.
     """
     name = plain(path.name)
     suffix = _suffix(path)
@@ -71,7 +71,7 @@ def _bytes(path: Path, name: str) -> bytes:
 
 
 def _decoded(raw: bytes, name: str) -> str:
-    """Text with line ends as Python reads them."""
+    """Decoded text with line ends as "\\n"."""
     encoding = next((encoding for mark, encoding in MARKS.items() if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
@@ -97,24 +97,24 @@ def _split(text: str, suffix: str, name: str) -> list[str]:
 
 
 def _is_json(text: str) -> bool:
-    """Whether text is JSON: as a whole, or its first line, an object or a list of objects, lists or strings."""
+    """Whether the text or its first line is a JSON object, or a list of objects, lists or strings."""
     start = text.lstrip()
     if not start.startswith(("{", "[")):
         return False
     for part in (start.partition("\n")[0], start):
         try:
-            found = json.loads(part)
+            value = json.loads(part)
         except RecursionError:
             return True
         except ValueError:
             continue
-        if isinstance(found, dict) or (found and isinstance(found[0], dict | list | str)):
+        if isinstance(value, dict) or (value and isinstance(value[0], dict | list | str)):
             return True
     return False
 
 
 def _json_rows(text: str, suffix: str, name: str) -> Iterator[str]:
-    """One document a line; of `.json`, also one for each object of a list."""
+    """One document per line; of `.json`, also one per object of a list."""
     if suffix == ".json" and text.lstrip().startswith("["):
         for number, row in enumerate(_parsed(text, f"text file {name}"), start=1):
             yield _text_of(row, f"object {number} of {name}")
@@ -138,14 +138,14 @@ def _text_of(row: Any, where: str) -> str:
     """The text of a row.
 
     Raises:
-        InputError: it has none; says what it has.
+        InputError: it has none; the message says what it has instead.
     """
-    found = row.get("text") if isinstance(row, dict) else None
-    if isinstance(found, str):
-        return _valid(found, where)
+    text = row.get("text") if isinstance(row, dict) else None
+    if isinstance(text, str):
+        return _valid(text, where)
     why = ""
     if isinstance(row, dict) and "text" in row:
-        why = f': its "text" is {"null" if found is None else "no string"}'
+        why = f': its "text" is {"null" if text is None else "no string"}'
     elif isinstance(row, dict) and "messages" in row:
         why = ': it has "messages", so write each conversation, in the model\'s chat template, into "text"'
     raise InputError(f'{where} is not a JSON object with a "text" field{why}')
@@ -164,10 +164,11 @@ def _table_rows(text: str, delimiter: str, name: str) -> Iterator[str]:
     csv.field_size_limit(sys.maxsize)  # a field is a document
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        if "text" not in (rows.fieldnames or ()):
-            columns = ", ".join(plain(column)[:40] for column in (rows.fieldnames or ())[:8])
+        names = rows.fieldnames or ()
+        if "text" not in names:
+            columns = ", ".join(plain(column)[:40] for column in names[:8])
             raise InputError(f'text file {name} has no column "text" in its first line, only {columns}')
-        if rows.fieldnames.count("text") > 1:
+        if names.count("text") > 1:
             raise InputError(f'text file {name} has the column "text" twice: leave one')
         for row in rows:
             if row["text"] is None:

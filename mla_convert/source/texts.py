@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: from a file, a `datasets` name, the default data set or the package; cut into windows."""
+"""Calibration and evaluation text, from a file, a `datasets` name, the default data set or the package, cut into windows."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ WIKITEXT = "Salesforce/wikitext:"
 DEFAULT_DATASET = f"{WIKITEXT}wikitext-2-raw-v1"
 SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
 SPLITS = {"calibration": "train", "evaluation": "test"}
-# Windows and tokens in one, by whether there is a GPU.
+# Windows and tokens per window, by whether there is a GPU.
 CALIB_DEFAULT = {True: (2048, 1024), False: (32, 512)}
-# On a GPU, as many windows as this holds of the residual stream's width, but no fewer than LEAST_ON_GPU: wide models have
-# more to keep what they are by, and every window costs more.
+# On a GPU, WIDTH_WINDOWS / hidden_size windows, at least LEAST_ON_GPU: wider models need fewer windows, and each costs more.
 WIDTH_WINDOWS, LEAST_ON_GPU = 1 << 20, 256
-# Windows that are enough where none were asked for and the text holds no more.
+# Windows that suffice if the text has no more and no number was given.
 FEWEST = 32
 EVAL_LENGTH = 2048
-# As an evaluation text: none, and no evaluation.
+# As an evaluation text: no evaluation.
 NONE = "none"
-# As a held-out text: the last part of the calibration text, which calibration then does not see.
+# As a held-out text: the last part of the calibration text, which calibration then does not use.
 FROM_CALIB, CALIB_SHARE = "calib", 0.9
-# Text is tokenised piece by piece, in characters; no tokenizer here packs more than this many characters into a token.
+# Characters that are tokenised at a time, and the largest number of characters in a token.
 PIECE = 1 << 18
 CHARACTERS_PER_TOKEN = 16
-# Characters from one calibration window to the next where they are spread: most such pieces hold a whole window.
+# Characters per token of the pieces that calibration windows are drawn from: most such pieces contain a complete window.
 SPREAD_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows (N, L) of all texts, what they are in words, and notes about defaults that were fallen back on.
+    """Token windows (N, L) of all texts, the texts' labels, and notes about defaults that were used.
 
-    `held_out` are windows to choose settings by, of the length of those of `evaluation`, which then need not be chosen on.
-    Without `evaluated`, nothing is to be said of `evaluation`, which is then a window of the calibration text.
+    `held_out`: windows for the choice of settings, of the evaluation windows' length, so that the choice does not use the
+    evaluation text. If not `evaluated`, `evaluation` is a window of the calibration text and must not be reported.
     """
 
     calib: Tensor
@@ -55,16 +54,16 @@ class Windows:
     held_out: Tensor | None = None
     held_out_text: str | None = None
     evaluated: bool = True
-    # windows of each calibration text, by its label
     calib_counts: dict[str, int] | None = None
+    """Windows of each calibration text, by its label."""
 
     @property
     def measured(self) -> Tensor:
-        """Every window that perplexity is measured on: those of the evaluation first."""
+        """All windows for perplexity: those of the evaluation, then the held-out ones."""
         return self.evaluation if self.held_out is None else torch.cat([self.evaluation, self.held_out])
 
-    def labels(self, config: ConvertConfig) -> dict[str, str | None]:
-        """The texts that were asked for as reports name them: without paths."""
+    def labels(self, config: ConvertConfig) -> dict[str, Any]:
+        """The texts that were given, by their labels in reports, which contain no paths."""
         return {"calib": config.calib and self.calib_text, "eval": config.eval and self.eval_text,
                 "held_out": config.held_out and self.held_out_text,
                 "heal_data": config.heal_data and repeatable(config.heal_data, "", "")[0]}  # fmt: skip
@@ -82,9 +81,9 @@ class Windows:
 
 @dataclass(frozen=True)
 class Reach:
-    """What a model can read: windows of `longest` tokens, where it has a limit, and tokens below `vocabulary`.
+    """Limits of a model's input: windows of `longest` tokens (None: no limit) and tokens below `vocabulary`.
 
-    `learned`: positions from `longest` on do not exist, as the model has an embedding for each.
+    `learned`: the model has an embedding for each position, so there is none from `longest` on.
     """
 
     longest: int | None = None
@@ -92,22 +91,22 @@ class Reach:
     vocabulary: int | None = None
 
     def length(self, given: int | None, default: int) -> int:
-        """Tokens of a window: what was given, or the default; no more than there are positions."""
+        """Tokens of a window: the given number or the default, at most the number of positions."""
         if given is None:
             return min(default, self.longest or default)
         return min(given, self.longest) if self.learned and self.longest else given
 
     def note(self, given: int | None, option: str) -> list[str]:
-        """That the windows are shorter than `option` asked for, if they are."""
+        """A note if the windows are shorter than `option` requires."""
         if given is None or self.length(given, given) == given:
             return []
         return [f"the model has learned {self.longest} positions: windows are so long, not {option} {given}"]
 
     def check(self, windows: Tensor, label: str) -> Tensor:
-        """Windows that the model has an embedding for every token of.
+        """Return the windows, if the model has an embedding for each of their tokens.
 
         Raises:
-            InputError: there is a token that it has none for.
+            InputError: names a token without one.
         """
         most = int(windows.max())
         if self.vocabulary is not None and most >= self.vocabulary:
@@ -119,12 +118,12 @@ class Reach:
 
 
 def reach(config: Any, learned: bool) -> Reach:
-    """The reach of the model that a configuration describes. `learned`: it has learned positions instead of RoPE."""
+    """The limits of the model that a configuration describes; `learned`: it has learned positions instead of RoPE."""
     return Reach(getattr(config, "max_position_embeddings", None), learned, getattr(config, "vocab_size", None))
 
 
 def calibration_size(config: ConvertConfig, on_gpu: bool, hidden: int, model: Reach = Reach()) -> tuple[int, int]:
-    """Calibration windows and tokens in one; `hidden` is the size of the model's residual stream."""
+    """Calibration windows and tokens per window; `hidden` is the width of the model's residual stream."""
     samples, length = CALIB_DEFAULT[on_gpu]
     if on_gpu:
         samples = min(samples, max(LEAST_ON_GPU, WIDTH_WINDOWS // hidden))
@@ -137,10 +136,17 @@ def evaluation_length(config: ConvertConfig, model: Reach) -> int:
 
 
 def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Reach, hidden: int) -> Windows:
-    """All texts of a conversion, cut into windows, for a model with a residual stream of `hidden`.
+    """All texts of a conversion, cut into windows.
+
+    Args:
+        config: names the texts and the numbers of windows.
+        tokenizer: of the model.
+        on_gpu: selects the defaults.
+        model: limits of the model's input.
+        hidden: width of the model's residual stream.
 
     Raises:
-        InputError: a text that cannot be used, or a tokenizer of another model.
+        InputError: an unusable text, or a tokenizer of another model.
     """
     samples, length = calibration_size(config, on_gpu, hidden, model)
     fewest = config.calib_samples or min(samples, FEWEST)
@@ -166,7 +172,7 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Rea
     weighted = [(text, label, part.weight) for text, label, part in zip(calib_texts, labels, given, strict=True)]
     calib, counts = mixed_windows(weighted, tokenizer, samples, length, config.seed, fewest)
     model.check(calib, calib_label)
-    evaluation = calib[:1]  # says at least whether what the model computes is finite
+    evaluation = calib[:1]  # shows at least whether the model's results are finite
     if evaluated:
         evaluation = evaluation_windows(eval_text, tokenizer, config.eval_windows, eval_length, eval_label)
     notes = [f"no {purpose} text was given: using {label}" for purpose, (spec, label) in stood_in.items() if not spec]
@@ -185,23 +191,28 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Rea
 
 
 def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
-    """The text that `spec` names and a label for reports. `purpose` is "calibration", "evaluation" or "held-out".
+    """Read a text; returns it and its label for reports.
 
-    `spec` is a file (text, or .jsonl, .csv, .tsv or .parquet with a "text": `text_files`), `package:NAME/FILE`, or a data set as
-    `NAME[:CONFIG][@SPLIT]`. None is WikiText-2 from the Hub, or the packaged text (CC BY) where the Hub cannot be reached.
+    Args:
+        spec: a file (text, or .jsonl, .csv, .tsv or .parquet with a "text": `text_files`), `package:NAME/FILE`, or a data set
+            as `NAME[:CONFIG][@SPLIT]`. None is WikiText-2 from the Hub, or the packaged text (CC BY) if the Hub cannot be
+            reached.
+        purpose: "calibration", "evaluation" or "held-out".
 
     Raises:
-        InputError: not found, not UTF-8, no text in it.
-        ResourceError: a data set that was asked for cannot be fetched.
+        InputError: not found, not UTF-8, or without text.
+        ResourceError: the data set cannot be downloaded.
     """
     documents, label = _load(spec, purpose)
     return "\n\n".join(documents), label
 
 
 def load_documents(spec: str | None, joined: bool = False) -> tuple[Iterable[str], str]:
-    """The documents of a training text, named as for `load_text`, and its label: a list, or for a data set a stream.
+    """The documents of a training text, as a list or, of a data set, as a stream; and its label.
 
-    `joined`: rows are parts of one text, as WikiText's are (which is known of that one).
+    Args:
+        spec: as for `load_text`.
+        joined: whether rows are parts of one text (WikiText's always are).
 
     Raises:
         InputError, ResourceError: as `load_text`.
@@ -213,7 +224,7 @@ def load_documents(spec: str | None, joined: bool = False) -> tuple[Iterable[str
 
 
 def _together(rows: Iterable[str]) -> Iterator[str]:
-    """Rows joined to documents of about PIECE characters."""
+    """Join rows to documents of about PIECE characters."""
     held, size = [], 0
     for row in rows:
         held.append(row)
@@ -226,7 +237,7 @@ def _together(rows: Iterable[str]) -> Iterator[str]:
 
 
 def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iterable[str], str]:
-    """Documents and label. Only a data set may be streamed."""
+    """Documents and label. Only a data set can be streamed."""
     if spec == NONE:
         raise UsageError(
             f"{NONE} is no {purpose} text: only a conversion's --eval can be {NONE}; a file of that name is ./{NONE}"
@@ -251,9 +262,14 @@ def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iter
 
 
 def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
-    """What names again the text that `load_text(spec, purpose)` returned with `label`; whether it is a local file.
+    """A `spec` for a recipe that names the text of `load_text(spec, purpose)`; and whether the text is a local file.
 
-    A local file is named without its folder. Where none was given it is what stood in for it.
+    A local file is named without its folder; the default text is named explicitly.
+
+    Args:
+        spec: as for `load_text`.
+        label: that `load_text` returned.
+        purpose: as for `load_text`.
     """
     if spec == NONE and purpose == "evaluation":
         return spec, False
@@ -266,19 +282,19 @@ def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
 
 
 def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
-    import datasets  # a second of import that local text does not need
+    import datasets  # the import takes a second, and local text does not need it
 
     name, _, split = spec.partition("@")
     name, _, config = name.partition(":")
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
-        columns = rows.column_names or list(next(iter(rows)))  # a stream may know them only from its rows
+        columns = rows.column_names or list(next(iter(rows)))  # a stream may have no column names before its first row
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
         raise ResourceError(
             f"data set {spec!r} cannot be fetched: give a text file, or a name that the Hub has"
         ) from error
-    except Exception as error:  # whatever the rows of others run into
+    except Exception as error:  # foreign data sets can raise anything
         raise InputError(f"data set {spec!r} cannot be read: {one_line(error)}") from error
     if "text" not in columns:
         raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(columns)}')
@@ -295,18 +311,26 @@ def _rows(rows: Iterable[dict[str, Any]], spec: str) -> Iterator[str]:
 def evaluation_windows(
     text: str, tokenizer: Any, count: int, length: int, label: str, purpose: str = "evaluation"
 ) -> Tensor:
-    """Non-overlapping windows (n, length) from the start of the text, tokenised as a whole; n <= count.
+    """Non-overlapping windows (n, length) from the start of the text, tokenised as one; n <= count.
+
+    Args:
+        text: to cut.
+        tokenizer: of the model.
+        count: largest number of windows.
+        length: tokens of a window.
+        label: of the text, for messages.
+        purpose: of the text, for messages.
 
     Raises:
-        InputError: not one window long.
+        InputError: the text is shorter than one window.
     """
     ids = tokenise(tokenizer, text[: count * length * CHARACTERS_PER_TOKEN], special=True)
-    found = min(count, len(ids) // length)
-    if not found:
+    windows = min(count, len(ids) // length)
+    if not windows:
         raise InputError(
             f"{purpose} text {label} has {len(ids)} tokens, fewer than one window of {length}: give more text"
         )
-    return torch.tensor(ids[: found * length]).view(found, length)
+    return torch.tensor(ids[: windows * length]).view(windows, length)
 
 
 def evaluation_protocol(windows: Tensor) -> str:
@@ -318,18 +342,27 @@ def evaluation_protocol(windows: Tensor) -> str:
 def calibration_windows(
     text: str, tokenizer: Any, count: int, length: int, seed: int, label: str, fewest: int | None = None
 ) -> Tensor:
-    """Windows (count, length) from all over the text, in an order drawn by `seed`; `fewest` are enough.
+    """Windows (count, length) from the whole text, in random order.
 
     Each begins with the tokenizer's beginning-of-sequence token if it adds one: first tokens are attention sinks with
     outlying activations, and served text has them.
 
+    Args:
+        text: to draw from.
+        tokenizer: of the model.
+        count: number of windows.
+        length: tokens of a window.
+        seed: of the draw.
+        label: of the text, for messages.
+        fewest: number of windows that suffices if the text has fewer than `count` (None: `count`).
+
     Raises:
-        InputError: the text is too short for `count` windows, or for `fewest` if that is given.
+        InputError: the text is too short.
     """
     prefix = first_tokens(tokenizer)
     body = length - len(prefix)
     generator = torch.Generator().manual_seed(seed)
-    # one window from each of many places, where there is text enough: neighbours tell the same story
+    # distant windows first, if there is enough text: adjacent windows are highly correlated
     share = 5 * count // (4 * (1 + len(text) // PIECE))
     for characters, most in ((body * SPREAD_CHARACTERS, 1), (PIECE, share), (PIECE, None)):
         windows: list[list[int]] = []
@@ -354,13 +387,23 @@ def calibration_windows(
 def mixed_windows(
     weighted: list[tuple[str, str, float]], tokenizer: Any, count: int, length: int, seed: int, fewest: int
 ) -> tuple[Tensor, list[int]]:
-    """Windows (n, length), fewest <= n <= count, of several texts (text, label, weight), and how many are of each.
+    """Windows of several texts in one random order.
 
-    Where a text holds fewer than its share, those that hold more make up for it;
-    one that holds none is refused. Windows of all texts are in one random order.
+    If a text has fewer windows than its share, the others give more.
+
+    Args:
+        weighted: (text, label, weight) of each text.
+        tokenizer: of the model.
+        count: largest number of windows.
+        length: tokens of a window.
+        seed: of the draw.
+        fewest: smallest number of windows.
+
+    Returns:
+        Windows (n, length) with fewest <= n <= count, and the number of windows of each text.
 
     Raises:
-        InputError: one of them, or all together, are too short.
+        InputError: a text has no window, or all together have fewer than `fewest`.
     """
     if len(weighted) == 1:
         ((text, label, _),) = weighted

@@ -1,4 +1,4 @@
-"""Opens tokenizers: by installed classes alone, and whatever is wrong with one is a line that says so."""
+"""Reading of tokenizers, by installed classes alone; every failure is reported in one line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.source.carried import tokenizer_code
 
-# Packages that transformers reads some files with, and what it says when one is missing. It names tiktoken for every
-# tokenizer.model that it cannot read, which does not help: sentencepiece files are read with protobuf.
+# If transformers cannot read a tokenizer.model, it asks for tiktoken, whatever the reason. The usual one is that sentencepiece
+# or protobuf is missing.
 SENTENCEPIECE = "tokenizer.model"
 
 
@@ -23,20 +23,20 @@ def read_tokenizer(folder: Path, label: str, **options: Any) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-        tokenizer("1")  # some settings that make no sense are found out here
+        tokenizer("1")  # some invalid settings fail only here
         return tokenizer
-    except Exception as error:  # a damaged file raises whatever its parser runs into, bare Exception among it
+    except Exception as error:  # a damaged file can raise anything, also a bare Exception
         raise InputError(
             f"{label} has no readable tokenizer ({_reason(folder, error, 'gguf_file' in options)})"
         ) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of a Rust library; no public base but this one
+        if type(error).__name__ != "PanicException":  # of a Rust library; BaseException is its only public base
             raise
         raise InputError(f"{label} has no readable tokenizer ({one_line(error)})") from error
 
 
 def _reason(folder: Path, error: Exception, gguf: bool) -> str:
-    """What is wrong, with the package that is missing if one is."""
+    """The reason of a failure, with the missing package if there is one."""
     text = one_line(error)
     if not gguf and (code := tokenizer_code(folder)):
         return f"it is code of its own, {code}, which is never run, and no class of transformers' reads it"

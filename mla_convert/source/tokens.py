@@ -1,4 +1,4 @@
-"""Texts as tokens: what a tokenizer puts before them, which tokens are ordinary, and windows with some of them replaced."""
+"""Tokens of texts: a tokenizer's first tokens, its ordinary tokens, and windows with some tokens replaced."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from mla_convert.core.errors import InputError
 
 
 def noised(windows: Tensor, share: float, tokenizer: Any, seed: int, vocabulary: int | None = None) -> Tensor:
-    """Windows (N, L), in every second of which `share` of the tokens, but the first, are others of the vocabulary at random.
+    """Replace random tokens in every second window, except its first token.
 
-    A latent has room for what calibration looks at and for little else: on text of one kind it becomes a specialist. Tokens
-    from all of the vocabulary, and contexts that no text has, keep it general. Special tokens are not drawn, nor those from
-    `vocabulary` on.
+    A latent keeps the directions that calibration contains and little else, so text of one kind makes it a specialist.
+    Tokens from the whole vocabulary, in contexts that no text has, keep it general.
+
+    Args:
+        windows: (N, L).
+        share: fraction of the tokens to replace.
+        tokenizer: its special tokens are not drawn.
+        seed: of the draw.
+        vocabulary: rows of the model's embedding; tokens from there on are not drawn.
+
+    Returns:
+        (N, L).
     """
     drawn = ordinary_tokens(tokenizer, vocabulary)
     generator = torch.Generator().manual_seed(seed)
@@ -27,21 +36,21 @@ def noised(windows: Tensor, share: float, tokenizer: Any, seed: int, vocabulary:
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int | None = None) -> Tensor:
-    """The ids of all tokens that are not special, and that a model of so many rows has an embedding for.
+    """The ids (n,) of all tokens that are not special and below `vocabulary`, the rows of the model's embedding.
 
     Raises:
         InputError: there is none.
     """
     special = set(tokenizer.all_special_ids)
     count = min(tokenizer.vocab_size, tokenizer.vocab_size if vocabulary is None else vocabulary)
-    found = [token for token in range(count) if token not in special]
-    if not found:
+    ordinary = [token for token in range(count) if token not in special]
+    if not ordinary:
         raise InputError("the tokenizer has no tokens but special ones: it is damaged, or of another model")
-    return torch.tensor(found)
+    return torch.tensor(ordinary)
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before a text, if it does; those that it puts behind one are not among them."""
+    """The tokens that the tokenizer adds before a text (not those that it adds after one)."""
     bare, whole = (tokenise(tokenizer, "1", special) for special in (False, True))
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
@@ -51,5 +60,5 @@ def first_tokens(tokenizer: Any) -> list[int]:
 
 def tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:
     """Token ids of a text of any length."""
-    # verbose=False: a warning about the model's maximum length means nothing for text that is cut into windows
+    # verbose=False: the warning about the model's maximum length does not apply to text that is cut into windows
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

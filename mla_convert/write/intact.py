@@ -1,4 +1,4 @@
-"""Whether the bytes of a finished folder are those that were written, asked before anything is made of it. Imports no torch."""
+"""Comparison of a finished folder with its checksums, before the folder is used as input. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from mla_convert.core.report_file import REPORT, read_content
 from mla_convert.core.report_schema import JsonObject
 from mla_convert.core.sums import SUMS, CorruptCheckpoint
 
-EXPORT = "export.json"  # of an exported folder, what report.json is of a converted one
+EXPORT = "export.json"  # report of an exported folder
 
 
 @dataclass(frozen=True)
 class Intact:
-    """What was found in order. `sealed`: every file of the folder is under checksum, not its shards alone."""
+    """The result of the comparison.
+
+    `report`: content of report.json or export.json; `checksums`: sha256 of each shard, as stated there; `digests`: sha256 of
+    each file that was read; `sealed`: every file has a checksum, not the shards alone.
+    """
 
     report: JsonObject
     checksums: dict[str, str]
@@ -27,7 +31,7 @@ class Intact:
     sealed: bool
 
     def note(self, folder: Path) -> str | None:
-        """What to say of a folder whose other files could not be checked."""
+        """A note about a folder in which only the shards have checksums."""
         if self.sealed:
             return None
         by = sums.written_by(self.report)
@@ -38,15 +42,17 @@ class Intact:
 
 
 def check_intact(folder: Path, accept: Iterable[str] = ()) -> Intact:
-    """Compare every file of a finished folder with its checksum: converted, healed or exported.
+    """Compare every file of a converted, healed or exported folder with its checksum (in a folder of 0.1: the shards).
 
-    `accept` names files that may have changed. Of a folder that an earlier version wrote, the shards are compared.
+    Args:
+        folder: the folder.
+        accept: names of files that may have changed.
 
     Raises:
-        CorruptCheckpoint: the first file that is changed, missing or more.
+        CorruptCheckpoint: names the first file that is changed, missing or additional.
     """
     file = describing_file(folder)
-    # a link that leads nowhere is there, and read as damaged
+    # lexists: a broken link counts as a damaged file
     digests = sums.check(folder, accept) if os.path.lexists(folder / SUMS) else {}
     report = _report(folder, file)
     sealed = sums.is_sealed(folder, report, file)
@@ -61,17 +67,17 @@ def check_intact(folder: Path, accept: Iterable[str] = ()) -> Intact:
 
 
 def describing_file(folder: Path) -> str:
-    """report.json, or export.json where a folder is an export."""
+    """The name of a folder's report: report.json, or export.json of an export."""
     return EXPORT if (folder / EXPORT).is_file() and not (folder / REPORT).exists() else REPORT
 
 
 def check_input(folder: Path) -> str | None:
-    """Refuse a damaged folder before anything is made of it. Returns what there is to note about what could not be checked.
+    """Refuse a damaged folder before it is used. Returns a note about files that could not be checked.
 
-    A folder that transformers saved has neither report nor checksums, and is taken as it is.
+    A folder that transformers saved has neither report nor checksums, and is accepted.
 
     Raises:
-        CorruptCheckpoint: the first file that is changed, missing or more.
+        CorruptCheckpoint: names the first file that is changed, missing or additional.
     """
     if not any(os.path.lexists(folder / file) for file in (SUMS, REPORT, EXPORT)):
         return f"{folder} has no {REPORT} and no {SUMS}: its bytes are taken as they are"
@@ -88,27 +94,28 @@ def _report(folder: Path, file: str) -> JsonObject:
 
 
 def _checksums(report: JsonObject, file: str) -> dict[str, str]:
-    """sha256 by shard, in order."""
-    found = report.get("checksums")
-    if not isinstance(found, dict) or not found:
+    """sha256 by shard, in order of their names."""
+    stated = report.get("checksums")
+    if not isinstance(stated, dict) or not stated:
         raise CorruptCheckpoint(f"{file} has no checksums: not a finished conversion", file)
-    for name, digest in found.items():
+    for name, digest in stated.items():
         if not sums.NAME.fullmatch(name) or not name.endswith(".safetensors") or not isinstance(digest, str):
             raise CorruptCheckpoint(
                 f"{file} lists {json.dumps(name)} among its checksums, which is no shard of this folder", file
             )
-    return dict(sorted(found.items()))
+    return dict(sorted(stated.items()))
 
 
-def _check_shard(folder: Path, shard: str, expected: str, found: str | None, file: str) -> str:
+def _check_shard(folder: Path, shard: str, expected: str, digest: str | None, file: str) -> str:
+    """Compare a shard's sha256, which is computed if `digest` is None, with the one in `file`. Returns it."""
     if not (folder / shard).is_file():
         raise CorruptCheckpoint(f"{shard} is missing: {file} lists it", shard)
     try:
-        found = found or sums.sha256(folder / shard)
+        digest = digest or sums.sha256(folder / shard)
     except OSError as error:
         raise CorruptCheckpoint(f"{shard} cannot be read: {error.strerror}", shard) from error
-    if found != expected:
+    if digest != expected:
         raise CorruptCheckpoint(
-            f"{shard} has sha256 {found[:12]}…, {file} says {expected[:12]}…: damaged or changed", shard
+            f"{shard} has sha256 {digest[:12]}…, {file} says {expected[:12]}…: damaged or changed", shard
         )
-    return found
+    return digest

@@ -1,4 +1,4 @@
-"""Which files a converted folder may hold, and which of them this version would write with other content."""
+"""The files that a converted folder may contain, and those that this version writes with other content."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mla_convert.source.config_file import read_config
 from mla_convert.source.licence import CARD
 from mla_convert.write.intact import EXPORT, describing_file
 
-# What a version of ours wrote or carried over; whatever else lies in a folder is its owner's.
+# Files that some version of mla_convert writes; other files, except those that it copies, are the owner's.
 CONFIG = "config.json"
 BESIDE = (CARD, REPORT, PAGE, EXPORT, "model.safetensors.index.json", CONFIG, "recipe.yaml", sums.SUMS)
 
 
 def check_unknown(folder: Path, shards: Iterable[str]) -> None:
-    """Refuse a folder with files that are no part of a conversion: they would get lost, or under checksum.
+    """Refuse a folder with files that are no part of a conversion: they would be lost, or get a checksum.
 
     Raises:
         InputError: names the first.
@@ -35,21 +35,21 @@ def check_unknown(folder: Path, shards: Iterable[str]) -> None:
 
 
 def outdated(folder: Path) -> dict[str, bytes]:
-    """The files that this version would write with other content, by name."""
+    """The files that this version writes with other content: name -> that content."""
     exported = describing_file(folder) == EXPORT
-    wanted = code_files(exported)
+    current = code_files(exported)
     if exported:
-        wanted = {name: content for name, content in wanted.items() if (folder / name).exists()}
+        current = {name: content for name, content in current.items() if (folder / name).exists()}
     elif (folder / CONFIG).is_file():
         config = read_config(folder, folder.name)
         if config.get("mla_transformers") != newest_tried():
             config["mla_transformers"] = newest_tried()
-            wanted[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+            current[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     for name in carried.SETTINGS:
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
-            wanted[name] = carried.without_code(name, content)
-    return {name: content for name, content in wanted.items() if _bytes(folder / name) != content}
+            current[name] = carried.without_code(name, content)
+    return {name: content for name, content in current.items() if _bytes(folder / name) != content}
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Changes files of a finished folder so that at any moment the folder is the old or the new one. Imports no torch."""
+"""Changes in a finished folder, which at any moment is completely the old or the new one. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,42 +13,35 @@ from filelock import FileLock, Timeout
 
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, ResourceError
-from mla_convert.core.files import aside, on_disk, publish, recover, remove, write_file
+from mla_convert.core.files import aside, on_disk, recover, remove, staged, write_file
 from mla_convert.core.sums import SUMS
 
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV)
 
 
 def staging_folder(folder: Path) -> Path:
-    """Where the revised copy of a folder is made."""
+    """Name of the copy of a folder while it is revised."""
     return folder.parent / f".{folder.name}.revised"
 
 
 @contextlib.contextmanager
 def revised(folder: Path) -> Iterator[Path]:
-    """A copy of a finished folder to change, which takes the folder's place when the block ends, and goes when it fails.
+    """A copy of a finished folder to change; it replaces the folder at the end of the block, and is removed if it fails.
 
-    Files in it are the same ones by other names where the file system has links: replace them (`write_file`), never write
-    into them.
+    Files of the copy are hard links if the file system supports them: replace them (`write_file`), never write into them.
 
     Raises:
-        ResourceError: the disk does not suffice, or somebody else is writing there.
+        ResourceError: the disk does not suffice, or another command is writing there.
     """
     folder = Path(os.path.realpath(folder))
     staging = staging_folder(folder)
-    with locked(folder), on_disk(folder.name, folder.parent):
-        recover(folder)
-        remove(staging)
-        try:
-            _copy(folder, staging)
-            yield staging
-            publish(staging, folder)
-        finally:
-            remove(staging)
+    with locked(folder), on_disk(folder.name, folder.parent), staged(staging, folder):
+        _copy(folder, staging)
+        yield staging
 
 
 def tidy(folder: Path) -> None:
-    """Away with what a run that was killed has left beside a folder; a folder that it had put aside comes back."""
+    """Remove the files that a killed run left beside a folder; restore the folder if it was being replaced."""
     folder = Path(os.path.realpath(folder))
     if any(map(os.path.lexists, (staging_folder(folder), aside(folder), lock_file(folder)))) and can_exchange(folder):
         with locked(folder), on_disk(folder.name, folder.parent):
@@ -57,16 +50,16 @@ def tidy(folder: Path) -> None:
 
 
 def lock_file(folder: Path) -> Path:
-    """What is locked while a folder is written."""
+    """The file that is locked while a folder is written."""
     return folder.parent / f".{folder.name}.lock"
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else of ours writes to that folder meanwhile.
+    """Exclude other commands of mla_convert from writing to a folder.
 
     Raises:
-        ResourceError: somebody does, or its parent cannot be written.
+        ResourceError: another command is writing there, or the parent folder is not writable.
     """
     lock = FileLock(lock_file(folder))
     try:
@@ -84,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _copy(folder: Path, staging: Path) -> None:
-    """All files once more, as links to the same content where that is possible."""
+    """Copy a folder, with hard links to its files if the file system supports them."""
 
     def link(source: str, target: str) -> None:
         try:
@@ -96,15 +89,19 @@ def _copy(folder: Path, staging: Path) -> None:
 
     try:
         shutil.copytree(folder, staging, symlinks=True, copy_function=link)
-    except shutil.Error as error:  # a list of (source, target, words)
+    except shutil.Error as error:  # its argument is a list of (source, target, message)
         raise OSError(errno.EIO, f"cannot copy {Path(error.args[0][0][0]).name}") from error
 
 
 def replace_files(folder: Path, contents: dict[str, str]) -> None:
-    """Replace some files of a finished folder, and their lines in its SHA256SUMS if it has one, all at once.
+    """Replace files of a finished folder, and their lines in its SHA256SUMS if it has one, in one step.
 
-    Where the folder cannot be exchanged (it is the working folder, or its parent cannot be written), they are replaced one by
-    one, SHA256SUMS last: a kill between two of them is found by `verify`.
+    If the folder cannot be replaced (it is the working folder, or its parent is not writable), the files are replaced one by
+    one, SHA256SUMS last; `verify` detects a kill between two of them.
+
+    Args:
+        folder: converted, healed or exported.
+        contents: new text of each file.
 
     Raises:
         InputError: its SHA256SUMS is damaged.
@@ -128,7 +125,7 @@ def _write(folder: Path, contents: dict[str, str], stated: dict[str, str] | None
 
 
 def can_exchange(folder: Path) -> bool:
-    """Whether another folder may take this one's place: nobody stands in it, and its parent can be written."""
+    """Whether this folder can be replaced: it does not contain the working folder, and its parent is writable."""
     folder = Path(os.path.realpath(folder))
     try:
         here = Path(os.path.realpath(os.getcwd()))
@@ -143,11 +140,11 @@ def can_exchange(folder: Path) -> bool:
 
 
 def check_exchange(folder: Path) -> None:
-    """Refuse a folder that cannot be replaced at once.
+    """Refuse a folder that cannot be replaced in one step.
 
     Raises:
-        InputError: it is, or holds, the working folder, or is a mount.
-        ResourceError: its parent cannot be written.
+        InputError: it is, or contains, the working folder, or is a mount point.
+        ResourceError: its parent is not writable.
     """
     if can_exchange(folder):
         return

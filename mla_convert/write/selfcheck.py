@@ -1,7 +1,7 @@
-"""Tries what was written: loads a folder as its users will, and has it generate with and without a KV cache.
+"""Self-check of a written folder: load it as its users do, and generate with and without a KV cache.
 
-A cache that is not found, or a mask that is read the wrong way round, shows in no perplexity; it shows here. The Python files
-of the folder are run, if they are this version's own; no other code from a folder ever is.
+Perplexity does not reveal a cache that is ignored or a mask that is inverted; this check does. The Python files in the folder
+are run only if they are exactly those of this version.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from mla_convert.core.errors import MlaConvertError, ResourceError, one_line
@@ -28,34 +28,34 @@ from mla_convert.modeling.shipped_code import code_files
 from mla_convert.source.load_model import is_converted, quietly
 from mla_convert.source.source import load_config
 
-# Tokens of the prompt and generated: more and fewer than the number of queries up to which attention is absorbed.
+# Tokens of the prompt (more queries than absorbed attention takes) and tokens to generate (fewer).
 PROMPT, NEW = modeling_mla.MAX_ABSORBED_QUERIES + 4, 6
-# Logits with and without a cache may differ by this share of their range: what rounding comes to, and no more.
+# Largest difference of logits with and without a cache, relative to their range: that of rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
-# A model of up to this many bytes is tried in float32 on a CPU, where half precision is slow and coarse.
+# A model of at most this many bytes is checked in float32 on a CPU, where half precision is slow and inaccurate.
 WIDENED = 2 << 30
-# Share of the free memory that a trial may take. Of a larger model as many layers are tried as fit.
+# Fraction of the free memory that the check may use. Of a larger model, as many layers are checked as fit.
 SHARE = 0.6
 CACHES = ("dynamic", "static")
 
 
 class SelfCheckFailed(MlaConvertError):  # noqa: N818  (a verdict)
-    """What was written does not do what it should. Nothing appears under the output's name."""
+    """The written model fails its self-check. No folder of the output's name is made."""
 
 
 def self_check(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load the model in `folder` and generate greedily: without a cache, with a dynamic and with a static one.
+    """Load the model in `folder` and generate greedily: without a cache, with a dynamic one and with a static one.
 
-    Two prompts, one of them padded on the left. With a cache each step's logits must be those without, but for rounding, and
-    the cache must hold every token once, in the numbers that the configuration states. A model that does not fit the
-    memory that is free is tried with its first layers alone.
+    There are two prompts, one of them padded on the left. With a cache, each step's logits must equal those without it to
+    rounding, and the cache must hold every token once, with the widths of the configuration. Of a model that does not fit the
+    free memory, only the first layers are checked.
 
     Returns:
-        What report.json says of it: tokens generated, layers tried of how many, the largest difference of a logit as a share of
-        their range, dtype, device, seconds, versions.
+        The section of report.json: tokens generated, layers checked and in all, largest difference of a logit relative to their
+        range, dtype, device, seconds, versions.
 
     Raises:
-        SelfCheckFailed: the model cannot be loaded or run, or a cache changes what it says.
+        SelfCheckFailed: the model cannot be loaded or run, or a cache changes its logits.
         ResourceError: not even one layer fits.
     """
     began, device = time.perf_counter(), torch.device(device)
@@ -67,7 +67,7 @@ def self_check(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
         raise
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"self-check: not enough memory on {device} to try what was written") from error
-    except Exception as error:  # whatever a model runs into is what its users would run into
+    except Exception as error:  # any error here would be its users'
         raise SelfCheckFailed(_failed(f"cannot be used: {type(error).__name__}: {one_line(error)}")) from error
     return {
         "passed": True,
@@ -84,24 +84,24 @@ def self_check(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
 
 
 def _failed(what: str) -> str:
-    found = versions()
+    used = versions()
     return (
-        f"self-check: the model that was written {what} (mla_convert {found.get('mla_convert')}, transformers "
-        f"{found.get('transformers')}, torch {found.get('torch')})"
+        f"self-check: the model that was written {what} (mla_convert {used.get('mla_convert')}, transformers "
+        f"{used.get('transformers')}, torch {used.get('torch')})"
     )
 
 
 def own_code(folder: Path) -> list[str]:
-    """Names of the Python files in a folder, if they are, byte for byte, this version's for converted or exported models."""
+    """Names of the Python files in a folder if they are exactly this version's for converted or exported models, else none."""
     files = {path.name: path.read_bytes() for path in folder.glob("*.py") if path.is_file()}
     return sorted(files) if files in (code_files(), code_files(exported=True)) else []
 
 
-def _load(folder: Path, device: torch.device) -> tuple[nn.Module, int, int]:
-    """The model, with as many of its layers as fit; how many these are, and of how many."""
+def _load(folder: Path, device: torch.device) -> tuple[Any, int, int]:
+    """The model with as many of its layers as fit, the number of these layers, and the number of all layers."""
     config, loader = _classes(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    stored = config.dtype or torch.float32
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     widen = device.type == "cpu" and size <= WIDENED
     needed = size * 4 // stored.itemsize if widen else size
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -117,7 +117,7 @@ def _load(folder: Path, device: torch.device) -> tuple[nn.Module, int, int]:
         dtype=torch.float32 if widen else stored,
         use_safetensors=True,
         local_files_only=True,
-        trust_remote_code=False,  # else transformers asks on stdin whether to run code that is not ours
+        trust_remote_code=False,  # else transformers asks on stdin whether to run foreign code
         output_loading_info=True,
     )
     if info["missing_keys"]:
@@ -126,7 +126,7 @@ def _load(folder: Path, device: torch.device) -> tuple[nn.Module, int, int]:
 
 
 def _classes(folder: Path) -> tuple[PreTrainedConfig, Any]:
-    """The configuration of a folder, and the class that loads its model: the folder's own code, where it is ours."""
+    """The configuration of a folder and the class that loads its model: from the folder's code if it is this version's."""
     code = own_code(folder)
     if not code:
         return load_config(folder, folder.name), AutoModelForCausalLM
@@ -138,14 +138,14 @@ def _classes(folder: Path) -> tuple[PreTrainedConfig, Any]:
 
 
 def _import_package(folder: Path, code: list[str]) -> dict[str, Any]:
-    """The modules of a folder, as parts of a package of their own, by name: as transformers imports them."""
+    """Import the modules of a folder as a package, as transformers does; returns them by name."""
     name = "mla_checked"
     for known in [key for key in sys.modules if key.partition(".")[0] == name]:
         del sys.modules[known]
     package = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None, is_package=True))
     package.__path__ = [str(folder.resolve())]
     sys.modules[name] = package
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder gets no file that it is not to have
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ in the folder
     try:
         stems = [file.removesuffix(".py") for file in code]
         return {stem: importlib.import_module(f"{name}.{stem}") for stem in stems}
@@ -154,7 +154,7 @@ def _import_package(folder: Path, code: list[str]) -> dict[str, Any]:
 
 
 def _shorten(config: PreTrainedConfig, layers: int) -> None:
-    """Let a configuration describe the first layers alone."""
+    """Make a configuration describe only the first layers."""
     total = config.num_hidden_layers
     config.num_hidden_layers = layers
     for key, value in list(vars(config).items()):
@@ -163,8 +163,8 @@ def _shorten(config: PreTrainedConfig, layers: int) -> None:
 
 
 @torch.no_grad()
-def _compare(model: nn.Module) -> float:
-    """The largest difference that a cache makes to a logit, as a share of the logits' range."""
+def _compare(model: Any) -> float:
+    """The largest difference of a logit with and without a cache, relative to the logits' range."""
     config = model.config.get_text_config()
     room = getattr(config, "max_position_embeddings", None) or PROMPT + NEW
     length = max(2, min(PROMPT, room - NEW))
@@ -185,8 +185,8 @@ def _compare(model: nn.Module) -> float:
     return worst
 
 
-def _generate(model: nn.Module, prompt: dict[str, Tensor], **options: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
-    """Each greedy step's tokens (2,) and logits (2, vocabulary), float32; and the cache."""
+def _generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
+    """Tokens (2,) and float32 logits (2, vocabulary) of each greedy step, and the cache."""
     settings = GenerationConfig(
         max_new_tokens=NEW, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0, disable_compile=True,
         return_dict_in_generate=True, output_logits=True, **options,
@@ -206,7 +206,7 @@ def _generate(model: nn.Module, prompt: dict[str, Tensor], **options: Any) -> tu
 def _difference(
     kind: str, alone: list[tuple[Tensor, Tensor]], steps: list[tuple[Tensor, Tensor]], tolerance: float
 ) -> float:
-    """Compare step by step, each text until its tokens part, which rounding allows where two tokens are level."""
+    """The largest difference; each text is compared until its tokens differ, which rounding can cause between equal logits."""
     together, worst = torch.ones_like(alone[0][0], dtype=torch.bool), 0.0
     for number, ((token, logits), (other, found)) in enumerate(zip(alone, steps, strict=True)):
         if not together.any():
@@ -227,8 +227,8 @@ def _difference(
     return worst
 
 
-def _check_held(model: nn.Module, cache: Any, kind: str, tokens: int) -> None:
-    """The cache must hold each token once and, in a converted model, the numbers that its configuration states."""
+def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:
+    """Check that the cache holds each token once and, in a converted model, has the widths of the configuration."""
     held = cache.get_seq_length()
     if int(held) != tokens:
         raise SelfCheckFailed(_failed(f"keeps {held} tokens in its {kind} cache, where {tokens} were read"))
@@ -236,6 +236,8 @@ def _check_held(model: nn.Module, cache: Any, kind: str, tokens: int) -> None:
         return
     for index, layer in enumerate(itertools.islice(cache.layers, model.config.num_hidden_layers)):
         widths = layer.keys.shape[1] * layer.keys.shape[-1], layer.values.shape[1] * layer.values.shape[-1]
-        wanted = model.config.layer_rank(index), model.config.layer_rope_dim(index)
-        if widths != wanted:
-            raise SelfCheckFailed(_failed(f"caches {widths} numbers a token in layer {index}, where {wanted} are due"))
+        stated = model.config.layer_rank(index), model.config.layer_rope_dim(index)
+        if widths != stated:
+            raise SelfCheckFailed(
+                _failed(f"caches {widths} elements a token in layer {index}, and its configuration states {stated}")
+            )

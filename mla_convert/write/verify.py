@@ -1,4 +1,4 @@
-"""Checks a converted folder against itself: its report's checksums, its index, its configuration and its numbers."""
+"""Checks of a converted folder: its checksums, its index, its configuration and the values of its tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.report_file import REPORT
@@ -29,25 +29,25 @@ FREQUENCIES = "rope_freq_index"
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in order. `bytes` are those of all tensors."""
+    """The result of `verify`. `bytes`: of all tensors; `files`: number of files with a checksum; `note`: about the others."""
 
     folder: Path
     shards: int
     tensors: int
     bytes: int
-    files: int  # that are under checksum
-    note: str | None = None  # of an earlier version's folder: what is not
+    files: int
+    note: str | None = None
 
 
 def verify(folder: Path) -> Verified:
-    """Check a finished folder: every byte that it holds, without loading the model.
+    """Check every byte of a finished folder, without loading the model.
 
-    In this order: that every file is there, none is more, and each has the sha256 that SHA256SUMS (of the shards: also
-    report.json) states; the index against the shards; names and shapes against the model that config.json describes; and every
-    tensor's dtype and values. Memory: one tensor at a time. Of an exported folder everything but the model's names and shapes.
+    In this order: no file is missing or additional, and each has the sha256 in SHA256SUMS (shards: also in report.json); the
+    index agrees with the shards; names and shapes are those of the model that config.json describes (not in an exported
+    folder); and every tensor has a supported dtype and finite values. One tensor at a time is in memory.
 
     Raises:
-        CorruptCheckpoint: the first thing that is wrong, with its file and tensor.
+        CorruptCheckpoint: the first error, with its file and tensor.
         InputError: not a folder.
     """
     if not folder.is_dir():
@@ -59,7 +59,7 @@ def verify(folder: Path) -> Verified:
     frequencies = 0 if exported else _check_model(folder, weight_map, headers)
     if not (found.sealed or exported):
         try:
-            read_tokenizer(folder, folder.name)  # not under checksum, and might be damaged, or gone
+            read_tokenizer(folder, folder.name)  # it has no checksum, and may be damaged or missing
         except InputError as error:
             raise CorruptCheckpoint(str(error), "tokenizer.json") from error
     size = sum(_check_tensors(folder, file, frequencies) for file in found.checksums)
@@ -69,7 +69,7 @@ def verify(folder: Path) -> Verified:
 
 
 def _index(folder: Path) -> tuple[dict[str, str], Any]:
-    """Tensor name -> file, and the total size that the index states."""
+    """The index: tensor name -> file, and the stated total size."""
     if not (folder / INDEX).is_file():
         raise CorruptCheckpoint(f"{INDEX} is missing", INDEX)
     try:
@@ -81,7 +81,7 @@ def _index(folder: Path) -> tuple[dict[str, str], Any]:
 
 
 def _check_index(folder: Path, checksums: dict[str, str], weight_map: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Index and shards must name the same tensors in the same files. Returns every tensor's shape."""
+    """Check that index and shards name the same tensors in the same files. Returns every tensor's shape."""
     for name, file in weight_map.items():
         if not isinstance(file, str) or not is_plain_name(file):
             raise CorruptCheckpoint(
@@ -91,7 +91,7 @@ def _check_index(folder: Path, checksums: dict[str, str], weight_map: dict[str, 
             raise CorruptCheckpoint(
                 f"{INDEX} places tensor {name} in {file}, which {REPORT} does not list", INDEX, name
             )
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in checksums:
         try:
             with safe_open(folder / file, framework="pt", device="cpu") as shard:
@@ -110,11 +110,11 @@ def _check_index(folder: Path, checksums: dict[str, str], weight_map: dict[str, 
 
 
 def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> int:
-    """Names and shapes must be those of the model that config.json describes. Returns how many frequencies it has."""
+    """Check that names and shapes are those of the model that config.json describes. Returns its number of frequencies."""
     model = _empty_model(folder)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if name not in shapes:
             if name in tied:
                 continue
@@ -126,15 +126,15 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
                 name,
             )
     for name in shapes:
-        if name not in wanted:
+        if name not in expected:
             raise CorruptCheckpoint(
                 f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name
             )
-    step = find_family(model.config.model_type.removeprefix(PREFIX)).table_step
+    step = find_family(model.config.model_type.removeprefix(PREFIX)).freq_stride
     return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=0)
 
 
-def _empty_model(folder: Path) -> torch.nn.Module:
+def _empty_model(folder: Path) -> PreTrainedModel:
     """The model that config.json describes, on the meta device."""
     try:
         if not (folder / "config.json").is_file():
@@ -155,7 +155,7 @@ def _empty_model(folder: Path) -> torch.nn.Module:
 
 
 def _check_tensors(folder: Path, file: str, frequencies: int) -> int:
-    """Dtypes and values of one shard. Returns the bytes of its tensors."""
+    """Check dtypes and values of one shard. Returns the bytes of its tensors."""
     total = 0
     try:
         with safe_open(folder / file, framework="pt", device="cpu") as shard:

@@ -1,18 +1,21 @@
-"""Writes a converted checkpoint shard by shard into a staging folder, and publishes it whole.
+"""Writes a converted checkpoint shard by shard into a staging folder, and renames that folder when it is complete.
 
-The staging folder lies beside the output and holds a journal: one line for each finished shard, with its checksum. A run
-that was killed finds its finished shards there; the output appears under its own name only when everything is in place.
+The staging folder is beside the output and contains a journal: one line for each finished shard, with its checksum. After a
+kill, the next run continues from these shards. The output gets its name only when every file is in place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -31,7 +34,7 @@ MARK = "mla_convert"
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder is a finished output of this tool: its report says so."""
+    """Whether a folder is a finished output of mla_convert, by its report."""
     try:
         return MARK in json.loads((folder / REPORT).read_text(encoding="utf-8")).get("versions", {})
     except (OSError, ValueError, AttributeError):
@@ -41,9 +44,14 @@ def is_ours(folder: Path) -> bool:
 def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
     """Refuse an output folder that must not be replaced, or that cannot be written.
 
+    Args:
+        out: the output folder.
+        source: folder of the source, if it is local.
+        overwrite: whether a folder that is no output of mla_convert may be replaced.
+
     Raises:
-        InputError: it is the source, holds the source or the working folder, or is somebody else's.
-        ResourceError: its parent cannot be written.
+        InputError: it is or contains the source, the working or the home folder, or it is no output of mla_convert.
+        ResourceError: its parent is not writable.
     """
     resolved = out.resolve()
     keep = [Path.cwd().resolve(), Path.home().resolve(), *([source.resolve()] if source else [])]
@@ -58,7 +66,7 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
             f"output folder {out} exists and is not a converted model: choose another, or give --overwrite"
         )
     try:
-        # without a name, where the system can: nothing is left of it, and several processes of one run look at once
+        # without a name, if the system supports that: nothing remains, and several processes can test at once
         with tempfile.TemporaryFile(dir=existing_parent(out)):
             pass
     except OSError as error:
@@ -66,26 +74,33 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
 
 
 def existing_parent(out: Path) -> Path:
-    """The nearest folder above `out` that is there: the others are made when the first shard is due."""
+    """The nearest existing folder above `out`; the others are made with the first shard."""
     return next(path for path in out.absolute().parents if path.exists())
 
 
 class Writer:
-    """Shards in a staging folder beside `out`; a context that removes the folder on failure.
+    """A context that writes shards into a staging folder beside `out`, and removes that folder if the block fails.
 
-    `identity` is anything that, when changed, makes finished shards useless (settings, source): a staging folder with
-    another identity is thrown away.
+    `finished`: journal entry of each finished shard, by file name.
     """
 
-    def __init__(self, out: Path, identity: dict):
+    def __init__(self, out: Path, identity: dict[str, Any]):
+        """Prepare a writer; the staging folder is made on entry.
+
+        Args:
+            out: the output folder.
+            identity: everything that finished shards depend on (settings, source), as JSON. A staging folder with another
+                identity is discarded.
+        """
         self.out = out
         self.folder = out.parent / f".{out.name}.partial"
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._lock = FileLock(lock_file(out))
-        self._made = [path for path in out.absolute().parents if not path.exists()]
-        self.finished: dict[str, dict] = {}
+        self._new_parents = [path for path in out.absolute().parents if not path.exists()]
+        self.finished: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Writer:
+        """Lock the output and open the staging folder."""
         try:
             with on_disk("the output", self.out.parent):
                 self._open()
@@ -113,16 +128,18 @@ class Writer:
         write_file(self.folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in lines))
 
     def _sweep(self) -> None:
-        """Away with what a run that was killed left half-written: all but finished shards is made again."""
+        """Remove the unfinished files of a killed run."""
         for path in self.folder.iterdir():
             if path.name not in self.finished and path.name != JOURNAL:
                 remove(path)
 
-    def __exit__(self, kind, error, trace) -> None:
-        # An interrupted run keeps its finished layers for the next one; a failed one leaves nothing.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the staging folder, unless an interrupted run can continue from it."""
         layers = sum(bool(entry["note"]) for entry in self.finished.values())
         keep = isinstance(error, KeyboardInterrupt) and layers > 0
-        if keep:
+        if error is not None and keep:
             error.args = (f"{layers} layers are kept in {self.folder}: run the same command to go on, or delete it",)
         self._close(keep, failed=kind is not None)
 
@@ -132,18 +149,18 @@ class Writer:
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._lock.release()
-        if held:  # else it is somebody else's
+        if held:  # else the lock belongs to another run
             with contextlib.suppress(OSError):
                 os.unlink(self._lock.lock_file)
         if failed:
             with contextlib.suppress(OSError):
-                for path in self._made:
+                for path in self._new_parents:
                     path.rmdir()
 
-    def _resume(self) -> dict[str, dict]:
-        """Journal entries by shard, if the journal is of this conversion and the shards still match it."""
+    def _resume(self) -> dict[str, dict[str, Any]]:
+        """Journal entries by shard, up to the first shard that does not match; none if the identity differs."""
         lines = []
-        with contextlib.suppress(OSError, ValueError):  # a last line that is not whole was being written
+        with contextlib.suppress(OSError, ValueError):  # the last line may be incomplete
             for line in (self.folder / JOURNAL).read_text(encoding="utf-8").splitlines():
                 lines.append(json.loads(line))
         if not lines or lines[0].get("identity") != self._identity:
@@ -156,14 +173,23 @@ class Writer:
             finished[entry["file"]] = entry
         return finished
 
-    def _append(self, entry: dict) -> None:
+    def _append(self, entry: dict[str, Any]) -> None:
         with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
-    def write_shard(self, file: str, tensors: dict[str, Tensor], note: dict | None = None) -> None:
-        """Write one shard and journal it. `note` (JSON) comes back in `finished` when a later run resumes."""
+    def write_shard(self, file: str, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
+        """Write one shard and its journal entry.
+
+        Args:
+            file: name of the shard.
+            tensors: by name.
+            note: JSON that `finished` returns to a run that resumes.
+
+        Raises:
+            ResourceError: the disk does not suffice.
+        """
         path = self.folder / file
         with self._disk(file):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
@@ -180,7 +206,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _disk(self, file: str) -> Iterator[None]:
-        """Turns what the disk has against writing `file` into one line; safetensors has no other reason to fail."""
+        """Convert write errors to ResourceError; safetensors fails for no other reason."""
         with on_disk(file, self.out.parent):
             try:
                 yield
@@ -192,19 +218,19 @@ class Writer:
                 ) from error
 
     def spill(self, file: str, tensor: Tensor) -> None:
-        """Keep a tensor on disk until `load_spilled`; it is no part of the output."""
+        """Keep a tensor in the staging folder until `load_spilled`; it does not become part of the output."""
         with self._disk(file):
             save_file({"tensor": tensor.contiguous()}, self.folder / file)
 
     def load_spilled(self, file: str) -> Tensor:
-        """What `spill` kept; the file goes."""
+        """Read a spilled tensor and delete its file."""
         tensor = load_file(self.folder / file)["tensor"]
         (self.folder / file).unlink()
         return tensor
 
     @staticmethod
     def _seal(path: Path) -> None:
-        # safetensors writes 0600 whatever the umask says, and does not sync
+        # safetensors ignores the umask (mode 0600) and does not sync
         path.chmod(permissions())
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -214,7 +240,7 @@ class Writer:
         return load_file(self.folder / file)
 
     def write_index(self) -> None:
-        """The index over all finished shards, in order."""
+        """Write the index of all finished shards."""
         shards = [self.finished[file] for file in sorted(self.finished)]
         weight_map = {name: shard["file"] for shard in shards for name in shard["tensors"]}
         total = sum(size for shard in shards for size in shard["tensors"].values())
@@ -226,7 +252,11 @@ class Writer:
         return {file: self.finished[file]["sha256"] for file in sorted(self.finished)}
 
     def publish(self) -> None:
-        """Put everything under checksum and give the folder its name. What stood there is replaced only now, and at once."""
+        """Write SHA256SUMS and atomically rename the staging folder to `out`.
+
+        Raises:
+            ResourceError: the disk does not suffice.
+        """
         with on_disk("the output", self.out.parent):
             (self.folder / JOURNAL).unlink()
             seal(self.folder, self.checksums())
@@ -234,10 +264,10 @@ class Writer:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse to start when the disk cannot take `needed` bytes.
+    """Refuse an output of `needed` bytes if the disk has less free space.
 
     Raises:
-        ResourceError: with both figures.
+        ResourceError: states both numbers.
     """
     free = shutil.disk_usage(existing_parent(out)).free
     if free < needed:
@@ -248,11 +278,8 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def stored_bytes(reader: Reader, itemsize: int | None) -> int:
-    """Bytes of all tensors of a source, in its own dtype or with `itemsize` bytes a number."""
+    """Bytes of all tensors of a source, with `itemsize` bytes an element (None: as stored)."""
     total = 0
     for name in reader.names():
-        numbers = 1
-        for dim in reader.shape(name):
-            numbers *= dim
-        total += numbers * (itemsize or reader.dtype(name).itemsize)
+        total += math.prod(reader.shape(name)) * (itemsize or reader.dtype(name).itemsize)
     return total

@@ -367,8 +367,8 @@ def test_no_model(cli, model, code, options):
 
 
 def test_example_in_the_docs(report, monkeypatch):
-    """The test that docs/ci.md shows runs as it stands."""
-    docs = (Path(__file__).parents[2] / "docs" / "ci.md").read_text(encoding="utf-8")
+    """The test that docs/guides/gate-in-ci.md shows runs as it stands."""
+    docs = (Path(__file__).parents[2] / "docs" / "guides" / "gate-in-ci.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
     monkeypatch.chdir(report.out.parent)
     scope = {}

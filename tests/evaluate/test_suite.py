@@ -12,7 +12,6 @@ from importlib import resources
 import pico
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
@@ -22,12 +21,8 @@ from mla_convert.evaluate.quality import suite
 from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.evaluate.quality.kinds import KINDS
 from mla_convert.evaluate.quality.perplexity import Scores
-from mla_convert.method.calibrate import layerwise
-from mla_convert.method.calibrate.layerwise import LayerwiseModel
-from mla_convert.pipeline import streamed
 from mla_convert.report.quality_rows import heal_table, kinds_table, suite_headline, suite_rows
 from mla_convert.report.tables import report_table
-from mla_convert.source.source import open_source
 
 CPU = torch.device("cpu")
 CALIBRATION = ("mla_demo/calibration.txt.gz", "mla_texts/calibration/python.txt.gz", "mla_texts/calibration/code.txt.gz",
@@ -104,45 +99,6 @@ def test_dialogue_is_written_by_the_chat_template():
     assert suite.dialogues([system], tokenizer) == ("<user>Be brief.\n\nHi</>", True)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert suite.dialogues([system], tokenizer) == ("System: Be brief.\n\nUser: Hi", False)
-
-
-def test_streamed_scores_are_those_of_whole_logits(sources, monkeypatch):
-    """Slices of the vocabulary and pieces of a window change nothing."""
-    made = LayerwiseModel(open_source(str(sources("llama"))), CPU)
-    draw = torch.Generator().manual_seed(1)
-    windows = torch.randint(3, pico.VOCAB, (2, 9), generator=draw)
-    original = 2 * torch.randn(2, 9, made.source.config.hidden_size, generator=draw)
-    converted = original + 0.5 * torch.randn(original.shape, generator=draw)
-    monkeypatch.setattr(layerwise, "LOGIT_ROWS", pico.VOCAB)
-    with torch.no_grad():
-        for _ in made.head_slices():
-            theirs, ours = (torch.stack([made.logits(row[None, :-1]) for row in states]).log_softmax(-1)
-                            for states in (original, converted))  # fmt: skip
-    for row_slice, tokens in ((pico.VOCAB, 1024), (90, 5)):
-        monkeypatch.setattr(layerwise, "LOGIT_ROWS", row_slice)
-        monkeypatch.setattr(streamed, "LOGIT_TOKENS", tokens)
-        found = streamed.scores(made, windows, original, converted)
-        for values, losses in ((ours, found.losses), (theirs, found.original)):
-            torch.testing.assert_close(losses, -values.gather(-1, windows[:, 1:, None])[..., 0], rtol=1e-4, atol=1e-4)
-        wanted = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-        torch.testing.assert_close(found.kl, wanted, rtol=1e-3, atol=1e-5)
-        assert torch.equal(found.agreement, (ours.argmax(-1) == theirs.argmax(-1)).float())
-    assert streamed.scores(made, windows, original).kl is None
-
-
-def test_a_token_that_is_impossible_adds_nothing(sources, monkeypatch):
-    made = LayerwiseModel(open_source(str(sources("llama"))), CPU)
-    states = torch.randn(1, 5, made.source.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    whole = made.logits
-
-    def masked(hidden):
-        logits = whole(hidden)
-        logits[:, 5] = -torch.inf
-        return logits
-
-    monkeypatch.setattr(made, "logits", masked)
-    found = streamed.scores(made, torch.full((1, 5), 7), states, states + 0.1)
-    assert found.kl.isfinite().all() and float(found.kl.max()) > 0
 
 
 def test_a_conversion_measures_it_as_eval_does(report, sources):

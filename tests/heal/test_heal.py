@@ -17,18 +17,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from mla_convert.core.cuda_graph import CaptureError
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
+from mla_convert.core.report_schema import parse_report
 from mla_convert.core.units import parse_lengths, parse_tokens
-from mla_convert.heal import HealConfig, HealSettings, data, heal, loop, run
-from mla_convert.heal import cuda_graph as passes
+from mla_convert.heal import HealConfig, HealSettings, cuda_graph, data, heal, loop, prepare_text
 from mla_convert.heal.data import Corpus, Schedule, cut, make_corpus, open_corpus
+from mla_convert.heal.record import ADAPTED_NOTE, ERRORS_NOTE
 from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.modeling import distillation as divergence
 from mla_convert.modeling.distillation import distillation_loss
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import IGNORED, LossWeights
-from mla_convert.report.html.page import page
+from mla_convert.report.html.page import page_text
 from mla_convert.source.load_model import find_model, load_model
 from mla_convert.write.verify import verify
 
@@ -39,7 +41,9 @@ QUIET = Progress(quiet=True)
 def pair_of(source, converted, **settings):
     settings = HealSettings(tokens=1, **settings)
     student = load_model(find_model(str(converted)), torch.float32, CPU)
-    return TeacherStudent(student, load_model(find_model(str(source)), torch.float32, CPU), settings, torch.float32)
+    return TeacherStudent.build(
+        student, load_model(find_model(str(source)), torch.float32, CPU), settings, torch.float32
+    )
 
 
 @pytest.fixture
@@ -148,7 +152,7 @@ def test_pair_is_the_converted_model_and_its_original(convert_pico, sources, nam
         assert sums[2:].tolist() == pytest.approx(ce, rel=1e-4)
         loss.backward()
         assert all(p.grad is not None for p in pair.parameters() if p.requires_grad)
-        sizes[train] = sum(p.numel() for p in {*pair.parameters(), *pair._original[0].parameters()})
+        sizes[train] = sum(p.numel() for p in {*pair.parameters(), *pair.original.parameters()})
     layers = original.get_submodule(student.config.mla_layers)
     attention = sum(p.numel() for each in layers for p in getattr(each, student.config.mla_attention).parameters())
     assert sizes["all"] - sizes["attention"] == sum(p.numel() for p in original.parameters()) - attention
@@ -162,7 +166,7 @@ def test_hidden_states_can_be_part_of_the_loss(convert_pico, sources):
     with torch.no_grad():
         states = [
             model.base_model(ids, use_cache=False, output_hidden_states=True).hidden_states
-            for model in (with_hidden.student, with_hidden._original[0])
+            for model in (with_hidden.student, with_hidden.original)
         ]
     parts = [((a - b).square().mean(-1) / b.square().mean(-1)).log1p().mean() for a, b in zip(*states, strict=True)]
     assert loss - without == pytest.approx(2.0 * float(torch.stack(parts).mean()), rel=1e-4)
@@ -205,28 +209,27 @@ def test_captured_passes_are_checked(monkeypatch, replay):
     ]
     eager = []
 
-    def run(ids, labels, positions, share):
+    def run(ids, labels, positions, grad_scale):
         eager.append(float(ids[0, 0]))
-        loss = (weight * ids).sum() * share
+        loss = (weight * ids).sum() * grad_scale
         loss.backward()
         return loss.detach()
 
     class Captured:
-        def __init__(self, run, batch, share):
+        def __init__(self, run, ids, labels):
             if replay == "refused":
-                raise RuntimeError("operation not permitted when stream is capturing")
-            self.share, self.loss = share, None
+                raise CaptureError("operation not permitted when stream is capturing")
+            self.output = None
 
-        def __call__(self, batch):
+        def __call__(self, ids, labels):
             scale = 2.0 if replay == "wrong" else 1.0
-            weight.grad += scale * batch.ids[0] * self.share
-            self.loss = (weight * batch.ids).sum().detach() * self.share
-            return self.loss
+            weight.grad += scale * ids[0] * 0.5
+            self.output = (weight * ids).sum().detach() * 0.5
+            return self.output
 
-    monkeypatch.setattr(passes, "_Captured", Captured)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(cuda_graph, "CapturedCall", Captured)
     weight.grad = torch.zeros(3)
-    call = passes.GraphedStep(run, [weight], capture=True)
+    call = cuda_graph.GraphedStep(run, [weight], capture=True)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for batch in batches:
@@ -234,7 +237,7 @@ def test_captured_passes_are_checked(monkeypatch, replay):
             assert float(call(batch, 0.5, first=True)) == 1.5 * float(batch.ids[0, 0])
             assert torch.equal(weight.grad, 0.5 * batch.ids[0])
     assert (len(said), call.capture) == ((0, True) if replay == "right" else (1, False))
-    first = passes.EAGER_PASSES + 2  # one of the batches is packed, and runs eagerly
+    first = cuda_graph.EAGER_PASSES + 2  # one of the batches is packed, and runs eagerly
     once_more = [float(first)] if replay == "wrong" else []
     rest = [] if replay == "right" else [float(n) for n in range(first + 1, 10)]
     assert eager == [float(n) for n in range(1, first + 1)] + once_more + rest
@@ -350,9 +353,9 @@ def test_pieces_of_a_long_text_are_from_all_over(monkeypatch):
 
 
 def test_the_original_writes_text_of_its_own(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.selfwritten, "TEXT_TOKENS", 64)
-    added, add = [], data.add_written
-    monkeypatch.setattr(data, "add_written", lambda folder, ids: (added.append(ids), add(folder, ids)))
+    monkeypatch.setattr(prepare_text.self_generated, "TEXT_TOKENS", 64)
+    added, add = [], data.add_generated
+    monkeypatch.setattr(data, "add_generated", lambda folder, ids: (added.append(ids), add(folder, ids)))
     own = {**small, "tokens": 16 * 512, "self_share": 0.5}
     report = heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
     plain = heal(HealConfig(**{**own, "self_share": 0}, out=tmp_path / "plain"), QUIET)
@@ -364,22 +367,22 @@ def test_the_original_writes_text_of_its_own(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kl_weight, has_labels", [(1.0, False), (0.0, True)])
 def test_cross_entropy_is_that_of_the_given_text(small, tmp_path, monkeypatch, kl_weight, has_labels):
-    monkeypatch.setattr(run.selfwritten, "TEXT_TOKENS", 64)
+    monkeypatch.setattr(prepare_text.self_generated, "TEXT_TOKENS", 64)
     seen, inner = [], loop.Trainer._cut
 
     def cut(trainer, begins, length):
         """Of a window: who wrote it, whether it is held out, whether it has labels."""
         found, corpus = inner(trainer, begins, length), trainer.corpus
         for begin, labels in zip(begins, found.labels, strict=True):
-            written = begin < corpus.added
-            held = begin >= (corpus.added_end if written else corpus.train_end)
+            written = begin < corpus.generated
+            held = begin >= (corpus.generated_end if written else corpus.train_end)
             seen.append((written, held, bool((labels != IGNORED).any())))
         return found
 
     monkeypatch.setattr(loop.Trainer, "_cut", cut)
     own = {**small, "tokens": 16 * 512, "self_share": 0.5, "ce_weight": 0.5, "kl_weight": kl_weight}
     report = heal(HealConfig(**own, out=tmp_path / "out"), QUIET)
-    assert report["notes"].count(run.ADAPTED_NOTE) == 1
+    assert report["notes"].count(ADAPTED_NOTE) == 1
     assert "cross-entropy counted as well, with weight 0.5" in (tmp_path / "out" / "report.html").read_text()
     assert "cross-entropy, weight 0.5" in (tmp_path / "out" / "README.md").read_text()
     assert set(seen) == {(True, held, has_labels) for held in (False, True)} | {
@@ -388,12 +391,12 @@ def test_cross_entropy_is_that_of_the_given_text(small, tmp_path, monkeypatch, k
 
 
 def test_what_the_original_wrote_has_its_share_of_the_windows(tmp_path):
-    data._save(tmp_path, np.arange(4000, dtype=np.int32), np.array([0, 60]))
-    data.add_written(tmp_path, np.full(1000, 7))
+    data.save_corpus(tmp_path, np.arange(4000, dtype=np.int32), np.array([0, 60]))
+    data.add_generated(tmp_path, np.full(1000, 7))
     found = open_corpus(tmp_path)
     assert found.starts.tolist() == [0, 1000, 1060] and found.ids[[0, 999, 1000, 1001]].tolist() == [7, 7, 0, 1]
-    assert found.added_end == 950 and found.train_end == 4800  # a twentieth of each
-    schedule = Schedule(found, ((16, 1.0),), 128, 100, seed=0, share=0.25)
+    assert found.generated_end == 950 and found.train_end == 4800  # a twentieth of each
+    schedule = Schedule(found, ((16, 1.0),), 128, 100, seed=0, self_fraction=0.25)
     windows = [window for step in range(100) for window in schedule.step(step)[1]]
     written = [window for window in windows if window.begin < 1000]
     assert len(written) == len(windows) / 4 and max(window.begin for window in written) + 16 <= 950
@@ -408,17 +411,17 @@ def test_what_the_original_wrote_has_its_share_of_the_windows(tmp_path):
 def test_heals(small, tmp_path):
     before = json.loads((small["folder"] / "report.json").read_text())
     report = heal(HealConfig(**small, out=tmp_path / "healed"), QUIET)
-    assert run.ERRORS_NOTE in report["notes"] and run.ADAPTED_NOTE not in report["notes"]
+    assert ERRORS_NOTE in report["notes"] and ADAPTED_NOTE not in report["notes"]
     record = report["heal"]
     assert [entry["tokens"] for entry in record["curve"]] == [0, *(6 * 512 * n for n in range(1, 5))]
     assert record["curve"][-1]["kl"] < 0.8 * record["curve"][0]["kl"]
     assert report["evaluation"]["ratio"] < record["before"]["evaluation"]["ratio"]
-    assert report["beyond"]["next_token"]["kl"]["value"] < record["before"]["beyond"]["next_token"]["kl"]["value"]
+    assert report["probes"]["next_token"]["kl"]["value"] < record["before"]["probes"]["next_token"]["kl"]["value"]
     assert record["conversion"]["evaluation"] == before["evaluation"]
     verify(tmp_path / "healed")
     written = json.loads((tmp_path / "healed" / "report.json").read_text())
     assert written["checksums"] != before["checksums"] and written["heal"]["curve"] == record["curve"]
-    assert "Healing" in page(written) and str(tmp_path) not in json.dumps(written)
+    assert "Healing" in page_text(parse_report(written)) and str(tmp_path) not in json.dumps(written)
     assert "distilled from the original on 12,288 tokens of text.txt" in (tmp_path / "healed" / "README.md").read_text()
     names = {file.name for file in small["folder"].iterdir()}
     assert {file.name for file in (tmp_path / "healed").iterdir()} == names
@@ -544,32 +547,33 @@ def test_nothing_gained_nothing_written(small, convert_pico, tmp_path):
 
 
 def test_early_stop(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LOOK_MIN", 256)
-    monkeypatch.setattr(loop, "scheduled", lambda step, steps: 1.0 if step < 6 else 0.0)
+    monkeypatch.setattr(data, "EVALUATION_MIN", 256)
+    monkeypatch.setattr(loop, "rate_factor", lambda step, steps: 1.0 if step < 6 else 0.0)
     settings = {**small, "tokens": 60 * 512, "evaluations": 10, "patience": 2}
     report = heal(HealConfig(**settings, out=tmp_path / "out"), QUIET)
     record = report["heal"]
-    assert record["stopped"].startswith("2 looks") and record["tokens"] == 18 * 512 and record["best_tokens"] == 6 * 512
+    assert record["stopped"] == "no improvement in 2 held-out evaluations"
+    assert record["tokens"] == 18 * 512 and record["best_tokens"] == 6 * 512
 
 
 def test_what_is_gained_at_the_end_is_waited_for(small, tmp_path, monkeypatch):
     """Large steps take away more than they give where little is lost; the run is no failure while it gets better."""
-    looks, found = iter([1.0, 3.0, 2.5, 2.0, 1.5, 0.5]), loop.Trainer.held_out
-    monkeypatch.setattr(loop.Trainer, "held_out", lambda self: {**found(self), "loss": next(looks)})
-    monkeypatch.setattr(data, "LOOK_MIN", 256)
+    losses, held_out = iter([1.0, 3.0, 2.5, 2.0, 1.5, 0.5]), loop.Trainer.held_out
+    monkeypatch.setattr(loop.Trainer, "held_out", lambda self: {**held_out(self), "loss": next(losses)})
+    monkeypatch.setattr(data, "EVALUATION_MIN", 256)
     settings = {**small, "tokens": 20 * 512, "evaluations": 5, "patience": 2}
     record = heal(HealConfig(**settings, out=tmp_path / "out"), QUIET)["heal"]
     assert record["stopped"] is None and record["best_tokens"] == record["tokens"] == 20 * 512
 
 
-def test_looks_take_a_small_share_of_a_run():
+def test_evaluations_take_a_small_part_of_a_run():
     for tokens, most, found in ((2 * 10**7, 20, (20, 1 << 17)), (4 * 10**6, 20, (20, 40000)), (200_000, 20, (9, 4444)),
                                 (20_000, 20, (4, 4096)), (10**8, 3, (3, 1 << 17))):  # fmt: skip
-        assert data.looks(tokens, most) == found
+        assert data.evaluations(tokens, most) == found
 
 
 def test_schedule_of_the_step_size():
-    rates = [loop.scheduled(step, 100) for step in range(100)]
+    rates = [loop.rate_factor(step, 100) for step in range(100)]
     assert rates[0] == 0.2 and max(rates) == rates[4] == 1.0 and rates[-1] < 0.03
     assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
@@ -601,7 +605,7 @@ import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from mla_convert.heal.settings import HealSettings
-from mla_convert.heal.teacher_student import Pair
+from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.source.load_model import find_model, load_model
 
 dist.init_process_group("gloo")
@@ -611,7 +615,7 @@ ids = torch.randint(4, 264, (2, 32))
 for train in ("all", "attention"):
     settings = HealSettings(tokens=1, train=train)
     whole, sharded = (
-        Pair(*(load_model(find_model(name), torch.float32, cpu) for name in sys.argv[1:]), settings, torch.float32)
+        TeacherStudent.build(*(load_model(find_model(name), torch.float32, cpu) for name in sys.argv[1:]), settings, torch.float32)
         for _ in range(2)
     )
     whole(ids, ids)[0].backward()

@@ -1,25 +1,34 @@
-"""Random decode cases, the reference's answer to them, and the tolerances; shared with the benchmark on a GPU."""
+"""Random decode cases, comparison with the reference, and the tolerances; shared with the benchmark on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from mla_attention.naive import naive_decode
+from mla_attention.naive import find_mask_bounds, naive_decode
+from mla_attention.problem import DecodeProblem
 
-# FlashMLA's own for dense decode (tests/test_flash_mla_dense_decoding.py and tests/kernelkit/compare.py): a number is right
-# if its absolute or its relative error is small, and the cosine distance of the whole output must be small as well. They
-# hold for caches of standard deviation 0.1, as its tests draw them.
+# FlashMLA's tolerances for dense decode (tests/test_flash_mla_dense_decoding.py and tests/kernelkit/compare.py): a number is
+# right if its absolute or its relative error is small, and the cosine distance of the whole output must be small as well.
+# They hold for caches of standard deviation 0.1, as its tests draw them.
 OUT_ABS, OUT_REL, OUT_COS = 8e-4, 2.01 / 128, 5e-6
 CACHE_SCALE = 0.1
-# Its queries are as small, which leaves the softmax all but flat and hides wrong scores. Ours are a hundred times larger:
-# scores of standard deviation 1. The absolute error that it allows the lse (1e-6, met where the lse is near 0) grows.
+# Its queries are as small, so that the softmax is almost flat and hides wrong scores. Queries here are a hundred times
+# larger, which gives scores of standard deviation 1. The absolute tolerance of the lse, 1e-6 in FlashMLA, is larger for that.
 QUERY_SCALE = 10.0
 LSE_ABS, LSE_REL = 1e-5, 8.01 / 65536
-# Stricter than FlashMLA: the distance of each row from the reference, over the row's norm, in units of the type's epsilon.
-# Rounding the weights and the output costs 0.5 at most each; faults in a few rows drown in a cosine over all of them.
+# Stricter than FlashMLA: the distance of each row from the reference over the row's norm, in units of the dtype's epsilon.
+# Rounding of the weights and of the output costs at most 0.5 each. A cosine over all rows would hide faults in a few.
 ROW_EPS, ROW_MIN = 1.25, 2e-5
 
 
-def make_case(batch, tokens, heads, rank, rope_dim, lengths, dtype, page_size=0, device="cpu", seed=0, spare=5):
-    """Arguments of `mla_decode` by name. What no query may read is NaN, and so are the pages that no sequence holds."""
+def make_case(
+    batch: int, tokens: int, heads: int, rank: int, rope_dim: int, lengths: list[int], dtype: torch.dtype,
+    page_size: int = 0, device: str = "cpu", seed: int = 0, spare: int = 5,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of `mla_decode` by name. Rows that no query may read are NaN, and so are pages of no sequence."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, scale=CACHE_SCALE):
@@ -55,22 +64,36 @@ def make_case(batch, tokens, heads, rank, rope_dim, lengths, dtype, page_size=0,
     return case | {"latent_cache": latent, "rope_cache": rope, "block_table": table}
 
 
-def disagreement(out, lse, case, **options) -> str | None:
-    """What is wrong with a result, or None: compared with the reference in float64."""
+def as_problem(
+    case: dict[str, Any], out: Tensor, lse: Tensor, num_splits: int = 0, softcap: float = 0.0, window: int | None = None,
+    mask: Tensor | None = None,
+) -> DecodeProblem:  # fmt: skip
+    """The problem of a case, as `mla_decode` hands it to the launcher; unchecked."""
+    return DecodeProblem(
+        case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"], case.get("cache_seqlens"),
+        case.get("block_table"), case["softmax_scale"], num_splits, softcap, window or 0, mask,
+        None if mask is None else find_mask_bounds(mask), out, lse,
+    )  # fmt: skip
+
+
+def disagreement(out: Tensor, lse: Tensor, case: dict[str, Any], **options: Any) -> str | None:
+    """Compare a result with the reference in float64: None, or a description of the error."""
     inputs = {name: value.double() if value.is_floating_point() else value
               for name, value in case.items() if torch.is_tensor(value)}  # fmt: skip
     inputs.setdefault("cache_seqlens", None)
-    want_out, want_lse = naive_decode(**inputs, softmax_scale=case["softmax_scale"], **options)
-    if not torch.equal(out.isfinite(), want_out.isfinite()) or not torch.equal(lse.isfinite(), want_lse.isfinite()):
+    expected_out, expected_lse = naive_decode(**inputs, softmax_scale=case["softmax_scale"], **options)
+    if not torch.equal(out.isfinite(), expected_out.isfinite()) or not torch.equal(
+        lse.isfinite(), expected_lse.isfinite()
+    ):
         return "NaN or infinity where there should be none, or none where there should be"
-    empty = ~want_lse.isfinite()
+    empty = ~expected_lse.isfinite()
     if not (lse[empty] == -torch.inf).all():
-        return "lse of a query that sees nothing is not minus infinity"
+        return "lse of a query that sees no token is not minus infinity"
     row_limit = max(ROW_EPS * torch.finfo(out.dtype).eps, ROW_MIN)
-    out, lse, want_lse = out.double(), lse.double().masked_fill(empty, 0), want_lse.masked_fill(empty, 0)
-    error = (out - want_out).abs()
-    row_error = (error.norm(dim=-1) / want_out.norm(dim=-1).clamp(min=1e-30)).max().item() if out.numel() else 0.0
-    wrong = (error >= OUT_ABS) & (error >= OUT_REL * (want_out.abs() + 1e-6))
+    out, lse, expected_lse = out.double(), lse.double().masked_fill(empty, 0), expected_lse.masked_fill(empty, 0)
+    error = (out - expected_out).abs()
+    row_error = (error.norm(dim=-1) / expected_out.norm(dim=-1).clamp(min=1e-30)).max().item() if out.numel() else 0.0
+    wrong = (error >= OUT_ABS) & (error >= OUT_REL * (expected_out.abs() + 1e-6))
     if wrong.any():
         return (
             f"out differs in {int(wrong.sum())} of {wrong.numel()}, by up to {error.max().item():.2e}, "
@@ -78,10 +101,10 @@ def disagreement(out, lse, case, **options) -> str | None:
         )
     if row_error > row_limit:
         return f"a row of out differs by {row_error:.1e} of its norm"
-    scale = (out * out + want_out * want_out).sum().item()
-    distance = 1 - 2 * (out * want_out).sum().item() / scale if scale else 0.0
+    scale = (out * out + expected_out * expected_out).sum().item()
+    distance = 1 - 2 * (out * expected_out).sum().item() / scale if scale else 0.0
     if distance > OUT_COS:
         return f"cosine distance {distance:.1e}"
-    error = (lse - want_lse).abs()
-    wrong = (error >= LSE_ABS) & (error >= LSE_REL * (want_lse.abs() + 1e-6))
+    error = (lse - expected_lse).abs()
+    wrong = (error >= LSE_ABS) & (error >= LSE_REL * (expected_lse.abs() + 1e-6))
     return f"lse differs by up to {error.max().item():.2e}" if wrong.any() else None

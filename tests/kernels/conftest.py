@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here; where Triton is missing, the tests that need it say so and are skipped."""
+"""Kernels run in Triton's interpreter; without Triton, the tests that need it are skipped."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ for folder in (Path(__file__).parents[2] / "kernels" / "torch-ext", Path(__file_
 
 
 def let_numpy_index(interpreter) -> None:
-    """Triton 3.6's interpreter takes int() of arrays that hold one number, which NumPy 2.4 refuses: take the number."""
+    """Make Triton 3.6's interpreter work with NumPy 2.4, which refuses int() of an array with one number."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, scope):

@@ -5,25 +5,21 @@ No bfloat16: Triton 3.6's interpreter multiplies its bit patterns as integers. b
 
 import pytest
 import torch
-from cases import disagreement, make_case
+from cases import as_problem, disagreement, make_case
 
 from mla_attention.decode import launch_decode
-from mla_attention.naive import mask_extent
 from mla_attention.tuning import DecodeConfig, choose_splits, default_config, rank_chunks, shared_memory
 
 CONFIG = DecodeConfig(16, 16)
 
 
-def decode(case, config, num_splits=0, softcap=0.0, window=None, **visible):
-    """Launch on poisoned outputs."""
+def decode(case, config, num_splits=0, softcap=0.0, window=None, mask=None):
+    """Launch on outputs that are filled with NaN."""
     query = case["q_latent"]
     batch, tokens, heads, _ = query.shape
     out = torch.full_like(query, torch.nan)
     lse = torch.full((batch, heads, tokens), torch.nan)
-    launch_decode(
-        query, case["q_rope"], case["latent_cache"], case["rope_cache"], case.get("cache_seqlens"), case.get("block_table"),
-        case["softmax_scale"], num_splits, softcap, window or 0, out, lse, config, **visible,
-    )  # fmt: skip
+    launch_decode(as_problem(case, out, lse, num_splits, softcap, window, mask), config)
     return out, lse
 
 
@@ -37,8 +33,8 @@ def test_ragged_lengths(dtype, rank, rope_dim):
     assert disagreement(*decode(case, CONFIG), case) is None
 
 
-def test_long_walks():
-    """A program's share of the work is several tiles, and goes over the end of a sequence."""
+def test_a_program_attends_to_several_tiles():
+    """A program's part is several tiles long and includes the end of a sequence."""
     case = make_case(4, 1, 3, 32, 16, [200, 0, 130, 3], torch.float32)
     assert disagreement(*decode(case, CONFIG), case) is None
 
@@ -91,7 +87,7 @@ def test_softcap():
 
 
 def test_strided_inputs():
-    """Caches as rows of a wider buffer with the sequence first, queries as slices: what a model hands over."""
+    """Caches are rows of a wider buffer with the sequence first, and queries are slices, as in a model."""
     case = make_case(2, 1, 4, 32, 16, [20, 33], torch.float32)
     for name in ("latent_cache", "rope_cache"):
         cache = case[name]
@@ -105,49 +101,45 @@ def test_strided_inputs():
 
 @pytest.mark.parametrize("page_size", [0, 8])
 @pytest.mark.parametrize("num_splits", [0, 3])
-@pytest.mark.parametrize("hole", [False, True])
+@pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_masks(tokens, hole, num_splits, page_size):
-    """Left padding, nothing to see, and, if asked for, holes; what no query sees is NaN."""
+def test_masks(tokens, gaps, num_splits, page_size):
+    """Left padding, a sequence without tokens, and optionally gaps; rows that no query sees are NaN."""
     lengths = [40, 64, 0, 33]
     case = make_case(4, tokens, 3, 32, 16, lengths, torch.float32, page_size=page_size, spare=24)
-    extent = case["latent_cache"].shape[1] if not page_size else page_size * case["block_table"].shape[1]
-    own = torch.tensor(lengths)[:, None] - tokens + 1 + torch.arange(tokens)
-    mask = torch.arange(extent) < own[..., None]
+    capacity = case["latent_cache"].shape[1] if not page_size else page_size * case["block_table"].shape[1]
+    limit = torch.tensor(lengths)[:, None] - tokens + 1 + torch.arange(tokens)
+    mask = torch.arange(capacity) < limit[..., None]
     mask[0, :, :20] = False
     if not page_size:
         case["latent_cache"][0, :16] = torch.nan
-    if hole:
+    if gaps:
         mask[1, :, 30:50] = False
         mask[3, 0] = False
     del case["cache_seqlens"]
-    out, lse = decode(case, CONFIG, num_splits, mask=mask, extent=mask_extent(mask))
+    out, lse = decode(case, CONFIG, num_splits, mask=mask)
     assert disagreement(out, lse, case, mask=mask) is None
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("hidden", ["padding", "window", "hole"])
+@pytest.mark.parametrize("hidden", ["padding", "window", "gap"])
 def test_hidden_rows_may_be_nan(hidden, tokens):
-    """NaN in rows inside a tile that others of the tile are seen in: left out, not multiplied by zero."""
+    """Hidden rows of a tile that also has visible rows hold NaN: they are not loaded, rather than multiplied by zero."""
     case = make_case(2, tokens, 3, 32, 16, [40, 37], torch.float32)
-    window, extent = None, case["latent_cache"].shape[1]
-    own = torch.tensor([40, 37])[:, None] - tokens + 1 + torch.arange(tokens)
-    mask = torch.arange(extent) < own[..., None]
-    rows = {"padding": slice(0, 5), "window": slice(0, 40 - tokens - 8), "hole": slice(10, 13)}[hidden]
+    limit = torch.tensor([40, 37])[:, None] - tokens + 1 + torch.arange(tokens)
+    mask = torch.arange(case["latent_cache"].shape[1]) < limit[..., None]
+    rows = {"padding": slice(0, 5), "window": slice(0, 40 - tokens - 8), "gap": slice(10, 13)}[hidden]
     mask[0, :, rows] = False
-    expected = dict(mask=mask)
-    if hidden == "window":
-        window, expected = 9, dict(window=9)
-    else:
+    visible = {"window": 9} if hidden == "window" else {"mask": mask}
+    if hidden != "window":
         del case["cache_seqlens"]
     clean = {name: value.clone() if torch.is_tensor(value) else value for name, value in case.items()}
     for name in ("latent_cache", "rope_cache"):
         case[name][0, rows] = torch.nan
-    visible = {} if hidden == "window" else dict(mask=mask, extent=mask_extent(mask))
-    out, lse = decode(case, CONFIG, window=window, **visible)
+    out, lse = decode(case, CONFIG, **visible)
     assert out.isfinite().all()
-    assert disagreement(out, lse, clean, **expected) is None
-    assert disagreement(out, lse, case, **expected) is None
+    assert disagreement(out, lse, clean, **visible) is None
+    assert disagreement(out, lse, case, **visible) is None
 
 
 def test_more_rows_than_a_program_takes():

@@ -45,7 +45,7 @@ def test_generation_is_the_same(model, cache, padding):
 @pytest.mark.parametrize("hopper", ["1", "0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("hidden", ["padding", "window", "hole"])
+@pytest.mark.parametrize("hidden", ["padding", "window", "gap"])
 @pytest.mark.parametrize(("rank", "rope_dim"), [(512, 64), (96, 32), (192, 64)])
 def test_hidden_rows_may_be_nan(rank, rope_dim, hidden, tokens, dtype, hopper, monkeypatch):
     """NaN in rows of a tile that has rows which are seen: they are left out, by the CUDA kernels and by Triton's."""
@@ -54,7 +54,7 @@ def test_hidden_rows_may_be_nan(rank, rope_dim, hidden, tokens, dtype, hopper, m
     extent = case["latent_cache"].shape[1]
     own = torch.tensor([700, 641], device="cuda")[:, None] - tokens + 1 + torch.arange(tokens, device="cuda")
     mask = torch.arange(extent, device="cuda") < own[..., None]
-    rows = {"padding": slice(0, 5), "window": slice(0, 700 - tokens - 108), "hole": slice(300, 333)}[hidden]
+    rows = {"padding": slice(0, 5), "window": slice(0, 700 - tokens - 108), "gap": slice(300, 333)}[hidden]
     mask[0, :, rows] = False
     visible = {"mask": mask}
     if hidden == "window":

@@ -1,6 +1,6 @@
-"""The CUDA kernels for Hopper without a card: their source compiles, and takes no more than a multiprocessor has.
+"""The CUDA kernels for Hopper without a card: their source compiles and fits a multiprocessor.
 
-Whether they are right, only a card can tell: test_gpu.py, and benchmarks/kernels_gpu.
+Their results need a card: test_gpu.py and benchmarks/kernels_gpu.
 """
 
 import re
@@ -13,7 +13,19 @@ import torch
 from mla_attention import decode as launcher
 from mla_attention.hopper import Arguments, source
 from mla_attention.nvrtc import KernelUnavailableError
+from mla_attention.problem import DecodeProblem
 from mla_attention.tuning import hopper_config, hopper_groups, hopper_parts, hopper_shared_memory
+
+
+def small_problem(rank: int) -> DecodeProblem:
+    """One query token of 4 heads on a cache of 8 tokens, all zeros."""
+    query, cache = torch.zeros(1, 1, 4, rank), torch.zeros(1, 8, rank)
+    lengths = torch.tensor([8], dtype=torch.int32)
+    return DecodeProblem(
+        query, torch.zeros(1, 1, 4, 64), cache, torch.zeros(1, 8, 64), lengths, None, 1.0, 0, 0.0, 0, None, None,
+        query.clone(), torch.zeros(1, 4, 1),
+    )  # fmt: skip
+
 
 CONSTANTS = {"BF16": 1, "PAGE": 0, "MASK": 0, "WINDOW": 0, "SOFTCAP": 0, "PDL": 1}
 SIZES = [(512, 64, {}), (256, 64, {"PAGE": 16}), (96, 32, {"BF16": 0})]
@@ -41,7 +53,7 @@ def test_compiles(tmp_path, rank, rope_dim, changed):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "serialized" not in done.stderr  # what the assembler says of products that wait for each other
+    assert "serialized" not in done.stderr  # the assembler's warning about products that wait for each other
     if changed in [size[2] for size in SIZES]:
         assert set(re.findall(r"(\d+) bytes spill stores", done.stderr)) == {"0"}
     registers = max(int(count) for count in re.findall(r"Used (\d+) registers", done.stderr))
@@ -76,27 +88,12 @@ def test_without_a_compiler_the_triton_kernels_serve(monkeypatch, recwarn):
         raise KernelUnavailableError("no NVRTC")
 
     monkeypatch.setattr(mla_attention.hopper, "hopper_launch", missing)
-    monkeypatch.setattr(launcher, "_refused", False)
+    monkeypatch.setattr(launcher, "_unavailable", False)
     monkeypatch.setattr(launcher, "hopper_possible", lambda *_: True)
     served = []
     monkeypatch.setattr(launcher, "_launch_triton", lambda *arguments: served.append(arguments[-1]))
-    query, cache = torch.zeros(1, 1, 4, 512), torch.zeros(1, 8, 512)
-    lengths = torch.tensor([8], dtype=torch.int32)
     for _ in range(2):
-        launcher.launch_decode(
-            query,
-            query[..., :64],
-            cache,
-            cache[..., :64],
-            lengths,
-            None,
-            1.0,
-            0,
-            0.0,
-            0,
-            query.clone(),
-            torch.zeros(1, 4, 1),
-        )
+        launcher.launch_decode(small_problem(512))
     assert len(served) == 2 and not any(config.hopper for config in served)
     assert [str(warning.message) for warning in recwarn] == [
         "mla_attention: the CUDA kernels for Hopper do not serve here: no NVRTC"
@@ -105,25 +102,21 @@ def test_without_a_compiler_the_triton_kernels_serve(monkeypatch, recwarn):
 
 def test_parts():
     assert hopper_parts(132, 32, 8192) == 4 and hopper_parts(66, 32, 8192) == 2 and hopper_parts(132, 128, 8192) == 1
-    assert hopper_parts(132, 1, 8192) == 0  # one sequence is shared out evenly anyway
-    assert hopper_parts(132, 100, 8192) == 0  # too many would have nothing to do
+    assert hopper_parts(132, 1, 8192) == 0  # tiles of one sequence are distributed evenly anyway
+    assert hopper_parts(132, 100, 8192) == 0  # too many programs would be idle
     assert hopper_parts(132, 8, 2048) == 0 and hopper_parts(132, 200, 8192) == 0
 
 
 @pytest.mark.parametrize(
-    ("wish", "rank", "served"),
+    ("setting", "rank", "on_hopper"),
     [("", 512, True), ("", 128, True), ("", 16, True), ("1", 128, True), ("0", 512, False), ("0", 128, False)],
 )
-def test_what_runs_on_hopper(monkeypatch, wish, rank, served):
-    monkeypatch.setenv("MLA_ATTENTION_HOPPER", wish)
-    monkeypatch.setattr(launcher, "_refused", False)
+def test_kernel_chosen_on_hopper(monkeypatch, setting, rank, on_hopper):
+    monkeypatch.setenv("MLA_ATTENTION_HOPPER", setting)
+    monkeypatch.setattr(launcher, "_unavailable", False)
     monkeypatch.setattr(launcher, "hopper_possible", lambda *_: True)
     launched = []
     monkeypatch.setattr(launcher, "_launch_hopper", lambda *arguments: launched.append("cuda") or True)
     monkeypatch.setattr(launcher, "_launch_triton", lambda *arguments: launched.append("triton"))
-    query, rope, cache = torch.zeros(1, 1, 4, rank), torch.zeros(1, 1, 4, 64), torch.zeros(1, 8, rank)
-    lengths = torch.tensor([8], dtype=torch.int32)
-    launcher.launch_decode(
-        query, rope, cache, torch.zeros(1, 8, 64), lengths, None, 1.0, 0, 0.0, 0, query.clone(), torch.zeros(1, 4, 1)
-    )
-    assert launched == ["cuda" if served else "triton"]
+    launcher.launch_decode(small_problem(rank))
+    assert launched == ["cuda" if on_hopper else "triton"]

@@ -1,4 +1,4 @@
-"""The kernels compiled for a card that is not there."""
+"""The kernels are compiled for Hopper on a machine without a card."""
 
 import os
 import subprocess

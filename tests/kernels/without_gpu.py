@@ -1,12 +1,14 @@
-"""Run as a program: compile the Triton kernels for sm_90a and launch all kernels on a driver that does everything but run them.
+"""Run as a program: compile the Triton kernels for sm_90a and launch all kernels on a driver that does not execute them.
 
-Finds what only a launch can: arguments that the launcher refuses, and kernels that the assembler does. Triton's own launcher
-is written in C; here its generator runs. PYTHONPATH leads to the package and to cases.py.
+Finds errors that only a launch shows: arguments that Triton's launcher refuses, and code that the assembler refuses. The
+generator of Triton's C launcher runs here. PYTHONPATH has the package and cases.py.
 """
+
+import ctypes
 
 import torch
 import triton.backends.nvidia.driver as nvidia
-from cases import make_case
+from cases import as_problem, make_case
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -67,11 +69,8 @@ class Driver:
 
 def launch(config, rank, rope_dim, heads=32, tokens=1, page_size=0, num_splits=0, dtype=torch.bfloat16):
     case = make_case(3, tokens, heads, rank, rope_dim, [400, 64, 5], dtype, page_size)
-    launcher.launch_decode(
-        case["q_latent"], case["q_rope"], case["latent_cache"], case["rope_cache"], case["cache_seqlens"],
-        case.get("block_table"), case["softmax_scale"], num_splits, 0.0, 0, torch.empty_like(case["q_latent"]),
-        torch.empty(3, heads, tokens), config,
-    )  # fmt: skip
+    out, lse = torch.empty_like(case["q_latent"]), torch.empty(3, heads, tokens)
+    launcher.launch_decode(as_problem(case, out, lse, num_splits), config)
 
 
 class Kernel:
@@ -80,7 +79,9 @@ class Kernel:
 
     def launch(self, grid, arguments, pdl):
         launched.append((self.name, grid))
-        assert [len(bytes(argument)) for argument in arguments] == [128] * (len(arguments) - 1) + [168]
+        assert [len(bytes(argument)) for argument in arguments] == [128] * (len(arguments) - 1) + [
+            ctypes.sizeof(hopper.Arguments)
+        ]
 
 
 def main():

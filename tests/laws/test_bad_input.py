@@ -282,7 +282,7 @@ def test_no_tokenizer(refused, source):
         (("--frobnicate",), USAGE, "--frobnicate"),
         (("--rank",), USAGE, "--rank"),
         (("another",), USAGE, "another"),
-        (("--planes", "most"), USAGE, "planes"),
+        (("--rope-selection", "most"), USAGE, "rope_selection"),
         (("--dtype", "int8"), USAGE, "dtype"),
         (("--device", "tpu"), USAGE, "tpu"),
         (("--device", "meta"), USAGE, "meta"),

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import typer.main
@@ -50,24 +49,15 @@ def test_help_lists_every_command(cli):
     assert code == 0 and all(re.search(rf"^│ {name} ", out, re.MULTILINE) for name in COMMANDS)
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_imports_no_torch():
     code = (
         "import sys; from mla_convert.cli.main import main; sys.argv = ['mla-convert', '--help']\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy', 'pydantic'} & sys.modules.keys()\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy', 'yaml'} & sys.modules.keys()\n"
         "sys.exit(','.join(heavy) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-    def seconds(*words):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *words], capture_output=True, check=True)
-        return time.perf_counter() - began
-
-    # half a second, or on a machine that is slow just now little more than what draws the help takes to import
-    took = min(seconds("-m", "mla_convert", "--help") for _ in range(5))
-    assert took < max(0.5, 2 * min(seconds("-c", "import typer.rich_utils") for _ in range(3)))
 
 
 def test_version_names_what_a_bug_report_needs(cli):
@@ -97,7 +87,7 @@ def served(convert_pico, tmp_path_factory):
     """A converted folder that engines can express, and its export."""
     from mla_convert.publish.engines.export import export
 
-    converted = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    converted = convert_pico("llama", rank=10, rope_dim=8, rope_selection="engine_table").out
     return converted, export(converted, tmp_path_factory.mktemp("served") / "out").out
 
 

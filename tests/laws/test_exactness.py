@@ -1,4 +1,7 @@
-"""The first law: at full rank with every plane kept, a converted model equals its original to rounding."""
+"""The first law: at full rank with all rotary frequencies, a converted model equals its original to rounding."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +12,12 @@ import mla_convert  # noqa: F401  (registers the converted classes)
 
 LENGTH = 40
 TOLERANCE = 1e-4
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "add-a-family.md"
 
 
 @pytest.fixture(scope="module", params=sorted(VARIANTS))
 def pair(request, convert_pico):
-    """(original, converted) at full rank with all planes rotary, both float32."""
+    """(original, converted) at full rank with all rotary frequencies, both float32."""
     report = convert_pico(request.param, rank="full", rope_dim="full")
     return model(request.param), AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
 
@@ -31,11 +35,25 @@ def batch():
 def assert_equal(converted, original, mask):
     difference = (converted - original).abs()[mask.bool()].max()
     span = original.max() - original.min()
-    assert difference <= TOLERANCE * span, f"logits differ by {difference / span:.1e} of their range"
+    assert difference <= TOLERANCE * span, f"logits differ by {difference / span:.1e} of their range. {usual_reasons()}"
+
+
+def usual_reasons():
+    """The guide's list of mistakes in a family's description that make this test fail."""
+    listed = re.search(r"^If the exactness test fails.*?(?=\n\n[^1-9])", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
+    return listed[0].replace("\n\n", "\n")
+
+
+def test_a_failure_names_the_usual_reasons():
+    reasons = usual_reasons().splitlines()
+    assert len(reasons) == 5 and [line[:2] for line in reasons[1:]] == ["1.", "2.", "3.", "4."]
+    logits = torch.zeros(1, 1, 2)
+    with pytest.raises(AssertionError, match=r"qk_norm_shape"):
+        assert_equal(logits, logits + torch.tensor([0.0, 1.0]), torch.ones(1, 1))
 
 
 def run(model, ids, **options):
-    """Logits; dynamic RoPE remembers the longest text that it has seen, and one token makes it forget."""
+    """Model output. Dynamic RoPE keeps the frequencies of the longest text so far; one short text resets them."""
     model(ids[:, :1])
     return model(ids, **options)
 
@@ -46,7 +64,7 @@ def generate(model, ids, **options):
 
 
 def in_chunks(model, ids, mask, chunks):
-    """Logits (B, T, vocabulary) of the same tokens, given piece by piece to a cache."""
+    """Logits (B, T, vocabulary) of the same tokens, given to a cache in chunks of these sizes."""
     model(ids[:, :1])
     cache, start, parts = None, 0, []
     for size in chunks:

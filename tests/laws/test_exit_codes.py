@@ -1,4 +1,4 @@
-"""Every error in the table of docs/exit-codes.md: its code, one line, and nothing on stdout."""
+"""Every error in the table of docs/reference/exit-codes.md: its code, one line, and nothing on stdout."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from mla_convert.cli.main import EXIT_CODES
 from mla_convert.core import errors
 from mla_convert.core.sums import seal
 
-PAGE = (Path(__file__).parents[2] / "docs" / "exit-codes.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "exit-codes.md").read_text()
 MEANINGS, TABLE = (
-    re.findall(r"^\| (.+?) \| (.+?) \|$", part, re.MULTILINE)[1:] for part in PAGE.split("## Which error")
+    re.findall(r"^\| (.+?) \| (.+?) \|$", part, re.MULTILINE)[1:] for part in PAGE.split("## Errors and")
 )
 TABLE = {words: int(code) for words, code in TABLE if code.isdigit()}
 REPO = "me/tiny-mla"
@@ -188,7 +188,7 @@ class World:
 
 
 CASES = {
-    "an exception that nobody foresaw": lambda w: w.fails_with(ZeroDivisionError("division by zero")),
+    "an unexpected exception": lambda w: w.fails_with(ZeroDivisionError("division by zero")),
     "an option that does not exist": lambda w: (w.source, "--rnak", 4),
     "a value that an option cannot have": lambda w: (w.source, "--rank", "many"),
     "options that contradict each other": lambda w: (w.source, "--rank", 4, "--kv-ratio", 0.5),
@@ -196,8 +196,8 @@ CASES = {
     "healing on the text that it is measured on": lambda world: world.heal("--eval", world.text),
     "healing, or a held-out text, without an evaluation": lambda w: (w.source, "--eval", "none", "--held-out", "calib"),
     "a repository name that the Hub cannot have": lambda w: w.push("no//name"),
-    "a figure outside its limit": lambda w: ("gate", w.converted, "--from-report", "--min-kv-saving", "99%", "--json"),
-    "a figure that is missing or NaN": lambda w: w.no_figure(),
+    "a value outside its limit": lambda w: ("gate", w.converted, "--from-report", "--min-kv-saving", "99%", "--json"),
+    "a value that is missing or NaN": lambda w: w.no_figure(),
     "a push whose gate fails": lambda w: w.push(REPO, "--from-report", "--min-kv-saving", "99%"),
     "a sweep without a point that is good enough": lambda w: w.sweep(),
     "a source that is not found": lambda w: ("nowhere", *w.small()),
@@ -208,16 +208,16 @@ CASES = {
     "weights too large to compute with": lambda w: w.huge(),
     "sizes that no model has": lambda w: w.sizes(),
     "a tokenizer that is damaged": lambda w: w.tokenizer(),
-    "a text that is JSON and not named so": lambda w: w.unnamed_json(),
-    "a folder of nobody (~user)": lambda w: ("inspect", "~nosuchuser/model"),
+    "a JSON text without the name of one": lambda w: w.unnamed_json(),
+    "a home folder of an unknown user (~user)": lambda w: ("inspect", "~nosuchuser/model"),
     "a rank above full rank": lambda w: (w.source, *w.small("--rank", 4000)),
     "a text that is not found or too short": lambda w: (w.source, *w.small("--eval", "nowhere.txt")),
     "a recipe with a key that no recipe has": lambda w: w.recipe(),
     "an output folder that holds something else": lambda w: w.occupied(),
     "a converted folder that was changed": lambda w: w.changed(),
-    "a tokenizer that is code of its own": lambda w: w.own_tokenizer(),
-    "a source with a link to something outside of it": lambda w: w.link(),
-    "a refresh of a folder with files of somebody else's": lambda w: w.others(),
+    "a tokenizer with code of its own": lambda w: w.own_tokenizer(),
+    "a source with a link that leads out of it": lambda w: w.link(),
+    "a refresh of a folder with foreign files": lambda w: w.others(),
     "healing that gains nothing": lambda world: world.heal("--lr", 1, "--patience", 1),
     "a push of an unfinished conversion": lambda w: w.unfinished(),
     "a push of something private": lambda w: w.private(),
@@ -266,5 +266,5 @@ def test_error(world, cli, error):
 def test_verbose_shows_where(world, cli):
     code, _, err = cli(*CASES["a rank above full rank"](world), "-v")
     assert code == 4 and "Traceback" in err and err.splitlines()[-1].startswith("mla-convert: rank 4000")
-    code, _, err = cli(*CASES["an exception that nobody foresaw"](world), "-v")
+    code, _, err = cli(*CASES["an unexpected exception"](world), "-v")
     assert code == 1 and "ZeroDivisionError" in err and "-v" not in err.splitlines()[-1]

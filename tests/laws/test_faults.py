@@ -126,7 +126,7 @@ def text(sources):
 
 @pytest.fixture(scope="module")
 def converted(convert_pico):
-    return convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    return convert_pico("llama", rank=10, rope_dim=8, rope_selection="engine_table").out
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ settings:
   calib_samples: 4
   calib_noise: 0.3
   uniform: true
-  planes: loss
+  rope_selection: by_loss
 """
 
 

@@ -83,7 +83,7 @@ def test_code_of_a_source_is_not_carried_over(source, convert_folder, tmp_path):
         source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenizer_own.Own", "tokenizer_own.Own"]}
     )
     change_json(source / "generation_config.json", custom_generate="somebody/evil", auto_map={"x": "generate.y"})
-    out = convert_folder(source, rank=10, rope_dim=8, planes="table").out
+    out = convert_folder(source, rank=10, rope_dim=8, rope_selection="engine_table").out
     export(out, tmp_path / "exported")
     for made in (out, tmp_path / "exported"):
         names = {path.name for path in made.iterdir()}

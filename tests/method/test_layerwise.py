@@ -5,9 +5,10 @@ import pytest
 import torch
 from pico import VARIANTS, VOCAB, model
 
-from mla_convert.method.calibrate import layerwise as layerwise_module
+from mla_convert.method.calibrate import streamed_head
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.modeling import distillation as divergence
 from mla_convert.pipeline import streamed
 from mla_convert.source.source import open_source
@@ -16,8 +17,8 @@ from mla_convert.source.source import open_source
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
     # slices that divide neither the vocabulary nor the window
-    monkeypatch.setattr(layerwise_module, "LOGIT_ROWS", 100)
-    monkeypatch.setattr(layerwise_module, "LOGIT_TOKENS", 13)
+    monkeypatch.setattr(streamed_head, "LOGIT_ROWS", 100)
+    monkeypatch.setattr(streamed_head, "LOGIT_TOKENS", 13)
     windows = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(2))
     layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
     states = Activations(layerwise.embed(windows), torch.device("cpu"), torch.float32)
@@ -37,16 +38,17 @@ def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
     draw = torch.Generator().manual_seed(3)
     expected = torch.randn(2, 9, layerwise.source.config.hidden_size, generator=draw)
     found = (expected + 0.3 * torch.randn(expected.shape, generator=draw)).requires_grad_(True)
+    head = StreamedHead(layerwise)
     with torch.no_grad():
-        for start in layerwise.head_slices():
+        for start in head.slices():
             assert start == 0  # one slice holds all of so small a vocabulary
-            ours, theirs = (layerwise.logits(each.flatten(0, 1)[None]).log_softmax(-1) for each in (found, expected))
-    with layerwise.divergence() as distance:
+            ours, theirs = (head.logits(each.flatten(0, 1)[None]).log_softmax(-1) for each in (found, expected))
+    with head.divergence() as distance:
         value = distance(found, expected)
         assert float(distance(expected, expected)) == pytest.approx(0, abs=1e-6)
     value.backward()
     assert float(value.detach()) == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
-    with torch.no_grad(), layerwise.divergence() as distance:
+    with torch.no_grad(), head.divergence() as distance:
         step = 1e-3 * found.grad / found.grad.norm()
         gained = float(distance(found + step, expected) - distance(found - step, expected))
     assert gained == pytest.approx(2e-3 * float(found.grad.norm()), rel=0.05)

@@ -10,9 +10,9 @@ from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.refine.optimise import (
     CHANNEL_FLOOR,
     RefineSettings,
-    _at_held_out,
-    _batches,
+    batches,
     channel_weights,
+    held_out_states,
     output_error,
     refine,
     relative_error,
@@ -48,7 +48,7 @@ def test_refinement_lowers_the_held_out_error(task):
     student, inputs, targets = task
     result = refine(student, student, inputs, targets, RefineSettings(60, 4, 0.02, 0))
     assert result.error_after < 0.5 * result.error_before and result.steps == 60
-    assert result.error_after == pytest.approx(residual_error(student, inputs, _at_held_out(targets)))
+    assert result.error_after == pytest.approx(residual_error(student, inputs, held_out_states(targets)))
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in student.parameters())
 
 
@@ -96,9 +96,9 @@ def test_held_out_windows_are_not_trained_on(task):
 
 
 def test_every_window_once_before_any_again():
-    batches = list(_batches(10, 4, 5, seed=0))
-    assert [len(batch) for batch in batches] == [4] * 5
-    assert sorted(torch.cat(batches)[:10].tolist()) == sorted(torch.cat(batches)[10:].tolist()) == list(range(10))
+    found = list(batches(10, 4, 5, seed=0))
+    assert [len(batch) for batch in found] == [4] * 5
+    assert sorted(torch.cat(found)[:10].tolist()) == sorted(torch.cat(found)[10:].tolist()) == list(range(10))
 
 
 def test_errors_are_relative():

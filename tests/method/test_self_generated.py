@@ -86,13 +86,13 @@ def test_windows_keep_their_first_token_and_their_length(opened, sources, monkey
 
 def test_default(opened):
     assert selfwritten.share(ConvertConfig(source="x"), opened("llama"), CPU) == 0
-    assert selfwritten.share(ConvertConfig(source="x", calib_self=0.25), opened("llama"), CPU) == 0.25
+    assert selfwritten.share(ConvertConfig(source="x", calib_self_generated=0.25), opened("llama"), CPU) == 0.25
 
 
 def test_conversion(convert_folder, sources):
-    first, second = (convert_folder(sources("llama"), calib_self=0.5, kv_ratio=0.5) for _ in range(2))
+    first, second = (convert_folder(sources("llama"), calib_self_generated=0.5, kv_ratio=0.5) for _ in range(2))
     assert first.calibration["self_written"] == 0.5 and first.checksums == second.checksums
-    assert first.checksums != convert_folder(sources("llama"), calib_self=0, kv_ratio=0.5).checksums
+    assert first.checksums != convert_folder(sources("llama"), calib_self_generated=0, kv_ratio=0.5).checksums
 
 
 def test_reports_say_what_was_written():

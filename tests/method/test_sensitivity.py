@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from mla_convert.core.settings import Settings
-from mla_convert.method.calibrate import layerwise as layerwise_module
+from mla_convert.method.calibrate import streamed_head
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source.source import open_source
@@ -19,8 +20,8 @@ WINDOWS, LENGTH = 3, 24
 @pytest.fixture(params=["llama3-rope", "mistral-window", "qwen2"])
 def layerwise(request, sources, monkeypatch):
     # slices that divide neither the vocabulary nor the window
-    monkeypatch.setattr(layerwise_module, "LOGIT_ROWS", 100)
-    monkeypatch.setattr(layerwise_module, "LOGIT_TOKENS", 13)
+    monkeypatch.setattr(streamed_head, "LOGIT_ROWS", 100)
+    monkeypatch.setattr(streamed_head, "LOGIT_TOKENS", 13)
     monkeypatch.setattr(sensitivity, "MASSIVE", torch.inf)
     layerwise = LayerwiseModel(open_source(str(sources(request.param))), torch.device("cpu"))
     layerwise.whole = pico.model(request.param)
@@ -68,7 +69,7 @@ def test_gradient_of_drawn_tokens(layerwise):
         layerwise.whole.model(ids, use_cache=False)
         hook.remove()
         logits = layerwise.whole.lm_head(out.last_hidden_state)
-    gradient = layerwise.output_gradient(last["states"], torch.Generator().manual_seed(1))
+    gradient = StreamedHead(layerwise).output_gradient(last["states"], torch.Generator().manual_seed(1))
     # which tokens were drawn follows from the gradient at the logits: the same noise, drawn again
     drawn = drawn_tokens(layerwise, last["states"], 1)
     expected = whole_gradients(layerwise.whole, ids, drawn)[1][-1]
@@ -86,15 +87,15 @@ def drawn_tokens(layerwise, states, seed):
     drawn = torch.zeros(states.shape[:2], dtype=torch.int64)
     with torch.no_grad():
         logits = layerwise.whole.lm_head(layerwise.whole.model.norm(states))
-    for start in range(0, pico.VOCAB, layerwise_module.LOGIT_ROWS):
+    for start in range(0, pico.VOCAB, streamed_head.LOGIT_ROWS):
         for window in range(states.shape[0]):
-            for first in range(0, states.shape[1], layerwise_module.LOGIT_TOKENS):
+            for first in range(0, states.shape[1], streamed_head.LOGIT_TOKENS):
                 part = logits[
-                    window, first : first + layerwise_module.LOGIT_TOKENS, start : start + layerwise_module.LOGIT_ROWS
+                    window, first : first + streamed_head.LOGIT_TOKENS, start : start + streamed_head.LOGIT_ROWS
                 ]
                 noise = torch.empty_like(part).exponential_(generator=generator).log_().neg_()
                 value, index = (part + noise).max(-1)
-                where = (window, slice(first, first + layerwise_module.LOGIT_TOKENS))
+                where = (window, slice(first, first + streamed_head.LOGIT_TOKENS))
                 drawn[where] = torch.where(value > best[where], index + start, drawn[where])
                 best[where] = torch.maximum(best[where], value)
     return drawn

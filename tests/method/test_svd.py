@@ -94,7 +94,7 @@ def test_all_planes_and_full_rank_reproduce_the_source(heads, num_kv, biased):
     assert all((b is not None) == biased for b in (result.q_bias, result.kv_a_bias, result.o_bias))
 
 
-@pytest.mark.parametrize("planes", ["loss", "even"])
+@pytest.mark.parametrize("planes", ["by_loss", "evenly_spaced"])
 @pytest.mark.parametrize("heads, num_kv, rope_dim", [(6, 6, 8), (6, 2, 8), (9, 3, 6), (3, 1, 2), (3, 1, 0)])
 def test_full_rank_is_exact_where_nothing_rotates(heads, num_kv, rope_dim, planes):
     weights, geometry, stats = make_layer(heads, num_kv, biased=True, rope_scale=1.3)

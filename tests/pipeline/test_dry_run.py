@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.core.settings import build_config
+from mla_convert.core.recipes import build_config
 from mla_convert.core.units import duration
 from mla_convert.method.factorise.sensitivity import TOKENS
 from mla_convert.method.factorise.sizes import Plan
@@ -38,7 +38,7 @@ PUBLISHED = {
 
 
 def plan(folder, card=None, **options):
-    return plan_conversion(build_config({"source": str(folder), **options}), card)
+    return plan_conversion(build_config({"source": str(folder), **options}), card).as_dict()
 
 
 @pytest.fixture
@@ -238,9 +238,10 @@ def test_time_estimates_hold_what_was_measured(
     work = timing.LayerWork(hidden, before + 3 * hidden * mlp, after + 3 * hidden * mlp, before, after,
                             heads * 2 * width, heads * (2 * width + rope), 0)  # fmt: skip
     shared_out = TOKENS["cuda"] if hidden == 4096 else 0
-    windows = dict(calib=calib, evaluation=evaluation, steps=steps, batch=batch, measured=shared_out)
-    found = timing.estimate(work, layers, {"cpu": windows, "h100": windows}, max(cores, 1))["cpu" if cores else "h100"]
-    low, high = found["seconds"]
+    run = timing.LayerRun(calib, evaluation, steps, batch, measured=shared_out)
+    low, high = timing.estimate(work, layers, {"cpu": run, "h100": run}, max(cores, 1))[
+        "cpu" if cores else "h100"
+    ].seconds
     assert low <= seconds <= high
 
 
@@ -276,7 +277,7 @@ def test_json(cli, sources, name):
 @pytest.mark.parametrize(
     "options, code, culprit",
     [
-        (["--rank", "512", "--kv-ratio", "0.5"], 2, "two ways"),
+        (["--rank", "512", "--kv-ratio", "0.5"], 2, "both set the size"),
         (["--gpu", "h1000"], 4, "h1000"),
         (["--gpu", "h100", "--memory", "1GB"], 2, "two ways"),
         (["--memory", "much"], 2, "much"),
@@ -338,6 +339,6 @@ def test_estimates_of_healing_fit_what_was_measured():
         mixing_before=9 * 128, mixing_after=9 * (64 + 32 + 64),
     )  # fmt: skip
     for train, speed, memory in (("all", 71_789, 22.46e9), ("attention", 82_531, 14.67e9)):
-        found = cost.estimate(work, 10**7, train, 2048, 1)["h100"]
-        assert found["seconds"][0] < 1e7 / speed < found["seconds"][1]
-        assert memory / 1.5 < found["memory_bytes"] < memory * 1.5
+        estimate = cost.estimate(work, 10**7, train, 2048, 1).places["h100"]
+        assert estimate.seconds[0] < 1e7 / speed < estimate.seconds[1]
+        assert memory / 1.5 < estimate.memory_bytes < memory * 1.5

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.core.settings import Settings, build_config, find_recipe, load_recipe, recipe_files, unknown_source
+from mla_convert.core.recipes import build_config, find_recipe, load_recipe, recipe_files, unknown_source
+from mla_convert.core.settings import Settings
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source import texts
 from mla_convert.source.shape import AttentionShape
@@ -98,7 +99,7 @@ def test_options_override_a_recipe(options, rank, rope_dim, kv_ratio):
 
 
 def test_options_out_of_range_are_refused():
-    with pytest.raises(UsageError, match="two ways to say one thing"):
+    with pytest.raises(UsageError, match="both set the size"):
         build_config({"source": "demo", "rank": 8, "kv_ratio": 0.5})
     with pytest.raises(UsageError, match=r"^dtype: "):
         build_config({"source": "demo", "dtype": "int8"})

@@ -163,7 +163,7 @@ def test_without_hard_links(old, monkeypatch):
 
 @pytest.mark.parametrize("profile", ["hf-code", "portable"])
 def test_export(convert_pico, tmp_path, profile):
-    source = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    source = convert_pico("llama", rank=10, rope_dim=8, rope_selection="engine_table").out
     out = tmp_path / "out"
     export(source, out, profile)
     assert refresh(out).written == []

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 
+import pico
 import pytest
+import torch
 
 import mla_convert.pipeline.sweep
-from mla_convert.pipeline.sweep import _Points
+from mla_convert.pipeline.sweep import SweepRun
 from mla_convert.write.verify import verify
 
 GATE, INPUT, USAGE, RESOURCES, INTERRUPTED = 3, 4, 2, 5, 130
@@ -101,7 +104,7 @@ def test_the_candidate_of_this_run_is_not_converted_twice(run, conversions, tmp_
 
 
 def test_interrupted_and_gone_on_with(run, conversions, monkeypatch, tmp_path):
-    real = _Points.add
+    real = SweepRun.add
 
     def add(self, number):
         if number == 2:
@@ -110,10 +113,10 @@ def test_interrupted_and_gone_on_with(run, conversions, monkeypatch, tmp_path):
 
     # stopped in its first point, it leaves a folder that is taken for its own
     (tmp_path / "sweep" / ".kv-0.75.partial").mkdir(parents=True)
-    monkeypatch.setattr(_Points, "add", add)
+    monkeypatch.setattr(SweepRun, "add", add)
     code, out, err = run("--keep")
     assert code == INTERRUPTED and not out and "2 of 3 points are in" in err
-    monkeypatch.setattr(_Points, "add", real)
+    monkeypatch.setattr(SweepRun, "add", real)
     conversions.clear()
     assert run("--keep")[0] == 0
     assert conversions == ["kv-0.25"]
@@ -164,3 +167,67 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
     code, _, err = run(folder=tmp_path / "thesis")
     assert code == INPUT and "holds no sweep" in err
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+
+
+def wide(folder, head_dim=64, heads=8):
+    """A checkpoint whose cache is wide enough for vLLM's kernels: 1024 numbers per token and layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**pico.COMMON | {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": heads,
+                                          "num_key_value_heads": heads, "head_dim": head_dim})  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    pico.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_for_an_engine(cli, tmp_path):
+    """Several fractions lead to one of the engine's few sizes, and some to none: one point a size is left."""
+    (tmp_path / "text.txt").write_text(pico.text(8000))
+    small = ("--calib", tmp_path / "text.txt", "--eval", tmp_path / "text.txt", "--calib-samples", 8, "--calib-length", 32,
+             "--eval-windows", 2, "--eval-length", 32, "--suite-windows", 0, "--refine-steps", 0, "--device", "cpu")  # fmt: skip
+    source = wide(tmp_path / "source")
+    code, _, err = cli("sweep", source, "--for", "vllm", "--folder", tmp_path / "sweep", *small)
+    assert code == 0, err
+    points = content(tmp_path / "sweep")["points"]
+    assert [(e["kv_ratio"], e["rank"], e["rope_dim"]) for e in points] == [(0.67, 256, 64)]
+    assert "kv-0.5 is left out: for vllm its sizes are those of kv-0.67" in err
+    assert "kv-0.25 is left out: " in err and "least that vLLM has kernels for is 320" in " ".join(err.split())
+    settings = points[0]["settings"]
+    assert (settings["engine"], settings["uniform"], settings["rope_selection"]) == ("vllm", True, "engine_table")
+
+
+def test_for_an_engine_that_no_size_suits(run, tmp_path):
+    code, out, err = run("--for", "vllm")
+    assert code == INPUT and "the least that vLLM has kernels for" in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_export_of_every_point_and_of_the_choice(run, conversions, tmp_path):
+    tabled = ("--rope-selection", "engine_table", "--kv-ratios", "0.75,0.5", "--export", "portable")
+    code, _, err = run(*tabled)
+    assert code == 0, err
+    folder = tmp_path / "sweep"
+    exported = [json.loads((folder / f"kv-{share}-portable" / "export.json").read_text()) for share in (0.75, 0.5)]
+    assert [facts["profile"] for facts in exported] == ["portable"] * 2
+    assert not list(folder.glob("kv-*/report.json"))  # conversions are not kept
+    conversions.clear()
+    shutil.rmtree(folder / "kv-0.5-portable")  # what is gone is made again, and nothing else
+    assert run(*tabled)[0] == 0 and conversions == ["kv-0.5"] and (folder / "kv-0.5-portable").is_dir()
+    code, _, err = run(*tabled, "--max-ppl-ratio", 1e6, "--out", tmp_path / "out")
+    assert code == 0, err
+    verify(tmp_path / "out-portable")
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "options, code, words",
+    [
+        (("--export", "other"), USAGE, "none of portable, engine, hf-code"),
+        (("--export", "portable"), USAGE, "needs planes of one table: add --for ENGINE"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_first(run, tmp_path, options, code, words):
+    found, out, err = run(*options)
+    assert found == code and words in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "sweep").exists()

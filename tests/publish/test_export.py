@@ -34,7 +34,7 @@ def distance(one, other):
 @pytest.fixture(scope="module")
 def tabled(convert_pico):
     """A conversion that engines can express: one plane for each frequency."""
-    return lambda name: convert_pico(name, rank=10, rope_dim=8, planes="table").out
+    return lambda name: convert_pico(name, rank=10, rope_dim=8, rope_selection="engine_table").out
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_portable_with_another_epsilon_in_the_source(convert_folder, tmp_path):
     built.save_pretrained(tmp_path / "source")
     pico.tokenizer().save_pretrained(tmp_path / "source")
     (tmp_path / "text.txt").write_text(pico.text())
-    converted = convert_folder(tmp_path / "source", rank=10, rope_dim=8, planes="table").out
+    converted = convert_folder(tmp_path / "source", rank=10, rope_dim=8, rope_selection="engine_table").out
     export(converted, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == 1e-6
     assert distance(logits(tmp_path / "out"), logits(converted)) < 1e-5

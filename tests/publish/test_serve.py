@@ -22,7 +22,7 @@ LLAMA_SERVER, LLAMA_CONVERTER = (
 
 @pytest.fixture(scope="module")
 def tabled(convert_pico):
-    return convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    return convert_pico("llama", rank=10, rope_dim=8, rope_selection="engine_table").out
 
 
 @pytest.fixture
@@ -54,19 +54,19 @@ class Like:
 
 def settings(source, **options):
     found = apply_constraints(ConvertConfig(source="model", **options), source)
-    return found.rank, found.rope_dim, found.planes, found.uniform
+    return found.rank, found.rope_dim, found.rope_selection, found.uniform
 
 
 def test_towards_chooses_what_vllm_has_kernels_for():
-    assert settings(Like(8, 128), engine="vllm") == (512, 64, "table", True)  # Llama-3-8B
-    assert settings(Like(8, 128), engine="vllm", kv_ratio=0.2) == (256, 64, "table", True)
-    assert settings(Like(8, 64), engine="vllm") == (512, 64, "table", True)  # Llama-3.2-1B
-    assert settings(Like(3, 64, 576), engine="vllm") == (256, 64, "table", True)  # SmolLM2-135M: 83%
-    assert settings(Like(4, 128, bias=True, model_type="qwen2"), engine="vllm") == (512, 64, "loss", True)
-    assert settings(Like(8, 128, model_type="qwen3", normed=True), engine="vllm") == (512, 64, "loss", True)
-    assert settings(Like(8, 128, rope="llama3"), engine="vllm") == (512, 64, "loss", True)
-    assert settings(Like(8, 128, rope="llama3"), engine="vllm", planes="table")[2] == "table"
-    assert settings(Like(3, 64, 576), engine="llama.cpp", kv_ratio=0.34) == (64, 64, "table", True)
+    assert settings(Like(8, 128), engine="vllm") == (512, 64, "engine_table", True)  # Llama-3-8B
+    assert settings(Like(8, 128), engine="vllm", kv_ratio=0.2) == (256, 64, "engine_table", True)
+    assert settings(Like(8, 64), engine="vllm") == (512, 64, "engine_table", True)  # Llama-3.2-1B
+    assert settings(Like(3, 64, 576), engine="vllm") == (256, 64, "engine_table", True)  # SmolLM2-135M: 83%
+    assert settings(Like(4, 128, bias=True, model_type="qwen2"), engine="vllm") == (512, 64, "by_loss", True)
+    assert settings(Like(8, 128, model_type="qwen3", normed=True), engine="vllm") == (512, 64, "by_loss", True)
+    assert settings(Like(8, 128, rope="llama3"), engine="vllm") == (512, 64, "by_loss", True)
+    assert settings(Like(8, 128, rope="llama3"), engine="vllm", rope_selection="engine_table")[2] == "engine_table"
+    assert settings(Like(3, 64, 576), engine="llama.cpp", kv_ratio=0.34) == (64, 64, "engine_table", True)
 
 
 def test_towards_without_an_engine_changes_nothing():
@@ -82,8 +82,8 @@ def test_towards_without_an_engine_changes_nothing():
         (Like(8, 128), {"engine": "vllm", "rank": 300}, UsageError, "give 256, 448 or 512"),
         (Like(8, 128), {"engine": "vllm", "rank": "full"}, UsageError, "give 256, 448 or 512"),
         (Like(8, 128), {"engine": "vllm", "rope_dim": 96}, UsageError, "at most 64"),
-        (Like(8, 128), {"engine": "vllm", "planes": "even"}, UsageError, "--planes even"),
-        (Like(8, 128), {"engine": "sglang", "planes": "loss"}, UsageError, "--planes loss"),
+        (Like(8, 128), {"engine": "vllm", "rope_selection": "evenly_spaced"}, UsageError, "--rope-selection evenly"),
+        (Like(8, 128), {"engine": "sglang", "rope_selection": "by_loss"}, UsageError, "--rope-selection by_loss"),
         (
             Like(8, 128, rope="llama3"),
             {"engine": "sglang"},
@@ -128,7 +128,12 @@ def test_real_sources_have_what_towards_asks(sources):
             4,
             "float16 cannot",
         ),
-        ("qwen2", ("--export", "portable", "--uniform", "--planes", "table"), 4, "biases .*--profile hf-code"),
+        (
+            "qwen2",
+            ("--export", "portable", "--uniform", "--rope-selection", "engine_table"),
+            4,
+            "biases .*--profile hf-code",
+        ),
         ("mistral-window", ("--export", "hf-code", "--uniform"), 4, "sliding window of 12"),
         ("mistral-window", ("--for", "vllm"), 4, "sliding window of 12"),
         ("gemma3", ("--export", "hf-code", "--uniform"), 4, "family gemma3"),
@@ -149,7 +154,7 @@ def test_convert_for_an_engine_and_export(cli, sources, tmp_path):
                        "--eval-windows", 2, "--eval-length", 32, "--device", "cpu")  # fmt: skip
     assert code == 0 and "profile portable" in err, err
     report = json.loads((tmp_path / "mla" / "report.json").read_text())
-    assert report["settings"]["uniform"] and report["settings"]["planes"] == "table"
+    assert report["settings"]["uniform"] and report["settings"]["rope_selection"] == "engine_table"
     assert all(layer["plane_frequencies"] == [0, 1, 2, 3] for layer in report["layers"])
     code, out, _ = cli("serve-check", tmp_path / "mla-portable", "--engine", "transformers", "--json")
     found = json.loads(out)
@@ -300,10 +305,16 @@ def check(cli, folder, against, engine, *options):
 @pytest.mark.parametrize(
     ("name", "settings", "profile", "options", "path"),
     [
-        ("llama", {"rank": 10, "rope_dim": 8, "planes": "table"}, "portable", (), "DeepseekV3ForCausalLM"),
         (
             "llama",
-            {"rank": 10, "rope_dim": 8, "planes": "table"},
+            {"rank": 10, "rope_dim": 8, "rope_selection": "engine_table"},
+            "portable",
+            (),
+            "DeepseekV3ForCausalLM",
+        ),
+        (
+            "llama",
+            {"rank": 10, "rope_dim": 8, "rope_selection": "engine_table"},
             "portable",
             ("--model-impl", "transformers"),
             "Transformers",

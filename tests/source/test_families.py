@@ -1,5 +1,6 @@
-"""What holds for every family, beside exactness (test_exactness.py), and docs/families.md, which is made from it."""
+"""Every family beyond exactness (tests/laws/test_exactness.py): budgets, storage, refusals, and the families page."""
 
+import importlib.util
 import json
 import os
 import re
@@ -11,18 +12,14 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from pico import VARIANTS
+from pico import HALF, QUARTER, VARIANTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from mla_convert.source.families import FAMILIES, LATENT, REFUSED
 from mla_convert.source.source import open_source
 
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-NUMBER = re.compile(r"\d\.\de-\d\d|\d+%|\d\.\d\.\d+|\d+\.\d+\.\d+")
-# without noise: the few windows of a test would be half noise
-HALF = {"kv_ratio": 0.5, "calib_noise": 0, "calib_samples": 32}
-QUARTER = {"kv_ratio": 0.25, "calib_noise": 0, "calib_samples": 32, "refine_steps": 4, "refine_batch": 4}
+FIGURES = re.compile(r"\d\.\de-\d\d \| \d+% \| \d+%")
 LENGTH = 40
 
 
@@ -41,7 +38,7 @@ def tensors(folder):
 
 def same_bytes(one, other):
     return one.dtype == other.dtype and torch.equal(
-        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
     )
 
 
@@ -292,101 +289,18 @@ def test_settings_that_a_family_relies_on(cli, sources, tmp_path, name, fields):
 # ---- the page
 
 
-INTRO = """# Families
-
-Made by `tests/source/test_families.py` from `mla_convert/families/` and from what the tests measure; `MLA_WRITE_DOCS=1 python -m
-pytest tests/source/test_families.py -k page` writes it anew. A family is here only if each of its variants passes: at full rank
-with every plane kept the converted model equals the original in float32 to 1e-4 of the range of its logits, in prefill with
-left padding, chunked and token-by-token decode, past its sliding window, and generating with dynamic, static and no cache;
-at half and at a quarter of the cache everything stays finite, and attention on latents equals attention on keys and values.
-
-*Error* is the largest difference of a logit over the range of the logits, at full rank, on a tiny random model. *At half*
-and *at a quarter* are the squared error of the attention's output over its square in the worst layer, without refinement,
-for the smallest budget tested: random weights are the worst case, so these say that the path works, not what a trained model
-loses. 100% is what leaving attention out would give. Where the full rank of a tiny model is below the budget, nothing is
-lost.
-
-"""
-OUTRO = """
-## What is approximated
-
-Nothing but what every family's conversion approximates: the dropped rotary planes and the rank. Norms on queries and keys
-(Qwen3, Gemma 3, OLMo 2 and 3, StableLM 2, Command R+) stand where they stood: the converted layer keeps the original's
-`q_proj`, `k_proj`, `v_proj` and norms, and the latent is a map of [normed key; value], so that norms over all heads cost no
-exactness. Such layers store more weights than others; what they cache is the same. Dims that RoPE does not turn (partial
-rotary) are content from the start. Layers without RoPE (SmolLM3, Command R7B) spend their whole budget on the latent. Soft
-caps and sinks need attention written out, as in the originals: those families run with eager attention.
-
-## Real checkpoints
-
-Not part of the tests. Perplexity on the first windows of the packaged evaluation text, calibrated on the packaged
-calibration text, closed form only (`--refine-steps 0 --dtype float32`), on a CPU:
-
-| checkpoint | cache | calibration | evaluation | before | after |
-|---|---|---|---|---:|---:|
-| Gemma 3 270M, Q4_K_M GGUF dequantised | 256 + 256, full | 2 × 128 | 2 × 256 | 33.204 | 33.204 |
-| Gemma 3 270M, Q4_K_M GGUF dequantised | 192 + 64, half | 16 × 512 | 4 × 512 | 39.789 | 49.942 (×1.2552) |
-
-The same on WikiText-2 (raw test, the first windows of 2048 tokens, not overlapping), calibrated on other text (OpenStax
-books), with what a CPU does when nothing is said (32 × 512 tokens, 30 steps a layer, sizes shared out) unless a row says
-otherwise; ± is one standard error of the ratio over windows:
-
-| checkpoint | cache | windows | before | after |
-|---|---|---:|---:|---:|
-| SmolLM2 135M Instruct, Q4_1 GGUF dequantised | 141 + 51, half | 4 | 24.146 | 31.609 (×1.309 ± 0.043) |
-| Qwen2.5-Coder 0.5B Instruct, Q4_K_M GGUF dequantised | 96 + 32, half | 4 | 36.911 | 40.960 (×1.110 ± 0.044) |
-| the same, before channels were weighed | 58 + 22, a third | 4 | 36.911 | 81.465 (×2.21 ± 0.22) |
-| Gemma 3 270M, Q4_K_M GGUF dequantised | 182 + 74, half | 4 | 25.545 | 38.555 (×1.51 ± 0.10) |
-| the same, 2 windows | 182 + 74, half | 2 | 19.874 | 28.549 (×1.44) |
-| the same, closed form | 182 + 74, half | 2 | 19.874 | 30.195 (×1.52) |
-| the same, uniform, closed form, 16 × 512 tokens | 192 + 64, half | 2 | 19.874 | 41.803 (×2.10 ± 0.36) |
-| the same, windows of 512 tokens, no noise | 192 + 64, half | 8 | 63.648 | 145.486 (×2.29) |
-
-Gemma 3 270M has one kv head, so there are no heads to share a latent among, and its layers differ much: shared out, layer
-14 gets 96 + 32 numbers and layer 11 gets 320 + 96. That its windows are longer than those of calibration is not what it loses by.
-Refinement in plain squares did harm here (×2.67 on 4 windows); [quality.md](quality.md) says why, and what is done instead.
-
-## Not converted
-
-- Quantised safetensors: GPTQ, AWQ and bitsandbytes are refused; FP8 and MXFP4 are read as bfloat16. GGUF files are read
-  through transformers.
-- Of multimodal checkpoints whose language model is one of the above (Gemma 3 4B and up, for example): the language model alone.
-- Models with latent attention already (DeepSeek V2 and V3, Kimi, MiniCPM3, LongCat, …): said so, nothing done.
-{refused}
-"""
+def test_page_is_up_to_date():
+    """The figures are those of the machine that made the page; all other text must be what the script makes now."""
+    script = load_script("make_families_page")
+    made = script.page(lambda family: script.Measured(1e-6, 0.5, 0.5))
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert FIGURES.sub("#", page) == FIGURES.sub("#", made), "stale: run scripts/make_families_page.py"
+    errors = [float(row.split("|")[5]) for row in page.splitlines() if row.startswith("| `")]
+    assert len(errors) == len(FAMILIES) and max(errors) <= 1e-4
 
 
-def page(convert_pico):
-    """docs/families.md from the table and from conversions."""
-    rows = ["| family | checkpoints | special | variants tested | error | at half | at a quarter | status |",
-            "|---|---|---|---|---:|---:|---:|---|"]  # fmt: skip
-    errors = {}
-    for kind, family in FAMILIES.items():
-        names = list(family.tested)
-        errors[kind] = max(exactness(convert_pico, name) for name in names)
-        loss = [max(worst(convert_pico(name, **budget), "output_error_closed_form") for name in names)
-                for budget in (HALF, QUARTER)]  # fmt: skip
-        figures = [f"{errors[kind]:.1e}", *(f"{value:.0%}" for value in loss)]
-        tested = ", ".join(names)
-        rows.append(f"| `{kind}` | {family.examples} | {family.special} | {tested} | {' | '.join(figures)} | exact |")
-    refused = "\n".join(f"- `{kind}`: {reason}." for kind, reason in REFUSED.items())
-    return INTRO + "\n".join(rows) + "\n" + OUTRO.format(refused=refused), errors
-
-
-@torch.no_grad()
-def exactness(convert_pico, name):
-    """Largest difference of a logit over the range of logits, at full rank."""
-    report = convert_pico(name, rank="full", rope_dim="full")
-    ids = torch.randint(3, pico.VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
-    models = pico.model(name), AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
-    original, converted = (model(ids).logits for model in models)
-    return float((original - converted).abs().max() / (original.max() - original.min()))
-
-
-def test_page_is_up_to_date(convert_pico):
-    found, errors = page(convert_pico)
-    assert all(error <= 1e-4 for error in errors.values()) and len(errors) >= 20
-    if os.environ.get("MLA_WRITE_DOCS"):
-        PAGE.write_text(found)
-    # figures differ in their last digits from machine to machine
-    assert NUMBER.sub("#", PAGE.read_text()) == NUMBER.sub("#", found), "stale: run with MLA_WRITE_DOCS=1"
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

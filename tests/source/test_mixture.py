@@ -6,8 +6,9 @@ import torch
 import yaml
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.core.settings import ConvertConfig, build_config
-from mla_convert.heal.run import check_conversion
+from mla_convert.core.recipes import build_config
+from mla_convert.core.settings import ConvertConfig
+from mla_convert.heal.checks import check_conversion
 from mla_convert.source import mixture, texts
 from mla_convert.source.mixture import Part, parts, quotas
 

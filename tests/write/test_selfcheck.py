@@ -156,7 +156,7 @@ def test_verify_run_repeats_it_on_any_folder(folder, cli, tmp_path, monkeypatch)
 
 
 def test_exports_are_tried_too(convert_pico, cli, tmp_path):
-    source = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    source = convert_pico("llama", rank=10, rope_dim=8, rope_selection="engine_table").out
     for profile in ("portable", "hf-code", "engine"):
         out = tmp_path / profile
         code, _, err = cli("export", source, "--profile", profile, "--out", out, "-q")

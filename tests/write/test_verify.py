@@ -407,7 +407,7 @@ def test_link_to_the_same_bytes_is_no_fault(folder, tmp_path):
 def test_export(tmp_path, convert_pico):
     from mla_convert.publish.engines.export import export
 
-    source = convert_pico("llama", rank=10, rope_dim=8, planes="table").out
+    source = convert_pico("llama", rank=10, rope_dim=8, rope_selection="engine_table").out
     export(source, tmp_path / "out", "hf-code")
     assert verify(tmp_path / "out").note is None
     draw = random.Random(0)

@@ -4,10 +4,22 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import DTYPES, check_integers, check_rows, check_shape, check_widths, expect
-from .naive import mask_extent, naive_decode, naive_write
+from .naive import find_mask_bounds, naive_decode, naive_write
+from .problem import (
+    DecodeProblem,
+    check_block_table,
+    check_options,
+    check_queries,
+    check_rows,
+    check_shape,
+    check_widths,
+    expect,
+)
 
-__all__ = ["mask_extent", "mla_decode", "mla_write", "naive_decode", "naive_write"]
+__all__ = ["find_mask_bounds", "mask_extent", "mla_decode", "mla_write", "naive_decode", "naive_write"]
+
+# Its former name, under which the code beside earlier converted models calls it.
+mask_extent = find_mask_bounds
 
 
 def mla_decode(
@@ -25,6 +37,7 @@ def mla_decode(
     softcap: float = 0.0,
     window: int | None = None,
     mask: Tensor | None = None,
+    mask_bounds: Tensor | None = None,
     extent: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of absorbed queries on a latent cache that all heads share (arXiv 2405.04434, section 2.1.2).
@@ -36,21 +49,23 @@ def mla_decode(
         q_latent: (B, T, H, r), queries carried through the key up-projection. T query tokens per sequence, the last T of
             its `cache_seqlens` tokens; their own rows are already in the cache. r a multiple of 16, 16 to 576; H 1 to 128.
         q_rope: (B, T, H, p), rotated queries. p a multiple of 16, 0 to 128.
-        latent_cache: (B, S, r), or (pages, page_size, r) with a block table. Any strides, numbers of a row side by side.
+        latent_cache: (B, S, r), or (pages, page_size, r) with a block table. Any strides, but the last dimension contiguous.
             Rows past a sequence's length may hold anything, NaN included.
         rope_cache: (B, S, p), or (pages, page_size, p).
         cache_seqlens: (B,) int32, tokens in the cache of each sequence, 0 upwards, contiguous. Not read on the host.
         softmax_scale: multiplies the scores, > 0.
         block_table: (B, max_pages) int32, page of every page_size tokens; entries past a length are not read.
-        num_splits: parts into which every sequence is cut; None chooses, or shares all the work out evenly over the card.
+        num_splits: parts into which every sequence is cut, 1 to 1024; None lets the launcher choose, which may instead
+            distribute all tiles evenly over the multiprocessors.
         out: (B, T, H, r), written to and returned if given.
         return_lse: also return the natural logarithm of the sum of exponentials, (B, H, T) float32.
         softcap: scores become softcap * tanh(score / softcap); 0 leaves them.
         window: a query sees its own token and the window - 1 before it; None, all.
         mask: (B, T, S), boolean, true where a query sees a token; rows contiguous, B may be expanded. In place of
             `cache_seqlens`, which is then None, and of causality: left padding, a static cache's unwritten part, trees of
-            drafts. Tokens outside `extent` are not read.
-        extent: `mask_extent(mask)`, if it is at hand; layers that share a mask need it once.
+            drafts. Tokens outside `mask_bounds` are not read.
+        mask_bounds: (3, B) int32, `find_mask_bounds(mask)`; layers that share a mask need it once. Computed if None.
+        extent: the former name of `mask_bounds`, which the code beside earlier converted models uses.
 
     Returns:
         Attended latents (B, T, H, r) in the queries' dtype, with the lse if asked for. A query that sees no token gets
@@ -59,57 +74,22 @@ def mla_decode(
     Raises:
         ValueError: a shape, dtype, stride or device is not as above.
     """
-    expect(q_latent.dim() == 4, lambda: f"q_latent has {q_latent.dim()} dimensions, expected (B, T, H, r)")
-    batch, tokens, heads, rank = q_latent.shape
-    rope_dim = q_rope.shape[-1]
-    check_widths(rank, rope_dim, heads)
-    allowed = DTYPES if q_latent.is_cuda else (*DTYPES, torch.float64)
-    expect(q_latent.dtype in allowed, lambda: f"q_latent has dtype {q_latent.dtype}, expected one of {allowed}")
-    check_shape("q_rope", q_rope, batch, tokens, heads, rope_dim)
-    outer = batch if block_table is None else None
-    check_shape("latent_cache", latent_cache, outer, None, rank)
-    check_shape("rope_cache", rope_cache, latent_cache.shape[0], latent_cache.shape[1], rope_dim)
-    check_rows(
-        q_latent.dtype,
-        q_latent.device,
-        q_latent=q_latent,
-        q_rope=q_rope,
-        latent_cache=latent_cache,
-        rope_cache=rope_cache,
-    )
-    expect((mask is None) != (cache_seqlens is None), lambda: "one of cache_seqlens and mask must be given")
-    if mask is None:
-        check_shape("cache_seqlens", cache_seqlens, batch)
-        check_integers("cache_seqlens", cache_seqlens, q_latent.device)
-        expect(cache_seqlens.is_contiguous(), lambda: "cache_seqlens must be contiguous")
-    else:
-        expect(window is None, lambda: "a window cannot be combined with a mask: it is part of the mask")
-        check_shape("mask", mask, batch, tokens, latent_cache.shape[1] if block_table is None else None)
-        check_rows(torch.bool, q_latent.device, mask=mask)
-        extent = mask_extent(mask) if extent is None else extent
-        check_shape("extent", extent, 3, batch)
-        check_integers("extent", extent, q_latent.device)
-        expect(extent.is_contiguous(), lambda: "extent must be contiguous")
-    if block_table is not None:
-        check_shape("block_table", block_table, batch, None)
-        check_integers("block_table", block_table, q_latent.device)
-        expect(block_table.shape[1] <= 1 or block_table.stride(1) == 1, lambda: "block_table: rows must be contiguous")
-    expect(softmax_scale > 0, lambda: f"softmax_scale is {softmax_scale}, expected a positive number")
-    expect(
-        num_splits is None or 1 <= num_splits <= 1024, lambda: f"num_splits is {num_splits}, expected None or 1 to 1024"
-    )
-    expect(softcap >= 0, lambda: f"softcap is {softcap}, expected a positive number, or 0 for none")
-    expect(window is None or window > 0, lambda: f"window is {window}, expected a positive number, or None")
+    check_options(softmax_scale, num_splits, softcap, window)
+    check_queries(q_latent, q_rope)
+    batch, tokens, heads, _ = q_latent.shape
+    if mask is not None:
+        check_shape("mask", mask, batch, tokens, None)
+        mask_bounds = extent if mask_bounds is None else mask_bounds
+        mask_bounds = find_mask_bounds(mask) if mask_bounds is None else mask_bounds
     if out is None:
         out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
-    else:
-        check_shape("out", out, *q_latent.shape)
-        check_rows(q_latent.dtype, q_latent.device, out=out)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q_latent.device)
-    ops.decode(
+    problem = DecodeProblem(
         q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table, softmax_scale, num_splits or 0, softcap,
-        window or 0, mask, extent, out, lse,
+        window or 0, mask, mask_bounds, out, lse,
     )  # fmt: skip
+    problem.check()
+    ops.decode(*problem)
     return (out, lse) if return_lse else out
 
 
@@ -125,7 +105,7 @@ def mla_write(
     *,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """Append T new tokens per sequence to the caches, in place, their keys rotated; return the rotated queries.
+    """Append T new tokens per sequence to the caches, in place, with rotated keys; return the rotated queries.
 
     RoPE (arXiv 2104.09864) acts on complex planes: a row of p numbers holds p / 2 real parts, then p / 2 imaginary ones.
 
@@ -133,8 +113,10 @@ def mla_write(
         latent: (B, T, r), stored as they are.
         k_rope: (B, T, p), keys before RoPE.
         q_rope: (B, T, H, p), queries before RoPE.
-        cos, sin: (B, T, p / 2), of the tokens' angles, one per plane; float32 or the queries' dtype; B may be expanded.
-        latent_cache, rope_cache: as in `mla_decode`.
+        cos: (B, T, p / 2), cosines of the tokens' angles, one per plane; float32 or the queries' dtype; B may be expanded.
+        sin: (B, T, p / 2), their sines, in the dtype of `cos`.
+        latent_cache: as in `mla_decode`.
+        rope_cache: as in `mla_decode`.
         positions: (B, T), int32 or int64, index of the token in its sequence; a token of negative position is not stored.
         block_table: as in `mla_decode`.
 
@@ -164,6 +146,5 @@ def mla_write(
         lambda: f"positions has dtype {positions.dtype}, expected int32 or int64",
     )
     if block_table is not None:
-        check_shape("block_table", block_table, batch, None)
-        check_integers("block_table", block_table, latent.device)
+        check_block_table(block_table, latent.device, batch)
     return ops.write(latent, k_rope, q_rope, cos, sin, latent_cache, rope_cache, positions, block_table)

@@ -1,4 +1,6 @@
-"""Launch of the decode kernels on tensors that are known to be right (`mla_decode` checks them)."""
+"""Launch of the decode kernels on a checked `DecodeProblem`."""
+
+from __future__ import annotations
 
 import functools
 import os
@@ -7,6 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from .problem import DecodeProblem, SequenceMask
 from .tuning import (
     DecodeConfig,
     choose_splits,
@@ -18,39 +21,28 @@ from .tuning import (
 )
 
 LOG2E = 1.4426950408889634
-# 0 for the Triton kernels on Hopper, too.
+# Environment variable; 0 selects the Triton kernels on Hopper, too.
 HOPPER = "MLA_ATTENTION_HOPPER"
-# Whether the CUDA kernels were tried and could not be compiled.
-_refused = False
+# Whether an attempt to compile the CUDA kernels has failed.
+_unavailable = False
 
 
 @functools.cache
 def _device_limits(index: int) -> tuple[int, int, str]:
-    """Multiprocessors of a CUDA device, bytes of shared memory that one program may have, and its name."""
+    """Multiprocessors of a CUDA device, bytes of shared memory that a program may use, and the device's name."""
     properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.name
 
 
 def device_limits(device: torch.device) -> tuple[int, int, str]:
-    """The same for any device; elsewhere (Triton's interpreter) a small machine, so that small tests share out work."""
+    """`_device_limits` of any device; for Triton's interpreter those of a small one, so that small tests split sequences."""
     if device.type != "cuda":
         return 4, 227 * 1024, ""
     return _device_limits(torch.cuda.current_device() if device.index is None else device.index)
 
 
-class Visible:
-    """What the kernels are told of the tokens that a query may see; pointers that are not read stand in for no mask."""
-
-    def __init__(self, cache_seqlens: Tensor | None, mask: Tensor | None, extent: Tensor | None):
-        self.masked = mask is not None
-        self.starts, self.lengths, self.holes = extent if self.masked else (cache_seqlens,) * 3
-        self.mask = mask.view(torch.uint8) if self.masked else cache_seqlens.view(-1, 1, 1)
-        # Tokens that some query sees, (B, S).
-        self.shown = self.mask[:, 0] if self.mask.shape[1] == 1 else self.mask.amax(1)
-
-
 def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
-    """Whether tiles can be described to the tensor memory accelerator: 16-byte steps, tiles made of whole pages or within one."""
+    """Whether the tensor memory accelerator can load tiles: strides of 16 bytes, and tiles of whole pages or within a page."""
     if page_size and page_size % block_n and page_size not in (16, 32):
         return False
     return all(
@@ -62,133 +54,134 @@ def tma_possible(caches: list[Tensor], page_size: int, block_n: int) -> bool:
     )
 
 
-def hopper_possible(
-    q_latent: Tensor, latent_cache: Tensor, rope_cache: Tensor, out: Tensor, page_size: int, block_n: int
-) -> bool:
-    """Whether the Hopper kernel can run here on these tensors, with tiles of `block_n` tokens."""
+def hopper_possible(problem: DecodeProblem, block_n: int) -> bool:
+    """Whether the Hopper kernel can serve a problem on this device, with tiles of `block_n` tokens."""
+    query, out = problem.q_latent, problem.out
     return (
-        q_latent.is_cuda
-        and torch.cuda.get_device_capability(q_latent.device) == (9, 0)
-        and q_latent.dtype in (torch.bfloat16, torch.float16)
-        and latent_cache.shape[1] > 0
-        and tma_possible([latent_cache, rope_cache], page_size, block_n)
+        query.is_cuda
+        and torch.cuda.get_device_capability(query.device) == (9, 0)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and problem.latent_cache.shape[1] > 0
+        and tma_possible([problem.latent_cache, problem.rope_cache], problem.page_size, block_n)
         and out.data_ptr() % 16 == 0
         and all(stride % 4 == 0 for stride in out.stride()[:3])
     )
 
 
-def _launch_triton(
-    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse,
-    processors, config,
-):  # fmt: skip
-    """Launch the Triton kernels."""
-    from .decode_kernels import mla_decode_fwd_kernel_combine, mla_decode_fwd_kernel_split
-
-    batch, tokens, heads, rank = q_latent.shape
-    rope_dim = q_rope.shape[3]
-    r0, r1 = rank_chunks(rank)
-    rows = tokens * heads
-    page_size = 0 if block_table is None else latent_cache.shape[1]
-    slots = batch * num_splits if num_splits > 1 else 0
-    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
-    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
-    # The look-up of a page is a stage of its own in the pipeline: with one more, as many tiles stay in flight.
+def _triton_options(config: DecodeConfig, page_size: int) -> dict[str, int | bool]:
+    """Launch options of the split kernel."""
+    # The look-up of a page is a stage of its own in the pipeline: one more stage keeps as many tiles in flight.
     stages = config.stages + (1 if page_size and config.stages > 1 else 0)
     options = {"num_warps": config.warps, "num_stages": stages}
     if config.registers:
         options["maxnreg"] = config.registers
     if config.pdl:
         options["launch_pdl"] = True
+    return options
+
+
+def _launch_triton(
+    problem: DecodeProblem, seen: SequenceMask, num_splits: int, processors: int, config: DecodeConfig
+) -> None:
+    """Launch the Triton kernels: attention of every part, and the combination of the parts."""
+    from .decode_kernels import mla_decode_fwd_kernel_split
+
+    q_latent, q_rope, latent_cache, rope_cache, _, block_table, softmax_scale, _, softcap, window, mask, _, out, lse = (
+        problem
+    )
+    batch, tokens, heads, rank = q_latent.shape
+    rope_dim, rows, page_size = q_rope.shape[3], tokens * heads, problem.page_size
+    r0, r1 = rank_chunks(rank)
+    slots = batch * num_splits if num_splits > 1 else 0
+    part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
+    part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
+    options = _triton_options(config, page_size)
     mla_decode_fwd_kernel_split[(-(-rows // config.block_m), batch * num_splits)](
-        q_latent, q_rope, latent_cache, rope_cache, visible.lengths, visible.starts, visible.holes, visible.mask, visible.shown,
-        visible.lengths if block_table is None else block_table, out, lse, part, part_lse,
+        q_latent, q_rope, latent_cache, rope_cache, seen.lengths, seen.starts, seen.has_gaps, seen.mask, seen.shown,
+        seen.lengths if block_table is None else block_table, out, lse, part, part_lse,
         softmax_scale * LOG2E, softcap, window, tokens, heads,
         *q_latent.stride()[:3], *q_rope.stride()[:3], latent_cache.stride(0), rope_cache.stride(0),
         0 if block_table is None else block_table.stride(0), *out.stride()[:3],
-        *visible.mask.stride()[:2], visible.shown.stride(0),
-        # Between tokens: a model has one, and known in advance it spares a register for every row that a thread loads.
+        *seen.mask.stride()[:2], seen.shown.stride(0),
+        # Strides between tokens are constants: a model has one, and a constant saves a register for every row of a thread.
         stride_cn=latent_cache.stride(1), stride_kn=rope_cache.stride(1),
         rank=rank, rope_dim=rope_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, R0=r0, R1=r1,
         ROPE=max(power_of_two(rope_dim), 16) if rope_dim else 0, PAGE=page_size, SPLITS=num_splits,
-        MASK=visible.masked, WINDOW=window > 0, SOFTCAP=softcap > 0,
-        PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32", PDL=config.pdl, STAGES=stages, **options,
+        MASK=mask is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
+        PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32", PDL=config.pdl, STAGES=options["num_stages"],
+        **options,
     )  # fmt: skip
-    if num_splits == 1:
-        return
-    # Few rows: shorter pieces of the rank, so that enough programs fetch the parts.
+    if num_splits > 1:
+        _combine_triton(problem, seen, part, part_lse, num_splits, processors, config)
+
+
+def _combine_triton(
+    problem: DecodeProblem, seen: SequenceMask, part: Tensor, part_lse: Tensor, num_splits: int, processors: int,
+    config: DecodeConfig,
+) -> None:  # fmt: skip
+    """Launch the Triton kernel that combines the parts of every row."""
+    from .decode_kernels import mla_decode_fwd_kernel_combine
+
+    out, window = problem.out, problem.window
+    batch, tokens, heads, rank = problem.q_latent.shape
+    rows = tokens * heads
+    # With few rows, shorter pieces of the rank let enough programs fetch the parts.
     rank_chunk = min(power_of_two(rank), 128 if batch * rows * 4 <= processors * 8 else 512)
     parts = power_of_two(num_splits)
     mla_decode_fwd_kernel_combine[(batch * rows, -(-rank // rank_chunk))](
-        part, part_lse, visible.lengths, visible.starts, out, lse, window, tokens, heads, rank, *out.stride()[:3],
+        part, part_lse, seen.lengths, seen.starts, out, problem.lse, window, tokens, heads, rank, *out.stride()[:3],
         BLOCK_N=config.block_n, RANK_CHUNK=rank_chunk, PARTS=parts, PART_CHUNK=min(8192 // rank_chunk, parts),
-        SPLITS=num_splits, MASK=visible.masked, WINDOW=window > 0, PDL=config.pdl, num_warps=4,
+        SPLITS=num_splits, MASK=problem.mask is not None, WINDOW=window > 0, PDL=config.pdl, num_warps=4,
         **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip
 
 
-def _launch_hopper(arguments: tuple, workers: int, config: DecodeConfig) -> bool:
-    """Launch the CUDA kernels; false, and a warning once, where they cannot be compiled or loaded."""
-    global _refused
-    if _refused:
+def _launch_hopper(
+    problem: DecodeProblem, seen: SequenceMask, num_splits: int, workers: int, config: DecodeConfig
+) -> bool:
+    """Launch the CUDA kernels. Where they cannot be compiled or loaded, return False, and warn the first time."""
+    global _unavailable
+    if _unavailable:
         return False
     from .hopper import hopper_launch
     from .nvrtc import KernelUnavailableError
 
     try:
-        hopper_launch(*arguments, workers, config)
+        hopper_launch(problem, seen, num_splits, workers, config)
     except KernelUnavailableError as error:
-        _refused = True
+        _unavailable = True
         warnings.warn(f"mla_attention: the CUDA kernels for Hopper do not serve here: {error}", stacklevel=2)
         return False
     return True
 
 
-def launch_decode(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    latent_cache: Tensor,
-    rope_cache: Tensor,
-    cache_seqlens: Tensor | None,
-    block_table: Tensor | None,
-    softmax_scale: float,
-    num_splits: int,
-    softcap: float,
-    window: int,
-    out: Tensor,
-    lse: Tensor,
-    config: DecodeConfig | None = None,
-    mask: Tensor | None = None,
-    extent: Tensor | None = None,
-) -> None:
-    """Fill `out` (B, T, H, r) and `lse` (B, H, T). `num_splits` 0 is chosen here; `window` 0 is none.
+def launch_decode(problem: DecodeProblem, config: DecodeConfig | None = None) -> None:
+    """Fill `out` and `lse` of a problem. Reads nothing back from the device, so that a CUDA graph can capture it.
 
-    With a mask (B, T, S), boolean, `extent` (3, B) is what `mask_extent` makes of it, and lengths are taken from there.
-    Reads nothing back from the device, so that it can be captured in a CUDA graph.
+    Args:
+        problem: checked tensors and options; a `num_splits` of 0 is chosen here.
+        config: tile sizes and pipeline of the kernel; None takes those of the device and the shape.
     """
-    batch, tokens, heads, rank = q_latent.shape
-    rope_dim = q_rope.shape[3]
-    rows = tokens * heads
+    batch, tokens, heads, rank = problem.q_latent.shape
+    rope_dim, rows = problem.rope_dim, tokens * heads
     if batch == 0 or rows == 0:
         return
-    processors, shared_limit, card = device_limits(q_latent.device)
-    page_size = 0 if block_table is None else latent_cache.shape[1]
+    processors, shared_limit, card = device_limits(problem.q_latent.device)
     if config is None and os.environ.get(HOPPER) != "0":
         config = hopper_config(rank, rope_dim, shared_limit)
-    visible = Visible(cache_seqlens, mask, extent)
-    inputs = (q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale)
-    outputs = (softcap, window, out, lse)
+    seen = SequenceMask.of(problem)
+    num_splits = problem.num_splits
     if config and config.hopper:
         workers = max(processors // -(-rows // config.block_m), 1)
         parts = num_splits
-        if not (parts or page_size or visible.masked):  # pages, and masks of left padding, speak for different lengths
-            parts = hopper_parts(workers, batch, latent_cache.shape[1])
-        possible = hopper_possible(q_latent, latent_cache, rope_cache, out, page_size, config.block_n)
-        if possible and _launch_hopper((*inputs, parts, *outputs), workers, config):
+        if not (parts or problem.page_size or problem.mask is not None):
+            # Pages and masks indicate sequences of different lengths, for which equal parts would be uneven work.
+            parts = hopper_parts(workers, batch, problem.latent_cache.shape[1])
+        if hopper_possible(problem, config.block_n) and _launch_hopper(problem, seen, parts, workers, config):
             return
         config = None
-    config = config or default_config(rank, rope_dim, rows, q_latent.dtype, shared_limit, card)
+    config = config or default_config(rank, rope_dim, rows, problem.q_latent.dtype, shared_limit, card)
     if not num_splits:
-        capacity = latent_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         row_blocks = -(-rows // config.block_m)
-        num_splits = choose_splits(config, processors, batch * row_blocks, capacity, bool(page_size))
-    _launch_triton(*inputs, num_splits, *outputs, processors, config)
+        num_splits = choose_splits(config, processors, batch * row_blocks, problem.capacity, bool(problem.page_size))
+    _launch_triton(problem, seen, num_splits, processors, config)

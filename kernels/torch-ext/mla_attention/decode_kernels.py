@@ -4,10 +4,10 @@ One program serves up to BLOCK_M query rows (a row is one head of one query toke
 tiles of BLOCK_N tokens; every latent tile is loaded once and used as keys and, transposed, as values. Softmax runs online
 in base 2.
 
-The rank is cut in two power-of-two chunks, R0 + R1, because a tile's extent must be a power of two: 576 = 512 + 64 costs no
-padding, where 1024 would cost 78%.
+The rank is cut into two power-of-two chunks, R0 + R1, because the sides of a tile must be powers of two: 576 = 512 + 64
+costs no padding, where 1024 would cost 78%.
 
-On Hopper, the CUDA kernels of `hopper_decode.cu` take their place where they can serve.
+On Hopper, the CUDA kernels of `hopper_decode.cu` replace these where they can serve.
 """
 
 import triton
@@ -20,7 +20,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _tile_range(length, start, tokens, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """First tile that any query of the sequence may see, and one past the last. Scalars or vectors."""
+    """First tile that any query of the sequence may see, and one past the last. For scalars and for vectors."""
     last = (length + (BLOCK_N - 1)) // BLOCK_N
     if WINDOW:
         start = tl.maximum(start, length - tokens - window + 1)
@@ -29,10 +29,10 @@ def _tile_range(length, start, tokens, window, BLOCK_N: tl.constexpr, WINDOW: tl
 
 @triton.jit
 def _capped(scores, scale_log2, softcap, SOFTCAP: tl.constexpr):
-    """Raw dot products to base-2 logits, with cap * tanh(x / cap) in between for the families that have it."""
+    """Base-2 logits from raw dot products, with cap * tanh(x / cap) in between where SOFTCAP."""
     if SOFTCAP:
         x = scores * (scale_log2 / (LOG2E * softcap))
-        e = tl.exp2(-2.0 * LOG2E * tl.abs(x))  # of -2|x|, so that it cannot overflow
+        e = tl.exp2(-2.0 * LOG2E * tl.abs(x))  # exp(-2|x|) cannot overflow
         t = (1.0 - e) / (1.0 + e)
         return tl.where(x < 0, -t, t) * (softcap * LOG2E)
     return scores * scale_log2
@@ -41,12 +41,12 @@ def _capped(scores, scale_log2, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def _attend(
     c0, c1, kr, q0, q1, qr, m, l, acc0, acc1, n, limit, low, flags, scale_log2, softcap,
-    R1: tl.constexpr, ROPE: tl.constexpr, LOW: tl.constexpr, HOLES: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    R1: tl.constexpr, ROPE: tl.constexpr, LOW: tl.constexpr, GAPS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of tokens into the running maximum, sum and accumulators.
+    """Add one tile of tokens to the running maximum, sum and accumulators.
 
     c0 [N, R0], c1 [N, R1], kr [N, D]; q* [M, .]; m [M]; l [M, N] is the sum before its reduction over the tile's tokens:
-    reducing it once at the end spares an exchange between warps in every tile.
+    one reduction at the end saves an exchange between warps in every tile.
     """
     s = tl.dot(q0, tl.trans(c0), input_precision=PRECISION)
     if R1 > 0:
@@ -57,7 +57,7 @@ def _attend(
     seen = n[None, :] < limit[:, None]
     if LOW:
         seen = seen & (n[None, :] >= low[:, None])
-    if HOLES:
+    if GAPS:
         flag = tl.load(flags[:, None] + n[None, :], mask=seen, other=0)
         seen = seen & (flag != 0)
     s = tl.where(seen, s, -float("inf"))
@@ -77,17 +77,17 @@ def _attend(
 def _load_tile(
     cache, rope, table, b, n0, low, length, shown, stride_cb, stride_cn: tl.constexpr, stride_kb, stride_kn: tl.constexpr,
     rank: tl.constexpr, rope_dim: tl.constexpr, BLOCK_N: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
-    ROPE: tl.constexpr, PAGE: tl.constexpr, HOLES: tl.constexpr,
+    ROPE: tl.constexpr, PAGE: tl.constexpr, GAPS: tl.constexpr,
 ):  # fmt: skip
     """Tokens n0 .. n0 + BLOCK_N of a sequence through pointers: c0 [N, R0], c1 [N, R1], kr [N, D]; zeros for hidden ones.
 
     Never reads a token that no query sees (before `low`, past `length`, not `shown`), nor a block-table entry past `length`:
-    neither need hold anything sensible, and a weight of zero would not stop a NaN.
+    either may hold anything, and a weight of zero does not remove a NaN.
     """
     i = tl.arange(0, BLOCK_N)
     n = n0 + i
     if PAGE == 0 or PAGE % BLOCK_N == 0:
-        # The tile lies in one page (or in the sequence's own stretch of a contiguous cache).
+        # The tile lies in one page, or in the sequence's rows of a contiguous cache.
         if PAGE == 0:
             outer = b.to(tl.int64)
             inner = n0.to(tl.int64)
@@ -102,7 +102,7 @@ def _load_tile(
         c_row = cache + (pages * stride_cb + within * stride_cn)[:, None]
         k_row = rope + (pages * stride_kb + within * stride_kn)[:, None]
     seen = (n >= low) & (n < length)
-    if HOLES:
+    if GAPS:
         seen = seen & (tl.load(shown + n, mask=seen, other=0) != 0)
     there = seen[:, None]
     c0 = tl.load(c_row + tl.arange(0, R0)[None, :], mask=there, other=0.0)
@@ -133,10 +133,10 @@ def _store_rows(pointer, row_offset, in_range, acc, start: tl.constexpr, width, 
     tl.store(to, acc.to(pointer.dtype.element_ty), mask=in_range[:, None] & (d[None, :] < width))
 
 
-# Knowing that rows of a mask are aligned, Triton 3.6 chooses a layout that it then cannot lower with float32 products.
+# If Triton 3.6 knows that the rows of a mask are aligned, it chooses a layout that it cannot lower with float32 products.
 @triton.jit(do_not_specialize=["tokens", "window", "stride_mb", "stride_mt", "stride_ab"])
 def mla_decode_fwd_kernel_split(
-    q_latent, q_rope, cache, rope, lengths, starts, holes, mask, any_mask, block_table, out, lse, part, part_lse,
+    q_latent, q_rope, cache, rope, lengths, starts, has_gaps, mask, any_mask, block_table, out, lse, part, part_lse,
     scale_log2, softcap, window, tokens, heads,
     stride_qb, stride_qt, stride_qh, stride_rb, stride_rt, stride_rh, stride_cb, stride_kb,
     stride_tb, stride_ob, stride_ot, stride_oh, stride_mb, stride_mt, stride_ab,
@@ -146,9 +146,9 @@ def mla_decode_fwd_kernel_split(
     MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, sequences * SPLITS). Row blocks come first, so that those of a sequence run together, in the L2.
+    """Grid (row blocks, sequences * SPLITS). Row blocks come first, so that those of a sequence run together and share the L2.
 
-    Program (., sequence * SPLITS + split) leaves its part in that slot, or, if it is the whole, in the output.
+    Program (., sequence * SPLITS + split) writes its part to that slot, or to the output if the part is the whole sequence.
     """
     slot = tl.program_id(1)
     if PDL:
@@ -162,10 +162,10 @@ def mla_decode_fwd_kernel_split(
     in_range = row < rows
     length = tl.load(lengths + b)
     start = length * 0
-    holed = False
+    gaps = False
     if MASK:
         start = tl.load(starts + b)
-        holed = tl.load(holes + b) != 0
+        gaps = tl.load(has_gaps + b) != 0
     first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
     share = (last - first + SPLITS - 1) // SPLITS
     begin = tl.minimum(first + slot % SPLITS * share, last)
@@ -193,7 +193,7 @@ def mla_decode_fwd_kernel_split(
             low = limit - window
         if MASK:
             low = tl.maximum(low, start)
-            if holed:  # the mask alone says what each query sees
+            if gaps:  # the mask alone defines what each query sees
                 limit = limit - limit + length
         lowest = start  # of all the queries of the sequence
         if WINDOW:
@@ -201,10 +201,10 @@ def mla_decode_fwd_kernel_split(
         shown = any_mask + b.to(tl.int64) * stride_ab
         flags = mask + b.to(tl.int64) * stride_mb + tl.minimum(row_t, tokens - 1) * stride_mt
         table = block_table + b.to(tl.int64) * stride_tb
-        # With holes, a tile's load waits for another load: those without take the fast way.
+        # With gaps, the load of a tile waits for the load of the mask; tiles of sequences without gaps do not.
         last_plain = stop
         if MASK:
-            if holed:
+            if gaps:
                 last_plain = begin
         for tile in tl.range(begin, last_plain, num_stages=STAGES):
             n0 = tl.cast(tile * BLOCK_N, tl.int32)
@@ -247,7 +247,7 @@ def mla_decode_fwd_kernel_split(
             if R1 > 0:
                 _store_rows(pb, row * rank, in_range, acc1, R0, rank, R1)
             tl.store(part_lse + slot.to(tl.int64) * rows + row, lse2, mask=in_range)
-    else:  # a split that got no token
+    else:  # a split without a token
         nothing = tl.full([BLOCK_M], -float("inf"), tl.float32)
         tl.store(part_lse + slot.to(tl.int64) * rows + row, nothing, mask=in_range)
 
@@ -258,7 +258,7 @@ def mla_decode_fwd_kernel_combine(
     BLOCK_N: tl.constexpr, RANK_CHUNK: tl.constexpr, PARTS: tl.constexpr, PART_CHUNK: tl.constexpr, SPLITS: tl.constexpr,
     MASK: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Weighted mean of the parts of one row of one sequence: grid (sequences * rows, chunks of the rank)."""
+    """Weighted mean of the parts of one row of one sequence. Grid (sequences * rows, chunks of the rank)."""
     rows = tokens * heads
     b = tl.program_id(0) // rows
     row = tl.program_id(0) % rows
@@ -267,7 +267,7 @@ def mla_decode_fwd_kernel_combine(
     if MASK:
         start = tl.load(starts + b)
     first, last = _tile_range(length, start, tokens, window, BLOCK_N, WINDOW)
-    written = (last - first + SPLITS - 1) // SPLITS >= last - first  # the first split had it all
+    written = (last - first + SPLITS - 1) // SPLITS >= last - first  # the first split was the whole
     if PDL:
         gdc_wait()
     d = tl.program_id(1) * RANK_CHUNK + tl.arange(0, RANK_CHUNK)
@@ -289,7 +289,7 @@ def mla_decode_fwd_kernel_combine(
             i = i0 + tl.arange(0, PART_CHUNK)
             at_row = (b * SPLITS + i).to(tl.int64) * rows + row
             weight = tl.exp2(tl.load(part_lse + at_row, mask=i < SPLITS, other=-float("inf")) - finite)
-            # A part of weight nothing may never have been written.
+            # A part of weight zero may never have been written.
             value = tl.load(
                 part + at_row[:, None] * rank + d[None, :], mask=(weight > 0)[:, None] & (d < rank)[None, :], other=0.0
             )

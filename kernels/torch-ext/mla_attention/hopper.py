@@ -1,5 +1,7 @@
 """Launch of the CUDA kernels for Hopper: their source for given sizes, and their arguments."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 from pathlib import Path
@@ -8,14 +10,15 @@ import torch
 from torch import Tensor
 
 from .nvrtc import Kernel, cached_cubin, load_kernels, matrix_map
-from .tuning import hopper_groups, hopper_shared_memory
+from .problem import DecodeProblem, SequenceMask
+from .tuning import DecodeConfig, hopper_groups, hopper_shared_memory
 
 LOG2E = 1.4426950408889634
 ROWS = 64
 
 
 class Arguments(ctypes.Structure):
-    """As in hopper_common.cu."""
+    """The structure of the same name in hopper_common.cu: its fields, in its order; `holes` are `has_gaps`."""
 
     _fields_ = [
         (name, kind)
@@ -39,7 +42,7 @@ class Arguments(ctypes.Structure):
 
 
 def _instruction(n: int, dtype: str, a_in_registers: bool) -> str:
-    """A function that issues one product of 64 rows, n columns and 16 in between, into d[at ..]."""
+    """CUDA function that issues one product (64, 16) x (16, n) and adds it to d[at ..]."""
     count = n // 2
     numbers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(d[at + {i}])' for i in range(count))
@@ -57,8 +60,8 @@ def _instruction(n: int, dtype: str, a_in_registers: bool) -> str:
     return f"template <int S> __device__ __forceinline__ void {head} {{\n    {body}\n}}\n"
 
 
-def _side(name: str, columns: int) -> tuple[set[int], str]:
-    """Widths of instructions, at most 256 columns each, and a function that issues them for a warpgroup's columns."""
+def _warpgroup_products(name: str, columns: int) -> tuple[set[int], str]:
+    """Widths of the instructions for a warpgroup's columns, at most 256 each, and a CUDA function that issues them."""
     pieces = [(at, min(columns - at, 256)) for at in range(0, columns, 256)]
     calls = "".join(
         f"    mma_rs_{n}(d, {at // 2}, a0, a1, a2, a3, further(values, {at // 64} * C_CHUNK));\n" for at, n in pieces
@@ -68,18 +71,18 @@ def _side(name: str, columns: int) -> tuple[set[int], str]:
 
 
 def left_columns(rank: int) -> int:
-    """Columns that the first warpgroup attends: all, or half of the chunks of 64 where the rank takes two warpgroups."""
+    """Columns of the output that the first warpgroup computes: all, or half of the chunks of 64 where two share the rank."""
     return rank if rank <= 256 else -(-rank // 64) // 2 * 64
 
 
 def source(constants: dict[str, int]) -> str:
-    """CUDA C++ for these constants."""
+    """CUDA C++ source for these constants: definitions, common part, matrix instructions, attention, combination."""
     rank, block_n = constants["RANK"], constants["BLOCK_N"]
     dtype = "bf16" if constants["BF16"] else "f16"
     left = left_columns(rank)
-    widths, sides = _side("left", left)
+    widths, sides = _warpgroup_products("left", left)
     if rank > left:
-        more, right = _side("right", rank - left)
+        more, right = _warpgroup_products("right", rank - left)
         widths, sides = widths | more, sides + right
     scores = (
         "template <int S> __device__ __forceinline__ void mma_scores(float (&d)[S], u64 a, u64 b, int more) "
@@ -95,7 +98,7 @@ def source(constants: dict[str, int]) -> str:
 
 @functools.cache
 def _kernels(device: int, constants: tuple[tuple[str, int], ...]) -> tuple[Kernel, ...]:
-    """Attending, combining row by row, combining many parts of few rows."""
+    """The kernels that attend, combine row by row, and combine many parts of few rows."""
     values = dict(constants)
     code = cached_cubin(source(values), ("--gpu-architecture=sm_90a", "--std=c++17"))
     shared = hopper_shared_memory(values["RANK"], values["ROPE"], values["BLOCK_N"], values["STAGES"])
@@ -113,40 +116,56 @@ def _rows_of(query: Tensor) -> Tensor:
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
-def hopper_launch(
-    q_latent, q_rope, latent_cache, rope_cache, visible, block_table, softmax_scale, num_splits, softcap, window, out, lse,
-    workers, config,
-):  # fmt: skip
-    """Attend and combine. Arguments as `launch_decode`; `workers` programs for every block of rows share all tiles out evenly,
-    unless `num_splits` says in how many parts every sequence is cut.
-    """
-    batch, tokens, heads, rank = q_latent.shape
-    rope_dim, rows = q_rope.shape[3], tokens * heads
-    page_size = 0 if block_table is None else latent_cache.shape[1]
-    constants = {
-        "RANK": rank, "ROPE": rope_dim, "BLOCK_N": config.block_n, "STAGES": config.stages,
-        "BF16": int(q_latent.dtype == torch.bfloat16), "PAGE": page_size,
-        "MASK": int(visible.masked), "WINDOW": int(window > 0), "SOFTCAP": int(softcap > 0), "PDL": int(config.pdl),
+def _constants(problem: DecodeProblem, config: DecodeConfig) -> dict[str, int]:
+    """Preprocessor constants of the kernels' source."""
+    return {
+        "RANK": problem.rank, "ROPE": problem.rope_dim, "BLOCK_N": config.block_n, "STAGES": config.stages,
+        "BF16": int(problem.q_latent.dtype == torch.bfloat16), "PAGE": problem.page_size,
+        "MASK": int(problem.mask is not None), "WINDOW": int(problem.window > 0), "SOFTCAP": int(problem.softcap > 0),
+        "PDL": int(config.pdl),
     }  # fmt: skip
+
+
+def hopper_launch(
+    problem: DecodeProblem, seen: SequenceMask, num_splits: int, workers: int, config: DecodeConfig
+) -> None:
+    """Attend and combine.
+
+    Args:
+        problem: checked tensors and options.
+        seen: its mask.
+        num_splits: parts into which every sequence is cut, one program each; 0 distributes all tiles of all sequences evenly
+            over the workers.
+        workers: programs for every block of 64 rows, where `num_splits` is 0.
+        config: tile size and pipeline.
+
+    Raises:
+        KernelUnavailableError: the kernels cannot be compiled or loaded.
+    """
+    q_latent, block_table, out = problem.q_latent, problem.block_table, problem.out
+    batch, tokens, heads, rank = q_latent.shape
+    rows, page_size = tokens * heads, problem.page_size
     workers = batch * num_splits if num_splits else workers
     slots = workers if num_splits else 2 * workers
     part = torch.empty(slots, rows, rank, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(slots, rows, dtype=torch.float32, device=out.device)
-    attend, combine_rows, combine_parts = _kernels(q_latent.device.index or 0, tuple(constants.items()))
+    attend, combine_rows, combine_parts = _kernels(
+        q_latent.device.index or 0, tuple(_constants(problem, config).items())
+    )
     box = min(page_size or config.block_n, config.block_n)
-    c_map, c_rows = matrix_map(latent_cache, box)
+    c_map, c_rows = matrix_map(problem.latent_cache, box)
     q_map, _ = matrix_map(_rows_of(q_latent), ROWS)
     k_map, qr_map, k_rows = c_map, q_map, 0
-    if rope_dim:
-        k_map, k_rows = matrix_map(rope_cache, box)
-        qr_map, _ = matrix_map(_rows_of(q_rope), ROWS)
+    if problem.rope_dim:
+        k_map, k_rows = matrix_map(problem.rope_cache, box)
+        qr_map, _ = matrix_map(_rows_of(problem.q_rope), ROWS)
     arguments = Arguments(
-        visible.lengths.data_ptr(), visible.starts.data_ptr(), visible.holes.data_ptr(),
-        0 if block_table is None else block_table.data_ptr(), visible.mask.data_ptr(), visible.shown.data_ptr(),
-        out.data_ptr(), lse.data_ptr(),
-        part.data_ptr(), part_lse.data_ptr(), 0 if block_table is None else block_table.stride(0), *out.stride()[:3],
-        *visible.mask.stride()[:2], visible.shown.stride(0), softmax_scale * LOG2E, softcap, window, batch, tokens, heads, workers,
-        config.min_tiles, num_splits, c_rows, k_rows,
+        seen.lengths.data_ptr(), seen.starts.data_ptr(), seen.has_gaps.data_ptr(),
+        0 if block_table is None else block_table.data_ptr(), seen.mask.data_ptr(), seen.shown.data_ptr(),
+        out.data_ptr(), problem.lse.data_ptr(), part.data_ptr(), part_lse.data_ptr(),
+        0 if block_table is None else block_table.stride(0), *out.stride()[:3], *seen.mask.stride()[:2],
+        seen.shown.stride(0), problem.softmax_scale * LOG2E, problem.softcap, problem.window, batch, tokens, heads,
+        workers, config.min_tiles, num_splits, c_rows, k_rows,
     )  # fmt: skip
     attend.launch((-(-rows // ROWS), workers, 1), (c_map, k_map, q_map, qr_map, arguments), config.pdl)
     if (num_splits or workers / batch) > 6:

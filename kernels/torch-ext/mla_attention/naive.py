@@ -1,32 +1,38 @@
-"""Reference implementations in plain PyTorch: what the kernels must compute, in any precision, on any device."""
+"""Reference implementations of the kernels in plain PyTorch, in any precision and on any device."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 
 def gather_pages(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
-    """Paged cache (pages, page_size, d) as (B, max_pages * page_size, d). Entries of the table past a length are not used."""
+    """Paged cache (pages, page_size, d) as (B, max_pages * page_size, d). Entries of the table past a length are not read."""
     page_size = cache.shape[1]
     used = torch.arange(block_table.shape[1], device=cache.device) * page_size < cache_seqlens[:, None]
     return cache[torch.where(used, block_table, 0).long()].flatten(1, 2)
 
 
-def mask_extent(mask: Tensor) -> Tensor:
-    """What a boolean mask (B, T, S) comes to, for each sequence: (3, B) int32.
+def find_mask_bounds(mask: Tensor) -> Tensor:
+    """Bounds of what the queries of each sequence see.
 
-    First token that any query sees, one past the last (both 0 where none is seen), and whether anything between is hidden
-    from a query other than what comes after its own token: the last of T queries sees up to the last token, the one before
-    it one less, and so on. The kernels read the mask itself only where that third number is not 0.
+    Args:
+        mask: (B, T, S), boolean, true where a query sees a token.
+
+    Returns:
+        (3, B) int32: the first token that any query sees, one past the last (both 0 where none is seen), and 1 where the
+        mask has gaps. A mask has no gaps if between these bounds it is causal: the last of T queries sees up to the last
+        token, the query before it one token less, and so on. The kernels read the mask itself only where it has gaps.
     """
     tokens, length = mask.shape[1:]
     position = torch.arange(length, device=mask.device)
     seen = mask.any(1)
     stop = torch.where(seen, position + 1, 0).amax(-1)
     start = torch.where(seen, position, length).amin(-1).minimum(stop)
-    own = stop[:, None] - torch.arange(tokens - 1, -1, -1, device=mask.device)
-    plain = (position >= start[:, None, None]) & (position < own[:, :, None])
-    holed = (mask != plain).flatten(1).any(-1)
-    return torch.stack([start, stop, holed.to(start.dtype)]).to(torch.int32)
+    limit = stop[:, None] - torch.arange(tokens - 1, -1, -1, device=mask.device)
+    causal = (position >= start[:, None, None]) & (position < limit[:, :, None])
+    has_gaps = (mask != causal).flatten(1).any(-1)
+    return torch.stack([start, stop, has_gaps.to(start.dtype)]).to(torch.int32)
 
 
 def naive_decode(
@@ -45,26 +51,40 @@ def naive_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of the absorbed queries on the latents (arXiv 2405.04434, section 2.1.2), written out.
 
-    Arguments as `mla_decode`. Returns the attended latents (B, T, H, r) and the natural-log sum of exponentials (B, H, T),
-    both in `compute_dtype`. A query that sees no token gets zeros and minus infinity.
+    Args:
+        q_latent: as in `mla_decode`, and so are all arguments but the last.
+        q_rope: (B, T, H, p).
+        latent_cache: (B, S, r), or (pages, page_size, r).
+        rope_cache: (B, S, p), or (pages, page_size, p).
+        cache_seqlens: (B,).
+        softmax_scale: > 0.
+        block_table: (B, max_pages).
+        softcap: 0 for none.
+        window: None for all.
+        mask: (B, T, S), boolean.
+        compute_dtype: dtype of all products and sums.
+
+    Returns:
+        Attended latents (B, T, H, r) and the natural logarithm of the sum of exponentials (B, H, T), in `compute_dtype`. A
+        query that sees no token gets zeros, and minus infinity.
     """
     if mask is not None:
-        cache_seqlens = mask_extent(mask)[1]
+        cache_seqlens = find_mask_bounds(mask)[1]
     if block_table is not None:
         latent_cache = gather_pages(latent_cache, block_table, cache_seqlens)
         rope_cache = gather_pages(rope_cache, block_table, cache_seqlens)
     tokens = q_latent.shape[1]
     position = torch.arange(latent_cache.shape[1], device=latent_cache.device)
     outs, lses = [], []
-    for b in range(q_latent.shape[0]):  # one sequence at a time: the scores of all would not fit
+    for b in range(q_latent.shape[0]):  # one sequence at a time: the scores of all sequences would not fit
         length = cache_seqlens[b]
-        own = (length - tokens + torch.arange(tokens, device=position.device))[:, None]
-        seen = position <= own
+        query_position = (length - tokens + torch.arange(tokens, device=position.device))[:, None]
+        seen = position <= query_position
         if window is not None:
-            seen = seen & (position > own - window)
+            seen = seen & (position > query_position - window)
         if mask is not None:
             seen = mask[b, :, : len(position)] & (position < length)
-        # A token that no query sees may be NaN, which 0 * NaN would let through.
+        # A token that no query sees may be NaN, and 0 * NaN is NaN.
         there = (seen.any(0) & (position < length))[:, None]
         latent = torch.where(there, latent_cache[b].to(compute_dtype), 0)
         rope = torch.where(there, rope_cache[b].to(compute_dtype), 0)
@@ -98,7 +118,23 @@ def naive_write(
     block_table: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Append latents and rotated keys to the caches, in place; return the rotated queries. Arguments as `mla_write`."""
+    """Append latents and rotated keys to the caches, in place; return the rotated queries.
+
+    Args:
+        latent: as in `mla_write`, and so are all arguments but the last.
+        k_rope: (B, T, p).
+        q_rope: (B, T, H, p).
+        cos: (B, T, p / 2).
+        sin: (B, T, p / 2).
+        latent_cache: (B, S, r), or (pages, page_size, r).
+        rope_cache: (B, S, p), or (pages, page_size, p).
+        positions: (B, T).
+        block_table: (B, max_pages).
+        compute_dtype: dtype in which keys and queries are rotated.
+
+    Returns:
+        Rotated queries (B, T, H, p).
+    """
     cos, sin = cos.to(compute_dtype), sin.to(compute_dtype)
     key = rotate(k_rope.to(compute_dtype), cos, sin).to(rope_cache.dtype)
     query = rotate(q_rope.to(compute_dtype), cos[:, :, None], sin[:, :, None]).to(q_rope.dtype)

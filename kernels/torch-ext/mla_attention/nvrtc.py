@@ -1,7 +1,10 @@
-"""CUDA C++ compiled at first use, by the compiler library that comes with PyTorch, and launched through the driver.
+"""CUDA C++ compiled at first use by NVRTC, the compiler library of PyTorch's CUDA builds, and launched through the driver.
 
-No CUDA toolkit and no C++ compiler are needed: NVRTC is part of every CUDA build of PyTorch, and the driver of every card.
+No CUDA toolkit and no C++ compiler are needed. Kernels on the Hugging Face Hub may depend on PyTorch and Triton alone, and
+PyTorch's own interface to NVRTC is private, so this module calls both libraries through ctypes.
 """
+
+from __future__ import annotations
 
 import ctypes
 import functools
@@ -20,7 +23,7 @@ _MAX_DYNAMIC_SHARED, _PROGRAMMATIC_SERIALIZATION = 8, 6
 
 
 class KernelUnavailableError(RuntimeError):
-    """A kernel cannot be compiled or loaded on this machine."""
+    """A kernel that cannot be compiled or loaded on this machine."""
 
 
 @functools.cache
@@ -31,7 +34,7 @@ def _driver() -> ctypes.CDLL:
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
     major = (torch.version.cuda or "13").split(".")[0]
-    spec = importlib.util.find_spec("nvidia")  # where PyTorch's wheels put it
+    spec = importlib.util.find_spec("nvidia")  # the package in which PyTorch's wheels install it
     folders = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
     beside = [str(path) for folder in folders for path in sorted(folder.glob(f"*/lib/libnvrtc.so.{major}"))]
     for name in (f"libnvrtc.so.{major}", *beside, "libnvrtc.so"):
@@ -39,7 +42,7 @@ def _nvrtc() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError as error:
             problem = error
-    raise KernelUnavailableError(f"the compiler library NVRTC is not there: {problem}")
+    raise KernelUnavailableError(f"the compiler library NVRTC is not installed: {problem}")
 
 
 def _check(result: int, what: str) -> None:
@@ -50,7 +53,7 @@ def _check(result: int, what: str) -> None:
 
 
 def cached_cubin(source: str, options: tuple[str, ...]) -> bytes:
-    """`compile_cubin`, kept on disk: in MLA_ATTENTION_CACHE, or mla_attention in the user's cache folder."""
+    """`compile_cubin` with a cache on disk: the folder MLA_ATTENTION_CACHE, or mla_attention in the user's cache folder."""
     folder = os.environ.get("MLA_ATTENTION_CACHE")
     folder = (
         Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mla_attention"
@@ -66,16 +69,16 @@ def cached_cubin(source: str, options: tuple[str, ...]) -> bytes:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(code)
         os.replace(file.name, path)
-    except OSError:  # a read-only home: compiled again next time
+    except OSError:  # a read-only home: the next process compiles again
         pass
     return code
 
 
 def compile_cubin(source: str, options: tuple[str, ...]) -> bytes:
-    """Machine code of CUDA C++ source.
+    """Compile CUDA C++ source to machine code.
 
     Raises:
-        KernelUnavailableError: there is no compiler library, or the source does not compile; then the message is the compiler's.
+        KernelUnavailableError: there is no compiler library, or the source does not compile; the message is the compiler's.
     """
     lib, program = _nvrtc(), ctypes.c_void_p()
     if lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mla_attention.cu", 0, None, None):
@@ -101,6 +104,7 @@ class Kernel:
     """A kernel of a loaded module."""
 
     def __init__(self, module: ctypes.c_void_p, name: str, threads: int, shared_bytes: int):
+        """Look up the kernel `name` of `module`, for programs of `threads` threads and `shared_bytes` of dynamic memory."""
         self.function, self.threads, self.shared_bytes = ctypes.c_void_p(), threads, shared_bytes
         driver = _driver()
         _check(driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()), name)
@@ -108,7 +112,13 @@ class Kernel:
             _check(driver.cuFuncSetAttribute(self.function, _MAX_DYNAMIC_SHARED, shared_bytes), "shared memory")
 
     def launch(self, grid: tuple[int, int, int], arguments: tuple, pdl: bool) -> None:
-        """On PyTorch's current stream; `pdl` lets it begin before the kernel before it ends."""
+        """Launch on PyTorch's current stream.
+
+        Args:
+            grid: numbers of programs.
+            arguments: ctypes objects, passed by address.
+            pdl: programmatic dependent launch: the kernel may begin before the one before it has ended.
+        """
         attribute = _Attribute(id=_PROGRAMMATIC_SERIALIZATION, value=1)
         config = _LaunchConfig(
             *grid, self.threads, 1, 1, self.shared_bytes, torch.cuda.current_stream().cuda_stream,
@@ -119,10 +129,14 @@ class Kernel:
 
 
 def load_kernels(code: bytes, *kernels: tuple[str, int, int]) -> tuple[Kernel, ...]:
-    """Kernels of compiled code on the current device: (name, threads, bytes of dynamic shared memory) each.
+    """Load kernels of compiled code on the current device.
+
+    Args:
+        code: machine code of `compile_cubin`.
+        *kernels: name, threads and bytes of dynamic shared memory of each.
 
     Raises:
-        KernelUnavailableError: the driver does not take them.
+        KernelUnavailableError: the driver refuses them.
     """
     module = ctypes.c_void_p()
     try:
@@ -144,14 +158,23 @@ class _LaunchConfig(ctypes.Structure):
 
 
 class TensorMap(ctypes.Structure):
-    """What the tensor memory accelerator knows of a matrix; 128 bytes, of which the driver wants 64-byte alignment."""
+    """Descriptor of a matrix for the tensor memory accelerator: 128 bytes, 64-byte aligned."""
 
     _fields_ = [("opaque", ctypes.c_byte * 128)]
 
 
 @functools.lru_cache(maxsize=4096)
 def tensor_map(pointer: int, bf16: bool, rows: int, columns: int, stride: int, box_rows: int) -> TensorMap:
-    """Map of a matrix of 16-bit numbers whose rows lie `stride` numbers apart, read in boxes of box_rows x 64."""
+    """Descriptor of a matrix of 16-bit numbers, read in boxes.
+
+    Args:
+        pointer: address of the matrix.
+        bf16: bfloat16, or else float16.
+        rows: rows of the matrix.
+        columns: columns of the matrix.
+        stride: numbers from one row to the next.
+        box_rows: rows of a box; its columns are 64.
+    """
     memory = ctypes.create_string_buffer(192)
     result = TensorMap.from_buffer(memory, -ctypes.addressof(memory) % 64)
     result.memory = memory
@@ -167,8 +190,8 @@ def tensor_map(pointer: int, bf16: bool, rows: int, columns: int, stride: int, b
 
 
 def matrix_map(x: Tensor, box_rows: int) -> tuple[TensorMap, int]:
-    """Map of (outer, inner, d) as a matrix of rows, and the rows from one outer index to the next."""
+    """Descriptor of (outer, inner, d) as a matrix of rows, and the number of rows from one outer index to the next."""
     stride = x.stride(1)
-    apart = x.stride(0) // stride if x.shape[0] > 1 else x.shape[1]
-    rows = (x.shape[0] - 1) * apart + x.shape[1]
-    return tensor_map(x.data_ptr(), x.dtype == torch.bfloat16, rows, x.shape[2], stride, box_rows), apart
+    outer_rows = x.stride(0) // stride if x.shape[0] > 1 else x.shape[1]
+    rows = (x.shape[0] - 1) * outer_rows + x.shape[1]
+    return tensor_map(x.data_ptr(), x.dtype == torch.bfloat16, rows, x.shape[2], stride, box_rows), outer_rows

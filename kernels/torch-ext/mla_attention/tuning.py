@@ -1,4 +1,6 @@
-"""How the decode kernels are cut up: tile sizes, warps, pipeline depth, and how many parts a sequence is cut into."""
+"""Launch parameters of the decode kernels: tile sizes, warps, pipeline depth, and the number of parts of a sequence."""
+
+from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
@@ -8,14 +10,18 @@ import torch
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One way to launch the attending kernel.
+    """Launch parameters of the kernel that attends.
 
-    block_m: query rows (heads x tokens) a program serves. block_n: tokens in a tile. warps, stages: as Triton's. per_sm:
-    programs that share a multiprocessor, for which there should be work. registers: cap per thread, 0 for none. pdl: let a
-    kernel's launch overlap the end of the one before.
-
-    hopper: the CUDA kernel of hopper_decode.cu, whose block_m is 64 and block_n 32 or 64; warps does not apply. There, min_tiles
-    is the fewest tiles worth a program of their own.
+    Attributes:
+        block_m: query rows (heads x tokens) of a program.
+        block_n: tokens in a tile.
+        warps: warps of a program, as in Triton.
+        stages: depth of the pipeline, as in Triton.
+        per_sm: programs that share a multiprocessor; `choose_splits` makes that many.
+        registers: most registers of a thread; 0 for no limit.
+        pdl: programmatic dependent launch: a launch overlaps the end of the kernel before it.
+        hopper: the CUDA kernel of hopper_decode.cu: block_m is 64, block_n 32 or 64, and warps does not apply.
+        min_tiles: fewest tiles of a program of the CUDA kernel.
     """
 
     block_m: int
@@ -29,8 +35,8 @@ class DecodeConfig:
     min_tiles: int = 1
 
 
-# Measured fastest of what was tried (docs/kernels.md): card, rank, rope dimension, most query rows. Where a card or a shape
-# is not listed, `default_config` shrinks tiles until they fit.
+# Fastest configurations measured (docs/results/speed.md) by card, rank, rope dimension and most query rows. For a card or a shape
+# that is not listed, `default_config` shrinks tiles until they fit.
 TUNED = {
     ("NVIDIA H100 80GB HBM3", 512, 64, 16): DecodeConfig(16, 32, stages=3),
     ("NVIDIA H100 80GB HBM3", 512, 64, 32): DecodeConfig(32, 32, stages=3),
@@ -48,7 +54,7 @@ def power_of_two(n: int) -> int:
 
 
 def rank_chunks(rank: int) -> tuple[int, int]:
-    """Two powers of two, or one and 0, that hold the rank with least padding: 512 -> (512, 0), 576 -> (512, 64)."""
+    """Two powers of two, or one and 0, that cover the rank with least padding: 512 -> (512, 0), 576 -> (512, 64)."""
     whole = power_of_two(rank)
     if whole == rank or rank < 32:
         return max(whole, 16), 0
@@ -59,8 +65,8 @@ def rank_chunks(rank: int) -> tuple[int, int]:
 def shared_memory(config: DecodeConfig, rank: int, rope_dim: int, bytes_per_number: int) -> int:
     """Estimate of the shared memory of a program of the Triton kernel, in bytes: its queries and its tiles.
 
-    Triton keeps one tile fewer than there are stages, and one more where Hopper's asynchronous products read the keys,
-    which takes 64 rows of their first operand.
+    Triton keeps one tile fewer than there are stages; with 64 rows or more Hopper's asynchronous products read the keys, and
+    it keeps one tile more.
     """
     width = sum(rank_chunks(rank)) + (max(power_of_two(rope_dim), 16) if rope_dim else 0)
     tiles = max(config.stages - (config.block_m < 64), 1)
@@ -70,8 +76,15 @@ def shared_memory(config: DecodeConfig, rank: int, rope_dim: int, bytes_per_numb
 def default_config(
     rank: int, rope_dim: int, rows: int, dtype: torch.dtype, shared_limit: int = 227 * 1024, card: str = ""
 ) -> DecodeConfig:
-    """The Triton kernel as measured fastest on this card, or so that it runs on any with `shared_limit` bytes of shared
-    memory for a program. `rows` is heads times query tokens.
+    """The Triton kernel's fastest measured configuration on a card, or one that fits its shared memory.
+
+    Args:
+        rank: numbers of a latent.
+        rope_dim: numbers of a rotary key.
+        rows: heads times query tokens.
+        dtype: dtype of queries and cache.
+        shared_limit: bytes of shared memory that a program may use.
+        card: the device's name, as in TUNED.
     """
     if dtype != torch.float32:
         listed = [key for key in TUNED if key[:3] == (card, rank, rope_dim) and key[3] >= rows]
@@ -79,7 +92,7 @@ def default_config(
             return TUNED[min(listed)]
     block_m = min(max(power_of_two(rows), 16), 64)
     if dtype == torch.float32:
-        # Exact products run on the ordinary units, where large tiles only spill.
+        # Exact float32 products do not use the tensor cores, and large tiles spill registers.
         config = DecodeConfig(block_m=16, block_n=16, stages=1)
     elif block_m == 64:
         config = DecodeConfig(block_m=64, block_n=64, warps=8, stages=2)
@@ -89,17 +102,23 @@ def default_config(
         config = replace(config, block_n=config.block_n // 2)
     while shared_memory(config, rank, rope_dim, dtype.itemsize) > shared_limit and config.stages > 1:
         config = replace(config, stages=config.stages - 1)
-    # Wide ranks were measured faster with a program to each multiprocessor even where two fit.
+    # Measured: wide ranks are faster with one program on each multiprocessor even where two fit.
     fit_twice = 2 * (shared_memory(config, rank, rope_dim, dtype.itemsize) + 2048) <= shared_limit
     return replace(config, per_sm=2) if fit_twice and config.warps == 4 and rank < 256 else config
 
 
 def choose_splits(config: DecodeConfig, processors: int, programs: int, capacity: int, paged: bool) -> int:
-    """Parts into which every sequence is cut, from what the host knows: not the lengths, but the cache's capacity.
+    """Number of parts into which every sequence is cut. The host knows the cache's capacity and not the lengths.
 
-    `programs` is the number of programs if sequences are whole. One program for every place on the card; two where the
-    cache is paged, as lengths then tend to differ. Where there are more sequences than places, the number of parts, up to
-    four, that leaves the fewest places empty at the end.
+    One program for every place on the card, or two where the cache is paged, because lengths then tend to differ. With more
+    sequences than places, the number of parts, up to four, that leaves the fewest places idle in the last wave.
+
+    Args:
+        config: launch parameters of the kernel.
+        processors: multiprocessors of the device.
+        programs: programs of uncut sequences: batch times row blocks.
+        capacity: tokens that the cache has room for in each sequence.
+        paged: whether the cache is paged.
     """
     places = processors * config.per_sm
     useful = max(min(capacity // (2 * config.block_n), 1024), 1)
@@ -114,14 +133,12 @@ def choose_splits(config: DecodeConfig, processors: int, programs: int, capacity
 
 
 def hopper_groups(rank: int) -> int:
-    """Warpgroups of the CUDA kernel that compute."""
+    """Number of the CUDA kernel's warpgroups that compute; one more loads tiles."""
     return 3 if rank <= 128 else 2
 
 
 def hopper_shared_memory(rank: int, rope_dim: int, block_n: int, stages: int) -> int:
-    """Shared memory of a program of the CUDA kernel, in bytes: queries, tiles, what warpgroups exchange, barriers; and room
-    to align them.
-    """
+    """Shared memory of a program of the CUDA kernel, in bytes: queries, tiles, exchange buffer, barriers and alignment."""
     columns = -(-rank // 64) + -(-rope_dim // 64)
     exchanged = 64 * block_n * 2 if rank > 256 else (hopper_groups(rank) - 1) * 64 * 32 * 4
     return columns * 128 * (64 + block_n * stages) + exchanged + 6 * 64 * 4 + 16 * stages + 32 + 1024
@@ -129,8 +146,8 @@ def hopper_shared_memory(rank: int, rope_dim: int, block_n: int, stages: int) ->
 
 @functools.cache
 def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> DecodeConfig | None:
-    """The CUDA kernel with as many stages as fit, or None where not two do."""
-    # Where warpgroups take turns at tiles, each has stages of its own: all others would have to see a barrier's every phase.
+    """Launch parameters of the CUDA kernel with as many stages as fit, or None where fewer than two fit."""
+    # Warpgroups that take turns at tiles each have stages of their own: one that waits on a barrier must see its every phase.
     step = hopper_groups(rank) if rank <= 256 else 1
     for block_n in (64, 32):
         for stages in range(8 // step * step, 1, -step):
@@ -140,8 +157,9 @@ def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> D
 
 
 def hopper_parts(workers: int, batch: int, capacity: int) -> int:
-    """Parts into which the CUDA kernel cuts every sequence of a batch that is likely of one length; 0: it shares tiles out
-    evenly, whatever the lengths, which has a few programs work on two sequences.
+    """Number of parts into which the CUDA kernel cuts every sequence of a batch whose lengths are likely equal.
+
+    0 stands for an even distribution of all tiles, which suits any lengths and has a few programs work on two sequences.
     """
     parts = workers // batch
     enough = parts * batch * 16 >= workers * 15 and capacity >= parts * 4 * 64

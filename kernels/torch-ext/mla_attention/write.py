@@ -1,10 +1,12 @@
-"""Launch of the write kernel on tensors that are known to be right (`mla_write` checks them)."""
+"""Launch of the write kernel on tensors that `mla_write` has checked."""
+
+from __future__ import annotations
 
 from torch import Tensor
 
 from .tuning import power_of_two
 
-# Queries a program rotates: enough work for one warp's worth of 16-byte accesses at the usual rope dimensions.
+# Queries that a program rotates: at the usual rope dimensions, one 16-byte access for every thread of a warp.
 _HEADS = 8
 
 

@@ -13,14 +13,14 @@ def mla_write_fwd_kernel(
     stride_yh,
     RANK: tl.constexpr, PLANES: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * tokens, 1 + head blocks): program (., 0) writes the caches, the others rotate HEADS queries each."""
+    """Grid (sequences * tokens, 1 + head blocks): program (., 0) writes the caches, every other one rotates HEADS queries."""
     b = (tl.program_id(0) // tokens).to(tl.int64)
     t = tl.program_id(0) % tokens
     block = tl.program_id(1)
     m = tl.arange(0, PLANES)
-    turned = m < planes
-    c = tl.load(cos + b * stride_ab + t * stride_at + m, mask=turned, other=0.0).to(tl.float32)
-    s = tl.load(sin + b * stride_zb + t * stride_zt + m, mask=turned, other=0.0).to(tl.float32)
+    in_planes = m < planes
+    c = tl.load(cos + b * stride_ab + t * stride_at + m, mask=in_planes, other=0.0).to(tl.float32)
+    s = tl.load(sin + b * stride_zb + t * stride_zt + m, mask=in_planes, other=0.0).to(tl.float32)
     if block == 0:
         position = tl.load(positions + b * stride_pb + t * stride_pt)
         if position >= 0:
@@ -38,17 +38,17 @@ def mla_write_fwd_kernel(
                 mask=r < rank,
             )
             x = k_rope + b * stride_kb + t * stride_kt + m
-            real = tl.load(x, mask=turned, other=0.0).to(tl.float32)
-            imag = tl.load(x + planes, mask=turned, other=0.0).to(tl.float32)
+            real = tl.load(x, mask=in_planes, other=0.0).to(tl.float32)
+            imag = tl.load(x + planes, mask=in_planes, other=0.0).to(tl.float32)
             y = rope_cache + outer * stride_rb + inner * stride_rn + m
-            tl.store(y, (real * c - imag * s).to(rope_cache.dtype.element_ty), mask=turned)
-            tl.store(y + planes, (imag * c + real * s).to(rope_cache.dtype.element_ty), mask=turned)
+            tl.store(y, (real * c - imag * s).to(rope_cache.dtype.element_ty), mask=in_planes)
+            tl.store(y + planes, (imag * c + real * s).to(rope_cache.dtype.element_ty), mask=in_planes)
     else:
         h = (block - 1) * HEADS + tl.arange(0, HEADS)
-        there = (h < heads)[:, None] & turned[None, :]
+        in_range = (h < heads)[:, None] & in_planes[None, :]
         x = q_rope + b * stride_qb + t * stride_qt + h[:, None] * stride_qh + m[None, :]
-        real = tl.load(x, mask=there, other=0.0).to(tl.float32)
-        imag = tl.load(x + planes, mask=there, other=0.0).to(tl.float32)
+        real = tl.load(x, mask=in_range, other=0.0).to(tl.float32)
+        imag = tl.load(x + planes, mask=in_range, other=0.0).to(tl.float32)
         y = query + b * stride_yb + t * stride_yt + h[:, None] * stride_yh + m[None, :]
-        tl.store(y, (real * c[None, :] - imag * s[None, :]).to(query.dtype.element_ty), mask=there)
-        tl.store(y + planes, (imag * c[None, :] + real * s[None, :]).to(query.dtype.element_ty), mask=there)
+        tl.store(y, (real * c[None, :] - imag * s[None, :]).to(query.dtype.element_ty), mask=in_range)
+        tl.store(y + planes, (imag * c[None, :] + real * s[None, :]).to(query.dtype.element_ty), mask=in_range)

@@ -77,7 +77,7 @@ class Section(BaseModel):
     Entries are attributes; `section["name"]`, `in` and `get` take them by their names in the file.
     """
 
-    model_config = ConfigDict(extra="allow", populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", populate_by_name=True, validate_assignment=True, protected_namespaces=())
 
     def entries(self) -> JsonObject:
         """What was given, by name in report.json, in the order of the fields; entries that have no field come last."""

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from mla_convert.core.cuda_graph import CapturedCall
 from mla_convert.core.errors import ResourceError, UsageError
 from mla_convert.core.runtime import device_name, versions
 from mla_convert.evaluate.speed.models import full_cache, held_bytes, read_bytes, token_bytes
@@ -119,19 +120,7 @@ def step_times(model: nn.Module, cache: Cache, batch: int, context: int, steps: 
 
     try:
         with sdpa_kernel(backend) if backend else nullcontext():
-            if device.type == "cuda":
-                side = torch.cuda.Stream(device)
-                side.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(side):
-                    for _ in range(WARM_UPS):
-                        step()
-                torch.cuda.current_stream(device).wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step()
-                run = graph.replay
-            else:
-                run = step
+            run = CapturedCall(step, warm_up=WARM_UPS) if device.type == "cuda" else step
             times_ms(run, device, 2)
             times = times_ms(run, device, steps)
     finally:

@@ -4,7 +4,7 @@ From the start of a document alone a model writes mostly of what its training da
 appear behind other beginnings: the chat template's user turn (an instruction-tuned model then writes questions as well as
 answers; Magpie, arXiv 2406.08464), code, headings, licences' first words, other languages. And what it knows by heart appears
 when unlikely tokens are left out: one of them ends a recital. Lower temperatures do that too, but a small model then repeats
-itself without end (docs/quality.md).
+itself without end (docs/research/calibration-text.md).
 """
 
 from __future__ import annotations

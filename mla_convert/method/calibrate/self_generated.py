@@ -41,8 +41,8 @@ DOCUMENT = "<|endoftext|>"
 
 def share(config: ConvertConfig, source: Source, device: torch.device) -> float:
     """Share of the calibration windows that the original writes."""
-    if config.calib_self is not None:
-        return config.calib_self
+    if config.calib_self_generated is not None:
+        return config.calib_self_generated
     if device.type != "cuda":
         return 0.0
     room = torch.cuda.get_device_properties(device).total_memory * MEMORY_SHARE

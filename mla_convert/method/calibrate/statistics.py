@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_convert.core.errors import InputError
+from mla_convert.method.calibrate.attention_forward import ATTENTION_LENGTH
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.modeling.modeling_mla import MlaAttention
@@ -21,7 +22,6 @@ Rows = Callable[[Tensor], Tensor]
 
 # Windows whose attention probabilities are looked at, and the longest part of one: a (heads, T, T) tensor each.
 ATTENTION_WINDOWS = 32
-ATTENTION_LENGTH = 1024
 
 
 def _with_one(rows: Tensor) -> Tensor:
@@ -83,11 +83,6 @@ def diagonal_sums(weights: Tensor) -> Tensor:
     # Laid out with one element more to a row, each row moves one column right: diagonals become columns.
     skewed = F.pad(weights.flip(2), (0, length)).flatten(1)[:, : length * (2 * length - 1)]
     return skewed.view(heads, length, 2 * length - 1).sum(1)[:, length - 1 :]
-
-
-def attention_kwargs(layerwise: LayerwiseModel, length: int) -> list[dict[str, Any]]:
-    """Each layer's keyword arguments for `attention_moments` on windows of `length` tokens."""
-    return layerwise.layer_kwargs(min(length, ATTENTION_LENGTH), eager=True)
 
 
 def layer_statistics(

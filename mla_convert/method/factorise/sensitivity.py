@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
+from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
-from mla_convert.method.calibrate.statistics import attention_kwargs, layer_statistics
+from mla_convert.method.calibrate.statistics import layer_statistics
+from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.allocate import LayerLoss, allocate, probes
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
 from mla_convert.method.factorise.sizes import LayerSize, Plan, shares_out, size_unit
 from mla_convert.method.factorise.svd import ridged
-from mla_convert.method.refine.optimise import attend
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.write.writer import Writer
 
@@ -38,7 +39,7 @@ ERROR_TOKENS = 4096
 # Of the metric's mean diagonal, added to it: few tokens may leave it without full rank.
 SHRINKAGE = 1e-3
 # Refinement regains more of what de-rotation loses than of what low rank loses, the more so the longer it is: in a trade
-# between the two, losses by rotary dims count 1 / (1 + steps / REGAIN_STEPS). docs/quality.md has what was measured.
+# between the two, losses by rotary dims count 1 / (1 + steps / REGAIN_STEPS). docs/research/layer-sizes.md has what was measured.
 REGAIN_STEPS = 100
 
 
@@ -116,7 +117,7 @@ def sensitivities(
         states.check_finite(f"layer {layerwise.layer_prefix(index)[:-1]}")
         tick()
     generator = torch.Generator(layerwise.device).manual_seed(seed)
-    gradient = layerwise.output_gradient(states.data, generator)
+    gradient = StreamedHead(layerwise).output_gradient(states.data, generator)
     for index in reversed(range(count)):
         states.data.copy_(writer.load_spilled(_file(index)))
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
@@ -195,18 +196,18 @@ def _losses(
     full = plan.shape.full_rank(size.rope_dim)
     statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, plan, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
-    expected = attend(attention, norm, kwargs, layerwise.autocast)(hidden)
+    expected = attention_forward(attention, norm, kwargs, layerwise.autocast)(hidden)
     usual = _usual(hidden + family.exit(layer)(expected))
     root = torch.linalg.cholesky(ridged(metric, SHRINKAGE)).float()
 
     def error(module: MlaAttention) -> float:
-        found = attend(module, norm, kwargs, layerwise.autocast)(hidden)
+        found = attention_forward(module, norm, kwargs, layerwise.autocast)(hidden)
         return float(((found - expected) @ root).square().sum(-1)[usual].mean() / 2)
 
     def build(rank: int | None, rope_dim: int) -> MlaAttention:
-        weights = factorise_layer(source, attention, statistics, rank, rope_dim, "loss", rotation)
+        weights = factorise_layer(source, attention, statistics, rank, rope_dim, "by_loss", rotation)
         module = _module(layerwise, plan, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
-        fill_attention(module, weights, family.table_step)
+        fill_attention(module, weights, family.freq_stride)
         return module
 
     ranks, ropes = probes(plan, size_unit(plan))

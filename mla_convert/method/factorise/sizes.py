@@ -17,7 +17,7 @@ TABLE = 32
 
 
 def table_frequencies(num_rotary_freqs: int) -> range:
-    """Which of a model's `num_rotary_freqs` frequencies planes of kind "table" may have: evenly spaced, from the fastest on.
+    """Which of a model's `num_rotary_freqs` frequencies selection engine_table may have: evenly spaced, from the fastest on.
 
     Every n-th power of theta is again a table of DeepSeek's form, so an engine can be told of them by one number.
     """
@@ -96,7 +96,7 @@ class Plan:
 
 def shares_out(settings: Settings, plan: Plan) -> bool:
     """Whether the conversion gives layers sizes of their own, by what it measures; the plan then holds their mean."""
-    free = not settings.uniform and settings.planes == "loss"
+    free = not settings.uniform and settings.rope_selection == "by_loss"
     return free and plan.shape.layers > 1 and plan.rank < plan.full_rank
 
 
@@ -155,13 +155,13 @@ def _default_rope(shape: AttentionShape, rank: int | str) -> int:
 def _rope_dim(settings: Settings, shape: AttentionShape, default: int) -> int:
     full = shape.full_rope_dim
     rope_dim = {"full": full, None: default}.get(settings.rope_dim, settings.rope_dim)
-    if settings.planes == "table":
+    if settings.rope_selection == "engine_table":
         num_rotary_freqs = 0 if not full else full // shape.num_kv_heads // 2
         limit = 2 * len(table_frequencies(num_rotary_freqs))
         rope_dim = min(rope_dim, limit) if settings.rope_dim in (None, "full") else rope_dim
         if rope_dim > limit:
             raise InputError(
-                f"rope_dim {rope_dim} is above {limit}: planes of kind 'table' have a frequency each; give at most that"
+                f"rope_dim {rope_dim} is above {limit}: --rope-selection engine_table has a frequency each; give at most that"
             )
     if rope_dim < 0 or rope_dim % 2:
         raise InputError(f"rope_dim {rope_dim} is not an even number of at least 0: every rotary plane takes two dims")

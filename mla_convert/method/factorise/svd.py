@@ -119,7 +119,11 @@ def _choose(
     keys = rope.complex_rows(k, 2 * rho.shape[1])
     key_cov = keys @ tokens.to(keys.dtype) @ keys.mH
     query_energy = key_cost.diagonal(dim1=-2, dim2=-1).view(len(rho), 2, -1).sum(1)
-    choose = {"loss": rope.choose_planes, "table": rope.table_planes, "even": rope.even_planes}[planes]
+    choose = {
+        "by_loss": rope.choose_planes,
+        "engine_table": rope.table_planes,
+        "evenly_spaced": rope.even_planes,
+    }[planes]
     if num_rotary_freqs == rho.shape[1]:
         return choose(key_cov, query_energy, rho, count)
     still = key_cov[num_rotary_freqs:].diagonal(dim1=-2, dim2=-1).real * rope.by_group(
@@ -280,16 +284,16 @@ def factorise(
     rank: int | None,
     rope_dim: int,
     *,
-    planes: str = "loss",
+    planes: str = "by_loss",
 ) -> MlaWeights:
     """Convert one layer to MLA with kv_lora_rank `rank` and qk_rope_head_dim `rope_dim`.
 
     Latents are ordered: the first r rows of a higher rank are what rank r would have.
 
     :param rank: None leaves the latent whole, all keys and values (or the input where that is smaller), unordered.
-    :param planes: "loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation; "table" does
+    :param planes: "by_loss" keeps the planes whose de-rotation costs most and damps the rest by mean rotation; "engine_table" does
         so with one plane at most for each frequency of a table that serving engines can express;
-        "even" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
+        "evenly_spaced" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
     :return: weights in float64 and, in `energy`, what the approximation loses.
     """
     heads, num_kv, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
@@ -300,7 +304,7 @@ def factorise(
     query_moment = moment if statistics.query_moment is None else statistics.query_moment.double()
     rho = rope.mean_rotation(statistics.distance.double(), statistics.inv_freq.double())
     num_rotary_freqs = rho.shape[1] if geometry.num_rotary_freqs is None else geometry.num_rotary_freqs
-    if planes == "even":
+    if planes == "evenly_spaced":
         rho = torch.ones_like(rho)
     key_cost = geometry.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, query_moment)
     kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, num_rotary_freqs)

@@ -1,7 +1,8 @@
-"""Per-layer refinement: gradient steps on one attention module against the original's residual stream.
+"""Refinement: gradient steps on converted attention modules towards the source's residual stream.
 
-Layer after layer, with the converted model's own hidden states as input and the original's residual stream after
-attention as target, so that each layer also mends what the earlier ones lost. No other layer is in memory.
+Layer after layer, the input is the converted model's own hidden states and the target is the source's residual stream
+behind the attention, so that each layer also compensates what the earlier ones lost. Only the layers that are refined
+are in memory.
 """
 
 from __future__ import annotations
@@ -9,62 +10,64 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mla_convert.core.cuda_graph import CapturedCall
+from mla_convert.method.calibrate.attention_forward import Forward
 from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.refine.relative_adam import BestState, RelativeAdam, set_rates, warmup_cosine
 
 # Steps of warm-up, or two thirds of all if that is fewer: the noise of a short run is not averaged out, and a warm-up of
 # 3 steps in 30 lost more than one of 20 (SmolLM2-135M at 50% on a CPU: 1.417 against 1.375).
 WARMUP = 20
-# Steps run before a CUDA graph of one is captured; they train like all others.
+BETAS = (0.9, 0.98)
+GRADIENT_NORM = 1.0
+# Eager steps before one is captured as a CUDA graph; they train like all others.
 EAGER_STEPS = 3
-# Of the mean over channels: least weight of a channel, whose curvature is measured on few tokens.
+# Least weight of a channel, as a fraction of the mean over channels: the curvature is measured on few tokens.
 CHANNEL_FLOOR = 1e-3
-HELD_OUT_SHARE = 1 / 16
+# Held-out fraction of the windows, and their largest number.
+HELD_OUT_FRACTION = 1 / 16
 HELD_OUT_MAX = 32
-# How often held-out windows are looked at during a refinement.
-CHECKS = 4
-# Own error at and above which steps are as large as was asked for.
+# Held-out evaluations during a refinement.
+EVALUATIONS = 4
+# The learning rate is scaled by sqrt(own error / OWN_ERROR), at most 1.
 OWN_ERROR = 0.01
-# Below this root mean square a parameter (a zero bias, say) moves as if it had it.
-MIN_SCALE = 1e-3
 
-Forward = Callable[[Tensor], Tensor]
-# residual streams (B, L, d), the one found and the one that should be -> what is minimised, a mean over tokens
+# residual streams (B, L, d) of the converted model and of the source -> the loss, a mean over tokens
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """`steps` of `batch` windows for each layer; `lr` is relative to the root mean square of each parameter, and is that of
-    an own error of OWN_ERROR or more (`step_size`).
+    """Steps and learning rates of a conversion's refinement.
 
-    Then `block` layers are refined together, in `block_steps` of `block_lr`; blocks of one are not refined again. The last
-    blocks, as many as hold `output_layers`, take `output_steps` more together, towards the original's next-token distribution.
+    Each layer is refined alone; then blocks of layers together, if they have more than one layer; then the last blocks
+    together, towards the source's next-token distribution. Learning rates are relative to the root mean square of each
+    parameter, and hold for an own error of OWN_ERROR or more (`step_size`).
     """
 
-    steps: int
-    batch: int
+    steps: int  # of each layer alone
+    batch: int  # windows of a step
     lr: float
     seed: int
-    block: int = 1
+    block: int = 1  # layers of a block
     block_steps: int = 0
     block_lr: float = 0.009
-    output_steps: int = 0
-    output_layers: int = 1
+    output_steps: int = 0  # towards the next-token distribution
+    output_layers: int = 1  # the blocks that hold at least as many of the last layers take these steps
 
     @property
     def steps_per_layer(self) -> int:
-        """Steps that each layer takes part in."""
+        """Steps alone and in a block that each layer takes part in."""
         return self.steps + self.block_steps
 
 
 @dataclass(frozen=True)
 class RefineResult:
-    """Distance of the residual stream on held-out windows from what it should be, before and after."""
+    """Held-out distance of the residual stream from its target before and after, and the steps taken."""
 
     error_before: float
     error_after: float
@@ -72,13 +75,16 @@ class RefineResult:
 
 
 def relative_error(found: Tensor, expected: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over tokens of log(1 + |found - expected|^2 / |expected|^2), for residual streams (B, L, d).
+    """Mean over tokens of log(1 + |found - expected|^2 / |expected|^2).
 
-    Relative to each token, because the norms that read the stream divide by its length: in plain squares the few
-    tokens with massive activations (the first one above all) would be everything. The logarithm (Cauchy's loss) is for
-    tokens that are massive in one model and not in the other: a thousand times wrong, past mending, and else everything.
+    Relative to each token, because the norms that read the stream divide by its length: plain squares would be dominated
+    by the few tokens with massive activations (arXiv 2402.17762), above all the first one. The logarithm (Cauchy's loss)
+    bounds the tokens that are massive in one model only: they are wrong a thousand times over and cannot be corrected.
 
-    :param weight: of each channel's square error (d,), as from `channel_weights`; equal if None.
+    Args:
+        found: residual stream (B, L, d).
+        expected: its target (B, L, d).
+        weight: of each channel's squared error (d,), as from `channel_weights`; equal if None.
     """
     error = (found - expected).square()
     if weight is not None:
@@ -88,10 +94,18 @@ def relative_error(found: Tensor, expected: Tensor, weight: Tensor | None = None
 
 @torch.no_grad()
 def channel_weights(curvature: Tensor, targets: Activations) -> Tensor:
-    """Weights (d,) of channels for `relative_error`, from E[g^2] (d,), what an error in each costs the model's output.
+    """Weights of the channels for `relative_error`.
 
-    A few channels may hold almost all of a stream's squares and mean little, because norms scale them down: 4 of 640
-    hold 98% in Gemma 3 270M. Scaled so that an error of the same share of every channel is as large as without weights.
+    A few channels may hold almost all of a stream's energy and mean little, because norms scale them down: 4 of 640 hold
+    98% in Gemma 3 270M. The weights are scaled such that an error that is the same fraction of every channel is as large
+    as without weights.
+
+    Args:
+        curvature: E[g^2] (d,) of the loss's gradient g in the stream: the diagonal of its Fisher information.
+        targets: residual streams that the weights are scaled for.
+
+    Returns:
+        (d,), float32.
     """
     squares = torch.zeros_like(curvature)
     for batch in targets.batches():
@@ -103,25 +117,9 @@ def channel_weights(curvature: Tensor, targets: Activations) -> Tensor:
     return (weight * squares.sum() / (weight * squares).sum().clamp_min(1e-30)).float()
 
 
-def attend(
-    attention: nn.Module,
-    norm: Callable,
-    kwargs: dict[str, Any],
-    autocast: Callable,
-    after: Callable = lambda output: output,
-) -> Forward:
-    """hidden (B, L, d) -> what an attention behind its norm adds to the residual stream, float32."""
-
-    def forward(hidden: Tensor) -> Tensor:
-        with autocast():
-            return after(attention(hidden_states=norm(hidden), **kwargs)[0]).float()
-
-    return forward
-
-
 @torch.no_grad()
 def residual_targets(original: Forward, states: Activations) -> Activations:
-    """The original's residual stream after attention, for all windows."""
+    """The source's residual stream behind its attention, for all windows."""
     targets = states.empty_like()
     for batch in states.batches():
         hidden = states.get(batch)
@@ -130,112 +128,98 @@ def residual_targets(original: Forward, states: Activations) -> Activations:
 
 
 def _held_out(windows: int) -> range:
-    """Windows that are kept from training to judge it: the last ones."""
-    return range(windows - min(HELD_OUT_MAX, max(1, round(windows * HELD_OUT_SHARE))), windows)
+    """Windows that no step trains on: the last ones."""
+    return range(windows - min(HELD_OUT_MAX, max(1, round(windows * HELD_OUT_FRACTION))), windows)
 
 
-def _at_held_out(states: Activations) -> Iterator[Tensor]:
+def held_out_states(states: Activations) -> Iterator[Tensor]:
     """The held-out windows (1, L, d), one by one."""
     return (states.get(slice(window, window + 1)) for window in _held_out(states.windows))
 
 
 @torch.no_grad()
 def output_error(student: Forward, original: Forward, states: Activations) -> float:
-    """Mean square of the difference of two attention outputs on equal inputs, over the original's mean square."""
-    wrong = total = 0.0
-    for hidden in _at_held_out(states):
+    """Mean squared difference of two attention outputs on equal inputs, over the source's mean square."""
+    error = total = 0.0
+    for hidden in held_out_states(states):
         expected = original(hidden)
-        wrong += float((student(hidden) - expected).square().mean())
+        error += float((student(hidden) - expected).square().mean())
         total += float(expected.square().mean())
-    return wrong / max(total, 1e-30)
+    return error / max(total, 1e-30)
 
 
 @torch.no_grad()
-def streams(forward: Forward, inputs: Activations) -> list[Tensor]:
-    """The residual stream (1, L, d) that `forward` leaves behind, for each held-out window."""
-    return [hidden + forward(hidden) for hidden in _at_held_out(inputs)]
+def held_out_streams(forward: Forward, inputs: Activations) -> list[Tensor]:
+    """The residual stream (1, L, d) behind `forward`, for each held-out window."""
+    return [hidden + forward(hidden) for hidden in held_out_states(inputs)]
 
 
 @torch.no_grad()
 def residual_error(
     student: Forward, inputs: Activations, expected: Iterable[Tensor], distance: Distance = relative_error
 ) -> float:
-    """Distance of the residual stream on the held-out windows from what it should be there, `expected`.
+    """Distance of the residual stream from its target on the held-out windows.
 
-    Towards the original's own states that is all that is lost so far; towards its `streams` on the same inputs it is what
-    these layers lose themselves.
+    Against the source's own states it is the error of all layers so far; against the source's `held_out_streams` on the
+    same inputs it is the own error of the layers at hand.
+
+    Args:
+        student: the layers at hand.
+        inputs: residual streams before them.
+        expected: residual streams (1, L, d) behind them, one for each held-out window.
+        distance: between the two.
     """
-    pairs = zip(_at_held_out(inputs), expected, strict=True)
-    errors = [float(distance(hidden + student(hidden), wanted)) for hidden, wanted in pairs]
+    pairs = zip(held_out_states(inputs), expected, strict=True)
+    errors = [float(distance(hidden + student(hidden), target)) for hidden, target in pairs]
     return sum(errors) / len(errors)
 
 
-def step_size(lr: float, own: float) -> float:
-    """`lr`, or less where there is less to mend.
+def step_size(lr: float, own_error: float) -> float:
+    """`lr`, reduced where the error to correct is small.
 
-    Weights that err by a share e have about sqrt(e) of their size to go, and Adam's steps, which are as long for a small
-    gradient as for a large one, keep them as far from where they should be as they are long. Best step sizes found: 0.005,
-    0.007 and 0.014 at own errors of 4.5e-4, 1.3e-3 and 3e-3 (docs/quality.md).
+    Weights with a relative error e are about sqrt(e) of their size away from the optimum, and Adam's steps, which do not
+    shrink with the gradient, keep them about one step length away from it. Best step sizes measured: 0.005, 0.007 and
+    0.014 at own errors of 4.5e-4, 1.3e-3 and 3e-3 (docs/research/refinement.md).
     """
-    return lr * math.sqrt(min(1.0, own / OWN_ERROR)) if math.isfinite(own) else lr
+    return lr * math.sqrt(min(1.0, own_error / OWN_ERROR)) if math.isfinite(own_error) else lr
 
 
-class _Step:
-    """One training step on fixed buffers; on CUDA captured as a graph, since small layers are bound by launches."""
+class TrainingStep:
+    """One optimizer step; on CUDA captured as a graph, as the launches of a small layer take longer than its kernels."""
 
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        student: Forward,
-        settings: RefineSettings,
-        example: Tensor,
-        distance: Distance,
-    ):
+    def __init__(self, parameters: list[nn.Parameter], student: Forward, settings: RefineSettings, distance: Distance):
+        """Make the optimizer.
+
+        Args:
+            parameters: to be trained.
+            student: runs the modules that hold them.
+            settings: `steps` and `lr`.
+            distance: minimised between the residual stream behind `student` and its target.
+        """
         self.parameters, self.student, self.settings, self.distance = parameters, student, settings, distance
-        self.hidden, self.target = torch.empty_like(example), torch.empty_like(example)
-        self.graph, self.count = None, 0
-        # relative to each parameter's size, so that one setting is safe on models of any scale
-        self.rates = [settings.lr * float(p.detach().square().mean().sqrt().clamp_min(MIN_SCALE)) for p in parameters]
-        # a graph reads the rate from device memory
-        groups = [{"params": [p], "lr": torch.zeros((), device=p.device) if p.is_cuda else 0.0} for p in parameters]
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=True, capturable=example.is_cuda)
+        self.optimizer = RelativeAdam(parameters, settings.lr, BETAS, capturable=parameters[0].is_cuda)
+        self.count = 0
+        self._captured: CapturedCall[None] | None = None
 
-    def _schedule(self) -> None:
-        """Linear warm-up, cosine decay to zero."""
-        warm = min(1.0, (self.count + 1) / min(WARMUP, max(1, self.settings.steps * 2 // 3)))
-        factor = warm * 0.5 * (1 + math.cos(math.pi * self.count / self.settings.steps))
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate * factor)
-            else:
-                group["lr"] = rate * factor
-
-    def _compute(self) -> None:
-        self.distance(self.hidden + self.student(self.hidden), self.target).backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+    def _compute(self, hidden: Tensor, target: Tensor) -> None:
+        self.distance(hidden + self.student(hidden), target).backward()
+        nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # a graph needs the gradients to stay where they are
 
     def __call__(self, hidden: Tensor, target: Tensor) -> None:
-        self.hidden.copy_(hidden)
-        self.target.copy_(target)
-        self._schedule()
-        if self.hidden.is_cuda and self.count == EAGER_STEPS:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # a graph allocates anew: do not hold what the first steps used beside it
-            self.graph = torch.cuda.CUDAGraph()
-            # capturing records the step without running it
-            with torch.cuda.graph(self.graph):
-                self._compute()
-        if self.graph:
-            self.graph.replay()
-        else:
-            self._compute()
+        """Train on residual streams (B, L, d) and their targets; the same shape at every call."""
+        steps = self.settings.steps
+        warmup = min(WARMUP, max(1, steps * 2 // 3))
+        set_rates(self.optimizer, warmup_cosine(self.count, steps, warmup, overlap=True))
+        if hidden.is_cuda and self.count == EAGER_STEPS:
+            self._captured = CapturedCall(self._compute, hidden, target)
+        (self._captured or self._compute)(hidden, target)
         self.count += 1
 
 
-def _batches(windows: int, batch: int, steps: int, seed: int):
-    """Indices of `batch` windows for each step: every window once before any comes again."""
+def batches(windows: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Indices (batch,) of the windows of each step: every window once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -254,30 +238,41 @@ def refine(
     on_step: Callable[[], None] = lambda: None,
     distance: Distance = relative_error,
 ) -> RefineResult:
-    """Train `module`, which `student` runs, in place; keeps the state with the least held-out `distance`, the start included.
+    """Train a module in place and keep its best state on held-out windows, the start included.
 
-    A step size that diverges, or a NaN, therefore costs time and never quality.
+    A learning rate that diverges, or a NaN, therefore costs time and never quality.
+
+    Args:
+        module: all of whose parameters are trained.
+        student: runs it: residual stream before -> what is added to it.
+        inputs: residual streams before the module.
+        targets: residual streams behind it.
+        settings: `steps`, `batch`, `lr` and `seed`.
+        on_step: called after every step.
+        distance: minimised between the residual stream and its target.
     """
-    before = best = residual_error(student, inputs, _at_held_out(targets), distance)
+    before = residual_error(student, inputs, held_out_states(targets), distance)
     if not settings.steps:
         return RefineResult(before, before, 0)
     parameters = [parameter.requires_grad_(True) for parameter in module.parameters()]
-    kept = [parameter.detach().clone() for parameter in parameters]
+
+    def snapshot() -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in parameters]
+
+    best = BestState(before, snapshot())
     train = max(1, _held_out(inputs.windows).start)
     batch = min(settings.batch, train)
-    step = _Step(parameters, student, settings, inputs.get(slice(0, batch)), distance)
-    every = -(-settings.steps // CHECKS)
-    for number, index in enumerate(_batches(train, batch, settings.steps, settings.seed), start=1):
+    step = TrainingStep(parameters, student, settings, distance)
+    every = -(-settings.steps // EVALUATIONS)
+    for number, index in enumerate(batches(train, batch, settings.steps, settings.seed), start=1):
         step(inputs.get(index), targets.get(index))
         on_step()
         if number % every == 0 or number == settings.steps:
-            error = residual_error(student, inputs, _at_held_out(targets), distance)
-            if error < best:
-                best, kept = error, [parameter.detach().clone() for parameter in parameters]
-            elif not math.isfinite(error):
+            error = residual_error(student, inputs, held_out_states(targets), distance)
+            if not best.update(error, snapshot) and not math.isfinite(error):
                 break
     with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
+        for parameter, value in zip(parameters, best.state, strict=True):
             parameter.requires_grad_(False).copy_(value)
             parameter.grad = None
-    return RefineResult(before, best, number)
+    return RefineResult(before, best.error, number)

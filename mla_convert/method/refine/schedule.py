@@ -1,4 +1,4 @@
-"""Which layers are refined together, and in how many steps."""
+"""Default steps of refinement, and the blocks of layers that are refined together."""
 
 from __future__ import annotations
 
@@ -11,39 +11,49 @@ from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.refine.optimise import RefineSettings
 from mla_convert.source.source import Source
 
-# Where no block is asked for, on a GPU: layers refined together, at most, and while they take no more than so many bytes.
+# Default block on a GPU: at most BLOCK_LAYERS layers and BLOCK_BYTES of activations, weights and optimizer state.
 BLOCK_LAYERS = 6
 BLOCK_BYTES = 6 << 30
-# A block gets as many steps as each of its layers for every so many calibration windows: more text has more to teach.
+# Steps of a block = steps of a layer x (calibration windows / BLOCK_WINDOWS): more text has more to teach.
 BLOCK_WINDOWS = 125
-# The last layers then go towards the next-token distribution: one step for so many of a block's, and on a GPU as many layers
-# as take no more than this share of its memory (of CARD_BYTES where there is none, for a plan).
-OUTPUT_SHARE, OUTPUT_MEMORY, CARD_BYTES = 4, 1 / 4, 80 * 10**9
+# The last layers are then trained on KL(source || converted) of the next token, for 1 / OUTPUT_STEPS of a block's steps at
+# OUTPUT_RATE of its learning rate. On a GPU they are as many as fit into OUTPUT_MEMORY of its memory (of CARD_BYTES where
+# there is no GPU, for a dry run).
+OUTPUT_STEPS, OUTPUT_RATE, OUTPUT_MEMORY, CARD_BYTES = 4, 1 / 3, 1 / 4, 80 * 10**9
 
 
 def blocks(layers: int, size: int) -> list[range]:
-    """Layers in blocks of at most `size`, as equal as can be."""
+    """Split `layers` layers into blocks of at most `size`, as equal as possible."""
     count = -(-layers // size)
     bounds = [round(i * layers / count) for i in range(count + 1)]
     return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def groups(layers: int, settings: RefineSettings) -> list[list[range]]:
-    """Blocks in groups that are in memory together: one by one, and the last ones, which take the last steps together."""
-    found = blocks(layers, settings.block)
+    """Group the blocks that are in memory together: each alone, but the last ones, whose last steps are joint."""
+    every = blocks(layers, settings.block)
     last = 1
-    while settings.output_steps and last < len(found) and layers - found[-last].start < settings.output_layers:
+    while settings.output_steps and last < len(every) and layers - every[-last].start < settings.output_layers:
         last += 1
-    return [*([block] for block in found[:-last]), found[-last:]]
+    return [*([block] for block in every[:-last]), every[-last:]]
+
+
+def output_lr(settings: RefineSettings, layers: int) -> float:
+    """Learning rate of the last `layers` layers towards the next-token distribution: less, the more layers they are."""
+    return OUTPUT_RATE * settings.block_lr * min(1.0, settings.block / layers)
 
 
 def refine_settings(
     config: ConvertConfig, device: torch.device, calib: tuple[int, int], hidden: int, numbers: int = 0
 ) -> RefineSettings:
-    """Steps, batch and blocks where none are given: what a GPU does in a minute or two, and a token amount on a CPU.
+    """Steps, batch and blocks of a conversion; defaults are a minute or two of a GPU, and few steps on a CPU.
 
-    :param calib: calibration windows, and tokens in one;  :param hidden: size of the residual stream;
-    :param numbers: weights of a layer, all of its experts among them.
+    Args:
+        config: the settings that were given.
+        device: of the conversion.
+        calib: calibration windows, and tokens in one.
+        hidden: width of the residual stream.
+        numbers: parameters of a layer, with all of its experts.
     """
     windows, length = calib
     cuda = device.type == "cuda"
@@ -55,8 +65,8 @@ def refine_settings(
     block_steps = steps * windows // BLOCK_WINDOWS if config.block_steps is None else config.block_steps
     block_steps = block_steps if block > 1 else 0
     output_steps = config.output_steps
-    if output_steps is None:  # on a CPU the head is most of a small model's work
-        output_steps = block_steps // OUTPUT_SHARE if cuda else 0
+    if output_steps is None:  # on a CPU the head takes most of a small model's time
+        output_steps = block_steps // OUTPUT_STEPS if cuda else 0
     output_layers = config.output_layers
     if output_layers is None:
         # weights are held in float32
@@ -76,7 +86,7 @@ def refine_settings(
 
 
 def layer_numbers(source: Source) -> int:
-    """Weights of the largest layer, as they are stored."""
+    """Parameters of the largest layer, as they are stored."""
     counts: dict[str, int] = {}
     for name in source.reader.names():
         if name.startswith(f"{source.family.layers}."):
@@ -86,16 +96,16 @@ def layer_numbers(source: Source) -> int:
 
 
 def output_advances(settings: RefineSettings, layers: int) -> int:
-    """Steps towards the next-token distribution, counted once for each layer that takes them."""
+    """Steps towards the next-token distribution, counted for each layer that takes them."""
     return settings.output_steps * sum(map(len, groups(layers, settings)[-1]))
 
 
 def _output_bytes(device: torch.device) -> int:
-    """Memory that the layers which take the last steps may have on the GPU."""
+    """Memory in bytes for the layers that are trained towards the next-token distribution on a GPU."""
     card = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else CARD_BYTES
     return int(card * OUTPUT_MEMORY)
 
 
 def _layer_bytes(tokens: int, hidden: int) -> int:
-    """What one more layer in a block takes on the device, roughly: activations kept for the way back, weights, Adam's state."""
+    """Memory in bytes of one more layer in a block, roughly: activations for the backward pass, weights, Adam's state."""
     return 60 * tokens * hidden + 80 * hidden**2

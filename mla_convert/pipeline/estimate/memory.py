@@ -1,4 +1,4 @@
-"""Bytes before any weight is read: caches, what fits a card, what a conversion takes. Imports no torch."""
+"""Bytes of caches, of the memory of cards and of a conversion, before any weight is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ CONTEXTS = (4096, 32768, 131072)
 BATCHES = (1, 8, 32)
 # Memory of a card in GB as its vendor's data sheet prints it: nvidia.com/en-us/data-center/{h100,h200,a100,l4,l40s},
 # the DGX B200 data sheet (1,440 GB on 8 cards), the GeForce RTX 3090, 4090 and 5090 specifications, and AMD's Instinct
-# MI300X and MI325X data sheets. Taken as powers of ten: a card reports a few percent more.
+# MI300X and MI325X data sheets. GB are powers of ten here; cards report a few percent more.
 GPUS = {"3090": 24, "4090": 24, "5090": 32, "a100-40": 40, "a100-80": 80, "b200": 180, "h100": 80, "h200": 141,
         "l4": 24, "l40s": 48, "mi300x": 192, "mi325x": 256}  # fmt: skip
-# Of a card's memory: the rest is for activations, the runtime's own memory and fragmentation.
+# Fraction of a card's memory for weights and cache; the rest is for activations, the runtime and fragmentation.
 USABLE = 0.9
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """A KV cache of `width` numbers per token and layer, `itemsize` bytes each; `windows`: sliding window a layer, or None."""
+    """A KV cache of `width` numbers per token and layer, `itemsize` bytes each; `windows`: the layers' sliding windows or None."""
 
     width: int
     itemsize: int
     windows: tuple[int | None, ...]
 
     def bytes(self, context: int, batch: int = 1) -> int:
-        """Bytes for `batch` sequences of `context` tokens. A layer with a window holds at most that many tokens."""
+        """Bytes for `batch` sequences of `context` tokens. A layer with a sliding window holds at most that many tokens."""
         held = sum(min(context, window) if window else context for window in self.windows)
         return batch * held * self.width * self.itemsize
 
     def largest_batch(self, room: int, context: int) -> int:
-        """Sequences of `context` tokens that fit `room` bytes."""
+        """Number of sequences of `context` tokens that fit `room` bytes."""
         return max(0, room) // self.bytes(context)
 
     def largest_context(self, room: int, batch: int, limit: int) -> int:
-        """Tokens to a sequence, at most `limit`, when `batch` sequences share `room` bytes."""
+        """Longest sequence in tokens, at most `limit`, when `batch` sequences share `room` bytes."""
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -48,11 +48,15 @@ class CacheSize:
 
 
 def card_memory(gpu: str | None, memory: str | None) -> int | None:
-    """Bytes of a card named (`h100`) or of a size as typed (`80GB`, `80GiB`, `80`); None if neither is given.
+    """Bytes of memory; None if neither argument is given.
+
+    Args:
+        gpu: Name of a card (`h100`).
+        memory: A size as typed (`80GB`, `80GiB`, `80`).
 
     Raises:
-        UsageError: both are given, or the size is not one.
-        InputError: a card that is not in the table.
+        UsageError: Both are given, or the size cannot be read.
+        InputError: The card is not in the table.
     """
     if gpu and memory:
         raise UsageError("--gpu and --memory are two ways to say one thing: give one of them")
@@ -72,7 +76,7 @@ def card_memory(gpu: str | None, memory: str | None) -> int | None:
 
 
 def fit(room: int, cache: CacheSize, limit: int) -> dict[str, dict[str, int]]:
-    """What fits `room` bytes beside the weights: largest batch by context, largest context (at most `limit`) by batch."""
+    """Largest batch by context, and largest context (at most `limit`) by batch, in `room` bytes."""
     return {
         "largest_batch_at_context": {str(context): cache.largest_batch(room, context) for context in CONTEXTS},
         "largest_context_at_batch": {str(batch): cache.largest_context(room, batch, limit) for batch in BATCHES},
@@ -80,20 +84,20 @@ def fit(room: int, cache: CacheSize, limit: int) -> dict[str, dict[str, int]]:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What about a plan its user may not have meant, a sentence each."""
-    found, shape = [], plan.shape
+    """Properties of a plan that its user may not have meant, one sentence each."""
+    lines, shape = [], plan.shape
     if plan.cache_width >= shape.cache_width:
         how = "larger than" if plan.cache_width > shape.cache_width else "as large as"
-        found.append(f"the cache is {how} the original's: a smaller rank saves memory")
+        lines.append(f"the cache is {how} the original's: a smaller rank saves memory")
     full = shape.full_rank(plan.rope_dim)
     if plan.rank >= full:
-        found.append(f"rank {plan.rank} is full rank: the latent loses nothing, and a higher one is not possible")
+        lines.append(f"rank {plan.rank} is full rank: the latent loses nothing, and a higher one is not possible")
     for name, value in (("rank", plan.rank), ("rope-dim", plan.rope_dim)):
         if value % UNIT:
             lower = value // UNIT * UNIT
             near = f"{lower} or {lower + UNIT}" if lower else f"{UNIT}"
-            found.append(f"{name} {value} is not a multiple of {UNIT}, which attention kernels prefer: {near} is")
-    return found
+            lines.append(f"{name} {value} is not a multiple of {UNIT}, which attention kernels prefer: {near} is")
+    return lines
 
 
 HOST_BASIS = (
@@ -105,13 +109,21 @@ HOST_BASIS = (
 def peak_host_bytes(
     table: int, layer: int, attention: int, hidden: int, itemsize: int, calibration_tokens: int, evaluation_tokens: int
 ) -> dict[str, int]:
-    """Host memory of the two moments of a conversion on a CPU that can be its peak (`HOST_BASIS`).
+    """Host memory in bytes at the two moments of a conversion on a CPU that can be its peak (`HOST_BASIS`).
 
-    `table`, `layer` and `attention` count the numbers of the largest tensor outside the layers, of one layer and of its
-    converted attention. The table is mapped and copied as it is read (measured: twice its bytes). A layer is held as
-    stored and in float32; its new attention with gradient, Adam's two moments and the best state; its statistics are
-    about six float64 matrices of hidden size. Three sets of hidden states of the calibration text (original, converted,
-    targets) and two of the evaluation text travel along in float32.
+    The table is mapped and copied as it is read (measured: twice its bytes). A layer is held as stored and in float32; its
+    new attention with gradient, Adam's two moments and the best state; its statistics are about six float64 matrices of
+    hidden size. Three sets of hidden states of the calibration text (original, converted, targets) and two of the evaluation
+    text are held in float32.
+
+    Args:
+        table: Elements of the largest tensor outside the layers.
+        layer: Elements of one layer.
+        attention: Elements of its converted attention.
+        hidden: Width of the residual stream.
+        itemsize: Bytes of a stored element.
+        calibration_tokens: Tokens of the calibration text.
+        evaluation_tokens: Tokens that perplexity is measured on.
     """
     streams = 4 * hidden * (3 * calibration_tokens + 2 * evaluation_tokens)
     held = layer * (itemsize + 4) + attention * 4 * 5 + 6 * 8 * (hidden + 1) ** 2

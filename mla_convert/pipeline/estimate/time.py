@@ -1,16 +1,16 @@
-"""How long a conversion takes, from counted operations and the rates at which measured conversions did theirs. No torch."""
+"""Time of a conversion, from its number of operations and the rates of measured conversions. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# Operations a second, over whole layers of measured conversions (README, "Measured", and its tests): SmolLM2-135M and the
-# demo model on one thread of an x86-64 core, a random model of Llama-3.2-1B's shapes on two; on an H100 SmolLM2-135M's
-# refinement, whose small layers leave much of the card idle, and a random model of Llama-3-8B's shapes, disk included.
+# Operations per second over whole layers of measured conversions (tests/pipeline/test_dry_run.py): SmolLM2-135M and the demo
+# model on one thread of an x86-64 core, a random model with the shapes of Llama-3.2-1B on two; on an H100, the refinement of
+# SmolLM2-135M, whose small layers leave much of the card idle, and a random model with the shapes of Llama-3-8B, disk included.
 CPU_RATE = 70e9
 H100_RATE = 75e12
-# Measured runs lie within this factor of the estimate; other processors, and cores shared with other work, may not.
+# Measured runs are within this factor of the estimate; other processors, and cores shared with other work, may not be.
 SPREAD = 2.0
 CPU_BASIS = (
     "operations counted; 70 GFLOP/s a core, as measured on 1 and 2 x86-64 cores with SmolLM2-135M, the demo model and the "
@@ -23,8 +23,45 @@ H100_BASIS = (
 
 
 @dataclass(frozen=True)
+class LayerRun:
+    """Settings of a conversion that its time depends on.
+
+    Attributes:
+        calib: Calibration windows, and tokens in one.
+        evaluation: Evaluation windows, and tokens in one.
+        steps: Gradient steps per layer.
+        batch: Windows in a step.
+        measured: Tokens at which the loss of smaller caches is measured, before sizes are allocated; 0 measures none.
+        block_steps: Further steps per layer, through the whole layer.
+        output_steps: Those of the further steps that also go through the head.
+    """
+
+    calib: tuple[int, int]
+    evaluation: tuple[int, int]
+    steps: int
+    batch: int
+    measured: int = 0
+    block_steps: float = 0
+    output_steps: float = 0
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """A range of seconds, what it is based on, and the number of cores where that matters."""
+
+    seconds: tuple[float, float]
+    basis: str
+    cores: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `plan --json` prints it."""
+        cores = {} if self.cores is None else {"cores": self.cores}
+        return {"seconds": list(self.seconds), "basis": self.basis, **cores}
+
+
+@dataclass(frozen=True)
 class LayerWork:
-    """What one layer's work depends on: numbers in the layer and in its attention, before and after; widths of heads."""
+    """Sizes of one layer that its work depends on: elements of the layer and its attention before and after, head widths."""
 
     hidden: int
     layer_before: int
@@ -33,29 +70,16 @@ class LayerWork:
     attention_after: int
     mixing_before: int  # query heads times the widths of a key and a value
     mixing_after: int
-    head: int  # numbers in the output matrix
+    head: int  # elements of the output matrix
 
-    def operations(
-        self,
-        calib: tuple[int, int],
-        evaluation: tuple[int, int],
-        steps: int,
-        batch: int,
-        measured: int = 0,
-        block_steps: float = 0,
-        output_steps: float = 0,
-    ) -> float:
-        """Floating point operations, for windows of (how many, tokens each) and `steps` of `batch` windows.
-
-        `measured`: tokens at which the loss of a smaller cache is measured, before sizes are shared out; `block_steps`:
-        more steps, through the whole layer; `output_steps`: those of them that go through the head as well.
-        """
+    def operations(self, run: LayerRun) -> float:
+        """Floating-point operations of one layer's conversion."""
 
         def forward(weights: int, mixing: int, length: int) -> float:
             return 2.0 * weights + 2.0 * length * mixing
 
         total = 0.0
-        (samples, length), (windows, eval_length) = calib, evaluation
+        (samples, length), (windows, eval_length) = run.calib, run.evaluation
         for weights, mixing in (
             (self.layer_before, self.mixing_before),
             (self.layer_after, self.mixing_after),
@@ -66,22 +90,31 @@ class LayerWork:
         total += (
             samples * length * (12.0 * self.hidden**2 + 2 * forward(self.attention_before, self.mixing_before, length))
         )
-        total += 3.0 * steps * batch * length * forward(self.attention_after, self.mixing_after, length)
+        total += 3.0 * run.steps * run.batch * length * forward(self.attention_after, self.mixing_after, length)
         # frozen weights need no gradients of their own
         whole = 2.0 * forward(self.layer_after, self.mixing_after, length)
-        total += block_steps * batch * length * (whole + forward(self.attention_after, self.mixing_after, length))
-        total += output_steps * batch * length * 6.0 * self.head  # of both models, and once back
-        if measured:  # the layer forward, forward again and back; its attention at some fourteen sizes
-            total += measured * 4 * forward(self.layer_before, self.mixing_before, length)
-            total += measured * 14 * forward(self.attention_after, self.mixing_after, length)
-        return total + (90.0 if measured else 30.0) * self.hidden**3  # decompositions, in float64
+        total += (
+            run.block_steps * run.batch * length * (whole + forward(self.attention_after, self.mixing_after, length))
+        )
+        total += run.output_steps * run.batch * length * 6.0 * self.head  # of both models, and once back
+        if run.measured:  # the layer forward, forward again and back; its attention at some fourteen sizes
+            total += run.measured * 4 * forward(self.layer_before, self.mixing_before, length)
+            total += run.measured * 14 * forward(self.attention_after, self.mixing_after, length)
+        return total + (90.0 if run.measured else 30.0) * self.hidden**3  # decompositions, in float64
 
 
-def estimate(work: LayerWork, layers: int, windows: dict[str, Any], cores: int) -> dict[str, dict[str, Any]]:
-    """Seconds, as a range, on `cores` cores and on an H100; `windows` holds the arguments of `operations` for each."""
-    found = {}
-    for place, rate, basis in (("cpu", CPU_RATE * cores, CPU_BASIS), ("h100", H100_RATE, H100_BASIS)):
-        seconds = layers * work.operations(**windows[place]) / rate
-        found[place] = {"seconds": [seconds / SPREAD, seconds * SPREAD], "basis": basis}
-    found["cpu"]["cores"] = cores
-    return found
+def estimate(work: LayerWork, layers: int, runs: dict[str, LayerRun], cores: int) -> dict[str, TimeEstimate]:
+    """Seconds of a conversion on this machine's cores ("cpu") and on an H100 ("h100").
+
+    Args:
+        work: Sizes of one layer.
+        layers: Number of layers.
+        runs: The conversion's settings on each of the two.
+        cores: Number of cores.
+    """
+    on_cpu = layers * work.operations(runs["cpu"]) / (CPU_RATE * cores)
+    on_h100 = layers * work.operations(runs["h100"]) / H100_RATE
+    return {
+        "cpu": TimeEstimate((on_cpu / SPREAD, on_cpu * SPREAD), CPU_BASIS, cores),
+        "h100": TimeEstimate((on_h100 / SPREAD, on_h100 * SPREAD), H100_BASIS),
+    }

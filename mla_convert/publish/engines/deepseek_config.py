@@ -1,7 +1,8 @@
-"""config.json of an exported model: DeepSeek-V3's, with every layer dense."""
+"""config.json of an exported model: DeepSeek-V3's configuration with every layer dense."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from mla_convert.publish.engines.padding import Sizes
@@ -12,25 +13,40 @@ from mla_convert.version import __version__
 STOCK_CLASS = "DeepseekV3ForCausalLM"
 CODE_CLASS, MODEL_CLASS = "MlaServedForCausalLM", "MlaServedModel"
 CODE_FILE = "modeling_mla_served.py"
-# Added to the vocabulary's size: transformers' stock class stops at a padding token outside the vocabulary.
+# Distance of the padding token from the end of the vocabulary; transformers' stock class refuses such a token.
 GUARD = 1
 
 
-def served_config(
-    config: Any, profile: Profile, sizes: Sizes, dtype: str, theta: float, eps: float, gguf: bool
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ServedForm:
+    """The properties of an exported model that its converted configuration does not determine.
+
+    `dtype`: name of the stored dtype; `theta`: base of the RoPE table; `eps`: rms_norm_eps; `gguf`: whether config.json is
+    for llama.cpp's converter.
+    """
+
+    profile: Profile
+    sizes: Sizes
+    dtype: str
+    theta: float
+    eps: float
+    gguf: bool = False
+
+
+def served_config(config: Any, form: ServedForm) -> dict[str, Any]:
     """The configuration of an exported model, from the converted one's.
 
-    DeepSeek's classes insist on experts: a few are named, and no layer has any. `pad_token_id` lies outside the vocabulary
-    in the profiles that transformers' own class would misread: it refuses to build the model, and engines ignore it.
+    DeepSeek's classes require experts: a few are configured, and no layer has any. `pad_token_id` is outside the vocabulary
+    in the profiles that transformers' own class would misread: that class then refuses to build the model, and engines
+    ignore the token.
     """
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    guarded = profile != "portable"
+    layers, heads, sizes = config.num_hidden_layers, config.num_attention_heads, form.sizes
+    guarded = form.profile != "portable"
     return {
-        "architectures": [CODE_CLASS if profile == "hf-code" else STOCK_CLASS],
+        "architectures": [CODE_CLASS if form.profile == "hf-code" else STOCK_CLASS],
         "model_type": "deepseek_v3",
-        "dtype": dtype,
-        "torch_dtype": dtype,
+        "dtype": form.dtype,
+        "torch_dtype": form.dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -39,7 +55,7 @@ def served_config(
         "num_key_value_heads": heads,
         "hidden_act": config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": eps,
+        "rms_norm_eps": form.eps,
         "initializer_range": config.initializer_range,
         "use_cache": True,
         "tie_word_embeddings": False,
@@ -49,14 +65,14 @@ def served_config(
         "attention_bias": False,
         "attention_dropout": 0.0,
         "kv_lora_rank": sizes.rank,
-        # llama.cpp asks for the number, everybody else for none
-        "q_lora_rank": 0 if gguf else None,
+        # llama.cpp requires a number, the others None
+        "q_lora_rank": 0 if form.gguf else None,
         "qk_rope_head_dim": sizes.rope_dim,
         "qk_nope_head_dim": sizes.nope_dim,
         "v_head_dim": sizes.v_dim,
         "rope_interleave": True,
-        "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_theta": form.theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": form.theta},
         "first_k_dense_replace": layers,
         "moe_layer_freq": 1,
         "moe_intermediate_size": config.intermediate_size,
@@ -70,5 +86,5 @@ def served_config(
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "num_nextn_predict_layers": 0,
-        EXPORTED: {"profile": profile, "version": __version__},
+        EXPORTED: {"profile": form.profile, "version": __version__},
     }

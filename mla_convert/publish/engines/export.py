@@ -1,4 +1,4 @@
-"""Writes a converted model in DeepSeek-V3's form, one layer at a time, for engines that know nothing of mla_convert."""
+"""Export of a converted model in DeepSeek-V3's form, one layer at a time, for engines without support for mla_convert."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mla_convert.core.runtime import versions
 from mla_convert.method.factorise.sizes import TABLE
 from mla_convert.modeling.shipped_code import write_code
 from mla_convert.publish.engines.converted_checkpoint import EMBEDDING, HEAD, NORM, Converted
-from mla_convert.publish.engines.deepseek_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, served_config
-from mla_convert.publish.engines.latent_attention import DISTORTION, LatentNorm, served_attention
+from mla_convert.publish.engines.deepseek_config import CODE_CLASS, CODE_FILE, MODEL_CLASS, ServedForm, served_config
+from mla_convert.publish.engines.latent_attention import DISTORTION, LatentNorm, LayerForm, served_attention
 from mla_convert.publish.engines.padding import Pad, Sizes, padded
 from mla_convert.publish.engines.profiles import Profile, check_dtype, residual_scale
 from mla_convert.publish.engines.qk_norm import block_diagonal
@@ -34,15 +34,15 @@ from mla_convert.write.intact import EXPORT, check_input
 from mla_convert.write.selfcheck import self_check
 from mla_convert.write.writer import Writer, check_output, check_space
 
-# Scale of the latent. portable: small, as its eps is; engine: near one, as quantised rows want it.
+# Scale of the latent. portable: small, because its eps is; engine: near one, because quantised rows need that.
 PORTABLE_ALPHA, LEAST_ALPHA = 2.0**-30, 2.0**-60
-# What hf-code's own norm adds, a power of four: latents stay as they are.
+# Epsilon of hf-code's own norm, a power of four, so that its root is a power of two and latents stay unchanged.
 CODE_EPS, LARGEST_CODE_EPS = 4.0**20, 4.0**60
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written. `distortion` bounds the share by which the latent norm can change a latent, for any input."""
+    """The export that was written. `distortion` bounds the relative error of a latent by its norm, for any input."""
 
     out: Path
     profile: Profile
@@ -52,7 +52,7 @@ class Export:
     source_numbers: float
 
     def as_dict(self) -> dict[str, Any]:
-        """As `export --json` prints it and export.json holds it, but for the local path."""
+        """For `export --json` and export.json, without the local path."""
         sizes = {"kv_lora_rank": self.sizes.rank, "qk_rope_head_dim": self.sizes.rope_dim,
                  "qk_nope_head_dim": self.sizes.nope_dim, "v_head_dim": self.sizes.v_dim}  # fmt: skip
         return {"profile": self.profile, "dtype": self.dtype, **sizes, "cache_numbers": self.sizes.cache_width,
@@ -61,7 +61,7 @@ class Export:
 
 @dataclass(frozen=True)
 class _Form:
-    """Everything that makes the exported tensors out of the converted ones."""
+    """Parameters of the map from converted to exported tensors."""
 
     sizes: Sizes
     slots: list[list[int]]
@@ -71,6 +71,10 @@ class _Form:
     rope_scale: float
     residual: float
     dtype: torch.dtype
+
+    def layer(self, index: int) -> LayerForm:
+        """The form of one layer's attention."""
+        return LayerForm(self.sizes, self.slots[index], self.norms[index], self.q_scale, self.rope_scale, self.residual)
 
 
 def export(
@@ -85,14 +89,21 @@ def export(
 ) -> Export:
     """Write the converted model in `folder` to `out` as a dense DeepSeek-V3 checkpoint.
 
-    :param pad: see `padded`.
-    :param gguf: config.json as llama.cpp's converter wants it (profile engine only).
+    Args:
+        folder: a converted or healed folder.
+        out: the folder to write.
+        profile: the engines that it is for (docs/guides/serve.md).
+        dtype: "float32", "bfloat16", or "auto" for the folder's own.
+        pad: see `padded`.
+        gguf: make config.json for llama.cpp's converter (profile engine only).
+        overwrite: replace `out` even if it is no output of mla_convert.
+        progress: for notes and a bar.
 
     Raises:
         UsageError: gguf in another profile.
-        InputError: the folder is damaged, or this model, or this size, cannot be said in this profile; nothing is written.
+        InputError: the folder is damaged, or the profile cannot express this model or size; nothing is written.
         ResourceError: the disk does not suffice.
-        SelfCheckFailed: the export does not generate what it should (profiles that transformers loads are tried).
+        SelfCheckFailed: the export generates something else than expected (only profiles that transformers loads).
     """
     if gguf and profile != "engine":
         raise UsageError("--gguf is for --profile engine: quantised, the other profiles' latents would be lost")
@@ -113,7 +124,7 @@ def export(
         try:
             for number, tensors in enumerate(_shards(model, form)):
                 file = f"model-{number + 1:05d}-of-{len(model.layers) + 2:05d}.safetensors"
-                check_finite(tensors, most=math.inf)  # a latent norm's weight makes up for its epsilon
+                check_finite(tensors, most=math.inf)  # a latent norm's weight may be large, as its epsilon is
                 writer.write_shard(file, tensors)
                 if 0 < number <= len(model.layers):
                     progress.layer_measured()
@@ -124,12 +135,12 @@ def export(
 
 
 def _plan(model: Converted, profile: Profile, dtype: str, pad: Pad, gguf: bool) -> tuple[_Form, dict[str, Any]]:
-    """How the tensors are made, and config.json."""
+    """The form of the exported tensors, and the content of config.json."""
     config, traits, planes = model.config, model.traits, model.planes()
     ranks = [config.layer_rank(index) for index in model.layers]
     widest = max(config.layer_nope_dim(index) for index in model.layers)
     if profile == "hf-code":
-        slots, theta, rope_dim = [list(range(len(own))) for own in planes], traits.theta, 2 * max(map(len, planes))
+        slots, theta, rope_dim = [list(range(len(layer))) for layer in planes], traits.theta, 2 * max(map(len, planes))
     else:
         table = share_table(planes, list(traits.inv_freq), traits.theta, None if pad == "none" else TABLE)
         slots, theta, rope_dim = table.slots, table.theta, 2 * table.size
@@ -139,7 +150,7 @@ def _plan(model: Converted, profile: Profile, dtype: str, pad: Pad, gguf: bool) 
     bounds = [model.largest_latent(index, sizes.rank) for index in model.layers]
     norms = _latent_norms(profile, bounds, eps)
     distortion = max(norm.distortion(bound) for norm, bound in zip(norms, bounds, strict=True))
-    content = served_config(config, profile, sizes, dtype, theta, eps, gguf)
+    content = served_config(config, ServedForm(profile, sizes, dtype, theta, eps, gguf))
     q_scale = traits.softmax_scale * math.sqrt(sizes.nope_dim + sizes.rope_dim)
     if profile == "hf-code":
         q_scale = 1.0
@@ -149,9 +160,9 @@ def _plan(model: Converted, profile: Profile, dtype: str, pad: Pad, gguf: bool) 
 
 
 def _code_fields(model: Converted, planes: list[list[int]], sizes: Sizes, latent_eps: float) -> dict[str, Any]:
-    """What config.json says to the code of profile hf-code. Tables are padded with frequencies that turn nothing."""
+    """Fields of config.json for the code of profile hf-code. RoPE tables are padded with frequencies of zero."""
     config, m = model.config, sizes.rope_dim // 2
-    tables = [[model.traits.inv_freq[f] for f in own] + [0.0] * (m - len(own)) for own in planes]
+    tables = [[model.traits.inv_freq[f] for f in layer] + [0.0] * (m - len(layer)) for layer in planes]
     module, normed = CODE_FILE.removesuffix(".py"), config.mla_q_norm is not None
     return {
         "auto_map": {"AutoModel": f"{module}.{MODEL_CLASS}", "AutoModelForCausalLM": f"{module}.{CODE_CLASS}"},
@@ -169,25 +180,32 @@ def _code_fields(model: Converted, planes: list[list[int]], sizes: Sizes, latent
 
 
 def _latent_norms(profile: Profile, bounds: list[float], eps: float) -> list[LatentNorm]:
-    """A norm for each layer that leaves its latent alone.
+    """For each layer, a norm that leaves the latent unchanged to `DISTORTION`.
+
+    Args:
+        profile: of the export.
+        bounds: upper bound of each layer's mean squared latent.
+        eps: the engine's epsilon, in the profiles without code.
 
     Raises:
-        InputError: latents can be so large that none does.
+        InputError: latents can be so large that no norm does.
     """
     if profile == "hf-code":
-        own = CODE_EPS
-        while max(bounds) / (2 * own) > DISTORTION and own < LARGEST_CODE_EPS:
-            own *= 4
-        norms = [LatentNorm.linear(own, bound, 1.0, 1.0) for bound in bounds]
+        code_eps = CODE_EPS
+        while max(bounds) / (2 * code_eps) > DISTORTION and code_eps < LARGEST_CODE_EPS:
+            code_eps *= 4
+        candidates = [LatentNorm.linear(code_eps, bound, 1.0, 1.0) for bound in bounds]
     else:
         largest = 1.0 if profile == "engine" else PORTABLE_ALPHA
-        norms = [LatentNorm.linear(eps, bound, largest, LEAST_ALPHA) for bound in bounds]
-    for layer, (norm, bound) in enumerate(zip(norms, bounds, strict=True)):
+        candidates = [LatentNorm.linear(eps, bound, largest, LEAST_ALPHA) for bound in bounds]
+    norms = []
+    for layer, (norm, bound) in enumerate(zip(candidates, bounds, strict=True)):
         if norm is None:
             raise InputError(
                 f"the latent of layer {layer} can reach a root mean square of {math.sqrt(bound):.1e}, which an engine's latent "
                 f"norm would change by more than {DISTORTION}: this model cannot be exported"
             )
+        norms.append(norm)
     return norms
 
 
@@ -208,14 +226,12 @@ def _shards(model: Converted, form: _Form) -> Iterator[dict[str, Tensor]]:
     del table
     for index in model.layers:
         attention, features, rest = model.layer(index)
-        own = served_attention(
-            attention, form.sizes, form.slots[index], form.norms[index], form.q_scale, form.rope_scale, form.residual
-        )
+        served = served_attention(attention, form.layer(index))
         rest["mlp.down_proj.weight"] = _scaled(rest["mlp.down_proj.weight"], form.residual)
         if features:
-            own["q_proj.weight"] = block_diagonal(own["q_proj.weight"], model.config.num_attention_heads)
+            served["q_proj.weight"] = block_diagonal(served["q_proj.weight"], model.config.num_attention_heads)
             rest |= features.tensors()
-        named = rest | {f"self_attn.{name}": tensor for name, tensor in own.items()}
+        named = rest | {f"self_attn.{name}": tensor for name, tensor in served.items()}
         yield {f"model.layers.{index}.{name}": tensor.to(form.dtype) for name, tensor in named.items()}
     last = model.reader.read([NORM, EMBEDDING if model.config.tie_word_embeddings else HEAD])
     head = last.pop(EMBEDDING) if model.config.tie_word_embeddings else last.pop(HEAD)
@@ -223,12 +239,12 @@ def _shards(model: Converted, form: _Form) -> Iterator[dict[str, Tensor]]:
 
 
 def _scaled(weight: Tensor, factor: float) -> Tensor:
-    """A weight times a factor in float32, which for large tables is as much memory as can be spared."""
+    """A weight times a factor, in float32: float64 would take too much memory for large tables."""
     return weight if factor == 1 else weight.float() * factor
 
 
 def _write_rest(model: Converted, writer: Writer, content: dict[str, Any], result: Export) -> None:
-    """Configuration, code, tokenizer, export.json and README beside the weights; then the folder gets its name."""
+    """Write configuration, code, tokenizer, export.json and README beside the weights, then publish the folder."""
     folder = writer.folder
     with on_disk("the export", writer.out.parent):
         write_file(folder / "config.json", json.dumps(content, indent=2) + "\n")
@@ -238,7 +254,7 @@ def _write_rest(model: Converted, writer: Writer, content: dict[str, Any], resul
             carry(file, folder)
         facts = {"source": model.label, **result.as_dict(), "versions": versions(), "checksums": writer.checksums()}
         writer.write_index()
-        if result.profile != "engine":  # what transformers would misread
+        if result.profile != "engine":  # transformers would misread it
             facts["self_check"] = self_check(folder)
         write_file(folder / EXPORT, json.dumps(facts, indent=2) + "\n")
         write_readme(folder, model.label, facts)

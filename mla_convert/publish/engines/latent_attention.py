@@ -1,11 +1,11 @@
-"""One layer's converted attention as DeepSeek-V3's: order of rows, zero padding, and a latent norm that changes nothing.
+"""One layer's converted attention in DeepSeek-V3's form: order of rows, zero padding, and a latent norm without effect.
 
-Engines put an RMSNorm on the latent c, which a converted model does not have. On alpha c with alpha small it is linear,
+Engines apply an RMSNorm to the latent c, which a converted model does not have. On alpha c with a small alpha it is linear,
 
-    norm(alpha c) = gain * alpha c / sqrt(alpha^2 mean(c^2) + eps),  which is c * gain * alpha / sqrt(eps)
+    norm(alpha c) = gain * alpha c / sqrt(alpha^2 mean(c^2) + eps) = c * gain * alpha / sqrt(eps)
 
-up to a share of alpha^2 mean(c^2) / (2 eps). Rows of the latent are scaled by alpha, a power of two; the gain is the power
-of two nearest to sqrt(eps) / alpha, and what is left, between 0.7 and 1.4, goes into kv_b_proj.
+to a relative error of alpha^2 mean(c^2) / (2 eps). The rows of the latent are scaled by alpha, a power of two; the gain is
+the power of two nearest to sqrt(eps) / alpha, and the remaining factor, between 0.7 and 1.4, is multiplied into kv_b_proj.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from mla_convert.publish.engines.padding import Sizes
 
-# Of the latent: the share by which the norm may change it, for any input (`LatentNorm.distortion`).
+# Largest relative error of the latent by its norm, for any input (`LatentNorm.distortion`).
 DISTORTION = 1e-5
 
 
 @dataclass(frozen=True)
 class LatentNorm:
-    """An RMSNorm on alpha c. `eps` is what the engine adds to the mean square."""
+    """An RMSNorm on alpha c. `eps` is the engine's epsilon, added to the mean square."""
 
     alpha: float
     eps: float
@@ -40,7 +40,7 @@ class LatentNorm:
         return math.sqrt(self.eps) / (self.alpha * self.gain)
 
     def distortion(self, mean_square: float) -> float:
-        """Share by which the norm changes a latent with this mean square."""
+        """Relative error by the norm of a latent with this mean square."""
         return self.alpha**2 * mean_square / (2 * self.eps)
 
     @classmethod
@@ -52,8 +52,25 @@ class LatentNorm:
 
 
 @dataclass(frozen=True)
+class LayerForm:
+    """The form in which one layer's attention is exported.
+
+    `slots`: place of each plane in the engine's RoPE table; `q_scale`: factor on queries that makes the engine's softmax
+    scale the source's; `rope_scale`: factor on rotary logits (RoPE scalings such as YaRN); `residual`: factor on the residual
+    stream.
+    """
+
+    sizes: Sizes
+    slots: list[int]
+    norm: LatentNorm
+    q_scale: float
+    rope_scale: float
+    residual: float
+
+
+@dataclass(frozen=True)
 class Attention:
-    """A converted layer's attention as it is stored, float64. Shapes: see `MlaWeights`; m rotary planes."""
+    """A converted layer's attention in its stored layout, float64. Shapes: see `MlaWeights`; m rotary planes."""
 
     q: Tensor  # (H, nope + 2m, d): content rows, then real and imaginary parts of the planes
     q_bias: Tensor | None  # (H, nope + 2m)
@@ -67,7 +84,7 @@ class Attention:
 
     @classmethod
     def read(cls, stored: dict[str, Tensor], heads: int, v_dim: int) -> Attention:
-        """From the tensors of one attention by their local names."""
+        """From the tensors of one attention, by their local names."""
         wide = {name: tensor.double() for name, tensor in stored.items() if tensor.is_floating_point()}
         q_bias = wide.get("q_proj.bias")
         return cls(
@@ -93,9 +110,9 @@ class Attention:
         return self.q.shape[1] - 2 * self.planes
 
     def largest_mean_square(self, norm_weight: Tensor, rank: int) -> float:
-        """Bound of mean(c^2) over `rank` numbers that holds for every input, by the spectral norm of the down-projection.
+        """Upper bound of mean(c^2) over `rank` elements for every input, by the spectral norm of the down-projection.
 
-        The input is norm_weight * x with |x|^2 <= d, being the output of an RMSNorm.
+        The input is the output of an RMSNorm: norm_weight * x with |x|^2 <= d.
         """
         rows = self.kv_a[: self.rank] * norm_weight.double()
         size = (torch.linalg.eigvalsh(rows @ rows.T)[-1].clamp_min(0) * rows.shape[1]).sqrt()
@@ -105,64 +122,61 @@ class Attention:
 
 
 def _place(rows: Tensor, planes: int, content: int, slots: list[int], size: int) -> Tensor:
-    """Rows (..., content + 2m, n), real parts then imaginary ones, to (..., size, n): content padded, planes interleaved.
+    """Pad the content rows and interleave the rows of the planes.
 
-    Content starts at 0 and takes `content` rows of the result; the plane in slot s takes the rows 2 s and 2 s + 1 after it.
+    Args:
+        rows: (..., content of this layer + 2m, n); the planes' real parts come before their imaginary parts.
+        planes: m.
+        content: rows of the result before the planes.
+        slots: (m,); the plane in slot s gets the rows 2s and 2s + 1 after the content.
+        size: rows of the result.
+
+    Returns:
+        (..., size, n).
     """
-    found = rows.shape[-2] - 2 * planes
+    width = rows.shape[-2] - 2 * planes
     place = rows.new_zeros(*rows.shape[:-2], size, rows.shape[-1])
-    place[..., :found, :] = rows[..., :found, :]
+    place[..., :width, :] = rows[..., :width, :]
     pairs = content + 2 * torch.tensor(slots, dtype=torch.int64)
-    place[..., pairs, :] = rows[..., found : found + planes, :]
-    place[..., pairs + 1, :] = rows[..., found + planes :, :]
+    place[..., pairs, :] = rows[..., width : width + planes, :]
+    place[..., pairs + 1, :] = rows[..., width + planes :, :]
     return place
 
 
-def served_attention(
-    attention: Attention,
-    sizes: Sizes,
-    slots: list[int],
-    norm: LatentNorm,
-    q_scale: float,
-    rope_scale: float,
-    residual: float,
-) -> dict[str, Tensor]:
-    """The layer's attention under DeepSeek's names, float64, of the sizes given.
+def _queries(attention: Attention, form: LayerForm, rows: Tensor) -> Tensor:
+    """Rows (H, nope + 2m, n) of the queries, scaled and in DeepSeek's order: (H, nope_dim + rope_dim, n)."""
+    sizes, scaled = form.sizes, rows * form.q_scale
+    scaled[:, attention.nope_dim :] *= form.rope_scale
+    return _place(scaled, attention.planes, sizes.nope_dim, form.slots, sizes.nope_dim + sizes.rope_dim)
 
-    :param slots: where each plane stands in the engine's RoPE table.
-    :param q_scale: factor on queries, which makes the engine's softmax scale the source's.
-    :param rope_scale: factor on rotary logits (RoPE scalings of the kind of yarn).
-    :param residual: factor on the residual stream.
-    """
-    planes, heads = attention.planes, attention.q.shape[0]
 
-    def queries(rows: Tensor) -> Tensor:
-        scaled = rows * q_scale
-        scaled[:, attention.nope_dim :] *= rope_scale
-        return _place(scaled, planes, sizes.nope_dim, slots, sizes.nope_dim + sizes.rope_dim)
+def _compressed(attention: Attention, form: LayerForm, rows: Tensor) -> Tensor:
+    """Rows (r + 2m, n) of the down-projection, scaled and in DeepSeek's order: (cache_width, n)."""
+    scaled = rows.clone()
+    scaled[: attention.rank] *= form.norm.alpha
+    return _place(scaled, attention.planes, form.sizes.rank, form.slots, form.sizes.cache_width)
 
-    def compressed(rows: Tensor) -> Tensor:
-        scaled = rows.clone()
-        scaled[: attention.rank] *= norm.alpha
-        return _place(scaled, planes, sizes.rank, slots, sizes.cache_width)
 
+def served_attention(attention: Attention, form: LayerForm) -> dict[str, Tensor]:
+    """The layer's attention under DeepSeek's names, float64, in the sizes of `form`."""
+    heads, sizes, norm = attention.q.shape[0], form.sizes, form.norm
     kv_b = attention.kv_b.new_zeros(heads, sizes.nope_dim + sizes.v_dim, sizes.rank)
     nope, rank, v_dim = attention.nope_dim, attention.rank, attention.v_dim
     kv_b[:, :nope, :rank] = attention.kv_b[:, :nope] * norm.remainder
     kv_b[:, sizes.nope_dim : sizes.nope_dim + v_dim, :rank] = attention.kv_b[:, nope:] * norm.remainder
     o = attention.o.new_zeros(attention.o.shape[0], heads, sizes.v_dim)
-    o[..., :v_dim] = attention.o * residual
+    o[..., :v_dim] = attention.o * form.residual
     served = {
-        "q_proj.weight": queries(attention.q).flatten(0, 1),
-        "kv_a_proj_with_mqa.weight": compressed(attention.kv_a),
+        "q_proj.weight": _queries(attention, form, attention.q).flatten(0, 1),
+        "kv_a_proj_with_mqa.weight": _compressed(attention, form, attention.kv_a),
         "kv_a_layernorm.weight": torch.full((sizes.rank,), norm.gain, dtype=torch.float64),
         "kv_b_proj.weight": kv_b.flatten(0, 1),
         "o_proj.weight": o.flatten(1),
     }
     if attention.q_bias is not None:
-        served["q_proj.bias"] = queries(attention.q_bias[..., None]).flatten()
+        served["q_proj.bias"] = _queries(attention, form, attention.q_bias[..., None]).flatten()
     if attention.kv_a_bias is not None:
-        served["kv_a_proj_with_mqa.bias"] = compressed(attention.kv_a_bias[:, None])[:, 0]
+        served["kv_a_proj_with_mqa.bias"] = _compressed(attention, form, attention.kv_a_bias[:, None])[:, 0]
     if attention.o_bias is not None:
-        served["o_proj.bias"] = attention.o_bias * residual
+        served["o_proj.bias"] = attention.o_bias * form.residual
     return served

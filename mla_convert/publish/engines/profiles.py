@@ -1,4 +1,4 @@
-"""What an exported model can say, profile by profile, and what is refused with the reason. docs/serving.md has the table."""
+"""What an exported model can say, profile by profile, and what is refused with the reason. docs/guides/serve.md has the table."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _check_pair(profile: str, how: EngineRequest) -> None:
         raise UsageError("profile hf-code runs the Python file in the folder: read it, then give --trust-remote-code")
     if how.engine == "llama.cpp" and how.gguf is None:
         raise UsageError(
-            "llama.cpp reads a .gguf file: make one with its converter (docs/serving.md), and give it as --gguf"
+            "llama.cpp reads a .gguf file: make one with its converter (docs/guides/serve.md), and give it as --gguf"
         )
     if how.gguf is not None and not how.gguf.is_file():
         raise InputError(f"{how.gguf} not found: give the .gguf file made from this folder")

@@ -1,4 +1,4 @@
-"""Quantised checkpoints read as bfloat16, tensor by tensor: FP8 with scales by block, row or tensor, and MXFP4 experts."""
+"""Reading of quantised checkpoints as bfloat16, by tensor: FP8 with scales by block, row or tensor, and MXFP4 experts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mla_convert.core.errors import InputError
 from mla_convert.source.checkpoint.reader import SafetensorsReader
 
 DTYPE = torch.bfloat16
-# Ends of the names of a weight's scales: DeepSeek's FP8 (by block), compressed-tensors' (by row or tensor).
+# Suffixes of the names of a weight's scales: DeepSeek's FP8 (by block), compressed-tensors' (by row or tensor).
 FP8_SCALES = ("_scale_inv", "_scale")
 PACKED, PACKED_SCALES = "_blocks", "_scales"
-# Numbers in a byte of MXFP4, and numbers that share a scale.
+# MXFP4: elements in a byte, and elements that share a scale.
 PER_BYTE, PER_SCALE = 2, 32
 
 
 def can_dequantise(quantization: dict[str, Any]) -> bool:
-    """Whether checkpoints with this `quantization_config` are read here."""
+    """Whether checkpoints with this `quantization_config` are supported."""
     method = quantization.get("quant_method")
     return method in ("fp8", "mxfp4") or (
         method == "compressed-tensors" and quantization.get("format") == "float-quantized"
@@ -30,10 +30,10 @@ def can_dequantise(quantization: dict[str, Any]) -> bool:
 
 
 def take_quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | None:
-    """How a checkpoint is quantised, taken out of its configuration: what is read, and written, is not.
+    """Remove `quantization_config` from a configuration and return it; None if the checkpoint is not quantised.
 
     Raises:
-        InputError: in a way that is not read here.
+        InputError: the quantisation is not supported.
     """
     how = getattr(config, "quantization_config", None)
     if not how:
@@ -51,15 +51,16 @@ def take_quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | 
 
 
 class DequantisedReader:
-    """A quantised checkpoint as if it were stored in bfloat16; tensors that are not quantised are as stored.
+    """Reads quantised tensors as bfloat16, and the others in their stored dtype.
 
-    FP8: a weight (n, c) of float8 numbers beside scales for blocks of it, (ceil(n / b), ceil(c / b')), for rows, (n, 1), or
-    for all of it; the `block` is the configuration's (DeepSeek-V3 report, arXiv 2412.19437, section 3.3.2). MXFP4: experts
-    (E, n, c / 32, 16) of packed 4-bit numbers beside exponents (E, n, c / 32), read as transformers' gpt-oss has them,
-    (E, c, n) (OCP Microscaling Formats specification).
+    FP8: a float8 weight (n, c) with scales for blocks, (ceil(n / b), ceil(c / b')), for rows, (n, 1), or for the tensor; the
+    block size is the configuration's (DeepSeek-V3 report, arXiv 2412.19437, section 3.3.2). MXFP4: experts (E, n, c / 32, 16)
+    of packed 4-bit elements with exponents (E, n, c / 32), read in the layout of transformers' gpt-oss, (E, c, n) (OCP
+    Microscaling Formats specification).
     """
 
     def __init__(self, stored: SafetensorsReader, quantization: dict[str, Any]):
+        """Read from `stored`; `quantization` is the checkpoint's `quantization_config`."""
         self._stored = stored
         self._block = tuple(quantization.get("weight_block_size") or (128, 128))
         names = set(stored.names())
@@ -77,29 +78,34 @@ class DequantisedReader:
         used = (
             set(self._scale_of.values()) | set(self._packed.values()) | {name + PACKED_SCALES for name in self._packed}
         )
-        # scales of activations say how to compute, not what the weights are
+        # scales of activations do not belong to the weights
         self._names = [n for n in stored.names() if n not in used and not n.endswith(".input_scale")] + list(
             self._packed
         )
 
     def names(self) -> list[str]:
+        """Names of the dequantised tensors and of the others."""
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one dequantised tensor, without reading it."""
         if name not in self._packed:
             return self._stored.shape(name)
         experts, rows, groups, width = self._stored.shape(self._packed[name])
         return experts, groups * width * PER_BYTE, rows
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which one tensor is read."""
         return DTYPE if name in self._scale_of or name in self._packed else self._stored.dtype(name)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, dequantised."""
         names = list(names)
         plain = self._stored.read(name for name in names if name not in self._packed and name not in self._scale_of)
         return {name: plain[name] if name in plain else self._dequantised(name) for name in names}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive) of one dequantised tensor."""
         if name in self._packed or name in self._scale_of:
             return self._dequantised(name)[start:stop]
         return self._stored.rows(name, start, stop)
@@ -116,7 +122,7 @@ class DequantisedReader:
         return (weight * self._spread(scale, weight.shape, name)).to(DTYPE)
 
     def _spread(self, scale: Tensor, shape: torch.Size, name: str) -> Tensor:
-        """Scales of a weight of some shape, so that they multiply it."""
+        """Scales expanded so that they broadcast to a weight of `shape`."""
         if scale.numel() == 1 or tuple(scale.shape) == (shape[0], 1):
             return scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
         blocks = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=True))

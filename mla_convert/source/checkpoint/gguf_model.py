@@ -1,4 +1,4 @@
-"""The model in a GGUF file, through transformers, with what it leaves out of the metadata and with no tensor made up."""
+"""The model in a GGUF file, read by transformers, with the metadata that it ignores and without missing tensors."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.source.checkpoint.gguf_config import apply_metadata
 from mla_convert.source.checkpoint.gguf_file import GgufFile, read_gguf
 from mla_convert.source.checkpoint.gguf_rope import FACTORS
 
-# Experts are one tensor for each of gate, up and down, and two in the model.
+# GGUF stores the experts as one tensor each for gate, up and down; the model has gate and up in one.
 EXPERTS = {"mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "mlp.experts.down_proj": ("ffn_down_exps",)}
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file whose metadata makes a model of transformers, and whose tensors are that model's."""
+    """A GGUF file whose metadata describes a transformers model, and whose tensors are that model's."""
 
     file: GgufFile
     config: PreTrainedConfig
     shapes: dict[str, tuple[int, ...]]
     notes: list[str]
 
-    def load(self, dtype: str | torch.dtype = torch.float32) -> nn.Module:
+    def load(self, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
         """The model with its weights, dequantised as a whole by transformers.
 
         Raises:
-            InputError: a type of storage that is not read, or weights that are damaged.
-            ResourceError: no room to put the parts of a split file together.
+            InputError: an unsupported quantisation type, or damaged weights.
+            ResourceError: no disk space to join the parts of a split file.
         """
         with self.file.whole() as path:
             model, info = _guarded(
@@ -47,7 +46,7 @@ class GgufModel:
                 ),
             )
         lacking = [*info["missing_keys"], *info["mismatched_keys"]]
-        # older versions take a shape as it comes
+        # older versions of transformers accept any shape
         lacking += [
             name
             for name, parameter in model.named_parameters()
@@ -63,11 +62,15 @@ class GgufModel:
 
 
 def open_gguf(path: Path, check: Callable[[PreTrainedConfig], Any] = lambda config: None) -> GgufModel:
-    """Read a file's headers, and compare its tensors with what its metadata says. `check` may refuse the configuration.
+    """Read a file's headers, and compare its tensors with the model that its metadata describes.
+
+    Args:
+        path: of the file, or of the first part of a split file.
+        check: may refuse the configuration by an error.
 
     Raises:
-        InputError: damaged, incomplete, of a family that transformers does not read, or with settings that it does not know.
-        ResourceError: no room to put the headers of a split file together.
+        InputError: damaged, incomplete, of a family or with settings that transformers does not support.
+        ResourceError: no disk space to join the headers of a split file.
     """
     file = read_gguf(path)
     kind = file.metadata.get("general.type", "model")
@@ -105,7 +108,7 @@ def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[
     transformers makes up the first kind, and leaves out the second.
     """
 
-    def build() -> nn.Module:
+    def build() -> PreTrainedModel:
         with init_empty_weights(include_buffers=True):
             return AutoModelForCausalLM.from_config(config)
 

@@ -1,4 +1,4 @@
-"""A stored checkpoint under the names and shapes that its transformers model has."""
+"""A stored checkpoint under the names and shapes of its transformers model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,32 @@ from mla_convert.core.errors import InputError
 from mla_convert.source.checkpoint.reader import Reader
 from mla_convert.source.families.base import Family
 
-# What stands before the names of a language model that is part of a larger one.
+# Prefix of the names of a language model that is part of a multimodal one.
 PART = re.compile(r"^(model\.)?(language_model|text_model)\.(model\.)?")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 class ModelReader:
-    """Reads what the model asks for (`wanted` names) from what is stored; `unused` is whatever else is stored.
+    """Reads the tensors of a model from a checkpoint; `unused` names the stored tensors that the model does not have.
 
-    Names may lack the model's prefix (GPT-2's first checkpoints), have one more (the language model of a multimodal one) or
-    be older ones, and experts may be stored one by one where the model has them in one tensor.
+    Stored names may lack the model's prefix (GPT-2's first checkpoints), have an additional one (the language model of a
+    multimodal checkpoint) or be older ones. Experts may be stored one by one where the model has them in one tensor.
     """
 
     def __init__(self, stored: Reader, wanted: Iterable[str], family: Family):
+        """Map the model's names to stored ones.
+
+        Args:
+            stored: the checkpoint.
+            wanted: names of the model's tensors.
+            family: of the model.
+
+        Raises:
+            InputError: two stored tensors stand for one of the model, or an expert is incomplete.
+        """
         self._stored = stored
         wanted = set(wanted)
+        gate_up_down: tuple[str, ...] = family.experts or ()
         prefix = family.layers.partition(".")[0] + "."
         self._plain: dict[str, str] = {}
         self._experts: dict[str, dict[tuple[str, int], str]] = {}
@@ -35,45 +46,51 @@ class ModelReader:
             new = name
             for before, after in family.renamed:
                 new = new.replace(before, after)
-            expert = EXPERT.fullmatch(new) if family.experts else None
+            expert = EXPERT.fullmatch(new)
             inner = PART.sub("", new)
             forms = (name, new, prefix + name, prefix + new, inner, prefix + inner)
-            own = next((form for form in forms if form in wanted), None)
-            if own:
-                if own in self._plain:
+            in_model = next((form for form in forms if form in wanted), None)
+            if in_model:
+                if in_model in self._plain:
                     raise InputError(
-                        f"tensors {self._plain[own]} and {name} both stand for {own}: take one of them out"
+                        f"tensors {self._plain[in_model]} and {name} both stand for {in_model}: take one of them out"
                     )
-                self._plain[own] = name
-            elif expert and expert[3] in family.experts:
-                down = expert[3] == family.experts[2]
+                self._plain[in_model] = name
+            elif expert and expert[3] in gate_up_down:
+                down = expert[3] == gate_up_down[2]
                 fused = f"{expert[1]}.{'down_proj' if down else 'gate_up_proj'}"
                 self._experts.setdefault(fused, {})[expert[3], int(expert[2])] = name
             else:
                 self.unused.append(name)
-        self._parts = {name: self._ordered(name, found, family) for name, found in self._experts.items()}
+        self._parts = {name: self._ordered(name, parts, gate_up_down) for name, parts in self._experts.items()}
 
     @staticmethod
-    def _ordered(fused: str, found: dict[tuple[str, int], str], family: Family) -> list[list[str]]:
+    def _ordered(fused: str, parts: dict[tuple[str, int], str], gate_up_down: tuple[str, ...]) -> list[list[str]]:
         """Stored names of each expert's parts (gate and up, or down)."""
-        kinds = family.experts[2:] if fused.endswith("down_proj") else family.experts[:2]
-        count = 1 + max(expert for _, expert in found)
+        kinds = gate_up_down[2:] if fused.endswith("down_proj") else gate_up_down[:2]
+        count = 1 + max(expert for _, expert in parts)
         for kind in kinds:
             for expert in range(count):
-                if (kind, expert) not in found:
+                if (kind, expert) not in parts:
                     raise InputError(f"expert {expert} of {fused} has no {kind}: fetch the checkpoint again")
-        return [[found[kind, expert] for kind in kinds] for expert in range(count)]
+        return [[parts[kind, expert] for kind in kinds] for expert in range(count)]
 
     def leave_out(self, name: str, instead: str | None = None) -> None:
-        """No longer have the tensor `name`; `instead` has what is stored for it."""
+        """Remove the tensor `name`; the tensor `instead`, if given, gets its stored values."""
         stored = self._plain.pop(name)
         if instead:
             self._plain[instead] = stored
 
     def names(self) -> list[str]:
+        """Names of the model's tensors that are stored."""
         return [*self._plain, *self._parts]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor in the model, without reading it.
+
+        Raises:
+            InputError: experts of unequal shapes.
+        """
         if name in self._plain:
             return self._stored.shape(self._plain[name])
         experts = self._parts[name]
@@ -84,9 +101,11 @@ class ModelReader:
         return len(experts), rows * len(experts[0]), columns
 
     def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of one tensor, without reading it."""
         return self._stored.dtype(self._plain[name] if name in self._plain else self._parts[name][0][0])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, on the CPU, in their stored dtype and the model's shape."""
         names = list(names)
         plain = {self._plain[name]: name for name in names if name in self._plain}
         tensors = {plain[name]: tensor for name, tensor in self._stored.read(plain).items()}
@@ -97,13 +116,14 @@ class ModelReader:
 
     def _fused(self, name: str) -> Tensor:
         whole = torch.empty(self.shape(name), dtype=self.dtype(name))
-        # expert by expert: two copies of them all would be the peak of a conversion
+        # one expert at a time: two copies of all experts would be the conversion's peak of memory
         for place, parts in zip(whole, self._parts[name], strict=True):
             read = self._stored.read(parts)
             place.copy_(torch.cat([read[part] for part in parts]))
         return whole
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive) of one tensor."""
         if name in self._plain:
             return self._stored.rows(self._plain[name], start, stop)
         return self._fused(name)[start:stop]

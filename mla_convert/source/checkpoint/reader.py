@@ -1,4 +1,4 @@
-"""Tensors of a source checkpoint, read one by one: safetensors files lazily, or a state dict already in memory."""
+"""Readers of a source checkpoint's tensors: safetensors files, read lazily, or a state dict in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,16 +16,16 @@ from mla_convert.core.errors import InputError, one_line
 from mla_convert.source.checkpoint.files import INDEX, WeightFiles, is_plain_name, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Numbers looked at together by check_finite.
+# Elements that check_finite inspects at a time.
 FINITE_CHUNK = 1 << 24
-# Squares of what is larger are no numbers in float32, so that norms make nothing of them.
+# Largest magnitude of a weight: the square of a larger one would be near float32's limit, and norms would overflow.
 LARGEST = 1e18
 
 __all__ = ["DTYPES", "INDEX", "MemoryReader", "Reader", "SafetensorsReader", "check_finite", "is_plain_name"]
 
 
 class Reader(Protocol):
-    """What the conversion needs of a source's weights."""
+    """Access to a source's weights. All tensors are returned on the CPU, in their stored dtype."""
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -37,42 +37,53 @@ class Reader(Protocol):
         """Stored dtype of one tensor, without reading it."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, on the CPU, as stored."""
+        """The named tensors."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of one tensor, on the CPU, as stored."""
+        """Rows `start` to `stop` (exclusive) of one tensor."""
 
 
 class MemoryReader:
-    """A state dict that is in memory already (GGUF files, which transformers dequantises as a whole)."""
+    """A state dict in memory (of GGUF files, which transformers dequantises as a whole)."""
 
     def __init__(self, tensors: dict[str, Tensor]):
+        """Read from `tensors`, by name; they are not copied."""
         self._tensors = tensors
 
     def names(self) -> list[str]:
+        """All tensor names."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor."""
         return self._tensors[name].dtype
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors."""
         return {name: self._tensors[name] for name in names}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive) of one tensor."""
         return self._tensors[name][start:stop]
 
 
 class SafetensorsReader:
-    """A folder with `model.safetensors`, or shards with an index. Files are mapped only while tensors are read.
+    """A folder with `model.safetensors`, or shards with an index. A file is mapped only while its tensors are read.
 
-    As transformers does: all tensors of a file count, whether or not the index names them, and of a tensor that stands in
-    two files the last. `notes` say where the index has it otherwise.
+    The rules are transformers': all tensors of a file count, also those that the index does not name; of a tensor in two
+    files, the last one counts. `notes` report such a tensor.
     """
 
     def __init__(self, folder: Path):
+        """Read the headers of all weight files in `folder`.
+
+        Raises:
+            InputError: there are none, one is damaged or missing, or a tensor of the index is in no file.
+        """
         self._folder = folder
         self._file_of: dict[str, str] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -81,7 +92,7 @@ class SafetensorsReader:
         self.notes = _twice_note(sorted(twice), self._file_of)
 
     def _read_header(self, file: str, weights: WeightFiles) -> list[str]:
-        """Take up the tensors of one file; names of those that an earlier file has as well."""
+        """Register the tensors of one file. Returns the names of those that an earlier file has too."""
         with self._open(file) as shard:
             held = dict.fromkeys(shard.keys())
             for name in (name for name, holder in weights.promised.items() if holder == file):
@@ -96,7 +107,8 @@ class SafetensorsReader:
                 self._file_of[name] = file
         return twice
 
-    def _open(self, file: str):
+    def _open(self, file: str) -> Any:
+        """The open file, a context (safetensors has no type for it)."""
         path = self._folder / file
         if not path.is_file():
             raise InputError(f"shard {file} is missing from {self._folder}: fetch the checkpoint again")
@@ -106,39 +118,48 @@ class SafetensorsReader:
             raise InputError(f"shard {file} is damaged or truncated ({one_line(error)}): fetch it again") from error
 
     def names(self) -> list[str]:
+        """All tensor names."""
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
         return self._headers[name][0]
 
     def stored_as(self, name: str) -> str:
-        """Type of one tensor's numbers, by the name that safetensors has for it."""
+        """Dtype of one tensor, by its name in safetensors, such as "BF16" or "F8_E4M3"."""
         return self._headers[name][1]
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor, without reading it.
+
+        Raises:
+            InputError: it is none of `DTYPES`.
+        """
         stored = self.stored_as(name)
         if stored not in DTYPES:
             raise InputError(f"tensor {name} is stored as {stored}, and no scales say what that means: it is not read")
         return DTYPES[stored]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, as copies."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._file_of[name], []).append(name)
         tensors = {}
         for file, held in by_file.items():
             with self._open(file) as shard:
-                # clone: a mapped page would stay resident for as long as the tensor lives
+                # clone: a mapped page stays resident as long as the tensor exists
                 tensors.update({name: shard.get_tensor(name).clone() for name in held})
         return tensors
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive) of one tensor, as a copy."""
         with self._open(self._file_of[name]) as shard:
             return shard.get_slice(name)[start:stop].clone()
 
 
 def _twice_note(twice: list[str], file_of: dict[str, str]) -> tuple[str, ...]:
-    """What to say of tensors that stand in two files."""
+    """The note about tensors that are in two files."""
     if not twice:
         return ()
     others = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
@@ -148,10 +169,15 @@ def _twice_note(twice: list[str], file_of: dict[str, str]) -> tuple[str, ...]:
 def check_finite(
     tensors: dict[str, Tensor], advice: str = "the checkpoint is damaged, fetch it again", most: float = LARGEST
 ) -> None:
-    """Refuse weights with NaN, infinity, or numbers above `most`, which cannot be computed with; `advice` says what that means.
+    """Refuse weights that are NaN, infinite or too large to compute with.
+
+    Args:
+        tensors: by name; those of integers are skipped.
+        advice: end of the error message.
+        most: largest magnitude.
 
     Raises:
-        InputError: names the first tensor that has one.
+        InputError: names the first such tensor.
     """
     for name, tensor in tensors.items():
         parts = tensor.flatten().split(FINITE_CHUNK) if tensor.is_floating_point() else ()

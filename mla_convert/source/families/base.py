@@ -1,16 +1,19 @@
-"""What the conversion has to know of a model family: where its attention lies. One instance a family, in its own file.
+"""The description of a model family: where its attention is, and which of a few known forms it has.
 
-Data only: names inside the stock transformers model, and which of a few known shapes its attention has. Sizes, biases,
-softmax scale, RoPE tables, masks and windows are read from the model itself. docs/add-a-family.md walks through it.
+A family is data only: names inside the stock transformers model. Sizes, biases, the softmax scale, RoPE tables, masks and
+sliding windows are read from the model itself. docs/guides/add-a-family.md explains how to write one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mla_convert.core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Configuration values that every family relies on.
 ALWAYS = {"is_causal": True, "is_encoder_decoder": False, "return_dict": True, "output_attentions": False}
@@ -18,16 +21,16 @@ ALWAYS = {"is_causal": True, "is_encoder_decoder": False, "return_dict": True, "
 
 @dataclass(frozen=True)
 class Family:
-    """Names inside a transformers model of one family. Everything else is read from the model itself."""
+    """Names inside a transformers model of one family. Defaults are Llama's."""
 
     model_type: str
     """The `model_type` of its configuration."""
 
-    examples: str
-    """Checkpoints of this family, for messages and docs."""
+    checkpoints: str
+    """Well-known checkpoints of this family, for messages and docs."""
 
-    special: str = ""
-    """What sets its attention apart."""
+    traits: str = ""
+    """How its attention differs from Llama's, for docs."""
 
     layers: str = "model.layers"
     """Path of the list of decoder layers."""
@@ -36,16 +39,16 @@ class Family:
     """Name of the attention in a layer."""
 
     input_norm: str | None = "input_layernorm"
-    """Name of the norm whose output the attention reads; None where it reads the residual stream itself."""
+    """Name of the norm whose output the attention reads; None if the attention reads the residual stream itself."""
 
     output_norm: str | None = None
     """Name of a norm between the attention's output and the residual stream."""
 
     residual_multiplier: str | None = None
-    """Name of the layer's factor on what attention adds to the residual stream."""
+    """Name of the layer's factor on the attention's contribution to the residual stream."""
 
     final_norm: str = "norm"
-    """Name of the norm after the last layer, beside the list of layers."""
+    """Name of the norm after the last layer; it is a sibling of the list of layers."""
 
     query: str = "q_proj"
     key: str = "k_proj"
@@ -60,22 +63,22 @@ class Family:
 
     q_norm: str | None = None
     k_norm: str | None = None
-    """Names of the norms of query and key, applied before RoPE; a layer that has none of that name does without."""
+    """Names of the norms of query and key, applied before RoPE; a layer without a module of that name has no norm."""
 
-    norm_over: str = "head"
-    """What such a norm is called with: "head" (B, T, heads, d_h), "all" (B, T, heads * d_h) or "heads first"
+    qk_norm_shape: str = "head"
+    """Input shape of these norms: "head" (B, T, heads, d_h), "all" (B, T, heads * d_h) or "heads first"
     (B, heads, T, d_h)."""
 
     rotary: bool = True
     """Whether it has RoPE at all."""
 
     partial_rotary: bool = False
-    """Whether RoPE may turn the first dims of a head alone."""
+    """Whether RoPE may rotate only the first dims of a head."""
 
     interleaved: bool = False
-    """Whether RoPE turns neighbouring dims 2f and 2f + 1 of a head; otherwise f and f + half of the rotary dims."""
+    """Whether RoPE rotates adjacent dims 2f and 2f + 1 of a head; otherwise f and f + half of the rotary dims."""
 
-    table_step: int = 1
+    freq_stride: int = 1
     """Columns of the cos and sin tables from one frequency to the next."""
 
     rope_layers: str | None = None
@@ -84,30 +87,33 @@ class Family:
     rope_layer_type: str | None = None
     """The only entry of `layer_types` whose layers have RoPE."""
 
+    rope_layer_type_needs: str | None = None
+    """Configuration value that `rope_layer_type` depends on: while it is None, all layers have RoPE."""
+
     softcap: str | None = None
     """Configuration value at which attention's logits are capped by tanh."""
 
     sinks: str | None = None
-    """Name of the attention's parameter with a logit per head that takes probability and adds no value."""
+    """Name of the attention's parameter with one sink logit per head: it takes probability and adds no value."""
 
     renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of stored tensor names, and what transformers calls them in the model."""
+    """Pairs: a part of stored tensor names, and its replacement in the names of the model."""
 
     experts: tuple[str, str, str] | None = None
-    """Names of gate, up and down projection of an expert where checkpoints store experts one by one."""
+    """Names of gate, up and down projection of an expert if checkpoints store experts one by one."""
 
     requires: Mapping[str, Any] = field(default_factory=dict)
-    """Configuration values that the conversion relies on."""
+    """Configuration values that the conversion relies on; a checkpoint with another value is refused."""
 
     tested: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Variants that the tests convert: name -> settings in which its tiny configuration differs from tests/pico.py's."""
 
-    def entry(self, layer: Any) -> Any:
-        """The norm that stands before a layer's attention; the identity where there is none."""
+    def entry(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The norm before a layer's attention; the identity if there is none."""
         return getattr(layer, self.input_norm) if self.input_norm else lambda hidden: hidden
 
-    def exit(self, layer: Any) -> Any:
-        """What turns the output of a layer's attention into what is added to the residual stream."""
+    def exit(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The map from the output of a layer's attention to its contribution to the residual stream."""
         norm = getattr(layer, self.output_norm) if self.output_norm else lambda output: output
         factor = getattr(layer, self.residual_multiplier) if self.residual_multiplier else 1.0
         return norm if factor == 1.0 else lambda output: norm(output) * factor
@@ -118,13 +124,25 @@ class Family:
         names = (self.fused,) * 3 if self.fused else (self.query, self.key, self.value)
         return dict(zip("qkvo", (*names, self.output), strict=True))
 
+    def layers_with_rope(self, config: Any) -> tuple[bool, ...] | None:
+        """Whether each layer has RoPE, by the configuration; None if all have it."""
+        has_rope: tuple[bool, ...] = ()
+        if self.rope_layers:
+            has_rope = tuple(bool(flag) for flag in getattr(config, self.rope_layers))
+        elif self.rope_layer_type and self._rope_depends_on_the_layer(config):
+            has_rope = tuple(kind == self.rope_layer_type for kind in config.layer_types)
+        return None if all(has_rope) else has_rope
+
+    def _rope_depends_on_the_layer(self, config: Any) -> bool:
+        return self.rope_layer_type_needs is None or getattr(config, self.rope_layer_type_needs) is not None
+
     def check(self, config: Any, label: str) -> None:
-        """Refuse a configuration whose attention is not of the kind that this family's has.
+        """Refuse a configuration whose attention differs from the family's.
 
         Raises:
             InputError: names the setting.
         """
         for key, value in (ALWAYS | dict(self.requires)).items():
-            found = getattr(config, key, value)
-            if (found or None) != (value or None):
-                raise InputError(f"{label} has {key} = {found}, which is not supported: it must be {value}")
+            configured = getattr(config, key, value)
+            if (configured or None) != (value or None):
+                raise InputError(f"{label} has {key} = {configured}, which is not supported: it must be {value}")

@@ -4,10 +4,10 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="cohere",
-    examples="Command R, Command R+, Aya 23 and Expanse",
-    special="RoPE on neighbouring dims; parallel residual; norm on each head of query and key in Command R+",
+    checkpoints="Command R, Command R+, Aya 23 and Expanse",
+    traits="RoPE on adjacent dims; parallel residual; per-head norm of query and key in Command R+",
     interleaved=True,
-    table_step=2,
+    freq_stride=2,
     q_norm="q_norm",
     k_norm="k_norm",
     tested={"cohere": {"logit_scale": 0.25}, "cohere-norm": {"use_qk_norm": True}},

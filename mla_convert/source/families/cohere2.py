@@ -4,10 +4,10 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="cohere2",
-    examples="Command R7B, Command A",
-    special="RoPE on neighbouring dims, only in layers with a window; parallel residual",
+    checkpoints="Command R7B, Command A",
+    traits="RoPE on adjacent dims, only in sliding-window layers; parallel residual",
     interleaved=True,
-    table_step=2,
+    freq_stride=2,
     rope_layer_type="sliding_attention",
     tested={
         "cohere2": {

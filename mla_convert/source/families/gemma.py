@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="gemma",
-    examples="Gemma 2B and 7B, CodeGemma",
-    special="multi-query or multi-head attention with wide heads",
+    checkpoints="Gemma 2B and 7B, CodeGemma",
+    traits="multi-query or multi-head attention with wide heads",
     requires={"use_bidirectional_attention": False},
     tested={"gemma": {"head_dim": 16, "num_key_value_heads": 1}},
 )

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="gemma2",
-    examples="Gemma 2 2B, 9B and 27B",
-    special="soft cap on the logits; scale of its own; a window in every other layer; norm behind attention",
+    checkpoints="Gemma 2 2B, 9B and 27B",
+    traits="soft cap on the logits; its own scale; a sliding window in every other layer; norm after attention",
     output_norm="post_attention_layernorm",
     softcap="attn_logit_softcapping",
     requires={"use_bidirectional_attention": False},

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="gemma3_text",
-    examples="Gemma 3 270M and 1B",
-    special="norm on each head of query and key; windows in most layers, with a RoPE base of their own; norm behind attention",
+    checkpoints="Gemma 3 270M and 1B",
+    traits="per-head norm of query and key; sliding windows in most layers, with their own RoPE base; norm after attention",
     output_norm="post_attention_layernorm",
     q_norm="q_norm",
     k_norm="k_norm",

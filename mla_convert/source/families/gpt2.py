@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="gpt2",
-    examples="GPT-2 124M to 1.5B, DistilGPT2",
-    special="learned positions, no RoPE; one transposed projection for query, key and value",
+    checkpoints="GPT-2 124M to 1.5B, DistilGPT2",
+    traits="learned positions, no RoPE; one transposed projection for query, key and value",
     layers="transformer.h",
     attention="attn",
     input_norm="ln_1",

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="gpt_neox",
-    examples="Pythia 14M to 12B, GPT-NeoX-20B, Dolly v2, RedPajama-INCITE",
-    special="one projection for query, key and value, head by head; partial rotary; parallel residual",
+    checkpoints="Pythia 14M to 12B, GPT-NeoX-20B, Dolly v2, RedPajama-INCITE",
+    traits="one projection for query, key and value, head by head; partial rotary; parallel residual",
     partial_rotary=True,
     layers="gpt_neox.layers",
     attention="attention",

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="gpt_oss",
-    examples="gpt-oss 20B and 120B, MXFP4 or in bfloat16",
-    special="attention sinks; a window in every other layer; YaRN; mixture of experts",
+    checkpoints="gpt-oss 20B and 120B, MXFP4 or in bfloat16",
+    traits="attention sinks; a sliding window in every other layer; YaRN; mixture of experts",
     sinks="sinks",
     tested={
         "gpt-oss": {

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="granite",
-    examples="Granite 3.0 to 3.3, dense",
-    special="multipliers on embeddings, attention, residual stream and logits",
+    checkpoints="Granite 3.0 to 3.3, dense",
+    traits="multipliers on embeddings, attention, residual stream and logits",
     residual_multiplier="residual_multiplier",
     tested={
         "granite": {

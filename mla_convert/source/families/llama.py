@@ -7,8 +7,8 @@ _SHORT = {"original_max_position_embeddings": 64}
 
 FAMILY = Family(
     model_type="llama",
-    examples="Llama 1 to 3.3, SmolLM, SmolLM2, TinyLlama, DeepSeek-LLM, Yi",
-    special="every RoPE scaling; optional biases",
+    checkpoints="Llama 1 to 3.3, SmolLM, SmolLM2, TinyLlama, DeepSeek-LLM, Yi",
+    traits="every RoPE scaling; optional biases",
     tested={
         "llama": {"head_dim": 8},
         "llama3-rope": {

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="mistral",
-    examples="Mistral 7B v0.1 to v0.3, Mistral-Nemo",
-    special="sliding window in v0.1",
+    checkpoints="Mistral 7B v0.1 to v0.3, Mistral-Nemo",
+    traits="sliding window in v0.1",
     tested={
         "mistral": {"head_dim": 8, "sliding_window": None},
         "mistral-window": {"head_dim": 8, "sliding_window": 12},

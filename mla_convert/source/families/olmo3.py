@@ -4,13 +4,13 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="olmo3",
-    examples="OLMo 3 7B and 32B",
-    special="as OLMo 2; windows in three layers of four, YaRN in the others",
+    checkpoints="OLMo 3 7B and 32B",
+    traits="as OLMo 2; sliding windows in three layers of four, YaRN in the others",
     input_norm=None,
     output_norm="post_attention_layernorm",
     q_norm="q_norm",
     k_norm="k_norm",
-    norm_over="all",
+    qk_norm_shape="all",
     tested={
         "olmo3": {
             "sliding_window": 12,

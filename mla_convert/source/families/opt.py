@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="opt",
-    examples="OPT 125M, 1.3B to 66B",
-    special="learned positions, no RoPE; bias everywhere",
+    checkpoints="OPT 125M, 1.3B to 66B",
+    traits="learned positions, no RoPE; bias everywhere",
     layers="model.decoder.layers",
     input_norm="self_attn_layer_norm",
     final_norm="final_layer_norm",

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="phi",
-    examples="Phi-1, Phi-1.5, Phi-2",
-    special="partial rotary; bias everywhere, the head included; parallel residual; in some a norm on each head of query and key",
+    checkpoints="Phi-1, Phi-1.5, Phi-2",
+    traits="partial rotary; bias everywhere, also in the head; parallel residual; per-head norm of query and key in some",
     partial_rotary=True,
     final_norm="final_layernorm",
     output="dense",

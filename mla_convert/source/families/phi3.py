@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="phi3",
-    examples="Phi-3 and Phi-3.5 mini and medium, Phi-4, Phi-4-mini",
-    special="one projection for query, key and value; longrope; partial rotary in Phi-4-mini",
+    checkpoints="Phi-3 and Phi-3.5 mini and medium, Phi-4, Phi-4-mini",
+    traits="one projection for query, key and value; longrope; partial rotary in Phi-4-mini",
     partial_rotary=True,
     fused="qkv_proj",
     tested={

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="qwen2",
-    examples="Qwen2, Qwen2.5",
-    special="bias on query, key and value",
+    checkpoints="Qwen2, Qwen2.5",
+    traits="bias on query, key and value",
     tested={
         "qwen2": {},
         "qwen2-window": {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1},

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="qwen2_moe",
-    examples="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
-    special="bias on query, key and value; mixture of experts beside a shared one",
+    checkpoints="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
+    traits="bias on query, key and value; mixture of experts beside a shared one",
     experts=("gate_proj", "up_proj", "down_proj"),
     tested={
         "qwen2-moe": {

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="qwen3",
-    examples="Qwen3 0.6B to 32B",
-    special="norm on each head of query and key",
+    checkpoints="Qwen3 0.6B to 32B",
+    traits="per-head norm of query and key",
     q_norm="q_norm",
     k_norm="k_norm",
     tested={

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="qwen3_moe",
-    examples="Qwen3-30B-A3B, Qwen3-235B-A22B",
-    special="norm on each head of query and key; mixture of experts",
+    checkpoints="Qwen3-30B-A3B, Qwen3-235B-A22B",
+    traits="per-head norm of query and key; mixture of experts",
     q_norm="q_norm",
     k_norm="k_norm",
     experts=("gate_proj", "up_proj", "down_proj"),

@@ -4,8 +4,8 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="smollm3",
-    examples="SmolLM3-3B",
-    special="every fourth layer has no RoPE",
+    checkpoints="SmolLM3-3B",
+    traits="every fourth layer has no RoPE",
     rope_layers="no_rope_layers",
     tested={
         "smollm3": {"no_rope_layers": [1, 0, 1]},

@@ -4,12 +4,12 @@ from mla_convert.source.families.base import Family
 
 FAMILY = Family(
     model_type="stablelm",
-    examples="StableLM 3B, Stable LM 2 1.6B and 12B",
-    special="partial rotary; in some a norm of its own for each head of query and key, in some a parallel residual",
+    checkpoints="StableLM 3B, Stable LM 2 1.6B and 12B",
+    traits="partial rotary; in some a separate norm for each head of query and key, in some a parallel residual",
     partial_rotary=True,
     q_norm="q_layernorm",
     k_norm="k_layernorm",
-    norm_over="heads first",
+    qk_norm_shape="heads first",
     tested={
         "stablelm": {"hidden_size": 96, "use_qkv_bias": True},
         "stablelm-12b": {

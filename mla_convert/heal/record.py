@@ -1,0 +1,75 @@
+"""A healing run in the report."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+
+from mla_convert.core import runtime
+from mla_convert.core.report_schema import (
+    EvaluationSection,
+    HealingSettings,
+    HealSection,
+    Measurement,
+    PhaseEntry,
+    Report,
+)
+from mla_convert.heal.loop import Run, step_sizes
+from mla_convert.heal.settings import HealSettings
+from mla_convert.source.place import SourceLocation
+
+ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"
+ADAPTED_NOTE = (
+    "healed with the text's cross-entropy too: what that takes off the perplexity is adaptation to the text; the KL divergence "
+    "says how far the model is from its original"
+)
+
+
+def run_record(
+    settings: HealSettings, origin: SourceLocation, label: str, run: Run, accelerator: Accelerator
+) -> HealSection:
+    """The run's part of the report's section `heal`. It names the text by its label: a report holds no paths."""
+    step, micro = step_sizes(settings, settings.mix(None), accelerator.device.type == "cuda")
+    chosen = {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro}
+    return HealSection(
+        settings=HealingSettings(**chosen),
+        text=label,
+        against=origin.label,
+        tokens=run.tokens,
+        steps=run.step,
+        seconds=run.seconds,
+        tokens_per_second=round(run.tokens / run.seconds) if run.seconds else None,
+        best_tokens=run.best_tokens,
+        stopped=run.stopped,
+        device=runtime.device_name(accelerator.device),
+        processes=accelerator.num_processes,
+        curve=run.curve,
+    )
+
+
+def healed_report(
+    report: Report, record: HealSection, before: Measurement, after: Measurement, phases: runtime.Phases
+) -> Report:
+    """The conversion's report with the healed model's values; those that they replace are kept under `heal`.
+
+    Args:
+        report: of the conversion.
+        record: from `run_record`.
+        before: the model that was not healed.
+        after: the healed model.
+        phases: of the run.
+    """
+    values = after.evaluation.entries()
+    evaluation = EvaluationSection(**{key: value for key, value in values.items() if key not in ("kl", "agreement")})
+    adapted = record.settings is not None and record.settings.ce_weight
+    notes = [ERRORS_NOTE, *([ADAPTED_NOTE] if adapted else [])]
+    record.before = before
+    record.conversion = Measurement(evaluation=report.evaluation, probes=report.probes)
+    return report.model_copy(
+        update={
+            "evaluation": evaluation,
+            "probes": after.probes,
+            "phases": {**report.phases, **{name: PhaseEntry(**entry) for name, entry in phases.results.items()}},
+            "notes": [*(note for note in report.notes or [] if note not in notes), *notes],
+            "heal": record,
+        }
+    )

@@ -1,0 +1,46 @@
+"""Forward pass of one attention module between its norm and the residual stream, and the arguments that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
+
+# hidden states (B, L, d) at a layer's input -> what a module adds to them, float32 (B, L, d)
+Forward = Callable[[Tensor], Tensor]
+
+# Longest window on which attention probabilities are computed: a (heads, T, T) tensor each.
+ATTENTION_LENGTH = 1024
+
+
+def attention_forward(
+    attention: nn.Module,
+    norm: Callable[[Tensor], Tensor],
+    kwargs: dict[str, Any],
+    autocast: Callable[[], AbstractContextManager],
+    after: Callable[[Tensor], Tensor] = lambda output: output,
+) -> Forward:
+    """The attention branch of a layer as a function of the residual stream.
+
+    Args:
+        attention: a stock attention, or the `MlaAttention` that replaces it.
+        norm: applied to the residual stream before the attention.
+        kwargs: the attention's keyword arguments (positions, mask) for windows of one length.
+        autocast: context of the forward pass.
+        after: applied to the output, as families with a norm or a scale behind the attention need.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        with autocast():
+            return after(attention(hidden_states=norm(hidden), **kwargs)[0]).float()
+
+    return forward
+
+
+def attention_kwargs(layerwise: LayerwiseModel, length: int) -> list[dict[str, Any]]:
+    """Keyword arguments of every layer for `statistics.attention_moments`, on windows of `length` tokens at most."""
+    return layerwise.layer_kwargs(min(length, ATTENTION_LENGTH), eager=True)

@@ -1,0 +1,116 @@
+"""Joint refinement of the attentions of several consecutive layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layerwise import first_output
+from mla_convert.method.refine.optimise import (
+    Distance,
+    RefineResult,
+    RefineSettings,
+    held_out_streams,
+    refine,
+    residual_error,
+    step_size,
+)
+from mla_convert.modeling.modeling_mla import MlaAttention
+
+
+@dataclass
+class LayerPair:
+    """A source layer in memory, and the attention that replaces its own."""
+
+    index: int
+    tensors: dict[str, Tensor]  # of the source layer as stored, by their full names
+    layer: nn.Module
+    attention_name: str  # attribute of the layer
+    student: MlaAttention
+    kwargs: dict[int, dict[str, Any]]  # keyword arguments of the layer, by window length
+    eager_kwargs: dict[str, Any]  # the same under eager attention, for calibration windows
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention that the layer runs."""
+        return getattr(self.layer, self.attention_name)
+
+    @contextlib.contextmanager
+    def converted(self) -> Iterator[None]:
+        """The layer with the student in the place of its attention."""
+        original = self.attention
+        setattr(self.layer, self.attention_name, self.student)
+        try:
+            yield
+        finally:
+            setattr(self.layer, self.attention_name, original)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, L, d) behind the layer."""
+        return first_output(self.layer(hidden, **self.kwargs[hidden.shape[1]]))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One joint refinement: its steps, the learning rate for a large own error, and the loss."""
+
+    name: str
+    steps: int
+    lr: float
+    distance: Distance  # between the hidden states behind the last layer, the converted model's and the source's
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """`own_error` is the relative error that the layers add themselves, before the stage."""
+
+    own_error: float
+    refined: RefineResult
+
+
+def refine_jointly(
+    stage: Stage,
+    layers: Sequence[LayerPair],
+    inputs: Activations,
+    targets: Activations,
+    relative: Distance,
+    settings: RefineSettings,
+    autocast: Callable[[], AbstractContextManager],
+    on_step: Callable[[], None],
+) -> StageResult:
+    """Train the students of consecutive layers together, by the hidden states behind the last of them.
+
+    Args:
+        stage: steps, learning rate and loss.
+        layers: in order.
+        inputs: the converted model's hidden states before the first layer.
+        targets: the source's hidden states behind the last one.
+        relative: relative error of the hidden states behind the last layer; the own error in it scales the learning rate.
+        settings: batch and seed.
+        autocast: context of the forward passes.
+        on_step: called after every step.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        states = hidden
+        with autocast():
+            for layer in layers:
+                states = layer.forward(states)
+        return states.float() - hidden
+
+    expected = held_out_streams(forward, inputs)
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.converted())
+        own_error = residual_error(forward, inputs, expected, relative)
+        del expected
+        settings = replace(settings, steps=stage.steps, lr=step_size(stage.lr, own_error))
+        students = nn.ModuleList(layer.student for layer in layers)
+        refined = refine(students, forward, inputs, targets, settings, on_step, stage.distance)
+    return StageResult(own_error, refined)
