@@ -105,7 +105,7 @@ class Energy(Section):
 
 
 class LayerEntry(Section):
-    """One layer. Errors are mean squares relative to the original, on held-out windows.
+    """One layer. Errors are relative to the original and measured on held-out calibration windows.
 
     Attributes:
         layer: index of the layer.
@@ -120,6 +120,17 @@ class LayerEntry(Section):
         residual_error: error of the residual stream behind the layer after refinement.
         refine_steps: gradient steps of the layer.
         seconds: time of each step of the method.
+        block: first and last layer of the block that was refined together.
+        block_own_error: error of the residual stream that the block adds, before its refinement.
+        block_error_before: error of the residual stream behind the block, before its refinement.
+        block_error: error of the residual stream behind the block, after its refinement.
+        block_steps: gradient steps of the block.
+        block_seconds: time of the block's refinement.
+        output_kl_before: KL(original ‖ converted) in nats per token, before the output steps.
+        output_kl: KL(original ‖ converted) in nats per token, after the output steps.
+        output_steps: gradient steps towards the original's next-token distribution.
+        output_layers: number of layers that took the output steps.
+        output_seconds: time of the output steps.
     """
 
     layer: Count | None = None
@@ -134,6 +145,17 @@ class LayerEntry(Section):
     residual_error: Measured = math.nan
     refine_steps: Count | None = None
     seconds: dict[str, Amount] | None = None
+    block: list[Count] | None = None
+    block_own_error: Measured = math.nan
+    block_error_before: Measured = math.nan
+    block_error: Measured = math.nan
+    block_steps: Count | None = None
+    block_seconds: Amount | None = None
+    output_kl_before: Measured = math.nan
+    output_kl: Measured = math.nan
+    output_steps: Count | None = None
+    output_layers: Count | None = None
+    output_seconds: Amount | None = None
 
 
 class PhaseEntry(Section):
