@@ -3,9 +3,9 @@
     python benchmarks/conversion_cost.py --shape llama-1b --layers 16 32 --refine-steps 0 --calib-samples 8 --calib-length 512
     python benchmarks/conversion_cost.py --shape llama-8b --rank 512 --rope-dim 64 --calib-samples 128 --refine-steps 150
 
-Writes a checkpoint of the shape shard by shard, converts it, and prints seconds and peak memory of each phase, one
-conversion a process so that their peaks do not mix. Host memory is above that of the interpreter with its libraries.
-The figures say nothing about quality.
+Writes a checkpoint of the shape shard by shard, converts it, and prints seconds and peak memory of each phase. Each conversion
+is a process of its own, so that peaks do not mix. Host memory is above that of the interpreter with its libraries.
+The checkpoints are random: perplexities have no meaning.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def make_checkpoint(folder: Path, shape: dict) -> None:
 
 
 def convert(source: Path, out: Path, options: list[str]) -> dict:
-    """The report of one conversion, run by the command line in a process of its own."""
+    """Convert in a process of its own; returns the content of the report."""
     texts = ["--calib", "package:mla_demo/calibration.txt.gz", "--eval", "package:mla_demo/evaluation.txt.gz"]
     command = [sys.executable, "-m", "mla_convert", str(source), "--out", str(out), "--json", *texts, *options]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)

@@ -1,10 +1,9 @@
-"""What low rank alone would cost: one latent for keys and values, RoPE kept. The upper reference of quality.py.
+"""Loss of the low rank alone: one latent for keys and values, with RoPE kept. The upper reference of quality.py.
 
-Keys are restored from the latent before they are rotated, so that decoupling loses nothing, but the latent has to be
-expanded for every cached token: the scheme cannot be absorbed, and nothing is written. The latent is the best of its rank
-for the expected error of the attention output under the real rotations, in closed form, from the statistics of a
-conversion; it gets all of the budget, as no rotary key is cached. Takes options of a conversion; those without a meaning here
-are passed over.
+Keys are restored from the latent before they are rotated, so RoPE is not decoupled and loses nothing. The latent has to be
+expanded for every cached token: the scheme cannot be absorbed, and no checkpoint is written. The latent minimises the expected
+error of the attention output under the rotations at its rank, in closed form, from the statistics of a conversion. It takes
+the whole budget, because no rotary key is cached. Options of a conversion that do not apply are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
 from mla_convert.core.recipes import build_config
-from mla_convert.core.report_file import finite
+from mla_convert.core.report_schema import to_json
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.method.calibrate.attention_forward import attention_kwargs
@@ -39,7 +38,7 @@ from mla_convert.source.source import Source, open_source
 def rotated_mean(cost: Tensor, statistics: Statistics) -> Tensor:
     """E[R_D cost R_D^T] over the distances D at which each head attends: (H, d_h, d_h).
 
-    R_D turns by D positions; a query D positions after a key sees an error e of it as R_D^T e.
+    R_D rotates by D positions. A query D positions after a key sees an error e of the key as R_D^T e.
     """
     distance, total = statistics.distance.double(), torch.zeros_like(cost)
     for steps in range(distance.shape[1]):
@@ -52,7 +51,7 @@ def rotated_mean(cost: Tensor, statistics: Statistics) -> Tensor:
 
 @torch.no_grad()
 def compress(source: Source, attention: nn.Module, statistics: Statistics, rank: int, rotation: Rotation) -> None:
-    """Put the stock attention's key and value projections through the best joint latent of that rank."""
+    """Replace the stock attention's key and value projections by those of the best joint latent of that rank."""
     shape, family = source.shape, source.family
     weights = source_weights(attention, family, shape, 2 * rotation.num_rotary_freqs)
     q, k, v = (_affine(getattr(weights, n), getattr(weights, n + "_bias")) for n in "qkv")
@@ -66,7 +65,7 @@ def compress(source: Source, attention: nn.Module, statistics: Statistics, rank:
     blocks = [block for cost in costs for block in cost.unflatten(0, (shape.num_kv_heads, -1)).sum(1)]
     encode, decode, _ = _latent(rows @ tokens @ rows.T, torch.block_diag(*blocks), rank)
     k, v = (decode @ (encode @ rows)).chunk(2)
-    # back to the order of rows that the stock module has
+    # in the order of rows of the stock module
     order = half_split(shape.head_dim, 2 * rotation.num_rotary_freqs, family.interleaved).argsort().to(k.device)
     k = k.unflatten(0, (-1, shape.head_dim))[:, order].flatten(0, 1)
     for name, found in (("k", k), ("v", v)):
@@ -77,7 +76,7 @@ def compress(source: Source, attention: nn.Module, statistics: Statistics, rank:
 
 
 def evaluate(config: ConvertConfig) -> dict:
-    """Stream calibration and evaluation windows through the original and the compressed model, as a conversion does."""
+    """Pass calibration and evaluation windows through the original and the compressed model, layer by layer."""
     began, device = time.perf_counter(), environment.pick_device(config.device)
     phases = environment.Phases(device)
     with phases.phase("open"):
@@ -113,7 +112,7 @@ def evaluate(config: ConvertConfig) -> dict:
                 advance(layer, index, compressed)
     with phases.phase("evaluate"):
         losses = streamed.scores(layerwise, windows.measured, originals[1].data, compressed[1].data)
-    return finite({
+    return to_json({
         "cache": cache_section(plan, source.dtype.itemsize, source.sliding_windows),
         "evaluation": measure.perplexity_section(windows, losses), "calibration": {"protocol": windows.calib_protocol},
         "phases": phases.results, "device": environment.device_name(device), "versions": environment.versions(),
@@ -126,7 +125,7 @@ def _first(output: Tensor | tuple) -> Tensor:
 
 
 def main() -> None:
-    """Options to settings, settings to figures, as JSON on stdout."""
+    """Parse the options, measure, and print the result as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -4,29 +4,29 @@
     python benchmarks/quality.py MODEL --quick --budgets 0.5 --settings default uniform --add "more steps=--refine-steps 750"
     python benchmarks/quality.py demo --budgets 0.5 --eval-length 1024 --quick          # small enough for a CPU
 
-Perplexity is that of the evaluation text, tokenised as a whole, in non-overlapping windows of 2048 tokens, the first 40 (4
-with --quick): exp of the mean negative log-likelihood, logits in float32. ± is the standard error of the ratio over windows,
-paired. Ratios compare only on the same windows. Memory is the highest peak of any phase: of the card, or of the host above
-the interpreter with its libraries. Rank and rotary dims are means over layers where these differ.
+Perplexity is exp of the mean negative log-likelihood of the evaluation text, tokenised as a whole, in non-overlapping windows
+of 2048 tokens, the first 40 (4 with --quick), with logits in float32. ± is the standard error of the ratio over windows, paired.
+Ratios compare only on the same windows. Memory is the highest peak of any phase: of the device, or of the host above the
+interpreter with its libraries. Rank and rotary dimensions are means over layers where these differ.
 
-Settings, beside any that --add names:
-    default             what a conversion does when nothing is said
+Settings, besides those of --add:
+    default             the defaults of a conversion
     uniform             the same sizes in every layer
-    single layers       no blocks: every layer is refined by itself only
+    single layers       no blocks: every layer is refined alone
     residual only       the last block has no steps towards the next-token distribution
-    no noise            calibration text as it is
+    no noise            calibration text without noise
     closed form         no gradient step
     even planes         the best plane of evenly spaced frequencies stays rotary, the others lose their rotation undamped;
-                        closed form, no noise, the same sizes in every layer; the low rank is ours, weighted by attention
+                        closed form, no noise, the same sizes in every layer; the low rank is weighted by attention
     rope kept           upper reference, not a conversion: one latent for keys and values from which keys are restored before
                         they are rotated, so that RoPE loses nothing, and which cannot be absorbed (low_rank_reference.py)
     fp8 cache, int8 cache, int4 cache, int4 hadamard
-                        not conversions either: the original with its own cache quantised, which is what a user has instead; at
-                        the budgets that they have themselves (quantised_cache.py)
+                        not conversions: the original with a quantised cache, which is the alternative of a user; each at the
+                        budget that it has (quantised_cache.py)
 
-Every run is a process of its own and its folder goes when it is measured. One that fails has a row that says so, and the
-others go on. All further options are those of a conversion, for every run. With --save, FOLDER/quality.json and .md hold what
-is finished at any time.
+Every run is a process of its own, and its folder is deleted once it is measured. A run that fails has a row with the reason, and
+the others continue. All further options are those of a conversion, for every run. With --save, FOLDER/quality.json and .md hold
+all finished rows at any time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from mla_convert.report.quality_rows import ratio_error
+from mla_convert.core.report_schema import Comparison, to_json
 
 CONVERT = [sys.executable, "-m", "mla_convert", "convert"]
 SETTINGS = {
@@ -58,7 +58,7 @@ SETTINGS = {
     "int4 cache": ["--bits", "4", "--group", "32"],
     "int4 hadamard": ["--bits", "4", "--group", "64", "--hadamard"],
 }
-# Settings that are no conversions: the script that runs them, and the budget of those that have one of their own.
+# Settings that are no conversions: the script that runs them, and the budgets of those that have a fixed one.
 SCRIPTS = {
     "rope kept": "low_rank_reference.py",
     **dict.fromkeys(("fp8 cache", "int8 cache", "int4 cache", "int4 hadamard"), "quantised_cache.py"),
@@ -81,7 +81,7 @@ COLUMNS = (
 
 
 def command(model: str, budget: float, setting: str, options: list[str], common: list[str], out: Path) -> list[str]:
-    """What runs one cell of the table; the settings come last, so that they win over common options."""
+    """The command of one cell of the table. The setting's options come after the common ones, so they have precedence."""
     script = SCRIPTS.get(setting)
     start = [sys.executable, str(Path(__file__).with_name(script))] if script else CONVERT
     return [*start, model, "--json", "--quiet", "--out", str(out), *common, *options, "--kv-ratio", str(budget)]
@@ -95,7 +95,7 @@ def measure(budget: float, setting: str, words: list[str], out: Path) -> dict:
         shutil.rmtree(out, ignore_errors=True)
     row = {"budget": budget, "setting": setting, "command": shlex.join(words[1:])}
     if done.returncode:
-        # a process that was killed (out of memory, most likely) has said nothing of it
+        # a killed process (out of memory, most likely) has printed no reason
         killed = done.returncode < 0 or not done.stderr.strip()
         lines = [f"exit code {done.returncode}"] if killed else done.stderr.strip().splitlines()
         return {**row, "failed": lines[-1]}
@@ -110,7 +110,7 @@ def measure(budget: float, setting: str, words: list[str], out: Path) -> dict:
         "original": evaluation["before"]["value"],
         "perplexity": evaluation["after"]["value"],
         "ratio": evaluation["ratio"],
-        "stderr": ratio_error(evaluation),
+        "stderr": to_json(Comparison.model_validate(evaluation).ratio_error),
         "suite": evaluation.get("suite"),
         "seconds": report["seconds"],
         "peak_bytes": device or max(phase["peak_host_bytes"] for phase in phases),
@@ -142,12 +142,12 @@ def worst(suite: dict | None) -> tuple[str, str]:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash where there is none that is finite."""
+    """A number, or a dash where it is None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown, with what they were measured on."""
+    """The rows in Markdown, and a sentence on their texts, device and versions."""
     head = [f"| {' | '.join(COLUMNS)} |", "|---:|---:|---:|---:|---|---:|---:|---:|---|---:|---:|---:|"]
     known = next((row for row in rows if "failed" not in row), None)
     about = []
@@ -158,7 +158,7 @@ def table(rows: list[dict]) -> str:
 
 
 def save(folder: Path | None, model: str, rows: list[dict]) -> None:
-    """quality.json and quality.md, as far as things are."""
+    """Write quality.json and quality.md with the rows so far."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         content = {"model": Path(model).name, "rows": rows}
@@ -167,7 +167,7 @@ def save(folder: Path | None, model: str, rows: list[dict]) -> None:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and those of every conversion."""
+    """The options of this script, and those that go to every conversion."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -1,12 +1,12 @@
-"""What a user has instead of a conversion: the original with its own keys and values quantised in its cache.
+"""The alternative to a conversion: the original with quantised keys and values in its cache.
 
     python benchmarks/quantised_cache.py MODEL --bits 4 --group 32 --hadamard --eval test.txt.gz
 
-Keys (behind RoPE) and values are quantised and restored as attention reads them, all tokens alike, on the same windows and on
-the same packaged suite as a conversion: INT with a scale and a zero point in float16 for every group of numbers of a head, or
-FP8 (e4m3) with one scale for all keys, and one for all values, of a layer. `--hadamard` turns every head by an orthonormal
-Hadamard matrix before and back after, which spreads outliers. The share of the cache counts scales and zero points.
-Used by quality.py; the figures are those of a report.
+Keys (after RoPE) and values of all tokens are quantised and dequantised as attention reads them, on the same windows and the
+same packaged suite as a conversion: INT with a scale and a zero point in float16 for every group of numbers of a head, or
+FP8 (e4m3) with one scale for all keys, and one for all values, of a layer. `--hadamard` multiplies every head by an orthonormal
+Hadamard matrix before quantisation and after dequantisation, which spreads outliers. The share of the cache counts scales and
+zero points. quality.py runs this script; its output has the form of a report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import InputError, MlaConvertError
 from mla_convert.core.recipes import build_config
-from mla_convert.core.report_file import finite
+from mla_convert.core.report_schema import to_json
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
@@ -34,16 +34,15 @@ from mla_convert.source.source import open_source
 
 NAME = "quantised_cache"
 FP8_LARGEST = 448.0
-NOTHING = "the original itself"
 
 
 def bytes_share(bits: int, group: int) -> float:
-    """Of a bfloat16 cache; FP8's two scales a layer count nothing."""
+    """Share of a bfloat16 cache; FP8's two scales per layer are not counted."""
     return bits / 16 if bits == 8 and not group else (bits + 2 * 16 / group) / 16
 
 
 def quantised(values: Tensor, bits: int, group: int) -> Tensor:
-    """Keys or values (B, heads, T, d_h) as they come back from the cache; `group` 0 is FP8."""
+    """Keys or values (B, heads, T, d_h), quantised and dequantised; `group` 0 is FP8."""
     if not group:
         scale = values.abs().amax().clamp_min(1e-12) / FP8_LARGEST
         return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
@@ -64,7 +63,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 
 def attention(bits: int, group: int, turned: bool, stock: str):
-    """An attention function as transformers calls it: `stock`, on keys and values that come out of a quantised cache."""
+    """An attention function as transformers calls it: the one named `stock`, on quantised keys and values."""
 
     def restored(values: Tensor) -> Tensor:
         if not turned:
@@ -79,7 +78,7 @@ def attention(bits: int, group: int, turned: bool, stock: str):
 
 
 def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict:
-    """Stream evaluation windows and the suite through the original twice, once with a quantised cache."""
+    """Pass evaluation windows and suite through the original twice, once with a quantised cache."""
     began, device = time.perf_counter(), environment.pick_device(config.device)
     phases = environment.Phases(device)
     with phases.phase("open"):
@@ -89,7 +88,7 @@ def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict
         if (group and width % group) or (turned and width & (width - 1)):
             raise InputError(f"heads of {width} numbers do not come in groups of {group}, or have no Hadamard matrix")
         if layerwise.implementation != "sdpa":
-            raise InputError(f"{source.name} has its attention written out: its keys cannot be caught on the way")
+            raise InputError(f"{source.name} has its attention written out: its keys cannot be intercepted")
         reach = texts.reach(source.config, learned=not source.family.rotary)
         windows = texts.load_windows(config, tokenizer, device.type == "cuda", reach, shape.hidden_size)
         kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
@@ -112,9 +111,9 @@ def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict
         )
         if kinds:
             states = streams.suite_original.data, streams.suite_converted.data
-            found["suite"] = suite.suite_section(kinds, streamed.scores(layerwise, kinds.windows, *states))
+            found.suite = suite.suite_section(kinds, streamed.scores(layerwise, kinds.windows, *states))
     share = bytes_share(bits, group)
-    return finite({
+    return to_json({
         "cache": {"numbers_per_token_per_layer": {"after": share * shape.cache_width}, "kv_lora_rank": 0, "qk_rope_head_dim": 0,
                   "share_saved": 1 - share},
         "evaluation": found, "calibration": {"protocol": "nothing"},
@@ -124,13 +123,13 @@ def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict
 
 
 def main() -> None:
-    """Options to settings, settings to figures, as JSON on stdout."""
+    """Parse the options, measure, and print the result as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source")
     parser.add_argument("--bits", type=int, required=True, choices=(2, 3, 4, 8))
-    parser.add_argument("--group", type=int, default=0, help="numbers that share a scale; 0: FP8")
+    parser.add_argument("--group", type=int, default=0, help="numbers with one scale; 0: FP8")
     parser.add_argument("--hadamard", action="store_true")
     for name, kind in (("eval", str), ("eval-windows", int), ("eval-length", int), ("suite-windows", int), ("device", str),
                        ("revision", str), ("seed", int)):  # fmt: skip

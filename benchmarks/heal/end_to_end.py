@@ -33,9 +33,9 @@ def main(args):
         record, found = report["heal"], {}
         for what, value in (("before", record["before"]), ("after", report)):
             passkey = [[entry["length"], *(entry[side]["match"]["value"] for side in ("before", "after"))]
-                       for entry in value["beyond"]["passkey"]["lengths"]]  # fmt: skip
+                       for entry in value["probes"]["passkey"]["lengths"]]  # fmt: skip
             found[what] = {"ratio": value["evaluation"]["ratio"], "perplexity": value["evaluation"]["after"]["value"],
-                           **{key: value["beyond"]["next_token"][key]["value"] for key in ("kl", "agreement")},
+                           **{key: value["probes"]["next_token"][key]["value"] for key in ("kl", "agreement")},
                            "passkey": passkey}  # fmt: skip
         kept = ("tokens", "seconds", "tokens_per_second", "best_tokens", "stopped", "settings", "device")
         curve = [[round(entry["tokens"] / 1e6, 2), entry["kl"], entry["loss"]] for entry in record["curve"]]

@@ -152,6 +152,6 @@ def bench(
     if plot:
         write_plot(results, plot)
     if json_:
-        say(json.dumps(results, indent=2))
+        say(json.dumps(results.as_dict(), indent=2))
     else:
         print_table(results, Terminal(width=None if Terminal().is_terminal else 140))

@@ -73,7 +73,7 @@ IntoReport = Annotated[
     bool,
     typer.Option(
         "--into-report",
-        help="Add the results beyond perplexity to MODEL's report.json, and make report.html and README.md again.",
+        help="Add the quality probes to MODEL's report.json, and make report.html and README.md again.",
         rich_help_panel=PROBES,
     ),
 ]
@@ -128,7 +128,7 @@ def evaluate(
         OUT_OF_MEMORY,
     )  # fmt: skip
     if folder:
-        write_into_report(folder, evaluation.beyond)
+        write_into_report(folder, evaluation.probes)
     if json_:
         say(json.dumps(evaluation.as_dict(), indent=2))
     else:

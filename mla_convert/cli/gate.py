@@ -70,7 +70,7 @@ def gate(
 
     In GitHub Actions, failed gates become annotations and a table in the job's summary.
     """
-    from mla_convert.evaluate.gate import junit_xml
+    from mla_convert.report.gate_formats import junit_xml
 
     began = time.perf_counter()
     limits = read_limits(

@@ -42,13 +42,13 @@ def heal(
     silence_libraries(quiet)
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
-    from mla_convert.heal.record import print_summary
     from mla_convert.heal.run import heal as run
+    from mla_convert.report.tables import print_healing
 
     report = run_guarded(lambda: run(config, Progress(quiet=quiet, verbose=is_verbose())), OUT_OF_MEMORY)
     if not report:  # this is not the first of several processes
         return
     if json_:
-        say(json.dumps(report, indent=2))
+        say(json.dumps(report.as_dict(), indent=2))
     else:
-        print_summary(report, config.out or config.folder, Terminal())
+        print_healing(report, config.out or config.folder, Terminal())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -44,4 +43,4 @@ def report(
         file.write_text(page_text(content), encoding="utf-8")
     else:
         write_page(content, Path(os.path.realpath(file)))
-    say(json.dumps(content, indent=2) if json_ else str(file))
+    say(content.text().rstrip() if json_ else str(file))

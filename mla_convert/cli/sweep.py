@@ -106,7 +106,7 @@ def sweep(
         config = config.model_copy(update={"out": None})  # a recipe names one
     silence_libraries(quiet)
     from mla_convert.core.progress import Progress
-    from mla_convert.core.report_file import read_report
+    from mla_convert.core.report_file import read_content
     from mla_convert.pipeline.sweep import Grid
     from mla_convert.pipeline.sweep import sweep as run
     from mla_convert.pipeline.sweep_file import SWEEP
@@ -119,7 +119,7 @@ def sweep(
             OUT_OF_MEMORY,
         )
     except GateFailed:
-        _show(read_report(place / SWEEP), place, json_)
+        _show(read_content(place / SWEEP), place, json_)
         raise
     _show(content, place, json_)
     if out is not None and not json_:

@@ -66,29 +66,18 @@ def judge(
 
 def print_verdict(verdict: Verdict, to_stderr: bool = False, console: Console | None = None) -> None:
     """Print the table of checks, and the reasons of those that failed."""
-    from rich.table import Table
-    from rich.text import Text as Plain
-
     from mla_convert.core.console import Terminal
+    from mla_convert.report.gate_formats import reasons, table
+    from mla_convert.report.table import print_lines
 
-    table = Table(title=Plain(f"gate: {verdict.model}"), title_justify="left")
-    for column in ("check", "figure", "limit", ""):
-        table.add_column(column, justify="right" if column in ("figure", "limit") else "left")
-    for result in verdict.results:
-        style = "green" if result.passed else "red"
-        table.add_row(
-            result.name, result.figure_text, result.limit_text, Plain("pass" if result.passed else "FAIL", style)
-        )
     console = console or Terminal(stderr=to_stderr)
-    console.print(table)
-    for line in (*(f"{result.name}: {result.reason}" for result in verdict.results if not result.passed),
-                 f"figures {verdict.basis}"):  # fmt: skip
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(table(verdict))
+    print_lines(reasons(verdict), console)
 
 
 def tell_github(verdict: Verdict, to_stderr: bool) -> None:
     """Write annotations and a job summary where the environment variables of GitHub's runner ask for them."""
-    from mla_convert.evaluate.gate import error_lines, markdown
+    from mla_convert.report.gate_formats import error_lines, markdown
 
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in error_lines(verdict):

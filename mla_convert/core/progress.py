@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from mla_convert.core.console import Terminal
+from mla_convert.core.report_schema import JsonObject
 
 COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
            TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
@@ -88,7 +89,7 @@ class Progress:
         """Count a pass over a layer that writes nothing."""
         self._done()
 
-    def layer_done(self, report: dict[str, Any]) -> None:
+    def layer_done(self, report: JsonObject) -> None:
         """Count a layer that is on disk, and show its error."""
         self._done(f"residual error {report['residual_error']:.2e}  ")
 

@@ -1,23 +1,21 @@
-"""Reads the figures that report.json, or `eval --json`, holds. Imports no torch, so that a gate answers at once."""
+"""Reads report.json and other JSON files of its kind. Imports no torch, so that a gate answers at once."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mla_convert.core.errors import InputError, one_line
+from mla_convert.core.report_schema import REPORT, JsonObject, Report, Section, parse_report
+from mla_convert.core.report_schema.base import OLD_NAMES
 
-REPORT = "report.json"
-# `evaluation` of a conversion with --eval none.
-NOT_EVALUATED = {"skipped": True, "text": None, "protocol": None, "before": None, "after": None, "ratio": None,
-                 "ratio_log_error": None}  # fmt: skip
+PAGE = "report.html"
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """The content of a report.json, given by its own path or by its folder.
+def read_content(path: Path) -> JsonObject:
+    """The content of a JSON file, given by its own path or, for report.json, by its folder; its entries are not checked.
 
     Raises:
         InputError: it is not there or not a JSON object.
@@ -34,46 +32,38 @@ def read_report(path: Path) -> dict[str, Any]:
     return content
 
 
-def calibration_words(calibration: dict[str, Any]) -> str:
-    """What a model was calibrated on, from a report's `calibration`."""
-    share = calibration.get("self_written") or 0
-    return calibration["protocol"] + (f", {share:.0%} of them written by the original itself" if share else "")
-
-
-def is_evaluated(evaluation: dict[str, Any]) -> bool:
-    """Whether a report's `evaluation` holds figures: with --eval none it does not."""
-    return not evaluation.get("skipped")
-
-
-def find_report(folder: Path) -> dict[str, Any]:
-    """The report of a folder, empty where there is none that can be read."""
+def find_content(folder: Path) -> JsonObject:
+    """The content of a folder's report.json, empty where there is none that can be read."""
     try:
-        return read_report(folder)
+        return read_content(folder)
     except InputError:
         return {}
 
 
-def look_up(figures: Any, path: str) -> Any:
-    """The entry at a dotted path (`evaluation.after.value`), or None where there is none."""
+def read_report(path: Path) -> Report:
+    """The report of a conversion, of any schema, given by its own path or by its folder.
+
+    Raises:
+        InputError: it is not there, or an entry is missing or of another kind.
+    """
+    return parse_report(read_content(path))
+
+
+def look_up(content: Any, path: str) -> Any:
+    """The entry at a dotted path (`evaluation.after.value`), or None where there is none; names of schema 1 are found too."""
     for key in path.split("."):
-        figures = figures.get(key) if isinstance(figures, dict) else None
-    return figures
+        if isinstance(content, dict) and key not in content:
+            key = NAMES.get(key, key)
+        content = content.get(key) if isinstance(content, dict | Section) else None
+    return content
 
 
-def finite(value: Any) -> Any:
-    """JSON-like data with NaN and infinity as None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+# Old names by new, and new names by old: `beyond.…` is found in a new report, and `probes.…` in an old one.
+NAMES = {**OLD_NAMES, **{new: old for old, new in OLD_NAMES.items()}}
 
 
 def mean(numbers: Iterable[int]) -> float:
     """Mean to one decimal, a whole number where it is one."""
-    found = list(numbers)
-    value = sum(found) / len(found)
+    values = list(numbers)
+    value = sum(values) / len(values)
     return int(value) if value == int(value) else round(value, 1)
-
-
-PAGE = "report.html"

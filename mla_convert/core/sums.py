@@ -11,13 +11,13 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.files import read_regular, write_file
 from mla_convert.core.report_file import look_up
+from mla_convert.core.report_schema import JsonObject
 
 SUMS = "SHA256SUMS"
 NAME = re.compile(r"[\w+-][\w.+-]*", re.ASCII)
@@ -125,7 +125,7 @@ def _digest(folder: Path, name: str) -> str:
         raise CorruptCheckpoint(f"{name} cannot be read: {error.strerror}", name) from error
 
 
-def is_sealed(folder: Path, report: dict[str, Any], file: str) -> bool:
+def is_sealed(folder: Path, report: JsonObject, file: str) -> bool:
     """Whether a folder has a SHA256SUMS; False if an earlier version wrote it.
 
     Args:
@@ -146,7 +146,7 @@ def is_sealed(folder: Path, report: dict[str, Any], file: str) -> bool:
     return False
 
 
-def written_by(report: dict[str, Any]) -> Version | None:
+def written_by(report: JsonObject) -> Version | None:
     """The version that wrote or last refreshed a folder; None if its report does not state it."""
     stated = look_up(report, "refreshed.mla_convert") or look_up(report, "versions.mla_convert")
     try:

@@ -67,6 +67,14 @@ def human_bytes(number: float) -> str:
     raise AssertionError
 
 
+def human_tokens(tokens: float) -> str:
+    """1234567 -> '1.23M' (powers of ten, three digits)."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens:.0f}"
+
+
 def duration(seconds: float) -> str:
     """93.4 -> '1.6 min', to two digits: estimates are no more accurate."""
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):

@@ -1,6 +1,6 @@
-"""Pass or fail: figures of a conversion against limits, for a CI job or a test. Imports no torch until it measures.
+"""Pass or fail: the results of a conversion against limits, for a CI job or a test. Imports no torch until it measures.
 
-`check` takes the figures of a report.json, of `eval --json` or of an `Evaluation`, and never passes on a figure that is
+`check` takes the content of a report.json or of `eval --json`, a `Report` or an `Evaluation`, and never passes on a value that is
 missing, NaN, infinite or impossible.
 """
 
@@ -9,39 +9,43 @@ from __future__ import annotations
 import math
 import os
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.core.report_file import find_report, finite, look_up, read_report
+from mla_convert.core.report_file import REPORT, find_content, look_up, read_content
+from mla_convert.core.report_schema import JsonObject, to_json
 from mla_convert.core.words import expanded
 
 DEFAULT_REGRESSION = 0.01
 ROUNDING = 1e-9
 REGRESSION = "perplexity over the baseline's"
 RATIO, AFTER, SAVED = "evaluation.ratio", "evaluation.after.value", "cache.share_saved"
-# Of the packaged suite: means over its kinds of text, and the kind that lost most.
+# On the packaged suite: means over its kinds of text, and the kind whose perplexity grew most.
 KL, AGREEMENT, WORST = "evaluation.suite.kl.value", "evaluation.suite.agreement.value", "evaluation.suite.worst.ratio"
 NUMBERS = ("max_ppl_ratio", "max_ppl", "min_kv_saving", "max_regression", "max_kl", "min_agreement", "max_worst_ratio")
-# What makes two perplexities comparable.
+# Two perplexities are comparable where these are equal.
 PROTOCOL = ("evaluation.text", "evaluation.after.windows", "evaluation.after.length")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What must hold; None is not checked.
+    """Limits; None is not checked.
 
-    `max_ppl_ratio`: perplexity over the original's. `max_ppl`: perplexity. `min_kv_saving`: share of the original's cache
-    that is saved (0.7 is 70%). `max_kl`, `min_agreement` and `max_worst_ratio`: of the packaged suite, mean KL(original ‖ model)
-    over its kinds of text in nats, share of tokens at which both find the same next token likeliest, and the worst kind's
-    perplexity over the original's. `baseline`: figures of an earlier conversion, over whose perplexity ours may be by the share
-    `max_regression` (0.01 is 1%, which is also the default).
+    Args:
+        max_ppl_ratio: largest perplexity over the original's.
+        max_ppl: largest perplexity.
+        min_kv_saving: smallest share of the original's cache that is saved (0.7 is 70%).
+        max_regression: by which share perplexity may be above the baseline's (0.01 is 1%, which is also the default).
+        baseline: results of an earlier conversion, in any form that `check` takes.
+        max_kl: largest KL(original ‖ model) of the next token in nats, mean over the packaged suite's kinds of text.
+        min_agreement: smallest share of tokens with the same most likely next token, mean over the suite's kinds.
+        max_worst_ratio: largest perplexity over the original's on the suite's worst kind of text.
 
     Raises:
-        UsageError: a limit that is no limit (NaN, infinite, out of range), or a regression without a baseline.
+        UsageError: a limit is NaN, infinite or out of range, or a regression has no baseline.
     """
 
     max_ppl_ratio: float | None = None
@@ -73,21 +77,27 @@ class Limits:
 
     @property
     def against_original(self) -> bool:
-        """Whether any of them can only be checked beside the original."""
+        """Whether a limit needs the original."""
         return self.on_suite or self.max_ppl_ratio is not None
 
     @property
     def on_suite(self) -> bool:
-        """Whether any of them is on what the packaged suite measures."""
+        """Whether a limit is on the packaged suite."""
         return any(getattr(self, name) is not None for name in ("max_kl", "min_agreement", "max_worst_ratio"))
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """One check: its figure (None if there is none that counts), its limit, and why it failed if it did.
+    """One check.
 
-    `kind` says how to print figure and limit: "ratio", "perplexity", "nats" or "share". `at_least` is whether the limit is a lower
-    one.
+    Attributes:
+        name: the quantity.
+        figure: its value; None where it has none that counts.
+        limit: what the value was compared with.
+        passed: whether the value is within the limit.
+        reason: why the check failed.
+        kind: how value and limit are printed: "ratio", "perplexity", "nats" or "share".
+        at_least: whether the limit is a lower one.
     """
 
     name: str
@@ -98,17 +108,18 @@ class GateResult:
     kind: str = "ratio"
     at_least: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
+        """For `gate --json`."""
         return asdict(self)
 
     @property
     def figure_text(self) -> str:
-        """The figure in words."""
+        """The value as it is printed."""
         return "–" if self.figure is None else self._text(self.figure)
 
     @property
     def limit_text(self) -> str:
-        """The limit in words."""
+        """The limit as it is printed."""
         return f"{'≥' if self.at_least else '≤'} {self._text(self.limit)}"
 
     def _text(self, value: float) -> str:
@@ -123,7 +134,7 @@ def percentage(text: str) -> float:
     """`70%` or `0.7` as 0.7.
 
     Raises:
-        UsageError: neither. A bare number above 1 is refused, and so is a bare 1, which may mean 1% or all.
+        UsageError: it is neither. Bare numbers from 1 on are refused, because 1 may mean 1% or all.
     """
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
     if not match:
@@ -135,14 +146,15 @@ def percentage(text: str) -> float:
 
 
 def check(figures: Any, limits: Limits | Mapping[str, Any]) -> list[GateResult]:
-    """Check figures against limits; one result a limit, in a fixed order.
+    """Check results against limits; one check a limit, in a fixed order.
 
-    `figures` is a `Report`, an `Evaluation`, the content of a report.json, or a path to one (or to its folder); so is
-    `limits.baseline`. `limits` may be a mapping: `{"max_ppl_ratio": 1.05, "min_kv_saving": 0.5}`.
+    Args:
+        figures: a `Report`, an `Evaluation`, the content of a report.json, or a path to one (or to its folder).
+        limits: the limits, or a mapping: `{"max_ppl_ratio": 1.05, "min_kv_saving": 0.5}`.
 
     Raises:
-        UsageError: no limit, or one that is none.
-        InputError: a path without a readable report.
+        UsageError: there is no limit, or one is out of range.
+        InputError: a path leads to no readable report.
     """
     try:
         limits = limits if isinstance(limits, Limits) else Limits(**limits)
@@ -171,8 +183,8 @@ def check(figures: Any, limits: Limits | Mapping[str, Any]) -> list[GateResult]:
     return results
 
 
-def _suite(figures: dict[str, Any], limits: Limits) -> list[GateResult]:
-    """Checks of what the packaged suite measured, kind by kind."""
+def _suite(figures: JsonObject, limits: Limits) -> list[GateResult]:
+    """Checks on the packaged suite."""
     results = []
     if limits.max_worst_ratio is not None:
         worst, reason = _figure(figures, WORST, "a perplexity ratio", _positive)
@@ -184,15 +196,14 @@ def _suite(figures: dict[str, Any], limits: Limits) -> list[GateResult]:
         results.append(_result("KL divergence, mean over kinds of text", kl, limits.max_kl, reason, kind="nats"))
     if limits.min_agreement is not None:
         share, reason = _figure(figures, AGREEMENT, "a share of tokens", lambda share: 0 <= share <= 1)
-        found = _result("next-token agreement, mean over kinds of text", share, limits.min_agreement, reason, kind="share",
-                        at_least=True)  # fmt: skip
-        results.append(found)
+        name = "next-token agreement, mean over kinds of text"
+        results.append(_result(name, share, limits.min_agreement, reason, kind="share", at_least=True))
     return results
 
 
-def _mapping(figures: Any) -> dict[str, Any]:
+def _mapping(figures: Any) -> JsonObject:
     if isinstance(figures, str | os.PathLike):
-        return read_report(Path(figures))
+        return read_content(Path(figures))
     if hasattr(figures, "as_dict"):
         return figures.as_dict()
     return dict(figures)
@@ -206,10 +217,8 @@ def _positive(value: float) -> bool:
     return value > 0
 
 
-def _figure(
-    figures: dict[str, Any], path: str, what: str, possible: Callable[[float], bool]
-) -> tuple[float | None, str]:
-    """A figure and "", or None and why there is none that counts."""
+def _figure(figures: JsonObject, path: str, what: str, possible: Callable[[float], bool]) -> tuple[float | None, str]:
+    """The value at `path` and "", or None and the reason why it does not count."""
     value = look_up(figures, path)
     if value is None and path.startswith("evaluation.") and look_up(figures, "evaluation.skipped"):
         return (
@@ -227,8 +236,8 @@ def _figure(
     return float(value), ""
 
 
-def _regression(figures: dict[str, Any], baseline: dict[str, Any]) -> tuple[float | None, str]:
-    """By which share our perplexity is above the baseline's, over the same windows of text."""
+def _regression(figures: JsonObject, baseline: JsonObject) -> tuple[float | None, str]:
+    """By which share the perplexity is above the baseline's, on the same windows of text."""
     now, reason = _figure(figures, AFTER, "a perplexity", _positive)
     if now is None:
         return None, reason
@@ -236,41 +245,40 @@ def _regression(figures: dict[str, Any], baseline: dict[str, Any]) -> tuple[floa
     if before is None:
         return None, f"baseline: {reason}"
     for path in PROTOCOL:
-        ours, theirs = (_bare(look_up(content, path)) for content in (figures, baseline))
-        if ours is None or ours != theirs:
-            return None, f"measured on other text than the baseline: {path} is {ours!r}, the baseline's {theirs!r}"
+        value, expected = (_bare(look_up(content, path)) for content in (figures, baseline))
+        if value is None or value != expected:
+            return None, f"measured on other text than the baseline: {path} is {value!r}, the baseline's {expected!r}"
     return now / before - 1, ""
 
 
 def _bare(label: Any) -> Any:
-    """A text's label without the remark in brackets on how it was come by."""
+    """A text's label without the remark in brackets that says why it was chosen."""
     return label.partition(" (")[0] if isinstance(label, str) else label
 
 
 def _result(
     name: str, figure: float | None, limit: float, reason: str, kind: str = "ratio", at_least: bool = False
 ) -> GateResult:
-    # 1 - 0.9 is a little less than 0.1 to a computer
+    # in floating point 1 - 0.9 is a little less than 0.1
     passed = figure is not None and (figure >= limit - ROUNDING if at_least else figure <= limit + ROUNDING)
-    found = GateResult(name, figure, limit, passed, reason, kind, at_least)
+    result = GateResult(name, figure, limit, passed, reason, kind, at_least)
     if passed or reason:
-        return found
+        return result
     side = "below" if at_least else "above"
-    shown, most = found.figure_text, found._text(limit)
-    if shown == most:
-        shown, most = f"{figure:.10g}", f"{limit:.10g}"
-    text = f"{shown} is {side} the limit of {most}"
-    return GateResult(name, figure, limit, passed, text, kind, at_least)
+    value, most = result.figure_text, result._text(limit)
+    if value == most:  # they differ in digits that are not shown
+        value, most = f"{figure:.10g}", f"{limit:.10g}"
+    return replace(result, reason=f"{value} is {side} the limit of {most}")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """All checks of one model. `basis` says where the figures come from."""
+    """All checks of one model. `basis` says whether `figures` were measured or read from a report."""
 
     model: str
     basis: str
     results: list[GateResult]
-    figures: dict[str, Any]
+    figures: JsonObject
 
     @property
     def passed(self) -> bool:
@@ -279,16 +287,16 @@ class Verdict:
 
     @property
     def summary(self) -> str:
-        """One line: how many failed, and the first one's reason."""
+        """How many checks failed, and the first one's reason, in one line."""
         failed = [result for result in self.results if not result.passed]
         if not failed:
             return f"{len(self.results)} of {len(self.results)} gates passed"
         return f"{len(failed)} of {len(self.results)} gates failed: {failed[0].name}: {failed[0].reason}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Verdict, checks and the figures they were made on."""
+    def as_dict(self) -> JsonObject:
+        """For `gate --json`: verdict, checks, and the values that were checked."""
         figures = {key: self.figures.get(key) for key in ("cache", "evaluation")}
-        return finite({"model": self.model, "passed": self.passed, "basis": self.basis,
+        return to_json({"model": self.model, "passed": self.passed, "basis": self.basis,
                        "gates": [result.as_dict() for result in self.results], "figures": figures})  # fmt: skip
 
 
@@ -297,19 +305,23 @@ def run_gate(
 ) -> Verdict:
     """Measure a model, or trust its report.json, and check it.
 
-    Where a limit needs the original and `against` is not given, it is the one that report.json names. `options` are those
-    of `evaluate.evaluate_model`.
+    Args:
+        model: a folder, Hub id, `.gguf` file or recipe; with `from_report` also a report.json.
+        limits: the limits.
+        from_report: whether to trust report.json.
+        against: the original; where a limit needs one and none is given, the one that report.json names.
+        options: of `evaluate_model`.
 
     Raises:
-        UsageError: no limit.
-        InputError: a model, report or text that cannot be used, or an original that is needed and cannot be found.
+        UsageError: there is no limit.
+        InputError: a model, report or text cannot be used, or the original is needed and cannot be found.
         ResourceError: the Hub or the device is not there.
     """
     if not limits:
         check({}, limits)
     baseline = limits.baseline
-    if isinstance(baseline, str | os.PathLike):  # before hours of measuring
-        baseline = read_report(Path(baseline))
+    if isinstance(baseline, str | os.PathLike):  # a bad path fails before hours of measuring
+        baseline = read_content(Path(baseline))
     limits = replace(limits, baseline=baseline)
     if from_report:
         figures, name = _report_of(model)
@@ -321,14 +333,14 @@ def run_gate(
     origin: Any = against
     if limits.against_original and against is None:
         place = find_model(model)
-        origin = find_original(find_report(place.folder))
+        origin = find_original(find_content(place.folder))
         if origin is None:
             raise InputError(
                 f"{'a perplexity ratio' if limits.max_ppl_ratio is not None else 'a distance'} needs the original of "
                 f"{place.label}, which its report.json does not lead to: give it with --against"
             )
     if not limits.on_suite and options.get("suite_windows") is None:
-        options["suite_windows"] = 0  # nobody asks for it
+        options["suite_windows"] = 0  # no limit needs the suite
     evaluation = evaluate_model(model, origin, **options)
     figures = evaluation.as_dict()
     basis = f"measured on {evaluation.text}, {evaluation.protocol}, {evaluation.dtype}"
@@ -337,61 +349,12 @@ def run_gate(
     return Verdict(evaluation.model, basis, check(figures, limits), figures)
 
 
-def _report_of(model: str) -> tuple[dict[str, Any], str]:
-    """The report of a local folder, of its own path, or of a Hub id; and the model's name."""
+def _report_of(model: str) -> tuple[JsonObject, str]:
+    """The report of a local folder, of a report.json or of a Hub id; and the model's name."""
     path = expanded(model)
     if not path.exists():
         from mla_convert.source.place import locate
 
-        place = locate(model, files=["report.json"])
-        return read_report(place.folder), place.label
-    return read_report(path), (path if path.is_dir() else path.parent).resolve().name
-
-
-def junit_xml(verdict: Verdict, seconds: float) -> str:
-    """The verdict as JUnit XML, a test case for each gate."""
-    failed = sum(not result.passed for result in verdict.results)
-    counts = {"tests": str(len(verdict.results)), "failures": str(failed), "errors": "0", "time": f"{seconds:.3f}"}
-    root = ElementTree.Element("testsuites", counts)
-    suite = ElementTree.SubElement(root, "testsuite", {"name": _xml(f"mla-convert gate {verdict.model}"), **counts})
-    properties = ElementTree.SubElement(suite, "properties")
-    ElementTree.SubElement(properties, "property", {"name": "basis", "value": _xml(verdict.basis)})
-    for result in verdict.results:
-        case = ElementTree.SubElement(
-            suite, "testcase", {"classname": "mla_convert.gate", "name": result.name, "time": "0"}
-        )
-        if not result.passed:
-            failure = ElementTree.SubElement(case, "failure", {"message": _xml(result.reason), "type": "GateFailed"})
-            failure.text = _xml(f"{result.name}: {result.figure_text}, limit {result.limit_text}. {result.reason}")
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True).decode() + "\n"
-
-
-def _xml(text: str) -> str:
-    """Without the control characters that XML 1.0 cannot hold."""
-    return re.sub(r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
-
-
-def markdown(verdict: Verdict) -> str:
-    """The verdict as a Markdown table, for a job's summary."""
-    lines = [f"### {'✅' if verdict.passed else '❌'} mla-convert gate: {_cell(verdict.model)}", "",
-             "| check | figure | limit | result |", "|---|---:|---:|---|"]  # fmt: skip
-    for result in verdict.results:
-        outcome = "pass" if result.passed else f"**fail**: {_cell(result.reason)}"
-        lines.append(f"| {result.name} | {result.figure_text} | {result.limit_text} | {outcome} |")
-    return "\n".join([*lines, "", f"Figures {_cell(verdict.basis)}.", "", ""])
-
-
-def _cell(text: str) -> str:
-    """Text that stays inside a cell of a Markdown table, and text: no markup, no lines."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
-
-
-def error_lines(verdict: Verdict) -> list[str]:
-    """A workflow command for each failed gate, escaped as GitHub's toolkit does."""
-    return [f"::error::{_escape(f'mla-convert gate, {verdict.model}: {result.name}: {result.reason}')}"
-            for result in verdict.results if not result.passed]  # fmt: skip
-
-
-def _escape(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        place = locate(model, files=[REPORT])
+        return read_content(place.folder), place.label
+    return read_content(path), (path if path.is_dir() else path.parent).resolve().name

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.core.report_file import read_report
+from mla_convert.core.report_file import read_content
+from mla_convert.core.report_schema import Report, parse_report
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.heal.settings import HealConfig, HealSettings
@@ -18,7 +18,7 @@ from mla_convert.source.place import SourceLocation
 from mla_convert.write.known_files import check_unknown
 
 
-def open_converted(config: HealConfig) -> tuple[Path, dict[str, Any]]:
+def open_converted(config: HealConfig) -> tuple[Path, Report]:
     """Folder of the converted model, and its report.
 
     Raises:
@@ -27,15 +27,15 @@ def open_converted(config: HealConfig) -> tuple[Path, dict[str, Any]]:
     folder = Path(os.path.realpath(expanded(config.folder)))
     if not folder.is_dir():
         raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
-    report = read_report(folder)
-    if not isinstance(report.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
+    content = read_content(folder)
+    if not isinstance(content.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
         raise InputError(f"{config.folder} is not the folder of a converted model")
     if config.out is None or os.path.realpath(config.out) == str(folder):
-        check_unknown(folder, report["checksums"])
-    return folder, report
+        check_unknown(folder, content["checksums"])
+    return folder, parse_report(content)
 
 
-def find_teacher(config: HealConfig, report: dict[str, Any]) -> SourceLocation:
+def find_teacher(config: HealConfig, report: Report) -> SourceLocation:
     """The original: as it was given, or the source that the report names.
 
     Raises:

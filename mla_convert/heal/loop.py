@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from mla_convert.core.progress import Progress
+from mla_convert.core.units import human_tokens
 from mla_convert.heal import data
 from mla_convert.heal.cuda_graph import GraphedStep
 from mla_convert.heal.data import Corpus
@@ -201,8 +202,8 @@ class Trainer:
         latest = run.curve[-1]
         loss = f"loss {run.losses[-1]:.4f}  " if run.losses else ""
         self.progress.note(
-            f"heal {tokens_words(run.tokens)} of {tokens_words(run.tokens + left)} tokens  {loss}held out: KL {latest['kl']:.4f}, "
-            f"perplexity ×{latest['ratio']:.4f}  {tokens_words(speed)} tokens/s, about {left / speed:.0f} s left"
+            f"heal {human_tokens(run.tokens)} of {human_tokens(run.tokens + left)} tokens  {loss}held out: KL {latest['kl']:.4f}, "
+            f"perplexity ×{latest['ratio']:.4f}  {human_tokens(speed)} tokens/s, about {left / speed:.0f} s left"
         )
 
     def _record_loss(self) -> None:
@@ -331,11 +332,3 @@ def step_sizes(settings: HealSettings, mix: tuple[tuple[int, float], ...], cuda:
     longest = max(length for length, _ in mix)
     step = settings.step_tokens or min(largest, max(smallest, 1 << round(math.log2(max(1, settings.tokens / 500)))))
     return max(step, longest), settings.micro_tokens or (1 << 14 if cuda else 1 << 12)
-
-
-def tokens_words(tokens: float) -> str:
-    """1234567 -> '1.23M'."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if tokens >= size:
-            return f"{tokens / size:.3g}{unit}"
-    return f"{tokens:.0f}"

@@ -1,10 +1,8 @@
-"""Writes a healed model: the converted folder again, with what was trained, its figures and its checksums in their places."""
+"""Writes a healed model: the converted folder with the trained weights, a new report and new checksums."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,11 +10,11 @@ from torch import Tensor
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.files import on_disk, write_file
-from mla_convert.core.report_file import PAGE, REPORT, finite
+from mla_convert.core.report_file import PAGE
+from mla_convert.core.report_schema import Report
 from mla_convert.modeling.shipped_code import write_code
 from mla_convert.report.html.page import write_page
 from mla_convert.report.model_card import write_card
-from mla_convert.report.update import to_report
 from mla_convert.source.carried import carried_files, carry, check_inside, read_bytes
 from mla_convert.write.writer import Writer
 
@@ -24,19 +22,25 @@ RECIPE = "recipe.yaml"
 
 
 def merged(name: str, tensor: Tensor, trained: dict[str, Tensor]) -> Tensor:
-    """A tensor of the converted checkpoint with what was trained of it, in its own dtype."""
+    """A tensor of the converted checkpoint with its trained weights or adapter, in its own dtype."""
     module = name.removesuffix(".weight")
     down, up = (trained.get(f"{module}.lora_{part}.weight") for part in "AB")
     if down is not None:
-        return (tensor.float() + up @ down).to(tensor.dtype)  # alpha = rank: no factor
+        return (tensor.float() + up @ down).to(tensor.dtype)  # LoRA's alpha equals its rank, so the factor is 1
     return trained[name].to(tensor.dtype) if name in trained else tensor
 
 
 def write_weights(writer: Writer, folder: Path, shards: list[str], trained: dict[str, Tensor]) -> None:
-    """Shard after shard of `folder` with what was trained, the files that stay as they are, and this version's code.
+    """Write the shards with the trained weights, the files that stay as they are, and this version's code.
+
+    Args:
+        writer: writes the healed folder.
+        folder: of the converted model.
+        shards: names of its shards.
+        trained: trained tensors and adapters by name.
 
     Raises:
-        InputError: something trained has no place in the checkpoint, or is not finite.
+        InputError: a trained tensor is in no shard, or a tensor is not finite in its dtype.
     """
     used: set[str] = set()
     for shard in shards:
@@ -59,9 +63,8 @@ def write_weights(writer: Writer, folder: Path, shards: list[str], trained: dict
         write_code(writer.folder)
 
 
-def write_report(content: dict[str, Any], folder: Path) -> None:
-    """report.json with its page and model card."""
-    content = finite(content)
-    write_page(content, folder / PAGE)
-    write_card(to_report(content), folder)
-    write_file(folder / REPORT, json.dumps(content, indent=2) + "\n")
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json with its page and model card."""
+    write_page(report, folder / PAGE)
+    write_card(report, folder)
+    report.write(folder)

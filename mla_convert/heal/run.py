@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +16,7 @@ from mla_convert.core import runtime
 from mla_convert.core.errors import InputError, MlaConvertError, UsageError
 from mla_convert.core.files import write_file
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import REPORT
+from mla_convert.core.report_schema import Measurement, Report, SelfCheckSection
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality.evaluation import Evaluation, evaluate_model
 from mla_convert.evaluate.quality.probes import ProbeSettings
@@ -32,8 +30,6 @@ from mla_convert.heal.record import healed_report, run_record
 from mla_convert.heal.settings import HealConfig, HealSettings, conversion_healing
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import TeacherStudent
-from mla_convert.report.report import Report
-from mla_convert.report.update import to_report
 from mla_convert.source.load_model import find_model, load_model, load_tokenizer, model_config
 from mla_convert.source.place import SourceLocation
 from mla_convert.source.tokens import ordinary_tokens
@@ -54,7 +50,7 @@ class _Job:
     accelerator: Accelerator
     progress: Progress
     folder: Path  # of the converted model
-    report: dict[str, Any]
+    report: Report
     origin: SourceLocation
     out: Path
 
@@ -66,10 +62,10 @@ class _Job:
     @property
     def shards(self) -> list[str]:
         """Names of the converted model's weight files."""
-        return sorted(self.report["checksums"])
+        return sorted(self.report.checksums)
 
 
-def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]:
+def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
     """Distil the original into a converted model, and write the healed folder.
 
     With several processes (`accelerate launch`) all call this with equal arguments. A run that died resumes from its last
@@ -80,7 +76,7 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
         progress: shows the run; by default on the terminal.
 
     Returns:
-        The content of the healed model's report.json.
+        The healed model's report; None in other processes than the first.
 
     Raises:
         InputError: model, original or text cannot be used, or nothing was gained; nothing is written.
@@ -91,13 +87,13 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
     main = accelerator.is_main_process
     phases = runtime.Phases(accelerator.device)
     job = _open(config, accelerator, (progress or Progress()) if main else Progress(quiet=True))
-    result: dict[str, Any] = {}
+    result = None
     identity = run_identity(accelerator, job.settings, job.folder, job.origin) if main else {}
     real_out = Path(os.path.realpath(job.out))
     with StateFolder(state_folder(real_out), identity, accelerator, job.progress.note) as state:
         label = prepare_corpus(state, accelerator, job.settings, job.place, job.origin, job.progress)
         before = state.remember(
-            BEFORE.format(measurement_key(config)), lambda: _sections(_measure(job, job.folder, label))
+            BEFORE.format(measurement_key(config)), lambda: _measurement(_measure(job, job.folder, label)).as_dict()
         )
         with phases.phase("heal"):
             run, best = _train(job, state)
@@ -109,12 +105,12 @@ def heal(config: HealConfig, progress: Progress | None = None) -> dict[str, Any]
                 f"give more --tokens or other --data"
             )
         if main:
-            with output.Writer(real_out, {"heal": job.report["checksums"]}) as writer:
+            with output.Writer(real_out, {"heal": job.report.checksums}) as writer:
                 write_weights(writer, job.folder, job.shards, best)
-                write_file(writer.folder / REPORT, json.dumps(job.report))  # names the evaluation's text and windows
-                after = _sections(_measure(job, writer.folder, label))
+                job.report.write(writer.folder)  # names the evaluation's text and windows
+                after = _measurement(_measure(job, writer.folder, label))
                 record = run_record(job.settings, job.origin, label, run, accelerator)
-                result = healed_report(job.report, record, before, after, phases)
+                result = healed_report(job.report, record, Measurement.model_validate(before), after, phases)
                 _finish(result, writer, accelerator.device)
         accelerator.wait_for_everyone()
         state.remove()
@@ -138,12 +134,12 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
     settings = conversion_healing(config)
     assert settings is not None
     given = {**settings.model_dump(exclude_unset=True), "data": conversion_text(config), "eval": config.eval}
-    windows = report.evaluation["before"]
+    windows = report.evaluation.before
     try:
-        content = heal(
+        healed = heal(
             HealConfig(
                 folder=report.out, teacher=config.source, teacher_revision=config.revision, device=config.device,
-                eval_windows=windows["windows"], eval_length=windows["length"],
+                eval_windows=windows.windows, eval_length=windows.length,
                 **{key: value for key, value in given.items() if value is not None},
             ),
             progress,
@@ -151,8 +147,7 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
     except (MlaConvertError, KeyboardInterrupt) as error:
         error.args = (": ".join([*map(str, error.args), f"the converted model, not healed, is in {report.out}"]),)
         raise
-    healed = to_report(content)
-    healed.out, healed.seconds = report.out, round(report.seconds + content["phases"]["heal"]["seconds"], 2)
+    healed.out, healed.seconds = report.out, round(report.seconds + healed.phases["heal"].seconds, 2)
     return healed
 
 
@@ -204,10 +199,10 @@ def _measure(job: _Job, folder: Path, label: str) -> Evaluation:
     return measured
 
 
-def _sections(evaluation: Evaluation) -> dict[str, Any]:
-    """The parts of a measurement that a report keeps."""
+def _measurement(evaluation: Evaluation) -> Measurement:
+    """The parts of an evaluation that a report keeps."""
     content = evaluation.as_dict()
-    return {key: content[key] for key in ("evaluation", "beyond", "dtype", "device")}
+    return Measurement.model_validate({key: content[key] for key in ("evaluation", "probes", "dtype", "device")})
 
 
 def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None]:
@@ -229,11 +224,11 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
     return run, best
 
 
-def _finish(result: dict[str, Any], writer: output.Writer, device: torch.device) -> None:
+def _finish(result: Report, writer: output.Writer, device: torch.device) -> None:
     """Complete the report, try the model that was written, and give the folder its name."""
-    result["checksums"] = writer.checksums()
+    result.checksums = writer.checksums()
     for name, content in outdated(writer.folder).items():
         write_file(writer.folder / name, content)
-    result["self_check"] = self_check(writer.folder, device)
+    result.self_check = SelfCheckSection(**self_check(writer.folder, device))
     write_report(result, writer.folder)
     writer.publish()

@@ -16,6 +16,12 @@ from mla_convert.core.files import on_disk
 from mla_convert.core.progress import Progress
 from mla_convert.core.recipes import default_name
 from mla_convert.core.report_file import PAGE
+from mla_convert.core.report_schema import (
+    CalibrationSection,
+    EvaluationSection,
+    NotEvaluated,
+    Report,
+)
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import check_name
 from mla_convert.evaluate.quality import perplexity as measure
@@ -35,7 +41,6 @@ from mla_convert.pipeline.resolve import ResolvedConversion, resolve
 from mla_convert.report import report
 from mla_convert.report.html.page import write_page
 from mla_convert.report.model_card import write_card
-from mla_convert.report.report import Report
 from mla_convert.source import texts
 from mla_convert.source.carried import tokenizer_code
 from mla_convert.source.source import Source, open_source
@@ -61,7 +66,7 @@ class ConvertedLayers:
     mla_config: Any
     stock_class: str
     entries: list[dict[str, Any]]
-    evaluation: dict[str, Any]
+    evaluation: EvaluationSection | NotEvaluated
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> Report:
@@ -205,7 +210,9 @@ def run_layers(
     return ConvertedLayers(plan, new_config, type(layerwise.model).__name__, entries, evaluation)
 
 
-def evaluate(layerwise: LayerwiseModel, streams: layers.Streams, text: PreparedText) -> dict[str, Any]:
+def evaluate(
+    layerwise: LayerwiseModel, streams: layers.Streams, text: PreparedText
+) -> EvaluationSection | NotEvaluated:
     """The report's section on the evaluation, from the hidden states of both models behind their last layers."""
     original, converted = streams.eval_original.data, streams.eval_converted.data
     section = measure.perplexity_section(
@@ -213,7 +220,7 @@ def evaluate(layerwise: LayerwiseModel, streams: layers.Streams, text: PreparedT
     )
     if text.suite and streams.suite_original and streams.suite_converted:
         states = streams.suite_original.data, streams.suite_converted.data
-        section["suite"] = suite_section(text.suite, streamed.scores(layerwise, text.suite.windows, *states))
+        section.suite = suite_section(text.suite, streamed.scores(layerwise, text.suite.windows, *states))
     return section
 
 
@@ -230,8 +237,13 @@ def make_report(resolved: ResolvedConversion, text: PreparedText, converted: Con
         device=environment.device_name(resolved.device),
         cache=report.cache_section(plan, resolved.dtype.itemsize, source.sliding_windows),
         evaluation=converted.evaluation,
-        calibration={"text": windows.calib_text, "protocol": windows.calib_protocol, "noise": settings.calib_noise,
-                     "self_written": resolved.self_generated, "windows": windows.calib_counts},
+        calibration=CalibrationSection(
+            text=windows.calib_text,
+            protocol=windows.calib_protocol,
+            noise=settings.calib_noise,
+            self_written=resolved.self_generated,
+            windows=windows.calib_counts,
+        ),
         layers=converted.entries,
         phases={},
         seconds=0.0,
@@ -275,7 +287,7 @@ def finish(
         report.self_check = self_check(writer.folder, device)
         write_card(report, writer.folder)
         report.write(writer.folder)
-        write_page(report.as_dict(), writer.folder / PAGE)
+        write_page(report, writer.folder / PAGE)
         writer.publish()
 
 

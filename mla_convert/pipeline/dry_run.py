@@ -117,7 +117,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         cache=CacheSection(
             plan=plan,
             uniform=on_cpu.uniform,
-            section=cache_section(plan, dtype.itemsize, windows),
+            section=cache_section(plan, dtype.itemsize, windows).as_dict(),
             sizes=caches,
             parameters={key: {side: count[key] for side, count in counts.items()} for key in ("attention", "model")},
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -15,8 +14,8 @@ from rich.table import Table
 
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import read_regular
-from mla_convert.core.report_file import is_evaluated, mean
-from mla_convert.core.report_schema import check_report
+from mla_convert.core.report_file import mean
+from mla_convert.core.report_schema import JsonObject, parse_report, to_json
 from mla_convert.core.units import human_bytes
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.pipeline.dry_run import shape_section
@@ -191,7 +190,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> Findings:
     return _source(source, "; ".join([LOADED if local else CONFIG_ONLY, *source.notes]))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> JsonObject:
     """A JSON object, or an empty one if the file does not exist or holds something else."""
     try:
         content = json.loads(read_regular(path))
@@ -225,7 +224,7 @@ def _source(source: Source, basis: str) -> SourceFindings:
     )
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: Any) -> JsonObject:
     """Settings of RoPE; where layers differ, those of full attention, and all of them by type of layer."""
     parameters = dict(config.rope_parameters or {})
     by_type = {kind: dict(own) for kind, own in parameters.items() if isinstance(own, dict)}
@@ -234,7 +233,7 @@ def _rope(config: Any) -> dict[str, Any]:
     return {**settings, "by_layer_type": by_type} if by_type else settings
 
 
-def _converted(label: str, revision: str | None, config: dict[str, Any], report: dict[str, Any]) -> ConvertedFindings:
+def _converted(label: str, revision: str | None, config: JsonObject, report: JsonObject) -> ConvertedFindings:
     try:
         layers = config["num_hidden_layers"]
         # where layers differ there is a list beside the largest
@@ -258,44 +257,27 @@ def _converted(label: str, revision: str | None, config: dict[str, Any], report:
         raise InputError(f"config.json of {label} lacks what a converted model has ({one_line(error)})") from error
 
 
-def _reported(report: dict[str, Any]) -> ReportFindings | None:
+def _reported(content: JsonObject) -> ReportFindings | None:
     """The results in a report; None if it is not complete."""
     try:
-        check_report(report)
-        evaluation, per_token = report["evaluation"], report["cache"]["bytes_per_token"]
-        evaluated = is_evaluated(evaluation)
-        revision = report["source"]["revision"]
-        return ReportFindings(
-            source=_text(report["source"]["name"]),
-            source_revision=revision and _text(revision),
-            share_saved=_number(report["cache"]["share_saved"]),
-            cache_bytes_per_token={side: _number(per_token[side]) for side in ("before", "after")},
-            perplexity={
-                side: _measured(evaluation[side]["value"] if evaluated else None) for side in ("before", "after")
-            },
-            perplexity_ratio=_measured(evaluation["ratio"]),
-            evaluation=f"{_text(evaluation['text'])}: {_text(evaluation['protocol'])}" if evaluated else None,
-            calibration=_text(report["calibration"]["protocol"]),
-            converted_by=f"mla_convert {_text(report['versions']['mla_convert'])}",
-        )
-    except (InputError, AttributeError, KeyError, TypeError, ValueError):
+        report = parse_report(content)
+    except InputError:
         return None
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError("not a number")
-    return value
-
-
-def _measured(value: Any) -> float | None:
-    return None if value is None else _number(value)
+    evaluation, version = report.measured, report.versions.get("mla_convert")
+    if version is None:
+        return None
+    per_token = report.cache.bytes_per_token
+    return ReportFindings(
+        source=report.source.name,
+        source_revision=report.source.revision,
+        share_saved=report.cache.share_saved,
+        cache_bytes_per_token={"before": per_token.before, "after": per_token.after},
+        perplexity=to_json({side: evaluation and evaluation[side].value for side in ("before", "after")}),
+        perplexity_ratio=to_json(report.perplexity_ratio),
+        evaluation=f"{evaluation.text}: {evaluation.protocol}" if evaluation else None,
+        calibration=report.calibration.protocol,
+        converted_by=f"mla_convert {version}",
+    )
 
 
 def print_inspection(findings: Findings, console: Console) -> None:

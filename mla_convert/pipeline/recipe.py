@@ -64,7 +64,7 @@ def _settings(
         "calib_samples": windows.calib.shape[0],
         "calib_length": windows.calib.shape[1],
         "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,
-        "suite_windows": report.evaluation["suite"]["windows"] if "suite" in report.evaluation else 0,
+        "suite_windows": report.measured.suite.windows if report.measured and report.measured.suite else 0,
     }
     optional = {"engine", "held_out", *(key for key in settings if key.startswith("heal_"))}
     settings = {key: value for key, value in settings.items() if key not in optional or value is not None}

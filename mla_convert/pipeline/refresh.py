@@ -6,17 +6,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.files import write_file
-from mla_convert.core.report_file import PAGE, REPORT, finite
-from mla_convert.core.report_schema import check_report
+from mla_convert.core.report_file import PAGE, REPORT
+from mla_convert.core.report_schema import JsonObject, parse_report, to_json
 from mla_convert.core.runtime import versions
 from mla_convert.report.html.page import write_page
 from mla_convert.report.model_card import CARD, write_card
-from mla_convert.report.update import to_report
 from mla_convert.source import carried
 from mla_convert.source.checkpoint.files import weight_files
 from mla_convert.source.config_file import read_config
@@ -34,7 +32,7 @@ class Refreshed:
     folder: Path
     written: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For `refresh --json`."""
         return {"folder": str(self.folder), "written": self.written}
 
@@ -107,18 +105,20 @@ def _digests(folder: Path, known: dict[str, str]) -> dict[str, str]:
     return {name: known.get(name) or sums.sha256(folder / name) for name in sums.listed(folder)}
 
 
-def _describe(staging: Path, kind: str, report: dict[str, Any], accept: tuple[str, ...]) -> None:
+def _describe(staging: Path, kind: str, report: JsonObject, accept: tuple[str, ...]) -> None:
     """Write report, page and card of the staged folder, after its self-check."""
     content = {**report, "refreshed": versions()}
     if report.get("profile") != "engine":
         content["self_check"] = self_check(staging)
     if kind == REPORT:
-        check_report(content)
-        write_page(content, staging / PAGE)
+        parsed = parse_report(content)
+        write_page(parsed, staging / PAGE)
         if CARD not in accept:
-            write_card(to_report(content), staging)
-    elif CARD not in accept:
+            write_card(parsed, staging)
+        parsed.write(staging)
+        return
+    if CARD not in accept:
         from mla_convert.publish.engines.readme import write_readme
 
         write_readme(staging, str(report.get("source")), content)
-    write_file(staging / kind, json.dumps(finite(content), indent=2) + "\n")
+    write_file(staging / kind, json.dumps(to_json(content), indent=2) + "\n")

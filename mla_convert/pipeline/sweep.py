@@ -7,19 +7,18 @@ points and is written after every point, so that the same sweep, run again, cont
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, UsageError
 from mla_convert.core.files import staged
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import PAGE, REPORT, find_report, read_report
+from mla_convert.core.report_file import PAGE, REPORT, find_content, read_report
+from mla_convert.core.report_schema import JsonObject, SweepEntry
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.pipeline.convert import convert
@@ -82,7 +81,7 @@ def sweep(
     max_ppl_ratio: float | None = None,
     export: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Convert and measure every point of a grid; returns the content of sweep.json, which is written to `folder`.
 
     Args:
@@ -199,7 +198,7 @@ class SweepRun:
         return [point for point in self._points if point]
 
     @property
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """The content of sweep.json."""
         return self._file.content(self.done, self._chosen)
 
@@ -258,7 +257,7 @@ class SweepRun:
         if point is None:
             return None
         for folder in (out, self._file.folder / out.name):
-            checksums = find_report(folder).get("checksums")
+            checksums = find_content(folder).get("checksums")
             if checksums and digest(checksums) == point.weights:
                 return folder
         return None
@@ -310,8 +309,8 @@ def _publish(folder: Path, out: Path, points: list[SweepPoint]) -> None:
     with staged(draft, out):
         shutil.copytree(folder, draft)
         report = read_report(draft)
-        report["sweep"] = [
-            {"numbers": point.numbers, "share": point.share, "ratio": point.ratio, "stderr": point.stderr}
+        report.sweep = [
+            SweepEntry(numbers=point.numbers, share=point.share, ratio=point.ratio, stderr=point.stderr)
             for point in points
         ]
-        replace_files(draft, {REPORT: json.dumps(report, indent=2) + "\n", PAGE: page_text(report)})
+        replace_files(draft, {REPORT: report.text(), PAGE: page_text(report)})

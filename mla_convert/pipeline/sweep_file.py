@@ -14,11 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_convert.core import runtime as environment
-from mla_convert.core.report_file import find_report, finite
+from mla_convert.core.report_file import find_content
+from mla_convert.core.report_schema import JsonObject, Report, to_json
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.report.html.page import write_sweep_page
-from mla_convert.report.quality_rows import ratio_error, ratio_words
-from mla_convert.report.report import Report
 
 SWEEP = "sweep.json"
 SWEEP_PAGE = "sweep.html"
@@ -38,13 +37,13 @@ class SweepPoint:
     share: float
     ratio: float | None
     stderr: float | None
-    evaluation: dict[str, Any]
-    held_out: dict[str, Any]
-    calibration: dict[str, Any]
+    evaluation: JsonObject
+    held_out: JsonObject
+    calibration: JsonObject
     seconds: float
     device: str
     source: str
-    settings: dict[str, Any]
+    settings: JsonObject
     weights: str
     identity: str
 
@@ -65,18 +64,18 @@ class SweepPoint:
             name=name,
             kv_ratio=config.kv_ratio,
             seed=config.seed,
-            rank=cache["kv_lora_rank"],
-            rope_dim=cache["qk_rope_head_dim"],
-            numbers=cache["numbers_per_token_per_layer"]["after"],
-            share=1 - cache["share_saved"],
+            rank=cache.kv_lora_rank,
+            rope_dim=cache.qk_rope_head_dim,
+            numbers=cache.numbers_per_token_per_layer.after,
+            share=1 - cache.share_saved,
             ratio=evaluation["ratio"],
-            stderr=ratio_error(evaluation),
+            stderr=to_json(report.measured.ratio_error),
             evaluation=evaluation,
             held_out=held_out,
-            calibration=report.calibration,
+            calibration=content["calibration"],
             seconds=report.seconds,
             device=report.device,
-            source=report.source["name"],
+            source=report.source.name,
             settings=content["settings"],
             weights=digest(report.checksums),
             identity=identity,
@@ -105,12 +104,12 @@ class SweepFile:
 
     def read(self) -> dict[str, SweepPoint]:
         """The finished points by identity."""
-        points = map(SweepPoint.read, find_report(self.folder / SWEEP).get("points", []))
+        points = map(SweepPoint.read, find_content(self.folder / SWEEP).get("points", []))
         return {point.identity: point for point in points if point}
 
-    def content(self, points: list[SweepPoint], chosen: SweepPoint | None) -> dict[str, Any]:
+    def content(self, points: list[SweepPoint], chosen: SweepPoint | None) -> JsonObject:
         """The content of sweep.json."""
-        return finite({"schema": SCHEMA, "source": points[0].source, "versions": environment.versions(),
+        return to_json({"schema": SCHEMA, "source": points[0].source, "versions": environment.versions(),
                        "max_ppl_ratio": self.limit, "chosen": chosen and chosen.name,
                        "points": [asdict(point) for point in points]})  # fmt: skip
 
@@ -129,7 +128,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def print_sweep(content: dict[str, Any], console: Console) -> None:
+def print_sweep(content: JsonObject, console: Console) -> None:
     """Print the table of a sweep, and the chosen point."""
     points = content["points"]
     before = points[0]["evaluation"]["before"]["value"]
@@ -170,5 +169,5 @@ def print_sweep(content: dict[str, Any], console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _words(evaluation: dict[str, Any]) -> str:
-    return "not finite" if evaluation["ratio"] is None else ratio_words(evaluation)
+def _words(evaluation: JsonObject) -> str:
+    return format.ratio(Comparison.model_validate(evaluation))

@@ -23,7 +23,7 @@ from huggingface_hub.utils import (
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError, UsageError, one_line
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import PAGE, REPORT, look_up, read_report
+from mla_convert.core.report_file import PAGE, REPORT, read_content, read_report
 from mla_convert.modeling.shipped_code import CODE
 from mla_convert.publish.hub_errors import hub_errors, with_retries
 from mla_convert.source.carried import carried_files
@@ -237,7 +237,7 @@ def belonging(folder: Path) -> list[str]:
             raise InputError(f"{folder} has no {file}: not a finished conversion")
     if (folder / sums.SUMS).is_file():
         return sorted({*sums.read(folder), sums.SUMS})
-    shards = read_report(folder)["checksums"]
+    shards = read_content(folder)["checksums"]
     carried = {path.name for path in carried_files(folder)}
     return sorted({*shards, *carried, *(file for file in BESIDE if (folder / file).is_file())})
 
@@ -299,8 +299,8 @@ def card_for(folder: Path, repo: str) -> bytes:
 def commit_message(folder: Path) -> str:
     """The default message of the commit, from the report."""
     report = read_report(folder)
-    name, rank, rope = (look_up(report, key) for key in ("source.name", "cache.kv_lora_rank", "cache.qk_rope_head_dim"))
-    return f"{name} with Multi-head Latent Attention, rank {rank} + {rope} rotary"
+    sizes = f"rank {report.cache.kv_lora_rank} + {report.cache.qk_rope_head_dim} rotary"
+    return f"{report.source.name} with Multi-head Latent Attention, {sizes}"
 
 
 @contextlib.contextmanager

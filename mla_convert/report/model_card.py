@@ -1,7 +1,8 @@
-"""The model card (README.md) of a converted model, made from its report and nothing else."""
+"""The model card (README.md) of a converted model, made from its report alone."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,27 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mla_convert.core.files import write_file
-from mla_convert.core.report_file import calibration_words, finite, is_evaluated
-from mla_convert.evaluate.quality import kinds
-from mla_convert.report import quality_rows
-from mla_convert.report.report import Report
-from mla_convert.report.tables import report_rows
+from mla_convert.core.report_schema import (
+    EvaluationSection,
+    HealSection,
+    LayerEntry,
+    ProbesSection,
+    Report,
+    SelfCheckSection,
+    SourceSection,
+    SuiteSection,
+)
+from mla_convert.report import format
+from mla_convert.report.quality_rows import (
+    compared,
+    kinds_table,
+    probe_conditions,
+    probe_rows,
+    suite_conditions,
+    suite_headline,
+)
+from mla_convert.report.table import Table
+from mla_convert.report.tables import report_table
 from mla_convert.source.licence import CARD
 
 BODY = """
@@ -22,13 +39,11 @@ BODY = """
 {base} with its {before} key/value numbers per token and layer replaced by a latent of {rank} and a rotary key of
 {rope}: **{saved:.1%} less KV cache**, perplexity {ratio}{headline}. Converted by mla_convert {version}; {untouched}
 
-| | before | after | change |
-|---|---:|---:|---:|
 {table}
 
 {measured} Calibrated on {calibration}. {worst}`report.json` has every
 figure, `report.html` shows them, and `recipe.yaml` repeats the run.
-{kinds}{beyond}
+{kinds}{probes}
 ## Load
 
 ```python
@@ -52,7 +67,7 @@ and what it gets wrong, holds for this model too.
 
 {licence}
 """
-# A data set as reports name it: NAME:CONFIG@SPLIT, and a remark in brackets on how it was come by.
+# A data set as reports name it: NAME:CONFIG@SPLIT, perhaps with a remark in brackets on why it was chosen.
 DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?@(?P<split>[\w.-]+)")
 
 
@@ -63,28 +78,29 @@ def write_card(report: Report, folder: Path) -> None:
 
 def card_text(report: Report) -> str:
     """The content of README.md."""
-    source, evaluation, cache = report.source, report.evaluation, report.cache
-    on_hub = source.get("revision") is not None
-    link = f"[{source['name']}](https://huggingface.co/{source['name']}), at revision `{source.get('revision')}`,"
+    source, evaluation, cache = report.source, report.measured, report.cache
+    on_hub = source.revision is not None
+    link = f"[{source.name}](https://huggingface.co/{source.name}), at revision `{source.revision}`,"
+    suite = evaluation.suite if evaluation else None
     body = BODY.format(
-        name=source["name"],
-        base=link if on_hub else source["name"],
-        before=cache["numbers_per_token_per_layer"]["before"],
-        after=cache["numbers_per_token_per_layer"]["after"],
-        rank=cache["kv_lora_rank"],
-        rope=cache["qk_rope_head_dim"],
-        saved=cache["share_saved"],
-        ratio=f"**×{evaluation['ratio']:.4f}**" if is_evaluated(evaluation) else "not evaluated",
-        headline=_headline(evaluation.get("suite")),
-        kinds=_kinds(finite(evaluation.get("suite"))),
+        name=source.name,
+        base=link if on_hub else source.name,
+        before=cache.numbers_per_token_per_layer.before,
+        after=cache.numbers_per_token_per_layer.after,
+        rank=cache.kv_lora_rank,
+        rope=cache.qk_rope_head_dim,
+        saved=cache.share_saved,
+        ratio=f"**{format.times(evaluation.ratio, 4)}**" if evaluation else "not evaluated",
+        headline=f", **{suite_headline(suite)}**" if suite and compared(suite) else "",
+        kinds=_kinds(suite),
         version=report.versions.get("mla_convert", ""),
         untouched=_untouched(report.heal),
-        table="\n".join(f"| {' | '.join(row)} |" for row in report_rows(report)),
+        table=report_table(report).markdown(),
         measured=_measured(evaluation),
-        yours="The perplexity above is for the text named; measure yours. " if is_evaluated(evaluation) else "",
-        calibration=calibration_words(report.calibration),
+        yours="The perplexity above is for the text named; measure yours. " if evaluation else "",
+        calibration=format.calibration_text(report.calibration),
         worst=_worst(report.layers),
-        beyond=_beyond(report.beyond),
+        probes=_probes(report.probes),
         folder=".",
         tried=_tried(report.self_check),
         licence=_licence(source),
@@ -92,110 +108,109 @@ def card_text(report: Report) -> str:
     return str(ModelCard(f"---\n{_metadata(report, on_hub).to_yaml()}\n---\n{body}"))
 
 
-def _measured(evaluation: dict[str, Any]) -> str:
-    """What perplexity was measured on, in a sentence."""
-    if not is_evaluated(evaluation):
+def _measured(evaluation: EvaluationSection | None) -> str:
+    """The text of the perplexity, in a sentence."""
+    if evaluation is None:
         return "Perplexity was not evaluated (`--eval none`): measure it with `mla-convert eval` before you use this model."
-    return f"Perplexity on {evaluation['text']}: {evaluation['protocol']}."
+    return f"Perplexity on {evaluation.text}: {evaluation.protocol}."
 
 
 def _metadata(report: Report, on_hub: bool) -> ModelCardData:
-    source, evaluation = report.source, report.evaluation
-    dataset = DATASET.match(evaluation["text"] or "")
-    where = (
-        {"dataset_type": dataset["name"], "dataset_config": dataset["config"], "dataset_split": dataset["split"]}
-        if dataset
-        else {"dataset_type": "text"}
-    )
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_name=evaluation["text"],
-            metric_type="perplexity",
-            metric_name=name,
-            metric_value=evaluation[key]["value"],
-            **where,
-        )
-        for name, key in (("perplexity", "after"), ("perplexity of the original", "before"))
-        if is_evaluated(evaluation)
-    ]
+    source = report.source
     return ModelCardData(
-        model_name=f"{source['name']} MLA",
-        base_model=source["name"] if on_hub else None,
+        model_name=f"{source.name} MLA",
+        base_model=source.name if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=source.get("license") or "unknown",
+        license=source.license or "unknown",  # type: ignore[arg-type]  # a list of names is valid, too
         tags=["mla", "multi-head-latent-attention", "kv-cache", "mla_convert"],
-        eval_results=results or None,
-        **{key: source[key] for key in ("license_name", "license_link") if source.get(key)},
+        eval_results=_results(report.measured) or None,
+        **{key: source.get(key) for key in ("license_name", "license_link") if source.get(key)},
     )
 
 
-def _untouched(heal: dict[str, Any]) -> str:
-    """What is still the original's, and what was trained end to end, in a sentence."""
-    if not heal:
+def _results(evaluation: EvaluationSection | None) -> list[EvalResult]:
+    """Perplexities for the metadata; a value that is not finite cannot be a result on the Hub."""
+    if evaluation is None:
+        return []
+    dataset = DATASET.match(evaluation.text)
+    where: dict[str, Any] = {"dataset_type": "text"}
+    if dataset:
+        where = {
+            "dataset_type": dataset["name"],
+            "dataset_config": dataset["config"],
+            "dataset_split": dataset["split"],
+        }
+    sides = (("perplexity", evaluation.after), ("perplexity of the original", evaluation.before))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_name=evaluation.text,
+            metric_type="perplexity",
+            metric_name=name,
+            metric_value=side.value,
+            **where,
+        )
+        for name, side in sides
+        if math.isfinite(side.value)
+    ]
+
+
+def _untouched(heal: HealSection | None) -> str:
+    """Which weights are the original's, and which were trained end to end, in a sentence."""
+    if heal is None or heal.settings is None or heal.tokens is None:
         return "everything but the\nattention is the original's."
-    every, weight = heal["settings"]["train"] == "all", heal["settings"].get("ce_weight")
+    every, weight = heal.settings.train == "all", heal.settings.ce_weight
     adapted = f", and trained on the text itself (cross-entropy, weight {weight:g})," if weight else ""
     return (
-        f"then {'all weights were' if every else 'the attention was'}\ndistilled from the original{adapted} on {heal['tokens']:,} "
-        f"tokens of {heal['text']}{'' if every else '; everything else is the original' + chr(39) + 's'}."
+        f"then {'all weights were' if every else 'the attention was'}\ndistilled from the original{adapted} on {heal.tokens:,} "
+        f"tokens of {heal.text}{'' if every else '; everything else is the original' + chr(39) + 's'}."
     )
 
 
-def _tried(check: dict[str, Any]) -> str:
-    """With which versions the folder was tried, in a sentence."""
-    if not check:
+def _tried(check: SelfCheckSection | None) -> str:
+    """The versions of the self-check, in a sentence."""
+    if check is None:
         return ""
-    found = check["versions"]
-    part = (
-        ""
-        if check["layers"] == check["of_layers"]
-        else f" (the first {check['layers']} of {check['of_layers']} layers)"
-    )
+    part = "" if check.layers == check.of_layers else f" (the first {check.layers} of {check.of_layers} layers)"
+    versions = check.versions
     return (
-        f"Tried{part} with transformers {found.get('transformers')} and torch {found.get('torch')}: greedy text with a dynamic "
-        f"and a static cache is that without one. "
+        f"Tried{part} with transformers {versions.get('transformers')} and torch {versions.get('torch')}: greedy text with a "
+        f"dynamic and a static cache is that without one. "
     )
 
 
-def _worst(layers: list[dict[str, Any]]) -> str:
+def _worst(layers: list[LayerEntry]) -> str:
     """The layer whose attention output lost most, in a sentence."""
-    found = [(layer["output_error"], layer["layer"]) for layer in layers if layer.get("output_error") is not None]
-    if not found:
+    errors = [(entry.output_error, entry.layer or 0) for entry in layers if math.isfinite(entry.output_error)]
+    if not errors:
         return ""
-    error, layer = max(found)
+    error, layer = max(errors)
     return f"The attention output of layer {layer} lost most: a mean square error of {error:.1%}, on held-out windows. "
 
 
-def _headline(suite: dict[str, Any] | None) -> str:
-    """The worst kind of text, beside the perplexity of one."""
-    return f", **{kinds.headline(finite(suite))}**" if kinds.compared(suite) else ""
-
-
-def _kinds(suite: dict[str, Any] | None) -> str:
-    """A section with every kind of text, where they were measured."""
-    if not suite:
+def _kinds(suite: SuiteSection | None) -> str:
+    """A section with every kind of text, where these were measured."""
+    if suite is None:
         return ""
-    head = "| " + " | ".join(("", *kinds.COLUMNS[1:])) + " |\n|---|" + "---:|" * (len(kinds.COLUMNS) - 1)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in kinds.rows(suite))
-    return f"\n## Kinds of text\n\n{head}\n{table}\n\n{kinds.conditions(suite)}\n"
+    table = kinds_table(suite)
+    named = Table(["", *table.columns[1:]], table.rows)
+    return f"\n## Kinds of text\n\n{named.markdown()}\n\n{suite_conditions(suite)}\n"
 
 
-def _beyond(content: dict[str, Any]) -> str:
-    """A section on quality beyond perplexity, where that was measured."""
-    if not content:
+def _probes(probes: ProbesSection | None) -> str:
+    """A section on the quality probes, where any was run."""
+    if probes is None or not (rows := probe_rows(probes)):
         return ""
-    table = "\n".join(f"| {' | '.join(row)} |" for row in quality_rows.rows(content))
-    words = " ".join(quality_rows.conditions(content))
-    return f"\n## Beyond perplexity\n\n| | original | this model |\n|---|---:|---:|\n{table}\n\n{words}\n"
+    table = Table(("", "original", "this model"), rows).markdown()
+    return f"\n## Quality probes\n\n{table}\n\n{' '.join(probe_conditions(probes))}\n"
 
 
-def _licence(source: dict[str, Any]) -> str:
-    named = source.get("license")
-    if not named:
+def _licence(source: SourceSection) -> str:
+    stated = source.license
+    if not stated:
         return "That of the original, whose files did not say which one it is: look it up before you use or share this model."
-    name = source.get("license_name") or ", ".join([named] if isinstance(named, str) else named)
-    terms = f"[{name}]({source['license_link']})" if source.get("license_link") else f"`{name}`"
+    name = source.license_name or ", ".join([stated] if isinstance(stated, str) else stated)
+    terms = f"[{name}]({source.license_link})" if source.license_link else f"`{name}`"
     return f"That of the original: {terms}. Its terms bind this model as well."

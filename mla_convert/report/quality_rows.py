@@ -1,120 +1,189 @@
-"""Rows of the quality beyond perplexity, as report.json holds it under `beyond`, for tables. Imports no torch."""
+"""Tables of quality and the sentences below them: perplexity, kinds of text, quality probes, healing. Imports no torch."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
-from mla_convert.core.report_file import look_up
+from mla_convert.core.report_schema import (
+    EvaluationSection,
+    KindEntry,
+    Mean,
+    Measurement,
+    PasskeyMeans,
+    PasskeyValues,
+    Perplexity,
+    ProbesSection,
+    SuiteSection,
+)
+from mla_convert.report import format
+from mla_convert.report.table import Table
 
-Row = tuple[str, str, str]
-
-
-def rows(beyond: dict[str, Any]) -> list[Row]:
-    """Rows of (what, original, model). What compares the two has one figure, under the model."""
-    found: list[Row] = []
-    if part := beyond.get("next_token"):
-        found.append(("KL divergence, nats", "", _value(part["kl"], 5)))
-        found.append(("next-token agreement", "", _value(part["agreement"], 4)))
-    return found + probe_rows(beyond)
-
-
-def probe_rows(beyond: dict[str, Any]) -> list[Row]:
-    """The rows of the probes alone: greedy continuations, pass keys (all depths of a length together) and tasks."""
-    found: list[Row] = []
-    if part := beyond.get("greedy"):
-        found.append((f"greedy, same at first ({part['tokens']} tokens)", "", _value(part["prefix"], 3)))
-        found.append((f"greedy, same to the end ({part['prompts']} prompts)", "", _value(part["exact"], 3)))
-    for entry in look_up(beyond, "passkey.lengths") or []:
-        for what, key, digits in (("pass key found", "match", 2), ("its log-probability", "log_probability", 2)):
-            before, after = (_value(look_up(entry, f"{side}.{key}"), digits) for side in ("before", "after"))
-            found.append((f"{what}, {entry['length']} tokens", before, after))
-    for task, content in (look_up(beyond, "tasks.results") or {}).items():
-        for metric, sides in content["metrics"].items():
-            found.append((f"{task}, {metric}", _value(sides["before"], 4), _value(sides["after"], 4)))
-    return found
+Row = tuple[str, ...]
+KIND_COLUMNS = ("text", "original", "model", "change", "KL", "KL, 99%", "agree")
+PASSKEY_COLUMNS = ("length", "depth", "found, original", "converted", "log-probability, original", "converted")
+# The two values of passkey retrieval: words of a table, and the entry in a report.
+PASSKEY = (("pass key found", "match"), ("its log-probability", "log_probability"))
 
 
-def heal_rows(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
-    """Rows of (what, not healed, healed), of two measurements with `evaluation` and `beyond` as in report.json."""
-    sides = [before, after]
-    found = [
-        ("perplexity over the original's", *(f"×{_value(_ratio(look_up(side, 'evaluation')), 4)}" for side in sides))
-    ]
-    for what, key, form in (
-        ("worst kind of text, over the original's", "worst.ratio", "×{}"),
-        ("KL, mean over kinds", "kl.value", "{}"),
-    ):
-        values = [look_up(side, f"evaluation.suite.{key}") for side in sides]
-        if any(value is not None for value in values):
-            found.append((what, *(form.format(_number(value, 4)) for value in values)))
-    for what, path, digits in (("KL divergence, nats", "kl", 5), ("next-token agreement", "agreement", 4)):
-        found.append((what, *(_value(look_up(side, f"beyond.next_token.{path}"), digits) for side in sides)))
-    entries = [look_up(side, "beyond.passkey.lengths") or [] for side in sides]
-    for entry in zip(*entries, strict=False):
-        for what, key, digits in (("pass key found", "match", 2), ("its log-probability", "log_probability", 2)):
-            values = (_value(look_up(each, f"after.{key}"), digits) for each in entry)
-            found.append((f"{what}, {entry[0]['length']} tokens", *values))
-    return found
+# ---- kinds of text
 
 
-def _ratio(evaluation: dict[str, Any]) -> dict[str, Any]:
-    ratio, error = evaluation["ratio"], evaluation.get("ratio_log_error")
-    return {"value": ratio, "error": None if ratio is None or error is None else ratio * error}
+def kinds_table(suite: SuiteSection) -> Table:
+    """Every kind of text, the worst first; without an original only the model's perplexity has values."""
+    order = sorted(suite.kinds.items(), key=lambda item: -item[1].ratio if math.isfinite(item[1].ratio) else -math.inf)
+    return Table(KIND_COLUMNS, [_kind_row(name, entry) for name, entry in order])
 
 
-def passkey_rows(beyond: dict[str, Any]) -> list[list[str]]:
-    """Every length and depth: length, depth, share found by the original and the model, log-probability by both."""
+def _kind_row(name: str, entry: KindEntry) -> Row:
+    return (name, format.perplexity(_value(entry.before)), format.perplexity(entry.after.value),
+            format.times(entry.ratio, 3, format.NOTHING), format.number(_value(entry.kl), 4),
+            format.number(entry.kl.p99 if entry.kl else None, 3), format.percent(_value(entry.agreement)))  # fmt: skip
+
+
+def compared(suite: SuiteSection | None) -> bool:
+    """Whether the suite was measured against an original."""
+    return suite is not None and suite.worst is not None
+
+
+def suite_rows(suite: SuiteSection | None) -> list[Row]:
+    """Rows of (quantity, before, after, change): the worst kind, mean KL and mean agreement."""
+    if suite is None or suite.worst is None:
+        return []
+    worst = suite.worst.kind
+    _, before, after, change, *_ = _kind_row(worst, suite.kinds[worst])
     return [
-        [f"{cell['length']:,}", f"{cell['depth']:.0%}",
-         *(_number(look_up(cell, f"{side}.{key}"), 2) for key in ("match", "log_probability") for side in ("before", "after"))]
-        for cell in look_up(beyond, "passkey.results") or []
+        (f"perplexity, worst kind of text: {worst}", before, after, change),
+        ("KL(original ‖ converted), mean over kinds", "", f"{format.number(_value(suite.kl), 4)} nats", ""),
+        ("next-token agreement, mean over kinds", "", format.percent(_value(suite.agreement)), ""),
+    ]
+
+
+def suite_headline(suite: SuiteSection) -> str:
+    """The worst kind and the mean KL in a few words."""
+    if suite.worst is None:
+        return ""
+    kl = format.number(_value(suite.kl), 4)
+    return f"{format.times(suite.worst.ratio, 3)} on the worst kind of text ({suite.worst.kind}), KL {kl} nats over all kinds"
+
+
+def suite_conditions(suite: SuiteSection) -> str:
+    """What the values of the suite's table are, in sentences."""
+    words = f"Kinds of text: {suite.protocol}"
+    if compared(suite):
+        words += "; perplexities; KL(original ‖ converted) of the next token in nats, its mean and 99th percentile over tokens; "
+        words += "share of tokens at which both find the same next token likeliest"
+    return words + "."
+
+
+# ---- quality probes
+
+
+def probe_rows(probes: ProbesSection, next_token: bool = True) -> list[Row]:
+    """Rows of (quantity, original, model). A quantity that compares the two has one value, under the model.
+
+    Args:
+        probes: the probes of a report.
+        next_token: whether to include the distance of the next-token distributions.
+    """
+    rows: list[Row] = []
+    if next_token and probes.next_token:
+        rows.append(("KL divergence, nats", "", format.with_error(probes.next_token.kl, 5)))
+        rows.append(("next-token agreement", "", format.with_error(probes.next_token.agreement, 4)))
+    if greedy := probes.greedy:
+        rows.append((f"greedy, same at first ({greedy.tokens} tokens)", "", format.with_error(greedy.prefix, 3)))
+        rows.append((f"greedy, same to the end ({greedy.prompts} prompts)", "", format.with_error(greedy.exact, 3)))
+    for entry in (probes.passkey and probes.passkey.lengths) or []:
+        for words, name in PASSKEY:
+            before, after = (format.with_error(_mean(side, name), 2) for side in (entry.before, entry.after))
+            rows.append((f"{words}, {entry.length} tokens", before, after))
+    for name, task in ((probes.tasks and probes.tasks.results) or {}).items():
+        for metric, sides in task.metrics.items():
+            cells = (format.with_error(side, 4) for side in (sides.before, sides.after))
+            rows.append((f"{name}, {metric}", *cells))
+    return rows
+
+
+def passkey_table(probes: ProbesSection) -> Table | None:
+    """Shares of pass keys found and their log-probabilities, by length and depth."""
+    cells = probes.passkey and probes.passkey.results
+    if not cells:
+        return None
+    rows = [
+        (f"{cell.length:,}", f"{cell.depth:.0%}",
+         *(format.number(_single(side, name), 2) for _, name in PASSKEY for side in (cell.before, cell.after)))
+        for cell in cells
     ]  # fmt: skip
+    return Table(PASSKEY_COLUMNS, rows, align="r" * len(PASSKEY_COLUMNS))
 
 
-def conditions(beyond: dict[str, Any]) -> list[str]:
-    """What the figures were measured on, a sentence each."""
-    found = []
-    if part := beyond.get("next_token"):
-        found.append(f"KL(original ‖ model) and next-token agreement: {part['text']}, {part['protocol']}.")
-    if part := beyond.get("greedy"):
-        found.append(
-            f"Greedy continuations: {part['prompts']} prompts of {part['prompt_tokens']} tokens of {part['text']}, "
-            f"up to {part['tokens']} tokens each; same at first is the share before the "
+def probe_conditions(probes: ProbesSection, next_token: bool = True) -> list[str]:
+    """What the probes were measured on, a sentence each. Arguments as for `probe_rows`."""
+    sentences = []
+    if next_token and (part := probes.next_token):
+        sentences.append(f"KL(original ‖ model) and next-token agreement: {part.text}, {part.protocol}.")
+    if greedy := probes.greedy:
+        sentences.append(
+            f"Greedy continuations: {greedy.prompts} prompts of {greedy.prompt_tokens} tokens of {greedy.text}, "
+            f"up to {greedy.tokens} tokens each; same at first is the share before the "
             f"first different token. ± is over prompts."
         )
-    if part := beyond.get("passkey"):
-        found.append(
-            f"Pass key: five digits in filler text, {part['keys']} keys at each length and depth; log-probability in nats of "
-            f"the whole key, {part['guessing']:.2f} for guessing evenly."
+    if passkey := probes.passkey:
+        sentences.append(
+            f"Pass key: five digits in filler text, {passkey.keys} keys at each length and depth; log-probability in nats of "
+            f"the whole key, {passkey.guessing:.2f} for guessing evenly."
         )
-    if part := beyond.get("tasks"):
-        limit = f", at most {part['limit']} examples a task" if part["limit"] else ""
-        found.append(f"Tasks: lm-evaluation-harness {part['harness']}{limit}.")
-    return found
+    if tasks := probes.tasks:
+        limit = f", at most {tasks.limit} examples a task" if tasks.limit else ""
+        sentences.append(f"Tasks: lm-evaluation-harness {tasks.harness}{limit}.")
+    return sentences
 
 
-def _value(figure: dict[str, float | None] | None, digits: int) -> str:
-    if not figure or figure["value"] is None:
-        return "–"
-    error = figure.get("error")
-    spread = f" ± {error:.{digits}f}" if error is not None and math.isfinite(error) else ""
-    return _number(figure["value"], digits) + spread
+# ---- healing
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def heal_table(before: Measurement, after: Measurement, title: str = "") -> Table:
+    """The converted model before and after healing."""
+    sides = (before, after)
+    rows: list[Row] = [("perplexity over the original's", *(_ratio(side) for side in sides))]
+    for words, form, read in SUITE_ROWS:
+        values = [read(suite) if suite else None for suite in map(_suite, sides)]
+        if any(value is not None for value in values):
+            rows.append((words, *(form.format(format.number(value, 4)) for value in values)))
+    for words, digits, name in (("KL divergence, nats", 5, "kl"), ("next-token agreement", 4, "agreement")):
+        parts = (side.probes and side.probes.next_token for side in sides)
+        rows.append((words, *(format.with_error(getattr(part, name) if part else None, digits) for part in parts)))
+    lengths = [(side.probes and side.probes.passkey and side.probes.passkey.lengths) or [] for side in sides]
+    for entries in zip(*lengths, strict=False):
+        for words, name in PASSKEY:
+            cells = (format.with_error(_mean(entry.after, name), 2) for entry in entries)
+            rows.append((f"{words}, {entries[0].length} tokens", *cells))
+    return Table(("", "not healed", "healed"), rows, title)
 
 
-def ratio_words(evaluation: dict[str, Any]) -> str:
-    """A perplexity ratio with its standard error over windows, if there is one: ×1.0110 ± 0.0012."""
-    if evaluation["ratio"] is None:
-        return "not finite"
-    error = ratio_error(evaluation)
-    return f"×{evaluation['ratio']:.4f}" + (f" ± {error:.4f}" if error else "")
+SUITE_ROWS: tuple[tuple[str, str, Callable[[SuiteSection], float | None]], ...] = (
+    ("worst kind of text, over the original's", "×{}", lambda suite: suite.worst.ratio if suite.worst else None),
+    ("KL, mean over kinds", "{}", lambda suite: _value(suite.kl)),
+)
 
 
-def ratio_error(evaluation: dict[str, Any]) -> float | None:
-    """Standard error of a perplexity ratio over windows, paired; None for a single window and in older reports."""
-    ratio, error = evaluation.get("ratio"), evaluation.get("ratio_log_error")
-    return ratio * error if ratio is not None and error is not None and math.isfinite(error) else None
+def _ratio(side: Measurement) -> str:
+    if not isinstance(side.evaluation, EvaluationSection):
+        return format.NOTHING
+    return f"×{format.spread(side.evaluation.ratio, side.evaluation.ratio_error, 4)}"
+
+
+def _suite(side: Measurement) -> SuiteSection | None:
+    return side.evaluation.suite if isinstance(side.evaluation, EvaluationSection) else None
+
+
+def _value(entry: Perplexity | Mean | None) -> float | None:
+    return entry.value if entry else None
+
+
+def _mean(side: PasskeyMeans | None, name: str) -> Mean | None:
+    return getattr(side, name) if side else None
+
+
+def _single(side: PasskeyValues | None, name: str) -> float | None:
+    return getattr(side, name) if side else None

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from mla_convert.core.errors import InputError, ResourceError, one_line
 from mla_convert.core.recipes import find_recipe, recipe_files
 from mla_convert.core.report_file import look_up
+from mla_convert.core.report_schema import JsonObject, Report
 from mla_convert.core.settings import PACKAGE
 from mla_convert.core.words import expanded
 from mla_convert.source.checkpoint.files import refuse_adapter, weight_files
@@ -48,7 +49,7 @@ def find_model(name: str, revision: str | None = None) -> SourceLocation:
     return place
 
 
-def find_original(report: dict[str, Any]) -> SourceLocation | None:
+def find_original(report: Report | JsonObject) -> SourceLocation | None:
     """The original that a report names, if it can be found: on the Hub, in a package, or in the working folder.
 
     Reports contain names, not paths, so a folder of that name is accepted only if its model type is the same.

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mla_convert.core import sums
 from mla_convert.core.errors import InputError
-from mla_convert.core.report_file import REPORT, read_report
+from mla_convert.core.report_file import REPORT, read_content
+from mla_convert.core.report_schema import JsonObject
 from mla_convert.core.sums import SUMS, CorruptCheckpoint
 
 EXPORT = "export.json"  # report of an exported folder
@@ -25,7 +25,7 @@ class Intact:
     each file that was read; `sealed`: every file has a checksum, not the shards alone.
     """
 
-    report: dict[str, Any]
+    report: JsonObject
     checksums: dict[str, str]
     digests: dict[str, str]
     sealed: bool
@@ -84,16 +84,16 @@ def check_input(folder: Path) -> str | None:
     return check_intact(folder).note(folder)
 
 
-def _report(folder: Path, file: str) -> dict[str, Any]:
+def _report(folder: Path, file: str) -> JsonObject:
     if not (folder / file).exists():
         raise CorruptCheckpoint(f"{file} is missing: not a finished conversion", file)
     try:
-        return read_report(folder / file)
+        return read_content(folder / file)
     except InputError as error:
         raise CorruptCheckpoint(str(error), file) from error
 
 
-def _checksums(report: dict[str, Any], file: str) -> dict[str, str]:
+def _checksums(report: JsonObject, file: str) -> dict[str, str]:
     """sha256 by shard, in order of their names."""
     stated = report.get("checksums")
     if not isinstance(stated, dict) or not stated:

@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: one table over budgets and settings, whatever becomes of a single run; and its upper reference."""
+"""benchmarks/quality.py: one table over budgets and settings, also where a run fails; and its references."""
 
 import importlib.util
 import json

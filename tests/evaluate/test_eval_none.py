@@ -1,4 +1,4 @@
-"""`--eval none`: a conversion without an evaluation, which everything made from its report says."""
+"""`--eval none`: report, card, page and commands state that the conversion was not evaluated."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ def report(convert_pico):
     return convert_pico("llama", eval="none", kv_ratio=0.5)
 
 
-def test_report_card_page_and_recipe_say_so(report):
+def test_report_card_page_and_recipe(report):
     content = json.loads((report.out / "report.json").read_text())
     assert content["evaluation"]["skipped"] is True and content["evaluation"]["ratio"] is None
     assert report.perplexity_ratio is None and content["settings"]["eval"] == "none"
@@ -48,7 +48,7 @@ def test_it_runs_again_from_its_recipe(report, cli, sources, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("options", [("--held-out", "calib"), ("--heal-tokens", "4k")])
-def test_what_needs_an_evaluation(options, cli, sources, tmp_path):
+def test_options_that_need_an_evaluation(options, cli, sources, tmp_path):
     code, out, err = cli(sources("llama"), "--eval", "none", *options, "--out", tmp_path / "out")
     assert code == USAGE and len(err.splitlines()) == 1 and not out
     assert not (tmp_path / "out").exists()

@@ -70,7 +70,7 @@ def test_exact_conversion_is_the_original(convert_pico, sources, measure, name):
     found = measure(convert_pico(name, rank="full", rope_dim="full").out, sources(name))
     assert found.ratio.value == pytest.approx(1, abs=1e-5)
     assert abs(found.kl.value) < 1e-7 and found.kl.error < 1e-7
-    assert found.agreement == evaluate.Mean(1.0, 0.0)
+    assert found.agreement == evaluate.Mean(value=1.0, error=0.0)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
@@ -143,7 +143,7 @@ def test_a_model_that_is_not_converted(sources, measure):
     assert not found.converted and found.bytes_after == 3 * 32 * 4
     assert found.bytes_before is found.share_saved is found.ratio is found.before is None
     same = measure(sources("qwen2"), sources("qwen2"))
-    assert same.ratio == evaluate.Mean(1.0, 0.0) and same.share_saved == 0 and same.agreement.value == 1
+    assert same.ratio == evaluate.Mean(value=1.0, error=0.0) and same.share_saved == 0 and same.agreement.value == 1
 
 
 def test_another_architecture(measure, tmp_path):

@@ -1,4 +1,4 @@
-"""`gate` passes what is within its limits and nothing else."""
+"""`gate` passes values within their limits and nothing else."""
 
 import copy
 import json
@@ -15,6 +15,7 @@ import pytest
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.evaluate import gate
 from mla_convert.evaluate.gate import Limits, check, percentage
+from mla_convert.report import gate_formats
 
 USAGE, GATE, INPUT, RESOURCE = 2, 3, 4, 5
 RANK, ROPE_DIM = 10, 6
@@ -323,11 +324,11 @@ def test_names_cannot_break_out():
     name = "a|b<c>&\"'\x00\x1b\n::error::100% `*x*`\r\n| d"
     result = gate.GateResult("perplexity", None, 1.0, False, f"missing in {name}")
     verdict = gate.Verdict(name, f"from {name}", [result], {})
-    root = ElementTree.fromstring(gate.junit_xml(verdict, 0.5))
+    root = ElementTree.fromstring(gate_formats.junit_xml(verdict, 0.5))
     assert "a|b<c>&" in root.find("testsuite").get("name")
-    (line,) = gate.error_lines(verdict)
+    (line,) = gate_formats.error_lines(verdict)
     assert "\n" not in line and "\r" not in line and "100%25" in line and "%0A" in line
-    table = gate.markdown(verdict)
+    table = gate_formats.markdown(verdict)
     assert not re.search(r"(?<!\\)[<>`]", table) and len(table.splitlines()) == 8
     (row,) = (line for line in table.splitlines() if line.startswith("| perplexity"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 5

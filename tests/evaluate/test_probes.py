@@ -1,4 +1,4 @@
-"""`eval` beyond perplexity: pass keys, greedy continuations, tasks of the harness, and what of it a report keeps."""
+"""Quality probes of `eval`: pass keys, greedy continuations, tasks of the harness, and their entries in a report."""
 
 import importlib.util
 import json
@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.report_schema import parse_report
 from mla_convert.core.sums import seal
 from mla_convert.evaluate.quality import greedy_agreement as decoding
 from mla_convert.evaluate.quality import passkey
 from mla_convert.report import quality_rows
-from mla_convert.report.html.page import page
+from mla_convert.report.html.page import page_text
 from mla_convert.write.verify import verify
 
 USAGE, INPUT = 2, 4
@@ -50,7 +51,7 @@ def load(convert_pico, sources):
 # ---- pass keys
 
 
-def test_prompts_are_what_they_say():
+def test_prompts_hold_key_and_question():
     tokenizer = pico.tokenizer()
     prompts = passkey.make_prompts(tokenizer, [512, 2048], seed=3)
     assert len(prompts) == 2 * len(passkey.DEPTHS) * passkey.KEYS
@@ -69,7 +70,7 @@ def test_prompts_are_what_they_say():
 
 
 def test_prompts_begin_as_the_tokenizer_begins(sources):
-    """Special tokens before a text are kept, those after it are not: a prompt goes on."""
+    """Special tokens before a text are kept, those after it are not, because a prompt is continued."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(sources("llama"))
@@ -94,7 +95,7 @@ def test_context_too_short_for_a_key():
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
 @pytest.mark.parametrize("converted", [True, False])
 def test_log_probability_is_that_of_the_whole_sequence(load, name, converted):
-    """The cache, and with it absorbed decoding, gives what one pass without a cache gives."""
+    """Decoding with the cache, absorbed or not, gives the log-probability of one pass without a cache."""
     model = load(name, converted)
     prompts = passkey.make_prompts(pico.tokenizer(), [200], 0)[::5]
     for prompt, found in zip(prompts, passkey.retrieve(model, prompts), strict=True):
@@ -107,7 +108,7 @@ def test_log_probability_is_that_of_the_whole_sequence(load, name, converted):
 
 
 def test_a_model_that_finds_the_key():
-    """Reads the key off its prompt: what retrieval is, without the years of training."""
+    """A model that reads the key from its prompt finds every key."""
     tokenizer = pico.tokenizer()
 
     class Reader(torch.nn.Module):
@@ -149,7 +150,7 @@ def test_greedy_is_that_of_generate(load, name):
 def test_agreement_by_hand():
     original = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 2]]
     model = [[1, 2, 3, 4], [5, 0, 7, 8], [9, 9, 9, 9]]
-    found = decoding.compare(torch.zeros(3, 10), 4, original, model)
+    found = decoding.compare(torch.zeros(3, 10), 4, original, model, "text.txt", "3 windows")
     assert (found.prompts, found.prompt_tokens, found.tokens) == (3, 10, 4)
     assert found.prefix.value == pytest.approx((1 + 0.25 + 0.5) / 3) and found.exact.value == pytest.approx(1 / 3)
     assert found.exact.error == pytest.approx(torch.tensor([1.0, 0, 0]).std() / math.sqrt(3))
@@ -163,7 +164,7 @@ def test_exact_conversion_agrees_in_everything(cli, convert_pico, sources, small
     options = ("--against", sources("llama"), "--passkey", "--greedy", 2, "--greedy-tokens", 8, "--json")
     code, text, err = cli("eval", out, *small, *options)
     assert code == 0, err
-    found = json.loads(text)["beyond"]
+    found = json.loads(text)["probes"]
     assert found.keys() == {"next_token", "greedy", "passkey"}
     assert found["greedy"]["prefix"]["value"] == found["greedy"]["exact"]["value"] == 1
     assert found["greedy"]["prompts"] == 2 and found["greedy"]["prompt_tokens"] == 24
@@ -184,33 +185,37 @@ def test_table_and_report(cli, folder, sources, small):
     )
     assert "3 prompts of 24 tokens of text.txt" in flat and "-11.41 for guessing evenly" in flat
     after = json.loads((folder / "report.json").read_text())
-    assert {**after, "beyond": None} == {**before, "beyond": None} and after["beyond"].keys() >= {
+    assert {**after, "probes": None} == {**before, "probes": None} and after["probes"].keys() >= {
         "next_token",
         "greedy",
     }
     verify(folder)
     html, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
-    assert html == page(after) and "<h2>Beyond perplexity</h2>" in html and "Pass keys by length and depth" in html
     assert (
-        all(row[0] in html and row[0] in card for row in quality_rows.rows(after["beyond"]))
-        and "## Beyond perplexity" in card
+        html == page_text(parse_report(after))
+        and "<h2>Quality probes</h2>" in html
+        and "Pass keys by length and depth" in html
     )
-    assert "Beyond perplexity" not in page(before)
-    assert str(folder.parent) not in json.dumps(after["beyond"]) and not list(folder.glob(".report*"))
-    # alone, another length: what was found of other kinds stays
+    assert (
+        all(row[0] in html and row[0] in card for row in quality_rows.probe_rows(parse_report(after).probes))
+        and "## Quality probes" in card
+    )
+    assert "Quality probes" not in page_text(parse_report(before))
+    assert str(folder.parent) not in json.dumps(after["probes"]) and not list(folder.glob(".report*"))
+    # without an original and at another length: probes of other kinds stay
     assert cli("eval", folder, *small, "--passkey-length", 160, "--into-report")[0] == 0
-    again = json.loads((folder / "report.json").read_text())["beyond"]
-    assert again["greedy"] == after["beyond"]["greedy"]
+    again = json.loads((folder / "report.json").read_text())["probes"]
+    assert again["greedy"] == after["probes"]["greedy"]
     assert [cell["length"] for cell in again["passkey"]["results"]] == [160] * 5
     assert all(cell["before"] is None for cell in again["passkey"]["results"])
     verify(folder)
 
 
-def test_card_is_that_of_the_conversion_and_more(cli, folder, small):
+def test_the_card_gains_one_section(cli, folder, small):
     before = (folder / "README.md").read_text()
     assert cli("eval", folder, *small, "--passkey-length", 160, "--into-report")[0] == 0
     after = (folder / "README.md").read_text()
-    start, end = after.index("\n## Beyond perplexity"), after.index("\n## Load")
+    start, end = after.index("\n## Quality probes"), after.index("\n## Load")
     assert after[:start] + after[end:] == before
 
 
@@ -302,7 +307,7 @@ def test_task_of_a_file(cli, folder, sources, small, task):
     options = ("--against", sources("llama"), "--tasks", task, "--into-report", "--json")
     code, out, err = cli("eval", folder, *small, *options)
     assert code == 0 and not err, err
-    found = json.loads(out)["beyond"]["tasks"]
+    found = json.loads(out)["probes"]["tasks"]
     tiny = found["results"]["tiny_colours"]
     assert tiny["examples"] == 12 and found["limit"] is None
     for side, place in (("before", sources("llama")), ("after", folder)):
@@ -337,7 +342,7 @@ def test_task_that_generates(cli, folder, sources, small, task):
     code, out, err = cli("eval", folder, *small, "--tasks", task, "--json")
     assert code == 0 and not err, err
     assert (
-        json.loads(out)["beyond"]["tasks"]["results"]["tiny_colours"]["metrics"]["exact_match"]["after"]["value"] == 1
+        json.loads(out)["probes"]["tasks"]["results"]["tiny_colours"]["metrics"]["exact_match"]["after"]["value"] == 1
     )
 
 

@@ -1,4 +1,4 @@
-"""`bench` on the CPU: what it counts is right, what it runs is the model, and what it refuses it names."""
+"""`bench` on the CPU: bytes and rates, the step that it times, and its messages on bad input."""
 
 import json
 
@@ -33,7 +33,7 @@ def models(configs):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_step_is_the_model(models, which):
-    """On the cache that a prompt leaves, a step gives the logits of the model's own way."""
+    """On the cache of a prompt, a step gives the logits of the whole model."""
     model = models[which]
     ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -64,8 +64,9 @@ def test_figures_and_picture(configs):
     original, converted = configs
     sides = [("ours", lambda: bench_models.random_model(converted, torch.float32, CPU, original)),
              ("theirs", lambda: bench_models.random_model(original, torch.float32, CPU))]  # fmt: skip
-    wanted = bench.BenchRequest((16, 32), (1, 2), (8,), price=3.6, steps=3)
-    figures = bench.bench(sides, wanted, CPU)
+    request = bench.BenchRequest((16, 32), (1, 2), (8,), price=3.6, steps=3)
+    result = bench.bench(sides, request, CPU)
+    figures = result.as_dict()
     assert json.loads(json.dumps(figures)) == figures
     ours, theirs = figures["models"]
     assert (ours["converted"], theirs["converted"]) == (True, False)
@@ -76,8 +77,8 @@ def test_figures_and_picture(configs):
         assert point["cost_per_million"] == pytest.approx(1e3 / point["tokens_per_second"])
     assert ours["points"][0]["cache_bytes"] == 16 * ours["cache_bytes_per_token"]
     assert ours["prompts"][0]["tokens"] == 8
-    assert len(list(ratios(figures))) == 4
-    assert "ours: 16:" in str(plot(figures))
+    assert len(list(ratios(result))) == 4
+    assert "ours: 16:" in str(plot(result))
 
 
 def test_heads_in_groups_are_the_same(models, monkeypatch):

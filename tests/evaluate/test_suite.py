@@ -1,4 +1,4 @@
-"""The packaged suite: what it holds, that it is measured right, and that every place which shows a result shows the worst kind."""
+"""The packaged suite: its texts, its measurement, and the worst kind of text wherever results are shown."""
 
 import copy
 import gzip
@@ -15,15 +15,14 @@ import torch
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import finite
-from mla_convert.core.report_schema import check_report
+from mla_convert.core.report_schema import Measurement, SuiteSection, WorstKind, parse_report
 from mla_convert.evaluate import gate
-from mla_convert.evaluate.quality import kinds, suite
+from mla_convert.evaluate.quality import suite
 from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.evaluate.quality.kinds import KINDS
 from mla_convert.evaluate.quality.perplexity import Scores
-from mla_convert.report.quality_rows import heal_rows
-from mla_convert.report.tables import report_rows
+from mla_convert.report.quality_rows import heal_table, kinds_table, suite_headline, suite_rows
+from mla_convert.report.tables import report_table
 
 CPU = torch.device("cpu")
 CALIBRATION = ("mla_demo/calibration.txt.gz", "mla_texts/calibration/python.txt.gz", "mla_texts/calibration/code.txt.gz",
@@ -122,7 +121,8 @@ def test_a_conversion_measures_it_as_eval_does(report, sources):
     alone = evaluate_model(str(report.out), device="cpu", windows=1, text=str(sources("llama").parent / "text.txt"),
                            progress=Progress(quiet=True)).as_dict()["evaluation"]["suite"]  # fmt: skip
     assert "worst" not in alone and set(alone["kinds"]["rust"]) == {"after"}
-    assert kinds.summary_rows(alone) == [] and kinds.rows(alone)[0][1] == "–"
+    section = SuiteSection.model_validate(alone)
+    assert suite_rows(section) == [] and kinds_table(section).rows[0][1] == "–"
 
 
 def test_it_can_be_left_out(convert_pico):
@@ -131,23 +131,27 @@ def test_it_can_be_left_out(convert_pico):
 
 def test_report_card_and_page_show_the_worst_kind(report):
     worst = report.evaluation["suite"]["worst"]
-    assert any(worst["kind"] in row[0] for row in report_rows(report))
+    assert any(worst["kind"] in row[0] for row in report_table(report).rows)
     card = (report.out / "README.md").read_text(encoding="utf-8")
     assert f"×{worst['ratio']:.3f} on the worst kind of text ({worst['kind']})" in card
     page = (report.out / "report.html").read_text(encoding="utf-8")
     assert "worst kind of text" in page and all(f">{kind}<" in page for kind in KINDS)
     written = json.loads((report.out / "report.json").read_text(encoding="utf-8"))
     assert written["evaluation"]["suite"] == report.as_dict()["evaluation"]["suite"]
-    assert kinds.rows(written["evaluation"]["suite"])[0][0] == worst["kind"]  # the worst comes first
+    rows = kinds_table(parse_report(written).measured.suite).rows
+    assert rows[0][0] == worst["kind"]  # the worst comes first
 
 
-def test_what_is_not_finite_is_the_worst(report):
-    scores = {"ratio": float("nan")}
-    entries = {**report.evaluation["suite"]["kinds"], "c": {**report.evaluation["suite"]["kinds"]["c"], **scores}}
-    assert max(entries, key=lambda kind: suite._rank(entries[kind]["ratio"])) == "c"
-    found = {**report.evaluation["suite"], "kinds": {**entries, "c": {**entries["c"], "ratio": None}}}
-    assert kinds.rows(found)[0][:1] == ("c",) and kinds.rows(found)[0][3] == "–"
-    assert "not finite" in kinds.headline({**found, "worst": {"kind": "c", "ratio": None}})
+def test_a_ratio_that_is_not_finite_is_the_worst(report):
+    section = report.evaluation.suite.model_copy(deep=True)
+    section.kinds["c"].ratio = math.nan
+    assert max(section.kinds, key=lambda kind: suite._rank(section.kinds[kind].ratio)) == "c"
+    row = kinds_table(section).rows[0]
+    assert row[0] == "c" and row[3] == "–"
+    section.worst = WorstKind(kind="c", ratio=math.nan)
+    assert "not finite" in suite_headline(section)
+    assert section.as_dict()["worst"] == {"kind": "c", "ratio": None}
+    assert math.isnan(SuiteSection.model_validate(section.as_dict()).worst.ratio)
 
 
 def test_gates_on_the_suite(report):
@@ -180,33 +184,34 @@ def test_gate_measures_the_suite_only_where_a_limit_asks_for_it(report, sources,
     assert code == 3 and re.search(r"KL divergence, mean over kinds of text: [\d.]+ is above the limit", err)
 
 
-def test_healing_says_what_it_did_to_the_worst_kind(report):
-    side = {"evaluation": report.as_dict()["evaluation"], "beyond": {}}
-    shown = {row[0]: row[1:] for row in heal_rows(side, side)}
+def test_healing_shows_the_worst_kind(report):
+    side = Measurement(evaluation=report.evaluation)
+    shown = {row[0]: row[1:] for row in heal_table(side, side).rows}
     assert "worst kind of text, over the original's" in shown and "KL, mean over kinds" in shown
 
 
 def test_tables_import_no_torch():
-    code = "import sys, mla_convert.evaluate.quality.kinds, mla_convert.evaluate.gate; sys.exit('torch' in sys.modules)"
+    modules = "mla_convert.evaluate.quality.kinds, mla_convert.report.quality_rows, mla_convert.report.gate_formats"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_perplexity_beyond_all_measure_is_infinite_and_the_report_stays_one(report):
+def test_an_enormous_perplexity_is_infinite_and_null_in_the_report(report):
     found = suite._kind(
         Scores(torch.full((2, 4), 60.0), torch.full((2, 4), 1.0), torch.ones(2, 4), torch.ones(2, 4)), slice(0, 2)
     )
-    assert found["ratio"] == found["after"]["value"] == math.inf and found["before"]["value"] == pytest.approx(math.e)
+    assert found.ratio == found.after.value == math.inf and found.before.value == pytest.approx(math.e)
     content = report.as_dict()
-    content["evaluation"]["suite"]["kinds"]["c"] = finite(found)
-    check_report(content)
+    content["evaluation"]["suite"]["kinds"]["c"] = found.as_dict()
+    assert math.isnan(parse_report(content).measured.suite.kinds["c"].ratio)
 
 
 @pytest.mark.parametrize("path, value", [
     ("kinds", {"<b>": {"after": {"value": 1.0}}}), ("kinds", {"a|b": {"after": {"value": 1.0}}}),
     ("worst", {"kind": "**c**", "ratio": 1.0}), ("kl", {"value": "much"}), ("protocol", 3),
 ])  # fmt: skip
-def test_a_downloaded_report_cannot_hold_anything_else(report, path, value):
+def test_wrong_entries_of_the_suite_are_refused(report, path, value):
     content = report.as_dict()
     content["evaluation"]["suite"][path] = value
     with pytest.raises(InputError, match="is not that of a conversion"):
-        check_report(content)
+        parse_report(content)

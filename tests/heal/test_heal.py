@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from mla_convert.core.cuda_graph import CaptureError
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
+from mla_convert.core.report_schema import parse_report
 from mla_convert.core.units import parse_lengths, parse_tokens
 from mla_convert.heal import HealConfig, HealSettings, cuda_graph, data, heal, loop, prepare_text
 from mla_convert.heal.data import Corpus, cut, make_corpus, open_corpus
@@ -30,7 +31,7 @@ from mla_convert.modeling import distillation
 from mla_convert.modeling.distillation import distillation_loss
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import IGNORED, LossWeights
-from mla_convert.report.html.page import page
+from mla_convert.report.html.page import page_text
 from mla_convert.source.load_model import find_model, load_model
 from mla_convert.write.verify import verify
 
@@ -418,12 +419,12 @@ def test_heals(small, tmp_path):
     assert [entry["tokens"] for entry in record["curve"]] == [0, *(6 * 512 * n for n in range(1, 5))]
     assert record["curve"][-1]["kl"] < 0.8 * record["curve"][0]["kl"]
     assert report["evaluation"]["ratio"] < record["before"]["evaluation"]["ratio"]
-    assert report["beyond"]["next_token"]["kl"]["value"] < record["before"]["beyond"]["next_token"]["kl"]["value"]
+    assert report["probes"]["next_token"]["kl"]["value"] < record["before"]["probes"]["next_token"]["kl"]["value"]
     assert record["conversion"]["evaluation"] == before["evaluation"]
     verify(tmp_path / "healed")
     written = json.loads((tmp_path / "healed" / "report.json").read_text())
     assert written["checksums"] != before["checksums"] and written["heal"]["curve"] == record["curve"]
-    assert "Healing" in page(written) and str(tmp_path) not in json.dumps(written)
+    assert "Healing" in page_text(parse_report(written)) and str(tmp_path) not in json.dumps(written)
     assert "distilled from the original on 12,288 tokens of text.txt" in (tmp_path / "healed" / "README.md").read_text()
     names = {file.name for file in small["folder"].iterdir()}
     assert {file.name for file in (tmp_path / "healed").iterdir()} == names

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mla_convert.core.errors import InputError
-from mla_convert.core.report_schema import check_report
+from mla_convert.core.report_schema import ProbesSection, parse_report
 from mla_convert.core.sums import SUMS, CorruptCheckpoint
 from mla_convert.publish.engines.export import export
 from mla_convert.report.html.page import page_text
@@ -177,9 +177,8 @@ def test_nothing_is_written_through_a_link_in_a_folder(folder, tmp_path, cli, na
     (folder / name).symlink_to(victim)
     before = victim.read_bytes()
     assert cli("report", folder)[0] == 0
-    write_into_report(
-        folder, {"greedy": {"prompts": 1, "prompt_tokens": 2, "tokens": 3, "text": "t", "prefix": MEAN, "exact": MEAN}}
-    )
+    greedy = {"prompts": 1, "prompt_tokens": 2, "tokens": 3, "text": "t", "prefix": MEAN, "exact": MEAN}
+    write_into_report(folder, ProbesSection.model_validate({"greedy": greedy}))
     assert victim.read_bytes() == before
     verify(folder)
     assert cli("report", folder)[0] == 0
@@ -305,7 +304,7 @@ def whole(folder):
 
 def test_no_word_of_a_report_is_markup(folder):
     content, shown = whole(folder), 0
-    allowed = Tags(page_text(content)).names
+    allowed = Tags(page_text(parse_report(content))).names
     for path in [
         *paths(content),
         ("settings", MARKUP),
@@ -315,7 +314,7 @@ def test_no_word_of_a_report_is_markup(folder):
     ]:
         for value in (MARKUP, [MARKUP], {MARKUP: MARKUP}):
             try:
-                html = page_text(put(content, path, value))
+                html = page_text(parse_report(put(content, path, value)))
             except InputError as error:
                 assert "\n" not in str(error)
                 continue
@@ -333,7 +332,7 @@ def test_wrong_types_in_a_report_are_one_line(folder, value):
     for path in paths(content):
         changed = put(content, path, value)
         try:
-            page_text(changed)
+            page_text(parse_report(changed))
         except InputError as error:
             assert "\n" not in str(error)
 
@@ -348,7 +347,7 @@ def test_inspect_leaves_out_what_makes_no_sense(folder, cli):
 
 def test_reports_of_every_kind_pass(convert_pico):
     for options in ({}, {"refine_steps": 2}, {"uniform": False}, {"rank": 8, "rope_dim": 0}):
-        check_report(
+        parse_report(
             json.loads(
                 (convert_pico("llama", **({"rank": 10, "rope_dim": 6} | options)).out / "report.json").read_text()
             )
@@ -376,14 +375,13 @@ def test_odd_cards(folder, tmp_path, metadata, expected):
     from huggingface_hub import ModelCard
 
     from mla_convert.report.model_card import write_card
-    from mla_convert.report.update import to_report
 
     (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# x\n")
     found = read_licence(tmp_path)
     assert found["license"] == expected
     content = json.loads((folder / "report.json").read_text())
     content["source"] = {**content["source"], "license": None, **found}
-    write_card(to_report(content), tmp_path)
+    write_card(parse_report(content), tmp_path)
     assert ModelCard.load(tmp_path / "README.md").data.license == (expected or "unknown")
 
 

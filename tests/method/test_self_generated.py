@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from mla_convert.core.cuda_graph import CaptureError
-from mla_convert.core.report_file import calibration_words
+from mla_convert.core.report_schema import CalibrationSection
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate import self_generated
 from mla_convert.modeling.attention_backends import sdpa_grouped_query
+from mla_convert.report.format import calibration_text
 from mla_convert.source.source import open_source
 
 CPU = torch.device("cpu")
@@ -133,13 +134,10 @@ def test_conversion(convert_folder, sources):
 
 def test_reports_name_the_self_generated_fraction():
     words = "t.txt, 8 windows of 64 tokens"
-    assert (
-        calibration_words({"protocol": words, "self_written": 0.5})
-        == f"{words}, 50% of them written by the original itself"
-    )
-    assert (
-        calibration_words({"protocol": words, "self_written": 0.0}) == calibration_words({"protocol": words}) == words
-    )
+    section = CalibrationSection(protocol=words, self_written=0.5)
+    assert calibration_text(section) == f"{words}, 50% of them written by the original itself"
+    assert calibration_text(CalibrationSection(protocol=words, self_written=0.0)) == words
+    assert calibration_text(CalibrationSection(protocol=words)) == words
 
 
 @pytest.mark.parametrize("given", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 from mla_convert.core.recipes import default_name
 from mla_convert.evaluate.quality import perplexity as measure
-from mla_convert.report.tables import report_rows
+from mla_convert.report.tables import report_table
 from mla_convert.source import texts
 from mla_convert.source.checkpoint.reader import SafetensorsReader
 from mla_convert.source.mixture import PACKAGED_LABEL
@@ -219,7 +219,7 @@ def numbers(value):
 def test_report(report):
     found = json.loads((report.out / "report.json").read_text())
     assert found == json.loads(json.dumps(report.as_dict()))
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert found["source"]["model_type"] in ("llama", "mistral", "qwen2") and found["source"]["revision"] is None
     assert {"mla_convert", "torch", "transformers", "python"} <= found["versions"].keys()
     for field in ("layers", "phases", "cache", "evaluation", "seconds"):
@@ -361,7 +361,7 @@ def test_error_of_the_ratio_is_paired(convert_pico):
     assert evaluation["ratio"] == pytest.approx(evaluation["after"]["value"] / evaluation["before"]["value"])
     assert 0 < evaluation["ratio_log_error"] < evaluation["after"]["log_error"] + evaluation["before"]["log_error"]
     assert (
-        report_rows(report)[-1][-1]
+        report_table(report).rows[-1][-1]
         == f"×{report.perplexity_ratio:.4f} ± {report.perplexity_ratio * evaluation['ratio_log_error']:.4f}"
     )
 
@@ -376,7 +376,7 @@ def test_held_out_text_is_measured_beside_the_evaluation(convert_pico, sources, 
     assert {key: value for key, value in other.evaluation.items() if key != "held_out"} == plain.evaluation
     assert other.evaluation["held_out"]["text"] == other.settings["held_out"] == "other.txt"
     assert other.evaluation["held_out"]["after"]["windows"] == 4
-    assert [row[0] for row in report_rows(other)][-2:] == ["perplexity", "perplexity, held-out text"]
+    assert [row[0] for row in report_table(other).rows][-2:] == ["perplexity", "perplexity, held-out text"]
     assert "other.txt" in (other.out / "report.html").read_text()
 
     calib = convert_pico("llama", kv_ratio=0.4, held_out="calib")

@@ -33,13 +33,8 @@ def distance(one, other):
 
 @pytest.fixture(scope="module")
 def tabled(convert_pico):
-<<<<<<< HEAD
     """A conversion that engines can express: one plane for each frequency."""
     return lambda name: convert_pico(name, rank=10, rope_dim=8, rope_selection="engine_table").out
-=======
-    """A conversion that engines support: one plane for each frequency."""
-    return lambda name: convert_pico(name, rank=10, rope_dim=8, planes="table").out
->>>>>>> source
 
 
 @pytest.fixture

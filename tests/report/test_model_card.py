@@ -1,4 +1,4 @@
-"""The model card: what a report knows, carried over or said to be unknown, never made up."""
+"""The model card states what the report holds, and says where it holds nothing."""
 
 import json
 import shutil
@@ -6,8 +6,8 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
+from mla_convert.core.report_schema import parse_report
 from mla_convert.report.model_card import write_card
-from mla_convert.report.report import Report
 from mla_convert.source.source import open_source
 
 ON_HUB = {"name": "meta-llama/Llama-3.1-8B", "revision": "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b"}
@@ -16,13 +16,13 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1@test"
 
 @pytest.fixture
 def card(convert_pico, tmp_path):
-    """A card of a real report with some of its entries changed."""
+    """Makes a card from a real report with some entries changed."""
     content = json.loads((convert_pico("llama", rank=10, rope_dim=6).out / "report.json").read_text())
 
     def make(source=(), evaluation=()):
         changed = {**content, "source": {**content["source"], **dict(source)},
                    "evaluation": {**content["evaluation"], **dict(evaluation)}}  # fmt: skip
-        write_card(Report(**changed), tmp_path)
+        write_card(parse_report(changed), tmp_path)
         return ModelCard.load(tmp_path / "README.md")
 
     return make
@@ -55,7 +55,7 @@ def test_licence_is_carried_over(card):
     assert found.data.license == ["mit", "apache-2.0"] and "`mit, apache-2.0`" in found.text
 
 
-def test_unknown_licence_is_said_to_be(card):
+def test_unknown_licence_is_stated(card):
     found = card({"license": None})
     assert found.data.license == "unknown" and "did not say which one it is" in found.text
 
@@ -84,7 +84,7 @@ def test_model_index_names_the_data_set(card):
     assert first.dataset_type == "text" and first.dataset_name == "mine.txt"
 
 
-def test_what_a_reader_needs(card):
+def test_sections_and_sentences(card):
     text = card(ON_HUB).text
     for words in ("less KV cache", "| perplexity |", "4 windows of 48 tokens", "Calibrated on", "trust_remote_code=True",
                   "## Limits", "## Licence", "mean square error"):  # fmt: skip

@@ -1,4 +1,4 @@
-"""report.html: what the report holds and nothing else, in one file; looked at in a real browser where there is one."""
+"""report.html holds the report in one file; a real browser opens it where there is one."""
 
 import json
 import re
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mla_convert.core.report_schema import parse_report
 from mla_convert.report.html import svg
-from mla_convert.report.html.page import page, write_page
+from mla_convert.report.html.page import page_text, write_page
 
 INPUT = 4
 SECTIONS = ("The cache", "Perplexity", "Which planes stayed rotary", "Layer by layer", "Time and memory", "Details")
@@ -24,6 +25,10 @@ def report(convert_pico):
     return json.loads((convert_pico("llama", rank=10, rope_dim=6, refine_steps=2).out / "report.json").read_text())
 
 
+def page(content):
+    return page_text(parse_report(content))
+
+
 def figures(html):
     return [ElementTree.fromstring(found) for found in re.findall(r"<svg .*?</svg>", html, re.DOTALL)]
 
@@ -33,7 +38,7 @@ def labels(html):
 
 
 class Tags(HTMLParser):
-    """Every element and address of a page; complains of tags that do not close."""
+    """Collects the addresses of a page; fails on scripts and on tags that do not close."""
 
     def __init__(self, html):
         super().__init__()
@@ -61,7 +66,7 @@ def test_every_conversion_has_one(convert_pico):
     assert all(f"<h2>{section}</h2>" in html for section in SECTIONS)
 
 
-def test_it_needs_nothing_else(report):
+def test_page_loads_nothing(report):
     html = page(report)
     assert Tags(html).addresses == ["data:,"]  # the icon, which is none
     assert "@import" not in html and "url(" not in html
@@ -79,7 +84,7 @@ def marks(html, label, css):
     return [element for element in wide if element.get("class", "").split()[:1] == [css] and len(element)]
 
 
-def test_plots_hold_the_figures(report):
+def test_plots_show_the_values(report):
     html = page(report)
     kept = {(layer["layer"], frequency) for layer in report["layers"] for frequency in layer["plane_frequencies"]}
     titles = [mark[0].text for mark in marks(html, "Planes", "plane")]
@@ -121,7 +126,7 @@ def test_layers_that_differ_are_drawn(report):
     assert "Cache per layer" in found and "Cache per layer" not in labels(page(report))
 
 
-def test_what_other_jobs_report(report):
+def test_sections_that_other_commands_add(report):
     more = {
         "sweep": [{"numbers": n, "share": n / 32, "ratio": 1 + 3 / n, "stderr": 0.01} for n in (8, 16, 24)],
         "heal": {"curve": [{"tokens": 1e6 * n, "kl": 0.3 - 0.01 * n} for n in range(1, 6)]},
@@ -150,14 +155,14 @@ def test_what_other_jobs_report(report):
         {"phases": {"open": {"seconds": 0.0, "peak_host_bytes": 0}}},
     ],
 )
-def test_figures_that_are_missing(report, change):
+def test_missing_values(report, change):
     html = page({**report, **change})
     Tags(html)
     assert figures(html)
 
 
 def test_first_reports_can_be_drawn(report):
-    """Version 0.1.0 did not yet report the shape of the original's attention."""
+    """Version 0.1.0 did not report the shape of the original's attention."""
     source = {key: report["source"][key] for key in ("name", "revision", "model_type")}
     assert "Planes that stayed rotary" in labels(page({**report, "source": source}))
 
@@ -182,7 +187,7 @@ def test_no_report(cli, tmp_path, content):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_it_takes_no_torch(report, tmp_path):
+def test_page_imports_no_torch(report, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
     code = (
         "import sys; from pathlib import Path; from mla_convert.report.html.page import write_page; "
@@ -239,7 +244,7 @@ return [...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_chromium(browser, report, tmp_path, width, scheme):
     more = {"sweep": [{"numbers": n, "share": n / 32, "ratio": 1 + 3 / n, "stderr": 0.01} for n in (8, 16, 24)]}
-    write_page({**report, **more}, tmp_path / "report.html")
+    write_page(parse_report({**report, **more}), tmp_path / "report.html")
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}

@@ -1,25 +1,34 @@
-"""What a model is worth: `eval` loads it, and its original if asked to, and measures both on the same windows of text."""
+"""`eval`: loads a model, and its original if there is one, and measures both on the same windows of text."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mla_convert.core import runtime as environment
+from mla_convert.core import runtime
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
-from mla_convert.core.report_file import find_report, finite, look_up
+from mla_convert.core.report_file import find_content, look_up
+from mla_convert.core.report_schema import (
+    JsonObject,
+    Mean,
+    NextToken,
+    Perplexity,
+    ProbesSection,
+    SuiteSection,
+    to_json,
+)
 from mla_convert.core.settings import PACKAGE, Settings
-from mla_convert.evaluate.quality.perplexity import Mean, Perplexity, Readout, cache_bytes, mean, perplexity, score
-from mla_convert.evaluate.quality.probes import ProbeRunner, ProbeSettings
-from mla_convert.evaluate.quality.suite import suite_of, suite_section
+from mla_convert.evaluate.quality.perplexity import Readout, cache_bytes, mean, perplexity, ratio, score
+from mla_convert.evaluate.quality.probes import ProbeOutputs, ProbeRunner, ProbeSettings
+from mla_convert.evaluate.quality.suite import Suite, suite_of, suite_section
 from mla_convert.source import texts
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, find_model, is_converted, load_model, load_tokenizer, model_config
@@ -32,7 +41,29 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that `eval` measured. As a dictionary its figures lie where report.json has them."""
+    """The result of `eval`. As a dictionary its values have the paths that they have in report.json.
+
+    Attributes:
+        model: name of the model.
+        converted: whether it is a converted model.
+        against: name of the original, if there was one.
+        text: label of the evaluation text.
+        protocol: the evaluation windows in words.
+        after: perplexity of the model.
+        bytes_after: bytes that a token takes in the model's cache.
+        bytes_before: bytes that a token takes in the original's cache, if they are known.
+        before_is_measured: whether `bytes_before` was measured; otherwise it is computed from config.json.
+        before: perplexity of the original.
+        ratio: `after` over `before`; its error is the standard error of its logarithm.
+        kl: KL(original ‖ model) of the next token in nats.
+        agreement: share of tokens with the same most likely next token.
+        suite: results on the packaged suite.
+        dtype: dtype of both models.
+        device: name of the device.
+        seconds: time of the evaluation.
+        probes: results of the quality probes.
+        notes: what a reader should know.
+    """
 
     model: str
     converted: bool
@@ -47,11 +78,11 @@ class Evaluation:
     ratio: Mean | None = None
     kl: Mean | None = None
     agreement: Mean | None = None
-    suite: dict[str, Any] | None = None
+    suite: SuiteSection | None = None
     dtype: str = ""
     device: str = ""
     seconds: float = 0.0
-    beyond: dict[str, Any] = field(default_factory=dict)
+    probes: ProbesSection = field(default_factory=ProbesSection)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -59,9 +90,9 @@ class Evaluation:
         """Share of the original's cache that is saved."""
         return None if not self.bytes_before else 1 - self.bytes_after / self.bytes_before
 
-    def as_dict(self) -> dict[str, Any]:
-        """`cache` and `evaluation` as in report.json, and more; NaN and infinity as null."""
-        return finite(
+    def as_dict(self) -> JsonObject:
+        """For `eval --json`: `cache` and `evaluation` as in report.json, and more; NaN and infinity as null."""
+        return to_json(
             {
                 "model": self.model,
                 "converted": self.converted,
@@ -74,18 +105,18 @@ class Evaluation:
                 "evaluation": {
                     "text": self.text,
                     "protocol": self.protocol,
-                    "before": self.before and self.before.as_dict(),
-                    "after": self.after.as_dict(),
+                    "before": self.before,
+                    "after": self.after,
                     "ratio": self.ratio and self.ratio.value,
                     "ratio_log_error": self.ratio and self.ratio.error,
-                    "kl": self.kl and asdict(self.kl),
-                    "agreement": self.agreement and asdict(self.agreement),
+                    "kl": self.kl,
+                    "agreement": self.agreement,
                     **({"suite": self.suite} if self.suite else {}),
                 },
-                "beyond": self.beyond,
+                "probes": self.probes,
                 "dtype": self.dtype,
                 "device": self.device,
-                "versions": environment.versions(),
+                "versions": runtime.versions(),
                 "seconds": self.seconds,
                 "notes": self.notes,
             }
@@ -93,15 +124,21 @@ class Evaluation:
 
 
 def load_eval_windows(
-    spec: str | None, tokenizer: Any, count: int | None, length: int | None, model: texts.Reach, report: dict[str, Any]
+    spec: str | None, tokenizer: Any, count: int | None, length: int | None, model: texts.Reach, report: JsonObject
 ) -> tuple[Tensor, str, list[str]]:
     """Evaluation windows (n, L), the label of their text, and notes about what was chosen for the user.
 
-    What is not given is as in the model's report, so that the windows are those of its conversion, and as in a
-    conversion's defaults where there is no report.
+    Args:
+        spec: the text, as `--eval` takes it; None: the conversion's, if the report names one that can be found.
+        tokenizer: of the model.
+        count: number of windows at most; None: the conversion's, else the default of a conversion.
+        length: tokens in a window; None: as for `count`.
+        model: the limits of the model's context.
+        report: content of the model's report.json, or an empty object.
 
     Raises:
-        InputError, ResourceError: as `texts.load_text` and `texts.evaluation_windows`.
+        InputError: as `texts.load_text` and `texts.evaluation_windows`.
+        ResourceError: as `texts.load_text`.
     """
     count = count or _setting(report, "eval_windows", 1) or Settings.model_fields["eval_windows"].default
     length = length or _setting(report, "eval_length", 2)
@@ -112,14 +149,14 @@ def load_eval_windows(
     return model.check(windows, label), label, notes
 
 
-def _setting(report: dict[str, Any], name: str, least: int) -> int | None:
-    """A number among a report's settings; None where it has none that makes sense."""
-    found = look_up(report, f"settings.{name}")
-    return found if isinstance(found, int) and not isinstance(found, bool) and found >= least else None
+def _setting(report: JsonObject, name: str, least: int) -> int | None:
+    """A whole number of at least `least` among a report's settings, or None."""
+    value = look_up(report, f"settings.{name}")
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else None
 
 
-def _text_of(report: dict[str, Any]) -> tuple[str | None, str]:
-    """The text that a report was measured on, as `--eval` takes it, and why it was chosen. Reports hold no paths."""
+def _text_of(report: JsonObject) -> tuple[str | None, str]:
+    """The evaluation text that a report names, as `--eval` takes it, and why it was chosen. Reports hold no paths."""
     label, why = look_up(report, "settings.eval"), "no evaluation text was given"
     if not isinstance(label, str) or label in ("", texts.NONE):
         return None, why
@@ -128,6 +165,56 @@ def _text_of(report: dict[str, Any]) -> tuple[str | None, str]:
     if is_text_name(label) or "/" not in label:
         return None, f"{why}, and of the conversion's only the name is known ({label})"
     return label, why
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `evaluate_model` that choose texts and probes."""
+
+    text: str | None
+    windows: int | None
+    length: int | None
+    suite_windows: int | None
+    probes: ProbeSettings
+
+
+@dataclass(frozen=True)
+class _Material:
+    """The texts that both models read, and the probes that both run.
+
+    Attributes:
+        windows: evaluation windows (n, L).
+        text: label of the evaluation text.
+        suite: the packaged suite, if it is measured.
+        prober: the probes with their prompts.
+        notes: about what was chosen for the user.
+    """
+
+    windows: Tensor
+    text: str
+    suite: Suite | None
+    prober: ProbeRunner
+    notes: list[str]
+
+    @property
+    def where(self) -> dict[str, str]:
+        """Text and protocol, as a report names them."""
+        return {"text": self.text, "protocol": texts.evaluation_protocol(self.windows)}
+
+    @property
+    def every(self) -> list[Tensor]:
+        """The evaluation windows, then those of the suite."""
+        return [*self.windows, *(self.suite.windows if self.suite else [])]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is kept of a model once it is freed: its readout, the bytes of its cache per token, its probes, its dtype."""
+
+    readout: Readout
+    cache_bytes: float
+    probes: ProbeOutputs
+    dtype: torch.dtype
 
 
 def evaluate_model(
@@ -143,12 +230,19 @@ def evaluate_model(
     probes: ProbeSettings | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure a model: a folder, Hub id, `.gguf` file or recipe; with `against`, also its distance from that original.
+    """Measure a model, and its distance from an original. One model is in memory at a time.
 
-    `text`, `windows` and `length` choose the evaluation windows (see `load_eval_windows`); `suite_windows` are those of each
-    kind of the packaged suite (0: none; None: as in the model's report, or a few). Both models run in one `dtype`:
-    the one that `model` is stored in unless another is given. One decoder is in memory at a time. `probes` are what else to
-    measure, of both.
+    Args:
+        model: a folder, Hub id, `.gguf` file or recipe.
+        against: the original, named like `model`.
+        text: the evaluation text (see `load_eval_windows`).
+        windows: number of evaluation windows at most.
+        length: tokens in an evaluation window.
+        suite_windows: windows of each kind of the packaged suite; 0: none; None: as in the model's report, or a few.
+        dtype: of both models; "auto": the one that `model` is stored in.
+        device: where both run.
+        probes: quality probes to run on both.
+        progress: takes notes.
 
     Raises:
         UsageError: no such dtype or device, windows out of range, or a probe that lacks the original or its extra.
@@ -156,81 +250,116 @@ def evaluate_model(
         ResourceError: the Hub or the device is not there.
     """
     began, progress = time.perf_counter(), progress or Progress()
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not known: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-    if (windows is not None and windows < 1) or (length is not None and length < 2):
-        raise UsageError("at least 1 window of 2 tokens is needed: see --eval-windows and --eval-length")
     probes = probes or ProbeSettings()
-    if probes.greedy and not against:
-        raise UsageError("--greedy compares with an original: give --against")
-    where = environment.pick_device(device)
+    _check_request(dtype, windows, length, probes, against)
+    where = runtime.pick_device(device)
     place = find_model(model)
     origin = find_model(against) if isinstance(against, str) else against
-    config, tokenizer = model_config(place), load_tokenizer(place)
-    converted, limit = is_converted(config), getattr(config, "max_position_embeddings", None)
-    report = find_report(place.folder) if converted else {}
-    learned = not getattr(FAMILIES.get(config.model_type.removeprefix(PREFIX)), "rotary", True)
-    reach = texts.reach(config, learned)
-    chosen, label, notes = load_eval_windows(text, tokenizer, windows, length, reach, report)
-    kinds_of = suite_of(tokenizer, suite_windows, where.type == "cuda", chosen, report)
-    read = [*chosen, *(kinds_of.windows if kinds_of else [])]
-    if kinds_of:
-        reach.check(kinds_of.windows, "the packaged suite")
-    if origin:
-        _check_same_tokenizer(chosen, tokenizer, origin)
-    for note in notes:
-        progress.note(note)
-    prober = ProbeRunner(probes, tokenizer, chosen, limit, progress)
-
-    loaded = _load(place, dtype if dtype == "auto" else getattr(torch, dtype), where, progress)
-    stored, itemsize, after = loaded.dtype, loaded.dtype.itemsize, cache_bytes(loaded, chosen[0])
-    ours = Readout(loaded, read, _ticker(progress, place.label))
-    probed, reference = prober.run(loaded, partial(_ticker, progress, place.label)), None
-    del loaded
-    before, theirs = original_cache_bytes(config, itemsize) if converted else None, None
-    if origin:
-        loaded = _load(origin, stored, where, progress)
-        before = cache_bytes(loaded, chosen[0])
-        theirs = Readout(loaded, read, _ticker(progress, origin.label))
-        reference = prober.run(loaded, partial(_ticker, progress, origin.label))
-        del loaded
-    scores = score(ours, chosen, theirs)
-    by_kind = kinds_of and suite_section(kinds_of, score(ours, kinds_of.windows, theirs, first=len(chosen)))
-    where_from = {"text": label, "protocol": texts.evaluation_protocol(chosen)}
-    ran_on = {"dtype": str(stored).removeprefix("torch."), "device": environment.device_name(where)}
-    beyond = {key: {**where_from, **part} if key == "greedy" else part
-              for key, part in prober.summary(reference, probed).items()}  # fmt: skip
-    compared = {}
-    if origin:
-        paired = mean(scores.losses - scores.original)
-        compared = {"before": perplexity(scores.original), "kl": mean(scores.kl), "agreement": mean(scores.agreement),
-                    "ratio": Mean(math.exp(min(paired.value, 700.0)), paired.error)}  # fmt: skip
-        beyond = {"next_token": {**where_from, **{key: asdict(compared[key]) for key in ("kl", "agreement")}}, **beyond}
+    request = _Request(text, windows, length, suite_windows, probes)
+    material = _load_material(place, origin, request, where, progress)
+    reading = _read(place, dtype if dtype == "auto" else getattr(torch, dtype), where, material, progress)
+    reference = _read(origin, reading.dtype, where, material, progress) if origin else None
+    config = model_config(place)
+    converted = is_converted(config)
+    computed = original_cache_bytes(config, reading.dtype.itemsize) if converted else None
+    ran_on = {"dtype": str(reading.dtype).removeprefix("torch."), "device": runtime.device_name(where)}
+    scores = _scores(material, reading, reference)
     return Evaluation(
         model=place.label,
         converted=converted,
         against=origin.label if origin else None,
-        **where_from,
+        **material.where,
         **ran_on,
-        after=perplexity(scores.losses),
-        suite=by_kind,
-        bytes_after=after,
-        bytes_before=before,
-        before_is_measured=origin is not None,
-        beyond={key: {"against": origin and origin.label, **part, **ran_on} for key, part in beyond.items()},
+        **scores,
+        bytes_after=reading.cache_bytes,
+        bytes_before=reference.cache_bytes if reference else computed,
+        before_is_measured=reference is not None,
+        probes=_probes(material, reading, reference, scores, {"against": origin and origin.label, **ran_on}),
         seconds=round(time.perf_counter() - began, 2),
-        notes=notes,
-        **compared,
+        notes=material.notes,
     )
 
 
-def _load(place: SourceLocation, dtype: str | torch.dtype, device: torch.device, progress: Progress) -> nn.Module:
+def _check_request(
+    dtype: str, windows: int | None, length: int | None, probes: ProbeSettings, against: str | SourceLocation | None
+) -> None:
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if (windows is not None and windows < 1) or (length is not None and length < 2):
+        raise UsageError("at least 1 window of 2 tokens is needed: see --eval-windows and --eval-length")
+    if probes.greedy and not against:
+        raise UsageError("--greedy compares with an original: give --against")
+
+
+def _load_material(
+    place: SourceLocation, origin: SourceLocation | None, request: _Request, device: torch.device, progress: Progress
+) -> _Material:
+    config, tokenizer = model_config(place), load_tokenizer(place)
+    report = find_content(place.folder) if is_converted(config) else {}
+    learned = not getattr(FAMILIES.get(config.model_type.removeprefix(PREFIX)), "rotary", True)
+    reach = texts.reach(config, learned)
+    windows, label, notes = load_eval_windows(request.text, tokenizer, request.windows, request.length, reach, report)
+    suite = suite_of(tokenizer, request.suite_windows, device.type == "cuda", windows, report)
+    if suite:
+        reach.check(suite.windows, "the packaged suite")
+    if origin:
+        _check_same_tokenizer(windows, tokenizer, origin)
+    for note in notes:
+        progress.note(note)
+    limit = getattr(config, "max_position_embeddings", None)
+    prober = ProbeRunner(request.probes, tokenizer, windows, limit, progress)
+    return _Material(windows, label, suite, prober, notes)
+
+
+def _read(
+    place: SourceLocation, dtype: str | torch.dtype, device: torch.device, material: _Material, progress: Progress
+) -> _Reading:
+    """Load a model, run it on everything, and free it on return."""
     progress.note(f"loading {place.label}")
-    return load_model(place, dtype, device)
+    model = load_model(place, dtype, device)
+    return _Reading(
+        cache_bytes=cache_bytes(model, material.windows[0]),
+        readout=Readout(model, material.every, _ticker(progress, place.label)),
+        probes=material.prober.run(model, partial(_ticker, progress, place.label)),
+        dtype=model.dtype,
+    )
+
+
+def _scores(material: _Material, reading: _Reading, reference: _Reading | None) -> JsonObject:
+    """The entries of an `Evaluation` that come from token losses."""
+    original = reference.readout if reference else None
+    scores = score(reading.readout, material.windows, original)
+    entries: JsonObject = {"after": perplexity(scores.losses)}
+    if material.suite:
+        first = len(material.windows)
+        entries["suite"] = suite_section(
+            material.suite, score(reading.readout, material.suite.windows, original, first=first)
+        )
+    if scores.original is not None:
+        entries |= {
+            "before": perplexity(scores.original),
+            "ratio": ratio(scores.losses, scores.original),
+            "kl": mean(scores.kl),
+            "agreement": mean(scores.agreement),
+        }
+    return entries
+
+
+def _probes(
+    material: _Material, reading: _Reading, reference: _Reading | None, scores: JsonObject, conditions: JsonObject
+) -> ProbesSection:
+    """Results of all probes, with the `conditions` of the measurement in each."""
+    section = material.prober.summary(reference and reference.probes, reading.probes, **material.where)
+    if reference:
+        section.next_token = NextToken(**material.where, kl=scores["kl"], agreement=scores["agreement"])
+    for probe in section.entries().values():
+        for name, value in conditions.items():
+            setattr(probe, name, value)
+    return section
 
 
 def _ticker(progress: Progress, label: str, what: str = "window") -> Callable[[int, int], None]:
-    """Says every ten seconds how many windows (or of what else) are done."""
+    """A function that notes the number of units done every ten seconds."""
     shown = [time.perf_counter()]
 
     def tick(done: int, count: int) -> None:
@@ -242,7 +371,7 @@ def _ticker(progress: Progress, label: str, what: str = "window") -> Callable[[i
 
 
 def _check_same_tokenizer(windows: Tensor, tokenizer: Any, origin: SourceLocation) -> None:
-    """Perplexities compare only over the same tokens: both tokenizers must make the same of the text's beginning."""
+    """Refuse two tokenizers that differ on the beginning of the text: perplexities compare only over the same tokens."""
     size = getattr(model_config(origin), "vocab_size", math.inf)
     if int(windows.max()) >= size:
         raise InputError(f"{origin.label} has a vocabulary of {size} tokens, fewer than the model's: not its original")

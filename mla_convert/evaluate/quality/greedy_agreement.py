@@ -1,30 +1,36 @@
-"""Greedy decoding through a model's own KV cache, one token at a time: the path on which a converted model is served.
+"""Greedy decoding through a model's own KV cache, one token at a time, as a converted model is served.
 
-Nothing is sampled and no generation settings of the model apply, so that two models differ only in what they say.
+Nothing is sampled and the model's generation settings do not apply, so continuations of two models differ only by the models.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mla_convert.evaluate.quality.perplexity import Mean, mean
+from mla_convert.core.report_schema import Greedy
+from mla_convert.evaluate.quality.perplexity import mean
 from mla_convert.modeling.caching import with_cache
 
 
 class Decoder:
-    """A model that has read a prompt (at least two tokens) and is fed token by token from there."""
+    """A model with its cache. `logits` (vocabulary,), float32, predict the token after those that it was fed.
+
+    Args:
+        model: a causal language model.
+        prompt: at least two token ids, read at once.
+    """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, prompt: Sequence[int]):
+        """Read the prompt."""
         self._model, self._cache = model, DynamicCache(config=model.config)
-        # Logits of a whole long prompt would need more memory than the model.
+        # Logits of all positions of a long prompt can need more memory than the model.
         short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._run(prompt[:-1], **short)
         self.logits = self.feed(prompt[-1])
@@ -35,19 +41,19 @@ class Decoder:
 
     @torch.no_grad()
     def feed(self, token: int) -> Tensor:
-        """Logits (vocabulary,), float32, of what follows one more token."""
+        """Feed one token; returns the logits (vocabulary,), float32, of the next one."""
         self.logits = self._run([token]).float()
         return self.logits
 
 
 def continue_greedily(model: nn.Module, prompt: Sequence[int], tokens: int, stop: set[int]) -> list[int]:
-    """The most likely next token, `tokens` times or until one of `stop`, which is part of the continuation."""
-    decoder, found = Decoder(model, prompt), []
+    """The greedy continuation of a prompt: `tokens` token ids, or fewer up to the first of `stop`, which is included."""
+    decoder, continuation = Decoder(model, prompt), []
     while True:
-        found.append(int(decoder.logits.argmax()))
-        if len(found) == tokens or found[-1] in stop:
-            return found
-        decoder.feed(found[-1])
+        continuation.append(int(decoder.logits.argmax()))
+        if len(continuation) == tokens or continuation[-1] in stop:
+            return continuation
+        decoder.feed(continuation[-1])
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -57,29 +63,30 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How alike two models continue prompts: `prefix` is the share of the original's continuation up to the first
-    different token, `exact` the share of prompts that they continue alike to the end.
-    """
-
-    prompts: int
-    prompt_tokens: int
-    tokens: int
-    prefix: Mean
-    exact: Mean
-
-
 def greedy_prompts(windows: Tensor, count: int) -> Tensor:
     """Prompts (n, P) for greedy continuations: the first half, at most 256 tokens, of each of the first windows."""
     return windows[:count, : max(2, min(windows.shape[1] // 2, 256))]
 
 
-def compare(prompts: Tensor, tokens: int, original: list[list[int]], model: list[list[int]]) -> Agreement:
-    """Agreement of continuations, each with its standard error over prompts."""
+def compare(
+    prompts: Tensor, tokens: int, original: list[list[int]], model: list[list[int]], text: str, protocol: str
+) -> Greedy:
+    """Agreement of continuations, with standard errors over prompts.
+
+    Args:
+        prompts: token ids (n, P).
+        tokens: tokens in a continuation at most.
+        original: continuations by the original.
+        model: continuations by the converted model.
+        text: label of the text that the prompts are from.
+        protocol: the windows whose beginnings are the prompts.
+    """
     shares = []
-    for theirs, ours in zip(original, model, strict=True):
-        same = next((at for at, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]), len(theirs))
-        shares.append(same / len(theirs))
+    for reference, continuation in zip(original, model, strict=True):
+        pairs = enumerate(zip(reference, continuation, strict=False))
+        same = next((at for at, (first, second) in pairs if first != second), len(reference))
+        shares.append(same / len(reference))
     prefix = torch.tensor(shares, dtype=torch.float64)[:, None]
-    return Agreement(*prompts.shape, tokens, mean(prefix), mean((prefix == 1).double()))
+    count, length = prompts.shape
+    return Greedy(text=text, protocol=protocol, prompts=count, prompt_tokens=length, tokens=tokens, prefix=mean(prefix),
+                  exact=mean((prefix == 1).double()))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, through its model object. The harness is the optional extra `eval`."""
+"""Tasks of lm-evaluation-harness, run on a loaded model. The harness is the optional extra `eval`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -17,25 +18,32 @@ from torch import OutOfMemoryError, nn
 
 from mla_convert.core.errors import InputError, ResourceError, UsageError, one_line
 from mla_convert.core.progress import Progress
+from mla_convert.core.report_schema import JsonObject, Mean, Metric, Task, Tasks
 from mla_convert.core.words import expanded
 
 BATCH = 8
 FILES = (".yaml", ".yml")
 
 
-class Tasks:
-    """Tasks, by their names in the harness or as task files (.yaml), that several models can be measured on.
+class TaskRunner:
+    """Tasks of the harness, loaded once and run on several models.
+
+    Args:
+        names: tasks by their names in the harness, or task files (.yaml).
+        limit: examples of a task at most.
+        progress: decides whether the harness's own progress is shown.
 
     Raises:
         UsageError: the harness is not installed.
-        InputError: a task that it does not know or cannot load.
-        ResourceError: a data set that cannot be fetched.
+        InputError: the harness does not know a task, or cannot load it.
+        ResourceError: a data set cannot be fetched.
     """
 
     def __init__(self, names: list[str], limit: int | None, progress: Progress):
+        """Load the tasks."""
         if not importlib.util.find_spec("lm_eval"):
             raise UsageError('--tasks needs lm-evaluation-harness: pip install "lm_eval>=0.4.13" (the extra eval)')
-        # The harness takes a path as well, but says of one that is not there only that no task has such a name.
+        # For a task file that does not exist the harness only reports that no task has such a name.
         for name in names:
             if name.endswith(FILES) and not expanded(name).is_file():
                 raise InputError(f"task file {name} not found")
@@ -44,40 +52,39 @@ class Tasks:
         with self._harness("cannot be loaded"):
             from lm_eval.tasks import TaskManager
 
-            # Reading the harness's own thousands of tasks takes seconds, which a file that names none of them can do without.
+            # Reading the harness's own thousands of tasks takes seconds; a file that names none of them does not need them.
             self._manager = TaskManager(include_defaults=not all(map(_stands_alone, self.names)))
-            self._manager.load(self.names)  # what is wrong with a task shows before any model is loaded
+            self._manager.load(self.names)  # a faulty task fails here, before any model is loaded
 
-    def run(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-        """Task (or group) -> its version, shots, examples and metrics, each metric a value with its standard error."""
+    def run(self, model: nn.Module, tokenizer: Any) -> dict[str, Task]:
+        """Results by task or group; each metric's value is under `after`."""
         with self._harness("failed"):
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
             class Model(HFLM):
-                """Without the harness's look-up of a model's revision on the Hub: this one has been loaded already."""
+                """Without the harness's look-up of the model's revision on the Hub: the model is loaded already."""
 
-                def get_model_info(self) -> dict[str, Any]:
+                def get_model_info(self) -> JsonObject:
                     return {}
 
-            # The harness gives a tokenizer without padding a pad token.
+            # A copy, because the harness adds a pad token to a tokenizer that has none.
             wrapped = Model(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=BATCH)
-            found = simple_evaluate(wrapped, tasks=self.names, task_manager=self._manager, limit=self.limit,
-                                    log_samples=False)  # fmt: skip
-        results = {}
-        for task, content in found["results"].items():
-            counted = found.get("n-samples", {}).get(task, {})
-            results[task] = {
-                "version": found.get("versions", {}).get(task),
-                "shots": found.get("n-shot", {}).get(task),
-                "examples": counted.get("effective"),
-                "metrics": _metrics(content),
-            }
-        return results
+            output = simple_evaluate(wrapped, tasks=self.names, task_manager=self._manager, limit=self.limit,
+                                     log_samples=False)  # fmt: skip
+        return {
+            task: Task(
+                version=output.get("versions", {}).get(task),
+                shots=output.get("n-shot", {}).get(task),
+                examples=output.get("n-samples", {}).get(task, {}).get("effective"),
+                metrics=_metrics(content),
+            )
+            for task, content in output["results"].items()
+        }
 
     @contextlib.contextmanager
     def _harness(self, what: str) -> Iterator[None]:
-        """Its failures as ours; its bars and words only on a terminal or with -v, and nothing on stdout."""
+        """Convert the harness's failures; show its progress only on a terminal or with -v, never on stdout."""
         from datasets import disable_progress_bars
         from datasets.exceptions import DatasetNotFoundError
 
@@ -93,7 +100,7 @@ class Tasks:
             raise
         except (ConnectionError, DatasetNotFoundError) as error:
             raise ResourceError(f"the data of {self._named()} cannot be fetched: {one_line(error)}") from error
-        except Exception as error:  # a task is code of its own, which may raise anything
+        except Exception as error:  # a task is code, which may raise anything
             raise InputError(f"{self._named()} {what}: {type(error).__name__}: {one_line(error)}") from error
 
     def _named(self) -> str:
@@ -106,23 +113,27 @@ def _stands_alone(name: str) -> bool:
     return name.endswith(FILES) and not re.search(r"^group\b", Path(name).read_text("utf-8", "replace"), re.MULTILINE)
 
 
-def _metrics(content: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The harness's `metric,filter` and `metric_stderr,filter` as metric -> value and standard error."""
-    found = {}
+def _metrics(content: JsonObject) -> dict[str, Metric]:
+    """The harness's `metric,filter` and `metric_stderr,filter` as metrics."""
+    metrics = {}
     for key, value in content.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = content.get(f"{metric}_stderr,{kind}")
+            error = float(error) if isinstance(error, int | float) else math.nan
             name = metric if kind == "none" else f"{metric} ({kind})"
-            found[name] = {"value": float(value), "error": float(error) if isinstance(error, int | float) else None}
-    return found
+            metrics[name] = Metric(after=Mean(value=float(value), error=error))
+    return metrics
 
 
-def summarise(original: dict[str, Any] | None, model: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """As in report.json: of every task its metrics, of both models."""
+def summarise(original: dict[str, Task] | None, model: dict[str, Task], limit: int | None) -> Tasks:
+    """Results of both models in a report."""
     results = {}
-    for task, ours in model.items():
-        theirs = original[task]["metrics"] if original else {}
-        metrics = {name: {"before": theirs.get(name), "after": value} for name, value in ours["metrics"].items()}
-        results[task] = {**ours, "metrics": metrics}
-    return {"harness": metadata.version("lm_eval"), "limit": limit, "results": results}
+    for name, task in model.items():
+        reference = original[name].metrics if original else {}
+        metrics = {
+            metric: Metric(before=reference[metric].after if metric in reference else None, after=values.after)
+            for metric, values in task.metrics.items()
+        }
+        results[name] = task.model_copy(update={"metrics": metrics})
+    return Tasks(harness=metadata.version("lm_eval"), limit=limit, results=results)

@@ -1,7 +1,7 @@
-"""Passkey retrieval: a five-digit key stands somewhere in a long text, and the model is asked for it at the end.
+"""Passkey retrieval, as in landmark attention (arXiv:2305.16300): a long text hides a key, which is asked for at its end.
 
-Two figures: whether greedy generation gives the key, and the log-probability of the key's tokens, which says something of
-models too small to find it as well. The prompt is read at once; the key is read off token by token through the cache.
+Two measurements: whether greedy generation gives the key, and the log-probability of the key's tokens, which also tells
+small models apart that never find it. The prompt is read in one pass; the key is decoded token by token through the cache.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.report_schema import Mean, Passkey, PasskeyCell, PasskeyLength, PasskeyMeans, PasskeyValues
 from mla_convert.evaluate.quality.greedy_agreement import Decoder
-from mla_convert.evaluate.quality.perplexity import Mean, mean
+from mla_convert.evaluate.quality.perplexity import mean
 from mla_convert.source import texts
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-KEYS = 2  # for each length and depth
-STEP, SHORTEST = 4, 512  # of the ladder of lengths
+KEYS = 2  # prompts for each length and depth
+STEP, SHORTEST = 4, 512  # factor between lengths, and the shortest length
 NEEDLE = "The pass key is {key}. Remember it."
 QUESTION = "What is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens that end where the key is to follow, and the key's tokens."""
+    """A prompt of at most `length` tokens: `ids` end where the key follows; `key` holds the key's tokens."""
 
     length: int
     depth: float
@@ -40,8 +41,8 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a model made of one prompt: whether greedy generation gives the key, and the key's log-probability in nats."""
+class Retrieval:
+    """A model's result on one prompt: whether greedy generation gives the key, and the key's log-probability in nats."""
 
     match: bool
     log_probability: float
@@ -49,22 +50,22 @@ class Found:
 
 def ladder(longest: int) -> list[int]:
     """Lengths up to `longest`, each four times the one before, from about 512 tokens on."""
-    found = [longest]
-    while found[-1] // STEP >= SHORTEST:
-        found.append(found[-1] // STEP)
-    return found[::-1]
+    lengths = [longest]
+    while lengths[-1] // STEP >= SHORTEST:
+        lengths.append(lengths[-1] // STEP)
+    return lengths[::-1]
 
 
 def make_prompts(tokenizer: Any, lengths: list[int], seed: int) -> list[Prompt]:
-    """Prompts of every length and depth, `KEYS` of each, the same for the same seed. With its key none is longer than named.
+    """Prompts of every length and depth, `KEYS` of each, equal for equal seeds. A prompt with its key is at most `length` tokens.
 
-    The filler is the packaged evaluation text, its sentences without digits, over again where it ends.
+    The filler is the packaged evaluation text without sentences that hold digits, repeated as needed.
 
     Raises:
-        InputError: a length that not even the key and the question fit into.
+        InputError: key and question alone are longer than a length.
     """
     filler, draw = _sentences(tokenizer), random.Random(seed)
-    # A tokenizer may put special tokens before a text and after it; a prompt goes on, so it has only those before.
+    # A tokenizer may put special tokens before and after a text. A prompt is continued, so it has only those before.
     start = _shared(*(tokenizer(word, verbose=False)["input_ids"] for word in ("The", "Yet")))
     prompts = []
     for length, depth, _ in itertools.product(lengths, DEPTHS, range(KEYS)):
@@ -89,10 +90,10 @@ def make_prompts(tokenizer: Any, lengths: list[int], seed: int) -> list[Prompt]:
 
 
 def _sentences(tokenizer: Any) -> list[list[int]]:
-    """Tokens of every sentence of the filler, each with the line's end after it."""
+    """Tokens of every sentence of the filler, each followed by a line feed."""
     text, _ = texts.load_text(texts.SHIPPED["evaluation"], "evaluation")
-    found = [" ".join(part.split()) for part in re.split(r"(?<=[.?!])\s+|\n\n", text)]
-    return [_ids(tokenizer, f"{part}\n") for part in found if part.endswith(".") and not re.search(r"\d", part)]
+    sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.?!])\s+|\n\n", text)]
+    return [_ids(tokenizer, f"{part}\n") for part in sentences if part.endswith(".") and not re.search(r"\d", part)]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -100,54 +101,59 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _shared(first: list[int], second: list[int]) -> list[int]:
-    """The beginning that two lists have in common: where a text ends, tokens may join over to what follows."""
+    """The common beginning of two lists. The last tokens of a text may change when more text follows."""
     return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
 
 
-def retrieve(model: nn.Module, prompts: list[Prompt], tick: Callable[[int, int], None] | None = None) -> list[Found]:
-    """What a model makes of every prompt."""
-    found = []
+def retrieve(
+    model: nn.Module, prompts: list[Prompt], tick: Callable[[int, int], None] | None = None
+) -> list[Retrieval]:
+    """A model's result on every prompt. `tick` is called with the number done and the number of prompts."""
+    results = []
     for index, prompt in enumerate(prompts):
         decoder, match, total = Decoder(model, prompt.ids), True, 0.0
         for at, token in enumerate(prompt.key):
             scores = decoder.logits.log_softmax(-1)
             total += float(scores[token])
-            # Greedy generation gives the key exactly if each of its tokens is the likeliest after those before it.
+            # Greedy generation gives the key exactly if each of its tokens is the most likely one after those before it.
             match = match and int(scores.argmax()) == token
             if at + 1 < len(prompt.key):
                 decoder.feed(token)
-        found.append(Found(match, total))
+        results.append(Retrieval(match, total))
         if tick:
             tick(index + 1, len(prompts))
-    return found
+    return results
 
 
-def summarise(prompts: list[Prompt], original: list[Found] | None, model: list[Found], seed: int) -> dict[str, Any]:
-    """As in report.json, of both models: the share of keys found and the mean log-probability.
+def summarise(prompts: list[Prompt], original: list[Retrieval] | None, model: list[Retrieval], seed: int) -> Passkey:
+    """Results of both models in a report: share of keys found and mean log-probability.
 
-    `lengths` has them for every length with their standard error over its prompts, `results` for every length and depth.
+    `lengths` has them by length with standard errors over prompts, `results` by length and depth.
     """
 
-    def figures(found: list[Found] | None, length: int, depth: float | None = None) -> dict[str, Mean] | None:
-        if found is None:
+    def means(results: list[Retrieval] | None, length: int, depth: float | None = None) -> dict[str, Mean] | None:
+        if results is None:
             return None
-        own = [each for prompt, each in zip(prompts, found, strict=True)
-               if prompt.length == length and depth in (None, prompt.depth)]  # fmt: skip
-        return {name: mean(torch.tensor([[float(getattr(each, name))] for each in own]))
+        chosen = [result for prompt, result in zip(prompts, results, strict=True)
+                  if prompt.length == length and depth in (None, prompt.depth)]  # fmt: skip
+        return {name: mean(torch.tensor([[float(getattr(result, name))] for result in chosen]))
                 for name in ("match", "log_probability")}  # fmt: skip
 
-    def sides(length: int, depth: float | None = None) -> dict[str, Any]:
-        both = {"before": figures(original, length, depth), "after": figures(model, length, depth)}
-        if depth is None:
-            return {side: part and {name: asdict(each) for name, each in part.items()} for side, part in both.items()}
-        # a handful of keys makes no standard error worth reading
-        return {side: part and {name: each.value for name, each in part.items()} for side, part in both.items()}
+    def by_length(length: int) -> PasskeyLength:
+        before, after = (means(results, length) for results in (original, model))
+        return PasskeyLength(length=length, before=before and PasskeyMeans(**before), after=PasskeyMeans(**after))
+
+    def by_depth(length: int, depth: float) -> PasskeyCell:
+        # A few keys give no meaningful standard error.
+        sides = [means(results, length, depth) for results in (original, model)]
+        before, after = (side and PasskeyValues(**{name: each.value for name, each in side.items()}) for side in sides)
+        return PasskeyCell(length=length, depth=depth, before=before, after=after)
 
     cells = list(dict.fromkeys((prompt.length, prompt.depth) for prompt in prompts))
-    return {
-        "seed": seed,
-        "keys": len(prompts) // len(cells),
-        "guessing": -math.log(90000),
-        "lengths": [{"length": length, **sides(length)} for length in dict.fromkeys(length for length, _ in cells)],
-        "results": [{"length": length, "depth": depth, **sides(length, depth)} for length, depth in cells],
-    }
+    return Passkey(
+        seed=seed,
+        keys=len(prompts) // len(cells),
+        guessing=-math.log(90000),
+        lengths=[by_length(length) for length in dict.fromkeys(length for length, _ in cells)],
+        results=[by_depth(length, depth) for length, depth in cells],
+    )

@@ -1,6 +1,6 @@
-"""Figures of a model on windows of text: perplexity, distance from its original, and the bytes that its cache holds.
+"""Measurements of a model on windows of text: perplexity, distance from its original, bytes of its cache.
 
-Perplexity is exp of the mean negative log-likelihood over non-overlapping windows. Every figure comes with its standard
+Perplexity is exp of the mean negative log-likelihood over non-overlapping windows. Every value comes with its standard
 error over windows.
 """
 
@@ -11,8 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mla_convert.core.errors import InputError
-from mla_convert.core.report_file import NOT_EVALUATED
+from mla_convert.core.report_schema import Comparison, EvaluationSection, Mean, NotEvaluated, Perplexity
 from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.head import HiddenStatesStub
 from mla_convert.source.texts import Windows
@@ -34,96 +33,93 @@ CACHE_TOKENS = 16
 MOST = 700.0
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """`value`, and the standard error of its logarithm over windows."""
-
-    value: float
-    log_error: float
-    windows: int
-    length: int
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over tokens, and its standard error over windows (NaN for a single window)."""
-
-    value: float
-    error: float
-
-
 def perplexity(losses: Tensor) -> Perplexity:
-    """From token losses (windows, length-1) in nats."""
-    found = mean(losses)
-    return Perplexity(math.exp(min(found.value, MOST)), found.error, losses.shape[0], losses.shape[1] + 1)
+    """Perplexity from token losses (windows, length-1) in nats."""
+    loss = mean(losses)
+    return Perplexity(
+        value=math.exp(min(loss.value, MOST)),
+        log_error=loss.error,
+        windows=losses.shape[0],
+        length=losses.shape[1] + 1,
+    )
 
 
-def perplexity_section(windows: Windows, scores: Scores) -> dict[str, Any]:
-    """What a report says of its evaluation, from the scores of both models on `windows.measured`.
+def perplexity_section(windows: Windows, scores: Scores) -> EvaluationSection | NotEvaluated:
+    """The evaluation in a report, from the scores of both models on `windows.measured`.
 
     Raises:
         InputError: a perplexity is not finite.
     """
     before, after = scores.original, scores.losses
-    for model, losses in (("the original", before), ("the converted model", after)):
+    for model, losses, advice in (
+        ("the original", before, ", so the checkpoint is damaged; fetch it again"),
+        ("the converted model", after, "; try --dtype float32"),
+    ):
         if not losses.double().mean(dim=1).max() < MOST:
             raise InputError(
-                f"the perplexity of {model} is not finite: weights of its head or final norm are too large to compute with"
-                + (
-                    ", so the checkpoint is damaged; fetch it again"
-                    if model == "the original"
-                    else "; try --dtype float32"
-                )
+                f"the perplexity of {model} is not finite: weights of its head or final norm are too large to compute with{advice}"
             )
     if not windows.evaluated:
-        return dict(NOT_EVALUATED)
+        return NotEvaluated.section()
     count = len(windows.evaluation)
-    found = _compared(windows.eval_text, windows.eval_protocol, before[:count], after[:count])
-    found |= {"kl": asdict(mean(scores.kl[:count])), "agreement": asdict(mean(scores.agreement[:count]))}
+    section = EvaluationSection(
+        **_comparison(windows.eval_text, windows.eval_protocol, before[:count], after[:count]).entries(),
+        kl=mean(scores.kl[:count]),
+        agreement=mean(scores.agreement[:count]),
+    )
     if windows.held_out is not None:
         protocol = evaluation_protocol(windows.held_out)
-        found["held_out"] = _compared(windows.held_out_text, protocol, before[count:], after[count:])
-    return found
+        section.held_out = _comparison(windows.held_out_text, protocol, before[count:], after[count:])
+    return section
 
 
-def _compared(text: str, protocol: str, before: Tensor, after: Tensor) -> dict[str, Any]:
-    over = ratio(after, before)
-    return {"text": text, "protocol": protocol, "before": perplexity(before).as_dict(), "after": perplexity(after).as_dict(),
-            "ratio": over.value, "ratio_log_error": over.error}  # fmt: skip
+def _comparison(text: str, protocol: str, before: Tensor, after: Tensor) -> Comparison:
+    quotient = ratio(after, before)
+    return Comparison(
+        text=text,
+        protocol=protocol,
+        before=perplexity(before),
+        after=perplexity(after),
+        ratio=quotient.value,
+        ratio_log_error=quotient.error,
+    )
 
 
 def ratio(losses: Tensor, original: Tensor) -> Mean:
     """Perplexity over the original's, from token losses (windows, length-1) of both on the same windows.
 
-    `error` is that of its logarithm, paired: how hard a window is for both models is no part of it.
+    `error` is the standard error of the ratio's logarithm, paired: it leaves out how hard a window is for both models.
     """
-    found = mean(losses - original)
-    return Mean(math.exp(min(found.value, MOST)), found.error)
+    difference = mean(losses - original)
+    return Mean(value=math.exp(min(difference.value, MOST)), error=difference.error)
 
 
 def mean(values: Tensor) -> Mean:
-    """Of a figure per token (windows, tokens)."""
+    """Mean of one value per token (windows, tokens), with its standard error over windows."""
     means = values.double().mean(dim=1)
     spread = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
-    return Mean(float(means.mean()), spread)
+    return Mean(value=float(means.mean()), error=spread)
 
 
 class Readout:
-    """What a model's decoder says to windows, each (L,), and its head in float32, which turns parts of that into logits.
+    """The final hidden states of windows, and the model's head in float32, which turns slices of the states into logits.
 
-    Holds no decoder: once this is made, the model itself can go, and its original can be loaded in its place.
+    A readout holds no decoder, so the model can be freed before its original is loaded.
+
+    Args:
+        model: a causal language model.
+        windows: token ids, each (L,).
+        tick: called after each window with the number done and the number of windows.
 
     Raises:
-        InputError: not a decoder with a head on top.
+        InputError: the model is not a decoder with a head on top.
     """
 
     @torch.no_grad()
     def __init__(
         self, model: nn.Module, windows: Tensor | list[Tensor], tick: Callable[[int, int], None] | None = None
     ):
+        """Run the decoder over all windows."""
         decoder, head = model.base_model, model.get_output_embeddings()
         if decoder is model or head is None:
             raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and a head")
@@ -134,26 +130,39 @@ class Readout:
             self._hidden.append(states.cpu())
             if tick:
                 tick(index + 1, len(windows))
-        self._given = HiddenStatesStub()
-        # The stock forward without its decoder, so that whatever it does to logits is done here too.
+        self._stub = HiddenStatesStub()
+        # The stock forward with a stub for its decoder, so that logits are scaled and capped as the model does it.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
-        setattr(self._head, model.base_model_prefix, self._given)
+        setattr(self._head, model.base_model_prefix, self._stub)
         if head.weight.dtype != torch.float32:
             self._head.set_output_embeddings(copy.deepcopy(head).float())
 
     def logits(self, window: int, start: int, stop: int) -> Tensor:
-        """Logits (stop - start, vocabulary), float32, that predict tokens start+1 to stop of a window."""
-        self._given.hidden = self._hidden[window][None, start:stop].to(self._device, torch.float32)
+        """Logits (stop - start, vocabulary), float32, that predict tokens start+1 to stop of a window.
+
+        Args:
+            window: index of the window.
+            start: first position to predict from.
+            stop: one past the last position to predict from.
+        """
+        self._stub.hidden = self._hidden[window][None, start:stop].to(self._device, torch.float32)
         try:
             return self._head(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits[0].float()
         finally:
-            self._given.hidden = None
+            self._stub.hidden = None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One figure a token, each (N, L-1). `kl` is KL(original || model) in nats, `agreement` is 1 where both argmax agree."""
+    """One value a token, each (N, L-1), of windows (N, L); without an original only `losses` is known.
+
+    Attributes:
+        losses: losses of the model in nats.
+        original: losses of the original in nats.
+        kl: KL(original ‖ model) of the next token in nats.
+        agreement: 1 where the most likely next tokens of both models are equal, else 0.
+    """
 
     losses: Tensor
     original: Tensor | None = None
@@ -163,15 +172,19 @@ class Scores:
 
 @torch.no_grad()
 def score(model: Readout, windows: Tensor, original: Readout | None = None, first: int = 0) -> Scores:
-    """Losses of a model on windows (N, L), and, with an original, its losses and how far the two are from each other.
+    """Losses of a model on windows, and, with an original, its losses and the distance of the two.
 
-    `first` is where these windows begin among those that were read.
+    Args:
+        model: readout of the model.
+        windows: token ids (N, L).
+        original: readout of the original.
+        first: index of these windows among those of the readouts.
 
     Raises:
         InputError: the two have vocabularies of different sizes.
     """
     count, length = windows.shape[0], windows.shape[1] - 1
-    found = torch.zeros(4, count, length)
+    values = torch.zeros(4, count, length)
     step = max(1, LOGITS // model.vocabulary)
     if original and original.vocabulary != model.vocabulary:
         raise InputError(
@@ -181,21 +194,21 @@ def score(model: Readout, windows: Tensor, original: Readout | None = None, firs
     for window, start in itertools.product(range(count), range(0, length, step)):
         stop = min(start + step, length)
         part, targets = (window, slice(start, stop)), windows[window, start + 1 : stop + 1]
-        ours = model.logits(first + window, start, stop).log_softmax(-1)
-        found[0][part] = F.nll_loss(ours, targets.to(ours.device), reduction="none").cpu()
+        logs = model.logits(first + window, start, stop).log_softmax(-1)
+        values[0][part] = F.nll_loss(logs, targets.to(logs.device), reduction="none").cpu()
         if original:
-            theirs = original.logits(first + window, start, stop).log_softmax(-1)
-            found[1][part] = F.nll_loss(theirs, targets.to(theirs.device), reduction="none").cpu()
-            found[2][part] = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu()
-            found[3][part] = (ours.argmax(-1) == theirs.argmax(-1)).float().cpu()
-    return Scores(found[0], *found[1:]) if original else Scores(found[0])
+            original_logs = original.logits(first + window, start, stop).log_softmax(-1)
+            values[1][part] = F.nll_loss(original_logs, targets.to(original_logs.device), reduction="none").cpu()
+            values[2][part] = F.kl_div(logs, original_logs, reduction="none", log_target=True).sum(-1).cpu()
+            values[3][part] = (logs.argmax(-1) == original_logs.argmax(-1)).float().cpu()
+    return Scores(values[0], *values[1:]) if original else Scores(values[0])
 
 
 @torch.no_grad()
 def cache_bytes(model: nn.Module, ids: Tensor) -> float:
-    """Bytes a token that a DynamicCache really holds after a forward pass over some of `ids` (L,), all layers together.
+    """Bytes per token in all layers of a DynamicCache after a forward pass over the first of `ids` (L,).
 
-    Few enough tokens are used for every sliding window to hold them all.
+    The pass reads fewer tokens than the smallest sliding window holds.
 
     Raises:
         InputError: the model keeps no keys and values.

@@ -1,18 +1,18 @@
-"""What `eval` measures of a model beyond perplexity if asked to: pass keys, greedy continuations, tasks of the harness."""
+"""Quality probes, which `eval` runs if asked to: pass keys, greedy continuations, tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
-from mla_convert.evaluate.quality import greedy_agreement as decoding
-from mla_convert.evaluate.quality import passkey
-from mla_convert.evaluate.quality.lm_eval_tasks import Tasks, summarise
+from mla_convert.core.report_schema import ProbesSection, Task
+from mla_convert.evaluate.quality import greedy_agreement, passkey
+from mla_convert.evaluate.quality.lm_eval_tasks import TaskRunner, summarise
 from mla_convert.source import texts
 
 GREEDY_TOKENS = 64
@@ -20,11 +20,19 @@ GREEDY_TOKENS = 64
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Which probes to run: with pass keys up to `passkey_length` tokens (None: the model's context), `greedy` prompts
-    continued by up to `greedy_tokens`, and `tasks` by name or file, of which the first `task_limit` examples.
+    """Which probes to run.
+
+    Args:
+        passkey: whether to run passkey retrieval.
+        passkey_length: tokens of the longest prompt; None: the model's context.
+        seed: of the pass keys and their filler text.
+        greedy: number of prompts to continue greedily.
+        greedy_tokens: tokens in a continuation at most.
+        tasks: tasks of the harness, by name or file.
+        task_limit: examples of a task at most; None: all.
 
     Raises:
-        UsageError: a number out of range.
+        UsageError: a number is out of range.
     """
 
     passkey: bool = False
@@ -35,7 +43,7 @@ class ProbeSettings:
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, least in (("--greedy", self.greedy, 0), ("--greedy-tokens", self.greedy_tokens, 1),
                                    ("--task-limit", self.task_limit, 1),
                                    ("--passkey-length", self.passkey_length, 1)):  # fmt: skip
@@ -45,26 +53,34 @@ class ProbeSettings:
 
 @dataclass
 class ProbeOutputs:
-    """What one model made of the probes."""
+    """The probes' results for one model."""
 
-    passkey: list[passkey.Found] | None = None
+    passkey: list[passkey.Retrieval] | None = None
     greedy: list[list[int]] | None = None
-    tasks: dict[str, Any] | None = None
+    tasks: dict[str, Task] | None = None
 
 
 class ProbeRunner:
-    """Probes made ready for a model and its original: the same prompts and tasks for both.
+    """Probes with their prompts and tasks, which are the same for a model and its original.
+
+    Args:
+        probes: which to run.
+        tokenizer: of both models.
+        windows: evaluation windows (n, L), whose beginnings are the greedy prompts.
+        longest: the models' context in tokens, if it is limited.
+        progress: takes notes.
 
     Raises:
         UsageError: the harness is missing.
-        InputError: prompts that do not fit into the model's context, a task that is not there.
-        ResourceError: a task's data that cannot be fetched.
+        InputError: prompts that do not fit into the models' context, or a task that does not exist.
+        ResourceError: a task's data cannot be fetched.
     """
 
     def __init__(self, probes: ProbeSettings, tokenizer: Any, windows: Tensor, longest: int | None, progress: Progress):
+        """Make the prompts and load the tasks."""
         self._probes, self._tokenizer, self._progress = probes, tokenizer, progress
         self._prompts = self._passkey_prompts(longest) if probes.passkey else []
-        self._starts = decoding.greedy_prompts(windows, probes.greedy)
+        self._starts = greedy_agreement.greedy_prompts(windows, probes.greedy)
         if probes.greedy:
             reached = self._starts.shape[1] + probes.greedy_tokens
             if longest and reached > longest:
@@ -74,7 +90,7 @@ class ProbeRunner:
                 )
             if len(self._starts) < probes.greedy:
                 progress.note(f"{len(windows)} windows of text make {len(self._starts)} prompts, not {probes.greedy}")
-        self._tasks = Tasks(list(probes.tasks), probes.task_limit, progress) if probes.tasks else None
+        self._tasks = TaskRunner(list(probes.tasks), probes.task_limit, progress) if probes.tasks else None
 
     def _passkey_prompts(self, longest: int | None) -> list[passkey.Prompt]:
         length = self._probes.passkey_length or longest or texts.EVAL_LENGTH
@@ -83,30 +99,44 @@ class ProbeRunner:
         return passkey.make_prompts(self._tokenizer, passkey.ladder(length), self._probes.seed)
 
     def run(self, model: nn.Module, ticker: Callable[[str], Callable[[int, int], None]]) -> ProbeOutputs:
-        """Probe one model. `ticker` gives, for a word, what is told how many are done."""
-        raw = ProbeOutputs()
+        """Probe one model.
+
+        Args:
+            model: a causal language model.
+            ticker: gives, for the name of a unit, the function to call with the number done and the number of units.
+        """
+        outputs = ProbeOutputs()
         if self._prompts:
-            raw.passkey = passkey.retrieve(model, self._prompts, ticker("pass key"))
+            outputs.passkey = passkey.retrieve(model, self._prompts, ticker("pass key"))
         if self._probes.greedy:
-            tick, stop = ticker("continuation"), decoding.end_tokens(model, self._tokenizer)
-            raw.greedy = []
+            tick, stop = ticker("continuation"), greedy_agreement.end_tokens(model, self._tokenizer)
+            outputs.greedy = []
             for prompt in self._starts.tolist():
-                raw.greedy.append(decoding.continue_greedily(model, prompt, self._probes.greedy_tokens, stop))
-                tick(len(raw.greedy), len(self._starts))
+                continuation = greedy_agreement.continue_greedily(model, prompt, self._probes.greedy_tokens, stop)
+                outputs.greedy.append(continuation)
+                tick(len(outputs.greedy), len(self._starts))
         if self._tasks:
             self._progress.note(f"running {len(self._probes.tasks)} task{'s' * (len(self._probes.tasks) > 1)}")
-            raw.tasks = self._tasks.run(model, self._tokenizer)
-        return raw
+            outputs.tasks = self._tasks.run(model, self._tokenizer)
+        return outputs
 
-    def summary(self, original: ProbeOutputs | None, model: ProbeOutputs) -> dict[str, Any]:
-        """What was found of both, as under `beyond` in report.json."""
-        content: dict[str, Any] = {}
+    def summary(self, original: ProbeOutputs | None, model: ProbeOutputs, text: str, protocol: str) -> ProbesSection:
+        """The probes in a report.
+
+        Args:
+            original: results for the original, if there is one.
+            model: results for the converted model.
+            text: label of the evaluation text.
+            protocol: the evaluation windows in words.
+        """
+        section = ProbesSection()
         if original and original.greedy and model.greedy:
-            tokens = self._probes.greedy_tokens
-            content["greedy"] = asdict(decoding.compare(self._starts, tokens, original.greedy, model.greedy))
+            section.greedy = greedy_agreement.compare(
+                self._starts, self._probes.greedy_tokens, original.greedy, model.greedy, text, protocol
+            )
         if model.passkey:
-            theirs = original.passkey if original else None
-            content["passkey"] = passkey.summarise(self._prompts, theirs, model.passkey, self._probes.seed)
+            reference = original.passkey if original else None
+            section.passkey = passkey.summarise(self._prompts, reference, model.passkey, self._probes.seed)
         if model.tasks:
-            content["tasks"] = summarise(original.tasks if original else None, model.tasks, self._probes.task_limit)
-        return content
+            section.tasks = summarise(original.tasks if original else None, model.tasks, self._probes.task_limit)
+        return section

@@ -1,8 +1,8 @@
-"""How fast a model decodes and reads prompts, what its cache takes, and how many sequences fit: measured, on this machine.
+"""Measures decoding and prefill: tokens per second, latency, bytes of the cache, largest batch.
 
-A step is the whole model for one new token of every sequence: embedding, layers, head, most likely token. The cache holds
-`context` tokens of random numbers, written in place, of which the step writes the last. On CUDA a step is one CUDA graph.
-Speed does not depend on the values of weights, so random ones serve.
+A decode step is the whole model for one new token of every sequence: embedding, layers, head, argmax. The cache is full of
+random numbers and written in place: the step writes the last of `context` tokens. On CUDA a step is one CUDA graph.
+Speed does not depend on the values of weights, so models with random weights can be measured.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,59 +24,20 @@ from mla_convert.core.cuda_graph import CapturedCall
 from mla_convert.core.errors import ResourceError, UsageError
 from mla_convert.core.runtime import device_name, versions
 from mla_convert.evaluate.speed.models import full_cache, held_bytes, read_bytes, token_bytes
+from mla_convert.evaluate.speed.results import BenchRequest, BenchResult, DecodeTiming, ModelTiming, PrefillTiming
 from mla_convert.modeling.attention_backends import GROUPED
 from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.decode_mla import kernel_refusal
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.load_model import is_converted
 
-WARM_UPS, STEPS = 3, 64
+WARM_UPS = 3
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-
-
-@dataclass
-class DecodeTiming:
-    """Decoding at one context and batch; times in milliseconds, rates in bytes a second."""
-
-    context: int
-    batch: int
-    largest: bool
-    cache_bytes: int
-    tokens_per_second: float
-    p50_ms: float
-    p99_ms: float
-    bytes_per_second: float
-    share_of_copy: float
-    cost_per_million: float | None = None
-
-
-@dataclass
-class PrefillTiming:
-    """Reading one prompt; milliseconds."""
-
-    tokens: int
-    batch: int
-    p50_ms: float
-    tokens_per_second: float
-
-
-@dataclass
-class ModelTiming:
-    """All that is measured of one model."""
-
-    name: str
-    converted: bool
-    weight_bytes: int
-    cache_bytes_per_token: int
-    attention: str
-    points: list[DecodeTiming] = field(default_factory=list)
-    prompts: list[PrefillTiming] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
 
 
 @contextmanager
 def _memory_limit(device: torch.device, limit: int | None) -> Iterator[None]:
-    """Let torch take at most `limit` bytes of the card."""
+    """Let torch take at most `limit` bytes of the device."""
     if device.type != "cuda" or not limit:
         yield
         return
@@ -99,7 +58,7 @@ def _free(device: torch.device) -> None:
 
 def times_ms(run: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     """Milliseconds of each of `repeats` calls."""
-    found = []
+    times = []
     for _ in range(repeats):
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -107,12 +66,12 @@ def times_ms(run: Callable[[], object], device: torch.device, repeats: int) -> l
             run()
             end.record()
             end.synchronize()
-            found.append(begin.elapsed_time(end))
+            times.append(begin.elapsed_time(end))
         else:
             start = time.perf_counter()
             run()
-            found.append((time.perf_counter() - start) * 1e3)
-    return found
+            times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def copy_rate(device: torch.device) -> float:
@@ -125,7 +84,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def _fastest_backend(config: PreTrainedConfig, cache: Cache) -> SDPBackend:
-    """The backend of scaled_dot_product_attention that is fastest on this cache, for the original's sake."""
+    """The backend of scaled_dot_product_attention that is fastest on this cache, so that the original is not held back."""
     layer = cache.layers[0]
     if layer.device.type != "cuda":
         return SDPBackend.MATH
@@ -133,21 +92,21 @@ def _fastest_backend(config: PreTrainedConfig, cache: Cache) -> SDPBackend:
     query = torch.randn(
         batch, heads, config.num_attention_heads // heads, width, dtype=layer.dtype, device=layer.device
     )
-    found = []
+    times = []
     for backend in BACKENDS:
         try:
             with sdpa_kernel(backend):
                 run = lambda: F.scaled_dot_product_attention(query, layer.keys, layer.values)  # noqa: E731
                 times_ms(run, layer.device, 2)
-                found.append((statistics.median(times_ms(run, layer.device, 5)), backend.name))
-        except RuntimeError:  # does not serve the shape
+                times.append((statistics.median(times_ms(run, layer.device, 5)), backend.name))
+        except RuntimeError:  # the backend does not support the shape
             continue
-    return SDPBackend.__members__[min(found)[1]] if found else SDPBackend.MATH
+    return SDPBackend.__members__[min(times)[1]] if times else SDPBackend.MATH
 
 
 @torch.no_grad()
 def step_times(model: nn.Module, cache: Cache, batch: int, context: int, steps: int) -> tuple[list[float], str]:
-    """Milliseconds of each of `steps` steps, and what attended."""
+    """Milliseconds of each of `steps` decode steps, and the attention backend used."""
     device = model.device
     ids = torch.randint(model.config.vocab_size, (batch, 1), device=device)
     positions = torch.full((batch, 1), context - 1, device=device)
@@ -163,14 +122,14 @@ def step_times(model: nn.Module, cache: Cache, batch: int, context: int, steps: 
         with sdpa_kernel(backend) if backend else nullcontext():
             run = CapturedCall(step, warm_up=WARM_UPS) if device.type == "cuda" else step
             times_ms(run, device, 2)
-            found = times_ms(run, device, steps)
+            times = times_ms(run, device, steps)
     finally:
         model.config._attn_implementation = before
-    return found, "kernels" if converted and model_kernel(model) else ("sdpa" if converted else backend.name.lower())
+    return times, "kernels" if converted and model_kernel(model) else ("sdpa" if converted else backend.name.lower())
 
 
 def model_kernel(model: nn.Module) -> bool:
-    """Whether a converted model decodes on the kernels of mla_attention here."""
+    """Whether a converted model decodes on the kernels of mla_attention on this device."""
     layer = next(module for module in model.modules() if isinstance(module, MlaAttention))
     latent = torch.empty(1, 1, 1, layer.kv_lora_rank, dtype=model.dtype, device=model.device)
     reason = kernel_refusal(latent, layer.qk_rope_head_dim, layer.num_heads, model.dtype, False)
@@ -179,7 +138,7 @@ def model_kernel(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def prompt_time(model: nn.Module, tokens: int, batch: int, repeats: int = 3) -> PrefillTiming:
-    """Reading a prompt into an empty cache; the head only for its last token."""
+    """Prefill of an empty cache; the head runs for the last token only."""
     ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
 
     def read() -> None:
@@ -193,16 +152,25 @@ def prompt_time(model: nn.Module, tokens: int, batch: int, repeats: int = 3) -> 
 def decode_point(
     model: nn.Module, context: int, batch: int, copy: float, price: float | None, steps: int, largest: bool = False
 ) -> tuple[DecodeTiming, str]:
-    """Measure decoding at one context and batch.
+    """Measure decoding at one context and batch; returns also the attention backend.
+
+    Args:
+        model: the model, on its device.
+        context: tokens in the cache, with the new one.
+        batch: sequences.
+        copy: rate of a large copy in bytes per second.
+        price: of the device per hour.
+        steps: number of steps to time.
+        largest: whether this batch is the largest that fits.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        torch.OutOfMemoryError: the cache does not fit.
     """
     before = held_bytes(model.device)
     cache = full_cache(model.config, batch, context, model.dtype, model.device)
     cache_bytes = held_bytes(model.device, cache) - before
-    found, attention = step_times(model, cache, batch, context, steps)
-    middle = statistics.median(found)
+    times, attention = step_times(model, cache, batch, context, steps)
+    middle = statistics.median(times)
     rate = batch / middle * 1e3
     moved = (read_bytes(model) + cache_bytes) / middle * 1e3
     return DecodeTiming(
@@ -212,7 +180,7 @@ def decode_point(
         cache_bytes=cache_bytes,
         tokens_per_second=rate,
         p50_ms=middle,
-        p99_ms=sorted(found)[min(len(found) - 1, round(0.99 * (len(found) - 1)))],
+        p99_ms=sorted(times)[round(0.99 * (len(times) - 1))],
         bytes_per_second=moved,
         share_of_copy=moved / copy,
         cost_per_million=None if price is None else price / 3600 / rate * 1e6,
@@ -220,28 +188,28 @@ def decode_point(
 
 
 def largest_batch(model: nn.Module, context: int, limit: int) -> int:
-    """Sequences of `context` tokens that fit beside the weights if nothing else needed room: where to begin trying."""
+    """Upper bound of the batch: sequences of `context` tokens whose cache fits beside the weights into `limit` bytes."""
     return max((limit - held_bytes(model.device)) // (context * token_bytes(model.config, model.dtype)), 0)
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """What to measure: contexts in tokens, batches (None: the largest that fits), prompt lengths, bytes, a price an hour."""
-
-    contexts: tuple[int, ...]
-    batches: tuple[int | None, ...]
-    prompts: tuple[int, ...] = ()
-    memory: int | None = None
-    price: float | None = None
-    steps: int = STEPS
-
-
 def measure_side(
-    name: str, build: Callable[[], nn.Module], wanted: BenchRequest, copy: float, device: torch.device,
+    name: str, build: Callable[[], nn.Module], request: BenchRequest, copy: float, device: torch.device,
     note: Callable[[str], None] = lambda _: None,
 ) -> ModelTiming:  # fmt: skip
-    """Everything of one model, which is built here and given up at the end."""
-    with _memory_limit(device, wanted.memory):
+    """Build one model, measure it and free it.
+
+    Args:
+        name: of the model.
+        build: makes the model.
+        request: the measurements to make.
+        copy: rate of a large copy in bytes per second.
+        device: where to measure.
+        note: takes progress notes.
+
+    Raises:
+        ResourceError: the weights do not fit into the memory.
+    """
+    with _memory_limit(device, request.memory):
         _free(device)
         try:
             model = build()
@@ -249,16 +217,16 @@ def measure_side(
             raise ResourceError(f"the weights of {name} do not fit the memory given") from error
         weights = sum(weight.nbytes for weight in model.parameters())
         side = ModelTiming(name, is_converted(model.config), weights, token_bytes(model.config, model.dtype), "")
-        for tokens in wanted.prompts:
+        for tokens in request.prompts:
             try:
                 side.prompts.append(prompt_time(model, tokens, 1))
                 note(f"{name}: prompt of {tokens} tokens, {side.prompts[-1].tokens_per_second:.0f} tokens/s")
             except torch.OutOfMemoryError:
                 side.left_out.append(f"prompt of {tokens} tokens: out of memory")
             _free(device)
-        for context in wanted.contexts:
-            for batch in wanted.batches:
-                _decode(model, side, context, batch, wanted, copy, note)
+        for context in request.contexts:
+            for batch in request.batches:
+                _decode(model, side, context, batch, request, copy, note)
         del model
         _free(device)
     return side
@@ -269,23 +237,23 @@ def _decode(
     side: ModelTiming,
     context: int,
     batch: int | None,
-    wanted: BenchRequest,
+    request: BenchRequest,
     copy: float,
     note: Callable[[str], None],
 ) -> None:
-    """One point; for the largest batch, the first that fits."""
+    """Measure one point and add it to `side`; for the largest batch, try smaller ones until one fits."""
     largest = batch is None
     if largest:
-        total = wanted.memory or torch.cuda.get_device_properties(model.device).total_memory
+        total = request.memory or torch.cuda.get_device_properties(model.device).total_memory
         batch = largest_batch(model, context, total)
     while batch:
         try:
-            point, side.attention = decode_point(model, context, batch, copy, wanted.price, wanted.steps, largest)
+            point, side.attention = decode_point(model, context, batch, copy, request.price, request.steps, largest)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
             point = None
-        _free(model.device)  # not before: what was raised holds on to the cache
+        _free(model.device)  # outside of `except`, where the exception's traceback still holds the cache
         if point is not None:
             side.points.append(point)
             note(f"{side.name}: {context} tokens, batch {batch}: {point.tokens_per_second:.0f} tokens/s")
@@ -298,21 +266,31 @@ def _decode(
 
 def bench(
     sides: list[tuple[str, Callable[[], nn.Module]]],
-    wanted: BenchRequest,
+    request: BenchRequest,
     device: torch.device,
     note: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Figures of all models, measured one after another, as they go into JSON."""
-    if device.type != "cuda" and (None in wanted.batches or wanted.memory):
+) -> BenchResult:
+    """Measure all models one after another.
+
+    Args:
+        sides: name of each model, and a function that makes it.
+        request: the measurements to make.
+        device: where to measure.
+        note: takes progress notes.
+
+    Raises:
+        UsageError: the largest batch or a memory limit without a CUDA device.
+        ResourceError: the weights of a model do not fit into the memory.
+    """
+    if device.type != "cuda" and (None in request.batches or request.memory):
         raise UsageError("the largest batch and --memory need a CUDA device: give --batch numbers")
     copy = copy_rate(device)
     note(f"copy: {copy / 1e9:.0f} GB/s, read and written")
-    measured = [measure_side(name, build, wanted, copy, device, note) for name, build in sides]
-    return {
-        "device": device_name(device),
-        "copy_bytes_per_second": copy,
-        "memory_bytes": wanted.memory,
-        "price_per_hour": wanted.price,
-        "versions": versions(),
-        "models": [asdict(side) for side in measured],
-    }
+    return BenchResult(
+        device=device_name(device),
+        copy_bytes_per_second=copy,
+        memory_bytes=request.memory,
+        price_per_hour=request.price,
+        models=[measure_side(name, build, request, copy, device, note) for name, build in sides],
+        versions=versions(),
+    )

@@ -1,7 +1,8 @@
-"""Models to measure, real or with random weights, and full caches for them; and the bytes of both."""
+"""Models with random weights and full caches to measure decoding on, and the bytes of both."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,16 +17,22 @@ from mla_convert.source.shape import head_width, kv_heads
 
 
 class FullLayer(DynamicLayer):
-    """A cache layer of `length` tokens that is full but for the new one, which is written in place at its end."""
+    """A full cache layer, whose last token each step overwrites in place.
+
+    Args:
+        keys: (batch, heads, tokens, width).
+        values: (batch, heads, tokens, width).
+    """
 
     def __init__(self, keys: Tensor, values: Tensor):
+        """Hold keys and values."""
         super().__init__()
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.tokens_written = torch.tensor(keys.shape[2] - 1, device=keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new token, and give the whole."""
+        """Write the new token; returns all keys and values."""
         self.keys[:, :, -1:].copy_(key_states)
         self.values[:, :, -1:].copy_(value_states)
         return self.keys, self.values
@@ -35,12 +42,12 @@ class FullLayer(DynamicLayer):
         return self.keys.shape[2] - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset for the mask."""
+        """Length and offset of the mask."""
         return self.keys.shape[2], 0
 
 
 def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """For each layer: heads, and widths of what is in the key slot and in the value slot."""
+    """For each layer: heads, and widths of the key slot and of the value slot."""
     layers = range(config.num_hidden_layers)
     if is_converted(config):
         return [(1, config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
@@ -49,7 +56,7 @@ def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
 
 
 def full_cache(config: PreTrainedConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Cache:
-    """A cache of random normal numbers for `context` tokens."""
+    """A cache of `context` tokens, filled with normally distributed numbers."""
 
     def filled(heads: int, width: int) -> Tensor:
         return torch.empty(batch, heads, context, width, dtype=dtype, device=device).normal_()
@@ -60,7 +67,7 @@ def full_cache(config: PreTrainedConfig, batch: int, context: int, dtype: torch.
 
 
 def held_bytes(device: torch.device, cache: Cache | None = None) -> int:
-    """Bytes that the device's allocator has given out; on the CPU, which keeps no count, those of the cache's tensors."""
+    """Bytes that the device's allocator has given out; on the CPU, which has no count, bytes of the cache's tensors."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     layers = cache.layers if cache is not None else ()
@@ -68,7 +75,7 @@ def held_bytes(device: torch.device, cache: Cache | None = None) -> int:
 
 
 def converted_config(original: PreTrainedConfig, rank: int, rope_dim: int) -> PreTrainedConfig:
-    """Configuration of the original's conversion to a uniform rank and rope dimension."""
+    """Configuration of a conversion of the original to one rank and one number of rotary dimensions in all layers."""
     fields = original.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
@@ -79,16 +86,22 @@ def converted_config(original: PreTrainedConfig, rank: int, rope_dim: int) -> Pr
     )  # fmt: skip
 
 
-def shape_config(fields: dict[str, Any]) -> PreTrainedConfig:
+def shape_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     """Configuration of a shape in `shapes.SHAPES`."""
-    fields = dict(fields)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoConfig.for_model(**fields)
 
 
 def random_model(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, original: PreTrainedConfig | None = None
 ) -> nn.Module:
-    """A model with random weights, built on the device. A converted one needs its original's configuration."""
+    """A model with random weights, built on the device.
+
+    Args:
+        config: configuration of the model.
+        dtype: of its weights.
+        device: where to build it.
+        original: configuration of the original, if `config` is that of a converted model.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -107,7 +120,7 @@ def random_model(
 
 
 def read_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a step reads: all but the embedding, of which it reads a few rows, unless the head is tied."""
+    """Bytes of weights that a decode step reads: all but the embedding, unless the head is tied to it."""
     every = sum(weight.nbytes for weight in model.parameters())
     tied = model.get_output_embeddings() is None or (
         model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -116,5 +129,5 @@ def read_bytes(model: nn.Module) -> int:
 
 
 def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that a token takes in the cache, over all layers."""
+    """Bytes that a token takes in the cache of all layers."""
     return sum(heads * (keys + values) for heads, keys, values in cache_shapes(config)) * dtype.itemsize

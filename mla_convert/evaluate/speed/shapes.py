@@ -1,15 +1,18 @@
-"""Sizes of well-known models, for figures that depend on shapes alone. No torch.
+"""Shapes of well-known models, for measurements that depend on shapes alone. Imports no torch.
 
-From the config.json of the models' own repositories; fields that change no tensor's shape and no work are left out.
+From the config.json of the models' own repositories, without fields that affect neither tensor shapes nor the work of a step.
 """
 
 from __future__ import annotations
 
-from typing import Any
+_LLAMA_3: dict[str, object] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+}
 
-_LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072}
-
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, object]] = {
     "llama2-7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
                   "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
                   "max_position_embeddings": 131072},

@@ -1,385 +1,297 @@
-"""report.html: the figures of report.json as one page that needs nothing else, neither network nor scripts."""
+"""report.html: the report as one page that needs neither network nor scripts. Imports no torch."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import write_file
-from mla_convert.core.report_file import calibration_words, is_evaluated, look_up, read_report
-from mla_convert.core.report_schema import check_report
+from mla_convert.core.report_file import read_report
+from mla_convert.core.report_schema import (
+    HealSection,
+    JsonObject,
+    LayerEntry,
+    Measurement,
+    Report,
+    SweepReport,
+)
 from mla_convert.core.units import human_bytes
-from mla_convert.evaluate.quality import kinds
-from mla_convert.report import quality_rows
+from mla_convert.report import format
 from mla_convert.report.html import plots
-from mla_convert.report.html.svg import Figure
-from mla_convert.report.quality_rows import ratio_error, ratio_words
+from mla_convert.report.html.svg import Chart
+from mla_convert.report.quality_rows import (
+    compared,
+    heal_table,
+    kinds_table,
+    passkey_table,
+    probe_conditions,
+    probe_rows,
+    suite_conditions,
+)
+from mla_convert.report.table import Table
 
 WIDE, NARROW = 768, 343  # CSS pixels of a column on a desktop and on a phone of 375
+ERRORS = (
+    ("Error of the attention output", "output_error_closed_form", "output_error"),
+    ("Error of the residual stream", "residual_error_closed_form", "residual_error"),
+)
+LAYER_COLUMNS = ("layer", "rank + rotary", "RoPE kept", "rank kept", "output error, closed form", "output error",
+                 "residual error")  # fmt: skip
+TRAINED = {"all": "all weights", "attention": "the attention's weights", "lora": "adapters of the attention"}
 
 
-def write_page(report: dict[str, Any] | Path, file: Path) -> None:
-    """Make the page of a report (its content, a report.json or its folder) and write it. A link of that name is replaced.
-
-    Raises:
-        InputError: no report, or one that lacks what every conversion reports.
-    """
-    write_file(file, page_text(report if isinstance(report, dict) else read_report(report)))
-
-
-def page_text(report: dict[str, Any]) -> str:
-    """The page of a report that may hold anything.
+def write_page(report: Report | Path, file: Path) -> None:
+    """Write the page of a report, of a report.json or of its folder. A link of the file's name is replaced.
 
     Raises:
-        InputError: it lacks what every conversion reports, or holds something else there.
+        InputError: there is no report, or no page can be made of it.
     """
-    check_report(report)
+    write_file(file, page_text(report if isinstance(report, Report) else read_report(report)))
+
+
+def page_text(report: Report) -> str:
+    """The page of a report. The report may come from a stranger: its numbers are checked, and all text is escaped.
+
+    Raises:
+        InputError: its values make no page.
+    """
     try:
-        return page(report)
+        return _environment().get_template("report.html.jinja").render(_context(report))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         raise InputError(
             f"report.json is not that of a conversion ({one_line(error)}): there is no page to make"
         ) from error
 
 
-def page(report: dict[str, Any]) -> str:
-    """The page as text."""
-    parts = [_head(report), _cache(report), _perplexity(report), _kinds(report), _beyond(report), _planes(report), _layers(report),
-             _sweep(report), _heal(report), _bench(report), _time(report), _details(report)]  # fmt: skip
-    return _document(f"{report['source']['name']} with Multi-head Latent Attention", parts)
-
-
-def write_sweep_page(content: dict[str, Any], file: Path) -> None:
-    """The page of a sweep, from the content of its sweep.json."""
-    points = content["points"]
-    shown = [entry for entry in points if entry["ratio"] is not None]
-    chosen = next((entry for entry in shown if entry["name"] == content["chosen"]), None)
-    mark = (100 * chosen["share"], chosen["ratio"]) if chosen else None
-    curve = [(100 * entry["share"], entry["ratio"], entry["stderr"] or 0.0) for entry in shown]
-    drawn = _draw(lambda width: plots.curve(curve, width, "cache, % of the original's", "perplexity ratio", mark))
-    evaluation, held_out = points[0]["evaluation"], points[0]["held_out"]
-    words = escape(
-        f"Perplexity over the original's on {evaluation['text']}: {evaluation['protocol']}; ± is one standard error over "
-        f"windows. Held out: the same on {held_out['text']}, {held_out['protocol']}, by which a size is chosen. "
-        f"Calibrated on {calibration_words(points[0]['calibration'])}."
-    )
-    if chosen:
-        words += escape(f" The ring is the smallest cache within ×{content['max_ppl_ratio']:g} on the held-out text.")
-    columns = ["share", "numbers", "rank + rotary", "seed", "perplexity", "ratio", "held out", "took"]
+def write_sweep_page(content: JsonObject, file: Path) -> None:
+    """Write the page of a sweep, from the content of its sweep.json."""
+    sweep = SweepReport.model_validate(content)
+    shown = [point for point in sweep.points if math.isfinite(point.ratio)]
+    chosen = next((point for point in shown if point.name == sweep.chosen), None)
+    mark = (100 * chosen.share, chosen.ratio) if chosen else None
+    curve = [(100 * point.share, point.ratio, _error(point.stderr)) for point in shown]
+    columns = ("share", "numbers", "rank + rotary", "seed", "perplexity", "ratio", "held out", "took")
     rows = [
-        [f"{entry['share']:.1%}", f"{entry['numbers']:g}", f"{entry['rank']} + {entry['rope_dim']}", str(entry["seed"]),
-         _figure(entry["evaluation"]["after"]["value"]), _ratio(entry["evaluation"]), _ratio(entry["held_out"]),
-         _duration(entry["seconds"])]
-        for entry in points
+        (f"{point.share:.1%}", f"{point.numbers:g}", f"{point.rank} + {point.rope_dim}", str(point.seed),
+         format.number(point.evaluation.after.value, 3, format.NOT_FINITE), format.ratio(point.evaluation),
+         format.ratio(point.held_out), format.elapsed(point.seconds))
+        for point in sweep.points
     ]  # fmt: skip
-    head = (
-        f"<header><h1>{escape(content['source'])}</h1><p class='sub'>at {len(points)} sizes of its cache</p></header>"
-    )
-    parts = [head, _section("The frontier", words, drawn), _table(columns, rows, "n" * len(columns))]
-    write_file(file, _document(f"{content['source']}: quality and cache size", parts))
-
-
-def _document(title: str, parts: list[str]) -> str:
-    css = resources.files("mla_convert.report.html").joinpath("page.css").read_text(encoding="utf-8")
-    title = escape(title)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # without one a browser asks the server for /favicon.ico
-        f'<link rel="icon" href="data:,">\n<title>{title}</title>\n<style>\n{css}</style>\n</head>\n<body>\n'
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _head(report: dict[str, Any]) -> str:
-    cache, evaluation = report["cache"], report["evaluation"]
-    per_token = {side: human_bytes(size) for side, size in cache["bytes_per_token"].items()}
-    error = ratio_error(evaluation)
-    spread = f", ratio ± {error:.4f}" if error else ""
-    measured = "not evaluated"
-    if is_evaluated(evaluation):
-        before, after = (evaluation[side]["value"] for side in ("before", "after"))
-        measured = f"{_figure(before)} → {_figure(after)}{spread}"
-    found = [
-        ("KV cache", f"−{cache['share_saved']:.1%}", escape(f"{per_token['before']} → {per_token['after']} per token")),
-        ("perplexity", _figure(evaluation["ratio"], "×{:.3f}"), escape(measured)),
-        ("took", _duration(report["seconds"]), escape(report["device"])),
-    ]
-    if kinds.compared(suite := evaluation.get("suite")):
-        worst = suite["worst"]
-        more = f"{escape(worst['kind'])}; KL {_figure(suite['kl']['value'], '{:.4f}')} nats over all kinds"
-        found.insert(2, ("worst kind of text", _figure(worst["ratio"], "×{:.3f}"), more))
-    cells = "".join(
-        f"<div><dt>{what}</dt><dd>{escape(figure)}</dd><small>{more}</small></div>" for what, figure, more in found
-    )
-    revision = report["source"].get("revision")
-    at = f" at revision <code>{escape(revision[:12])}</code>" if revision else ""
-    sizes = {(layer.get("kv_lora_rank"), layer.get("qk_rope_head_dim")) for layer in report["layers"]}
-    spread = ", averaged over layers" if len(sizes) > 1 else ""
-    rank, rope = (escape(str(cache[key])) for key in ("kv_lora_rank", "qk_rope_head_dim"))
-    return (
-        f"<header><h1>{escape(report['source']['name'])}</h1>"
-        f'<p class="sub">converted to Multi-head Latent Attention{at}: a latent of {rank} numbers and a '
-        f'rotary key of {rope}{spread}</p><dl class="figures">{cells}</dl></header>'
-    )
-
-
-def _cache(report: dict[str, Any]) -> str:
-    cache = report["cache"]
-    heads = look_up(report, "source.key_value_heads"), look_up(report, "source.head_dim")
-    known = heads if all(heads) else None
-    words = escape(
-        f"A token used to leave {cache['numbers_per_token_per_layer']['before']} numbers in the cache of every layer, and now "
-        f"leaves {cache['numbers_per_token_per_layer']['after']}, of {cache['bytes_per_number']} bytes each."
-    )
-    first = _draw(lambda width: plots.cache(cache, known, width))
-    second = _draw(lambda width: plots.contexts(cache, width))
-    return _section("The cache", words, first) + f"<h3>One sequence, by context</h3>{second}"
-
-
-def _perplexity(report: dict[str, Any]) -> str:
-    evaluation = report["evaluation"]
-    if not is_evaluated(evaluation):
-        words = f"Not evaluated: it was converted with --eval none. Calibrated on {calibration_words(report['calibration'])}."
-        return _section("Perplexity", escape(words), "")
-    words = escape(
-        f"On {evaluation['text']}: {evaluation['protocol']}. Lower is better. Most of the error bars is how much windows of "
-        f"text differ, which both models share: the ratio is taken on the same ones, and its ± is what is "
-        f"left. Calibrated on {calibration_words(report['calibration'])}."
-    )
-    if (held_out := evaluation.get("held_out")) and held_out["ratio"] is not None:
-        words += escape(
-            f" On {held_out['text']}, which is there to choose settings by, the ratio is {ratio_words(held_out)}."
-        )
-    if evaluation["ratio"] is None:
-        return _section("Perplexity", words + " One of them is not finite.", "")
-    return _section("Perplexity", words, _draw(lambda width: plots.perplexity(evaluation, width)))
-
-
-def _kinds(report: dict[str, Any]) -> str:
-    suite = report["evaluation"].get("suite")
-    if not suite:
-        return ""
-    found = _table(list(kinds.COLUMNS), [list(row) for row in kinds.rows(suite)], "t" + "n" * (len(kinds.COLUMNS) - 1))
-    return _section("Kinds of text", escape(kinds.conditions(suite)), found)
-
-
-def _beyond(report: dict[str, Any]) -> str:
-    found = report.get("beyond")
-    if not found:
-        return ""
-    content = _table(["", "original", "converted"], [list(row) for row in quality_rows.rows(found)], "tnn")
-    if cells := quality_rows.passkey_rows(found):
-        columns = ["length", "depth", "found, original", "converted", "log-probability, original", "converted"]
-        inside = _table(columns, cells, "nnnnnn")
-        content += f"<details><summary>Pass keys by length and depth</summary>{inside}</details>"
-    words = " ".join(quality_rows.conditions(found)) + " ± is one standard error."
-    return _section("Beyond perplexity", escape(words), content)
-
-
-def _planes(report: dict[str, Any]) -> str:
-    layers = report["layers"]
-    found = [frequency for layer in layers for frequency in layer.get("plane_frequencies") or []]
-    if not found:
-        return ""
-    head_dim = look_up(report, "source.head_dim")
-    frequencies = max(head_dim // 2 if head_dim else 0, max(found) + 1)
-    words = (
-        "Every row is a rotary frequency of the original, every column a layer. A plane is one complex direction across the "
-        "key heads; those that would lose most without their rotation kept it, the others live in the latent."
-    )
-    return _section("Which planes stayed rotary", words, _draw(lambda width: plots.planes(layers, frequencies, width)))
-
-
-def _layers(report: dict[str, Any]) -> str:
-    layers = report["layers"]
-    parts = []
-    if len({(layer.get("kv_lora_rank"), layer.get("qk_rope_head_dim")) for layer in layers}) > 1:
-        key = _key(("after", "latent"), ("rotary", "rotary key"))
-        parts.append(f"<h3>Numbers cached</h3>{_draw(lambda width: plots.sizes(layers, width))}{key}")
-    if drawn := _draw(lambda width: plots.energy(layers, width)):
-        key = _key(("rotary", "kept by decoupling RoPE"), ("after", "kept by the low rank"))
-        parts.append(f"<h3>Energy kept</h3>{drawn}{key}")
-    for name, first, last, axis in (
-        ("Error of the attention output", "output_error_closed_form", "output_error", "relative error"),
-        ("Error of the residual stream", "residual_error_closed_form", "residual_error", "relative error"),
-    ):
-        if drawn := _draw(lambda width, f=first, a=last, axis=axis: plots.errors(layers, f, a, width, axis)):
-            refined = any(layer.get(first) and layer.get(last) and layer[first] != layer[last] for layer in layers)
-            key = _key(("hollow", "closed form"), ("after", "after refinement")) if refined else ""
-            parts.append(f"<h3>{name}</h3>{drawn}{key}")
-    words = (
-        "Energy is the share that the closed form expects to keep. Errors are measured on held-out windows, relative to the "
-        "original; refinement aims at the residual stream, where a layer also mends what earlier ones lost. All scales are "
-        "logarithmic."
-    )
-    return _section("Layer by layer", words, "".join(parts)) if parts else ""
-
-
-def _sweep(report: dict[str, Any]) -> str:
-    points = [(100 * entry["share"], entry["ratio"], entry.get("stderr") or 0.0)
-              for entry in report.get("sweep") or [] if entry.get("ratio") is not None]  # fmt: skip
-    here, ratio = 100 * (1 - report["cache"]["share_saved"]), report["evaluation"]["ratio"]
-    mark = (here, ratio) if ratio is not None else None
-    drawn = _draw(lambda width: plots.curve(points, width, "cache, % of the original's", "perplexity ratio", mark))
-    words = (
-        "Perplexity over the original's at other cache sizes, converted in the same way. The ring is this conversion."
-    )
-    return _section("The frontier", words, drawn) if drawn else ""
-
-
-def _heal(report: dict[str, Any]) -> str:
-    record = report.get("heal") or {}
-    entries = record.get("curve") or []
-    size, unit = (
-        (1e6, "million") if max((entry["tokens"] for entry in entries), default=0) >= 1e6 else (1e3, "thousand")
-    )
-    points = [(entry["tokens"] / size, entry["kl"], 0.0) for entry in entries if entry.get("kl") is not None]
-    drawn = _draw(
-        lambda width: plots.curve(points, width, f"{unit} tokens of distillation", "held-out KL divergence, nats")
-    )
-    if not drawn:
-        return ""
-    if "before" not in record:  # a curve alone
-        return _section("Healing", "KL divergence from the original while the model learned from it.", drawn)
-    trained = {"all": "all weights", "attention": "the attention's weights", "lora": "adapters of the attention"}
-    kind, stopped = look_up(record, "settings.train"), record.get("stopped")
-    share = look_up(record, "settings.self_share")
     text = (
-        f"{record.get('text')}, and on {share:.0%} of text that the original wrote itself"
-        if share
-        else record.get("text")
+        _environment()
+        .get_template("sweep.html.jinja")
+        .render(
+            sweep=sweep,
+            chosen=chosen,
+            chart=_draw(
+                lambda width: plots.curve(curve, width, "cache, % of the original's", "perplexity ratio", mark)
+            ),
+            points=Table(columns, rows, align="r" * len(columns)),
+        )
     )
-    weight = look_up(record, "settings.ce_weight")
+    write_file(file, text)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mla_convert.report.html"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css = resources.files("mla_convert.report.html").joinpath("page.css").read_text(encoding="utf-8")
+    environment.globals.update(css=css, calibration_text=format.calibration_text, suite_conditions=suite_conditions)
+    environment.filters.update(is_finite=math.isfinite, ratio=format.ratio)
+    return environment
+
+
+def _context(report: Report) -> dict[str, object]:
+    """The names that the template uses."""
+    evaluation = report.measured
+    suite = evaluation.suite if evaluation else None
+    probes = report.probes
+    return {
+        "report": report,
+        "evaluation": evaluation,
+        "headline": _headline(report),
+        "uneven": _is_uneven(report.layers),
+        "charts": _charts(report),
+        "layer_charts": _layer_charts(report.layers),
+        "suite": suite,
+        "kinds": suite and kinds_table(suite),
+        "probes": probes and Table(("", "original", "converted"), probe_rows(probes)),
+        "probe_conditions": probe_conditions(probes) if probes else [],
+        "passkey": probes and passkey_table(probes),
+        "heal_note": _heal_note(report.heal) if report.heal else "",
+        "healed": _healed(report),
+        "speed": _speed(report),
+        "tables": _tables(report),
+    }
+
+
+def _headline(report: Report) -> list[tuple[str, str, str]]:
+    """The values at the top of the page: name, value, and a line below it."""
+    cache, evaluation = report.cache, report.measured
+    per_token = f"{human_bytes(cache.bytes_per_token.before)} → {human_bytes(cache.bytes_per_token.after)} per token"
+    values = [("KV cache", f"−{cache.share_saved:.1%}", per_token)]
+    if evaluation is None:
+        values.append(("perplexity", format.NOTHING, "not evaluated"))
+    else:
+        sides = (format.number(side.value, 3, format.NOT_FINITE) for side in (evaluation.before, evaluation.after))
+        error = _error(evaluation.ratio_error)
+        spread = f", ratio ± {error:.4f}" if error else ""
+        values.append(("perplexity", format.times(evaluation.ratio, 3), " → ".join(sides) + spread))
+        if (suite := evaluation.suite) and compared(suite) and suite.worst and suite.kl:
+            kl = format.number(suite.kl.value, 4, format.NOT_FINITE)
+            more = f"{suite.worst.kind}; KL {kl} nats over all kinds"
+            values.append(("worst kind of text", format.times(suite.worst.ratio, 3), more))
+    return [*values, ("took", format.elapsed(report.seconds), report.device)]
+
+
+def _charts(report: Report) -> dict[str, str]:
+    """The charts that stand alone, each empty where there is nothing to draw."""
+    cache, source, evaluation = report.cache, report.source, report.measured
+    heads = (source.key_value_heads, source.head_dim) if source.key_value_heads and source.head_dim else None
+    frequencies = [frequency for layer in report.layers for frequency in layer.plane_frequencies or []]
+    rows = max((source.head_dim or 0) // 2, max(frequencies, default=0) + 1)
+    return {
+        "cache": _draw(lambda width: plots.cache(cache, heads, width)),
+        "contexts": _draw(lambda width: plots.contexts(cache, width)),
+        "perplexity": _draw(lambda width: plots.perplexity(evaluation, width) if evaluation else None),
+        "planes": _draw(lambda width: plots.planes(report.layers, rows, width) if frequencies else None),
+        "sweep": _sweep(report),
+        "heal": _heal(report.heal),
+        "phases": _draw(lambda width: plots.phases(report.phases, width)),
+    }
+
+
+def _layer_charts(layers: list[LayerEntry]) -> list[tuple[str, str, tuple[tuple[str, str], ...]]]:
+    """The charts over layers: title, chart, and the meaning of its colours."""
+    charts: list[tuple[str, str, tuple[tuple[str, str], ...]]] = []
+    if _is_uneven(layers):
+        key = (("after", "latent"), ("rotary", "rotary key"))
+        charts.append(("Numbers cached", _draw(lambda width: plots.sizes(layers, width)), key))
+    key = (("rotary", "kept by decoupling RoPE"), ("after", "kept by the low rank"))
+    charts.append(("Energy kept", _draw(lambda width: plots.energy(layers, width)), key))
+    for title, first, last in ERRORS:
+        pairs = [(_error(getattr(layer, first)), _error(getattr(layer, last))) for layer in layers]
+        refined = any(before and after and before != after for before, after in pairs)
+        key = (("hollow", "closed form"), ("after", "after refinement"))
+        chart = _draw(functools.partial(_errors, layers, first, last))
+        charts.append((title, chart, key if refined else ()))
+    return [entry for entry in charts if entry[1]]
+
+
+def _errors(layers: list[LayerEntry], first: str, last: str, width: int) -> Chart | None:
+    return plots.errors(layers, first, last, width, "relative error")
+
+
+def _is_uneven(layers: list[LayerEntry]) -> bool:
+    return len({(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in layers}) > 1
+
+
+def _sweep(report: Report) -> str:
+    points = [(100 * entry.share, entry.ratio, _error(entry.stderr))
+              for entry in report.sweep or [] if math.isfinite(entry.ratio)]  # fmt: skip
+    ratio = report.perplexity_ratio
+    mark = (100 * (1 - report.cache.share_saved), ratio) if ratio is not None and math.isfinite(ratio) else None
+    return _draw(lambda width: plots.curve(points, width, "cache, % of the original's", "perplexity ratio", mark))
+
+
+def _token_unit(heal: HealSection) -> tuple[float, str]:
+    """Tokens in a unit of the healing curve, and the unit's name."""
+    most = max((point.tokens for point in heal.curve or []), default=0)
+    return (1e6, "million") if most >= 1e6 else (1e3, "thousand")
+
+
+def _heal(heal: HealSection | None) -> str:
+    if heal is None:
+        return ""
+    size, unit = _token_unit(heal)
+    points = [(point.tokens / size, point.kl, 0.0) for point in heal.curve or [] if math.isfinite(point.kl)]
+    x_axis = f"{unit} tokens of distillation"
+    return _draw(lambda width: plots.curve(points, width, x_axis, "held-out KL divergence, nats"))
+
+
+def _heal_note(heal: HealSection) -> str:
+    """The healing run in sentences; in short where only its curve is known."""
+    if heal.before is None or heal.tokens is None or heal.seconds is None or heal.best_tokens is None:
+        return "KL divergence from the original while the model learned from it."
+    size, unit = _token_unit(heal)
+    settings = heal.settings
+    trained, share, weight = (
+        (settings.train, settings.self_share, settings.ce_weight) if settings else (None, None, None)
+    )
+    text = f"{heal.text}, and on {share:.0%} of text that the original wrote itself" if share else heal.text
     adapted = (
         f" The text's cross-entropy counted as well, with weight {weight:g}: part of the perplexity is adaptation to it."
         if weight
         else ""
     )
-    words = escape(
-        f"After the conversion, {trained.get(kind, 'weights')} learned the next-token distribution of {record.get('against')} "
-        f"on {text}: {record['tokens'] / size:.3g} {unit} tokens in {_duration(record['seconds'])} on "
-        f"{record.get('device')}. The curve is measured on the end of that text, which was not trained on; the state with the "
-        f"least loss there, after {record['best_tokens'] / size:.3g} {unit} tokens, was kept.{adapted}"
-        + (f" Stopped early: {stopped}." if stopped else "")
-    )  # fmt: skip
-    rows = [list(row) for row in quality_rows.heal_rows(record["before"], report)]
-    return _section("Healing", words, drawn + _table(["", "not healed", "healed"], rows, "tnn"))
+    return (
+        f"After the conversion, {TRAINED.get(trained or '', 'weights')} learned the next-token distribution of {heal.against} "
+        f"on {text}: {heal.tokens / size:.3g} {unit} tokens in {format.elapsed(heal.seconds)} on "
+        f"{heal.device}. The curve is measured on the end of that text, which was not trained on; the state with the "
+        f"least loss there, after {heal.best_tokens / size:.3g} {unit} tokens, was kept.{adapted}"
+        + (f" Stopped early: {heal.stopped}." if heal.stopped else "")
+    )
 
 
-def _bench(report: dict[str, Any]) -> str:
-    rows = look_up(report, "bench.decode") or []
-    if not rows:
-        return ""
-    cells = [[f"{row['context']:,}", f"{row['before']:,.0f}", f"{row['after']:,.0f}", f"×{row['after'] / row['before']:.2f}"]
-             for row in rows]  # fmt: skip
-    words = escape(f"Tokens per second while decoding, on {look_up(report, 'bench.device') or report['device']}.")
-    return _section("Speed", words, _table(["context", "before", "after", ""], cells, "nnnn"))
+def _healed(report: Report) -> Table | None:
+    if report.heal is None or report.heal.before is None:
+        return None
+    return heal_table(report.heal.before, Measurement(evaluation=report.evaluation, probes=report.probes))
 
 
-def _time(report: dict[str, Any]) -> str:
-    device = escape(report["device"])
-    words = f"On {device}. Memory is each phase's peak; of the host, what is above the interpreter and its libraries."
-    return _section("Time and memory", words, _draw(lambda width: plots.phases(report["phases"], width)))
+def _speed(report: Report) -> Table | None:
+    entries = report.bench and report.bench.decode
+    if not entries:
+        return None
+    rows = [(f"{entry.context:,}", f"{entry.before:,.0f}", f"{entry.after:,.0f}", f"×{entry.after / entry.before:.2f}")
+            for entry in entries]  # fmt: skip
+    return Table(("context", "before", "after", ""), rows, align="rrrr")
 
 
-def _details(report: dict[str, Any]) -> str:
+def _tables(report: Report) -> list[tuple[str, Table]]:
+    """The tables under Details."""
     layers = [
-        [str(layer.get("layer", index)), f"{layer.get('kv_lora_rank')} + {layer.get('qk_rope_head_dim')}",
-         _share(look_up(layer, "energy.rope_kept")), _share(look_up(layer, "energy.rank_kept")),
-         *(_scientific(layer.get(key)) for key in ("output_error_closed_form", "output_error", "residual_error"))]
-        for index, layer in enumerate(report["layers"])
-    ]  # fmt: skip
-    columns = [
-        "layer",
-        "rank + rotary",
-        "RoPE kept",
-        "rank kept",
-        "output error, closed form",
-        "output error",
-        "residual error",
-    ]
-    blocks = [("Every layer in figures", _table(columns, layers, "nnnnnnn"))]
-    for name, content in (
-        ("Settings", report["settings"]),
-        ("Versions", report["versions"]),
-        ("Checksums", report["checksums"]),
-    ):
-        rows = [[name, "–" if value is None else str(value)] for name, value in content.items()]
-        blocks.append((name, _table(None, rows, "tc")))
-    if report.get("notes"):
-        blocks.append(("Notes", "".join(f"<p>{escape(note)}</p>" for note in report["notes"])))
-    inside = "".join(f"<details><summary>{name}</summary>{content}</details>" for name, content in blocks)
-    version = escape(report["versions"].get("mla_convert", ""))
-    return f"<h2>Details</h2>{inside}<footer>Made from report.json by mla_convert {version}.</footer>"
-
-
-def _section(title: str, words: str, content: str) -> str:
-    return f"<section><h2>{title}</h2><p class='note'>{words}</p>{content}</section>"
-
-
-def _draw(plot: Callable[[int], Figure | None]) -> str:
-    """A plot at both widths, of which CSS shows the one that fits; nothing where there is nothing to plot."""
-    drawn = [(css, plot(width)) for css, width in (("wide", WIDE), ("narrow", NARROW))]
-    if any(figure is None for _, figure in drawn):
-        return ""
-    return "<figure>" + "".join(str(f).replace("<svg ", f'<svg class="{css}" ', 1) for css, f in drawn) + "</figure>"
-
-
-def _key(*entries: tuple[str, str]) -> str:
-    items = "".join(f'<li class="is-{css}"><i></i>{name}</li>' for css, name in entries)
-    return f'<ul class="key">{items}</ul>'
-
-
-def _table(columns: list[str] | None, rows: list[list[str]], kinds: str) -> str:
-    """A table; `kinds` says of each column whether it holds numbers (n), text (t) or code (c)."""
-    head = ""
-    if columns:
-        cells = "".join(f"<th{_align(kind)}>{escape(name)}</th>" for name, kind in zip(columns, kinds, strict=True))
-        head = f"<thead><tr>{cells}</tr></thead>"
-    body = ""
-    for row in rows:
-        cells = [
-            f"<code>{escape(cell)}</code>" if kind == "c" else escape(cell)
-            for cell, kind in zip(row, kinds, strict=True)
-        ]
-        body += (
-            "<tr>"
-            + "".join(f"<td{_align(kind)}>{cell}</td>" for cell, kind in zip(cells, kinds, strict=True))
-            + "</tr>"
+        (
+            str(index if layer.layer is None else layer.layer),
+            f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}",
+            format.percent(layer.energy.rope_kept if layer.energy else None, 3),
+            format.percent(layer.energy.rank_kept if layer.energy else None, 3),
+            *map(format.scientific, (layer.output_error_closed_form, layer.output_error, layer.residual_error)),
         )
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+        for index, layer in enumerate(report.layers)
+    ]
+    tables = [("Every layer in figures", Table(LAYER_COLUMNS, layers, align="r" * len(LAYER_COLUMNS)))]
+    entries: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("Settings", report.settings), ("Versions", report.versions), ("Checksums", report.checksums),
+    )  # fmt: skip
+    for name, content in entries:
+        rows = [(key, format.NOTHING if value is None else str(value)) for key, value in content.items()]
+        tables.append((name, Table((), rows, align="lc")))
+    return tables
 
 
-def _align(kind: str) -> str:
-    return ' class="n"' if kind == "n" else ""
+def _error(value: float) -> float:
+    """An error, or 0 where there is none that is finite."""
+    return value if math.isfinite(value) else 0.0
 
 
-def _figure(value: float | None, form: str = "{:.3f}") -> str:
-    return "not finite" if value is None else form.format(value)
-
-
-def _ratio(evaluation: dict[str, Any]) -> str:
-    return "not finite" if evaluation["ratio"] is None else ratio_words(evaluation)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3%}"
-
-
-def _scientific(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2e}"
-
-
-def _duration(seconds: float) -> str:
-    """93.4 -> '1 min 33 s'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+def _draw(plot: Callable[[int], Chart | None]) -> str:
+    """A chart at both widths, of which CSS shows the one that fits; empty where there is nothing to draw."""
+    charts = [(css, plot(width)) for css, width in (("wide", WIDE), ("narrow", NARROW))]
+    if any(chart is None for _, chart in charts):
+        return ""
+    drawn = "".join(str(chart).replace("<svg ", f'<svg class="{css}" ', 1) for css, chart in charts)
+    return f"<figure>{drawn}</figure>"
