@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.report_file import find_content
-from mla_convert.core.report_schema import JsonObject, Report, to_json
+from mla_convert.core.report_schema import Comparison, JsonObject, Report, to_json
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.report.html.page import write_sweep_page
 
