@@ -17,6 +17,7 @@ from mla_convert.core import runtime as environment
 from mla_convert.core.report_file import find_content
 from mla_convert.core.report_schema import Comparison, JsonObject, Report, to_json
 from mla_convert.core.settings import ConvertConfig
+from mla_convert.report import format
 from mla_convert.report.html.page import write_sweep_page
 
 SWEEP = "sweep.json"
