@@ -53,7 +53,8 @@ class Table:
     def markdown(self) -> str:
         """For a model card. Cells are not escaped: give no text of a stranger's."""
         rule = "|".join("---:" if align == "r" else "---" for align in self.alignment)
-        lines = [f"| {' | '.join(self.columns)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in self.rows)]
+        head = "|".join(f" {name} " if name else " " for name in self.columns)
+        lines = [f"|{head}|", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in self.rows)]
         return "\n".join(lines)
 
 
