@@ -55,7 +55,7 @@ def test_every_import_is_a_declared_dependency():
                     imported.add(node.module.partition(".")[0])
                 elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
                     named = node.args[0]
-                    if isinstance(named, ast.Constant):
+                    if isinstance(named, ast.Constant) and not named.value.startswith("."):
                         imported.add(named.value.partition(".")[0])
     imported -= {*sys.stdlib_module_names, *(name.partition(".")[0] for name in FOLDERS)}
     imported -= {"triton"}  # torch depends on it if there are GPUs; it is imported only to launch a kernel

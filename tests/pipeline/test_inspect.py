@@ -14,9 +14,8 @@ from mla_convert.source import source as sources_module
 from mla_convert.source.families import FAMILIES
 
 WEIGHTS = "model.safetensors"
-# layers with a window of 12 tokens
-WINDOWED = {"mistral-window": 3, "mixtral": 3, "phi3": 3, "starcoder2": 3, "smollm3-window": 1, "qwen2-window": 2,
-            "qwen3-bias-window": 2, "gemma2": 2, "gemma3": 2, "olmo3": 2, "cohere2": 2, "gpt-oss": 2}  # fmt: skip
+# variants whose configuration has a sliding window of 12 tokens and no `layer_types`: all three layers have the window
+WINDOWED = ("mistral-window", "mixtral", "phi3", "starcoder2")
 ROPE = {"llama": "default", "llama3-rope": "llama3", "llama-yarn": "yarn", "gemma3": "linear", "olmo3": "yarn"}
 KEY_OR_VALUE = ("k_proj", "v_proj", "c_attn", "query_key_value")
 
@@ -39,7 +38,8 @@ def test_every_family(cli, sources, name):
     assert found["cache_bytes_per_token"] == 3 * 2 * groups * shape["head_dim"] * 4
     assert found["tied_embeddings"] == config.tie_word_embeddings
     layers = found["sliding_window"]["layers"] if found["sliding_window"] else 0
-    assert layers == WINDOWED.get(name, 0) and (not layers or found["sliding_window"]["tokens"] == 12)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 3 * (name in WINDOWED)
+    assert layers == kinds.count("sliding_attention") and (not layers or found["sliding_window"]["tokens"] == 12)
     layer = f"{FAMILIES[config.model_type].layers}.0."
     biases = {
         key.removeprefix(layer).removesuffix(".bias") for key in stored if key.startswith(layer) and ".bias" in key
