@@ -316,7 +316,7 @@ def test_json_is_all_there_is_on_stdout(cli, convert_pico, sources, small):
     assert code == 0 and "loading" in err
     found = json.loads(out)
     assert found["evaluation"]["ratio"] == pytest.approx(report.perplexity_ratio, rel=1e-4)
-    assert found["cache"]["bytes_per_token"] == report.cache["bytes_per_token"]
+    assert found["cache"]["bytes_per_token"] == report.cache.bytes_per_token.as_dict()
     assert found["cache"]["share_saved"] == report.cache["share_saved"]
     assert found["evaluation"]["kl"].keys() == found["evaluation"]["agreement"].keys() == {"value", "error"}
     alone = json.loads(cli("eval", report.out, *small, "--json", "-q")[1])

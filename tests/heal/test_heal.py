@@ -420,10 +420,10 @@ def test_heals(small, tmp_path):
     assert record["curve"][-1]["kl"] < 0.8 * record["curve"][0]["kl"]
     assert report["evaluation"]["ratio"] < record["before"]["evaluation"]["ratio"]
     assert report["probes"]["next_token"]["kl"]["value"] < record["before"]["probes"]["next_token"]["kl"]["value"]
-    assert record["conversion"]["evaluation"] == before["evaluation"]
+    assert record.conversion.evaluation.as_dict() == before["evaluation"]
     verify(tmp_path / "healed")
     written = json.loads((tmp_path / "healed" / "report.json").read_text())
-    assert written["checksums"] != before["checksums"] and written["heal"]["curve"] == record["curve"]
+    assert written["checksums"] != before["checksums"] and written["heal"]["curve"] == record.as_dict()["curve"]
     assert "Healing" in page_text(parse_report(written)) and str(tmp_path) not in json.dumps(written)
     assert "distilled from the original on 12,288 tokens of text.txt" in (tmp_path / "healed" / "README.md").read_text()
     names = {file.name for file in small["folder"].iterdir()}
