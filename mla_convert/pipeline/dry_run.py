@@ -24,7 +24,7 @@ from mla_convert.pipeline.estimate import time as timing
 from mla_convert.pipeline.estimate.heal import HealWork, estimate
 from mla_convert.publish.engines.target_engine import apply_constraints
 from mla_convert.report.report import cache_section
-from mla_convert.source.source import Source, open_source, parameters, persistent_buffers
+from mla_convert.source.source import Source, open_source, parameters
 from mla_convert.source.texts import Reach, calibration_size, evaluation_length, reach
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
@@ -115,8 +115,7 @@ def _converted_parameters(source: Source, plan: Plan, dtype: torch.dtype) -> dic
     """Numbers of each parameter of the converted model."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(mla_config(source, plan, dtype), dtype=dtype)
-    buffers = {name: buffer for name, buffer in persistent_buffers(model).items() if buffer.is_floating_point()}
-    return {name: tensor.numel() for name, tensor in (parameters(model) | buffers).items()}
+    return {name: parameter.numel() for name, parameter in parameters(model).items()}
 
 
 def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
