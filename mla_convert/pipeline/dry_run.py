@@ -33,7 +33,7 @@ from mla_convert.pipeline.estimate.heal import HealEstimate, HealWork
 from mla_convert.pipeline.estimate.heal import estimate as estimate_healing
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
 from mla_convert.report.report import cache_section
-from mla_convert.source.source import Source, open_source, parameters, persistent_buffers
+from mla_convert.source.source import Source, open_source, parameters
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
 # The device that each estimate is for. The conversion is resolved for both: its defaults differ.
@@ -163,8 +163,7 @@ def _converted_parameters(source: Source, plan: Plan, dtype: torch.dtype) -> dic
     """Elements of each parameter of the converted model."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(mla_config(source, plan, dtype), dtype=dtype)
-    buffers = {name: buffer for name, buffer in persistent_buffers(model).items() if buffer.is_floating_point()}
-    return {name: tensor.numel() for name, tensor in (parameters(model) | buffers).items()}
+    return {name: parameter.numel() for name, parameter in parameters(model).items()}
 
 
 def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:

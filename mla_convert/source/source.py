@@ -250,7 +250,7 @@ class _Expected(MemoryReader):
 
     def __init__(self, model: PreTrainedModel, rotary: int):
         """Take the tensors of `model`, which is on the meta device."""
-        super().__init__(parameters(model) | persistent_buffers(model))
+        super().__init__(parameters(model))
         self.model = type(model).__name__
         self.rotary = rotary
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
@@ -266,18 +266,17 @@ def _expected(config: PreTrainedConfig, label: str) -> _Expected:
 
 
 def parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A causal language model's parameters by name, without a head that is tied to the embeddings."""
+    """A causal language model's parameters and floating-point persistent buffers, by name, without a tied head.
+
+    Of the stock models, Apertus has such buffers, in its activation.
+    """
     named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    buffers = {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    named |= {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
     if model.config.tie_word_embeddings:
         for name in model.all_tied_weights_keys:
             named.pop(name, None)
     return named
-
-
-def persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A model's buffers that checkpoints contain, by name (of the stock models, Apertus has some, in its activation)."""
-    buffers = dict(model.named_buffers())
-    return {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
 
 
 def _open_gguf(path: Path, weights: bool) -> Source:
@@ -297,7 +296,7 @@ def _open_gguf(path: Path, weights: bool) -> Source:
     if not weights:
         return source
     model = opened.load()
-    return replace(source, reader=MemoryReader(parameters(model) | persistent_buffers(model)))
+    return replace(source, reader=MemoryReader(parameters(model)))
 
 
 def load_config(folder: Path, label: str) -> PreTrainedConfig:
