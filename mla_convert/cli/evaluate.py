@@ -56,6 +56,15 @@ GreedyTokens = Annotated[
     int | None,
     typer.Option(help="Tokens of a continuation at most. Default: 64.", show_default=False, rich_help_panel=PROBES),
 ]
+HumanEval = Annotated[
+    bool,
+    typer.Option(
+        "--humaneval",
+        help="Have the model complete the 164 functions of HumanEval, and run their tests. This runs code that the model "
+        "wrote, in a process with limits that stop accidents, not attacks (Linux). Needs the extra humaneval.",
+        rich_help_panel=PROBES,
+    ),
+]
 TaskNames = Annotated[
     str | None,
     typer.Option(
@@ -92,6 +101,7 @@ def evaluate(
     passkey_length: PasskeyLength = None,
     greedy: Greedy = 0,
     greedy_tokens: GreedyTokens = None,
+    humaneval: HumanEval = False,
     tasks: TaskNames = None,
     task_limit: TaskLimit = None,
     into_report: IntoReport = False,
@@ -108,8 +118,8 @@ def evaluate(
         raise UsageError("--tasks names no task: give names or .yaml files, with commas between")
     if greedy_tokens is not None and not greedy:
         raise UsageError("--greedy-tokens means nothing without --greedy")
-    if into_report and not (against or passkey or passkey_length or names):
-        raise UsageError("--into-report has nothing to write: give --against, --passkey or --tasks")
+    if into_report and not (against or passkey or passkey_length or humaneval or names):
+        raise UsageError("--into-report has nothing to write: give --against, --passkey, --humaneval or --tasks")
     folder = check_target(model) if into_report else None
 
     from mla_convert.core.console import Terminal
@@ -120,7 +130,7 @@ def evaluate(
 
     probes = ProbeSettings(passkey=passkey or passkey_length is not None, passkey_length=passkey_length, greedy=greedy,
                     greedy_tokens=GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
-                    tasks=names, task_limit=task_limit)  # fmt: skip
+                    humaneval=humaneval, tasks=names, task_limit=task_limit)  # fmt: skip
     progress = Progress(quiet=quiet, verbose=is_verbose())
     evaluation = run_guarded(
         lambda: evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length,

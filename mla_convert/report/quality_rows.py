@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from mla_convert.core.report_schema import (
     EvaluationSection,
+    HumanEval,
+    HumanEvalResult,
     KindEntry,
     Mean,
     Measurement,
@@ -97,6 +99,9 @@ def probe_rows(probes: ProbesSection, next_token: bool = True) -> list[Row]:
         for words, name in PASSKEY:
             before, after = (format.with_error(_mean(side, name), 2) for side in (entry.before, entry.after))
             rows.append((f"{words}, {entry.length} tokens", before, after))
+    if probe := probes.humaneval:
+        before, after = (_passes(side) for side in (probe.before, probe.after))
+        rows.append(("HumanEval, problems passed", before, after))
     for name, task in ((probes.tasks and probes.tasks.results) or {}).items():
         for metric, sides in task.metrics.items():
             cells = (format.with_error(side, 4) for side in (sides.before, sides.after))
@@ -133,10 +138,28 @@ def probe_conditions(probes: ProbesSection, next_token: bool = True) -> list[str
             f"Pass key: five digits in filler text, {passkey.keys} keys at each length and depth; log-probability in nats of "
             f"the whole key, {passkey.guessing:.2f} for guessing evenly."
         )
+    if probe := probes.humaneval:
+        sentences.append(_humaneval_words(probe))
     if tasks := probes.tasks:
         limit = f", at most {tasks.limit} examples a task" if tasks.limit else ""
         sentences.append(f"Tasks: lm-evaluation-harness {tasks.harness}{limit}.")
     return sentences
+
+
+def _passes(side: HumanEvalResult | None) -> str:
+    return format.NOTHING if side is None else f"{side.passed} of {side.total}"
+
+
+def _humaneval_words(probe: HumanEval) -> str:
+    asked = "through the chat template" if probe.templated else "by raw completion"
+    words = f"HumanEval: greedy decoding {asked}, at most {probe.max_new_tokens} new tokens"
+    if part := probe.difference:
+        spread = format.spread(100 * part.value, 100 * part.error, 1)
+        words += (
+            f"; both pass {part.both}, the original alone {part.only_original}, the converted model alone {part.only_converted}; "
+            f"difference {spread} percentage points, ± one paired standard error"
+        )
+    return words + "."
 
 
 # ---- healing

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mla_convert.method.calibrate import openings, self_generated
-from mla_convert.method.calibrate.openings import LONGEST_TURN, Openings, Script, Turns, turns, varied
+from mla_convert.method.calibrate.openings import LONGEST_TURN, Openings, Script, varied
+from mla_convert.source.chat import Turns, turns
 from mla_convert.source.source import open_source
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

