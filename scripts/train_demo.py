@@ -113,6 +113,7 @@ class Segmenter:
     """
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+        """Read the merges of `tokenizer`; `seed` is that of the dropout."""
         model = json.loads(tokenizer.to_str())["model"]
         pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
@@ -138,6 +139,7 @@ class TrainingText:
     """The training sections as words; each word has its usual segmentation and some of BPE-dropout."""
 
     def __init__(self, sections: list[str], tokenizer: Tokenizer, dropout: float, variants: int, seed: int) -> None:
+        """Segment every word of `sections` once as usual, and `variants` times with `dropout`."""
         assert tokenizer.pre_tokenizer is not None
         segment = Segmenter(tokenizer, seed)
         words: dict[str, int] = {}
@@ -246,6 +248,7 @@ class Training:
     """The training loop's state: model, moving average, optimiser, and the best average seen so far."""
 
     def __init__(self, model: LlamaForCausalLM, args: argparse.Namespace) -> None:
+        """Place the model and its moving average on the device of `args`."""
         self.args = args
         self.device = torch.device(args.device)
         self.average = copy.deepcopy(model).to(self.device).eval()

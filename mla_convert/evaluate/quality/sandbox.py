@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mla_convert.core.errors import ResourceError
 
@@ -84,9 +84,6 @@ class Limits:
     cpu_seconds: int = 10
     memory: int = 4 << 30
     file_bytes: int = 1 << 20
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
     @property
     def resources(self) -> dict[str, tuple[int, int]]:
