@@ -195,7 +195,7 @@ def test_measure_runs_what_a_model_writes(monkeypatch, sources):
     found = humaneval.measure(None, pico.tokenizer(), problems, 2, 20, QUICK)
     assert found.outcomes == {"t/0": PASSED, "t/1": "AssertionError"} and not found.templated
     assert (found.passed, found.total, found.value, found.error) == (1, 2, 0.5, 0.5)
-    assert found.as_dict()["outcomes"] == found.outcomes
+    assert found.section()["outcomes"] == found.outcomes
 
 
 def test_a_sandbox_that_runs_nothing_is_no_result():
@@ -218,7 +218,7 @@ def test_difference_is_paired():
     assert worse.error == pytest.approx(differences.std().item() / math.sqrt(10))
     with pytest.raises(InputError, match="same problems"):
         before.difference(result("1"))
-    assert math.isnan(result("1").error) and result("1").as_dict()["error"] is None
+    assert math.isnan(result("1").error) and result("1").section().as_dict()["error"] is None
 
 
 def test_problems_come_from_the_package(monkeypatch, tmp_path):

@@ -100,7 +100,7 @@ MOVED = {
     "pipeline.convert": "pipeline.convert.convert",
     "config.ConvertConfig": "core.settings.ConvertConfig",
     "config.Settings": "core.settings.Settings",
-    "config.build_config": "core.settings.build_config",
+    "config.build_config": "core.recipes.build_config",
     "report.Report": "report.report.Report",
     "heal.run.heal": "heal.run.heal",
     "heal.settings.HealConfig": "heal.settings.HealConfig",
