@@ -286,7 +286,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def git_oid(content: bytes) -> str:
-    """What git calls a file of that content."""
+    """The git object id of a file with that content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

@@ -121,7 +121,7 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _run(case: Case, folder: Path, codes: tuple[int, ...]) -> str | None:
-    """What is wrong with how the command takes a case, or None."""
+    """The fault in how the command takes a case, or None."""
     from mla_convert.cli.main import main
 
     arguments = case.make(folder)
@@ -152,7 +152,7 @@ def _run(case: Case, folder: Path, codes: tuple[int, ...]) -> str | None:
 
 
 def _wrong(code: Any, out: bytes, err: bytes, codes: tuple[int, ...]) -> str | None:
-    """What is wrong with an exit code and the two streams."""
+    """The fault in an exit code and the two streams, or None."""
     shown = err.decode("utf-8", "replace").strip()[-300:]
     if code not in codes:
         return f"exit code {code}: {shown}"

@@ -11,7 +11,7 @@ NOT_FINITE = "not finite"
 
 
 def number(value: float | None, digits: int, missing: str = NOTHING) -> str:
-    """A number with so many decimals; `missing` where there is none that is finite."""
+    """A number with `digits` decimals; `missing` if it is None or not finite."""
     return missing if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 

@@ -70,7 +70,7 @@ def suite_headline(suite: SuiteSection) -> str:
 
 
 def suite_conditions(suite: SuiteSection) -> str:
-    """What the values of the suite's table are, in sentences."""
+    """The conditions of the suite's table, in sentences."""
     words = f"Kinds of text: {suite.protocol}"
     if compared(suite):
         words += "; perplexities; KL(original ‖ converted) of the next token in nats, its mean and 99th percentile over tokens; "
@@ -123,7 +123,7 @@ def passkey_table(probes: ProbesSection) -> Table | None:
 
 
 def probe_conditions(probes: ProbesSection, next_token: bool = True) -> list[str]:
-    """What the probes were measured on, a sentence each. Arguments as for `probe_rows`."""
+    """The conditions of each probe, a sentence each. Arguments as for `probe_rows`."""
     sentences = []
     if next_token and (part := probes.next_token):
         sentences.append(f"KL(original ‖ model) and next-token agreement: {part.text}, {part.protocol}.")

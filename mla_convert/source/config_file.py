@@ -70,7 +70,7 @@ def check_sizes(content: dict[str, Any], label: str) -> None:
         if isinstance(value, dict):
             check_sizes(value, label)
         elif isinstance(value, list) and len(value) > PER_LAYER:
-            raise InputError(f"config.json of {label} has {len(value)} entries in {plain(key)}: no model has so many")
+            raise InputError(f"config.json of {label} has {len(value)} entries in {plain(key)}: no model has this many")
         elif key.endswith("_token_id") and isinstance(value, int) and abs(value) > MOST_TOKEN:
             raise InputError(
                 f"config.json of {label} has {plain(key)} = {_shown(value)}, which is no token: fetch it again"

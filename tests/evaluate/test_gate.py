@@ -207,7 +207,7 @@ def test_no_torch_for_figures_at_hand(report):
 
 
 def test_measures_and_passes(cli, folder, sources, small, report):
-    """What report.json says does not count: it may be wrong."""
+    """Figures in report.json do not count: they may be wrong."""
     content = json.loads((folder / "report.json").read_text())
     content["evaluation"]["ratio"] = content["cache"]["share_saved"] = None
     (folder / "report.json").write_text(json.dumps(content))

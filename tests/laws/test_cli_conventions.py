@@ -1,4 +1,4 @@
-"""What every command has in common: help with an example, --json, quiet and plain output, completion, a quick start."""
+"""Conventions of every command: help with an example, --json, quiet and plain output, completion, a quick start."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a user types: a source and nothing else. Sizes are shared out among layers, windows fit the model, zero layers convert."""
+"""Conversions with a source and no options. Sizes are shared out among layers, windows fit the model, zero layers convert."""
 
 import json
 import math

@@ -25,7 +25,7 @@ REPO = "me/tiny-mla"
 
 
 class World:
-    """What the cases work with: sources, a converted folder, options of a conversion that is done in no time."""
+    """Inputs of the cases: sources, a converted folder, options of a conversion that is done in no time."""
 
     def __init__(self, sources, convert_pico, hub, tmp_path, monkeypatch):
         self.make_source, self.hub, self.path, self.patch = sources, hub, tmp_path, monkeypatch

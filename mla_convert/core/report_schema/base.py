@@ -18,7 +18,7 @@ JsonObject: TypeAlias = dict[str, Any]
 
 LARGEST = 1e18  # a larger figure is no measurement
 OLD_NAMES = {"beyond": "probes"}  # entries of schema 1, by their names today
-# What pydantic puts into the path of an error where an entry has two forms.
+# Names that pydantic adds to the path of an error where an entry has two forms.
 FORMS = ("evaluated", "skipped")
 # Messages of pydantic that name Python's types, in JSON's words.
 WORDS = {
@@ -80,7 +80,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="allow", populate_by_name=True, validate_assignment=True, protected_namespaces=())
 
     def entries(self) -> JsonObject:
-        """What was given, by name in report.json, in the order of the fields; entries that have no field come last."""
+        """The given entries by name in report.json, in the order of the fields; entries without a field come last."""
         fields = type(self).model_fields
         given = {
             field.serialization_alias or name: getattr(self, name)

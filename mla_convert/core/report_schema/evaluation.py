@@ -111,7 +111,7 @@ class SuiteSection(Section):
 
 
 class EvaluationSection(Comparison):
-    """What was measured on the evaluation text, the held-out text and the packaged suite."""
+    """Results on the evaluation text, the held-out text and the packaged suite."""
 
     kl: Mean | None = None
     agreement: Mean | None = None

@@ -27,7 +27,7 @@ class HealingSettings(Section):
 
 
 class Measurement(Section):
-    """What one model was measured to be, as a report has it."""
+    """Results of one model, as a report holds them."""
 
     evaluation: Evaluation
     probes: ProbesSection | None = Field(

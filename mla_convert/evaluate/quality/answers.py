@@ -68,7 +68,7 @@ def complete(
     model: nn.Module, tokenizer: Any, problems: list[Problem], batch: int, max_new_tokens: int = MAX_NEW_TOKENS,
     device: torch.device | None = None, templated: bool | None = None, tick: Tick | None = None,
 ) -> list[str]:  # fmt: skip
-    """What a model writes for each problem by greedy decoding, problems of like length together.
+    """A model's answers by greedy decoding; problems of similar length share a batch.
 
     Args:
         model: a causal language model that `generate` works with.

@@ -209,7 +209,7 @@ class _Material:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What is kept of a model once it is freed: its readout, the bytes of its cache per token, its probes, its dtype."""
+    """Results that outlive a freed model: its readout, the bytes of its cache per token, its probes, its dtype."""
 
     readout: Readout
     cache_bytes: float

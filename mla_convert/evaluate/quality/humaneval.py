@@ -38,7 +38,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class HumanEval:
-    """What became of every problem, by its name: `passed`, or why not. `templated`: asked through the chat template."""
+    """Outcome of every problem by its name: `passed`, or the reason. `templated`: asked through the chat template."""
 
     outcomes: dict[str, str]
     templated: bool
@@ -65,7 +65,7 @@ class HumanEval:
         return _error(self.value * (1 - self.value), self.total)
 
     def difference(self, other: HumanEval) -> Difference:
-        """What `other` passes and this does not, and the other way round.
+        """Compare two results problem by problem; this one is the first, `other` the second.
 
         Raises:
             InputError: the two were not measured on the same problems.

@@ -25,8 +25,8 @@ PASSED, TIMED_OUT, ENDED = "passed", "timed out", "ended early"
 # Characters of an outcome that are kept: the name of an exception.
 LONGEST = 60
 
-# What the child runs. It reads the program, its limits and a word that only it and its parent know, and says the word
-# if the program ran to its end: whoever leaves by sys.exit or os._exit has not. It imports nothing of this package.
+# The program of the child process. It reads the program to run, its limits and a word that only parent and child know. It says the
+# word if the program ran to its end; a program that leaves by sys.exit or os._exit did not. It imports nothing of this package.
 _CHILD = r"""
 import json, os, resource, sys
 
@@ -78,7 +78,7 @@ main()
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use: seconds by the clock and of CPU time, bytes of memory and of each file that it writes."""
+    """Limits of a program: seconds by the clock and of CPU time, bytes of memory and of each file that it writes."""
 
     seconds: float = 10.0
     cpu_seconds: int = 10
