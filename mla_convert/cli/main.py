@@ -63,7 +63,7 @@ class DefaultGroup(TyperGroup):
 
 app = typer.Typer(
     cls=DefaultGroup,
-    help="Retrofit Multi-head Latent Attention onto Hugging Face checkpoints: a smaller KV cache, the same words.",
+    help="Retrofit Multi-head Latent Attention onto Hugging Face checkpoints: a smaller KV cache, at a measured loss.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

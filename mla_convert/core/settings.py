@@ -176,13 +176,13 @@ class Settings(BaseModel):
         le=1,
     )
     refine_block: int | None = option(
-        "Layers that are then refined together; 1 refines none together.",
+        "Layers in a block, which are refined together after each alone; 1: no blocks.",
         panel=REFINE,
         unset="up to 6, as memory allows (CPU: 1)",
         ge=1,
     )
     block_steps: int | None = option(
-        "Gradient steps per block.", panel=REFINE, unset="a layer's for every 125 calibration windows", ge=0
+        "Gradient steps per block.", panel=REFINE, unset="--refine-steps for every 125 calibration windows", ge=0
     )
     block_lr: float = option("Learning rate for blocks, as --refine-lr.", 0.009, panel=REFINE, gt=0, le=1)
     output_steps: int | None = option(

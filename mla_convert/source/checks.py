@@ -72,7 +72,7 @@ def check_derived(source: Any) -> None:
     if shape.rotary_dim not in (0, shape.head_dim) and not source.family.partial_rotary:
         raise InputError(
             f"configuration of {source.name} does not make a model: RoPE would turn {shape.rotary_dim} of {shape.head_dim} dims "
-            f"of a head, and {config.model_type} turns all: take partial_rotary_factor out of it"
+            f"of a head, and {config.model_type} turns all: take partial_rotary_factor out of it (new family: set partial_rotary)"
         )
     windowed = any(window is not None for window in source.sliding_windows)
     if (windowed and not hasattr(known, "sliding_window")) or (kinds and not hasattr(known, "layer_types")):

@@ -466,6 +466,7 @@ def test_same_seed_same_bytes(small, tmp_path):
     assert noisy["checksums"] != first["checksums"]
 
 
+@pytest.mark.slow
 def test_every_try_of_a_race_has_its_own_loss(small, tmp_path):
     benchmark, results = Path(__file__).parents[2] / "benchmarks" / "heal", tmp_path / "race.jsonl"
     common = "lr=0.01,noise=0,self_share=0"
@@ -726,6 +727,7 @@ def test_conversion_that_heals(cli, sources, tmp_path):
         assert code and words_ in err and not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_demo_heals_in_a_minute(cli, tmp_path):
     """A short `mla-convert demo --heal-tokens 200k` at a quarter of the cache recovers a tenth of the loss."""
     code, _, err = cli("demo", "--kv-ratio", 0.25, "--refine-steps", 4, "--calib-samples", 8, "--calib-length", 128, "--uniform",
