@@ -89,7 +89,8 @@ def sweep(
 ) -> None:
     """Convert SOURCE at several sizes and show what each costs: a table, sweep.json and sweep.html.
 
-    With --export, every point is exported in --folder, or with --out the chosen conversion beside it.
+    With --export, every point is exported in --folder, or with --out the chosen conversion beside it. Sizes are then
+    uniform, and the planes those that the profile needs, where no option and no --for says otherwise.
     """
     if out is not None and max_ppl_ratio is None:
         raise UsageError("--out writes the conversion that --max-ppl-ratio chooses: give both, or --keep")

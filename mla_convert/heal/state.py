@@ -82,7 +82,6 @@ class StateFolder:
         self._identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
         self._lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         if accelerator.is_main_process:
-            self._made = [path for path in folder.absolute().parents if not path.exists()]
             try:
                 with on_disk("the state of the run", folder.parent):
                     self._open()

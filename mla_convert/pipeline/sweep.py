@@ -105,6 +105,8 @@ def sweep(
         raise UsageError(f"a sweep is a comparison of evaluations: --eval {NONE} leaves nothing to compare")
     profile = None if export is None else check_profile(export)
     config = config.model_copy(update={"held_out": config.held_out or FROM_CALIB})
+    if profile:
+        config = target_engine.with_export_defaults(config, profile)
     source = open_source(config.source, config.revision, weights=False)
     _check_folder(folder)
     if config.out:

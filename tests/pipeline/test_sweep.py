@@ -220,11 +220,20 @@ def test_export_of_every_point_and_of_the_choice(run, conversions, tmp_path):
     assert (tmp_path / "out" / "report.json").is_file()
 
 
+def test_export_alone_chooses_what_the_profile_needs(run, tmp_path):
+    code, _, err = run("--kv-ratios", "0.75", "--export", "portable", "--max-ppl-ratio", 1e6, "--out", tmp_path / "out")
+    assert code == 0, err
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert (settings["uniform"], settings["rope_selection"], settings["engine"]) == (True, "engine_table", None)
+    verify(tmp_path / "out-portable")
+
+
 @pytest.mark.parametrize(
     "options, code, words",
     [
         (("--export", "other"), USAGE, "none of portable, engine, hf-code"),
-        (("--export", "portable"), USAGE, "needs planes of one table: add --for ENGINE"),
+        (("--export", "portable", "--rope-selection", "by_loss"), USAGE, "needs planes of one table: add --for ENGINE"),
+        (("--export", "portable", "--for", "vllm"), INPUT, "the least that vLLM has kernels for"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused_first(run, tmp_path, options, code, words):

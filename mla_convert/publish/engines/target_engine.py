@@ -53,6 +53,18 @@ def apply_constraints(config: ConvertConfig, source: Source) -> ConvertConfig:
     return config.model_copy(update={"uniform": True, "rope_selection": selection, **sizes})
 
 
+def with_export_defaults(config: ConvertConfig, profile: Profile) -> ConvertConfig:
+    """The settings with the sizes and planes that a profile needs, where neither they nor an engine are given.
+
+    Args:
+        config: The settings as given.
+        profile: Profile of the export.
+    """
+    needed = {"uniform": True, **({} if profile == "hf-code" else {"rope_selection": "engine_table"})}
+    free = {} if config.engine else {key: value for key, value in needed.items() if key not in config.model_fields_set}
+    return config.model_copy(update=free)
+
+
 def check_export(settings: ConvertConfig, plan: Plan, profile: Profile, source: Source) -> None:
     """Refuse, before a conversion, an export of its result that is not possible whatever the result is.
 
