@@ -254,15 +254,12 @@ def _host_memory(resolved: ResolvedConversion, after: dict[str, int]) -> HostMem
         layer=_prefixed(after, first),
         attention=_prefixed(after, f"{first}{source.family.attention}."),
         hidden=resolved.plan.shape.hidden_size,
-        itemsize=resolved.dtype.itemsize,
+        itemsize=4 if source.gguf else resolved.dtype.itemsize,  # dequantised tensors are float32
         calibration_tokens=prod(resolved.calibration),
         evaluation_tokens=prod(resolved.evaluation),
     )
-    if source.gguf:  # transformers holds these whole, in float32
-        moments = {moment: size + 4 * sum(after.values()) for moment, size in moments.items()}
     largest = max(moments, key=moments.__getitem__)
-    whole = "; on top of it comes the whole model in float32, as GGUF is read" if source.gguf else ""
-    return HostMemory(moments[largest], largest, sizing.HOST_BASIS + whole)
+    return HostMemory(moments[largest], largest, sizing.HOST_BASIS)
 
 
 def print_plan(plan: DryRun, console: Console) -> None:
