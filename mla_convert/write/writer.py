@@ -17,13 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mla_convert.core.errors import InputError, ResourceError
+from mla_convert.core.errors import InputError, PeerLost, ResourceError
 from mla_convert.core.files import disk_error, on_disk, permissions, publish, recover, remove, write_file
+from mla_convert.core.processes import Processes, alone
 from mla_convert.core.report_file import REPORT
 from mla_convert.core.sums import seal, sha256
 from mla_convert.source.checkpoint.reader import INDEX, Reader
@@ -81,17 +83,20 @@ def existing_parent(out: Path) -> Path:
 class Writer:
     """A context that writes shards into a staging folder beside `out`, and removes that folder if the block fails.
 
-    `finished`: journal entry of each finished shard, by file name.
+    `finished`: journal entry of each finished shard, by file name. Of several processes the first one writes; the others call
+    the same methods, and read what is written.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any]):
+    def __init__(self, out: Path, identity: dict[str, Any], processes: Processes | None = None):
         """Prepare a writer; the staging folder is made on entry.
 
         Args:
             out: the output folder.
             identity: everything that finished shards depend on (settings, source), as JSON. A staging folder with another
                 identity is discarded.
+            processes: of the run, if there may be several.
         """
+        self.processes = processes or alone(torch.device("cpu"))
         self.out = out
         self.folder = out.parent / f".{out.name}.partial"
         self._identity = json.dumps(identity, sort_keys=True, default=str)
@@ -101,13 +106,18 @@ class Writer:
 
     def __enter__(self) -> Writer:
         """Lock the output and open the staging folder."""
+        if self.processes.first:
+            self._enter()
+        self.finished = self.processes.told(lambda: self.finished)
+        return self
+
+    def _enter(self) -> None:
         try:
             with on_disk("the output", self.out.parent):
                 self._open()
         except BaseException:
             self._close(keep=False, failed=True)
             raise
-        return self
 
     def _open(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +147,11 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the staging folder, unless an interrupted run can continue from it."""
+        if not self.processes.first:
+            return
         layers = sum(bool(entry["note"]) for entry in self.finished.values())
-        keep = isinstance(error, KeyboardInterrupt) and layers > 0
-        if error is not None and keep:
+        keep = isinstance(error, (KeyboardInterrupt, PeerLost)) and layers > 0
+        if isinstance(error, KeyboardInterrupt) and keep:
             error.args = (f"{layers} layers are kept in {self.folder}: run the same command to go on, or delete it",)
         self._close(keep, failed=kind is not None)
 
@@ -190,6 +202,9 @@ class Writer:
         Raises:
             ResourceError: the disk does not suffice.
         """
+        if not self.processes.first:
+            self.finished[file] = {"note": note or {}}
+            return
         path = self.folder / file
         with self._disk(file):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
@@ -218,14 +233,18 @@ class Writer:
                 ) from error
 
     def spill(self, file: str, tensor: Tensor) -> None:
-        """Keep a tensor in the staging folder until `load_spilled`; it does not become part of the output."""
-        with self._disk(file):
-            save_file({"tensor": tensor.contiguous()}, self.folder / file)
+        """Keep a tensor, equal in all processes, in the staging folder until `load_spilled`; it is no part of the output."""
+        if self.processes.first:
+            with self._disk(file):
+                save_file({"tensor": tensor.contiguous()}, self.folder / file)
 
     def load_spilled(self, file: str) -> Tensor:
         """Read a spilled tensor and delete its file."""
+        self.processes.wait()
         tensor = load_file(self.folder / file)["tensor"]
-        (self.folder / file).unlink()
+        self.processes.wait()
+        if self.processes.first:
+            (self.folder / file).unlink()
         return tensor
 
     @staticmethod
@@ -248,8 +267,8 @@ class Writer:
         write_file(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def checksums(self) -> dict[str, str]:
-        """sha256 of every shard."""
-        return {file: self.finished[file]["sha256"] for file in sorted(self.finished)}
+        """sha256 of every shard; none in other processes than the first."""
+        return {file: self.finished[file]["sha256"] for file in sorted(self.finished) if self.processes.first}
 
     def publish(self) -> None:
         """Write SHA256SUMS and atomically rename the staging folder to `out`.

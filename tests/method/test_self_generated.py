@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mla_convert.core.cuda_graph import CaptureError
+from mla_convert.core.processes import alone
 from mla_convert.core.report_schema import CalibrationSection
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate import self_generated
@@ -112,10 +113,10 @@ def test_windows_keep_their_first_token_and_their_length(opened, sources, monkey
     monkeypatch.setattr(self_generated, "TEXT_TOKENS", 10)  # several texts a window
     source = opened("llama")
     windows = torch.full((8, 24), 7)
-    found = self_generated.mixed(windows, 0.5, source, source.tokenizer(), CPU, seed=0)
+    found = self_generated.mixed(windows, 0.5, source, source.tokenizer(), alone(CPU), seed=0)
     replaced = self_generated.chosen(8, 0.5)
     assert found.shape == windows.shape and (found[~replaced] == 7).all() and not (found[replaced] == 7).all()
-    assert self_generated.mixed(windows, 0.0, source, source.tokenizer(), CPU, seed=0) is windows
+    assert self_generated.mixed(windows, 0.0, source, source.tokenizer(), alone(CPU), seed=0) is windows
 
 
 def test_default(opened):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
 from mla_convert.core.cuda_graph import CapturedCall
+from mla_convert.core.processes import Processes, alone
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.openings import SPARE, Openings, varied
 from mla_convert.modeling.attention_backends import GROUPED, attention_backend
@@ -59,8 +60,8 @@ def chosen(windows: int, fraction: float) -> Tensor:
     return ((pair + 1) * fraction).floor() > (pair * fraction).floor()
 
 
-def mixed(windows: Tensor, fraction: float, source: Source, tokenizer: Any, device: torch.device, seed: int) -> Tensor:
-    """Replace some calibration windows by self-generated ones.
+def mixed(windows: Tensor, fraction: float, source: Source, tokenizer: Any, processes: Processes, seed: int) -> Tensor:
+    """Replace some calibration windows by self-generated ones, the same in every process.
 
     The whole source is on the device while it generates.
 
@@ -69,9 +70,10 @@ def mixed(windows: Tensor, fraction: float, source: Source, tokenizer: Any, devi
         fraction: of the windows that are replaced.
         source: the model.
         tokenizer: of the source; a window begins with its prefix, if it has one.
-        device: that generates.
+        processes: that share out the rounds of texts.
         seed: of the samples.
     """
+    device = processes.device
     replaced = chosen(len(windows), fraction)
     count = int(replaced.sum())
     if not count:
@@ -83,7 +85,8 @@ def mixed(windows: Tensor, fraction: float, source: Source, tokenizer: Any, devi
     first = first_token(tokenizer, model.config.vocab_size)
     needed, openings = count * pieces, Openings(tokenizer, first, seed) if OPENED else None
     spare = int(needed * SPARE) if openings else 0
-    generated = varied(write(model, needed + spare, -(-body // pieces), first, seed, openings=openings), needed)
+    texts = write(model, needed + spare, -(-body // pieces), first, seed, openings=openings, processes=processes)
+    generated = varied(texts, needed)
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -244,6 +247,7 @@ def write(
     seed: int,
     advance: Callable[[int], None] = lambda done: None,
     openings: Openings | None = None,
+    processes: Processes | None = None,
 ) -> Tensor:
     """Sample texts token by token from the model's own distribution.
 
@@ -258,21 +262,26 @@ def write(
         seed: of the samples.
         advance: told the number of tokens generated so far.
         openings: first tokens of the texts and how freely they are sampled; without, all are sampled at temperature 1.
+        processes: that share out the rounds; the texts are those of one process.
 
     Returns:
         Token ids (count, length), on the CPU.
     """
+    processes = processes or alone(model.device)
     generator = torch.Generator(model.device).manual_seed(seed)
     config = model.config.get_text_config()
     parts = -(-length // (getattr(config, "sliding_window", None) or length))
     if parts > 1:
-        shorter = write(model, count * parts, -(-length // parts), first, seed, advance, openings)
+        shorter = write(model, count * parts, -(-length // parts), first, seed, advance, openings, processes)
         return shorter.view(count, -1)[:, :length]
     times = rounds(model, count, length)
     batch = -(-count // times)
-    decoder, texts = Decoder(model, batch, length), []
+    decoder, texts = Decoder(model, batch, length), {}
     scripts = openings.scripts(count, batch, length) if openings else []
     for number in range(times):
+        if number not in processes.share(times):
+            _skip(generator, batch, config.vocab_size, length)
+            continue
         decoder.restart()
         script = scripts[number].to(model.device) if scripts else None
         ids, tokens = torch.full_like(decoder.ids, first), []
@@ -285,5 +294,13 @@ def write(
                 ids = script.direct(step, ids)
             tokens.append(ids)
             advance((number * length + step + 1) * len(ids))
-        texts.append(torch.cat(tokens, dim=1).cpu())
-    return torch.cat(texts)[:count]
+        texts[number] = torch.cat(tokens, dim=1).cpu()
+    everyones = {number: text for part in processes.gathered(texts) for number, text in part.items()}
+    return torch.cat([everyones[number] for number in range(times)])[:count]
+
+
+def _skip(generator: torch.Generator, texts: int, vocabulary: int, length: int) -> None:
+    """Draw the random numbers of a round that another process generates: how many they are depends on shapes alone."""
+    anything = torch.ones(texts, vocabulary, device=generator.device)
+    for _ in range(length):
+        torch.multinomial(anything, 1, generator=generator)
