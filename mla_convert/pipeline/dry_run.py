@@ -12,14 +12,17 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.settings import ConvertConfig
+from mla_convert.method.calibrate.hidden_states import DEVICE_BYTES, DEVICE_FRACTION
 from mla_convert.method.factorise.layer import mla_config
 from mla_convert.method.factorise.sensitivity import TOKENS
 from mla_convert.method.factorise.sizes import Plan
-from mla_convert.method.refine.schedule import output_advances
+from mla_convert.method.refine.schedule import CARD_BYTES, output_advances
 from mla_convert.pipeline.dry_run_sections import (
     CacheSection,
     CardFit,
     CardSection,
+    GpuCount,
+    GpusSection,
     HealSection,
     HostMemory,
     RunSection,
@@ -48,14 +51,15 @@ class DryRun:
     cache: CacheSection
     card: CardSection | None
     run: RunSection
+    gpus: GpusSection | None
     heal: HealSection | None
     warnings: Warnings
 
     @property
     def sections(self) -> list[Section]:
         """The sections that there are, in the order in which they are printed."""
-        sections: list[Section | None] = [self.source, self.cache, self.card, self.run, self.heal, self.warnings]
-        return [section for section in sections if section is not None]
+        sections: list[Section | None] = [self.source, self.cache, self.card, self.run, self.gpus, self.heal]
+        return [section for section in (*sections, self.warnings) if section is not None]
 
     def as_dict(self) -> dict[str, Any]:
         """As `plan --json` prints it."""
@@ -77,18 +81,22 @@ class DryRun:
             "peak_host_memory": asdict(self.run.memory),
             "time": {place: estimate.as_dict() for place, estimate in self.run.time.items()},
             "warnings": self.warnings.lines,
+            **({"gpus": [asdict(each) for each in self.gpus.counts]} if self.gpus else {}),
             **({"heal": self.heal.estimate.as_dict()} if self.heal else {}),
             **({"card": asdict(self.card)} if self.card else {}),
         }
 
 
-def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: str | None = None) -> DryRun:
+def plan_conversion(
+    config: ConvertConfig, card_bytes: int | None = None, card: str | None = None, gpus: int | None = None
+) -> DryRun:
     """Sizes before and after a conversion, and what it takes.
 
     Args:
         config: The conversion's settings.
         card_bytes: Memory of a card to fit model and cache into, in bytes.
         card: Name of that card.
+        gpus: Most GPUs to give time and memory for: also for each power of two below.
 
     Raises:
         InputError: No such source, or sizes that it cannot have.
@@ -129,6 +137,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
             memory=_host_memory(on_cpu, after),
             time=_time(resolved, before, after),
         ),
+        gpus=None if gpus is None else _several(resolved["h100"], before, after, gpus, card_bytes or CARD_BYTES),
         heal=HealSection(_healing(on_cpu, after), torch.get_num_threads()) if on_cpu.healing else None,
         warnings=Warnings([*source.notes, *sizing.warnings(plan)]),
     )
@@ -191,11 +200,24 @@ def _time(
     resolved: dict[str, ResolvedConversion], before: dict[str, int], after: dict[str, int]
 ) -> dict[str, timing.TimeEstimate]:
     """Seconds on this machine's cores and on an H100, each with the settings of a conversion there."""
-    source, plan = resolved["cpu"].source, resolved["cpu"].plan
+    work, layers = _work(resolved["cpu"], before, after), resolved["cpu"].plan.shape.layers
+    runs = {place: _run(conversion) for place, conversion in resolved.items()}
+    return timing.estimate(work, layers, runs, torch.get_num_threads())
+
+
+def _work(resolved: ResolvedConversion, before: dict[str, int], after: dict[str, int]) -> timing.LayerWork:
+    """Sizes that the work on one layer depends on.
+
+    Args:
+        resolved: The conversion.
+        before: Elements of each parameter of the source.
+        after: The same of the converted model.
+    """
+    source, plan = resolved.source, resolved.plan
     layer = f"{source.family.layers}.0."
     attention = f"{layer}{source.family.attention}."
     shape, (mixing_before, mixing_after) = plan.shape, _mixing(plan)
-    work = timing.LayerWork(
+    return timing.LayerWork(
         hidden=shape.hidden_size,
         layer_before=_prefixed(before, layer),
         layer_after=_prefixed(after, layer),
@@ -205,20 +227,58 @@ def _time(
         mixing_after=mixing_after,
         head=shape.hidden_size * source.config.vocab_size,
     )
-    runs = {}
-    for place, conversion in resolved.items():
-        refine = conversion.refinement
-        last = output_advances(refine, shape.layers) / shape.layers  # extra steps of the last layers, spread over all
-        runs[place] = timing.LayerRun(
-            calib=conversion.calibration,
-            evaluation=conversion.evaluation,
-            steps=refine.steps,
-            batch=refine.batch,
-            measured=TOKENS[conversion.device.type] * conversion.is_measured,
-            block_steps=refine.block_steps + last,
-            output_steps=refine.output_steps / shape.layers,
-        )
-    return timing.estimate(work, shape.layers, runs, torch.get_num_threads())
+
+
+def _run(conversion: ResolvedConversion) -> timing.LayerRun:
+    """Settings that the time of a conversion depends on."""
+    refine, layers = conversion.refinement, conversion.plan.shape.layers
+    last = output_advances(refine, layers) / layers  # extra steps of the last layers, spread over all
+    return timing.LayerRun(
+        calib=conversion.calibration,
+        evaluation=conversion.evaluation,
+        steps=refine.steps,
+        batch=refine.batch,
+        measured=TOKENS[conversion.device.type] * conversion.is_measured,
+        block_steps=refine.block_steps + last,
+        output_steps=refine.output_steps / layers,
+    )
+
+
+def _several(
+    resolved: ResolvedConversion, before: dict[str, int], after: dict[str, int], most: int, card_bytes: int
+) -> GpusSection:
+    """Time and memory on 1, 2, 4, … and `most` GPUs."""
+    work, run, refine, layers = (
+        _work(resolved, before, after),
+        _run(resolved),
+        resolved.refinement,
+        resolved.plan.shape.layers,
+    )
+    memory = sizing.GpuRun(
+        hidden=work.hidden,
+        layer=max(work.layer_before, work.layer_after),
+        attention=work.attention_after,
+        head=work.head,
+        itemsize=resolved.dtype.itemsize,
+        calibration_tokens=prod(resolved.calibration),
+        evaluation_tokens=prod(resolved.evaluation),
+        step_tokens=refine.batch * resolved.calibration[1],
+        block=refine.block,
+        output_layers=min(refine.output_layers, layers) if refine.output_steps else 0,
+    )
+    limit = max(DEVICE_BYTES, int(card_bytes * DEVICE_FRACTION))
+    counts = sorted({most, *(1 << power for power in range(most.bit_length()))})
+    return GpusSection(
+        [
+            GpuCount(
+                count,
+                timing.on_gpus(work, layers, run, count),
+                memory.device_bytes(count, limit),
+                memory.host_bytes(count, limit),
+            )
+            for count in counts
+        ]
+    )
 
 
 def _healing(resolved: ResolvedConversion, after: dict[str, int]) -> HealEstimate:

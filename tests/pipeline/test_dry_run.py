@@ -1,5 +1,6 @@
 """`plan`: what it says before a conversion is what the conversion then writes."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -250,6 +251,24 @@ def test_time_estimates_hold_what_was_measured(
                                             (7200, "2.0 h"), (40 * 3600, "1.7 days")])  # fmt: skip
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_time_and_memory_on_several_gpus(published, cli):
+    found = plan_conversion(
+        build_config({"source": str(published("llama-8b")), "rank": 512, "rope_dim": 64}), gpus=6
+    ).as_dict()
+    counts = found["gpus"]
+    assert [each["gpus"] for each in counts] == [1, 2, 4, 6]
+    assert counts[0]["seconds"] == tuple(found["time"]["h100"]["seconds"])
+    for fewer, more in itertools.pairwise(counts):
+        factor = more["gpus"] / fewer["gpus"]
+        # all of the work that the processes share, and none of a layer's weights
+        assert fewer["seconds"][0] / factor <= more["seconds"][0] < fewer["seconds"][0]
+        assert fewer["device_bytes"] / factor < more["device_bytes"] < fewer["device_bytes"]
+        assert more["host_bytes"] < fewer["host_bytes"]
+    code, out, _ = cli("plan", published("llama-1b"), "--gpus", 8)
+    assert code == 0 and "On several H100s" in out
+    assert "gpus" not in plan("demo")
 
 
 def test_time_follows_the_settings(sources):
