@@ -145,15 +145,18 @@ class LayerConverter:
         The source's states are carried past the group; the converted model's stay before it.
         """
         layers = list(itertools.chain(*blocks))
+        joint = self.refine.output_steps > 0 and layers[-1].index == self.plan.shape.layers - 1
         entry, entries = streams.calib_converted, []
         if len(blocks) > 1:
             streams.calib_converted = entry.clone()
         for block in blocks:
-            entries += self._convert_block(block, streams)
+            entries += self._drafted(block, streams) or self._convert_block(block, streams)
+            if joint:
+                self._write_draft(block, entries[-len(block) :])
             for layer in block if len(blocks) > 1 else []:
                 self._advance(layer, (streams.calib_converted,), converted=True)
         streams.calib_converted = entry
-        if self.refine.output_steps and layers[-1].index == self.plan.shape.layers - 1:
+        if joint:
             refined = self._refine_output(layers, streams)
             entries = [layer_entry | refined for layer_entry in entries]
         for layer, layer_entry in zip(layers, entries, strict=True):
@@ -162,6 +165,38 @@ class LayerConverter:
             check_finite(written, self._overflow_hint(layer) or FAILED)
             self.writer.write_shard(self.shard(layer.index + 1), written, layer_entry)
             self._load_written(layer, written)
+        self.writer.drop_drafts()
+
+    def _write_draft(self, block: list[LayerPair], entries: list[dict[str, Any]]) -> None:
+        """Keep the students of a block whose last steps are to come, which may be an hour later."""
+        if (file := self._draft(block)) not in self.writer.drafts:
+            tensors = {
+                f"{layer.index}.{name}": tensor.detach().cpu()
+                for layer in block
+                for name, tensor in layer.student.state_dict().items()
+            }
+            self.writer.write_draft(file, tensors, [self.shard(layer.index + 1) for layer in block], entries)
+
+    def _drafted(self, block: list[LayerPair], streams: Streams) -> list[dict[str, Any]]:
+        """The report entries of a block that an interrupted run has drafted, none else; its students are loaded.
+
+        The source's states are carried past the block.
+        """
+        if (file := self._draft(block)) not in self.writer.drafts:
+            return []
+        tensors = self.writer.load_shard(file)
+        for layer in block:
+            prefix = f"{layer.index}."
+            layer.student.load_state_dict(
+                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            )
+            self._advance(layer, streams.original)
+        self.progress.skip(len(block) * self.refine.steps_per_layer)
+        return self.writer.drafts[file]["note"]
+
+    @staticmethod
+    def _draft(block: list[LayerPair]) -> str:
+        return f"draft-{block[0].index + 1:05d}.safetensors"
 
     def _convert_block(self, layers: list[LayerPair], streams: Streams) -> list[dict[str, Any]]:
         """Factorise and refine the layers of a block one by one, then together; returns their report entries.

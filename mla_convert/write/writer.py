@@ -83,7 +83,8 @@ def existing_parent(out: Path) -> Path:
 class Writer:
     """A context that writes shards into a staging folder beside `out`, and removes that folder if the block fails.
 
-    `finished`: journal entry of each finished shard, by file name. Of several processes the first one writes; the others call
+    `finished`: journal entry of each finished shard, by file name. `drafts`: the same of files that layers can be finished from,
+    which are no part of the output. Of several processes the first one writes; the others call
     the same methods, and read what is written.
     """
 
@@ -103,12 +104,13 @@ class Writer:
         self._lock = FileLock(lock_file(out))
         self._new_parents = [path for path in out.absolute().parents if not path.exists()]
         self.finished: dict[str, dict[str, Any]] = {}
+        self.drafts: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Writer:
         """Lock the output and open the staging folder."""
         if self.processes.first:
             self._enter()
-        self.finished = self.processes.told(lambda: self.finished)
+        self.finished, self.drafts = self.processes.told(lambda: (self.finished, self.drafts))
         return self
 
     def _enter(self) -> None:
@@ -129,18 +131,18 @@ class Writer:
             ) from None
         recover(self.out)
         remove(staging_folder(self.out))
-        self.finished = self._resume()
-        if not self.finished:
+        self._resume()
+        if not self.finished and not self.drafts:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         self._sweep()
-        lines = [{"identity": self._identity}, *self.finished.values()]
+        lines = [{"identity": self._identity}, *self.finished.values(), *self.drafts.values()]
         write_file(self.folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in lines))
 
     def _sweep(self) -> None:
         """Remove the unfinished files of a killed run."""
         for path in self.folder.iterdir():
-            if path.name not in self.finished and path.name != JOURNAL:
+            if path.name not in (JOURNAL, *self.finished, *self.drafts):
                 remove(path)
 
     def __exit__(
@@ -149,7 +151,8 @@ class Writer:
         """Remove the staging folder, unless an interrupted run can continue from it."""
         if not self.processes.first:
             return
-        layers = sum(bool(entry["note"]) for entry in self.finished.values())
+        shards = {file for file, entry in self.finished.items() if entry["note"]}
+        layers = len(shards.union(*(entry["draft_of"] for entry in self.drafts.values())))
         keep = isinstance(error, (KeyboardInterrupt, PeerLost)) and layers > 0
         if isinstance(error, KeyboardInterrupt) and keep:
             error.args = (f"{layers} layers are kept in {self.folder}: run the same command to go on, or delete it",)
@@ -169,21 +172,22 @@ class Writer:
                 for path in self._new_parents:
                     path.rmdir()
 
-    def _resume(self) -> dict[str, dict[str, Any]]:
-        """Journal entries by shard, up to the first shard that does not match; none if the identity differs."""
+    def _resume(self) -> None:
+        """Read the journal up to the first shard that does not match; nothing if the identity differs."""
         lines = []
         with contextlib.suppress(OSError, ValueError):  # the last line may be incomplete
             for line in (self.folder / JOURNAL).read_text(encoding="utf-8").splitlines():
                 lines.append(json.loads(line))
         if not lines or lines[0].get("identity") != self._identity:
-            return {}
-        finished = {}
+            return
         for entry in lines[1:]:
             file = self.folder / entry["file"]
+            draft = "draft_of" in entry
             if not file.is_file() or sha256(file) != entry["sha256"]:
+                if draft:  # they are deleted when their layers are written
+                    continue
                 break
-            finished[entry["file"]] = entry
-        return finished
+            (self.drafts if draft else self.finished)[entry["file"]] = entry
 
     def _append(self, entry: dict[str, Any]) -> None:
         with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
@@ -218,6 +222,35 @@ class Writer:
             }
             self._append(entry)
         self.finished[file] = entry
+
+    def write_draft(self, file: str, tensors: dict[str, Tensor], shards: list[str], note: Any) -> None:
+        """Write a file that layers can be finished from if the run is interrupted.
+
+        Args:
+            file: its name.
+            tensors: by name.
+            shards: names of the shards that will hold these layers.
+            note: JSON that `drafts` returns to a run that resumes.
+
+        Raises:
+            ResourceError: the disk does not suffice.
+        """
+        if not self.processes.first:
+            return
+        path = self.folder / file
+        with self._disk(file):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            self._seal(path)
+            entry = {"file": file, "sha256": sha256(path), "draft_of": shards, "note": note}
+            self._append(entry)
+        self.drafts[file] = entry
+
+    def drop_drafts(self) -> None:
+        """Delete all drafts: their layers are written."""
+        if self.processes.first:
+            for file in self.drafts:
+                (self.folder / file).unlink()
+        self.drafts = {}
 
     @contextlib.contextmanager
     def _disk(self, file: str) -> Iterator[None]:
