@@ -38,6 +38,7 @@ from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine import schedule
 from mla_convert.moved import callable_as_before
 from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline.budget import within_budget
 from mla_convert.pipeline.recipe import write_recipe
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
 from mla_convert.pipeline.streams import Streams, open_streams
@@ -101,6 +102,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Report |
     with phases.phase("open"):
         with processes.in_turn():
             source = open_source(config.source, config.revision)
+            config, budget = within_budget(config, source, device, processes.count)
             resolved = resolve(config, source, device)
             if processes.first:
                 check_target(resolved, out)
@@ -109,7 +111,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Report |
         text = processes.told(lambda: prepare_text(resolved, tokenizer))
     resolved = resolved.for_windows(*text.windows.calib.shape)
     check_shares(processes, len(text.windows.calib))
-    notes = collect_notes(source, text, progress)
+    notes = collect_notes(source, text, progress, budget)
 
     # A link is written through, not replaced.
     target = Path(os.path.realpath(out))
@@ -175,9 +177,9 @@ def prepare_text(resolved: ResolvedConversion, tokenizer: Any) -> PreparedText:
     return PreparedText(windows, suite)
 
 
-def collect_notes(source: Source, text: PreparedText, progress: Progress) -> list[str]:
-    """The notes of a conversion's report, each of which is also shown."""
-    notes = list(source.notes)
+def collect_notes(source: Source, text: PreparedText, progress: Progress, budget: str | None = None) -> list[str]:
+    """The notes of a conversion's report, each of which is also shown; `budget`: what was chosen for one."""
+    notes = [*source.notes, *([budget] if budget else [])]
     if code := None if source.gguf else tokenizer_code(source.folder):
         notes.append(
             f"the tokenizer of {source.name} names code of its own ({code}), which is not run: transformers' own class reads it"

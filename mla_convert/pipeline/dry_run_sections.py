@@ -146,6 +146,7 @@ class RunSection:
     scratch_bytes: int
     memory: HostMemory
     time: dict[str, timing.TimeEstimate]
+    budget: dict[str, str]
 
     def rows(self) -> Parts:
         """One line each."""
@@ -155,6 +156,8 @@ class RunSection:
         yield f"peak memory: about {human_bytes(memory.bytes)}, for {memory.moment} ({memory.basis})"
         for place, where in _places(self.time["cpu"].cores):
             yield f"time: {_range(self.time[place].seconds)} {where} ({self.time[place].basis})"
+            if place in self.budget:
+                yield self.budget[place]
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ def _settings(
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The recipe's settings, and the options that name local files, with those names."""
     config = resolved.settings
-    # kv_ratio is replaced by the sizes that follow from it
-    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio"})
+    # kv_ratio and a budget are replaced by what follows from them
+    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio", "budget"})
     settings |= resolved.chosen | {
         "rank": resolved.plan.rank,
         "rope_dim": resolved.plan.rope_dim,

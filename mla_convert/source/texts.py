@@ -145,7 +145,8 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Rea
         InputError: an unusable text, or a tokenizer of another model.
     """
     samples, length = calibration_size(config, on_gpu, hidden, model)
-    fewest = config.calib_samples or min(samples, FEWEST)
+    # a budget's windows are the most that may be used, not a number that a user wants
+    fewest = min(samples, FEWEST) if config.budget else config.calib_samples or min(samples, FEWEST)
     eval_length = evaluation_length(config, model)
     given = mixture.parts(config.calib)
     loaded = [load_text(part.spec, "calibration") for part in given]

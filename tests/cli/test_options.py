@@ -38,7 +38,7 @@ def test_every_option_of_version_0_1_is_there():
         assert set(known) <= names(command), command
     new = {"--rope-selection", "--calib-self-generated"}
     assert names("sweep") - set(before["sweep"]) == new
-    assert names("convert") - set(before["convert"]) == {*new, "--gpus"}
+    assert names("convert") - set(before["convert"]) == {*new, "--gpus", "--budget"}
     assert names("heal") == set(before["heal"])
 
 
