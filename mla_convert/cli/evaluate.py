@@ -31,7 +31,8 @@ Passkey = Annotated[
     bool,
     typer.Option(
         "--passkey",
-        help="Passkey test: retrieve a five-digit key from long text, at five depths and at lengths up to the model's context.",
+        help="Passkey test: retrieve a five-digit key from long text, alone and among five, at five depths and at lengths up to "
+        "the model's context.",
         rich_help_panel=PROBES,
     ),
 ]

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mla_convert.core.report_schema import Greedy
+from mla_convert.core.report_schema import Continuations, Greedy
 from mla_convert.evaluate.quality.perplexity import mean
 from mla_convert.modeling.caching import with_cache
+
+# Tokens of a sequence that counts as repeated when it occurs again in its continuation.
+SEQUENCE = 4
 
 
 class Decoder:
@@ -89,4 +92,19 @@ def compare(
     prefix = torch.tensor(shares, dtype=torch.float64)[:, None]
     count, length = prompts.shape
     return Greedy(text=text, protocol=protocol, prompts=count, prompt_tokens=length, tokens=tokens, prefix=mean(prefix),
-                  exact=mean((prefix == 1).double()))  # fmt: skip
+                  exact=mean((prefix == 1).double()), before=describe(original), after=describe(model))  # fmt: skip
+
+
+def describe(continuations: list[list[int]]) -> Continuations:
+    """Length and repetition of continuations: a damaged model repeats itself, or does not end."""
+    lengths, repeated = (
+        torch.tensor([measure(each) for each in continuations], dtype=torch.float64)[:, None]
+        for measure in (len, repeated_share)
+    )
+    return Continuations(length=mean(lengths), repeated=mean(repeated))
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Share of the sequences of SEQUENCE tokens that stand in `tokens` before; 0 for fewer tokens."""
+    passages = [tuple(tokens[at : at + SEQUENCE]) for at in range(len(tokens) - SEQUENCE + 1)]
+    return 1 - len(set(passages)) / len(passages) if passages else 0.0
