@@ -50,13 +50,13 @@ def find_teacher(config: HealConfig, report: Report) -> SourceLocation:
     return origin
 
 
-def check_apart(trained: str | None, measured: str | None) -> None:
-    """Refuse to evaluate on the text that is trained on.
+def check_apart(trained: str | list[str] | None, measured: str | None) -> None:
+    """Refuse to evaluate on a text that is trained on.
 
     Raises:
-        UsageError: the two are the same.
+        UsageError: `measured` is one of the texts in `trained`.
     """
-    if trained is not None and trained == measured:
+    if measured in (part.spec for part in mixture.parts(trained, "training")):
         raise UsageError(f"{measured} is the text to train on: give another text as --eval, or to train on")
 
 
@@ -78,18 +78,9 @@ def with_length(settings: HealSettings, limit: int | None) -> HealSettings:
     return settings.model_copy(update={"length": words})
 
 
-def conversion_text(config: ConvertConfig) -> str | None:
-    """The text that a conversion's healing trains on: `heal_data`, or the calibration text.
-
-    Raises:
-        UsageError: there are several calibration texts, and no `heal_data`.
-    """
-    if config.heal_data or not config.calib:
-        return config.heal_data
-    several = mixture.parts(config.calib)
-    if len(several) > 1:
-        raise UsageError("healing trains on one text and calibration has several: name one with --heal-data")
-    return several[0].spec
+def conversion_text(config: ConvertConfig) -> str | list[str] | None:
+    """The texts that a conversion's healing trains on: `heal_data`, or the calibration's."""
+    return config.heal_data or config.calib
 
 
 def check_conversion(config: ConvertConfig, limit: int | None) -> None:
@@ -107,7 +98,8 @@ def check_conversion(config: ConvertConfig, limit: int | None) -> None:
         return
     spec = conversion_text(config)
     check_apart(spec, config.eval)
-    texts.load_documents(spec)
+    for part in mixture.parts(spec, "training"):
+        texts.load_documents(part.spec)
     with_length(HealSettings(tokens=config.heal_tokens, length=config.heal_length), limit)
     if config.heal_train == "lora":
         peft()

@@ -36,6 +36,7 @@ COMPILE_FROM = 4_000_000  # tokens on a GPU: compiling takes half a minute, and 
 SPIKE, RECENT, SPIKES = 3.0, 50, 5
 AGREE_EVERY = 16  # steps between agreements of all processes on whether a checkpoint is due
 NOTE_SECONDS = 10  # between lines of progress
+LEAST_LOSS = 1e-12  # a loss at the start that others are divided by, of a model that equals its original
 
 
 @dataclass
@@ -45,7 +46,8 @@ class Run:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best: float = math.inf  # held-out loss of the best state
+    start: dict[str, float] = field(default_factory=dict)  # held-out loss of the start, by the kind of text
+    best: float = math.inf  # held-out loss of the best state, as in `Trainer.held_out`
     best_tokens: int = 0
     lowest: float = math.inf  # held-out loss, the start not counted
     patience_used: int = 0  # evaluations since `lowest`
@@ -288,10 +290,32 @@ class Trainer:
     def _trained_state(self) -> dict[str, Tensor] | None:
         return trained_state(self.accelerator, self.model) if self.run.tokens else None
 
+    def held_out(self) -> dict[str, Any]:
+        """Measure on the held-out windows, over all processes.
+
+        Returns:
+            `loss`, that of the kind of text which gained least, over its loss at the start; KL (nats a token), perplexity
+            and its ratio to the original's, over all kinds; the KL of each kind, if there are several.
+        """
+        sums = {kind: self._sums(begins) for kind, begins in self._held_out.items()}
+        losses = {kind: float(each[0] / each[5]) for kind, each in sums.items()}
+        self.run.start = self.run.start or losses
+        _, kl, ce, ce_original, labels, tokens = torch.stack([*sums.values()]).sum(0).tolist()
+        kinds = {kind: round(float(each[1] / each[5]), 6) for kind, each in sums.items()}
+        ce, ce_original = ce / labels, ce_original / labels
+        relative = torch.tensor([loss / max(self.run.start[kind], LEAST_LOSS) for kind, loss in losses.items()])
+        return {
+            "loss": float(relative.max()),  # NaN if one is
+            "kl": round(kl / tokens, 6),
+            "perplexity": round(math.exp(min(ce, 700.0)), 4),
+            "ratio": round(math.exp(min(ce - ce_original, 700.0)), 5),
+            **({"kinds": kinds} if len(kinds) > 1 else {}),
+        }
+
     @torch.no_grad()
-    def held_out(self) -> dict[str, float]:
-        """Loss, KL (nats a token), perplexity and its ratio to the original's on the held-out windows, over all processes."""
-        accelerator, begins, length = self.accelerator, self._held_out, self._held_out_length
+    def _sums(self, begins: list[int]) -> Tensor:
+        """Sums over windows and processes (6,): loss, KL, cross-entropy, the original's, labels and tokens; on the CPU."""
+        accelerator, length = self.accelerator, self._held_out_length
         size = max(1, self.micro_tokens // length)
         total = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
         count, index = accelerator.num_processes, accelerator.process_index
@@ -304,14 +328,7 @@ class Trainer:
             if mine:
                 total[:4] += sums.double() * batch.ids.numel()
                 total[4] += (batch.labels != IGNORED).sum()
-        loss, kl, ce, ce_original, labels = accelerator.reduce(total, "sum").tolist()
-        tokens, ce, ce_original = len(begins) * length, ce / labels, ce_original / labels
-        return {
-            "loss": loss / tokens,
-            "kl": round(kl / tokens, 6),
-            "perplexity": round(math.exp(min(ce, 700.0)), 4),
-            "ratio": round(math.exp(min(ce - ce_original, 700.0)), 5),
-        }
+        return torch.cat([accelerator.reduce(total, "sum").cpu(), torch.tensor([float(len(begins) * length)])])
 
 
 def step_sizes(settings: HealSettings, mix: tuple[tuple[int, float], ...], cuda: bool) -> tuple[int, int]:

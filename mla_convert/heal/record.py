@@ -15,6 +15,7 @@ from mla_convert.core.report_schema import (
 )
 from mla_convert.heal.loop import Run, step_sizes
 from mla_convert.heal.settings import HealSettings
+from mla_convert.source import mixture
 from mla_convert.source.place import SourceLocation
 
 ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"
@@ -22,6 +23,11 @@ ADAPTED_NOTE = (
     "healed with the text's cross-entropy too: what that takes off the perplexity is adaptation to the text; the KL divergence "
     "says how far the model is from its original"
 )
+
+
+def text_label(settings: HealSettings, labels: list[str]) -> str:
+    """The texts that were trained on, in words."""
+    return mixture.label(labels, mixture.parts(settings.data)) if settings.data else mixture.PACKAGED_LABEL
 
 
 def run_record(

@@ -26,7 +26,7 @@ from mla_convert.heal.fingerprint import measurement_key, run_identity
 from mla_convert.heal.loop import Run, Trainer
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.prepare_text import prepare_corpus
-from mla_convert.heal.record import healed_report, run_record
+from mla_convert.heal.record import healed_report, run_record, text_label
 from mla_convert.heal.settings import HealConfig, HealSettings, conversion_healing
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import TeacherStudent
@@ -91,9 +91,9 @@ def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
     identity = run_identity(accelerator, job.settings, job.folder, job.origin) if main else {}
     real_out = Path(os.path.realpath(job.out))
     with StateFolder(state_folder(real_out), identity, accelerator, job.progress.note) as state:
-        label = prepare_corpus(state, accelerator, job.settings, job.place, job.origin, job.progress)
+        labels = prepare_corpus(state, accelerator, job.settings, job.place, job.origin, job.progress)
         before = state.remember(
-            BEFORE.format(measurement_key(config)), lambda: _measurement(_measure(job, job.folder, label)).as_dict()
+            BEFORE.format(measurement_key(config)), lambda: _measurement(_measure(job, job.folder, labels)).as_dict()
         )
         with phases.phase("heal"):
             run, best = _train(job, state)
@@ -108,7 +108,8 @@ def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
             with output.Writer(real_out, {"heal": job.report.checksums}) as writer:
                 write_weights(writer, job.folder, job.shards, best)
                 job.report.write(writer.folder)  # names the evaluation's text and windows
-                after = _measurement(_measure(job, writer.folder, label))
+                after = _measurement(_measure(job, writer.folder, labels))
+                label = text_label(job.settings, labels)
                 record = run_record(job.settings, job.origin, label, run, accelerator)
                 result = healed_report(job.report, record, Measurement.model_validate(before), after, phases)
                 _finish(result, writer, accelerator.device)
@@ -182,8 +183,8 @@ def _open(config: HealConfig, accelerator: Accelerator, progress: Progress) -> _
     return _Job(config, settings, accelerator, progress, folder, report, origin, out)
 
 
-def _measure(job: _Job, folder: Path, label: str) -> Evaluation:
-    """Evaluate a model against the original; `label` is that of the text that is trained on."""
+def _measure(job: _Job, folder: Path, labels: list[str]) -> Evaluation:
+    """Evaluate a model against the original; `labels` are those of the texts that are trained on."""
     config = job.config
     probes = ProbeSettings(
         passkey=config.passkey or config.passkey_length is not None, passkey_length=config.passkey_length
@@ -193,8 +194,8 @@ def _measure(job: _Job, folder: Path, label: str) -> Evaluation:
         str(folder), job.origin, text=config.eval, windows=config.eval_windows, length=config.eval_length,
         device=device, probes=probes, progress=Progress(quiet=True),
     )  # fmt: skip
-    if measured.text == label:
-        raise UsageError(f"{label} is the text to train on: give another text as --eval, or to train on")
+    if measured.text in labels:
+        raise UsageError(f"{measured.text} is a text to train on: give another text as --eval, or to train on")
     job.progress.note(f"perplexity ×{measured.ratio.value:.4f}, KL {measured.kl.value:.4f} on {measured.text}")
     return measured
 

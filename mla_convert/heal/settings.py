@@ -31,12 +31,12 @@ class HealSettings(BaseModel):
         metavar="TOKENS",
         ge=1,
     )
-    data: str | None = option(
-        "Text to train on: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT, which is streamed. Its end is held "
-        "out.",
+    data: str | list[str] | None = option(
+        "Text to train on: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT, which is streamed. Give several, "
+        "with weights, to cover everything that the model is for. The end of each is held out.",
         panel=TEXT,
-        unset="WikiText-2 from the Hub, or the packaged text if the Hub cannot be reached",
-        metavar="TEXT",
+        unset="packaged texts of several kinds",
+        metavar="TEXT[=WEIGHT]",
     )
     joined: bool = option("Rows of the data are parts of one text, not documents.", False, panel=TEXT)
     length: Lengths | None = option(

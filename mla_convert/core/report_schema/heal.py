@@ -12,10 +12,11 @@ from mla_convert.core.report_schema.probes import ProbesSection
 
 
 class CurvePoint(Section):
-    """Held-out KL divergence in nats after `tokens` tokens of training."""
+    """Held-out KL divergence in nats after `tokens` tokens of training; `kinds`: by the kind of text, where there are several."""
 
     tokens: Amount
     kl: Measured = math.nan
+    kinds: dict[str, Measured] | None = None
 
 
 class HealingSettings(Section):
