@@ -114,7 +114,7 @@ def evaluate(config: ConvertConfig) -> dict:
         losses = streamed.scores(layerwise, windows.measured, originals[1].data, compressed[1].data)
     return to_json({
         "cache": cache_section(plan, source.dtype.itemsize, source.sliding_windows),
-        "evaluation": measure.perplexity_section(windows, losses), "calibration": {"protocol": windows.calib_protocol},
+        "evaluation": measure.perplexity_section(windows, losses), "calibration": {"protocol": windows.calib_protocol()},
         "phases": phases.results, "device": environment.device_name(device), "versions": environment.versions(),
         "seconds": round(time.perf_counter() - began, 2),
     })  # fmt: skip

@@ -138,7 +138,7 @@ class Settings(BaseModel):
         "Fraction of the calibration windows that the original model generates. The whole original must then fit on the "
         "device.",
         panel=TEXT,
-        unset="0.5 on a GPU with memory for eight copies of it, else 0",
+        unset="0.5, or more where the texts are short, on a GPU with memory for eight copies of it; else 0",
         ge=0,
         le=1,
     )
@@ -182,13 +182,16 @@ class Settings(BaseModel):
         ge=1,
     )
     block_steps: int | None = option(
-        "Gradient steps per block.", panel=REFINE, unset="--refine-steps for every 125 calibration windows", ge=0
+        "Gradient steps per block.",
+        panel=REFINE,
+        unset="--refine-steps for every 125 calibration windows, of wide models fewer",
+        ge=0,
     )
     block_lr: float = option("Learning rate for blocks, as --refine-lr.", 0.009, panel=REFINE, gt=0, le=1)
     output_steps: int | None = option(
         "Extra steps of the last layers, towards the original's next-token distribution.",
         panel=REFINE,
-        unset="a quarter of a block's (CPU: 0)",
+        unset="half of a block's (CPU: 0)",
         ge=0,
     )
     output_layers: int | None = option(
@@ -203,11 +206,11 @@ class Settings(BaseModel):
         metavar="TOKENS",
         ge=1,
     )
-    heal_data: str | None = option(
-        "Text for healing, named as for --calib.",
+    heal_data: str | list[str] | None = option(
+        "Text for healing, as for --calib; give several, with weights.",
         panel=HEAL,
-        unset="the calibration text if one is given, else WikiText-2",
-        metavar="TEXT",
+        unset="the calibration text",
+        metavar="TEXT[=WEIGHT]",
     )
     heal_length: Lengths | None = option(
         "Tokens in a window of healing, or a mix of lengths: 1024:0.75,8192:0.25.",

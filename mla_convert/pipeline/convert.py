@@ -94,7 +94,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Report:
         layerwise, tokenizer = LayerwiseModel(source, device), source.tokenizer()
     with phases.phase("text"):
         text = prepare_text(resolved, tokenizer)
-    resolved = resolved.for_windows(*text.windows.calib.shape)
+    resolved = resolved.for_texts(*text.windows.calib.shape)
     notes = collect_notes(source, text, progress)
 
     # A link is written through, not replaced.
@@ -135,7 +135,7 @@ def prepare_text(resolved: ResolvedConversion, tokenizer: Any) -> PreparedText:
     """
     settings, model, hidden = resolved.settings, resolved.reach, resolved.source.shape.hidden_size
     check_conversion(settings, model.longest)
-    windows = texts.load_windows(settings, tokenizer, resolved.on_gpu, model, hidden)
+    windows = texts.load_windows(settings, tokenizer, resolved.on_gpu, model, hidden, resolved.self_generated)
     suite = None
     if windows.evaluated:
         suite = suite_of(tokenizer, settings.suite_windows, resolved.on_gpu, windows.evaluation)
@@ -183,7 +183,7 @@ def run_layers(
     settings, source, windows = resolved.settings, resolved.source, text.windows
     with phases.phase("write text"):
         calib = self_generated.mixed(
-            windows.calib, resolved.self_generated, source, tokenizer, resolved.device, settings.seed
+            windows.calib, resolved.generated, source, tokenizer, resolved.device, settings.seed
         )
     with phases.phase("embed"):
         suite_windows = text.suite.windows if text.suite else None
@@ -239,7 +239,7 @@ def make_report(resolved: ResolvedConversion, text: PreparedText, converted: Con
         evaluation=converted.evaluation,
         calibration=CalibrationSection(
             text=windows.calib_text,
-            protocol=windows.calib_protocol,
+            protocol=windows.calib_protocol(resolved.generated),
             noise=settings.calib_noise,
             self_written=resolved.self_generated,
             windows=windows.calib_counts,

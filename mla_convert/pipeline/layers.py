@@ -26,7 +26,7 @@ from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
 from mla_convert.method.refine.block import LayerPair, Stage, StageResult, refine_jointly
-from mla_convert.method.refine.schedule import groups, output_lr
+from mla_convert.method.refine.schedule import OUTPUT_EVALUATIONS, groups, output_lr
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.write.writer import Writer
 
@@ -314,7 +314,8 @@ class LayerConverter:
         """Refine the last layers towards the source's next-token distribution; its part of their report entries."""
         clock = StepClock(self.layerwise.device)
         with StreamedHead(self.layerwise).divergence() as divergence:
-            stage = Stage("output", self.refine.output_steps, output_lr(self.refine, len(layers)), divergence)
+            rate = output_lr(self.refine, len(layers))
+            stage = Stage("output", self.refine.output_steps, rate, divergence, OUTPUT_EVALUATIONS)
             relative = self._relative_error(layers[-1].index, streams.calib_original)
             result = self._refine_jointly(stage, layers, streams, relative)
         clock.record(stage.name)

@@ -61,7 +61,7 @@ def _settings(
     settings |= resolved.chosen | {
         "rank": resolved.plan.rank,
         "rope_dim": resolved.plan.rope_dim,
-        "calib_samples": windows.calib.shape[0],
+        "calib_samples": resolved.calibration[0],
         "calib_length": windows.calib.shape[1],
         "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,
         "suite_windows": report.measured.suite.windows if report.measured and report.measured.suite else 0,
@@ -69,18 +69,19 @@ def _settings(
     optional = {"engine", "held_out", *(key for key in settings if key.startswith("heal_"))}
     settings = {key: value for key, value in settings.items() if key not in optional or value is not None}
     local: list[tuple[str, str]] = []
-    names = []
-    for part in mixture.parts(config.calib):
-        name, is_file = repeatable(part.spec, "", "calibration")
-        names.append(str(replace(part, spec=name)))
-        if is_file:
-            local.append(("--calib", name))
-    settings["calib"] = names[0] if len(names) == 1 else names
+    for key, given in (("calib", config.calib), ("heal_data", config.heal_data)):
+        if key == "heal_data" and not given:
+            continue
+        names = []
+        for part in mixture.parts(given):
+            name, is_file = repeatable(part.spec, "", "calibration")
+            names.append(str(replace(part, spec=name)))
+            if is_file:
+                local.append((f"--{key.replace('_', '-')}", name))
+        settings[key] = names[0] if len(names) == 1 else names
     texts = [("eval", windows.eval_text, "evaluation")]
     if config.held_out:
         texts.append(("held_out", windows.held_out_text or "", "held-out"))
-    if config.heal_data:
-        texts.append(("heal_data", "", "calibration"))
     for key, label, purpose in texts:
         settings[key], is_file = repeatable(getattr(config, key), label, purpose)
         if is_file:
