@@ -36,7 +36,6 @@ COMPILE_FROM = 4_000_000  # tokens on a GPU: compiling takes half a minute, and 
 SPIKE, RECENT, SPIKES = 3.0, 50, 5
 AGREE_EVERY = 16  # steps between agreements of all processes on whether a checkpoint is due
 NOTE_SECONDS = 10  # between lines of progress
-LEAST_LOSS = 1e-12  # a loss at the start that others are divided by, of a model that equals its original
 
 
 @dataclass
@@ -46,8 +45,7 @@ class Run:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    start: dict[str, float] = field(default_factory=dict)  # held-out loss of the start, by the kind of text
-    best: float = math.inf  # held-out loss of the best state, as in `Trainer.held_out`
+    best: float = math.inf  # held-out loss of the best state, on the kind of text where it is largest
     best_tokens: int = 0
     lowest: float = math.inf  # held-out loss, the start not counted
     patience_used: int = 0  # evaluations since `lowest`
@@ -294,18 +292,15 @@ class Trainer:
         """Measure on the held-out windows, over all processes.
 
         Returns:
-            `loss`, that of the kind of text which gained least, over its loss at the start; KL (nats a token), perplexity
-            and its ratio to the original's, over all kinds; the KL of each kind, if there are several.
+            `loss` on the kind of text where it is largest; KL (nats a token), perplexity and its ratio to the original's, over
+            all kinds; the KL of each kind, if there are several.
         """
         sums = {kind: self._sums(begins) for kind, begins in self._held_out.items()}
-        losses = {kind: float(each[0] / each[5]) for kind, each in sums.items()}
-        self.run.start = self.run.start or losses
         _, kl, ce, ce_original, labels, tokens = torch.stack([*sums.values()]).sum(0).tolist()
         kinds = {kind: round(float(each[1] / each[5]), 6) for kind, each in sums.items()}
         ce, ce_original = ce / labels, ce_original / labels
-        relative = torch.tensor([loss / max(self.run.start[kind], LEAST_LOSS) for kind, loss in losses.items()])
         return {
-            "loss": float(relative.max()),  # NaN if one is
+            "loss": float(torch.stack([each[0] / each[5] for each in sums.values()]).max()),  # NaN if one is
             "kl": round(kl / tokens, 6),
             "perplexity": round(math.exp(min(ce, 700.0)), 4),
             "ratio": round(math.exp(min(ce - ce_original, 700.0)), 5),
