@@ -98,8 +98,10 @@ class Progress:
         if self._bars:
             ended = self._layer == self._layers
             done = self._bars.tasks[0].total if ended else self._layer * (self._steps + 1)
+            # A bar names the layer that is being worked on, not the one that has ended.
             text = f"{self._label} {min(self._layer + 1, self._layers)}/{self._layers}"
             self._bars.update(self._task, completed=done, description=text)
+        # A log gets a line every ten seconds, and a last one where there is an error to show.
         due = time.perf_counter() - self._shown > 10 or (words and self._layer == self._layers)
         if self.verbose or (due and not self._bars):
             self._shown = time.perf_counter()
