@@ -80,6 +80,7 @@ def generate_text(
     count = math.ceil(settings.written_tokens(limit) / length)
     first = self_generated.first_token(tokenizer, original.config.vocab_size)
     progress.note(f"the original generates {count:,} texts of {length} tokens")
+    # The first token of a text is given, not generated.
     progress.begin("generate", count * (length - 1))
     try:
         rows = self_generated.varied_texts(original, tokenizer, count, length - 1, settings.seed, progress.advance)

@@ -75,6 +75,7 @@ def healed_report(
             "evaluation": evaluation,
             "probes": after.probes,
             "phases": {**report.phases, **{name: PhaseEntry(**entry) for name, entry in phases.results.items()}},
+            # A model that is healed again already has these notes.
             "notes": [*(note for note in report.notes or [] if note not in notes), *notes],
             "heal": record,
         }
