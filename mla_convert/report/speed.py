@@ -61,6 +61,7 @@ def ratios(result: BenchResult) -> Iterator[str]:
     """Tokens per second of the first model over the second's, at the contexts and batches that both have."""
     if len(result.models) != 2:
         return
+    # The largest batches of two models differ in size: they meet under one name.
     first, second = (
         {(p.context, "the largest batch" if p.largest else f"batch {p.batch}"): p for p in model.points}
         for model in result.models
