@@ -84,6 +84,7 @@ def run_export(
     """
     from mla_convert.publish.engines.padding import parse_pad
 
+    # Options are checked before torch is imported.
     padding = parse_pad(pad)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype {dtype!r} is none of auto, float32, bfloat16")
