@@ -47,6 +47,7 @@ def page(measure: Callable[[Family], Measured]) -> str:
 
 def measure_by_conversion(family: Family) -> Measured:
     """Convert every variant of a family at full rank, at half and at a quarter of its cache."""
+    # The tiny models are those of the tests, which are no package.
     sys.path.insert(0, str(ROOT / "tests"))
     import pico
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(<!-- table (?P<name>[\w.-]+\.csv)(?:: (?P<columns>.+?))? -->\n).*?(<!-- /table -->)", re.DOTALL)
 CAPTION = ("model", "text", "machine", "version")
+# A column of these is aligned right: numbers with a sign, a unit or a share, dashes and empty cells.
 NUMERIC = re.compile(r"[−×±-]?[\d.,]+(?:[%kM×]| \(\d+%\))?|–|")
 
 
