@@ -1,4 +1,4 @@
-"""Loss of the low rank alone: one latent for keys and values, with RoPE kept. The upper reference of quality.py.
+"""Loss of the low rank alone, the upper reference of quality.py: one latent for keys and values, with RoPE kept.
 
 Keys are restored from the latent before they are rotated, so RoPE is not decoupled and loses nothing. The latent has to be
 expanded for every cached token: the scheme cannot be absorbed, and no checkpoint is written. The latent minimises the expected

@@ -121,6 +121,7 @@ class Phases:
         finally:
             done.set()
             watcher.join()
+            # A phase may be shorter than the interval between two samples.
             peak[0] = max(peak[0], self._process.memory_info().rss)
             result = {
                 "seconds": round(time.perf_counter() - start, 2),

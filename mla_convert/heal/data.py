@@ -158,14 +158,13 @@ def _tokens(
 def add_generated(folder: Path, ids: np.ndarray) -> None:
     """Put self-generated text before the texts that `make_corpus` wrote, as one document.
 
-    Texts that follow one another in a window see each other: for a distillation any context is as good, and windows of
-    one document need no mask.
-
     Args:
         folder: of the corpus.
         ids: token ids (N,).
     """
     corpus = open_corpus(folder)
+    # One start for all generated texts, which then see each other: for a distillation any context is as good, and
+    # windows of one document need no mask.
     starts = np.concatenate([[0], corpus.starts + len(ids)]).astype(np.int64)
     every = np.concatenate([ids.astype(np.int32), corpus.ids])
     save_corpus(folder, every, starts, corpus.generated + len(ids), corpus.held)
@@ -305,7 +304,7 @@ def noised(batch: Batch, fraction: float, vocabulary: Tensor, keys: list[tuple[i
     """Replace tokens of some windows by random ones.
 
     As in calibration (`tokens.noised`), contexts that no text contains keep the model from specialising in the text at
-    hand. The first token of a window, the attention sink, stays; random tokens are no labels.
+    hand.
 
     Args:
         batch: windows of text.
@@ -318,8 +317,10 @@ def noised(batch: Batch, fraction: float, vocabulary: Tensor, keys: list[tuple[i
         if key is not None:
             draw = np.random.default_rng(key)
             chosen = torch.from_numpy(draw.random(ids.shape[1]) < fraction)
+            # The first token stays: it is the attention sink of the whole window.
             chosen[0] = False
             ids[row, chosen] = vocabulary[torch.from_numpy(draw.integers(0, len(vocabulary), int(chosen.sum())))]
+            # A random token cannot be predicted.
             labels[row, :-1][chosen[1:]] = IGNORED
     return Batch(ids, labels, batch.positions)
 
@@ -357,9 +358,7 @@ def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int 
 
 
 def evaluations(tokens: int, most: int) -> tuple[int, int]:
-    """Number and size of the held-out evaluations of a run.
-
-    All of them take about a twelfth of the run's time; a short run has fewer of them, rather than ones on few tokens.
+    """Number and size of the held-out evaluations of a run, which together take about a twelfth of its time.
 
     Args:
         tokens: that are trained on.
@@ -369,6 +368,7 @@ def evaluations(tokens: int, most: int) -> tuple[int, int]:
         The number of evaluations, and tokens in each.
     """
     budget = EVALUATED_FRACTION * tokens
+    # A short run has fewer evaluations, rather than ones on few tokens.
     count = min(most, max(EVALUATIONS_MIN, int(budget // EVALUATION_MIN)))
     return count, min(HELD_OUT_MAX, max(EVALUATION_MIN, round(budget / count)))
 

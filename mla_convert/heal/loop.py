@@ -255,12 +255,10 @@ class Trainer:
         return data.noised(batch, self.settings.noise, self._vocabulary, keys)
 
     def _cut(self, begins: list[int], length: int) -> data.Batch:
-        """The batch of windows of the corpus, for training or held out.
-
-        The labels of self-generated text are samples of the original's prediction: their cross-entropy is a one-sample,
-        noisy estimate of what the KL computes over the whole vocabulary. Where both are minimised they have none.
-        """
+        """The batch of windows of the corpus, for training or held out."""
         batch = data.cut(self.corpus, begins, length)
+        # The labels of self-generated text are samples of the original's prediction: their cross-entropy is a one-sample,
+        # noisy estimate of what the KL computes over the whole vocabulary. Where both are minimised they have none.
         if self.settings.ce_weight and self.settings.kl_weight:
             batch.labels[torch.tensor(begins) < self.corpus.generated] = IGNORED
         return batch

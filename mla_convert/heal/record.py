@@ -1,4 +1,4 @@
-"""A healing run in the report."""
+"""Makes the report of a healed model, with the run in its section `heal`."""
 
 from __future__ import annotations
 

@@ -169,6 +169,7 @@ def _compare(model: Any) -> float:
     """The largest difference of a logit with and without a cache, relative to the logits' range."""
     config = model.config.get_text_config()
     room = getattr(config, "max_position_embeddings", None) or PROMPT + NEW
+    # A model's context has to hold the prompt and the generated tokens.
     length = max(2, min(PROMPT, room - NEW))
     ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""Greedy decoding through a model's own KV cache, one token at a time, as a converted model is served.
+"""Greedy continuations of two models, each through its own KV cache as it is served, and how far they agree.
 
 Nothing is sampled and the model's generation settings do not apply, so continuations of two models differ only by the models.
 """

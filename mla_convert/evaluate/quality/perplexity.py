@@ -214,12 +214,11 @@ def score(model: Readout, windows: Tensor, original: Readout | None = None, firs
 def cache_bytes(model: nn.Module, ids: Tensor) -> float:
     """Bytes per token in all layers of a DynamicCache after a forward pass over the first of `ids` (L,).
 
-    The pass reads fewer tokens than the smallest sliding window holds.
-
     Raises:
         InputError: the model keeps no keys and values.
     """
     window = getattr(model.config, "sliding_window", None) or CACHE_TOKENS + 1
+    # Fewer than the smallest sliding window holds, which would drop the others.
     tokens = max(1, min(len(ids), CACHE_TOKENS, window - 1))
     cache = DynamicCache(config=model.config)
     held, start = {}, ids[None, :tokens].to(model.device)

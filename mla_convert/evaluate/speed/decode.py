@@ -178,6 +178,7 @@ def decode_point(
     times, attention = step_times(model, cache, batch, context, steps)
     middle = statistics.median(times)
     rate = batch / middle * 1e3
+    # A step reads every weight and the whole cache once.
     moved = (read_bytes(model) + cache_bytes) / middle * 1e3
     return DecodeTiming(
         context=context,
