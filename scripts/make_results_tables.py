@@ -42,6 +42,7 @@ def caption(facts: dict[str, str]) -> str:
     """Conditions of a measurement as one paragraph and, if one is recorded, the command that repeats it."""
     words = " ".join(f"{name.capitalize()}: {facts[name]}." for name in CAPTION if name in facts)
     command = f"\n\n```sh\n{facts['command']}\n```" if "command" in facts else ""
+    # A fact may end with a full stop of its own.
     return f"*{words}*{command}\n".replace("..*", ".*")
 
 

@@ -13,6 +13,7 @@ from mla_convert.cli.terminal import is_verbose, silence_libraries
 from mla_convert.core.errors import UsageError
 from mla_convert.core.words import say
 
+# The class for the annotation alone: its module imports torch.
 if TYPE_CHECKING:
     from mla_convert.publish.engines.export import Export
 

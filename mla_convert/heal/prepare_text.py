@@ -57,6 +57,7 @@ def prepare_corpus(
                 settings.data, tokenizer, data.needed_tokens(settings.tokens), state.folder, settings.joined,
                 texts.reach(model_config(place), learned=False), window,
             )  # fmt: skip
+            # Before the original generates text for minutes.
             data.check_enough(data.open_corpus(state.folder), settings.mix(None))
             if settings.self_share:
                 data.add_generated(state.folder, generate_text(accelerator, settings, origin, tokenizer, progress))

@@ -59,6 +59,7 @@ class Greedy(Probe):
     tokens: Count
     prefix: Mean
     exact: Mean
+    # Earlier versions compared the continuations and did not describe them.
     before: Continuations | None = None
     after: Continuations | None = None
 
