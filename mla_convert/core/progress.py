@@ -38,6 +38,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print one line."""
         if not self.quiet:
+            # Not wrapped, so that a line stays one line in a log.
             self.console.print(text, markup=False, soft_wrap=True)
 
     def start(self, layers: int, steps: int, label: str = "layer", extra_steps: int = 0) -> None:

@@ -35,6 +35,7 @@ def run_record(
 ) -> HealSection:
     """The run's part of the report's section `heal`. It names the text by its label: a report holds no paths."""
     step, micro = step_sizes(settings, settings.mix(None), accelerator.device.type == "cuda")
+    # With the sizes that were used where none were set.
     chosen = {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro}
     return HealSection(
         settings=HealingSettings(**chosen),

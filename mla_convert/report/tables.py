@@ -65,6 +65,7 @@ def print_summary(report: Report, console: Console) -> None:
     else:
         if evaluation.suite:
             console.print(kinds_table(evaluation.suite).rich())
+        # A single window has no standard error, and then there is no sign to explain.
         spread = "; ± is one standard error over windows" if "±" in format.ratio(evaluation) else ""
         lines = [f"perplexity on {evaluation.text}: {evaluation.protocol}{spread}"]
         if held_out := evaluation.held_out:
