@@ -141,6 +141,7 @@ def main() -> None:
 def _run() -> int | None:
     """Run the command, flush its output and return its exit code."""
     try:
+        # In standalone mode the parser would print errors in several lines and exit by itself.
         code = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -24,6 +24,7 @@ def open_converted(config: HealConfig) -> tuple[Path, Report]:
     Raises:
         InputError: it is no converted model, or holds files that healing in place would delete.
     """
+    # Through links, so that an --out that names this folder in another way is known to be in place.
     folder = Path(os.path.realpath(expanded(config.folder)))
     if not folder.is_dir():
         raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
@@ -45,6 +46,7 @@ def find_teacher(config: HealConfig, report: Report) -> SourceLocation:
     origin = find_model(config.teacher, config.teacher_revision) if config.teacher else find_original(report)
     if origin is None:
         raise UsageError("the original is not where the report says: give --teacher")
+    # A converted model in the original's place would pass on its own losses.
     if is_converted(model_config(origin)):
         raise InputError(f"{origin.label} is a converted model: --teacher is for the original")
     return origin
@@ -56,6 +58,8 @@ def check_apart(trained: str | list[str] | None, measured: str | None) -> None:
     Raises:
         UsageError: `measured` is one of the texts in `trained`.
     """
+    # Names alone are compared here. Labels, which also tell the same text under another name, are known once it is read
+    # (`run._measure`).
     if measured in (part.spec for part in mixture.parts(trained, "training")):
         raise UsageError(f"{measured} is the text to train on: give another text as --eval, or to train on")
 
@@ -74,6 +78,8 @@ def with_length(settings: HealSettings, limit: int | None) -> HealSettings:
     longest = max(length for length, _ in mix)
     if limit and longest > limit:
         raise UsageError(f"windows of {longest} tokens are longer than the model's context of {limit}: lower --length")
+    # Spelled out, because later readers (`settings.mix(None)`, the checkpoint's identity, the report) do not know the
+    # model's limit.
     words = ",".join(f"{length}:{fraction:g}" for length, fraction in mix) if len(mix) > 1 else str(longest)
     return settings.model_copy(update={"length": words})
 

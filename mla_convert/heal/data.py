@@ -118,6 +118,7 @@ def make_corpus(
         held.append((label, len(ids) - cut, own_starts[own_starts >= cut] - cut))
         trained.append(ids[:cut])
         ends.append(ids[cut:])
+    # The held-out ends come last, so that one offset, `train_end`, keeps all of them out of training.
     offset = sum(map(len, trained))
     for _, tokens, own_starts in held:
         starts.append(offset + own_starts)
@@ -157,14 +158,13 @@ def _tokens(
 def add_generated(folder: Path, ids: np.ndarray) -> None:
     """Put self-generated text before the texts that `make_corpus` wrote, as one document.
 
-    Texts that follow one another in a window see each other: for a distillation any context is as good, and windows of
-    one document need no mask.
-
     Args:
         folder: of the corpus.
         ids: token ids (N,).
     """
     corpus = open_corpus(folder)
+    # One start for all generated texts, which then see each other: for a distillation any context is as good, and
+    # windows of one document need no mask.
     starts = np.concatenate([[0], corpus.starts + len(ids)]).astype(np.int64)
     every = np.concatenate([ids.astype(np.int32), corpus.ids])
     save_corpus(folder, every, starts, corpus.generated + len(ids), corpus.held)
@@ -240,6 +240,8 @@ def pieces(document: str) -> list[str]:
     while start < len(document):
         stop = min(start + PIECE, len(document))
         if stop < len(document):
+            # A line end seldom lies inside a token, so a cut there changes few tokens. It is looked for in the second
+            # half alone, so that no piece is short.
             stop = document.rfind("\n", start + PIECE // 2, stop) + 1 or stop
         parts.append(document[start:stop])
         start = stop
@@ -252,6 +254,7 @@ def _thinned(documents: list[str], most: int) -> list[str]:
     if characters <= 2 * CHARACTERS * most:
         return documents
     parts = [piece for document in documents for piece in pieces(document)]
+    # Twice what the guess asks for, which is enough for texts with up to twice as many characters in a token.
     count = max(1, -(-len(parts) * 2 * CHARACTERS * most // characters))
     return [parts[index * len(parts) // count] for index in range(min(count, len(parts)))]
 
@@ -287,11 +290,13 @@ def cut(corpus: Corpus, begins: list[int], length: int) -> Batch:
     positions = np.broadcast_to(np.arange(length), ids.shape).copy()
     packed = False
     for row, begin in enumerate(begins):
+        # A document that begins with the window has nothing before it to be kept apart from.
         first, last = np.searchsorted(corpus.starts, [begin + 1, begin + length])
         for start in corpus.starts[first:last] - begin:
             packed = True
             labels[row, start - 1] = IGNORED
             positions[row, start:] = np.arange(length - start)
+    # Windows of one document run without a mask and can be captured in a CUDA graph: their positions are left out.
     return Batch(*map(torch.from_numpy, (ids, labels)), torch.from_numpy(positions) if packed else None)
 
 
@@ -299,7 +304,7 @@ def noised(batch: Batch, fraction: float, vocabulary: Tensor, keys: list[tuple[i
     """Replace tokens of some windows by random ones.
 
     As in calibration (`tokens.noised`), contexts that no text contains keep the model from specialising in the text at
-    hand. The first token of a window, the attention sink, stays; random tokens are no labels.
+    hand.
 
     Args:
         batch: windows of text.
@@ -312,8 +317,10 @@ def noised(batch: Batch, fraction: float, vocabulary: Tensor, keys: list[tuple[i
         if key is not None:
             draw = np.random.default_rng(key)
             chosen = torch.from_numpy(draw.random(ids.shape[1]) < fraction)
+            # The first token stays: it is the attention sink of the whole window.
             chosen[0] = False
             ids[row, chosen] = vocabulary[torch.from_numpy(draw.integers(0, len(vocabulary), int(chosen.sum())))]
+            # A random token cannot be predicted.
             labels[row, :-1][chosen[1:]] = IGNORED
     return Batch(ids, labels, batch.positions)
 
@@ -336,6 +343,8 @@ def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int 
             f"the text has {len(corpus.ids) - corpus.generated} tokens, too few to heal on: give more text"
         )
     given = [part for part in corpus.held_out_ranges() if part[2] - part[1] >= length]
+    # An equal part for every given text, whatever its weight in training: the kept state is the best on the kind whose
+    # loss is largest.
     parts = [(*part, (1 - self_fraction) / len(given)) for part in given]
     if self_fraction:
         parts.append((OWN_KIND, corpus.generated_end, corpus.generated, self_fraction))
@@ -349,9 +358,7 @@ def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int 
 
 
 def evaluations(tokens: int, most: int) -> tuple[int, int]:
-    """Number and size of the held-out evaluations of a run.
-
-    All of them take about a twelfth of the run's time; a short run has fewer of them, rather than ones on few tokens.
+    """Number and size of the held-out evaluations of a run, which together take about a twelfth of its time.
 
     Args:
         tokens: that are trained on.
@@ -361,6 +368,7 @@ def evaluations(tokens: int, most: int) -> tuple[int, int]:
         The number of evaluations, and tokens in each.
     """
     budget = EVALUATED_FRACTION * tokens
+    # A short run has fewer evaluations, rather than ones on few tokens.
     count = min(most, max(EVALUATIONS_MIN, int(budget // EVALUATION_MIN)))
     return count, min(HELD_OUT_MAX, max(EVALUATION_MIN, round(budget / count)))
 
@@ -387,4 +395,5 @@ def check_enough(corpus: Corpus, mix: tuple[tuple[int, float], ...]) -> None:
                 f"the text has {train} tokens to train on, fewer than one window of {length}: give more text, "
                 f"or lower --length"
             )
+    # Called for its error, which is raised where no held-out window fits.
     held_out(corpus, mix[0][0])

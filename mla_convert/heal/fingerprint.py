@@ -65,6 +65,8 @@ def run_identity(
     accelerator: Accelerator, settings: HealSettings, folder: Path, origin: SourceLocation
 ) -> dict[str, Any]:
     """Everything that a checkpoint must agree on; not how often one is written, or the size of a forward pass."""
+    # Device and libraries count too: a resumed run has to give the bytes of an uninterrupted one, and other kernels
+    # round in another way.
     same = settings.model_dump(exclude={"checkpoint_minutes", "micro_tokens", "patience"})
     return {"settings": same, "converted": content_of(folder),
             "original": [origin.label, origin.revision, content_of(origin.folder, origin.gguf)],

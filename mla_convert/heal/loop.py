@@ -26,6 +26,7 @@ from mla_convert.method.refine.relative_adam import BestState, RelativeAdam, set
 from mla_convert.modeling.loss_terms import IGNORED
 
 # Peak learning rates by the parameters that are trained: relative to each one's root mean square, absolute for adapters.
+# docs/research/healing.md has the rates that were tried; that of adapters has not been measured.
 RATES = {"attention": 0.004, "all": 0.001, "lora": 1e-3}
 BETAS = (0.9, 0.95)
 # Steps of warm-up, as a fraction of all and at most; learning rate at the end, as a fraction of the peak.
@@ -254,12 +255,10 @@ class Trainer:
         return data.noised(batch, self.settings.noise, self._vocabulary, keys)
 
     def _cut(self, begins: list[int], length: int) -> data.Batch:
-        """The batch of windows of the corpus, for training or held out.
-
-        The labels of self-generated text are samples of the original's prediction: their cross-entropy is a one-sample,
-        noisy estimate of what the KL computes over the whole vocabulary. Where both are minimised they have none.
-        """
+        """The batch of windows of the corpus, for training or held out."""
         batch = data.cut(self.corpus, begins, length)
+        # The labels of self-generated text are samples of the original's prediction: their cross-entropy is a one-sample,
+        # noisy estimate of what the KL computes over the whole vocabulary. Where both are minimised they have none.
         if self.settings.ce_weight and self.settings.kl_weight:
             batch.labels[torch.tensor(begins) < self.corpus.generated] = IGNORED
         return batch

@@ -57,6 +57,7 @@ def prepare_corpus(
                 settings.data, tokenizer, data.needed_tokens(settings.tokens), state.folder, settings.joined,
                 texts.reach(model_config(place), learned=False), window,
             )  # fmt: skip
+            # Before the original generates text for minutes.
             data.check_enough(data.open_corpus(state.folder), settings.mix(None))
             if settings.self_share:
                 data.add_generated(state.folder, generate_text(accelerator, settings, origin, tokenizer, progress))
@@ -80,6 +81,7 @@ def generate_text(
     count = math.ceil(settings.written_tokens(limit) / length)
     first = self_generated.first_token(tokenizer, original.config.vocab_size)
     progress.note(f"the original generates {count:,} texts of {length} tokens")
+    # The first token of a text is given, not generated.
     progress.begin("generate", count * (length - 1))
     try:
         rows = self_generated.varied_texts(original, tokenizer, count, length - 1, settings.seed, progress.advance)

@@ -1,4 +1,4 @@
-"""A healing run in the report."""
+"""Makes the report of a healed model, with the run in its section `heal`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def run_record(
 ) -> HealSection:
     """The run's part of the report's section `heal`. It names the text by its label: a report holds no paths."""
     step, micro = step_sizes(settings, settings.mix(None), accelerator.device.type == "cuda")
+    # With the sizes that were used where none were set.
     chosen = {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro}
     return HealSection(
         settings=HealingSettings(**chosen),
@@ -75,6 +76,7 @@ def healed_report(
             "evaluation": evaluation,
             "probes": after.probes,
             "phases": {**report.phases, **{name: PhaseEntry(**entry) for name, entry in phases.results.items()}},
+            # A model that is healed again already has these notes.
             "notes": [*(note for note in report.notes or [] if note not in notes), *notes],
             "heal": record,
         }

@@ -88,6 +88,7 @@ def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
     phases = runtime.Phases(accelerator.device)
     job = _open(config, accelerator, (progress or Progress()) if main else Progress(quiet=True))
     result = None
+    # Only the main process compares it, and the hashes of all weights take long.
     identity = run_identity(accelerator, job.settings, job.folder, job.origin) if main else {}
     real_out = Path(os.path.realpath(job.out))
     with StateFolder(state_folder(real_out), identity, accelerator, job.progress.note) as state:
@@ -97,6 +98,7 @@ def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
         )
         with phases.phase("heal"):
             run, best = _train(job, state)
+        # The state goes too: from it the same command would come to the same error.
         if best is None:
             state.remove()
             why = f" ({run.stopped})" if run.stopped else ""
@@ -155,6 +157,7 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
 def _accelerator(config: HealConfig) -> Accelerator:
     device = runtime.pick_device(config.device)
     if device.type == "cuda" and device.index is not None:
+        # accelerate runs on the current device and takes no index.
         torch.cuda.set_device(device)
     on_gpu = device.type == "cuda"
     return Accelerator(
@@ -162,6 +165,8 @@ def _accelerator(config: HealConfig) -> Accelerator:
         mixed_precision="bf16" if on_gpu else "no",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # one process measures and writes, the others wait
+            # Buffers are tables that no step changes, so they need not be sent; views of the buckets save a copy of all
+            # gradients.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -212,6 +217,7 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
     torch.manual_seed(settings.seed)  # adapters start at random
     on_gpu, host = accelerator.device.type == "cuda", torch.device("cpu")
     frozen = torch.bfloat16 if on_gpu else torch.float32
+    # Both on the host: the device has to hold them only after their weights are cast and, where equal, shared.
     student = load_model(job.place, "auto" if settings.train != "all" else torch.float32, host)
     pair = TeacherStudent.build(student, load_model(job.origin, frozen, host), settings, frozen)
     pair.place(accelerator.device)
@@ -228,6 +234,7 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
 def _finish(result: Report, writer: output.Writer, device: torch.device) -> None:
     """Complete the report, try the model that was written, and give the folder its name."""
     result.checksums = writer.checksums()
+    # Before the self-check, which tries the folder as it is published.
     for name, content in outdated(writer.folder).items():
         write_file(writer.folder / name, content)
     result.self_check = SelfCheckSection(**self_check(writer.folder, device))

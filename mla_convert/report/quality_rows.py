@@ -36,6 +36,7 @@ CONTINUATIONS = (("tokens until the end", 1, "length"), ("repeated", 3, "repeate
 
 def kinds_table(suite: SuiteSection) -> Table:
     """Every kind of text, the worst first; without an original only the model's perplexity has values."""
+    # A ratio that is not finite is worse than any number.
     order = sorted(suite.kinds.items(), key=lambda item: -item[1].ratio if math.isfinite(item[1].ratio) else -math.inf)
     return Table(KIND_COLUMNS, [_kind_row(name, entry) for name, entry in order])
 
@@ -180,6 +181,7 @@ def heal_table(before: Measurement, after: Measurement, title: str = "") -> Tabl
     sides = (before, after)
     rows: list[Row] = [("perplexity over the original's", *(_ratio(side) for side in sides))]
     for words, form, read in SUITE_ROWS:
+        # Models that earlier versions converted have no suite.
         values = [read(suite) if suite else None for suite in map(_suite, sides)]
         if any(value is not None for value in values):
             rows.append((words, *(form.format(format.number(value, 4)) for value in values)))

@@ -96,6 +96,7 @@ class Writer:
         self.folder = out.parent / f".{out.name}.partial"
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._lock = FileLock(lock_file(out))
+        # A failed run removes the parents that it made, and no others.
         self._new_parents = [path for path in out.absolute().parents if not path.exists()]
         self.finished: dict[str, dict[str, Any]] = {}
 
@@ -105,6 +106,7 @@ class Writer:
             with on_disk("the output", self.out.parent):
                 self._open()
         except BaseException:
+            # `__exit__` is not called after an error here.
             self._close(keep=False, failed=True)
             raise
         return self
@@ -117,6 +119,7 @@ class Writer:
             raise ResourceError(
                 f"another conversion is writing {self.out}: wait for it, or choose another --out"
             ) from None
+        # Under the lock, which revisions take as well, these leftovers can only be those of a killed run.
         recover(self.out)
         remove(staging_folder(self.out))
         self.finished = self._resume()
@@ -124,6 +127,7 @@ class Writer:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         self._sweep()
+        # Written anew: the last line of a killed run may be cut off, and entries behind a damaged shard do not count.
         lines = [{"identity": self._identity}, *self.finished.values()]
         write_file(self.folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in lines))
 
@@ -137,6 +141,7 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the staging folder, unless an interrupted run can continue from it."""
+        # Only shards of layers have a note; what else is written takes little time to write again.
         layers = sum(bool(entry["note"]) for entry in self.finished.values())
         keep = isinstance(error, KeyboardInterrupt) and layers > 0
         if error is not None and keep:
@@ -168,6 +173,7 @@ class Writer:
         finished = {}
         for entry in lines[1:]:
             file = self.folder / entry["file"]
+            # Each layer was calibrated behind those before it, so nothing behind a damaged shard can be kept.
             if not file.is_file() or sha256(file) != entry["sha256"]:
                 break
             finished[entry["file"]] = entry
@@ -192,6 +198,7 @@ class Writer:
         """
         path = self.folder / file
         with self._disk(file):
+            # safetensors refuses tensors that are not contiguous.
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
             self._seal(path)
             entry = {
@@ -201,6 +208,7 @@ class Writer:
                 "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
                 "note": note or {},
             }
+            # Last: a line in the journal says that the shard is complete and on the disk.
             self._append(entry)
         self.finished[file] = entry
 
@@ -258,6 +266,7 @@ class Writer:
             ResourceError: the disk does not suffice.
         """
         with on_disk("the output", self.out.parent):
+            # SHA256SUMS lists every file, and the journal is no part of the output.
             (self.folder / JOURNAL).unlink()
             seal(self.folder, self.checksums())
             publish(self.folder, self.out)

@@ -31,6 +31,7 @@ class Measurement(Section):
     """Results of one model, as a report holds them."""
 
     evaluation: Evaluation
+    # `beyond` is the name in reports of schema 1.
     probes: ProbesSection | None = Field(
         None, validation_alias=AliasChoices("probes", "beyond"), serialization_alias="probes"
     )

@@ -59,6 +59,7 @@ class Greedy(Probe):
     tokens: Count
     prefix: Mean
     exact: Mean
+    # Earlier versions compared the continuations and did not describe them.
     before: Continuations | None = None
     after: Continuations | None = None
 
@@ -74,6 +75,7 @@ class PasskeyLength(Section):
     """Pass keys in prompts of `length` tokens, all depths together; `needles`: keys in a prompt, of which one is asked for."""
 
     length: Count
+    # Reports of earlier versions lack this entry: each of their prompts has one key.
     needles: Count = 1
     before: PasskeyMeans | None = None
     after: PasskeyMeans | None = None
@@ -124,6 +126,7 @@ class Metric(Section):
 class Task(Section):
     """A task or group of lm-evaluation-harness, as the harness reports it."""
 
+    # The harness chooses the types of these three, task by task.
     version: object = None
     shots: object = None
     examples: object = None

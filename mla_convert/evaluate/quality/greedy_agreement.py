@@ -1,4 +1,4 @@
-"""Greedy decoding through a model's own KV cache, one token at a time, as a converted model is served.
+"""Greedy continuations of two models, each through its own KV cache as it is served, and how far they agree.
 
 Nothing is sampled and the model's generation settings do not apply, so continuations of two models differ only by the models.
 """
@@ -35,6 +35,8 @@ class Decoder:
         self._model, self._cache = model, DynamicCache(config=model.config)
         # Logits of all positions of a long prompt can need more memory than the model.
         short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        # The last token goes alone, as every later one does: the first logits, too, are those of decoding through the
+        # cache.
         self._run(prompt[:-1], **short)
         self.logits = self.feed(prompt[-1])
 
@@ -86,6 +88,7 @@ def compare(
     """
     shares = []
     for reference, continuation in zip(original, model, strict=True):
+        # One of the two may have ended before the other.
         pairs = enumerate(zip(reference, continuation, strict=False))
         same = next((at for at, (first, second) in pairs if first != second), len(reference))
         shares.append(same / len(reference))

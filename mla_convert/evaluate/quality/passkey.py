@@ -88,6 +88,7 @@ def make_prompts(tokenizer: Any, lengths: list[int], seed: int) -> list[Prompt]:
         if room < 0:
             raise InputError(f"a context of {length} tokens is too short for a pass key: {length - room} are needed")
         sentences = _fill(filler, draw.randrange(len(filler)), room)
+        # From the end, so that the places of the others do not move.
         for at in sorted(needles, reverse=True):
             sentences.insert(round(at * len(sentences)), needles[at])
         prompts.append(Prompt(length, depth, [*start, *itertools.chain(*sentences), *asked], key, len(names)))

@@ -29,6 +29,7 @@ class FullLayer(DynamicLayer):
         super().__init__()
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        # By this name the fused write of a converted model finds its position on the device, as in a static cache.
         self.tokens_written = torch.tensor(keys.shape[2] - 1, device=keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -77,6 +78,7 @@ def held_bytes(device: torch.device, cache: Cache | None = None) -> int:
 def converted_config(original: PreTrainedConfig, rank: int, rope_dim: int) -> PreTrainedConfig:
     """Configuration of a conversion of the original to one rank and one number of rotary dimensions in all layers."""
     fields = original.to_dict()
+    # These name the original's class and origin.
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
     _, width, _ = cache_shapes(original)[0]
@@ -112,6 +114,7 @@ def random_model(
                 config._attn_implementation = "sdpa"
                 model = model_class(AutoModelForCausalLM._model_mapping[type(original)])(config)
                 for name, index in model.named_buffers():
+                    # A conversion gives every plane its frequency; the buffer begins with zeros.
                     if name.endswith("rope_freq_index"):
                         index.copy_(torch.arange(len(index)))
     finally:
