@@ -189,14 +189,14 @@ class Settings(BaseModel):
     block_steps: int | None = option(
         "Gradient steps per block.",
         panel=REFINE,
-        unset="--refine-steps for every 125 calibration windows, of wide models fewer",
+        unset="--refine-steps for every 125 calibration windows",
         ge=0,
     )
     block_lr: float = option("Learning rate for blocks, as --refine-lr.", 0.009, panel=REFINE, gt=0, le=1)
     output_steps: int | None = option(
         "Extra steps of the last layers, towards the original's next-token distribution.",
         panel=REFINE,
-        unset="half of a block's (CPU: 0)",
+        unset="a quarter of a block's (CPU: 0)",
         ge=0,
     )
     output_layers: int | None = option(

@@ -30,6 +30,7 @@ from mla_convert.heal.record import healed_report, run_record, text_label
 from mla_convert.heal.settings import HealConfig, HealSettings, conversion_healing
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import TeacherStudent
+from mla_convert.modeling.attention_backends import without_cudnn_attention
 from mla_convert.source.load_model import find_model, load_model, load_tokenizer, model_config
 from mla_convert.source.place import SourceLocation
 from mla_convert.source.tokens import ordinary_tokens
@@ -225,7 +226,8 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
         ordinary_tokens(load_tokenizer(job.place), model_config(job.place).vocab_size) if settings.noise else None
     )
     trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, job.progress, vocabulary)
-    run = trainer.train()
+    with without_cudnn_attention():
+        run = trainer.train()
     best = trainer.best
     accelerator.free_memory(trainer.model, trainer.optimizer)
     return run, best

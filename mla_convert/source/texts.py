@@ -24,7 +24,7 @@ SPLITS = {"calibration": "train", "evaluation": "test"}
 # Windows and tokens per window, by whether there is a GPU.
 CALIB_DEFAULT = {True: (2048, 1024), False: (32, 512)}
 # On a GPU, WIDTH_WINDOWS / hidden_size windows, at least LEAST_ON_GPU: their hidden states then have one size in memory.
-WIDTH_WINDOWS, LEAST_ON_GPU = 1 << 21, 256
+WIDTH_WINDOWS, LEAST_ON_GPU = 1 << 20, 256
 # Windows that suffice if the text has no more and no number was given.
 FEWEST = 32
 EVAL_LENGTH = 2048

@@ -426,6 +426,17 @@ def test_every_text_of_a_mixture_is_held_out(tmp_path):
     assert data.held_out(found, 32) == {"a.txt": [found.train_end], "b.txt": [found.train_end + 32]}
 
 
+def test_training_never_runs_attention_of_cudnn(small, tmp_path, monkeypatch):
+    """Its backward pass gives NaN on Hopper where all scores of a row are far below zero."""
+    enabled, step = [], loop.Trainer._step
+    monkeypatch.setattr(
+        loop.Trainer, "_step", lambda *given: (enabled.append(torch.backends.cuda.cudnn_sdp_enabled()), step(*given))[1]
+    )
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    heal(HealConfig(**{**small, "tokens": 4 * 512}, out=tmp_path / "out"), QUIET)
+    assert enabled and not any(enabled) and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_the_best_state_is_that_of_the_worst_kind(small, tmp_path):
     code = tmp_path / "code.txt"
     code.write_text("def f(x):\n    return x + 1\n" * 400)

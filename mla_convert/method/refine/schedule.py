@@ -14,13 +14,12 @@ from mla_convert.source.source import Source
 # Default block on a GPU: at most BLOCK_LAYERS layers and BLOCK_BYTES of activations, weights and optimizer state.
 BLOCK_LAYERS = 6
 BLOCK_BYTES = 6 << 30
-# Steps of a block = steps of a layer x (calibration windows / BLOCK_WINDOWS): more text has more to teach. Of a wide model,
-# whose steps take longer, no more than BLOCK_WIDTH / hidden_size windows count, and LEAST_WINDOWS at least.
-BLOCK_WINDOWS, BLOCK_WIDTH, LEAST_WINDOWS = 125, 1 << 20, 256
+# Steps of a block = steps of a layer x (calibration windows / BLOCK_WINDOWS): more text has more to teach.
+BLOCK_WINDOWS = 125
 # The last layers are then trained on KL(source || converted) of the next token, for 1 / OUTPUT_STEPS of a block's steps at
 # OUTPUT_RATE of its learning rate. On a GPU they are as many as fit into OUTPUT_MEMORY of its memory (of CARD_BYTES where
 # there is no GPU, for a dry run).
-OUTPUT_STEPS, OUTPUT_RATE, OUTPUT_MEMORY, CARD_BYTES = 2, 1 / 3, 1 / 4, 80 * 10**9
+OUTPUT_STEPS, OUTPUT_RATE, OUTPUT_MEMORY, CARD_BYTES = 4, 1 / 3, 1 / 4, 80 * 10**9
 # Held-out evaluations of these steps: on little text their KL rises again before they end.
 OUTPUT_EVALUATIONS = 8
 
@@ -65,8 +64,7 @@ def refine_settings(
     block = config.refine_block
     if block is None:
         block = max(1, min(BLOCK_LAYERS, BLOCK_BYTES // _layer_bytes(batch * length, hidden))) if cuda else 1
-    counted = min(windows, max(LEAST_WINDOWS, BLOCK_WIDTH // hidden))
-    block_steps = steps * counted // BLOCK_WINDOWS if config.block_steps is None else config.block_steps
+    block_steps = steps * windows // BLOCK_WINDOWS if config.block_steps is None else config.block_steps
     block_steps = block_steps if block > 1 else 0
     output_steps = config.output_steps
     if output_steps is None:  # on a CPU the head takes most of a small model's time
