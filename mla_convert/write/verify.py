@@ -131,7 +131,8 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
                 f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name
             )
     step = find_family(model.config.model_type.removeprefix(PREFIX)).freq_stride
-    return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=0)
+    own = (getattr(model.config, "rotary_dim", None) or 0) // 2  # GPT-J and CodeGen look sines up
+    return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=own)
 
 
 def _empty_model(folder: Path) -> PreTrainedModel:
