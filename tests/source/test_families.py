@@ -334,12 +334,12 @@ def test_page_of_one_family_keeps_the_others(monkeypatch, tmp_path):
     before = script.PAGE.read_text(encoding="utf-8")
     (tmp_path / "page.md").write_text(before, encoding="utf-8")
     monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(script, "measure_by_conversion", lambda family: script.Measured(1.25e-5, 0.123, 0.456))
+    monkeypatch.setattr(script, "measure_by_conversion", lambda family: script.Measured(2e-5, 0.12, 0.46))
     monkeypatch.setattr(sys, "argv", ["make_families_page.py", "--only", "opt"])
     script.main()
     changed = set(before.splitlines()) ^ set(script.PAGE.read_text(encoding="utf-8").splitlines())
     assert len(changed) == 2 and all(row.startswith("| `opt` |") for row in changed)
-    assert any(row.endswith("| 1.2e-05 | 12% | 46% |") for row in changed)
+    assert any(row.endswith("| 2.0e-05 | 12% | 46% |") for row in changed)
 
 
 def load_script(name):
