@@ -21,7 +21,7 @@ from mla_convert.heal.settings import HealSettings
 from mla_convert.method.refine.optimise import relative_error
 from mla_convert.modeling.attention_backends import CAUSAL, attention_backend
 from mla_convert.modeling.distillation import distillation_loss, distillation_loss_fn, divergence
-from mla_convert.modeling.head import Head
+from mla_convert.modeling.head import Head, decoder_name
 from mla_convert.modeling.loss_terms import LossWeights
 from mla_convert.modeling.modeling_mla import MlaAttention
 
@@ -232,7 +232,8 @@ class TeacherStudent(nn.Module):
     def _attending(self, length: int) -> contextlib.AbstractContextManager:
         """Attention for windows of one document: without masks, unless a sliding window is shorter than they are."""
         models = self.student, self.original
-        window = getattr(models[0].config.get_text_config(), "sliding_window", None)
+        config = models[0].config.get_text_config()
+        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         return contextlib.nullcontext() if window and length > window else attention_backend(CAUSAL, *models)
 
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -255,8 +256,8 @@ class TeacherStudent(nn.Module):
         with self._attending(ids.shape[1]) if positions is None else contextlib.nullcontext():
             # The original runs first, while no activations of the student are held.
             with torch.no_grad(), self._as_original():
-                target = self.original.base_model(**inputs)
-            output = self.student.base_model(**inputs)
+                target = getattr(self.original, decoder_name(self.original))(**inputs)
+            output = getattr(self.student, decoder_name(self.student))(**inputs)
         loss, sums = distillation_loss(
             output.last_hidden_state, target.last_hidden_state, labels, *self._heads, self._mix, self._compare
         )

@@ -71,11 +71,15 @@ def without_cudnn_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def attention_backend(name: str, *models: nn.Module) -> Iterator[None]:
-    """Switch models to the implementation `name` within the context, if all of them run on SDPA; else change nothing."""
+    """Switch models to the implementation `name` within the context, if all of them run on SDPA; else change nothing.
+
+    Some stock models, such as Falcon, call no implementation by its name, and take every other than "sdpa" for eager attention.
+    """
     configs = [model.config.get_text_config() for model in models]
     before = [config._attn_implementation for config in configs]
     try:
-        for config in configs if set(before) == {"sdpa"} else ():
+        by_name = all(getattr(model, "_supports_attention_backend", False) for model in models)
+        for config in configs if by_name and set(before) == {"sdpa"} else ():
             config._attn_implementation = name
         yield
     finally:

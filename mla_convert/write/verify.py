@@ -135,7 +135,8 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
             )
     # `inv_freq` has one entry for `step` columns of the cos and sin tables, which the indices count.
     step = find_family(model.config.model_type.removeprefix(PREFIX)).freq_stride
-    return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=0)
+    own = (getattr(model.config, "rotary_dim", None) or 0) // 2  # GPT-J and CodeGen look sines up
+    return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=own)
 
 
 def _empty_model(folder: Path) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from mla_convert.core.errors import InputError
 from mla_convert.core.report_schema import Comparison, EvaluationSection, Mean, NotEvaluated, Perplexity
 from mla_convert.modeling.caching import with_cache
-from mla_convert.modeling.head import HiddenStatesStub
+from mla_convert.modeling.head import HiddenStatesStub, decoder_name
 from mla_convert.source.texts import Windows
 from mla_convert.source.windows import evaluation_protocol
 
@@ -122,15 +122,15 @@ class Readout:
         self, model: nn.Module, windows: Tensor | list[Tensor], tick: Callable[[int, int], None] | None = None
     ):
         """Run the decoder over all windows."""
-        decoder, head = model.base_model, model.get_output_embeddings()
-        if decoder is model or head is None:
+        head, name = model.get_output_embeddings(), decoder_name(model)
+        if head is None or not name:
             raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and a head")
         self._device, self.vocabulary = head.weight.device, head.weight.shape[0]
         self._hidden: list[Tensor] = []
         for index, ids in enumerate(windows):
-            states = decoder(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state[0, :-1]
+            states = getattr(model, name)(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state
             # On the host, because the device has to hold the other model next.
-            self._hidden.append(states.cpu())
+            self._hidden.append(states[0, :-1].cpu())
             if tick:
                 tick(index + 1, len(windows))
         self._stub = HiddenStatesStub()
@@ -138,7 +138,7 @@ class Readout:
         self._head = copy.copy(model)
         # With modules of its own, so that the model itself keeps its decoder.
         self._head._modules = dict(model._modules)
-        setattr(self._head, model.base_model_prefix, self._stub)
+        setattr(self._head, name, self._stub)
         # A copy, because the head's weight may be that of the embedding, which keeps its dtype.
         if head.weight.dtype != torch.float32:
             self._head.set_output_embeddings(copy.deepcopy(head).float())
