@@ -9,14 +9,18 @@ Sections of a row (one token of one layer), each from a multiple of ALIGN bytes 
     scales   float16, little-endian: one for each group of channels, then one for the rotary key if that is e4m3
 
 A dequantised number is its code times its group's scale. Groups have `group` channels, the last of a section maybe fewer, and
-none holds channels of both widths. Needs only torch, like the modeling code beside it.
+none holds channels of both widths. Needs only torch and transformers, like the modeling code beside it.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .decode_mla import cache_layer
 
 KINDS = ("fp8", "int8", "int4", "mixed")
 ROPE_KINDS = ("bf16", "fp8")
@@ -144,46 +148,52 @@ def layer_format(config: Any, layer_idx: int) -> LatentFormat | None:
     )
 
 
-def _scales(values: Tensor, bits: int) -> Tensor:
-    """Scale of a group (..., n), float32 (..., 1) with float16's precision.
+def _quantised(values: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes (..., n) of channels (..., n) and the scales (..., groups) of their groups, both float32.
 
     With 4 bits, the number of largest magnitude has code -8, whatever its sign: all 16 codes are in use, and a fifth of the
-    mean squared error is saved against codes from -7 to 7. Scales may therefore be negative.
+    mean squared error is saved against codes from -7 to 7. Scales may therefore be negative. A scale of zero gives zeros.
+
+    Args:
+        values: float32.
+        group: channels of a group; the last group may have fewer.
+        bits: 8 (int8), 4 or 0 (e4m3).
     """
-    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    if bits == 4:
-        scale = torch.where(high >= -low, high, low) / -8
+    channels = values.shape[-1]
+    grouped = F.pad(values, (0, -channels % group)).unflatten(-1, (-1, group))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    largest = torch.where(high >= -low, high, low) if bits == 4 else torch.maximum(high, -low)
+    scale = largest / {4: -8.0, 8: 127.0, 0: FP8_LARGEST}[bits]
+    scale = scale.clamp(-FP16_LARGEST, FP16_LARGEST).half().float()
+    steps = grouped / scale.masked_fill(scale == 0, torch.inf)[..., None]
+    if bits:
+        codes = steps.round().clamp(-8 if bits == 4 else -127, 7 if bits == 4 else 127)
     else:
-        scale = torch.maximum(high, -low) / (127 if bits == 8 else FP8_LARGEST)
-    return scale.clamp(-FP16_LARGEST, FP16_LARGEST).half().float()
+        codes = steps.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8).float()
+    return codes.flatten(-2)[..., :channels], scale
 
 
-def _codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes of a group as float32; bits 0 is e4m3. A scale of zero gives zeros."""
-    steps = torch.where(scale == 0, 0.0, values / scale)
-    if bits == 0:
-        return steps.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8).float()
-    return steps.round().clamp(-8 if bits == 4 else -127, 7 if bits == 4 else 127)
+def _expand(scales: Tensor, group: int, channels: int) -> Tensor:
+    """The scale of every channel (..., channels) from those of groups (..., groups)."""
+    return scales[..., None].expand(*scales.shape, group).flatten(-2)[..., :channels]
 
 
-def _sections(fmt: LatentFormat, latent: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Codes and scales of every group of latents (..., r), both float32."""
-    codes, scales, first = [], [], 0
-    for size in fmt.groups:
-        bits = 4 if first >= fmt.wide else 0 if fmt.kind == "fp8" else 8
-        values = latent[..., first : first + size]
-        scales.append(_scales(values, bits))
-        codes.append(_codes(values, scales[-1], bits))
-        first += size
-    return codes, scales
+def _sections(fmt: LatentFormat, latent: Tensor) -> list[tuple[Tensor, Tensor, int]]:
+    """Codes, scales and group size of the channels with 8 bits and of those with 4, where there are any."""
+    parts = []
+    for values, bits in ((latent[..., : fmt.wide], 0 if fmt.kind == "fp8" else 8), (latent[..., fmt.wide :], 4)):
+        if values.shape[-1]:
+            group = fmt.group or values.shape[-1]
+            parts.append((*_quantised(values.float(), group, bits), group))
+    return parts
 
 
 def _rope_section(fmt: LatentFormat, rope: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The rotary key (..., 2m) as stored, bfloat16 or e4m3, and its scale if it has one."""
     if fmt.rope == "bf16" or not fmt.rope_dim:
         return rope.bfloat16(), []
-    scale = _scales(rope.float(), 0)
-    return _codes(rope.float(), scale, 0).to(FP8), [scale]
+    codes, scale = _quantised(rope.float(), fmt.rope_dim, 0)
+    return codes.to(FP8), [scale]
 
 
 def quantise_rows(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> Tensor:
@@ -197,21 +207,18 @@ def quantise_rows(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> Tensor:
     Returns:
         (..., row_bytes), uint8.
     """
-    codes, scales = _sections(fmt, latent.float())
-    wide = [part for part, first in zip(codes, _firsts(fmt), strict=True) if first < fmt.wide]
-    narrow = codes[len(wide) :]
+    sections = _sections(fmt, latent)
     parts = []
-    if wide:
-        joined = torch.cat(wide, -1)
-        parts.append(joined.to(FP8 if fmt.kind == "fp8" else torch.int8).view(torch.uint8))
-    if narrow:
-        low, high = (torch.cat(narrow, -1) + 8).to(torch.uint8).chunk(2, -1)
+    if fmt.wide:
+        parts.append(sections[0][0].to(FP8 if fmt.kind == "fp8" else torch.int8).view(torch.uint8))
+    if fmt.narrow:
+        low, high = (sections[-1][0] + 8).to(torch.uint8).chunk(2, -1)
         parts.append(low | high << 4)
     stored, more = _rope_section(fmt, rope)
     parts.append(stored.contiguous().view(torch.uint8))
-    if scales + more:
-        parts.append(torch.cat(scales + more, -1).half().view(torch.uint8))
-    return torch.cat([torch.nn.functional.pad(part, (0, -part.shape[-1] % ALIGN)) for part in parts], -1)
+    scales = [*(scale for _, scale, _ in sections), *more]
+    parts.append(torch.cat(scales, -1).half().view(torch.uint8))
+    return torch.cat([F.pad(part, (0, -part.shape[-1] % ALIGN)) for part in parts], -1)
 
 
 def dequantise_rows(fmt: LatentFormat, rows: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -230,22 +237,30 @@ def dequantise_rows(fmt: LatentFormat, rows: Tensor, dtype: torch.dtype = torch.
     if fmt.narrow:
         part = rows[..., fmt.codes4_at : fmt.codes4_at + fmt.narrow // 2]
         codes += [(part & 15).float() - 8, (part >> 4).float() - 8]
-    latent = torch.cat(codes, -1)
-    if len(fmt.groups) > 1:
-        each = torch.cat([scales[..., i : i + 1].expand(*latent.shape[:-1], n) for i, n in enumerate(fmt.groups)], -1)
-    else:
-        each = scales[..., :1]
+    wide = -(-fmt.wide // fmt.group) if fmt.group else int(fmt.wide > 0)
+    each = [
+        _expand(part, fmt.group or channels, channels)
+        for part, channels in ((scales[..., :wide], fmt.wide), (scales[..., wide : len(fmt.groups)], fmt.narrow))
+        if channels
+    ]
     part = rows[..., fmt.rope_at : fmt.rope_at + fmt.rope_bytes].contiguous()
     if fmt.rope == "bf16" or not fmt.rope_dim:
         rope = part.view(torch.bfloat16).to(dtype)
     else:
         rope = (part.view(FP8).float() * scales[..., -1:]).to(dtype)
-    return (latent * each).to(dtype), rope
+    return (torch.cat(codes, -1) * torch.cat(each, -1)).to(dtype), rope
 
 
-def _firsts(fmt: LatentFormat) -> list[int]:
-    """First channel of each group."""
-    return [sum(fmt.groups[:i]) for i in range(len(fmt.groups))]
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def pass_through(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,10 +277,50 @@ def pass_through(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> tuple[Tenso
         Both in the dtype of `latent`, equal to `dequantise_rows` of `quantise_rows`.
     """
     with torch.no_grad():
-        codes, scales = _sections(fmt, latent.float())
-        cached = torch.cat([code * scale for code, scale in zip(codes, scales, strict=True)], -1).to(latent.dtype)
+        parts = [codes * _expand(scales, group, codes.shape[-1]) for codes, scales, group in _sections(fmt, latent)]
+        cached = torch.cat(parts, -1).to(latent.dtype)
         stored, scale = _rope_section(fmt, rope)
         key = (stored.float() * scale[0] if scale else stored).to(rope.dtype)
     if not torch.is_grad_enabled():
         return cached, key
-    return latent + (cached - latent).detach(), rope + (key - rope).detach()
+    return _StraightThrough.apply(latent, cached), _StraightThrough.apply(rope, key)
+
+
+def with_gradient(cached: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cached latents and keys (B, 1, S, .) whose last tokens are `new` (B, 1, T, .), which carry the gradient.
+
+    Raises:
+        ValueError: the last rows are others, as in a static cache.
+    """
+    tokens = new[0].shape[2]
+    if not all(torch.equal(old[:, :, -tokens:], part) for old, part in zip(cached, new, strict=True)):
+        raise ValueError("gradients pass only through a cache whose last rows are the new tokens: use a dynamic cache")
+    return tuple(torch.cat([old[:, :, :-tokens], part], dim=2) for old, part in zip(cached, new, strict=True))
+
+
+def update_packed(cache: Cache, layer_idx: int, rows: Tensor) -> Tensor:
+    """Append packed tokens to a transformers cache: the rows in its key slot, nothing in its value slot.
+
+    Args:
+        cache: a cache with layers.
+        layer_idx: index of the layer.
+        rows: (B, 1, T, row_bytes), uint8, as from `quantise_rows`.
+
+    Returns:
+        The rows of all cached tokens.
+
+    Raises:
+        ValueError: the cache quantises by itself, holds numbers, or was laid out for the original's heads.
+    """
+    layer = cache_layer(cache, layer_idx)
+    if getattr(layer, "q_group_size", None):
+        raise ValueError(
+            f"{type(layer).__name__} would quantise the quantised latents of this model: use a plain cache"
+        )
+    keys = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
+    if isinstance(keys, Tensor) and keys.numel() and (keys.dtype, keys.shape[-1]) != (rows.dtype, rows.shape[-1]):
+        raise ValueError(
+            f"this cache holds {keys.shape[-1]} numbers of {keys.dtype} a token, and the model caches {rows.shape[-1]} bytes: "
+            f"it was filled by another model"
+        )
+    return cache.update(rows, rows[..., :0], layer_idx)[0]
