@@ -87,7 +87,7 @@ def _launch_triton(
     from .decode_kernels import mla_decode_fwd_kernel_split
 
     q_latent, q_rope, latent_cache, rope_cache, _, block_table, softmax_scale, _, softcap, window, mask, _, out, lse = (
-        problem
+        problem[:14]
     )
     batch, tokens, heads, rank = q_latent.shape
     rope_dim, rows, page_size = q_rope.shape[3], tokens * heads, problem.page_size
@@ -112,10 +112,10 @@ def _launch_triton(
         **options,
     )  # fmt: skip
     if num_splits > 1:
-        _combine_triton(problem, seen, part, part_lse, num_splits, processors, config)
+        combine_triton(problem, seen, part, part_lse, num_splits, processors, config)
 
 
-def _combine_triton(
+def combine_triton(
     problem: DecodeProblem, seen: SequenceMask, part: Tensor, part_lse: Tensor, num_splits: int, processors: int,
     config: DecodeConfig,
 ) -> None:  # fmt: skip
@@ -167,9 +167,14 @@ def launch_decode(problem: DecodeProblem, config: DecodeConfig | None = None) ->
     if batch == 0 or rows == 0:
         return
     processors, shared_limit, card = device_limits(problem.q_latent.device)
+    seen = SequenceMask.of(problem)
+    if problem.row_format is not None:
+        from .packed import launch_packed
+
+        launch_packed(problem, seen, processors, shared_limit, config)
+        return
     if config is None and os.environ.get(HOPPER) != "0":
         config = hopper_config(rank, rope_dim, shared_limit)
-    seen = SequenceMask.of(problem)
     num_splits = problem.num_splits
     if config and config.hopper:
         workers = max(processors // -(-rows // config.block_m), 1)

@@ -147,6 +147,8 @@ def hopper_shared_memory(rank: int, rope_dim: int, block_n: int, stages: int) ->
 @functools.cache
 def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> DecodeConfig | None:
     """Launch parameters of the CUDA kernel with as many stages as fit, or None where fewer than two fit."""
+    if rank > 576:
+        return None
     # Warpgroups that take turns at tiles each have stages of their own: one that waits on a barrier must see its every phase.
     step = hopper_groups(rank) if rank <= 256 else 1
     for block_n in (64, 32):
