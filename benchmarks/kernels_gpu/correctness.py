@@ -19,6 +19,7 @@ from tune import SHARED_LIMIT, candidates, empty_problem, hopper_candidates, pac
 
 from mla_attention import RowFormat, mla_decode, mla_write, naive_write
 from mla_attention.decode import launch_decode
+from mla_attention.hopper_packed import packed_hopper_config
 from mla_attention.packed import packed_config
 from mla_attention.rows import naive_unpack
 from mla_attention.tuning import DecodeConfig, default_config
@@ -29,10 +30,10 @@ DEEP, VERY_DEEP = [40000, 5, 30001, 0], [131072, 5, 70000, 0]
 HEADS = (1, 3, 9, 14, 16, 32, 63, 64, 128)
 
 
-def grid_groups(seed: int) -> Iterator[dict[str, Any]]:
-    """Endless random groups: compile-time constants of a kernel, and options of its calls."""
+def grid_groups(seed: int, packed: float = 0.6) -> Iterator[dict[str, Any]]:
+    """Endless random groups: compile-time constants of a kernel, and options of its calls; a share of them on packed rows."""
     rng = random.Random(seed)
-    ranks = [64, 128, 256, 512, 576, 96, 160, 384, 144, *range(16, 577, 16)]
+    ranks = [64, 128, 256, 512, 576, 96, 160, 384, 144, *range(16, 577, 16), 640, 768, 1024]
     for index in itertools.count():
         rank = ranks[index % len(ranks)]
         dtype = rng.choice(["bfloat16", "bfloat16", "float16", "float32"])
@@ -43,12 +44,14 @@ def grid_groups(seed: int) -> Iterator[dict[str, Any]]:
             hopper = hopper_candidates(rank, rope_dim)
             pool = hopper or pool if rng.random() < 0.75 else pool
         form = None
-        if rng.random() < 0.6:
+        if rng.random() < packed:
             form = random_format(rank, rng)
             shape = (rank, rope_dim, rng.choice([8, 32, 128]), 1, 64, 0, False, form)
             problem = empty_problem(shape, 0, "cpu", getattr(torch, dtype))
             pool = [packed_config(problem, SHARED_LIMIT)] * 3
             pool += packed_candidates(problem) if dtype != "float32" else []
+            hopper = packed_hopper_config(problem) if dtype == "bfloat16" else None
+            pool = [hopper] if hopper and rng.random() < 0.75 else pool
         config = replace(rng.choice(pool), pdl=rng.random() < 0.3, min_tiles=rng.choice([1, 4]))
         yield {
             "rank": rank, "rope_dim": rope_dim, "dtype": dtype, "form": form, "page_size": rng.choice([0, 0, 1, 16, 64, 128]),
@@ -243,7 +246,7 @@ def grid(arguments: argparse.Namespace) -> bool:
     passed = failed = 0
     checks = [(check.__name__, once, check, device) for check in (operators, packed_writes, large_offsets)]
     checks += [(f"repeated {shape}", once, repeated, shape, device) for shape in REPEATED]
-    groups = grid_groups(arguments.seed)
+    groups = grid_groups(arguments.seed, 0.6 if "bf16" in arguments.format else 1.0)
     pool = Pool(arguments.processes, seconds_per_job=60)
     while True:
         while pool.room and left(arguments) > 0:

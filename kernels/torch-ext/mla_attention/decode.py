@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -139,15 +140,21 @@ def combine_triton(
 def _launch_hopper(
     problem: DecodeProblem, seen: SequenceMask, num_splits: int, workers: int, config: DecodeConfig
 ) -> bool:
-    """Launch the CUDA kernels. Where they cannot be compiled or loaded, return False, and warn the first time."""
+    """Launch the CUDA kernels, if possible."""
+    from .hopper import hopper_launch
+
+    return attempt(lambda: hopper_launch(problem, seen, num_splits, workers, config))
+
+
+def attempt(launch: Callable[[], None]) -> bool:
+    """Launch CUDA kernels. Where they cannot be compiled or loaded, return False, and warn the first time."""
     global _unavailable
     if _unavailable:
         return False
-    from .hopper import hopper_launch
     from .nvrtc import KernelUnavailableError
 
     try:
-        hopper_launch(problem, seen, num_splits, workers, config)
+        launch()
     except KernelUnavailableError as error:
         _unavailable = True
         warnings.warn(f"mla_attention: the CUDA kernels for Hopper do not serve here: {error}", stacklevel=2)

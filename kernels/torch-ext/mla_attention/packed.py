@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import replace
 
 import torch
 import triton.language as tl
 
-from .decode import LOG2E, combine_triton
+from .decode import HOPPER, LOG2E, attempt, combine_triton
+from .hopper_packed import launch_packed_hopper, packed_hopper_config, packed_hopper_possible
 from .problem import DecodeProblem, SequenceMask, check_address
 from .tuning import DecodeConfig, choose_splits, power_of_two, rank_chunks
 
@@ -72,10 +74,22 @@ def launch_packed(
         shared_limit: bytes of shared memory that a program may use.
         config: launch parameters; None takes those of the shape.
     """
+    check_address(problem.latent_cache)
+    if config is None and os.environ.get(HOPPER) != "0":
+        config = packed_hopper_config(problem, shared_limit)
+    if config and config.hopper:
+        known = config
+        if packed_hopper_possible(problem) and attempt(lambda: launch_packed_hopper(problem, seen, processors, known)):
+            return
+        config = None
+    config = config or packed_config(problem, shared_limit)
+    _launch_triton(problem, seen, processors, config)
+
+
+def _launch_triton(problem: DecodeProblem, seen: SequenceMask, processors: int, config: DecodeConfig) -> None:
+    """Launch the Triton kernels: attention of every part, and the combination of the parts."""
     from .packed_kernels import mla_decode_packed_kernel_split
 
-    check_address(problem.latent_cache)
-    config = config or packed_config(problem, shared_limit)
     q_latent, q_rope, rows, block_table, out = (
         problem.q_latent, problem.q_rope, problem.latent_cache, problem.block_table, problem.out,
     )  # fmt: skip
