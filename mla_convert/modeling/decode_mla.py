@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 try:
     import mla_attention
@@ -182,6 +182,23 @@ def refuse_unknown(attention: type, given: dict) -> None:
             )
 
 
+def cache_layer(cache: Cache, layer_idx: int) -> CacheLayerMixin | None:
+    """A layer of a cache, where it exists yet.
+
+    Raises:
+        ValueError: it was laid out for the original's heads.
+    """
+    layers = getattr(cache, "layers", None) or ()
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    keys = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
+    if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[1] != 1:
+        raise ValueError(
+            f"this cache was laid out for {keys.shape[1]} heads of keys, and a converted model caches one latent for all: let "
+            f"the first forward pass lay it out"
+        )
+    return layer
+
+
 def update_cache(cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
     """Append new tokens to a transformers cache.
 
@@ -199,15 +216,7 @@ def update_cache(cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -
     Raises:
         ValueError: the cache was laid out for the original's heads.
     """
-    layers = getattr(cache, "layers", None) or ()
-    layer = layers[layer_idx] if layer_idx < len(layers) else None
-    group = getattr(layer, "q_group_size", None)
-    keys = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
-    if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[1] != 1:
-        raise ValueError(
-            f"this cache was laid out for {keys.shape[1]} heads of keys, and a converted model caches one latent for all: let "
-            f"the first forward pass lay it out"
-        )
+    group = getattr(cache_layer(cache, layer_idx), "q_group_size", None)
     if not group:
         return cache.update(latent, k_rope, layer_idx)
     padded = tuple(

@@ -34,6 +34,14 @@ from .decode_mla import (
     update_cache,
     write_static,
 )
+from .quantised_latent_mla import (
+    dequantise_rows,
+    layer_format,
+    pass_through,
+    quantise_rows,
+    update_packed,
+    with_gradient,
+)
 
 # Up to this many query tokens a step, the up-projections move to the query and output side (absorbed attention on the
 # latents); above, keys and values are expanded and the library's attention runs on them.
@@ -101,6 +109,7 @@ class MlaAttention(nn.Module):
         self.qk_nope_head_dim = config.layer_nope_dim(layer_idx)
         self.v_head_dim = config.v_head_dim
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.latent_format = layer_format(config, layer_idx)
         self.kernel = kernel_choice(config)
         self.softcap = config.mla_softcap
         self.normed = config.mla_q_norm is not None
@@ -216,6 +225,8 @@ class MlaAttention(nn.Module):
             Queries, then latents and rotary keys of all cached tokens, and the tables `cos` and `sin` (B or 1, 1, T, m) if
             RoPE is still to be applied: training rotates in `join`.
         """
+        if self.latent_format is not None:
+            return *self._rotate_and_quantise(q_rope, latent, k_rope, cos, sin, cache), None, None
         if cache is not None and self.kernel != "sdpa":
             written = write_static(cache, self.layer_idx, latent, k_rope, q_rope, cos, sin)
             if written is not None:
@@ -229,6 +240,23 @@ class MlaAttention(nn.Module):
         if cache is not None:
             latent, k_rope = update_cache(cache, self.layer_idx, latent, k_rope)
         return q_rope, latent, k_rope, cos, sin
+
+    def _rotate_and_quantise(
+        self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """`_rotate_and_cache` of a quantised cache: attention reads what the cache holds, also where there is none."""
+        if cos is not None:
+            cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
+            q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+        if cache is None:
+            return q_rope, *pass_through(self.latent_format, latent, k_rope)
+        with torch.no_grad():
+            rows = update_packed(cache, self.layer_idx, quantise_rows(self.latent_format, latent, k_rope))
+            cached = dequantise_rows(self.latent_format, rows, latent.dtype)
+        if torch.is_grad_enabled() and (latent.requires_grad or k_rope.requires_grad):
+            cached = with_gradient(cached, pass_through(self.latent_format, latent, k_rope))
+        return q_rope, *cached
 
     @staticmethod
     def join(

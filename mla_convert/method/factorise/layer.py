@@ -61,6 +61,7 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_norm_over=family.qk_norm_shape,
         mla_softcap=getattr(source.config, family.softcap) if family.softcap else None,
         mla_sinks=family.sinks,
+        latent_cache=plan.latent_cache,
     )
     # transformers sets it when it builds a model; here only layers are built. SDPA supports neither soft caps nor sinks.
     config._attn_implementation = "eager" if family.softcap or family.sinks else "sdpa"
