@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .decode_mla import cache_layer
+from .decode_mla import cache_layer, rotate_planes, write_static
 
 KINDS = ("fp8", "int8", "int4", "mixed")
 ROPE_KINDS = ("bf16", "fp8")
@@ -324,3 +324,39 @@ def update_packed(cache: Cache, layer_idx: int, rows: Tensor) -> Tensor:
             f"it was filled by another model"
         )
     return cache.update(rows, rows[..., :0], layer_idx)[0]
+
+
+def kernel_format(fmt: LatentFormat) -> tuple[int, ...]:
+    """The numbers of the `mla_attention.RowFormat` of a row."""
+    return fmt.wide, int(fmt.kind == "fp8"), fmt.group, int(fmt.rope == "fp8")
+
+
+def write_packed(
+    fmt: LatentFormat, cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None,
+    sin: Tensor | None, kernels: bool,
+) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+    """Apply RoPE to queries and new keys, quantise, and append: in one launch for a static cache where the kernels serve.
+
+    Args:
+        fmt: layout of a row.
+        cache: a cache with layers.
+        layer_idx: index of the layer.
+        latent: (B, 1, T, r).
+        k_rope: (B, 1, T, 2m), before RoPE.
+        q_rope: (B, H, T, 2m), before RoPE.
+        cos: (., T, m); None without RoPE.
+        sin: the same.
+        kernels: whether the kernels may serve.
+
+    Returns:
+        The rotated queries, the rows of all cached tokens, and None in the place of the keys.
+    """
+    form = kernel_format(fmt)
+    written = kernels and write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes)
+    if written:
+        rows, _, q_rope = written
+        return q_rope, rows, None
+    if cos is not None:
+        cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
+        q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+    return q_rope, update_packed(cache, layer_idx, quantise_rows(fmt, latent, k_rope)), None
