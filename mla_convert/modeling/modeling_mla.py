@@ -305,8 +305,12 @@ class MlaAttention(nn.Module):
         need_weights, kernel, attended = self.config._attn_implementation == "eager", self.kernel, None
         options = {"softcap": self.softcap, "sinks": self.sink_logits}
         if k_rope is None:
-            if kernel != "sdpa" and not need_weights:
-                form = kernel_format(self.latent_format)
+            form = kernel_format(self.latent_format)
+            if form is None and kernel == "kernels":
+                raise ValueError(
+                    f'mla_kernel "kernels" cannot decode rows with a rotary key in {self.latent_format.rope}'
+                )
+            if form and kernel != "sdpa" and not need_weights:
                 attended = kernel_attention(
                     query, q_rope, latent, None, mask, self.scaling, kernel, row_format=form, **options
                 )
