@@ -1,4 +1,4 @@
-"""Bytes of caches, of the memory of cards and of a conversion, before any weight is read."""
+"""Bytes of caches, of the memory of cards and of a conversion, before any weight is read. Imports no torch."""
 
 from __future__ import annotations
 
