@@ -42,7 +42,7 @@ def _load(name: str):
     return module
 
 
-pico, fake_hub, mutate = _load("pico"), _load("fake_hub"), _load("mutate")
+pico, fake_hub, mutate, uses = (_load(name) for name in ("pico", "fake_hub", "mutate", "uses"))
 
 
 @pytest.fixture(scope="session")

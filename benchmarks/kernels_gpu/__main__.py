@@ -52,6 +52,10 @@ def main() -> bool:
         "--shape", type=numbers(","), action="append", help="rank,rope,heads; may be given several times"
     )
     parser.add_argument("--at", type=numbers("x"), action="append", help="batch x length, as 32x8192; several times")
+    parser.add_argument(
+        "--format", action="append", help="tune, speed: bf16, fp8, int8, int4 or mixed, with /G and +8; several times"
+    )
+    parser.add_argument("--caches", type=int, default=3, help="speed: contiguous; paged; paged with different lengths")
     parser.add_argument("--page-size", type=int, default=0, help="tune: tokens in a page, 0 for a contiguous cache")
     parser.add_argument("--limit", type=int, default=0, help="tune: most configurations of a shape, 0 for all")
     parser.add_argument("--config", type=parsed, action="append", default=[], help="tune: try this first, as printed")
@@ -60,6 +64,7 @@ def main() -> bool:
     )
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or [(512, 64, 32)]
+    arguments.format = arguments.format or ["bf16"]
     arguments.at = arguments.at or [(32, 8192)]
     if arguments.device == "cpu":
         import triton.runtime.interpreter

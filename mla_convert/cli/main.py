@@ -21,6 +21,7 @@ from mla_convert.cli import (
     inspect,
     plan,
     push,
+    quantise,
     recipes,
     refresh,
     report,
@@ -93,6 +94,7 @@ def root(  # noqa: D103  (a docstring here would replace the application's help)
 for name, command, example in (
     ("convert", convert.convert, convert.EXAMPLE),
     ("heal", heal.heal, heal.EXAMPLE),
+    ("quantize", quantise.quantize, quantise.EXAMPLE),
     ("sweep", sweep.sweep, sweep.EXAMPLE),
     ("plan", plan.plan, plan.EXAMPLE),
     ("inspect", inspect.inspect, inspect.EXAMPLE),

@@ -21,6 +21,7 @@ Full = Literal["full"]
 Trained = Literal["attention", "all", "lora"]
 RopeSelection = Literal["by_loss", "engine_table", "evenly_spaced"]
 Engine = Literal["vllm", "sglang", "llama.cpp"]
+CacheDtype = Literal["bf16", "fp8", "int8", "int4", "auto"]
 
 # Panels of `--help`.
 SIZE, TEXT, REFINE = "Cache size", "Calibration and evaluation text", "Refinement"
@@ -92,9 +93,24 @@ class Settings(BaseModel):
         metavar="DIM",
     )
     kv_ratio: float | None = option(
-        "Fraction of the original KV cache to keep; chooses rank and rope-dim.",
+        "Fraction of the original KV cache to keep, in bytes; chooses rank and rope-dim.",
         panel=SIZE,
         unset="0.5 if no rank is given",
+    )
+    cache_dtype: CacheDtype = option(
+        "Numbers of the cached latent: bf16 (the model's own dtype), fp8 (e4m3), int8, int4, or auto, which mixes int8 and "
+        "int4 channels by measured loss. The rotary key is then e4m3, and refinement and healing see the quantised cache.",
+        "bf16",
+        panel=SIZE,
+        metavar="DTYPE",
+    )
+    cache_group: int | None = option(
+        "Channels of a quantised latent that share a scale, 32 to 128.",
+        panel=SIZE,
+        unset="64 (fp8: all)",
+        metavar="CHANNELS",
+        ge=32,
+        le=128,
     )
     uniform: bool = option(
         "Use the same rank and rope-dim in every layer, as serving engines require. Otherwise they are means, and layers "
@@ -251,6 +267,12 @@ class Settings(BaseModel):
     def _check_rank_or_ratio(self) -> Settings:
         if self.rank is not None and self.kv_ratio is not None:
             raise ValueError("rank and kv_ratio both set the size: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_group(self) -> Settings:
+        if self.cache_group is not None and self.cache_dtype == "bf16":
+            raise ValueError("cache_group means nothing with cache_dtype bf16: leave it out or quantise the cache")
         return self
 
     @model_validator(mode="after")

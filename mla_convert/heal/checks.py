@@ -18,20 +18,24 @@ from mla_convert.source.place import SourceLocation
 from mla_convert.write.known_files import check_unknown
 
 
-def open_converted(config: HealConfig) -> tuple[Path, Report]:
+def open_converted(given: Path, out: Path | None) -> tuple[Path, Report]:
     """Folder of the converted model, and its report.
 
+    Args:
+        given: the folder as it was given.
+        out: where the result is written; None: in place.
+
     Raises:
-        InputError: it is no converted model, or holds files that healing in place would delete.
+        InputError: it is no converted model, or holds files that writing in place would delete.
     """
     # Through links, so that an --out that names this folder in another way is known to be in place.
-    folder = Path(os.path.realpath(expanded(config.folder)))
+    folder = Path(os.path.realpath(expanded(given)))
     if not folder.is_dir():
-        raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
+        raise InputError(f"{given} is not a folder: give the folder of a converted model")
     content = read_content(folder)
     if not isinstance(content.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
-        raise InputError(f"{config.folder} is not the folder of a converted model")
-    if config.out is None or os.path.realpath(config.out) == str(folder):
+        raise InputError(f"{given} is not the folder of a converted model")
+    if out is None or os.path.realpath(out) == str(folder):
         check_unknown(folder, content["checksums"])
     return folder, parse_report(content)
 

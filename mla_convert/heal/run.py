@@ -175,7 +175,7 @@ def _accelerator(config: HealConfig) -> Accelerator:
 
 def _open(config: HealConfig, accelerator: Accelerator, progress: Progress) -> _Job:
     """Check the inputs of a run."""
-    folder, report = open_converted(config)
+    folder, report = open_converted(config.folder, config.out)
     if accelerator.is_main_process and (note := check_input(folder)):
         progress.note(note)
     place, origin = find_model(str(folder)), find_teacher(config, report)

@@ -21,6 +21,7 @@ from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
+from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, is_attention_tensor
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import MlaWeights
@@ -263,6 +264,7 @@ class LayerConverter:
         weights = factorise_layer(
             source, layer.attention, statistics, size.rank, size.rope_dim, self.config.rope_selection, rotation
         )
+        weights = in_basis(weights, self.plan.cache.row(size))
         fill_attention(layer.student, weights, source.family.freq_stride)
         return weights
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mla_convert.core.settings import PACKAGE, Settings
+from mla_convert.method.factorise.sizes import DEFAULT_RATIO
 from mla_convert.pipeline.resolve import ResolvedConversion
 from mla_convert.report.report import Report
 from mla_convert.source import mixture
@@ -56,11 +57,17 @@ def _settings(
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The recipe's settings, and the options that name local files, with those names."""
     config = resolved.settings
-    # kv_ratio is replaced by the sizes that follow from it
-    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio"})
-    settings |= resolved.chosen | {
-        "rank": resolved.plan.rank,
-        "rope_dim": resolved.plan.rope_dim,
+    # kv_ratio is replaced by the sizes that follow from it, unless layers share out its bytes
+    by_bytes = resolved.plan.budget is not None
+    sizes = {"rank": resolved.plan.rank, "rope_dim": resolved.plan.rope_dim}
+    if by_bytes:
+        sizes = {"kv_ratio": DEFAULT_RATIO if config.kv_ratio is None else config.kv_ratio}
+    left_out = {"rank", "kv_ratio", "cache_group"} if by_bytes else {"kv_ratio", "cache_group"}
+    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - left_out)
+    if config.cache_group is not None:
+        settings["cache_group"] = config.cache_group
+    settings |= resolved.chosen | sizes
+    settings |= {
         "calib_samples": resolved.calibration[0],
         "calib_length": windows.calib.shape[1],
         "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,

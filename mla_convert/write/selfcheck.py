@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from mla_convert.core.errors import MlaConvertError, ResourceError, one_line
 from mla_convert.core.runtime import device_name, versions
 from mla_convert.modeling import modeling_mla
+from mla_convert.modeling.quantised_latent_mla import layer_format
 from mla_convert.modeling.shipped_code import code_files
 from mla_convert.source.load_model import is_converted, quietly
 from mla_convert.source.source import load_config
@@ -243,8 +244,9 @@ def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:
         return
     for index, layer in enumerate(itertools.islice(cache.layers, model.config.num_hidden_layers)):
         widths = layer.keys.shape[1] * layer.keys.shape[-1], layer.values.shape[1] * layer.values.shape[-1]
-        stated = model.config.layer_rank(index), model.config.layer_rope_dim(index)
-        if widths != stated:
+        row = layer_format(model.config, index)
+        stated = (row.row_bytes, 0) if row else (model.config.layer_rank(index), model.config.layer_rope_dim(index))
+        if widths != stated or (row and layer.keys.dtype != torch.uint8):
             raise SelfCheckFailed(
                 _failed(f"caches {widths} elements a token in layer {index}, and its configuration states {stated}")
             )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
-from mla_convert.core.report_schema.base import Amount, Count, Measured, Number, Section
+from mla_convert.core.report_schema.base import Amount, Count, JsonObject, Measured, Number, Section
 from mla_convert.core.report_schema.evaluation import Comparison
 
 
@@ -61,10 +61,11 @@ class CacheSection(Section):
         kv_lora_rank: width of the latent; the mean over layers where these differ.
         qk_rope_head_dim: width of the rotary key; the mean over layers where these differ.
         numbers_per_token_per_layer: cached numbers, mean over layers.
-        bytes_per_number: bytes of one cached number.
+        bytes_per_number: bytes of one cached number; of a quantised cache the mean, with scales and padding.
         bytes_per_token: bytes of one token in all layers.
         bytes_at_context: bytes of one sequence by its length in tokens.
-        share_saved: share of the original's cache that is saved.
+        share_saved: share of the original's bytes that is saved.
+        latent_cache: format of a quantised cache, as config.json holds it.
     """
 
     kv_lora_rank: Amount
@@ -74,6 +75,7 @@ class CacheSection(Section):
     bytes_per_token: Sides
     bytes_at_context: dict[Context, Sides]
     share_saved: Number
+    latent_cache: JsonObject | None = None
 
 
 class CalibrationSection(Section):

@@ -138,7 +138,8 @@ def model_kernel(model: nn.Module) -> bool:
     """Whether a converted model decodes on the kernels of mla_attention on this device."""
     layer = next(module for module in model.modules() if isinstance(module, MlaAttention))
     latent = torch.empty(1, 1, 1, layer.kv_lora_rank, dtype=model.dtype, device=model.device)
-    reason = kernel_refusal(latent, layer.qk_rope_head_dim, layer.num_heads, model.dtype, False)
+    packed_rank = layer.kv_lora_rank if layer.latent_format is not None else 0
+    reason = kernel_refusal(latent, layer.qk_rope_head_dim, layer.num_heads, model.dtype, False, packed_rank)
     return layer.kernel != "sdpa" and reason is None
 
 
