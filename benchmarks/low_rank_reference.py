@@ -29,7 +29,8 @@ from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.factorise.layer import half_split, source_weights
 from mla_convert.method.factorise.sizes import Plan, make_plan
 from mla_convert.method.factorise.svd import _affine, _key_cost, _latent, _moments
-from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline import streamed
+from mla_convert.pipeline.streams import open_streams
 from mla_convert.report.report import cache_section
 from mla_convert.source import texts
 from mla_convert.source.source import Source, open_source
@@ -93,7 +94,7 @@ def evaluate(config: ConvertConfig) -> dict:
         model = texts.reach(source.config, learned=not source.family.rotary)
         windows = texts.load_windows(config, source.tokenizer(), device.type == "cuda", model, shape.hidden_size)
     with environment.deterministic(config.seed), phases.phase("layers"):
-        streams = layers.open_streams(layerwise, windows.calib, windows.measured)
+        streams = open_streams(layerwise, windows.calib, windows.measured)
         originals = (streams.calib_original, streams.eval_original)
         compressed = (streams.calib_converted, streams.eval_converted)
         kwargs = {states.length: layerwise.layer_kwargs(states.length) for states in originals}

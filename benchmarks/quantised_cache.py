@@ -28,7 +28,8 @@ from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
 from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
-from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline import streamed
+from mla_convert.pipeline.streams import open_streams
 from mla_convert.source import texts
 from mla_convert.source.source import open_source
 
@@ -97,7 +98,7 @@ def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict
     ALL_ATTENTION_FUNCTIONS[NAME] = attention(bits, group, turned, layerwise.implementation)
     with environment.deterministic(config.seed), phases.phase("layers"):
         # Nothing is calibrated: one window stands in for the calibration windows.
-        streams = layers.open_streams(layerwise, windows.calib[:1], windows.measured, kinds and kinds.windows)
+        streams = open_streams(layerwise, windows.calib[:1], windows.measured, kinds and kinds.windows)
         pairs = list(zip(streams.measured_original, streams.measured_converted, strict=True))
         kwargs = {states.length: layerwise.layer_kwargs(states.length) for states, _ in pairs}
         for index in range(shape.layers):

@@ -44,10 +44,10 @@ def from_settings(
         for name, parameter in declared.items():
             signature += options if name == "settings" else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
 
-        def run(**values: Any) -> None:
+        def run(**values: Any) -> Any:
             # An option that was not given must not override the setting of a recipe.
             settings = {name: value for name, value in values.items() if name in made and value is not None}
-            command(settings=settings, **{name: value for name, value in values.items() if name not in made})
+            return command(settings=settings, **{name: value for name, value in values.items() if name not in made})
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         # typer reads the options from the signature.

@@ -19,7 +19,7 @@ from mla_convert.core.words import say
 EXAMPLE = "mla-convert sweep llama-8b --kv-ratios 0.5,0.33,0.25 --max-ppl-ratio 1.05 --out llama-8b-mla"
 CHOICE = "Sweep"
 # Settings of a conversion that a sweep sets itself, or has options of its own for.
-OWN = ("source", "rank", "rope_dim", "kv_ratio", "seed", "out", "held_out")
+OWN = ("source", "rank", "rope_dim", "kv_ratio", "budget", "seed", "out", "held_out")
 
 KvRatios = Annotated[
     str, typer.Option(help="Fractions of the original cache, separated by commas.", rich_help_panel=SIZE)

@@ -54,7 +54,8 @@ class CapturedCall(Generic[Output]):
         first_error = None  # closing a broken recording raises another error on top of the one that broke it
         try:
             # synchronises, and releases the cached memory that earlier calls left
-            with torch.cuda.graph(self._graph, pool=pool):
+            # other threads, such as NCCL's watchdog, may call CUDA meanwhile
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 try:
                     self.output = run(*self.inputs)
                 except RuntimeError as error:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mla_convert.core.errors import InputError, one_line
-from mla_convert.core.units import Lengths, Tokens
+from mla_convert.core.units import Duration, Lengths, Tokens
 
 PACKAGE = "package:"
 Full = Literal["full"]
@@ -221,6 +221,13 @@ class Settings(BaseModel):
         unset="as many as fit in a quarter of a GPU's memory (CPU: the last block)",
         ge=1,
     )
+    budget: Duration | None = option(
+        "Choose calibration windows and steps such that the conversion takes about this time (90s, 10min, 1.5h) at most, by "
+        "the estimate of `plan`; healing comes on top.",
+        panel=REFINE,
+        metavar="TIME",
+        gt=0,
+    )
     heal_tokens: Tokens | None = option(
         "Heal the result: distil it from the original on this many tokens (200k, 20M), as `heal` does.",
         panel=HEAL,
@@ -273,6 +280,12 @@ class Settings(BaseModel):
     def _check_group(self) -> Settings:
         if self.cache_group is not None and self.cache_dtype == "bf16":
             raise ValueError("cache_group means nothing with cache_dtype bf16: leave it out or quantise the cache")
+        return self
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Settings:
+        if self.budget is not None and self.calib_samples is not None and self.refine_steps is not None:
+            raise ValueError("budget chooses calib_samples and refine_steps: give at most one of them beside it")
         return self
 
     @model_validator(mode="after")

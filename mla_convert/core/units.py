@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 SHORTEST = 16
 
@@ -55,6 +57,21 @@ def _lengths(value: Any) -> str:
     return str(value)
 
 
+def parse_duration(value: Any) -> Any:
+    """`90s`, `10min` or `1.5h` in seconds; a value that is not a string is returned unchanged.
+
+    Raises:
+        ValueError: The text is no duration.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", value.strip())
+    if not match or not float(match[1]):
+        raise ValueError(f"{value!r} is no duration: give 90s, 10min or 1.5h, say")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration)]
 Tokens = Annotated[int, BeforeValidator(parse_tokens)]
 Lengths = Annotated[str, BeforeValidator(_lengths)]
 

@@ -57,12 +57,12 @@ def _settings(
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The recipe's settings, and the options that name local files, with those names."""
     config = resolved.settings
-    # kv_ratio is replaced by the sizes that follow from it, unless layers share out its bytes
+    # a budget and kv_ratio are replaced by what follows from them; kv_ratio stays where layers share out its bytes
     by_bytes = resolved.plan.budget is not None
     sizes = {"rank": resolved.plan.rank, "rope_dim": resolved.plan.rope_dim}
     if by_bytes:
         sizes = {"kv_ratio": DEFAULT_RATIO if config.kv_ratio is None else config.kv_ratio}
-    left_out = {"rank", "kv_ratio", "cache_group"} if by_bytes else {"kv_ratio", "cache_group"}
+    left_out = {"budget", "kv_ratio", "cache_group", *({"rank"} if by_bytes else ())}
     settings = config.model_dump(mode="json", include=set(Settings.model_fields) - left_out)
     if config.cache_group is not None:
         settings["cache_group"] = config.cache_group

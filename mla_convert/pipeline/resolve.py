@@ -17,7 +17,7 @@ from mla_convert.method.calibrate import self_generated
 from mla_convert.method.factorise.sensitivity import is_measured, scratch_bytes
 from mla_convert.method.factorise.sizes import Plan, make_plan, shares_out
 from mla_convert.method.refine.optimise import RefineSettings
-from mla_convert.method.refine.schedule import layer_numbers, refine_settings
+from mla_convert.method.refine.schedule import draft_bytes, layer_numbers, refine_settings
 from mla_convert.publish.engines import target_engine
 from mla_convert.publish.engines.profiles import check_profile
 from mla_convert.source.source import Source, open_source
@@ -77,8 +77,10 @@ class ResolvedConversion:
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes on disk that the measurement of sensitivities takes while it runs."""
-        return scratch_bytes(self.plan) if self.is_measured else 0
+        """Bytes on disk that the conversion takes while it runs: for sensitivities, later for layers before their last steps."""
+        attention = layer_numbers(self.source, f"{self.source.family.attention}.")
+        drafts = draft_bytes(self.refinement, self.plan.shape.layers, attention)
+        return max(scratch_bytes(self.plan) if self.is_measured else 0, drafts)
 
     @property
     def evaluation_length(self) -> int:

@@ -150,8 +150,9 @@ def load_windows(
     """
     samples, length = calibration_size(config, on_gpu, hidden, model)
     samples = max(1, samples - round(samples * self_generated))
-    # what the texts lack is self-generated too, where that fraction was not set
-    filled = self_generated and config.calib_self_generated is None
+    # What the texts lack is self-generated too, where that fraction was not set. A budget's windows are the most that may be
+    # used, not a number that a user wants.
+    filled = config.budget or (self_generated and config.calib_self_generated is None)
     fewest = samples if config.calib_samples and not filled else min(samples, FEWEST)
     eval_length = evaluation_length(config, model)
     given = mixture.parts(config.calib)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mla_convert.core.cuda_graph import CaptureError
+from mla_convert.core.processes import alone
 from mla_convert.core.report_schema import CalibrationSection
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate import self_generated
@@ -123,10 +124,10 @@ def test_windows_keep_their_first_token_and_their_length(opened, sources, monkey
     monkeypatch.setattr(self_generated, "TEXT_TOKENS", 10)  # several texts a window
     source = opened("llama")
     windows = torch.full((8, 24), 7)
-    found = self_generated.mixed(windows, 4, source, source.tokenizer(), CPU, seed=0)
+    found = self_generated.mixed(windows, 4, source, source.tokenizer(), alone(CPU), seed=0)
     places = self_generated.arrangement(8, 4)
     assert found.shape == (12, 24) and (found[~places] == 7).all() and not (found[places] == 7).all()
-    assert self_generated.mixed(windows, 0, source, source.tokenizer(), CPU, seed=0) is windows
+    assert self_generated.mixed(windows, 0, source, source.tokenizer(), alone(CPU), seed=0) is windows
 
 
 def test_default(opened):
