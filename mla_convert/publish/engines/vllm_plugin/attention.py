@@ -14,7 +14,13 @@ from vllm.utils.torch_utils import _encode_layer_name, kv_cache_dtype_str_to_dty
 from vllm.v1.attention.backend import AttentionBackend
 
 from mla_convert.publish.engines.vllm_plugin import kernels
-from mla_convert.publish.engines.vllm_plugin.backend import PREFILL_TOKENS, LatentBackend, LatentMetadata, LatentSpec
+from mla_convert.publish.engines.vllm_plugin.backend import (
+    PREFILL_TOKENS,
+    LatentBackend,
+    LatentMetadata,
+    LatentSpec,
+    Prefill,
+)
 from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary
 
 
@@ -93,11 +99,18 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             self.norm_names = (config.mla_q_norm, config.mla_k_norm)
             self.q_norm = getattr(stock, config.mla_q_norm)
             self.k_norm = getattr(stock, config.mla_k_norm)
-        self.up_key = _parameter(heads, self.nope_dim, self.cached_rank)
+        # From a cached row to a head's key: up-projection of the latent, and the rotary key as it is. One product expands keys.
+        self.key_map = _parameter(heads, self.qk_dim, self.head_size)
+        self.key_map[:, self.nope_dim :, self.cached_rank :] = torch.eye(self.cached_rope)
         self.up_value = _parameter(heads, self.v_dim, self.cached_rank)
         self.o_proj = RowParallelLinear(
             self.total_heads * self.v_dim, hidden, bias=config.mla_o_bias, quant_config=None, prefix=f"{prefix}.o_proj"
         )
+
+    @property
+    def up_key(self) -> Tensor:
+        """The up-projection (heads, nope, r) of the latent to keys."""
+        return self.key_map[:, : self.nope_dim, : self.cached_rank]
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """The backend of every converted layer."""
@@ -171,7 +184,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         if done:
             self._decode(q_nope[:done], q_rope[:done], kv_cache, step, out[:done])
         if step.prefill:
-            self._prefill(q_nope[done:], q_rope[done:], kv_cache, step, out[done:])
+            query[done:, :, self.nope_dim :] = q_rope[done:]  # q is this operator's alone
+            self._prefill(query[done:], kv_cache, step.prefill, out[done:])
         return output
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, step: LatentMetadata, out: Tensor) -> None:
@@ -189,31 +203,23 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         attended = attended.view(tokens, heads, -1).transpose(0, 1)
         torch.bmm(attended, self.up_value.transpose(1, 2), out=out.transpose(0, 1))
 
-    def _prefill(self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, step: LatentMetadata, out: Tensor) -> None:
+    def _prefill(self, query: Tensor, cache: Tensor, prefill: Prefill, out: Tensor) -> None:
         """Expand keys and values of all cached tokens, also of earlier chunks, and attend, into out (T, H, v)."""
-        query = torch.cat([q_nope, q_rope], dim=-1)
         rows = cache.view(-1, cache.shape[-1])
-        for group in step.prefill.groups if step.prefill else ():
+        for group in prefill.groups:
             cached = rows[group.rows]
-            latent, k_rope = cached.split([self.cached_rank, self.cached_rope], dim=-1)
-            count = min(max(PREFILL_TOKENS * self.num_heads // len(latent), 1), self.num_heads)
+            count = min(max(PREFILL_TOKENS * self.num_heads // len(cached), 1), self.num_heads)
             for head in range(0, self.num_heads, count):
                 chosen = slice(head, min(head + count, self.num_heads))
-                key, value = self._expand(latent, k_rope, chosen)
+                key = F.linear(cached, self.key_map[chosen].flatten(0, 1)).unflatten(-1, (-1, self.qk_dim))
+                values = self.up_value[chosen].flatten(0, 1)
+                value = F.linear(cached[:, : self.cached_rank], values).unflatten(-1, (-1, self.v_dim))
                 out[group.first : group.stop, chosen] = kernels.attend(
                     query[group.first : group.stop, chosen], key, value, group.query_starts, group.key_starts,
                     group.query_lens, group.key_lens, self.softmax_scale, self.softcap, self.window,
                 )  # fmt: skip
 
-    def _expand(self, latent: Tensor, k_rope: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
-        """Keys (S, heads, nope + p) and values (S, heads, v) of cached rows."""
-        count = heads.stop - heads.start
-        key = latent.new_empty(len(latent), count, self.qk_dim)
-        key[..., : self.nope_dim] = F.linear(latent, self.up_key[heads].flatten(0, 1)).view(len(latent), count, -1)
-        key[..., self.nope_dim :] = k_rope[:, None]
-        return key, F.linear(latent, self.up_value[heads].flatten(0, 1)).view(len(latent), count, -1)
-
     def _occupy(self, like: Tensor) -> None:
         """Allocate what a prefill expands, for vLLM's measurement of memory, and free it."""
-        width = 2 * self.qk_dim + self.v_dim
+        width = self.qk_dim + self.v_dim
         like.new_empty(PREFILL_TOKENS, self.num_heads * width)

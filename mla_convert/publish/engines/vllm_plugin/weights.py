@@ -105,7 +105,7 @@ class AttentionWeights:
     def _split_up(self, tensor: Tensor) -> None:
         a = self.attention
         key, value = self._own(tensor).to(a.up_key.device).split([a.nope_dim, a.v_dim], dim=1)
-        a.up_key[..., : a.rank].copy_(key)
+        a.up_key[..., : a.rank] = key
         a.up_value[..., : a.rank].copy_(value)
 
     def _own(self, rows: Tensor) -> Tensor:
