@@ -51,7 +51,7 @@ def speed(arguments: argparse.Namespace) -> bool:
                 continue  # its latents are in the model's dtype
             folder = write(arguments.out, arguments.shape, form, arguments.rank, arguments.rope_dim)
             asked = {"folder": str(folder), "cache": cache, "points": arguments.at, "steps": arguments.steps,
-                     "compile": arguments.compile}  # fmt: skip
+                     "compile": arguments.compile, "kernels": arguments.kernels}  # fmt: skip
             row = run(asked, arguments.out / f"{folder.name}-{cache}.log", arguments.timeout)
             failed |= bool(row["code"])
             first = first or row
@@ -59,6 +59,8 @@ def speed(arguments: argparse.Namespace) -> bool:
             for at, point in row["points"].items():
                 rates = _rates(point, first["points"].get(at))
                 print(f"    {point['batch']:>4} x {point['context']:>6}: {rates}", flush=True)
+                for name, launches, microseconds in point["kernels"]:
+                    print(f"        {microseconds:8.1f} us in {launches:5.1f} launches a step: {name}", flush=True)
             with (arguments.out / "speed.jsonl").open("a") as file:
                 points = list(row["points"].values())
                 file.write(json.dumps({"form": form, "cache": cache, **row, "points": points}) + "\n")
@@ -94,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at", nargs="+", type=_point, default=[(1, 16384), (32, 16384)], help="BATCHxCONTEXT")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
     parser.add_argument("--compile", action="store_true", help="torch.compile, as vLLM does by default; starts slowly")
+    parser.add_argument("--kernels", action="store_true", help="also profile the kernels of a decode step")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one engine")
 
 

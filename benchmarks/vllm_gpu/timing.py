@@ -29,7 +29,7 @@ def start(asked: dict):
     compilation = {"cudagraph_capture_sizes": batches}
     if not asked["compile"]:
         compilation |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-    longest = max(context + waiting(batch, context) for batch, context in asked["points"]) + asked["steps"] + 32
+    longest = max(context + waiting(batch, context) for batch, context in asked["points"]) + asked["steps"] + 64
     return LLM(
         model=asked["folder"], dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, max_model_len=longest,
         max_num_seqs=max(batches), max_num_batched_tokens=CHUNK, gpu_memory_utilization=0.9, seed=0,
@@ -38,7 +38,19 @@ def start(asked: dict):
     )  # fmt: skip
 
 
-def time_point(llm, batch: int, context: int, steps: int, salt: int) -> dict:
+def kernel_times(step, steps: int) -> list[tuple[str, float, float]]:
+    """Name, launches a step and microseconds a step of the kernels that take most of the time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+    events = [event for event in seen.key_averages() if event.device_time_total]
+    events.sort(key=lambda event: -event.device_time_total)
+    return [(event.key[:60], event.count / steps, event.device_time_total / steps) for event in events[:14]]
+
+
+def time_point(llm, batch: int, context: int, steps: int, salt: int, kernels: bool = False) -> dict:
     """Seconds of a prompt, and of a decode step with every sequence in its decode.
 
     The first sequence's prompt is timed alone. Decode steps are timed after all prompts have been read, over `steps` steps.
@@ -47,7 +59,7 @@ def time_point(llm, batch: int, context: int, steps: int, salt: int) -> dict:
 
     engine, vocabulary = llm.llm_engine, llm.llm_engine.model_config.get_vocab_size()
     draw = random.Random(salt)
-    most = steps + waiting(batch, context)
+    most = steps + waiting(batch, context) + 16 * kernels
     sampling = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, detokenize=False)
     made: dict[str, int] = {}
 
@@ -74,12 +86,13 @@ def time_point(llm, batch: int, context: int, steps: int, salt: int) -> dict:
     for _ in range(steps):
         step()
     seconds, tokens = time.perf_counter() - begin, sum(made.values()) - before
+    profiled = kernel_times(step, 8) if kernels else []
     engine.abort_request(list(made))
     while engine.has_unfinished_requests():
         engine.step()
     whole = tokens == steps * batch
     return {"batch": batch, "context": context, "prompt_tokens_s": context / prompt, "decode_tokens_s": tokens / seconds,
-            "step_ms": 1e3 * seconds / steps, "whole": whole}  # fmt: skip
+            "step_ms": 1e3 * seconds / steps, "whole": whole, "kernels": profiled}  # fmt: skip
 
 
 def main() -> None:
@@ -99,7 +112,8 @@ def main() -> None:
         if batch * (context + asked["steps"]) > head["cache_tokens"]:
             print("SKIP", batch, context, flush=True)
             continue
-        print("POINT", json.dumps(time_point(llm, batch, context, asked["steps"], salt)), flush=True)
+        point = time_point(llm, batch, context, asked["steps"], salt, asked["kernels"])
+        print("POINT", json.dumps(point), flush=True)
 
 
 if __name__ == "__main__":

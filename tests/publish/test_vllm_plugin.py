@@ -182,7 +182,8 @@ def test_the_verdict_says_how_it_was_served(cli, convert_pico, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["llama", "llama-linear", "llama-yarn", "llama3-rope", "llama-mha-tied", "llama-bias-wide-heads", "mistral-window",
-     "qwen2", "qwen3"],
+     "qwen2", "qwen3", "arcee", "cohere", "exaone4", "exaone4-no-rope", "gemma", "gemma2", "glm", "glm4", "granite", "phi3",
+     "seed_oss", "stablelm"],
 )  # fmt: skip
 def test_vllm_serves_layers_of_different_sizes(cli, convert_pico, name):
     folder = convert_pico(name, kv_ratio=0.6, uniform=False).out

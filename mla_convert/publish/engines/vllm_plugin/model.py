@@ -18,7 +18,10 @@ from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary, Referen
 from mla_convert.publish.engines.vllm_plugin.weights import AttentionWeights
 
 # Model types that tests/publish/test_vllm_plugin.py serves and compares with the converted model.
-SERVED = ("llama", "mistral", "qwen2", "qwen3")
+SERVED = (
+    "llama", "mistral", "qwen2", "qwen3", "arcee", "cohere", "exaone4", "gemma", "gemma2", "glm", "glm4", "granite", "phi3",
+    "seed_oss", "stablelm",
+)  # fmt: skip
 
 _classes: dict[str, type] = {}
 
