@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import _encode_layer_name, kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionBackend
@@ -99,6 +100,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             self.norm_names = (config.mla_q_norm, config.mla_k_norm)
             self.q_norm = getattr(stock, config.mla_q_norm)
             self.k_norm = getattr(stock, config.mla_k_norm)
+            if not (isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm)):
+                raise ValueError("converted model: the plugin has no norms on queries and keys but RMS norms of a head")
         # From a cached row to a head's key: up-projection of the latent, and the rotary key as it is. One product expands keys.
         self.key_map = _parameter(heads, self.qk_dim, self.head_size)
         self.key_map[:, self.nope_dim :, self.cached_rank :] = torch.eye(self.cached_rope)
@@ -197,7 +200,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         # one product per head over all tokens, written where the kernel reads it
         torch.bmm(q_nope.transpose(0, 1), self.up_key, out=q_latent.transpose(0, 1))
         attended = kernels.decode(
-            q_latent.view(requests, each, heads, -1), q_rope.reshape(requests, each, heads, -1), cache,
+            q_latent.view(requests, each, heads, self.cached_rank),
+            q_rope.reshape(requests, each, heads, self.cached_rope), cache,
             step.seq_lens[:requests], step.block_table[:requests], self.softmax_scale, self.softcap, self.window,
         )  # fmt: skip
         attended = attended.view(tokens, heads, -1).transpose(0, 1)

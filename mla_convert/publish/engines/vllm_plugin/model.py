@@ -60,12 +60,12 @@ class LatentModel(nn.Module):
         stock = getattr(layer, config.mla_attention)
         known = vllm_config.compilation_config.static_forward_context
         inside = {id(module) for module in stock.modules()}
-        name, attend = next((name, module) for name, module in known.items() if id(module) in inside)
+        name = next(name for name, module in known.items() if id(module) in inside)
         del known[name]
         path = f"{config.mla_layers}.{index}.{config.mla_attention}"
         attention = LatentAttention(
-            config, index, stock, name, reference.softmax_scales[index], getattr(attend, "sliding_window", None),
-            self.latent_rotary, vllm_config, path,
+            config, index, stock, name, reference.softmax_scales[index], window_of(config, index), self.latent_rotary,
+            vllm_config, path,
         )  # fmt: skip
         setattr(layer, config.mla_attention, attention)
         self.latent_layers[index] = path
@@ -142,6 +142,17 @@ def check_deployment(config: Any, vllm_config: Any) -> None:
     for applies, reason in reasons:
         if applies:
             raise ValueError(f"converted model: {reason}")
+
+
+def window_of(config: Any, index: int) -> int | None:
+    """Tokens that a query of a layer sees, as transformers masks them; None for all.
+
+    vLLM's own attention is no source: it falls back to the model's window in layers that have none.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    windowed = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    return window if window and windowed else None
 
 
 def served_class(name: str) -> type:
