@@ -30,6 +30,7 @@ def own_answers(folder: Path, prompts: list[list[int]], dtype: torch.dtype, devi
 
     import mla_convert  # noqa: F401  (lets transformers load the folder)
 
+    os.environ["MLA_CONVERT_KERNEL"] = "sdpa"  # a reference that shares no kernel with the plugin, and compiles none
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     model.generation_config.eos_token_id = None
     logprobs, greedy = [], []

@@ -65,7 +65,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             prefix: path of the attention in the model.
         """
         super().__init__()
-        self.index, self.layer_name, self.rotary = index, name, rotary
+        self.index, self.layer_name, self.latent_rotary = index, name, rotary
         self.softmax_scale, self.window, self.softcap = softmax_scale, window, config.mla_softcap or 0.0
         size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         self.total_heads = config.num_attention_heads
@@ -111,6 +111,13 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         )
 
     @property
+    def shape(self) -> kernels.Shape:
+        """The shape of this layer's decodes."""
+        return kernels.Shape(
+            self.cached_rank, self.cached_rope, self.num_heads, self.softmax_scale, self.softcap, self.window
+        )
+
+    @property
     def up_key(self) -> Tensor:
         """The up-projection (heads, nope, r) of the latent to keys."""
         return self.key_map[:, : self.nope_dim, : self.cached_rank]
@@ -130,7 +137,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """Attention of the step's tokens (T, hidden); their RoPE tables are in `rotary`."""
+        """Attention of the step's tokens (T, hidden); their RoPE tables are in `latent_rotary`."""
         query, compressed = self._project(hidden_states)
         latent, k_rope = compressed.split([self.cached_rank, self.cached_rope], dim=-1)
         output = query.new_empty(query.shape[0], self.num_heads * self.v_dim)
@@ -178,7 +185,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         step, tokens = attn_metadata, attn_metadata.num_actual_tokens
         query = q[:tokens].view(tokens, self.num_heads, self.qk_dim)
         q_nope, q_rope = query.split([self.nope_dim, self.cached_rope], dim=-1)
-        cos, sin = self.rotary.of_layer(self.index, tokens)
+        cos, sin = self.latent_rotary.of_layer(self.index, tokens)
         q_rope = kernels.write(
             k_c_normed[:tokens], k_pe[:tokens], q_rope, cos, sin, kv_cache, step.slot_mapping[:tokens]
         )

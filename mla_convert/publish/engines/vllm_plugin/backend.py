@@ -17,6 +17,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
+from mla_convert.publish.engines.vllm_plugin import kernels
+
 NAME = "MLA_CONVERT"
 # Tokens of a page, unless the user chooses: a tile of the CUDA kernel lies within a page.
 BLOCK = 64
@@ -115,6 +117,9 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
         self.block_size = kv_cache_spec.block_size
         self.speculates = vllm_config.speculative_config is not None
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        shapes = frozenset(layer.shape for layer in layers if hasattr(layer, "latent_rotary"))
+        kernels.compile_decodes(shapes, self.block_size, kv_cache_spec.dtype, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Metadata of one step; the prefix that requests share is not treated apart."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,39 @@ def decode(
         q_latent, q_rope, latents, keys, seq_lens, compute_dtype=torch.float32, **options
     )
     return attended.to(q_latent.dtype)
+
+
+class Shape(NamedTuple):
+    """What the decode kernels are compiled for."""
+
+    rank: int
+    rope_dim: int
+    heads: int
+    scale: float
+    softcap: float
+    window: int | None
+
+
+@functools.cache
+def compile_decodes(shapes: frozenset[Shape], block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the kernels of all layers' shapes side by side, before a CUDA graph needs one after another."""
+    known = [s for s in shapes if device.type == "cuda" and has_kernel(s.rank, s.rope_dim, s.heads)]
+
+    def once(shape: Shape) -> None:
+        rank, rope_dim, heads, scale, softcap, window = shape
+        with torch.inference_mode(), torch.cuda.device(device):
+            like: dict[str, Any] = {"dtype": dtype, "device": device}
+            cache = torch.zeros(1, block_size, rank + rope_dim, **like)
+            lens, table = (
+                torch.ones(1, dtype=torch.int32, device=device),
+                torch.zeros(1, 1, dtype=torch.int32, device=device),
+            )
+            decode(torch.zeros(1, 1, heads, rank, **like), torch.zeros(1, 1, heads, rope_dim, **like), cache, lens, table,
+                   scale, softcap, window)  # fmt: skip
+
+    if known:
+        with ThreadPoolExecutor(min(len(known), 16)) as pool:
+            list(pool.map(once, known))
 
 
 @functools.cache
