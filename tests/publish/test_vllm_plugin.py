@@ -127,6 +127,30 @@ def test_decode_and_prefill_agree(rank, softcap, window):
     assert has_kernel(rank, rope, heads) == (rank == 32)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "heads", "nope", "rank", "rope"), [(1, 4, 24, 48, 16), (16, 2, 16, 128, 0), (7, 9, 20, 272, 16)]
+)
+def test_one_launch_absorbs_rotates_and_writes(tokens, heads, nope, rank, rope):
+    pytest.importorskip("triton")
+    from mla_convert.publish.engines.vllm_plugin.kernels import absorb_and_write
+
+    torch.manual_seed(0)
+    fused = torch.randn(tokens, heads * (nope + rope) + rank + rope)  # as one product gives them
+    query, latent, key = fused.split([heads * (nope + rope), rank, rope], dim=-1)
+    query = query.unflatten(1, (heads, nope + rope))
+    up_key = torch.randn(heads, nope + rope, rank + rope)[:, :nope, :rank]
+    cos, sin = torch.randn(tokens, rope + 3).split([rope // 2, rope // 2 + 3], dim=-1)
+    sin = sin[:, : rope // 2]
+    cache, expected = torch.zeros(2, 4, 16, rank + rope)
+    slots = torch.randperm(64)[:tokens]
+    slots[tokens // 2 :: 5] = -1
+    q_latent, q_rope = absorb_and_write(query, up_key, latent, key, cos, sin, cache, slots)
+    rotated = write(latent, key, query[..., nope:], cos, sin, expected, slots)
+    torch.testing.assert_close(q_latent, torch.einsum("thd,hdr->thr", query[..., :nope], up_key), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(q_rope, rotated, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_only_vllm_serves_a_converted_folder(cli, convert_pico):
     folder = convert_pico("llama", rank=10, rope_dim=8).out
     code, _, err = cli("serve-check", folder, "--engine", "sglang")

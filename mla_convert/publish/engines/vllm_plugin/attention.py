@@ -114,7 +114,13 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def shape(self) -> kernels.Shape:
         """The shape of this layer's decodes."""
         return kernels.Shape(
-            self.cached_rank, self.cached_rope, self.num_heads, self.softmax_scale, self.softcap, self.window
+            self.nope_dim,
+            self.cached_rank,
+            self.cached_rope,
+            self.num_heads,
+            self.softmax_scale,
+            self.softcap,
+            self.window,
         )
 
     @property
@@ -184,34 +190,37 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             return output.zero_()
         step, tokens = attn_metadata, attn_metadata.num_actual_tokens
         query = q[:tokens].view(tokens, self.num_heads, self.qk_dim)
-        q_nope, q_rope = query.split([self.nope_dim, self.cached_rope], dim=-1)
-        cos, sin = self.latent_rotary.of_layer(self.index, tokens)
-        q_rope = kernels.write(
-            k_c_normed[:tokens], k_pe[:tokens], q_rope, cos, sin, kv_cache, step.slot_mapping[:tokens]
-        )
+        new = (k_c_normed[:tokens], k_pe[:tokens], *self.latent_rotary.of_layer(self.index, tokens))
+        slots, done = step.slot_mapping[:tokens], step.num_decode_tokens
         out = output[:tokens].view(tokens, self.num_heads, self.v_dim)
-        done = step.num_decode_tokens
+        if tokens == done and kernels.absorbs(tokens, self.shape, query.device):
+            self._attend(*kernels.absorb_and_write(query, self.up_key, *new, kv_cache, slots), kv_cache, step, out)
+            return output
+        q_rope = kernels.write(*new[:2], query[..., self.nope_dim :], *new[2:], kv_cache, slots)
         if done:
-            self._decode(q_nope[:done], q_rope[:done], kv_cache, step, out[:done])
+            self._attend(self._absorb(query[:done]), q_rope[:done], kv_cache, step, out[:done])
         if step.prefill:
             query[done:, :, self.nope_dim :] = q_rope[done:]  # q is this operator's alone
             self._prefill(query[done:], kv_cache, step.prefill, out[done:])
         return output
 
-    def _decode(self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, step: LatentMetadata, out: Tensor) -> None:
+    def _absorb(self, query: Tensor) -> Tensor:
+        """Queries (T, H, r) of the latents: one product per head over all tokens, written where the kernel reads it."""
+        q_latent = query.new_empty(*query.shape[:2], self.cached_rank)
+        torch.bmm(query[..., : self.nope_dim].transpose(0, 1), self.up_key, out=q_latent.transpose(0, 1))
+        return q_latent
+
+    def _attend(self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, step: LatentMetadata, out: Tensor) -> None:
         """Attend on latents, into out (T, H, v)."""
         tokens, heads, _ = out.shape
         each = step.decode_query_len
         requests = tokens // each
-        q_latent = out.new_empty(tokens, heads, self.cached_rank)
-        # one product per head over all tokens, written where the kernel reads it
-        torch.bmm(q_nope.transpose(0, 1), self.up_key, out=q_latent.transpose(0, 1))
         attended = kernels.decode(
             q_latent.view(requests, each, heads, self.cached_rank),
-            q_rope.reshape(requests, each, heads, self.cached_rope), cache,
-            step.seq_lens[:requests], step.block_table[:requests], self.softmax_scale, self.softcap, self.window,
+            q_rope.reshape(requests, each, heads, self.cached_rope), cache, step.seq_lens[:requests],
+            step.block_table[:requests], self.softmax_scale, self.softcap, self.window,
         )  # fmt: skip
-        attended = attended.view(tokens, heads, -1).transpose(0, 1)
+        attended = attended.view(tokens, heads, self.cached_rank).transpose(0, 1)
         torch.bmm(attended, self.up_value.transpose(1, 2), out=out.transpose(0, 1))
 
     def _prefill(self, query: Tensor, cache: Tensor, prefill: Prefill, out: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,21 @@ from mla_attention.problem import MAX_HEADS, MAX_RANK, MAX_ROPE
 
 # Widest heads of FlashAttention; sizes of queries and values for which Hopper's takes values narrower than keys.
 WIDEST_HEAD = 256
+# Most tokens of a decode, and widest content of a head, for which one launch absorbs, rotates and writes.
+MOST_ABSORBED, MOST_ABSORBED_NOPE = 16, 128
 NATIVE_VALUES = ((128, 192, 96, 128), (0, 64, 0, 512))
+
+
+class Shape(NamedTuple):
+    """What the decode kernels are compiled for."""
+
+    nope_dim: int
+    rank: int
+    rope_dim: int
+    heads: int
+    scale: float
+    softcap: float
+    window: int | None
 
 
 def has_kernel(rank: int, rope_dim: int, heads: int) -> bool:
@@ -23,6 +37,19 @@ def has_kernel(rank: int, rope_dim: int, heads: int) -> bool:
     return (
         rank % 16 == 0 and 16 <= rank <= MAX_RANK and rope_dim % 16 == 0 and rope_dim <= MAX_ROPE and heads <= MAX_HEADS
     )
+
+
+def absorbs(tokens: int, shape: Shape, device: torch.device) -> bool:
+    """Whether `absorb_and_write` serves so many tokens of decodes."""
+    few = tokens <= MOST_ABSORBED and shape.nope_dim <= MOST_ABSORBED_NOPE
+    return few and device.type == "cuda" and has_kernel(shape.rank, shape.rope_dim, shape.heads)
+
+
+def absorb_and_write(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel of that name, with its arguments."""
+    from mla_convert.publish.engines.vllm_plugin.absorb_kernels import absorb_and_write
+
+    return absorb_and_write(*arguments)
 
 
 def write(
@@ -63,37 +90,34 @@ def decode(
     return attended.to(q_latent.dtype)
 
 
-class Shape(NamedTuple):
-    """What the decode kernels are compiled for."""
-
-    rank: int
-    rope_dim: int
-    heads: int
-    scale: float
-    softcap: float
-    window: int | None
-
-
 @functools.cache
 def compile_decodes(shapes: frozenset[Shape], block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the kernels of all layers' shapes side by side, before a CUDA graph needs one after another."""
+    """Compile the kernels of all layers' shapes side by side, before CUDA graphs need one after another."""
     known = [s for s in shapes if device.type == "cuda" and has_kernel(s.rank, s.rope_dim, s.heads)]
+    if not known:
+        return
 
-    def once(shape: Shape) -> None:
-        rank, rope_dim, heads, scale, softcap, window = shape
+    def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(*size, dtype=dtype, device=device)
+
+    def attend_once(s: Shape) -> None:
         with torch.inference_mode(), torch.cuda.device(device):
-            like: dict[str, Any] = {"dtype": dtype, "device": device}
-            cache = torch.zeros(1, block_size, rank + rope_dim, **like)
-            lens, table = (
-                torch.ones(1, dtype=torch.int32, device=device),
-                torch.zeros(1, 1, dtype=torch.int32, device=device),
-            )
-            decode(torch.zeros(1, 1, heads, rank, **like), torch.zeros(1, 1, heads, rope_dim, **like), cache, lens, table,
-                   scale, softcap, window)  # fmt: skip
+            queries = zeros(1, 1, s.heads, s.rank), zeros(1, 1, s.heads, s.rope_dim)
+            table = zeros(1, 1, dtype=torch.int32)
+            cache = zeros(1, block_size, s.rank + s.rope_dim)
+            decode(*queries, cache, table[0] + 1, table, s.scale, s.softcap, s.window)
 
-    if known:
-        with ThreadPoolExecutor(min(len(known), 16)) as pool:
-            list(pool.map(once, known))
+    with ThreadPoolExecutor(min(len(known), 16)) as pool:
+        list(pool.map(attend_once, known))
+    for s in known:
+        for tokens in (1, 2, MOST_ABSORBED):  # Triton compiles for one, for any, and for multiples of 16
+            if absorbs(tokens, s, device):
+                tables = zeros(2, tokens, s.rope_dim // 2, dtype=torch.float32)
+                absorb_and_write(
+                    zeros(tokens, s.heads, s.nope_dim + s.rope_dim), zeros(s.heads, s.nope_dim, s.rank),
+                    zeros(tokens, s.rank), zeros(tokens, s.rope_dim), *tables, zeros(1, block_size, s.rank + s.rope_dim),
+                    zeros(tokens, dtype=torch.int64) - 1,
+                )  # fmt: skip
 
 
 @functools.cache
