@@ -55,6 +55,13 @@ def test_another_version_is_one_clear_line(registry, caplog):
     assert entry.serves("0.26.3+cu130") and not entry.serves("0.25.9") and not entry.serves("0.260.0")
 
 
+def test_fields_that_the_plugin_does_not_read_are_found(convert_pico):
+    config = AutoConfig.from_pretrained(convert_pico("llama", rank=10, rope_dim=8).out)
+    assert entry.foreign_fields(config) == []
+    config.mla_format, config.latent_cache, config.mla_of_tomorrow = 2, {"kind": "int4"}, True
+    assert entry.foreign_fields(config) == ["latent_cache", "mla_format", "mla_of_tomorrow"]
+
+
 @pytest.mark.parametrize("name", ["llama", "llama3-rope", "llama-yarn", "cohere", "phi", "gpt-neox-sequential"])
 def test_rotary_tables_are_those_of_the_model(convert_pico, name):
     folder = convert_pico(name, rank=10, rope_dim=8).out

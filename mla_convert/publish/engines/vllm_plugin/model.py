@@ -13,7 +13,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from mla_convert.modeling.configuration_mla import PREFIX
 from mla_convert.publish.engines.vllm_plugin.attention import LatentAttention, padded_planes
-from mla_convert.publish.engines.vllm_plugin.entry import refusal, serves
+from mla_convert.publish.engines.vllm_plugin.entry import foreign_fields, refusal, serves
 from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary, Reference
 from mla_convert.publish.engines.vllm_plugin.weights import AttentionWeights
 
@@ -116,12 +116,14 @@ def check_deployment(config: Any, vllm_config: Any) -> None:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     kind = config.model_type.removeprefix("mla_")
+    foreign = foreign_fields(config)
     reasons = [
         (not serves(vllm.__version__), refusal(vllm.__version__)),
         (
             kind not in SERVED,
             f"the plugin serves {', '.join(SERVED)}, not {kind}: use transformers, or `mla-convert export`",
         ),
+        (foreign, f"its {', '.join(foreign)} in config.json is nothing that the plugin knows: use transformers"),
         (config.mla_sinks, "the plugin has no attention sinks: use transformers"),
         (
             cache.cache_dtype not in ("auto", dtype),
