@@ -55,12 +55,14 @@ def make_checkpoint(folder: Path, shape: dict) -> None:
         for name, parameter in parameters.items():
             values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
             tensors[name] = (
+                # Weights as models are initialised, so that hidden states stay finite through all layers.
                 values.fill_(1.0) if "norm" in name else values.normal_(0, 0.02, generator=generator)
             ).cpu()
             weight_map[name] = file
         save_file(tensors, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config.save_pretrained(folder)
+    # A tokenizer may have fewer tokens than the embedding has rows.
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(Path(mla_demo.__file__).parent / "model" / file, folder / file)
 

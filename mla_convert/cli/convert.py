@@ -61,6 +61,8 @@ def convert(
     if check_count(gpus):
         return launch(gpus or 1)
     silence_libraries(quiet)
+    # Imported here, not above: options are refused before seconds of importing torch, and libraries read at import what
+    # `silence_libraries` set.
     from mla_convert.core.console import Terminal
     from mla_convert.core.processes import leave
     from mla_convert.core.progress import Progress
@@ -71,6 +73,7 @@ def convert(
 
     progress = Progress(quiet=quiet, verbose=is_verbose())
     if export:
+        # What would fail after hours of converting is refused now; so is a push without access.
         check_export(config, export)
     if push_to_hub and not follows():
         hub.check_access(push_to_hub)
@@ -100,8 +103,10 @@ def _export(folder: Path, profile: str, quiet: bool) -> None:
     from mla_convert.cli.export import run_export, summary
 
     try:
+        # Overwritten, because the conversion itself replaces the folder of an earlier one.
         exported = run_export(folder, profile, overwrite=True, quiet=quiet)
     except MlaConvertError as error:
         error.args = (f"{error}; the converted model is in {folder}",)
         raise
+    # On stderr, because stdout may be the report as JSON.
     say(summary(exported), err=True)

@@ -22,6 +22,7 @@ from mla_convert.cli import (
     inspect,
     plan,
     push,
+    quantise,
     recipes,
     refresh,
     report,
@@ -103,6 +104,7 @@ def root(  # noqa: D103  (a docstring here would replace the application's help)
 for name, command, example in (
     ("convert", convert.convert, convert.EXAMPLE),
     ("heal", heal.heal, heal.EXAMPLE),
+    ("quantize", quantise.quantize, quantise.EXAMPLE),
     ("sweep", sweep.sweep, sweep.EXAMPLE),
     ("plan", plan.plan, plan.EXAMPLE),
     ("inspect", inspect.inspect, inspect.EXAMPLE),
@@ -152,6 +154,7 @@ def main() -> None:
 def _run() -> int | None:
     """Run the command, flush its output and return its exit code."""
     try:
+        # In standalone mode the parser would print errors in several lines and exit by itself.
         code = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()

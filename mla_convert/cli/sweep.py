@@ -102,6 +102,8 @@ def sweep(
     from mla_convert.core.recipes import build_config, default_name
 
     own = {"source": source, "recipe": recipe, "held_out": held_out, "out": out}
+    # The first point stands for all of them, so that options that contradict each other are refused before any
+    # conversion.
     config = build_config({**settings, **own, "kv_ratio": ratios[0], "seed": min(draws)})
     if out is None:
         config = config.model_copy(update={"out": None})  # a recipe names one
@@ -119,6 +121,7 @@ def sweep(
             lambda: run(config, grid, place, keep=keep, max_ppl_ratio=max_ppl_ratio, export=export, progress=progress),
             OUT_OF_MEMORY,
         )
+    # No point is good enough, and all of them were measured: they are shown all the same.
     except GateFailed:
         _show(read_content(place / SWEEP), place, json_)
         raise

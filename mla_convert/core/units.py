@@ -25,6 +25,7 @@ def parse_tokens(value: Any) -> Any:
     try:
         tokens = float(value[:-1] if unit else value) * (unit or 1.0)
     except ValueError:
+        # NaN fails the comparison below, as do the NaN and the infinity that `float` itself reads.
         tokens = math.nan
     if not 1 <= tokens < 1e15:
         raise ValueError(f"{value!r} is no number of tokens: give 200k, 20M or 1.5B, say")
@@ -95,6 +96,7 @@ def human_tokens(tokens: float) -> str:
 def duration(seconds: float) -> str:
     """93.4 -> '1.6 min', to two digits: estimates are no more accurate."""
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        # Below one and a half of a unit the next smaller one shows two digits without a decimal.
         if seconds >= 1.5 * size:
             value = seconds / size
             return f"{value:.0f} {unit}" if value >= 9.5 else f"{value:.1f} {unit}"

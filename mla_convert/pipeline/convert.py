@@ -109,8 +109,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Report |
         layerwise, tokenizer = LayerwiseModel(source, device), source.tokenizer()
     with phases.phase("text"):
         text = processes.told(lambda: prepare_text(resolved, tokenizer))
-    resolved = resolved.for_windows(*text.windows.calib.shape)
-    check_shares(processes, len(text.windows.calib))
+    resolved = resolved.for_texts(*text.windows.calib.shape)
+    check_shares(processes, resolved.calibration[0])
     notes = collect_notes(source, text, progress, budget)
 
     # A link is written through, not replaced.
@@ -168,7 +168,7 @@ def prepare_text(resolved: ResolvedConversion, tokenizer: Any) -> PreparedText:
     """
     settings, model, hidden = resolved.settings, resolved.reach, resolved.source.shape.hidden_size
     check_conversion(settings, model.longest)
-    windows = texts.load_windows(settings, tokenizer, resolved.on_gpu, model, hidden)
+    windows = texts.load_windows(settings, tokenizer, resolved.on_gpu, model, hidden, resolved.self_generated)
     suite = None
     if windows.evaluated:
         suite = suite_of(tokenizer, settings.suite_windows, resolved.on_gpu, windows.evaluation)
@@ -216,7 +216,7 @@ def run_layers(
     settings, source, windows = resolved.settings, resolved.source, text.windows
     with phases.phase("write text"):
         calib = self_generated.mixed(
-            windows.calib, resolved.self_generated, source, tokenizer, writer.processes, settings.seed
+            windows.calib, resolved.generated, source, tokenizer, writer.processes, settings.seed
         )
     with phases.phase("embed"):
         suite_windows = text.suite.windows if text.suite else None
@@ -272,7 +272,7 @@ def make_report(
         evaluation=converted.evaluation,
         calibration=CalibrationSection(
             text=windows.calib_text,
-            protocol=windows.calib_protocol,
+            protocol=windows.calib_protocol(resolved.generated),
             noise=settings.calib_noise,
             self_written=resolved.self_generated,
             windows=windows.calib_counts,

@@ -112,7 +112,9 @@ def plan_conversion(
     weights = {side: count["model"] * dtype.itemsize for side, count in counts.items()}
     caches = {
         "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows)),
-        "after": sizing.CacheSize(plan.cache_width, dtype.itemsize, tuple(windows)),
+        "after": sizing.CacheSize(
+            *((plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)), tuple(windows)
+        ),
     }
     return DryRun(
         source=SourceSection(

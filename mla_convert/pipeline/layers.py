@@ -22,12 +22,13 @@ from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
+from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, is_attention_tensor
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
 from mla_convert.method.refine.block import LayerPair, Stage, StageResult, refine_jointly
-from mla_convert.method.refine.schedule import groups, output_lr
+from mla_convert.method.refine.schedule import OUTPUT_EVALUATIONS, groups, output_lr
 from mla_convert.pipeline.streams import Streams
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.write.writer import Writer
@@ -257,6 +258,7 @@ class LayerConverter:
         weights = factorise_layer(
             source, layer.attention, statistics, size.rank, size.rope_dim, self.config.rope_selection, rotation
         )
+        weights = in_basis(weights, self.plan.cache.row(size))
         fill_attention(layer.student, weights, source.family.freq_stride)
         self.processes.make_equal(layer.student.state_dict().values())
         return weights
@@ -309,7 +311,8 @@ class LayerConverter:
         """Refine the last layers towards the source's next-token distribution; its part of their report entries."""
         clock = StepClock(self.layerwise.device)
         with StreamedHead(self.layerwise).divergence() as divergence:
-            stage = Stage("output", self.refine.output_steps, output_lr(self.refine, len(layers)), divergence)
+            rate = output_lr(self.refine, len(layers))
+            stage = Stage("output", self.refine.output_steps, rate, divergence, OUTPUT_EVALUATIONS)
             relative = self._relative_error(layers[-1].index, streams.calib_original)
             result = self._refine_jointly(stage, layers, streams, relative)
         clock.record(stage.name)

@@ -102,6 +102,7 @@ class Writer:
         self.folder = out.parent / f".{out.name}.partial"
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._lock = FileLock(lock_file(out))
+        # A failed run removes the parents that it made, and no others.
         self._new_parents = [path for path in out.absolute().parents if not path.exists()]
         self.finished: dict[str, dict[str, Any]] = {}
         self.drafts: dict[str, dict[str, Any]] = {}
@@ -118,6 +119,7 @@ class Writer:
             with on_disk("the output", self.out.parent):
                 self._open()
         except BaseException:
+            # `__exit__` is not called after an error here.
             self._close(keep=False, failed=True)
             raise
 
@@ -129,6 +131,7 @@ class Writer:
             raise ResourceError(
                 f"another conversion is writing {self.out}: wait for it, or choose another --out"
             ) from None
+        # Under the lock, which revisions take as well, these leftovers can only be those of a killed run.
         recover(self.out)
         remove(staging_folder(self.out))
         self._resume()
@@ -136,6 +139,7 @@ class Writer:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         self._sweep()
+        # Written anew: the last line of a killed run may be cut off, and entries behind a damaged shard do not count.
         lines = [{"identity": self._identity}, *self.finished.values(), *self.drafts.values()]
         write_file(self.folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in lines))
 
@@ -151,6 +155,7 @@ class Writer:
         """Remove the staging folder, unless an interrupted run can continue from it."""
         if not self.processes.first:
             return
+        # Only shards of layers have a note; what else is written takes little time to write again.
         shards = {file for file, entry in self.finished.items() if entry["note"]}
         layers = len(shards.union(*(entry["draft_of"] for entry in self.drafts.values())))
         keep = isinstance(error, (KeyboardInterrupt, PeerLost)) and layers > 0
@@ -182,6 +187,7 @@ class Writer:
             return
         for entry in lines[1:]:
             file = self.folder / entry["file"]
+            # Each layer was calibrated behind those before it, so nothing behind a damaged shard can be kept.
             draft = "draft_of" in entry
             if not file.is_file() or sha256(file) != entry["sha256"]:
                 if draft:  # they are deleted when their layers are written
@@ -211,6 +217,7 @@ class Writer:
             return
         path = self.folder / file
         with self._disk(file):
+            # safetensors refuses tensors that are not contiguous.
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
             self._seal(path)
             entry = {
@@ -220,6 +227,7 @@ class Writer:
                 "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
                 "note": note or {},
             }
+            # Last: a line in the journal says that the shard is complete and on the disk.
             self._append(entry)
         self.finished[file] = entry
 
@@ -310,6 +318,7 @@ class Writer:
             ResourceError: the disk does not suffice.
         """
         with on_disk("the output", self.out.parent):
+            # SHA256SUMS lists every file, and the journal is no part of the output.
             (self.folder / JOURNAL).unlink()
             seal(self.folder, self.checksums())
             publish(self.folder, self.out)

@@ -148,7 +148,7 @@ def test_configuration_that_makes_no_model_or_a_quantised_one(refused, source, f
     refused(INPUT, "foo" if "hidden_act" in fields else "quantised", source)
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "codegen", None])
+@pytest.mark.parametrize("model_type", ["gptq", "newest", None])
 def test_architecture_not_supported_says_which_are(refused, source, model_type):
     change_json(source / "config.json", model_type=model_type)
     refused(INPUT, f"supported are: {', '.join(sorted(FAMILIES))}", source)

@@ -279,6 +279,7 @@ def refine(
     settings: RefineSettings,
     on_step: Callable[[], None] = lambda: None,
     distance: Distance = relative_error,
+    evaluations: int = EVALUATIONS,
 ) -> RefineResult:
     """Train a module in place and keep its best state on held-out windows, the start included.
 
@@ -292,6 +293,7 @@ def refine(
         settings: `steps`, `batch`, `lr` and `seed`.
         on_step: called after every step.
         distance: minimised between the residual stream and its target.
+        evaluations: on held-out windows during the run.
     """
     before = residual_error(student, inputs, held_out_states(targets), distance)
     if not settings.steps:
@@ -305,7 +307,7 @@ def refine(
     train = max(1, _held_out(inputs.total).start)
     settings = replace(settings, batch=min(settings.batch, train))
     step = TrainingStep(parameters, student, settings, distance, inputs.processes)
-    every = -(-settings.steps // EVALUATIONS)
+    every = -(-settings.steps // evaluations)
     for number, index in enumerate(batches(train, settings.batch, settings.steps, settings.seed), start=1):
         step(inputs.part(index), targets.part(index))
         on_step()

@@ -20,6 +20,8 @@ BLOCK_WINDOWS = 125
 # OUTPUT_RATE of its learning rate. On a GPU they are as many as fit into OUTPUT_MEMORY of its memory (of CARD_BYTES where
 # there is no GPU, for a dry run).
 OUTPUT_STEPS, OUTPUT_RATE, OUTPUT_MEMORY, CARD_BYTES = 4, 1 / 3, 1 / 4, 80 * 10**9
+# Held-out evaluations of these steps: on little text their KL rises again before they end.
+OUTPUT_EVALUATIONS = 8
 
 
 def blocks(layers: int, size: int) -> list[range]:

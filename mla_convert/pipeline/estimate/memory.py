@@ -86,8 +86,8 @@ def fit(room: int, cache: CacheSize, limit: int) -> dict[str, dict[str, int]]:
 def warnings(plan: Plan) -> list[str]:
     """Properties of a plan that its user may not have meant, one sentence each."""
     lines, shape = [], plan.shape
-    if plan.cache_width >= shape.cache_width:
-        how = "larger than" if plan.cache_width > shape.cache_width else "as large as"
+    if plan.cache_ratio >= 1:
+        how = "larger than" if plan.cache_ratio > 1 else "as large as"
         lines.append(f"the cache is {how} the original's: a smaller rank saves memory")
     full = shape.full_rank(plan.rope_dim)
     if plan.rank >= full:
