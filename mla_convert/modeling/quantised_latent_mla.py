@@ -5,8 +5,8 @@ Sections of a row (one token of one layer), each from a multiple of ALIGN bytes 
     codes8   n8 bytes: channels [0, n8) of the latent, as int8 or e4m3
     codes4   (r - n8) / 2 bytes: byte i holds channel n8 + i in its low nibble and channel n8 + (r - n8) / 2 + i in its high
              nibble; the code is the nibble - 8
-    rope     the rotated key: 2m numbers as bfloat16 (2 bytes each) or e4m3
-    scales   float16, little-endian: one for each group of channels, then one for the rotary key if that is e4m3
+    rope     the rotated key: 2m numbers as bfloat16 (2 bytes each), e4m3 or int8
+    scales   float16, little-endian: one for each group of channels, then one for the rotary key unless that is bfloat16
 
 A dequantised number is its code times its group's scale. Groups have `group` channels, the last of a section maybe fewer, and
 none holds channels of both widths. Needs only torch and transformers, like the modeling code beside it.
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from .decode_mla import cache_layer, rotate_planes, write_static
 
 KINDS = ("fp8", "int8", "int4", "mixed")
-ROPE_KINDS = ("bf16", "fp8")
+ROPE_KINDS = ("bf16", "fp8", "int8")
 # Version of the rows, in the configuration's `latent_cache`.
 VERSION = 1
 # Bytes that every section and row is a multiple of: the width of a vector load.
@@ -31,6 +31,7 @@ ALIGN = 16
 # Least and most channels of a group; a group may also be the whole section.
 LEAST_GROUP, MOST_GROUP = 32, 128
 FP8 = torch.float8_e4m3fn
+CODES = {"fp8": FP8, "int8": torch.int8}
 FP8_LARGEST = 448.0
 FP16_LARGEST = 65504.0
 
@@ -49,7 +50,7 @@ class LatentFormat:
         rope_dim: numbers 2m of the rotary key.
         group: channels that share a scale; 0: all channels of a section.
         wide: channels n8 with 8 bits, the first ones; follows from the kind except for "mixed".
-        rope: "bf16" or "fp8".
+        rope: "bf16", "fp8" (e4m3) or "int8".
     """
 
     kind: str
@@ -115,7 +116,7 @@ class LatentFormat:
     @property
     def scales(self) -> int:
         """Number of scales."""
-        return len(self.groups) + (self.rope == "fp8" and self.rope_dim > 0)
+        return len(self.groups) + (self.rope != "bf16" and self.rope_dim > 0)
 
     @property
     def row_bytes(self) -> int:
@@ -189,11 +190,11 @@ def _sections(fmt: LatentFormat, latent: Tensor) -> list[tuple[Tensor, Tensor, i
 
 
 def _rope_section(fmt: LatentFormat, rope: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The rotary key (..., 2m) as stored, bfloat16 or e4m3, and its scale if it has one."""
+    """The rotary key (..., 2m) as stored, bfloat16 or codes, and its scale if it has one."""
     if fmt.rope == "bf16" or not fmt.rope_dim:
         return rope.bfloat16(), []
-    codes, scale = _quantised(rope.float(), fmt.rope_dim, 0)
-    return codes.to(FP8), [scale]
+    codes, scale = _quantised(rope.float(), fmt.rope_dim, 0 if fmt.rope == "fp8" else 8)
+    return codes.to(CODES[fmt.rope]), [scale]
 
 
 def quantise_rows(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> Tensor:
@@ -247,7 +248,7 @@ def dequantise_rows(fmt: LatentFormat, rows: Tensor, dtype: torch.dtype = torch.
     if fmt.rope == "bf16" or not fmt.rope_dim:
         rope = part.view(torch.bfloat16).to(dtype)
     else:
-        rope = (part.view(FP8).float() * scales[..., -1:]).to(dtype)
+        rope = (part.view(CODES[fmt.rope]).float() * scales[..., -1:]).to(dtype)
     return (torch.cat(codes, -1) * torch.cat(each, -1)).to(dtype), rope
 
 
@@ -326,8 +327,10 @@ def update_packed(cache: Cache, layer_idx: int, rows: Tensor) -> Tensor:
     return cache.update(rows, rows[..., :0], layer_idx)[0]
 
 
-def kernel_format(fmt: LatentFormat) -> tuple[int, ...]:
-    """The numbers of the `mla_attention.RowFormat` of a row."""
+def kernel_format(fmt: LatentFormat) -> tuple[int, ...] | None:
+    """The numbers of the `mla_attention.RowFormat` of a row; None where the kernels have no such row."""
+    if fmt.rope == "int8" and fmt.rope_dim:
+        return None
     return fmt.wide, int(fmt.kind == "fp8"), fmt.group, int(fmt.rope == "fp8")
 
 
@@ -352,7 +355,7 @@ def write_packed(
         The rotated queries, the rows of all cached tokens, and None in the place of the keys.
     """
     form = kernel_format(fmt)
-    written = kernels and write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes)
+    written = kernels and form and write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes)
     if written:
         rows, _, q_rope = written
         return q_rope, rows, None

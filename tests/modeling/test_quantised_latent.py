@@ -9,7 +9,7 @@ FORMATS = [
     LatentFormat(kind, rank, rope_dim, group, wide if kind == "mixed" else -1, rope)
     for kind in ("fp8", "int8", "int4", "mixed")
     for rank, wide in ((64, 32), (80, 16), (512, 128), (6, 2))
-    for rope_dim, rope in ((0, "bf16"), (16, "bf16"), (16, "fp8"), (64, "fp8"))
+    for rope_dim, rope in ((0, "bf16"), (16, "bf16"), (16, "fp8"), (64, "int8"))
     for group in (0, 32, 128)
 ]
 
@@ -78,7 +78,7 @@ def test_numbers_beyond_float16_scales_stay_finite():
     "fields",
     [
         {"kind": "int3"},
-        {"kind": "int4", "rope": "int8"},
+        {"kind": "int4", "rope": "int4"},
         {"kind": "int4", "group": 16},
         {"kind": "int4", "wide": 8},
         {"kind": "mixed"},

@@ -1,4 +1,4 @@
-"""Allocates a cache budget in bytes to layers: more rank, rotary dims and bits where a byte less costs more."""
+"""Allocates a cache budget in bytes to layers: more rank, rotary dims and bits where a byte less costs more. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,13 +1,16 @@
-"""Size of the converted cache: rank, rotary dims and bytes from the settings and the model's shape."""
+"""Size of the converted cache: rank, rotary dims and bytes from the settings and the model's shape. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.settings import Settings
-from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat
 from mla_convert.source.shape import AttentionShape
+
+if TYPE_CHECKING:
+    from mla_convert.modeling.quantised_latent_mla import LatentFormat
 
 # Kernels need multiples of 16; models too small for that get multiples of 2.
 UNIT = 16
@@ -77,6 +80,8 @@ class CacheFormat:
         """Layout of one layer's rows; None if they are numbers."""
         if not self.quantised:
             return None
+        from mla_convert.modeling.quantised_latent_mla import LatentFormat  # imports torch
+
         wide = size.wide if self.kind == "mixed" else -1
         return LatentFormat(self.kind, size.rank, size.rope_dim, self.group, wide, self.rope)
 
@@ -164,6 +169,8 @@ class Plan:
         """The field of this name in the converted model's configuration."""
         if not self.cache.quantised:
             return None
+        from mla_convert.modeling.quantised_latent_mla import VERSION  # imports torch
+
         fields = {"version": VERSION, "kind": self.cache.kind, "group": self.cache.group, "rope": self.cache.rope}
         return fields | ({"wide": [size.wide for size in self.layers]} if self.cache.kind == "mixed" else {})
 
