@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import pickle
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def pytest_configure(config):
     """Give each worker of `-n` a contiguous half of the tests, so that it loads a parametrised fixture's model once."""
     if getattr(config.option, "dist", None) == "load":
         config.option.dist = "worksteal"
+
+
+def pytest_report_header():
+    """Say which versions the tests meet: the newest transformers of the index is not pinned."""
+    return [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
 
 
 def _load(name: str):

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# The kernels of this checkout go before installed ones; the cases and the fix for the interpreter are the tests' own.
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "kernels" / "torch-ext"), str(ROOT / "tests" / "kernels")]
 
 from breakdown import parts
@@ -69,6 +70,7 @@ def main() -> bool:
         import triton.runtime.interpreter
         from conftest import let_numpy_index
 
+        # Triton 3.6's interpreter asks for the int of an array, which NumPy 2.4 refuses.
         let_numpy_index(triton.runtime.interpreter)
     return {"grid": grid, "tune": tune, "speed": speed, "parts": parts}[arguments.task](arguments)
 

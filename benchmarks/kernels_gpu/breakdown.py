@@ -55,6 +55,7 @@ def host_us(slices: Slices, repeats: int = 200) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         launch()
+    # Taken before the device is done: the host alone is measured.
     elapsed = time.perf_counter() - start
     torch.cuda.synchronize()
     return elapsed / repeats * 1e6
@@ -72,6 +73,7 @@ def call_parts(shape: Shape, config: DecodeConfig, device: str) -> dict[str, flo
     same = (q, qr, latent[:1, :1].expand(1, *latent.shape[1:]), rope[:1, :1].expand(1, *rope.shape[1:]), *rest)
     with without_combination():
         row["attending"] = time_calls(calls, device)
+        # Three times, because `same` has a single slice and a graph is to hold several calls.
         row["attending, cache in the L2"] = time_calls(decode_calls(same, config, 0) * 3, device)
     return row
 

@@ -112,6 +112,7 @@ def read_kernel(x, total, BLOCK: tl.constexpr, PIECES: tl.constexpr):  # noqa: N
     seen = tl.zeros([BLOCK], tl.float32)
     for piece in range(PIECES):
         seen += tl.load(x + first + piece * BLOCK + tl.arange(0, BLOCK))
+    # The sum is stored, or the compiler would leave out the loads.
     tl.store(total + tl.program_id(0), tl.sum(seen, 0))
 
 
@@ -210,6 +211,7 @@ def row_error(slices: Slices, config: DecodeConfig | None, num_splits: int) -> f
             c, k = c[:n].float(), k[:n].float()
         scores = (q[b, 0].float() @ c.T + qr[b, 0].float() @ k.T) * (q.shape[3] + qr.shape[3]) ** -0.5
         expected = scores.softmax(-1) @ c
+        # The output was filled with NaN, so a row that no program wrote counts as infinitely wrong.
         error = (out[b, 0].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
         worst = max(worst, error.nan_to_num(torch.inf).max().item())
     return worst

@@ -97,6 +97,7 @@ def _sides(model: str | None, against: str | None, shape: str | None, rank: int 
         if rank is not None:
             raise UsageError("--rank goes with --config: a MODEL has its own")
         places = [(name, find_model(name)) for name in (model, against) if name]
+        # A default, because the loop variable would be the last place in every function.
         return [(name, lambda place=place: load_model(place, dtype, device)) for name, place in places]
     if against:
         raise UsageError("--against goes with MODEL; --config with --rank measures both by itself")
@@ -147,6 +148,7 @@ def bench(
     from mla_convert.core.console import Terminal
     from mla_convert.pipeline.estimate.memory import card_memory
 
+    # Before torch is imported, so that a wrong --memory is refused at once.
     limit = card_memory(None, memory)
     import torch
 
@@ -165,4 +167,5 @@ def bench(
     if json_:
         say(json.dumps(results.as_dict(), indent=2))
     else:
+        # Where there is no terminal, rich would break the table at 80 columns.
         print_table(results, Terminal(width=None if Terminal().is_terminal else 140))

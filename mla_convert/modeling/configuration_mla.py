@@ -46,6 +46,12 @@ class MlaFields:
     mla_q_norm: str | None = None
     mla_k_norm: str | None = None
     mla_norm_over: str = "head"
+    # Whether rotated queries are multiplied by a weight for each dim: those of norms that the original applies after RoPE.
+    mla_rope_weights: bool = False
+    # Form of the stock model's RoPE tables (`rope_tables`), and each layer's growth of queries with their position
+    # (`query_growth`), if one has it.
+    mla_rope_tables: str = "cos, sin"
+    mla_query_growth: list[list[float] | None] | None = None
     # Cap of the attention logits; name of the stock attention's parameter with the sinks' logits.
     mla_softcap: float | None = None
     mla_sinks: str | None = None

@@ -31,8 +31,62 @@ LEFT_TO_OTHERS = frozenset(
      "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"]
 )  # fmt: skip
 
+# Names of the softmax scale in stock attentions; the exponent -1 where it divides the logits.
+SCALES = {"scaling": 1, "inv_norm_factor": 1, "scale_attn": -1}
+
 # Version and bounds of masks: all layers of a step have the same mask.
 _mask_bounds = WeakIdKeyDictionary()
+
+
+def softmax_scale(attention: nn.Module) -> float:
+    """The factor of a stock attention's logits, which has one of several names.
+
+    Raises:
+        TypeError: it has none of them.
+    """
+    for name, power in SCALES.items():
+        if hasattr(attention, name):
+            return float(getattr(attention, name)) ** power
+    raise TypeError(
+        f"{type(attention).__name__} of transformers {transformers.__version__} has no softmax scale of a known name"
+    )
+
+
+def rope_tables(given, position_ids: Tensor | None, form: str, rotary_dim: int | None) -> tuple[Tensor, Tensor]:
+    """The tables cos and sin (B or 1, T, .) of RoPE.
+
+    Args:
+        given: the stock layer's `position_embeddings`; None in the versions of GPT-J and CodeGen whose attention looks sines
+            up by `position_ids`.
+        position_ids: (B, T).
+        form: of `given`: "cos, sin", "sin, cos" or "complex", a tensor of cos + i sin.
+        rotary_dim: dims of a head that RoPE rotates, needed without `given`.
+    """
+    if form == "complex":
+        return given.real, given.imag
+    if given is None:
+        exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device) / rotary_dim
+        angles = position_ids.unsqueeze(-1).float() / 10000**exponents
+        return angles.cos(), angles.sin()
+    return tuple(given) if form == "cos, sin" else (given[1], given[0])
+
+
+def query_growth(
+    growth: list[float], position_ids: Tensor | None, cached: int, length: int, device: torch.device
+) -> Tensor:
+    """Factors (B or 1, 1, T, 1) that queries get by their position (arXiv 2501.19399): 1 + b log(1 + floor((p + f) / l)).
+
+    Args:
+        growth: b, l and f.
+        position_ids: positions p (B, T); None: they are counted from the first cached token.
+        cached: number of cached tokens.
+        length: T.
+        device: of the factors, without `position_ids`.
+    """
+    slope, scale, first = growth
+    if position_ids is None:
+        position_ids = torch.arange(cached, cached + length, device=device).unsqueeze(0)
+    return (1 + slope * torch.log1p(torch.floor((position_ids + first) / scale)))[:, None, :, None]
 
 
 def rotate_planes(planes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

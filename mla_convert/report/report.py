@@ -66,6 +66,7 @@ def cache_section(plan: Plan, itemsize: int, windows: list[int | None]) -> Cache
         bytes_per_number=sum(rows["after"]) / sum(widths["after"]) if quantised else itemsize,
         bytes_per_token=cached(1),
         bytes_at_context={str(context): cached(context) for context in CONTEXTS},
+        # Of a token in all layers: sliding windows, which bound both caches alike, do not count.
         share_saved=1 - sum(rows["after"]) / sum(rows["before"]),
         **({"latent_cache": plan.latent_cache} if quantised else {}),
     )

@@ -101,6 +101,7 @@ class Energy(Section):
 
     rope_kept: Measured = math.nan
     rank_kept: Measured = math.nan
+    # Errors of different keys are taken as independent: these compare layers and forecast nothing.
     logit_error: Measured = math.nan
     value_error: Measured = math.nan
     output_error: Measured = math.nan
@@ -135,6 +136,7 @@ class LayerEntry(Section):
         output_seconds: time of the output steps.
     """
 
+    # All entries may be absent: which ones there are depends on the version and on the steps of the run.
     layer: Count | None = None
     kv_lora_rank: Count | None = None
     qk_rope_head_dim: Count | None = None
@@ -142,11 +144,14 @@ class LayerEntry(Section):
     energy: Energy | None = None
     output_error_closed_form: Measured = math.nan
     output_error: Measured = math.nan
+    # Learning rates of the refinement follow this error, and for a block `block_own_error`.
     own_error_closed_form: Measured = math.nan
     residual_error_closed_form: Measured = math.nan
     residual_error: Measured = math.nan
     refine_steps: Count | None = None
     seconds: dict[str, Amount] | None = None
+    # The entries of a block are the same in each of its layers. The errors above are from before its steps, and the
+    # block's are from before the output steps.
     block: list[Count] | None = None
     block_own_error: Measured = math.nan
     block_error_before: Measured = math.nan

@@ -30,6 +30,7 @@ class FullLayer(DynamicLayer):
         super().__init__()
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        # By this name the fused write of a converted model finds its position on the device, as in a static cache.
         self.tokens_written = torch.tensor(keys.shape[2] - 1, device=keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -118,6 +119,7 @@ def converted_config(
         cache_dtype: of CACHE_DTYPES.
     """
     fields = original.to_dict()
+    # These name the original's class and origin.
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
     _, width, _ = cache_shapes(original)[0]
@@ -153,6 +155,7 @@ def random_model(
                 config._attn_implementation = "sdpa"
                 model = model_class(AutoModelForCausalLM._model_mapping[type(original)])(config)
                 for name, index in model.named_buffers():
+                    # A conversion gives every plane its frequency; the buffer begins with zeros.
                     if name.endswith("rope_freq_index"):
                         index.copy_(torch.arange(len(index)))
     finally:

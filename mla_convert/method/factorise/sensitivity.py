@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.processes import Processes, alone
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
@@ -91,16 +92,21 @@ def measure(
         return plan, None
     shared = shares_out(config, plan)
     length = min(states.length, WINDOW)
-    windows = min(states.windows, max(1, TOKENS[layerwise.device.type] // length))
-    few = Activations(states.data[:windows, :length], layerwise.device, states.data.dtype)
+    windows = min(states.total, max(1, TOKENS[layerwise.device.type] // length))
+    # in every process, as one step of the backward pass follows another; the layers' losses are shared out
+    first = states.together(torch.arange(windows)) if not states.processes.alone else states.data[:windows]
+    few = Activations(first[:, :length], layerwise.device, states.data.dtype)
     progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
-        measured = sensitivities(layerwise, few, plan, config.seed, writer, shared, progress.layer_measured)
+        measured = sensitivities(
+            layerwise, few, plan, config.seed, writer, shared, progress.layer_measured, states.processes
+        )
     finally:
         progress.stop()
     if shared:
         plan = replace(plan, sizes=allocate(plan, measured.losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
-    return plan, measured.channels
+    states.processes.make_equal(measured.channels)
+    return states.processes.told(lambda: plan), measured.channels
 
 
 def sensitivities(
@@ -111,6 +117,7 @@ def sensitivities(
     writer: Writer,
     by_size: bool = True,
     tick: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
 ) -> Sensitivity:
     """Expected loss of every layer by rank, by rotary dims and by channel.
 
@@ -122,8 +129,11 @@ def sensitivities(
         writer: whose folder holds the layers' inputs between the two passes.
         by_size: without, only channels are measured.
         tick: called twice a layer.
+        processes: that share out the layers whose losses are measured.
     """
-    count, losses, channels = plan.shape.layers, [], []
+    processes = processes or alone(layerwise.device)
+    count, channels = plan.shape.layers, []
+    losses: dict[int, LayerLoss] = {}
     kwargs = layerwise.layer_kwargs(states.length)
     eager = attention_kwargs(layerwise, states.length)
     for index in range(count):
@@ -139,10 +149,11 @@ def sensitivities(
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
             metric, squares = _backward(layerwise, layer, states, gradient, kwargs[index])
             channels.append(squares)
-            if by_size:
-                losses.append(_losses(layerwise, layer, states, metric, plan, kwargs[index], eager[index]))
+            if by_size and index in processes.share(count):
+                losses[index] = _losses(layerwise, layer, states, metric, plan, kwargs[index], eager[index])
         tick()
-    return Sensitivity(losses[::-1], channels[::-1])
+    everyones = {index: loss for part in processes.gathered(losses) for index, loss in part.items()}
+    return Sensitivity([everyones[index] for index in sorted(everyones)], channels[::-1])
 
 
 def _file(index: int) -> str:

@@ -8,7 +8,7 @@ the r leading eigenvectors of L^T W L. Tokens that no query attends to may have 
 which matters more than any other part. DESIGN.md section 2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,8 @@ class Geometry:
     scaling: float  # factor of the logits before softmax
     rope_scale: float = 1.0  # factor of cos and sin (yarn, longrope); rotary logits get it squared
     num_rotary_freqs: int | None = None  # number of RoPE's frequencies, the first ones; None: all d_h/2
+    # (2, d_h/2) factors of the real and the imaginary part of each plane's logit after RoPE, where norms with weights follow it
+    plane_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class MlaWeights:
     energy: dict[str, float]  # kept energy and errors of the approximation, see `_energy`
     channel_variance: Tensor  # (r,) second moment of each channel of the latent, on tokens weighted by attention
     channel_cost: Tensor  # (r,) cost of a squared error of one in each channel
+    rope_weight: Tensor | None = None  # (2m,) `Geometry.plane_weights` of the planes that are kept
 
 
 def full_rank(geometry: Geometry, hidden_size: int, rope_dim: int, has_kv_bias: bool) -> int:
@@ -118,7 +121,14 @@ def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor, query_momen
 
 
 def _choose(
-    k: Tensor, tokens: Tensor, key_cost: Tensor, rho: Tensor, count: int, planes: str, num_rotary_freqs: int
+    k: Tensor,
+    tokens: Tensor,
+    key_cost: Tensor,
+    rho: Tensor,
+    count: int,
+    planes: str,
+    num_rotary_freqs: int,
+    real: bool = False,
 ) -> rope.Planes:
     """Rotary planes of a layer.
 
@@ -130,9 +140,11 @@ def _choose(
         count: planes to keep.
         planes: see `factorise`.
         num_rotary_freqs: see `Geometry`; the other frequencies are not candidates.
+        real: planes are real combinations of heads, which weights of real and imaginary parts commute with.
     """
     keys = rope.complex_rows(k, 2 * rho.shape[1])
     key_cov = keys @ tokens.to(keys.dtype) @ keys.mH
+    key_cov = key_cov.real if real else key_cov
     query_energy = key_cost.diagonal(dim1=-2, dim2=-1).view(len(rho), 2, -1).sum(1)
     choose = {
         "by_loss": rope.choose_planes,
@@ -355,10 +367,13 @@ def factorise(
     if planes == "evenly_spaced":
         rho = torch.ones_like(rho)
     key_cost = geometry.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, query_moment)
-    kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, num_rotary_freqs)
+    weighted = geometry.plane_weights is not None
+    kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, num_rotary_freqs, real=weighted)
     nope = head_dim if rope_dim < num_kv * head_dim else 0
     gain = torch.ones(2, rho.shape[1], 1, dtype=torch.float64, device=rho.device)
     gain[:, :num_rotary_freqs] = geometry.rope_scale**2
+    if weighted:  # the part of a logit that depends on the distance alone; the rest turns with the sum of the positions
+        gain *= geometry.plane_weights.double().mean(0)[:, None]
     k_maps = (rope.content_maps(kept, rho, num_kv) * gain.flatten(0, 1))[:, :nope]
     costs = (key_cost[:, :nope, :nope], ridged(o_heads.mT @ o_heads, COST_RIDGE))
     # Without a source bias the result has none, and no column for constants.
@@ -369,4 +384,5 @@ def factorise(
     q_rows = torch.cat((q_heads[:, :nope], q_rope), 1).flatten(0, 1)
     energy = _energy(kept, geometry.rope_scale**4, *lost)
     kv_a = torch.cat((down, k_rope[:, columns]))
-    return _assemble(weights, q_rows, kv_a, up, kept.freq_index, energy, channels)
+    whole = _assemble(weights, q_rows, kv_a, up, kept.freq_index, energy, channels)
+    return replace(whole, rope_weight=geometry.plane_weights[:, kept.freq_index].flatten()) if weighted else whole
