@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
-from mla_convert.source.families import FAMILIES
+from mla_convert.source.families import FAMILIES, is_installed
 
 if TYPE_CHECKING:
     from mla_convert.report.report import Report
@@ -32,9 +32,12 @@ COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.3,
 }
-# Every variant of every family: name -> model type and settings. Tests run over all of them.
+# Every variant of every family that the installed transformers has: name -> model type and settings. Tests run over all.
 VARIANTS = {
-    name: (family.model_type, settings) for family in FAMILIES.values() for name, settings in family.tested.items()
+    name: (family.model_type, settings)
+    for family in FAMILIES.values()
+    if is_installed(family.model_type)
+    for name, settings in family.tested.items()
 }
 # Conversions at half and at a quarter of the cache, without noise: half of the few calibration windows would be noise.
 HALF = {"kv_ratio": 0.5, "calib_noise": 0, "calib_samples": 32}

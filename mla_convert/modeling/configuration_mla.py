@@ -46,12 +46,21 @@ class MlaFields:
     mla_q_norm: str | None = None
     mla_k_norm: str | None = None
     mla_norm_over: str = "head"
+    # Whether rotated queries are multiplied by a weight for each dim: those of norms that the original applies after RoPE.
+    mla_rope_weights: bool = False
+    # Form of the stock model's RoPE tables (`rope_tables`), and each layer's growth of queries with their position
+    # (`query_growth`), if one has it.
+    mla_rope_tables: str = "cos, sin"
+    mla_query_growth: list[list[float] | None] | None = None
     # Cap of the attention logits; name of the stock attention's parameter with the sinks' logits.
     mla_softcap: float | None = None
     mla_sinks: str | None = None
     # Attention while decoding: "kernels" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
     # "auto" (the kernels where they can serve, else the library's). The variable MLA_CONVERT_KERNEL overrides it.
     mla_kernel: str = "auto"
+    # Format of the cached rows (quantised_latent_mla.py): version, kind, group, rope, and for "mixed" wide by layer; None
+    # caches numbers of the model's dtype.
+    latent_cache: dict | None = None
     # Version of the checkpoint format, and of the newest transformers that the code beside the weights was tried with.
     mla_format: int = 1
     mla_transformers: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,15 @@ class HiddenStatesStub(nn.Module):
         return DecoderOutput(last_hidden_state=self.hidden)
 
 
+def decoder_name(model: Any) -> str:
+    """Name of a causal language model's decoder, "" without one. Llama 4's is not its class's `base_model_prefix`."""
+    embeddings = model.get_input_embeddings()
+    holders = (
+        name for name, part in model.named_children() if part is not embeddings and embeddings in [*part.modules()]
+    )
+    return next(holders, "")
+
+
 class Head:
     """A causal language model's head: hidden states (N, d) to logits (N, vocabulary), as the model's class computes them.
 
@@ -50,7 +60,7 @@ class Head:
         self._stub = HiddenStatesStub()
         self._model = copy.copy(model)
         self._model._modules = dict(model._modules)
-        setattr(self._model, model.base_model_prefix, self._stub)
+        setattr(self._model, decoder_name(model), self._stub)
         self.output = model.get_output_embeddings()
 
     @property

@@ -26,13 +26,27 @@ from .decode_mla import (
     absorbed_attention,
     cache_names,
     eager_attention,
+    kernel_attention,
     leave_out_hidden,
     linear_map,
+    query_growth,
     refuse_unknown,
+    rope_tables,
     rotate_planes,
+    softmax_scale,
     take_cache,
     update_cache,
     write_static,
+)
+from .quantised_latent_mla import (
+    dequantise_rows,
+    kernel_format,
+    layer_format,
+    pass_through,
+    quantise_rows,
+    update_packed,
+    with_gradient,
+    write_packed,
 )
 
 # Up to this many query tokens a step, the up-projections move to the query and output side (absorbed attention on the
@@ -46,18 +60,18 @@ EXPANDED_BYTES = 1 << 30
 _classes: dict[str, type] = {}
 
 
-def apply_norm(norm: nn.Module, rows: Tensor, head_dim: int, over: str) -> Tensor:
+def apply_norm(norm: nn.Module | None, rows: Tensor, head_dim: int, over: str) -> Tensor:
     """Apply a stock norm of queries or keys to rows (B, T, heads * head_dim), as the stock attention calls it.
 
     Args:
-        norm: the norm.
+        norm: the norm; None: none.
         rows: (B, T, heads * head_dim).
         head_dim: width of a head.
         over: the shape that the norm takes: "head" (B, T, heads, head_dim), "all" (B, T, heads * head_dim) or "heads first"
             (B, heads, T, head_dim).
     """
-    if over == "all":
-        return norm(rows)
+    if norm is None or over == "all":
+        return rows if norm is None else norm(rows)
     heads = rows.unflatten(-1, (-1, head_dim))
     normed = norm(heads.transpose(1, 2)).transpose(1, 2) if over == "heads first" else norm(heads)
     return normed.flatten(2)
@@ -90,7 +104,8 @@ class MlaAttention(nn.Module):
         self._is_hf_initialized = True
         self.config = config
         self.layer_idx = layer_idx
-        self.scaling = stock.scaling
+        self.scaling = softmax_scale(stock)
+        self.growth = (config.mla_query_growth or {layer_idx: None})[layer_idx]
         self.is_causal = True
         self.attention_dropout = getattr(config, "attention_dropout", getattr(config, "attn_pdrop", 0.0))
         self.output_dropout = getattr(config, "residual_dropout", getattr(config, "resid_pdrop", 0.0))
@@ -101,10 +116,14 @@ class MlaAttention(nn.Module):
         self.qk_nope_head_dim = config.layer_nope_dim(layer_idx)
         self.v_head_dim = config.v_head_dim
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.latent_format = layer_format(config, layer_idx)
         self.kernel = kernel_choice(config)
+        self.rotary_dim = getattr(config, "rotary_dim", None)
         self.softcap = config.mla_softcap
         self.normed = config.mla_q_norm is not None
         self._add_projections(config, stock)
+        weights = torch.ones(self.qk_rope_head_dim) if config.mla_rope_weights else None
+        self.rope_weight = None if weights is None else nn.Parameter(weights)
         self.register_buffer("rope_freq_index", torch.zeros(self.qk_rope_head_dim // 2, dtype=torch.int64))
 
     def _add_projections(self, config: PreTrainedConfig, stock: nn.Module) -> None:
@@ -115,8 +134,10 @@ class MlaAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, heads * self.v_head_dim, bias=config.mla_q_bias)
             self.k_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
             self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
-            setattr(self, config.mla_q_norm, getattr(stock, config.mla_q_norm))
-            setattr(self, config.mla_k_norm, getattr(stock, config.mla_k_norm))
+            # in Llama 4, layers without RoPE have no norm
+            for name in (config.mla_q_norm, config.mla_k_norm):
+                if hasattr(stock, name):
+                    setattr(self, name, getattr(stock, name))
             self.q_b_proj = nn.Linear(self.v_head_dim, heads * self.qk_head_dim, bias=False)
             self.kv_a_proj_with_mqa = nn.Linear(2 * kv_heads * self.v_head_dim, compressed, bias=False)
         else:
@@ -135,12 +156,12 @@ class MlaAttention(nn.Module):
 
     def normed_query(self, hidden_states: Tensor) -> Tensor:
         """The original's normed queries: (B, T, H * d_h), heads in the original's layout."""
-        norm = getattr(self, self.config.mla_q_norm)
+        norm = getattr(self, self.config.mla_q_norm, None)
         return apply_norm(norm, self.q_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
 
     def normed_key_value(self, hidden_states: Tensor) -> Tensor:
         """The original's normed keys, and its values: (B, T, 2 * G * d_h)."""
-        norm = getattr(self, self.config.mla_k_norm)
+        norm = getattr(self, self.config.mla_k_norm, None)
         key = apply_norm(norm, self.k_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
         return torch.cat([key, self.v_proj(hidden_states)], dim=-1)
 
@@ -184,13 +205,23 @@ class MlaAttention(nn.Module):
         """Project, rotate, cache and attend; absorbed for few queries on a cache, expanded otherwise."""
         batch, length, _ = hidden_states.shape
         query, compressed = self._project(hidden_states)
+        if self.growth is not None:
+            cached = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+            query = query * query_growth(self.growth, kwargs.get("position_ids"), cached, length, query.device).to(
+                query
+            )
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rope = compressed.unsqueeze(1).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
         cos = sin = None
         if self.qk_rope_head_dim:
-            cos, sin = (table[..., self.rope_freq_index] for table in position_embeddings)
+            tables = rope_tables(
+                position_embeddings, kwargs.get("position_ids"), self.config.mla_rope_tables, self.rotary_dim
+            )
+            cos, sin = (table[..., self.rope_freq_index] for table in tables)
         q_rope, latent, k_rope, cos, sin = self._rotate_and_cache(q_rope, latent, k_rope, cos, sin, past_key_values)
+        if self.rope_weight is not None:
+            q_rope = q_rope * self.rope_weight
 
         # With several queries, only an explicit mask defines which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
@@ -200,6 +231,8 @@ class MlaAttention(nn.Module):
         if up is not None:
             output, weights = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask, up)
         else:
+            if k_rope is None:
+                latent, k_rope = dequantise_rows(self.latent_format, latent, q_nope.dtype)
             if past_key_values is not None and attention_mask is not None:
                 latent, k_rope = leave_out_hidden(attention_mask, latent, k_rope)
             output, weights = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, cos, sin, **kwargs)
@@ -209,13 +242,16 @@ class MlaAttention(nn.Module):
     def _rotate_and_cache(
         self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None,
         cache: Cache | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         """Apply RoPE and append the new tokens to the cache.
 
         Returns:
             Queries, then latents and rotary keys of all cached tokens, and the tables `cos` and `sin` (B or 1, 1, T, m) if
-            RoPE is still to be applied: training rotates in `join`.
+            RoPE is still to be applied: training rotates in `join`. Packed rows and None instead of latents and keys where
+            the cache is quantised.
         """
+        if self.latent_format is not None:
+            return *self._rotate_and_quantise(q_rope, latent, k_rope, cos, sin, cache), None, None
         if cache is not None and self.kernel != "sdpa":
             written = write_static(cache, self.layer_idx, latent, k_rope, q_rope, cos, sin)
             if written is not None:
@@ -223,12 +259,34 @@ class MlaAttention(nn.Module):
                 return q_rope, latent, k_rope, None, None
         if cos is not None:
             cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
-            if cache is not None or not torch.is_grad_enabled():
+            if cache is not None or not torch.is_grad_enabled() or self.rope_weight is not None:
                 q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
                 cos = sin = None
         if cache is not None:
             latent, k_rope = update_cache(cache, self.layer_idx, latent, k_rope)
         return q_rope, latent, k_rope, cos, sin
+
+    def _rotate_and_quantise(
+        self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """`_rotate_and_cache` of a quantised cache: attention reads what the cache holds, also where there is none."""
+        differentiable = torch.is_grad_enabled() and (latent.requires_grad or k_rope.requires_grad)
+        if cache is not None and not differentiable:
+            with torch.no_grad():
+                return write_packed(
+                    self.latent_format, cache, self.layer_idx, latent, k_rope, q_rope, cos, sin, self.kernel != "sdpa"
+                )
+        if cos is not None:
+            cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
+            q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+        through = pass_through(self.latent_format, latent, k_rope)
+        if cache is None:
+            return q_rope, *through
+        with torch.no_grad():
+            rows = update_packed(cache, self.layer_idx, quantise_rows(self.latent_format, latent, k_rope))
+            cached = dequantise_rows(self.latent_format, rows, latent.dtype)
+        return q_rope, *with_gradient(cached, through)
 
     @staticmethod
     def join(
@@ -253,27 +311,37 @@ class MlaAttention(nn.Module):
         return torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None, up: Tensor
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor | None, mask: Tensor | None, up: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Decode: apply the up-projections to queries and outputs, and attend on the latents. Output (B, T, H, v).
 
-        `up` (H * (nope + v), r) is the matrix of `kv_b_proj`.
+        `latent` has packed rows where `k_rope` is None; `up` (H * (nope + v), r) is the matrix of `kv_b_proj`.
         """
         up = up.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         # One matrix product per head over all sequences; broadcasting would copy the up-projections for each sequence.
-        attended, weights = absorbed_attention(
-            torch.einsum("bhtd,hdr->bthr", q_nope, up_key).transpose(1, 2),
-            q_rope,
-            latent,
-            k_rope,
-            mask,
-            self.scaling,
-            need_weights=self.config._attn_implementation == "eager",
-            softcap=self.softcap,
-            sinks=self.sink_logits,
-            kernel=self.kernel,
-        )
+        query = torch.einsum("bhtd,hdr->bthr", q_nope, up_key).transpose(1, 2)
+        need_weights, kernel, attended = self.config._attn_implementation == "eager", self.kernel, None
+        options = {"softcap": self.softcap, "sinks": self.sink_logits}
+        if k_rope is None:
+            form = kernel_format(self.latent_format)
+            if form is None and kernel == "kernels":
+                raise ValueError(
+                    f'mla_kernel "kernels" cannot decode rows with a rotary key in {self.latent_format.rope}'
+                )
+            if form and kernel != "sdpa" and not need_weights:
+                attended = kernel_attention(
+                    query, q_rope, latent, None, mask, self.scaling, kernel, row_format=form, **options
+                )
+            latent, k_rope = (
+                (None, None) if attended is not None else dequantise_rows(self.latent_format, latent, query.dtype)
+            )
+            kernel = "sdpa"
+        weights = None
+        if attended is None:
+            attended, weights = absorbed_attention(
+                query, q_rope, latent, k_rope, mask, self.scaling, need_weights=need_weights, kernel=kernel, **options
+            )
         return torch.einsum("bhtr,hvr->bthv", attended, up_value), weights
 
     def _expanded(

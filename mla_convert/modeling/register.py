@@ -7,12 +7,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import model_class
-from mla_convert.source.families import FAMILIES
+from mla_convert.source.families import FAMILIES, is_installed
 
 
 def register() -> None:
-    """Register every family. A second call changes nothing."""
-    for model_type in FAMILIES:
+    """Register every family that the installed transformers has. A second call changes nothing."""
+    for model_type in filter(is_installed, FAMILIES):
         config = config_class(getattr(transformers, CONFIG_MAPPING_NAMES[model_type]))
         model = model_class(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))
         AutoConfig.register(config.model_type, config, exist_ok=True)

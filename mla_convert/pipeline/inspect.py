@@ -134,6 +134,7 @@ class ConvertedFindings:
     cache_numbers_per_token_per_layer: float
     dtype: str
     report: ReportFindings | None
+    latent_cache: JsonObject | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As `inspect --json` prints it."""
@@ -152,6 +153,7 @@ class ConvertedFindings:
             ("family", self.model_type),
             ("layers", str(self.layers)),
             ("rank", f"{self.kv_lora_rank} + {self.qk_rope_head_dim} rotary, {self.dtype}"),
+            *([("cached latent", str(self.latent_cache.get("kind")))] if self.latent_cache else []),
             *(self.report.rows() if self.report else []),
         ]
 
@@ -226,7 +228,11 @@ def _source(source: Source, basis: str) -> SourceFindings:
 
 def _rope(config: Any) -> JsonObject:
     """Settings of RoPE; where layers differ, those of full attention, and all of them by type of layer."""
-    parameters = dict(config.rope_parameters or {})
+    stated = {
+        "rope_theta": 10000.0,
+        "rotary_dim": getattr(config, "rotary_dim", None),
+    }  # GPT-J and CodeGen state no more
+    parameters = dict(getattr(config, "rope_parameters", stated) or {})
     by_type = {kind: dict(own) for kind, own in parameters.items() if isinstance(own, dict)}
     main = dict(by_type.get("full_attention", {})) if by_type else parameters
     settings = {"type": main.pop("rope_type", "default"), "base": main.pop("rope_theta", None), "scaling": main}
@@ -235,7 +241,7 @@ def _rope(config: Any) -> JsonObject:
 
 def _converted(label: str, revision: str | None, config: JsonObject, report: JsonObject) -> ConvertedFindings:
     try:
-        layers = config["num_hidden_layers"]
+        layers = config["n_layer" if "n_layer" in config else "num_hidden_layers"]  # GPT-2 and its relatives
         # where layers differ there is a list beside the largest
         sizes = [config.get(f"{name}s") or [config[name]] * layers for name in ("kv_lora_rank", "qk_rope_head_dim")]
         if not (layers == len(sizes[0]) == len(sizes[1])) or not all(
@@ -252,6 +258,7 @@ def _converted(label: str, revision: str | None, config: JsonObject, report: Jso
             cache_numbers_per_token_per_layer=mean(map(int.__add__, *sizes)),
             dtype=str(config.get("dtype") or "float32"),
             report=_reported(report),
+            latent_cache=config.get("latent_cache"),
         )
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"config.json of {label} lacks what a converted model has ({one_line(error)})") from error

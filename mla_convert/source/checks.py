@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -25,7 +26,6 @@ from mla_convert.source.tokens import first_tokens
 
 # Rows of a matrix that are compared at a time.
 ROWS = 4096
-KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 # More decoder layers than any language model has; building a million of them takes minutes.
 MOST_LAYERS = 1000
 # Classes of models with a head of another kind: ...ForSequenceClassification, ...ForTokenClassification, ...
@@ -62,11 +62,11 @@ def check_derived(source: Any) -> None:
         InputError: names the window or the type of layer; `makes_sense` converts the errors of other settings.
     """
     config, known = source.config, type(source.config)()
-    kinds = getattr(config, "layer_types", None) or ()
+    kinds, known_kinds = getattr(config, "layer_types", None) or (), source.family.attention_layers
     for kind in kinds:
-        if kind not in KINDS_OF_LAYERS:
+        if kind not in known_kinds:
             raise InputError(
-                f"{source.name} has layers of {kind!r}, which are not supported: {' and '.join(KINDS_OF_LAYERS)} are"
+                f"{source.name} has layers of {kind!r}, which are not supported: {' and '.join(known_kinds)} are"
             )
     shape = source.shape
     if shape.rotary_dim not in (0, shape.head_dim) and not source.family.partial_rotary:
@@ -75,7 +75,8 @@ def check_derived(source: Any) -> None:
             f"of a head, and {config.model_type} turns all: take partial_rotary_factor out of it (new family: set partial_rotary)"
         )
     windowed = any(window is not None for window in source.sliding_windows)
-    if (windowed and not hasattr(known, "sliding_window")) or (kinds and not hasattr(known, "layer_types")):
+    has_windows = hasattr(known, "sliding_window") or hasattr(known, "attention_chunk_size")
+    if (windowed and not has_windows) or (kinds and not hasattr(known, "layer_types")):
         # transformers' caches and masks use these settings, but this family's attention ignores them
         raise InputError(
             f"configuration of {source.name} has a sliding_window or layer_types, and {config.model_type} has no windows: take "
@@ -283,7 +284,7 @@ def check_width(model: PreTrainedModel, label: str) -> None:
         raise InputError(f"{label} has embeddings of {width} numbers and layers of {hidden}, which is not supported")
 
 
-def rotary_dims(model: torch.nn.Module, label: str) -> int:
+def rotary_dims(model: PreTrainedModel, label: str) -> int:
     """Dims of a head that RoPE rotates, by the model's own tables: some classes ignore `partial_rotary_factor`.
 
     Raises:
@@ -292,7 +293,57 @@ def rotary_dims(model: torch.nn.Module, label: str) -> int:
     dims = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
     if len(dims) > 1:
         raise InputError(f"{label} has layers with different numbers of rotary dims {sorted(dims)}: not supported")
-    return dims.pop() if dims else 0
+    # in older versions, GPT-J and CodeGen look sines up in a table
+    return dims.pop() if dims else getattr(model.config, "rotary_dim", None) or 0
+
+
+def check_names(model: PreTrainedModel, family: Family) -> None:
+    """Refuse a family whose names are not those of the stock model: a mistake in its file.
+
+    Raises:
+        InputError: gives the field, and the names that there are.
+    """
+    path, _, stack = family.layers.rpartition(".")
+
+    def look(module: torch.nn.Module, name: str | None, field: str, inside: str) -> Any:
+        found = operator.attrgetter(name)(module) if name and _has(module, name) else None
+        if name and found is None:
+            there = ", ".join(dict(module.named_children()))
+            raise InputError(
+                f"the family {family.model_type} has {field} = {name!r}, and in transformers {inside} has {there or 'no parts'}: "
+                f"see docs/guides/add-a-family.md"
+            )
+        return found
+
+    look(model, family.layers, "layers", type(model).__name__)
+    decoder = model.get_submodule(path)
+    look(decoder, family.final_norm, "final_norm", path)
+    layers = list(getattr(decoder, stack))
+    layer = next((layer for layer in layers if hasattr(layer, family.attention)), layers[0])
+    attention = look(layer, family.attention, "attention", "its layer")
+    norms = [family.input_norm] if isinstance(family.input_norm, str) else family.input_norm or []
+    if norms and not any(hasattr(layer, name) for name in norms):
+        look(layer, norms[0], "input_norm", "its layer")
+    look(layer, family.output_norm, "output_norm", "its layer")
+    look(layer, family.residual_multiplier, "residual_multiplier", "its layer")
+    for field in ("fused", "output") if family.fused else ("query", "key", "value", "output"):
+        look(attention, getattr(family, field), field, "its attention")
+    look(attention, family.sinks, "sinks", "its attention")
+
+
+def _has(module: torch.nn.Module, path: str) -> bool:
+    try:
+        operator.attrgetter(path)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def has_key_norm(model: PreTrainedModel, family: Family) -> bool:
+    """Whether a layer has a norm between the key projection and attention; it may have no weights."""
+    layers: Any = model.get_submodule(family.layers)
+    norm = family.k_norm
+    return norm is not None and any(hasattr(getattr(layer, family.attention), norm) for layer in layers)
 
 
 def check_scaling(model: torch.nn.Module, label: str) -> None:

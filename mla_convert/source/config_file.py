@@ -25,12 +25,15 @@ SIZES = {
 KEYS = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "max_window_layers"), "layers"),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "hidden_dim", "ffn_dim", "n_inner",
-                     "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "kv_lora_rank"), "width"),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_heads", "n_heads"), "heads"),
-    **dict.fromkeys(("head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim"), "head width"),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), "experts"),
+                     "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "kv_lora_rank",
+                     "ffn_hidden_size", "intermediate_size_mlp", "prefix_dense_intermediate_size",
+                     "shared_intermediate_size"), "width"),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_heads", "n_heads", "num_kv_heads"), "heads"),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim", "rotary_dim"), "head width"),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts",
+                     "moe_num_shared_experts", "num_shared_experts"), "experts"),
     "vocab_size": "vocabulary",
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window", "n_ctx"), "context"),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window", "n_ctx", "attention_chunk_size"), "context"),
 }  # fmt: skip
 MOST_TOKEN = 1 << 31
 # Largest length of a list with one entry per layer.

@@ -55,6 +55,10 @@ def head_width(config: PreTrainedConfig) -> int:
 
 def kv_heads(config: PreTrainedConfig) -> int:
     """Number of KV heads; the number of query heads if the configuration has no other."""
+    if getattr(config, "new_decoder_architecture", False):  # Falcon's 40B and later
+        return config.num_kv_heads
+    if getattr(config, "multi_query", False):  # Falcon 7B, StarCoder 1
+        return 1
     groups = getattr(config, "num_key_value_heads", None)
     return config.num_attention_heads if groups is None else groups
 

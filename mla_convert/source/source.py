@@ -25,17 +25,19 @@ from mla_convert.source.checks import (
     check_classes,
     check_derived,
     check_layers,
+    check_names,
     check_scaling,
     check_tensors,
     check_width,
     first_token_notes,
+    has_key_norm,
     makes_sense,
     refuse_audio,
     rotary_dims,
     settle_ties,
 )
 from mla_convert.source.config_file import read_config
-from mla_convert.source.families import FAMILIES, Family, find_family
+from mla_convert.source.families import FAMILIES, Family, find_family, is_installed
 from mla_convert.source.licence import read_licence
 from mla_convert.source.place import HUB_FILES, locate
 from mla_convert.source.shape import AttentionShape, head_width, kv_heads
@@ -56,6 +58,8 @@ class Source:
     notes: tuple[str, ...] = ()
     rotary: int = 0
     """Dims of a head that RoPE rotates."""
+    normed: bool = False
+    """Whether there is a norm between the key projection and attention."""
 
     @property
     def shape(self) -> AttentionShape:
@@ -73,8 +77,13 @@ class Source:
             has_kv_bias=self.has_bias("k") or self.has_bias("v"),
             rotary_dim=self.rotary if family.rotary else 0,
             rope_layers=family.layers_with_rope(config),
-            normed=self._has(f"{family.k_norm}."),
+            normed=self.normed,
         )
+
+    @property
+    def weights_after_rope(self) -> bool:
+        """Whether norms of queries and keys with weights follow RoPE."""
+        return self.family.norm_after_rope and self._has(f"{self.family.k_norm}.weight")
 
     def _has(self, start: str) -> bool:
         """Whether the first layer's attention has a tensor whose name begins with `start`."""
@@ -104,7 +113,9 @@ class Source:
         types = (
             getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
         )
-        return [window if kind == "sliding_attention" else None for kind in types]
+        # a token in a chunk sees no token before it, so that the chunk's length bounds the cache as a window does
+        windows = {"sliding_attention": window, "chunked_attention": getattr(self.config, "attention_chunk_size", None)}
+        return [windows.get(kind) for kind in types]
 
     def tokenizer(self) -> Any:
         """The source's tokenizer.
@@ -168,7 +179,7 @@ class Source:
 
 
 def open_source(name: str, revision: str | None = None, weights: bool = True) -> Source:
-    """Open a source lazily: read the configuration and the headers of the weights, no weights (except of GGUF files).
+    """Open a source lazily: read the configuration and the headers of the weights, no weights.
 
     Args:
         name: a folder, a Hub id, a GGUF file or "demo".
@@ -193,8 +204,8 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     model_type, text = content.get("model_type", "none given"), content.get("text_config")
     # of a multimodal checkpoint, the language model is read if its family is supported
     inner = str(text.get("model_type")) if isinstance(text, dict) else ""
-    part = inner in FAMILIES
-    family = FAMILIES[inner] if part else find_family(str(model_type), content.keys())
+    part = inner in FAMILIES and is_installed(inner)
+    family = FAMILIES[inner] if part else find_family(str(model_type), content.keys(), inner)
     refuse_audio(content, label)
     notes = [f"{label} is multimodal ({model_type}): only its language model is converted"] if part else []
     with makes_sense(label):
@@ -209,7 +220,9 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
             config, label
         )  # refuses a configuration that describes no model, before any weight is read
         notes += check_classes(content, expected.model, label, part)
-        source = Source(label, revision, folder, None, config, family, expected, tuple(notes), expected.rotary)
+        source = Source(
+            label, revision, folder, None, config, family, expected, tuple(notes), expected.rotary, expected.normed
+        )
         check_derived(source)
     if stored:
         complete = _with_weights(source, stored, expected, quantization, part, weights)
@@ -244,8 +257,8 @@ def _with_weights(
 class _Expected(MemoryReader):
     """The tensors that a configuration requires, on the meta device, without a tied head.
 
-    `model`: name of its transformers class; `rotary`: dims of a head that RoPE rotates; `tied`: parameter -> the parameter
-    that it is tied to.
+    `model`: name of its transformers class; `rotary`: dims of a head that RoPE rotates; `normed`: there is a norm between the
+    key projection and attention; `tied`: parameter -> the parameter that it is tied to.
     """
 
     def __init__(self, model: PreTrainedModel, rotary: int):
@@ -253,6 +266,7 @@ class _Expected(MemoryReader):
         super().__init__(parameters(model))
         self.model = type(model).__name__
         self.rotary = rotary
+        self.normed = has_key_norm(model, FAMILIES[model.config.model_type])
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
 
 
@@ -261,6 +275,7 @@ def _expected(config: PreTrainedConfig, label: str) -> _Expected:
     with makes_sense(label), init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
         check_scaling(model, label)
+        check_names(model, FAMILIES[config.model_type])
         check_width(model, label)
         return _Expected(model, rotary_dims(model, label))
 
@@ -284,19 +299,19 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         find_family(config.model_type).check(config, path.name)
 
     opened = open_gguf(path, check)
-    config, notes = opened.config, (*opened.notes, *first_token_notes(path, opened.file.metadata))
+    config, notes = opened.config, tuple(opened.notes)
+    if weights:  # transformers takes half a minute to read a large vocabulary, which nothing but a conversion needs
+        notes += first_token_notes(path, opened.file.metadata)
     with makes_sense(path.name):
         _check_sizes(config, path.name)
         expected = _expected(config, path.name)
         family = find_family(config.model_type)
-        source = Source(path.name, None, path.parent, path.name, config, family, expected, notes, expected.rotary)
+        source = Source(
+            path.name, None, path.parent, path.name, config, family, expected, notes, expected.rotary, expected.normed
+        )
         check_derived(source)
     sampling(opened.file)  # refuse unusable settings before the conversion, not after it
-    # transformers dequantises a GGUF file as a whole: such a source is held in memory
-    if not weights:
-        return source
-    model = opened.load()
-    return replace(source, reader=MemoryReader(parameters(model)))
+    return replace(source, reader=opened.reader) if weights else source
 
 
 def load_config(folder: Path, label: str) -> PreTrainedConfig:

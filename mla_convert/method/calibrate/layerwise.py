@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError, one_line
+from mla_convert.modeling.decode_mla import rope_tables
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.source.source import Source
 
@@ -31,16 +35,34 @@ class Rotation:
 
 
 class _Recorder(nn.Module):
-    """Replaces a decoder layer: records its keyword arguments and returns the hidden states unchanged."""
+    """Replaces a decoder layer: records its arguments and returns the hidden states unchanged."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
+        self.layer = [layer]  # in a list: it is no part of this module
         self.names = list(inspect.signature(layer.forward).parameters)
         self.kwargs: LayerKwargs = {}
+        self.hidden_states: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        self.kwargs = dict(zip(self.names[1:], args, strict=False)) | kwargs
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
+        self.hidden_states, self.kwargs = hidden_states, dict(zip(self.names[1:], args, strict=False)) | kwargs
+        return as_returned(hidden_states, self.layer[0])
+
+
+@functools.cache
+def _entries(layer: type) -> int:
+    code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward))))
+    returned = [node.value for node in ast.walk(code) if isinstance(node, ast.Return)]
+    return max(len(value.elts) if isinstance(value, ast.Tuple) else 0 for value in returned)
+
+
+def as_returned(hidden_states: Tensor, layer: nn.Module) -> Tensor | tuple[Tensor | None, ...]:
+    """Hidden states in the form in which a stock layer returns them: alone, or as the first entry of a tuple.
+
+    The form is read from the layer's code, because it differs between versions of transformers (GPT-J, CodeGen).
+    """
+    entries = _entries(type(layer))
+    return (hidden_states, *[None] * (entries - 1)) if entries else hidden_states
 
 
 def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -115,11 +137,20 @@ class LayerwiseModel:
         if not num_rotary_freqs:
             return Rotation(inv_freq, 0, 1.0)
         # at position 1 the angle is the frequency itself, as none is as large as pi
-        cos, sin = (
-            table[0, 1, : num_rotary_freqs * stride : stride].double() for table in kwargs["position_embeddings"]
+        tables = rope_tables(
+            kwargs.get("position_embeddings"),
+            kwargs.get("position_ids"),
+            self.source.family.rope_tables,
+            2 * num_rotary_freqs,
         )
+        cos, sin = (table[0, 1, : num_rotary_freqs * stride : stride].double() for table in tables)
         inv_freq[:num_rotary_freqs] = torch.atan2(sin, cos)
-        return Rotation(inv_freq, num_rotary_freqs, float(torch.hypot(cos, sin).mean()))
+        scale = float(torch.hypot(cos, sin).mean())
+        if self.source.family.norm_after_rope and abs(scale - 1) > 1e-6:
+            raise InputError(
+                f"RoPE of {self.source.name} multiplies queries and keys by {scale:.3g} before their norm, which is not supported"
+            )
+        return Rotation(inv_freq, num_rotary_freqs, scale)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 autocast on CUDA; a context without effect on the CPU."""
@@ -191,7 +222,7 @@ class LayerwiseModel:
         return getattr(self.decoder, self.source.family.final_norm)
 
     @contextlib.contextmanager
-    def layers_replaced(self, layers: list[nn.Module]) -> Iterator[None]:
+    def layers_replaced(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """The decoder with other modules in place of its layers, as many."""
         # the stock forward loops over the first num_hidden_layers entries
         setattr(self.decoder, self._list, nn.ModuleList(layers))
@@ -202,9 +233,13 @@ class LayerwiseModel:
 
     @contextlib.contextmanager
     def _norm_replaced(self) -> Iterator[None]:
-        """The decoder without the norm behind the last layer."""
+        """The decoder without the weights of the norm behind the last layer.
+
+        A norm without weights stays: nanochat norms its embeddings by the same one.
+        """
         norm = self.final_norm
-        setattr(self.decoder, self.source.family.final_norm, nn.Identity())
+        if list(norm.parameters()):
+            setattr(self.decoder, self.source.family.final_norm, nn.Identity())
         try:
             yield
         finally:
@@ -238,20 +273,23 @@ class LayerwiseModel:
         Raises:
             InputError: the embedding is not finite.
         """
+        if not len(windows):  # of few windows, some of several processes have none
+            return torch.empty(*windows.shape, self.source.config.hidden_size)
         tensors = self.source.reader.read([f"{self.embedding}.weight"])
         check_finite(tensors)
         (table,) = tensors.values()
+        recorders: list[Any] = [_Recorder(layer) for layer in self.layers]
+        parts = []
         # in the stored dtype: the table is the largest tensor of a small model
         with (
             self.filled(self.model.get_submodule(self.embedding), {"weight": table}, table.dtype),
             self.small_modules_filled(),
             self._norm_replaced(),
-            self.layers_replaced([_Recorder(layer) for layer in self.layers]),
+            self.layers_replaced(recorders),
         ):
-            parts = [
-                self.decoder(ids.to(self.device), use_cache=False).last_hidden_state.float().cpu()
-                for ids in windows.split(8)
-            ]
+            for ids in windows.split(8):
+                self.decoder(ids.to(self.device), use_cache=False)
+                parts.append(recorders[0].hidden_states.float().cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -262,7 +300,7 @@ class LayerwiseModel:
             length: tokens of a window.
             eager: as under eager attention, whose masks differ from SDPA's.
         """
-        recorders = [_Recorder(layer) for layer in self.layers]
+        recorders: list[Any] = [_Recorder(layer) for layer in self.layers]
         hidden = torch.zeros(1, length, self.source.config.hidden_size, device=self.device)
         with (
             self.small_modules_filled(),

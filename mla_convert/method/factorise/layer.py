@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mla_convert.method.calibrate.layerwise import Rotation
 from mla_convert.method.calibrate.statistics import Statistics
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, factorise
-from mla_convert.modeling.configuration_mla import config_class
+from mla_convert.modeling.configuration_mla import PREFIX, config_class
+from mla_convert.modeling.decode_mla import softmax_scale
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.source.families import Family
-from mla_convert.source.shape import AttentionShape
+from mla_convert.source.families import FAMILIES, Family
+from mla_convert.source.shape import AttentionShape, kv_heads
 from mla_convert.source.source import Source
 
 
@@ -59,11 +61,17 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_q_norm=family.q_norm if plan.shape.normed else None,
         mla_k_norm=family.k_norm if plan.shape.normed else None,
         mla_norm_over=family.qk_norm_shape,
+        mla_rope_tables=family.rope_tables,
+        mla_rope_weights=source.weights_after_rope,
+        mla_query_growth=family.growth_of_queries(source.config),
         mla_softcap=getattr(source.config, family.softcap) if family.softcap else None,
         mla_sinks=family.sinks,
+        latent_cache=plan.latent_cache,
     )
-    # transformers sets it when it builds a model; here only layers are built. SDPA supports neither soft caps nor sinks.
-    config._attn_implementation = "eager" if family.softcap or family.sinks else "sdpa"
+    # transformers sets it when it builds a model; here only layers are built. SDPA supports neither soft caps nor sinks, and
+    # not every stock model has masks for it.
+    has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]._supports_sdpa
+    config._attn_implementation = "eager" if family.softcap or family.sinks or not has_sdpa else "sdpa"
     return config
 
 
@@ -84,24 +92,30 @@ def attention_parts(attention: nn.Module, family: Family, shape: AttentionShape)
             whole = parts[f"q{suffix}"]
             if whole is None:
                 continue
-            if family.fused_per_head:
-                split = [rows.flatten(0, 1) for rows in whole.unflatten(0, (-1, 3, shape.head_dim)).unbind(1)]
+            if family.fused_rows == "groups":
+                groups = whole.unflatten(0, (shape.num_kv_heads, -1, shape.head_dim))
+                split = [rows.flatten(0, 2) for rows in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])]
+            elif family.fused_rows == "shards":
+                query, value, key = whole.unflatten(0, (4, 3, -1)).unbind(1)
+                split = [rows.flatten(0, 1) for rows in (query, key, value)]
             else:
-                split = whole.split(sizes)
+                split = list(whole.split(sizes))
             parts |= {f"{letter}{suffix}": rows for letter, rows in zip("qkv", split, strict=True)}
     return parts
 
 
-def half_split(head_dim: int, rotary_dim: int, interleaved: bool) -> Tensor:
+def half_split(head_dim: int, rotary_dim: int, interleaved: bool, backwards: bool = False) -> Tensor:
     """Order (d_h,) of a head's dims in which f and f + d_h/2 are one rotary pair; pairs without rotation come last.
 
     Args:
         head_dim: d_h.
         rotary_dim: rotary dims, the first ones.
         interleaved: the source's pairs are neighbours; else they are half of `rotary_dim` apart.
+        backwards: the source turns pairs by the negative angle, which is the positive angle for the swapped pair.
     """
     rotary, still = torch.arange(rotary_dim), torch.arange(rotary_dim, head_dim)
     real, imag = (rotary[0::2], rotary[1::2]) if interleaved else rotary.chunk(2)
+    real, imag = (imag, real) if backwards else (real, imag)
     return torch.cat([real, still[: len(still) // 2], imag, still[len(still) // 2 :]])
 
 
@@ -117,7 +131,7 @@ def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, 
         rotary_dim: rotary dims of each head.
     """
     parts = attention_parts(attention, family, shape)
-    order = half_split(shape.head_dim, rotary_dim, family.interleaved).to(parts["o"].device)
+    order = half_split(shape.head_dim, rotary_dim, family.interleaved, family.backwards).to(parts["o"].device)
     if shape.normed:
         heads, width = shape.num_heads, shape.num_kv_heads * shape.head_dim
         pick = torch.eye(shape.head_dim, device=order.device)[order]
@@ -134,6 +148,27 @@ def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, 
         if parts[name] is not None:
             parts[name] = parts[name].unflatten(0, (-1, shape.head_dim))[:, order].flatten(0, 1)
     return AttentionWeights(**parts)
+
+
+def weights_after_rope(attention: nn.Module, family: Family, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    """The weights of norms that follow RoPE, which multiply a logit's terms, as factors of queries.
+
+    With u and w the weights of query and key, a logit is the sum over dims of u w (R q)(R k). The two dims of a plane have
+    different factors, so that they are applied after RoPE; their size, equal for both dims, is applied before.
+
+    Args:
+        attention: stock, loaded.
+        family: of the source.
+        rotary_dim: rotary dims of a head: all of them.
+
+    Returns:
+        Factors (2, d_h/2) of mean square 1 of the real and the imaginary part of each plane, and their sizes (d_h,).
+    """
+    product = getattr(attention, family.q_norm).weight * getattr(attention, family.k_norm).weight
+    order = half_split(len(product), rotary_dim, family.interleaved, family.backwards)
+    planes = product.double()[order.to(product.device)].view(2, -1)
+    size = planes.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return planes / size, size.repeat(2).to(product)
 
 
 def factorise_layer(
@@ -159,7 +194,15 @@ def factorise_layer(
     shape, num_rotary_freqs = source.shape, rotation.num_rotary_freqs
     weights = source_weights(attention, source.family, shape, 2 * num_rotary_freqs)
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    geometry = Geometry(heads, kv_heads, shape.head_dim, attention.scaling, rotation.scale, num_rotary_freqs)
+    scaling = softmax_scale(attention)
+    planes_of_heads = None
+    if source.weights_after_rope and num_rotary_freqs:
+        factors, size = weights_after_rope(attention, source.family, 2 * num_rotary_freqs)
+        weights = replace(weights, q=weights.q * size.repeat(heads)[:, None])
+        planes_of_heads = factors
+    geometry = Geometry(
+        heads, kv_heads, shape.head_dim, scaling, rotation.scale, num_rotary_freqs, plane_weights=planes_of_heads
+    )
     return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes)
 
 
@@ -175,13 +218,27 @@ def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.de
         stock: attention of the layer, loaded; norms, sinks and projections that the module keeps are copied.
         device: of the module.
     """
-    kept = {name for name in (config.mla_q_norm, config.mla_k_norm, config.mla_sinks) if name}
-    parts = SimpleNamespace(scaling=stock.scaling, **{name: _on_meta(getattr(stock, name)) for name in kept})
+    kept = {name for name in (config.mla_q_norm, config.mla_k_norm, config.mla_sinks) if name and hasattr(stock, name)}
+    parts = SimpleNamespace(scaling=softmax_scale(stock), **{name: _on_meta(getattr(stock, name)) for name in kept})
     with torch.device("meta"):
         module = MlaAttention(config, stock.layer_idx, parts)
     module = module.to_empty(device=device).float().eval()
     prefixes = tuple(f"{name}." for name in kept | ({"q_proj", "k_proj", "v_proj"} if module.normed else set()))
     state = {name: t for name, t in stock.state_dict().items() if name in kept or name.startswith(prefixes)}
+    family = FAMILIES[config.model_type.removeprefix(PREFIX.lower() + "_")]
+    if module.normed and family.fused:
+        width, heads, groups = config.v_head_dim, config.num_attention_heads, kv_heads(config)
+        whole = attention_parts(
+            stock, family, AttentionShape(config.num_hidden_layers, config.hidden_size, heads, groups, width)
+        )
+        for letter in "qkv":
+            state |= {f"{letter}_proj.weight": whole[letter], f"{letter}_proj.bias": whole[f"{letter}_bias"]}
+        state = {name: rows for name, rows in state.items() if rows is not None}
+    if config.mla_rope_weights:  # `weights_after_rope` takes them out of the norms
+        state |= {
+            f"{name}.weight": torch.ones_like(state[f"{name}.weight"])
+            for name in (config.mla_q_norm, config.mla_k_norm)
+        }
     module.load_state_dict(state, strict=False)
     return module
 
@@ -205,6 +262,8 @@ def fill_attention(module: MlaAttention, weights: MlaWeights, freq_stride: int =
         if bias is not None:
             projection.bias.copy_(bias)
     module.rope_freq_index.copy_(weights.freq_index * freq_stride)
+    if weights.rope_weight is not None:
+        module.rope_weight.copy_(weights.rope_weight)
 
 
 def is_attention_tensor(source: Source, name: str) -> bool:

@@ -116,7 +116,7 @@ def _keep(index: Tensor, write: Tensor, read: Tensor, key_cov: Tensor, energy: T
     lost = (left @ key_cov @ left.mH).diagonal(dim1=-2, dim2=-1).real
     loss = by_group(energy * (1 - rho.abs().square()).clamp_min(0), num_kv)
     total = key_cov.diagonal(dim1=-2, dim2=-1).real * by_group(energy, num_kv)
-    return Planes(f, wide_write, wide_read, (lost * loss).sum(), total.sum())
+    return Planes(f, wide_write.cdouble(), wide_read.cdouble(), (lost * loss).sum(), total.sum())
 
 
 def choose_planes(key_cov: Tensor, query_energy: Tensor, rho: Tensor, count: int) -> Planes:

@@ -93,7 +93,7 @@ class ModelReader:
         """
         if name in self._plain:
             return self._stored.shape(self._plain[name])
-        experts = self._parts[name]
+        experts = self._experts_of(name)
         rows, columns = self._stored.shape(experts[0][0])
         for part in (part for parts in experts for part in parts):
             if self._stored.shape(part) != (rows, columns):
@@ -102,7 +102,15 @@ class ModelReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of one tensor, without reading it."""
-        return self._stored.dtype(self._plain[name] if name in self._plain else self._parts[name][0][0])
+        return self._stored.dtype(self._plain[name] if name in self._plain else self._experts_of(name)[0][0])
+
+    def _experts_of(self, name: str) -> list[list[str]]:
+        """Stored names of the parts of each expert that make one tensor of the model."""
+        if name not in self._parts:
+            raise InputError(
+                f"tensor {name} is missing from the checkpoint: fetch it again, if config.json belongs to it"
+            )
+        return self._parts[name]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU, in their stored dtype and the model's shape."""

@@ -1,41 +1,46 @@
-"""The supported families: every other file in this folder describes one, and is imported by its presence."""
+"""The supported families: every file with a FAMILY in this folder describes one, and is imported by its presence."""
 
 import importlib
 import pkgutil
 from collections.abc import Collection
+from importlib.metadata import version
+
+from packaging.version import Version
 
 from mla_convert.core.errors import InputError
-from mla_convert.source.families import base
 from mla_convert.source.families.base import Family
+from mla_convert.source.families.refused import LATENT, REASONS
 
 
 def _discover() -> dict[str, Family]:
     """The FAMILY of every file in this folder, by model type."""
     modules = (importlib.import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__))
-    families = (module.FAMILY for module in modules if module.__name__ != base.__name__)
+    families = (module.FAMILY for module in modules if hasattr(module, "FAMILY"))
     return {family.model_type: family for family in families}
 
 
 FAMILIES: dict[str, Family] = _discover()
-# Models that have latent attention already: transformers' model types, and those of models with their own code.
-LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_linear", "longcat_flash", "minicpm3",
-          "glm4_moe_lite", "glm_moe_dsa", "mistral4", "youtu")  # fmt: skip
-# Similar architectures that cannot be converted, and the reason.
-REFUSED = {
-    "llama4_text": "it norms its keys after RoPE, so no latent without position can be shared by its heads",
-    "bloom": "its attention has a bias by distance (ALiBi) instead of RoPE or learned positions",
-    "mpt": "its attention has a bias by distance (ALiBi) instead of RoPE or learned positions",
-}
+# Types that cannot be converted -> the reason.
+REFUSED = {name: reason for reason, names in REASONS.items() for name in names if name not in FAMILIES}
 # Keys of a multimodal configuration, which holds a language model and other parts.
 PARTS = ("text_config", "vision_config", "audio_config", "llm_config", "thinker_config")
 
 
-def find_family(model_type: str, keys: Collection[str] = ()) -> Family:
+def is_installed(model_type: str) -> bool:
+    """Whether the installed transformers has a working causal language model of that type, one of FAMILIES."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    new_enough = Version(version("transformers")) >= Version(FAMILIES[model_type].needs or "0")
+    return new_enough and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def find_family(model_type: str, keys: Collection[str] = (), part: str = "") -> Family:
     """The family of a model type.
 
     Args:
         model_type: the configuration's `model_type`.
         keys: all keys of the configuration.
+        part: the `model_type` of the language model inside a multimodal one.
 
     Raises:
         InputError: the architecture is not supported; the message gives the reason or the supported ones.
@@ -44,15 +49,16 @@ def find_family(model_type: str, keys: Collection[str] = ()) -> Family:
         raise InputError("this model is converted already: nothing to do")
     if model_type in LATENT or "kv_lora_rank" in keys:
         raise InputError(f"{model_type} has multi-head latent attention already: nothing to do")
+    if model_type in FAMILIES and not is_installed(model_type):
+        raise InputError(f"transformers {version('transformers')} has no working {model_type}: install a newer one")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    if any(part in keys for part in PARTS):
-        raise InputError(
-            f"{model_type} is multimodal, and its language model is none of: {', '.join(sorted(FAMILIES))}"
-        )
-    if model_type in REFUSED:
-        raise InputError(f"architecture {model_type!r} is not supported: {REFUSED[model_type]}")
-    raise InputError(f"architecture {model_type!r} is not supported; supported are: {', '.join(sorted(FAMILIES))}")
+    supported = f"supported are: {', '.join(sorted(FAMILIES))}"
+    if any(key in keys for key in PARTS):
+        reason = "it has latent attention already" if part in LATENT else REFUSED.get(part, supported)
+        named = f"its language model ({part})" if part else "its language model"
+        raise InputError(f"{model_type} is multimodal, and {named} is not supported: {reason}")
+    raise InputError(f"architecture {model_type!r} is not supported: {REFUSED.get(model_type, supported)}")
 
 
-__all__ = ["FAMILIES", "LATENT", "Family", "find_family"]
+__all__ = ["FAMILIES", "LATENT", "REFUSED", "Family", "find_family", "is_installed"]

@@ -20,6 +20,25 @@ ALWAYS = {"is_causal": True, "is_encoder_decoder": False, "return_dict": True, "
 
 
 @dataclass(frozen=True)
+class QueryGrowth:
+    """Queries that grow with their position p, by 1 + b log(1 + floor((p + first) / l)) (arXiv 2501.19399)."""
+
+    slope: str
+    """Configuration value b, or entry of its RoPE parameters; without it, queries do not grow."""
+
+    scale: str
+    """Configuration value l, or entry of its RoPE parameters."""
+
+    first: int = 0
+
+    switch: str | None = None
+    """Configuration value that must be true."""
+
+    without_rope: bool = False
+    """Whether only layers without RoPE have it."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Names inside a transformers model of one family. Defaults are Llama's."""
 
@@ -28,6 +47,9 @@ class Family:
 
     checkpoints: str
     """Well-known checkpoints of this family, for messages and docs."""
+
+    needs: str = ""
+    """Oldest transformers in which its stock model works, if not every one that has the type does."""
 
     traits: str = ""
     """How its attention differs from Llama's, for docs."""
@@ -38,14 +60,18 @@ class Family:
     attention: str = "self_attn"
     """Name of the attention in a layer."""
 
-    input_norm: str | None = "input_layernorm"
-    """Name of the norm whose output the attention reads; None if the attention reads the residual stream itself."""
+    input_norm: str | tuple[str, ...] | None = "input_layernorm"
+    """Name of the norm whose output the attention reads, or its names, of which a layer has one; None if the attention reads
+    the residual stream itself."""
 
     output_norm: str | None = None
     """Name of a norm between the attention's output and the residual stream."""
 
     residual_multiplier: str | None = None
     """Name of the layer's factor on the attention's contribution to the residual stream."""
+
+    attention_layers: tuple[str, ...] = ("full_attention", "sliding_attention")
+    """Entries of `layer_types` whose layers have attention."""
 
     final_norm: str = "norm"
     """Name of the norm after the last layer; it is a sibling of the list of layers."""
@@ -58,12 +84,17 @@ class Family:
     fused: str | None = None
     """Name of one projection for query, key and value, which then replaces their three names."""
 
-    fused_per_head: bool = False
-    """Whether the rows of the fused projection are query, key, value of one head after another, not of all heads."""
+    fused_rows: str = "query, key, value"
+    """Order of the fused projection's rows: "query, key, value" of all heads; "groups": for each KV head, the queries that
+    read it, its key and its value; "shards": in each of four equal parts, query, value and key (CodeGen)."""
 
     q_norm: str | None = None
     k_norm: str | None = None
     """Names of the norms of query and key, applied before RoPE; a layer without a module of that name has no norm."""
+
+    norm_after_rope: bool = False
+    """Whether these norms are applied after RoPE, which commutes with a root mean square; a weight for each dim is applied to
+    rotated queries. The norm of queries and keys must be an RMSNorm over a head."""
 
     qk_norm_shape: str = "head"
     """Input shape of these norms: "head" (B, T, heads, d_h), "all" (B, T, heads * d_h) or "heads first"
@@ -78,6 +109,12 @@ class Family:
     interleaved: bool = False
     """Whether RoPE rotates adjacent dims 2f and 2f + 1 of a head; otherwise f and f + half of the rotary dims."""
 
+    backwards: bool = False
+    """Whether RoPE turns by the negative angle."""
+
+    rope_tables: str = "cos, sin"
+    """The `position_embeddings` of its layers: "cos, sin", "sin, cos", or "complex" for one tensor of cos + i sin."""
+
     freq_stride: int = 1
     """Columns of the cos and sin tables from one frequency to the next."""
 
@@ -89,6 +126,12 @@ class Family:
 
     rope_layer_type_needs: str | None = None
     """Configuration value that `rope_layer_type` depends on: while it is None, all layers have RoPE."""
+
+    rope_in_dense_layers: str | None = None
+    """Configuration value: while it is 1, layers with a dense MLP (by `mlp_layer_types`) have RoPE whatever their type."""
+
+    query_growth: QueryGrowth | None = None
+    """Growth of the queries with their position."""
 
     softcap: str | None = None
     """Configuration value at which attention's logits are capped by tanh."""
@@ -110,7 +153,8 @@ class Family:
 
     def entry(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The norm before a layer's attention; the identity if there is none."""
-        return getattr(layer, self.input_norm) if self.input_norm else lambda hidden: hidden
+        names = (self.input_norm,) if isinstance(self.input_norm, str) else self.input_norm or ()
+        return next((getattr(layer, name) for name in names if hasattr(layer, name)), lambda hidden: hidden)
 
     def exit(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The map from the output of a layer's attention to its contribution to the residual stream."""
@@ -126,12 +170,28 @@ class Family:
 
     def layers_with_rope(self, config: Any) -> tuple[bool, ...] | None:
         """Whether each layer has RoPE, by the configuration; None if all have it."""
-        has_rope: tuple[bool, ...] = ()
         if self.rope_layers:
             has_rope = tuple(bool(flag) for flag in getattr(config, self.rope_layers))
         elif self.rope_layer_type and self._rope_depends_on_the_layer(config):
             has_rope = tuple(kind == self.rope_layer_type for kind in config.layer_types)
+            if self.rope_in_dense_layers and getattr(config, self.rope_in_dense_layers) == 1:
+                has_rope = tuple(a or b == "dense" for a, b in zip(has_rope, config.mlp_layer_types, strict=True))
+        else:  # a type of layers whose RoPE parameters are stated to be none has no RoPE
+            parameters, kinds = (
+                getattr(config, "rope_parameters", None) or {},
+                getattr(config, "layer_types", None) or (),
+            )
+            has_rope = tuple(parameters.get(kind, "") is not None for kind in kinds)
         return None if all(has_rope) else has_rope
+
+    def growth_of_queries(self, config: Any) -> list[list[float] | None] | None:
+        """Each layer's b, l and first of `query_growth`; None if no layer has it."""
+        growth, values = self.query_growth, {**config.to_dict(), **(getattr(config, "rope_parameters", None) or {})}
+        if growth is None or not values.get(growth.slope) or (growth.switch and not values[growth.switch]):
+            return None
+        entry = [float(values[growth.slope]), float(values[growth.scale]), float(growth.first)]
+        rope = self.layers_with_rope(config) or (True,) * config.num_hidden_layers
+        return [None if growth.without_rope and has_rope else entry for has_rope in rope]
 
     def _rope_depends_on_the_layer(self, config: Any) -> bool:
         return self.rope_layer_type_needs is None or getattr(config, self.rope_layer_type_needs) is not None

@@ -12,7 +12,7 @@ FAMILY = Family(
     final_norm="final_layer_norm",
     output="dense",
     fused="query_key_value",
-    fused_per_head=True,
+    fused_rows="groups",
     renamed=(("embed_out.", "lm_head."),),
     tested={
         "pythia": {"hidden_size": 96},
