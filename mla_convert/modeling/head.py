@@ -24,9 +24,10 @@ class HiddenStatesStub(nn.Module):
         hidden: (1, T, hidden), the states to return.
     """
 
-    def __init__(self):
-        """Create a stub without states."""
+    def __init__(self, decoder: nn.Module):
+        """Stand in for `decoder`, without states; Falcon-H1's head reads a factor that the decoder holds."""
         super().__init__()
+        vars(self).update({name: value for name, value in vars(decoder).items() if name.endswith("_multiplier")})
         self.hidden: Tensor | None = None
 
     @property
@@ -47,7 +48,7 @@ class Head:
 
     def __init__(self, model: nn.Module):
         """Take the head of `model`, which stays as it is."""
-        self._stub = HiddenStatesStub()
+        self._stub = HiddenStatesStub(model.base_model)
         self._model = copy.copy(model)
         self._model._modules = dict(model._modules)
         setattr(self._model, model.base_model_prefix, self._stub)

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.source.checkpoint.layout import ModelReader
 from mla_convert.source.families import Family
+from mla_convert.source.shape import converted_layers
 from mla_convert.source.tokenizer import read_tokenizer
 from mla_convert.source.tokens import first_tokens
 
 # Rows of a matrix that are compared at a time.
 ROWS = 4096
-KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 # More decoder layers than any language model has; building a million of them takes minutes.
 MOST_LAYERS = 1000
 # Classes of models with a head of another kind: ...ForSequenceClassification, ...ForTokenClassification, ...
@@ -63,11 +63,14 @@ def check_derived(source: Any) -> None:
     """
     config, known = source.config, type(source.config)()
     kinds = getattr(config, "layer_types", None) or ()
+    known_kinds = (*source.family.attention_layers, *source.family.other_layers)
     for kind in kinds:
-        if kind not in KINDS_OF_LAYERS:
+        if kind not in known_kinds:
             raise InputError(
-                f"{source.name} has layers of {kind!r}, which are not supported: {' and '.join(KINDS_OF_LAYERS)} are"
+                f"{source.name} has layers of {kind!r}, which are not supported: {' and '.join(known_kinds)} are"
             )
+    if not converted_layers(config):
+        raise InputError(f"{source.name} has no layer with attention: there is nothing to convert")
     shape = source.shape
     if shape.rotary_dim not in (0, shape.head_dim) and not source.family.partial_rotary:
         raise InputError(

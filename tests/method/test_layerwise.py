@@ -7,7 +7,7 @@ from pico import VARIANTS, VOCAB, model
 
 from mla_convert.method.calibrate import streamed_head
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
 from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.modeling import distillation
 from mla_convert.pipeline import streamed
@@ -25,7 +25,7 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
     kwargs = layerwise.layer_kwargs(40)
     for index in range(len(layerwise.layers)):
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
-            states.advance(lambda hidden, layer=layer, own=kwargs[index]: layer(hidden, **own))
+            states.advance(lambda hidden, layer=layer, own=kwargs[index]: first_output(layer(hidden, **own)))
     losses = streamed.scores(layerwise, windows, states.data).losses
     torch.testing.assert_close(losses, pico.losses(model(name), windows), rtol=1e-4, atol=1e-4)
 

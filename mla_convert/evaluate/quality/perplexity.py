@@ -130,7 +130,7 @@ class Readout:
             self._hidden.append(states.cpu())
             if tick:
                 tick(index + 1, len(windows))
-        self._stub = HiddenStatesStub()
+        self._stub = HiddenStatesStub(decoder)
         # The stock forward with a stub for its decoder, so that logits are scaled and capped as the model does it.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)

@@ -30,17 +30,31 @@ class Rotation:
     scale: float  # factor on cos and sin, not 1 with YaRN and LongRoPE
 
 
-class _Recorder(nn.Module):
+class StandIn(nn.Module):
+    """Replaces a decoder layer in the stock model's loop over layers: has its type and the form of its output."""
+
+    def __init__(self, layer: nn.Module, outputs: int):
+        """Stand in for `layer`; `outputs` as a family's `layer_outputs`."""
+        super().__init__()
+        self.block_type = getattr(layer, "block_type", None)
+        self.outputs = outputs
+
+    def output(self, hidden_states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """Hidden states as the layer returns them."""
+        return (hidden_states, *[None] * (self.outputs - 1)) if self.outputs else hidden_states
+
+
+class _Recorder(StandIn):
     """Replaces a decoder layer: records its keyword arguments and returns the hidden states unchanged."""
 
-    def __init__(self, layer: nn.Module):
-        super().__init__()
+    def __init__(self, layer: nn.Module, outputs: int):
+        super().__init__(layer, outputs)
         self.names = list(inspect.signature(layer.forward).parameters)
         self.kwargs: LayerKwargs = {}
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
         self.kwargs = dict(zip(self.names[1:], args, strict=False)) | kwargs
-        return hidden_states
+        return self.output(hidden_states)
 
 
 def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -81,10 +95,12 @@ class LayerwiseModel:
         path, _, self._list = source.family.layers.rpartition(".")
         self.decoder = self.model.get_submodule(path)
         self.layers = getattr(self.decoder, self._list)
-        for buffer_owner in (self.decoder, *self.decoder.children()):
-            if buffer_owner is not self.layers:
-                buffer_owner._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        # parameters are on the meta device; buffers, such as rotary frequencies, are not, unless the checkpoint has them
+        self.decoder._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         self._check_shapes()
+
+    def _recorders(self) -> list[_Recorder]:
+        return [_Recorder(layer, self.source.family.layer_outputs) for layer in self.layers]
 
     def _check_shapes(self) -> None:
         """Compare the stored shape of every tensor with that of the configuration, before any work."""
@@ -246,7 +262,7 @@ class LayerwiseModel:
             self.filled(self.model.get_submodule(self.embedding), {"weight": table}, table.dtype),
             self.small_modules_filled(),
             self._norm_replaced(),
-            self.layers_replaced([_Recorder(layer) for layer in self.layers]),
+            self.layers_replaced(self._recorders()),
         ):
             parts = [
                 self.decoder(ids.to(self.device), use_cache=False).last_hidden_state.float().cpu()
@@ -262,7 +278,7 @@ class LayerwiseModel:
             length: tokens of a window.
             eager: as under eager attention, whose masks differ from SDPA's.
         """
-        recorders = [_Recorder(layer) for layer in self.layers]
+        recorders = self._recorders()
         hidden = torch.zeros(1, length, self.source.config.hidden_size, device=self.device)
         with (
             self.small_modules_filled(),

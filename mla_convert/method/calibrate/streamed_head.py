@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, StandIn
 from mla_convert.modeling.distillation import distillation_loss, distillation_loss_fn
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import IGNORED, LossWeights
@@ -20,15 +20,15 @@ LOGIT_TOKENS = 1024
 LOGIT_ROWS = 16384
 
 
-class _ConstantLayer(nn.Module):
-    """Replaces every decoder layer: returns given hidden states whatever its input."""
+class _ConstantLayer(StandIn):
+    """Replaces a decoder layer: returns given hidden states whatever its input."""
 
-    def __init__(self, hidden_states: Tensor):
-        super().__init__()
+    def __init__(self, layer: nn.Module, outputs: int, hidden_states: Tensor):
+        super().__init__(layer, outputs)
         self.hidden_states = hidden_states
 
-    def forward(self, *_, **__) -> Tensor:
-        return self.hidden_states
+    def forward(self, *_, **__) -> Tensor | tuple[Tensor | None, ...]:
+        return self.output(self.hidden_states)
 
 
 class StreamedHead:
@@ -107,7 +107,8 @@ class StreamedHead:
             (L, rows of the slice), float32.
         """
         layerwise = self.layerwise
-        layers = [_ConstantLayer(states)] * len(layerwise.layers)
+        outputs = layerwise.source.family.layer_outputs
+        layers = [_ConstantLayer(layer, outputs, states) for layer in layerwise.layers]
         with layerwise.layers_replaced(layers), layerwise.autocast():
             return layerwise.model(inputs_embeds=states, use_cache=False).logits[0].float()
 
