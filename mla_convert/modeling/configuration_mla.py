@@ -31,7 +31,8 @@ class MlaFields:
     v_head_dim: int = 128
     # Width of the query-key product; transformers' generate reads it to leave the static cache's shape to the first update.
     qk_head_dim: int = 192
-    # One entry per layer where layers differ; the fields in the singular then hold the largest.
+    # One entry per layer where layers differ (0 for a layer without attention); the fields in the singular then hold the
+    # largest.
     kv_lora_ranks: list[int] | None = None
     qk_rope_head_dims: list[int] | None = None
     qk_nope_head_dims: list[int] | None = None
@@ -42,6 +43,10 @@ class MlaFields:
     # Where the stock model has its attention: path of the list of layers, and the name inside a layer.
     mla_layers: str = "model.layers"
     mla_attention: str = "self_attn"
+    # Indices of the layers with attention, if not all have it; the others are the original's.
+    mla_converted_layers: list[int] | None = None
+    # Name of the projection whose sigmoid multiplies the attention's output; "q_proj": the second half of each head's rows.
+    mla_gate: str | None = None
     # Names of the stock attention's norms of query and key, and the shape that they take (`apply_norm`).
     mla_q_norm: str | None = None
     mla_k_norm: str | None = None
@@ -61,6 +66,16 @@ class MlaFields:
     # Version of the checkpoint format, and of the newest transformers that the code beside the weights was tried with.
     mla_format: int = 1
     mla_transformers: str | None = None
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the fields are a stock class's. transformers 5.17 renames the layer types of all other classes."""
+        return False
+
+    def converted_layers(self) -> list[int]:
+        """Indices of the layers with latent attention."""
+        layers = range(self.num_hidden_layers)
+        return [index for index in layers if self.mla_converted_layers is None or index in self.mla_converted_layers]
 
     def layer_rank(self, layer_idx: int) -> int:
         """kv_lora_rank of one layer."""

@@ -34,6 +34,7 @@ from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.layer import mla_config
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine import schedule
+from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.moved import callable_as_before
 from mla_convert.pipeline import layers, streamed
 from mla_convert.pipeline.recipe import write_recipe
@@ -198,8 +199,8 @@ def run_layers(
     )
     with phases.phase("ends"):
         converter.write_embeddings_and_head()
-    extra_steps = schedule.output_advances(refine, plan.shape.layers)
-    progress.start(plan.shape.layers, refine.steps_per_layer, "layer", extra_steps)
+    extra_steps = schedule.output_advances(refine, plan.shape)
+    progress.start(len(plan.shape.converted_layers), refine.steps_per_layer, "layer", extra_steps)
     try:
         with phases.phase("layers"):
             entries = converter.convert(streams)
@@ -235,7 +236,12 @@ def make_report(resolved: ResolvedConversion, text: PreparedText, converted: Con
         settings={**resolved.recorded(), **windows.labels(settings)},
         versions=environment.versions(),
         device=environment.device_name(resolved.device),
-        cache=report.cache_section(plan, resolved.dtype.itemsize, source.sliding_windows),
+        cache=report.cache_section(
+            plan,
+            resolved.dtype.itemsize,
+            source.sliding_windows,
+            fixed_state_bytes(source.config, resolved.dtype),
+        ),
         evaluation=converted.evaluation,
         calibration=CalibrationSection(
             text=windows.calib_text,

@@ -16,6 +16,7 @@ from mla_convert.method.factorise.layer import mla_config
 from mla_convert.method.factorise.sensitivity import TOKENS
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine.schedule import output_advances
+from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.pipeline.dry_run_sections import (
     CacheSection,
     CardFit,
@@ -33,6 +34,7 @@ from mla_convert.pipeline.estimate.heal import HealEstimate, HealWork
 from mla_convert.pipeline.estimate.heal import estimate as estimate_healing
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
 from mla_convert.report.report import cache_section
+from mla_convert.source.shape import AttentionShape
 from mla_convert.source.source import Source, open_source, parameters
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
@@ -67,7 +69,7 @@ class DryRun:
             "exact": plan.exact,
             "layers": [
                 {"layer": layer, "kv_lora_rank": size.rank, "qk_rope_head_dim": size.rope_dim}
-                for layer, size in enumerate(plan.layers)
+                for layer, size in zip(plan.shape.converted_layers, plan.layers, strict=True)
             ],
             "uniform": self.cache.uniform,
             "cache": {**self.cache.section, "grid": self.cache.grid},
@@ -102,9 +104,10 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
     after = _converted_parameters(source, plan, dtype)
     counts = {"before": _counts(source, before), "after": _counts(source, after)}
     weights = {side: count["model"] * dtype.itemsize for side, count in counts.items()}
+    fixed = fixed_state_bytes(source.config, dtype)
     caches = {
-        "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows)),
-        "after": sizing.CacheSize(plan.cache_width, dtype.itemsize, tuple(windows)),
+        "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows), fixed),
+        "after": sizing.CacheSize(plan.cache_width, dtype.itemsize, tuple(windows), fixed),
     }
     return DryRun(
         source=SourceSection(
@@ -117,7 +120,7 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
         cache=CacheSection(
             plan=plan,
             uniform=on_cpu.uniform,
-            section=cache_section(plan, dtype.itemsize, windows).as_dict(),
+            section=cache_section(plan, dtype.itemsize, windows, fixed).as_dict(),
             sizes=caches,
             parameters={key: {side: count[key] for side, count in counts.items()} for key in ("attention", "model")},
         ),
@@ -151,6 +154,7 @@ def shape_section(source: Source) -> dict[str, int]:
     shape = source.shape
     return {
         "layers": shape.layers,
+        "attention_layers": len(shape.converted_layers),
         "hidden_size": shape.hidden_size,
         "attention_heads": shape.num_heads,
         "key_value_heads": shape.num_kv_heads,
@@ -168,9 +172,8 @@ def _converted_parameters(source: Source, plan: Plan, dtype: torch.dtype) -> dic
 
 def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
     """Parameters of the attention layers and of the whole model."""
-    attention = f".{source.family.attention}."
     return {
-        "attention": sum(count for name, count in numbers.items() if attention in name),
+        "attention": sum(count for name, count in numbers.items() if source.is_replaced(name)),
         "model": sum(numbers.values()),
     }
 
@@ -178,6 +181,11 @@ def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
 def _prefixed(numbers: dict[str, int], prefix: str) -> int:
     """Elements of all parameters whose names begin with `prefix`."""
     return sum(count for name, count in numbers.items() if name.startswith(prefix))
+
+
+def _share(shape: AttentionShape, numbers: float) -> float:
+    """The mean over all layers of what only converted layers have or do."""
+    return numbers if shape.converted is None else numbers * len(shape.converted) / shape.layers
 
 
 def _mixing(plan: Plan) -> tuple[int, int]:
@@ -192,23 +200,23 @@ def _time(
 ) -> dict[str, timing.TimeEstimate]:
     """Seconds on this machine's cores and on an H100, each with the settings of a conversion there."""
     source, plan = resolved["cpu"].source, resolved["cpu"].plan
-    layer = f"{source.family.layers}.0."
+    layer = source.first_layer
     attention = f"{layer}{source.family.attention}."
     shape, (mixing_before, mixing_after) = plan.shape, _mixing(plan)
     work = timing.LayerWork(
         hidden=shape.hidden_size,
         layer_before=_prefixed(before, layer),
         layer_after=_prefixed(after, layer),
-        attention_before=_prefixed(before, attention),
-        attention_after=_prefixed(after, attention),
-        mixing_before=mixing_before,
-        mixing_after=mixing_after,
+        attention_before=_share(shape, _prefixed(before, attention)),
+        attention_after=_share(shape, _prefixed(after, attention)),
+        mixing_before=_share(shape, mixing_before),
+        mixing_after=_share(shape, mixing_after),
         head=shape.hidden_size * source.config.vocab_size,
     )
     runs = {}
     for place, conversion in resolved.items():
         refine = conversion.refinement
-        last = output_advances(refine, shape.layers) / shape.layers  # extra steps of the last layers, spread over all
+        last = output_advances(refine, shape) / shape.layers  # extra steps of the last layers, spread over all
         runs[place] = timing.LayerRun(
             calib=conversion.calibration,
             evaluation=conversion.evaluation,
@@ -248,7 +256,7 @@ def _healing(resolved: ResolvedConversion, after: dict[str, int]) -> HealEstimat
 def _host_memory(resolved: ResolvedConversion, after: dict[str, int]) -> HostMemory:
     """Peak host memory of a conversion on a CPU, and the moment of the peak."""
     source = resolved.source
-    layers, first = f"{source.family.layers}.", f"{source.family.layers}.0."
+    layers, first = f"{source.family.layers}.", source.first_layer
     moments = sizing.peak_host_bytes(
         table=max(count for name, count in after.items() if not name.startswith(layers)),
         layer=_prefixed(after, first),

@@ -21,7 +21,7 @@ from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
-from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, is_attention_tensor
+from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
@@ -131,7 +131,7 @@ class LayerConverter:
             streams: hidden states at the input of the first layer; behind the last one at the end.
 
         Returns:
-            The report's entry of every layer.
+            The report's entry of every converted layer.
 
         Raises:
             InputError: a hidden state or a result is not finite.
@@ -153,7 +153,8 @@ class LayerConverter:
                 ]
                 layers = list(itertools.chain(*blocks))
                 if all(self.shard(layer.index + 1) in self.writer.finished for layer in layers):
-                    self.progress.skip(len(layers) * self.refine.steps_per_layer)
+                    students = sum(layer.student is not None for layer in layers)
+                    self.progress.skip(students * self.refine.steps_per_layer)
                     for layer in layers:
                         self._load_written(layer, self.writer.load_shard(self.shard(layer.index + 1)))
                         self._advance(layer, streams.original)
@@ -163,6 +164,8 @@ class LayerConverter:
                     self._advance(layer, (streams.calib_converted, *streams.measured_converted), converted=True)
             return_freed_memory()
             for layer in layers:
+                if layer.student is None:
+                    continue
                 entries.append({"layer": layer.index, **self.writer.finished[self.shard(layer.index + 1)]["note"]})
                 self.progress.layer_done(entries[-1])
         return entries
@@ -174,11 +177,13 @@ class LayerConverter:
     def _open_layer(
         self, stack: contextlib.ExitStack, index: int, kwargs: dict[int, LayerKwargs], eager: LayerKwargs
     ) -> LayerPair:
-        """Load one layer until `stack` closes, and build the attention that replaces its own."""
+        """Load one layer until `stack` closes, and build the attention that replaces its own, if it has any."""
         tensors = self.layerwise.layer_tensors(index)
         layer = stack.enter_context(self.layerwise.layer(index, tensors))
         name = self.layerwise.source.family.attention
-        student = build_attention(self.mla_config, getattr(layer, name), self.layerwise.device)
+        student = None
+        if index in self.plan.shape.converted_layers:
+            student = build_attention(self.mla_config, getattr(layer, name), self.layerwise.device)
         return LayerPair(index, tensors, layer, name, student, kwargs, eager)
 
     def _convert_group(self, blocks: list[list[LayerPair]], streams: Streams) -> None:
@@ -195,9 +200,10 @@ class LayerConverter:
             for layer in block if len(blocks) > 1 else []:
                 self._advance(layer, (streams.calib_converted,), converted=True)
         streams.calib_converted = entry
-        if self.refine.output_steps and layers[-1].index == self.plan.shape.layers - 1:
+        trained = any(layer.student is not None for layer in layers)
+        if self.refine.output_steps and trained and layers[-1].index == self.plan.shape.layers - 1:
             refined = self._refine_output(layers, streams)
-            entries = [layer_entry | refined for layer_entry in entries]
+            entries = [layer_entry and layer_entry | refined for layer_entry in entries]
         for layer, layer_entry in zip(layers, entries, strict=True):
             written = self._written_tensors(layer)
             check_finite(written, self._overflow_hint(layer) or FAILED)
@@ -212,14 +218,16 @@ class LayerConverter:
         entry = streams.calib_converted if len(layers) == 1 else streams.calib_converted.clone()
         entries = []
         for layer in layers:
-            entries.append(self._convert_layer(layer, entry, streams.calib_original))
+            converted = layer.student is not None
+            entries.append(self._convert_layer(layer, entry, streams.calib_original) if converted else {})
             self._advance(layer, streams.original)
             if len(layers) > 1:
                 self._advance(layer, (entry,), converted=True)
-        if len(layers) > 1 and self.refine.block_steps:
+        trained = any(layer.student is not None for layer in layers)
+        if len(layers) > 1 and self.refine.block_steps and trained:
             del entry  # no longer needed: free it before the targets are allocated
             refined = self._refine_block(layers, streams)
-            entries = [layer_entry | refined for layer_entry in entries]
+            entries = [layer_entry and layer_entry | refined for layer_entry in entries]
         return entries
 
     def _convert_layer(self, layer: LayerPair, states: Activations, original: Activations) -> dict[str, Any]:
@@ -322,14 +330,14 @@ class LayerConverter:
             "output_kl_before": result.refined.error_before,
             "output_kl": result.refined.error_after,
             "output_steps": result.refined.steps,
-            "output_layers": len(layers),
+            "output_layers": sum(layer.student is not None for layer in layers),
             "output_seconds": clock.seconds[stage.name],
         }
 
     def _refine_jointly(
         self, stage: Stage, layers: Sequence[LayerPair], streams: Streams, relative: optimise.Distance
     ) -> StageResult:
-        on_step = partial(self.progress.step, len(layers))
+        on_step = partial(self.progress.step, sum(layer.student is not None for layer in layers))
         return refine_jointly(
             stage,
             layers,
@@ -353,7 +361,9 @@ class LayerConverter:
     def _written_tensors(self, layer: LayerPair) -> dict[str, Tensor]:
         """Tensors of a layer in the output: the source's without its attention, and the student's, in the output dtype."""
         source, prefix = self.layerwise.source, self._attention_prefix(layer)
-        kept = {name: tensor for name, tensor in layer.tensors.items() if not is_attention_tensor(source, name)}
+        if layer.student is None:
+            return self._stored(layer.tensors)
+        kept = {name: tensor for name, tensor in layer.tensors.items() if not source.is_replaced(name)}
         dtype = self.dtype or source.dtype
         student = {
             prefix + name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
@@ -364,6 +374,8 @@ class LayerConverter:
     def _overflow_hint(self, layer: LayerPair) -> str | None:
         """Advice where the student is finite in float32 and may not be in the output dtype, such as float16."""
         dtype = self.dtype or self.layerwise.source.dtype
+        if layer.student is None:
+            return None
         finite = all(tensor.isfinite().all() for tensor in layer.student.state_dict().values())
         if not finite or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
             return None
@@ -371,6 +383,8 @@ class LayerConverter:
 
     def _load_written(self, layer: LayerPair, written: dict[str, Tensor]) -> None:
         """Load the student as it was written, rounding included: later layers see the model that users will load."""
+        if layer.student is None:
+            return
         prefix = self._attention_prefix(layer)
         state = {name.removeprefix(prefix): t for name, t in written.items() if name.startswith(prefix)}
         layer.student.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
-import itertools
 import json
 import sys
 import time
@@ -26,6 +25,7 @@ from mla_convert.core.runtime import device_name, versions
 from mla_convert.modeling import modeling_mla
 from mla_convert.modeling.shipped_code import code_files
 from mla_convert.source.load_model import is_converted, quietly
+from mla_convert.source.shape import converted_layers
 from mla_convert.source.source import load_config
 
 # Tokens of the prompt (more queries than absorbed attention takes) and tokens to generate (fewer).
@@ -107,7 +107,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, int, int]:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     total = config.num_hidden_layers
     layers = total if needed <= free * SHARE else int(total * free * SHARE / needed)
-    if layers < 1:
+    if layers < 1 + min(converted_layers(config)):
         raise ResourceError(f"self-check: {free / 1e9:.1f} GB are free on {device}, and a layer needs more")
     if layers < total:
         _shorten(config, layers)
@@ -234,7 +234,8 @@ def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:
         raise SelfCheckFailed(_failed(f"keeps {held} tokens in its {kind} cache, where {tokens} were read"))
     if not is_converted(model.config):
         return
-    for index, layer in enumerate(itertools.islice(cache.layers, model.config.num_hidden_layers)):
+    for index in model.config.converted_layers():
+        layer = cache.layers[index]
         widths = layer.keys.shape[1] * layer.keys.shape[-1], layer.values.shape[1] * layer.values.shape[-1]
         stated = model.config.layer_rank(index), model.config.layer_rope_dim(index)
         if widths != stated:

@@ -55,7 +55,7 @@ class Sides(Section):
 
 
 class CacheSection(Section):
-    """The KV cache of one sequence.
+    """The KV cache of one sequence: keys and values, or latents. Of a hybrid model, `fixed_bytes` come on top.
 
     Attributes:
         kv_lora_rank: width of the latent; the mean over layers where these differ.
@@ -65,6 +65,9 @@ class CacheSection(Section):
         bytes_per_token: bytes of one token in all layers.
         bytes_at_context: bytes of one sequence by its length in tokens.
         share_saved: share of the original's cache that is saved.
+        layers: in a hybrid model, the number of layers with attention, which alone are converted.
+        fixed_bytes: in a hybrid model, bytes of the other layers' states, which do not grow with the context.
+        growing_share_at_context: in a hybrid model, the KV cache's share of KV cache and fixed states.
     """
 
     kv_lora_rank: Amount
@@ -74,6 +77,9 @@ class CacheSection(Section):
     bytes_per_token: Sides
     bytes_at_context: dict[Context, Sides]
     share_saved: Number
+    layers: Count | None = None
+    fixed_bytes: Amount | None = None
+    growing_share_at_context: dict[Context, Sides] | None = None
 
 
 class CalibrationSection(Section):
