@@ -322,7 +322,10 @@ def check_names(model: PreTrainedModel, family: Family) -> None:
     look(model, family.layers, "layers", type(model).__name__)
     decoder = model.get_submodule(path)
     look(decoder, family.final_norm, "final_norm", path)
-    layer = getattr(decoder, stack)[(family.converted_layers(model.config) or (0,))[0]]
+    indices = converted_layers(model.config)
+    if not indices:  # `check_derived` refuses it
+        return
+    layer = getattr(decoder, stack)[indices[0]]
     attention = look(layer, family.attention, "attention", "its layer")
     norms = [family.input_norm] if isinstance(family.input_norm, str) else family.input_norm or []
     if norms and not any(hasattr(layer, name) for name in norms):
@@ -346,8 +349,8 @@ def has_key_norm(model: PreTrainedModel, family: Family) -> bool:
     """Whether a layer has a norm between the key projection and attention; it may have no weights."""
     layers: Any = model.get_submodule(family.layers)
     norm = family.k_norm
-    indices = family.converted_layers(model.config) or range(len(layers))
-    return norm is not None and any(hasattr(getattr(layers[index], family.attention), norm) for index in indices)
+    attentions = (getattr(layers[index], family.attention) for index in converted_layers(model.config))
+    return norm is not None and any(hasattr(attention, norm) for attention in attentions)
 
 
 def check_scaling(model: torch.nn.Module, label: str) -> None:
