@@ -2,6 +2,7 @@
 
     python benchmarks/conversion_cost.py --shape llama-1b --layers 16 32 --refine-steps 0 --calib-samples 8 --calib-length 512
     python benchmarks/conversion_cost.py --shape llama-8b --rank 512 --rope-dim 64 --calib-samples 128 --refine-steps 150
+    python benchmarks/conversion_cost.py --shape llama-70b --layers 8 --rank 512 --rope-dim 64 --gpus 2
 
 Writes a checkpoint of the shape shard by shard, converts it, and prints seconds and peak memory of each phase. Each conversion
 is a process of its own, so that peaks do not mix. Host memory is above that of the interpreter with its libraries.
@@ -23,6 +24,8 @@ SHAPES = {
                      num_key_value_heads=8, head_dim=64, tie_word_embeddings=True),
     "llama-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                      num_key_value_heads=8, head_dim=128, tie_word_embeddings=False),
+    "llama-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                      num_key_value_heads=8, head_dim=128, tie_word_embeddings=False),
 }  # fmt: skip
 COMMON = dict(vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0)
 
@@ -52,12 +55,14 @@ def make_checkpoint(folder: Path, shape: dict) -> None:
         for name, parameter in parameters.items():
             values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
             tensors[name] = (
+                # Weights as models are initialised, so that hidden states stay finite through all layers.
                 values.fill_(1.0) if "norm" in name else values.normal_(0, 0.02, generator=generator)
             ).cpu()
             weight_map[name] = file
         save_file(tensors, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config.save_pretrained(folder)
+    # A tokenizer may have fewer tokens than the embedding has rows.
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(Path(mla_demo.__file__).parent / "model" / file, folder / file)
 

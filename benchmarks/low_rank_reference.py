@@ -1,4 +1,4 @@
-"""Loss of the low rank alone: one latent for keys and values, with RoPE kept. The upper reference of quality.py.
+"""Loss of the low rank alone, the upper reference of quality.py: one latent for keys and values, with RoPE kept.
 
 Keys are restored from the latent before they are rotated, so RoPE is not decoupled and loses nothing. The latent has to be
 expanded for every cached token: the scheme cannot be absorbed, and no checkpoint is written. The latent minimises the expected
@@ -29,7 +29,8 @@ from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.factorise.layer import half_split, source_weights
 from mla_convert.method.factorise.sizes import Plan, make_plan
 from mla_convert.method.factorise.svd import _affine, _key_cost, _latent, _moments
-from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline import streamed
+from mla_convert.pipeline.streams import open_streams
 from mla_convert.report.report import cache_section
 from mla_convert.source import texts
 from mla_convert.source.source import Source, open_source
@@ -57,7 +58,9 @@ def compress(source: Source, attention: nn.Module, statistics: Statistics, rank:
     q, k, v = (_affine(getattr(weights, n), getattr(weights, n + "_bias")) for n in "qkv")
     q_heads, v_heads = q.view(shape.num_heads, shape.head_dim, -1), v.view(shape.num_kv_heads, shape.head_dim, -1)
     o_heads = weights.o.double().view(-1, shape.num_heads, shape.head_dim).transpose(0, 1)
+    # The closed form is a conversion's own, private parts included: the two are to differ in RoPE alone.
     moment, tokens = _moments(statistics)
+    # The constant column, last, has no place in a projection without a bias.
     columns = slice(None if shape.has_kv_bias else -1)
     rows, tokens = torch.cat([k, v])[:, columns], tokens[columns, columns]
     key_cost = attention.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, moment)
@@ -91,7 +94,7 @@ def evaluate(config: ConvertConfig) -> dict:
         model = texts.reach(source.config, learned=not source.family.rotary)
         windows = texts.load_windows(config, source.tokenizer(), device.type == "cuda", model, shape.hidden_size)
     with environment.deterministic(config.seed), phases.phase("layers"):
-        streams = layers.open_streams(layerwise, windows.calib, windows.measured)
+        streams = open_streams(layerwise, windows.calib, windows.measured)
         originals = (streams.calib_original, streams.eval_original)
         compressed = (streams.calib_converted, streams.eval_converted)
         kwargs = {states.length: layerwise.layer_kwargs(states.length) for states in originals}
@@ -106,6 +109,7 @@ def evaluate(config: ConvertConfig) -> dict:
         for index in range(shape.layers):
             with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
                 advance(layer, index, originals)
+                # On the compressed model's own states, as in a conversion.
                 statistics = layer_statistics(layerwise, layer, streams.calib_converted, eager[index])
                 rotation = layerwise.rotation(index, eager[index])
                 compress(source, getattr(layer, source.family.attention), statistics, plan.rank, rotation)
@@ -114,7 +118,7 @@ def evaluate(config: ConvertConfig) -> dict:
         losses = streamed.scores(layerwise, windows.measured, originals[1].data, compressed[1].data)
     return to_json({
         "cache": cache_section(plan, source.dtype.itemsize, source.sliding_windows),
-        "evaluation": measure.perplexity_section(windows, losses), "calibration": {"protocol": windows.calib_protocol},
+        "evaluation": measure.perplexity_section(windows, losses), "calibration": {"protocol": windows.calib_protocol()},
         "phases": phases.results, "device": environment.device_name(device), "versions": environment.versions(),
         "seconds": round(time.perf_counter() - began, 2),
     })  # fmt: skip

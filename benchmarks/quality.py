@@ -63,6 +63,7 @@ SCRIPTS = {
     "rope kept": "low_rank_reference.py",
     **dict.fromkeys(("fp8 cache", "int8 cache", "int4 cache", "int4 hadamard"), "quantised_cache.py"),
 }
+# Bits over 16; with groups, also a scale and a zero point of 16 bits for each (`quantised_cache.bytes_share`).
 BUDGETS = {"fp8 cache": 0.5, "int8 cache": 0.5625, "int4 cache": 0.3125, "int4 hadamard": 0.28125}
 COLUMNS = (
     "budget",
@@ -93,6 +94,7 @@ def measure(budget: float, setting: str, words: list[str], out: Path) -> dict:
         done = subprocess.run(words, capture_output=True, text=True)
     finally:
         shutil.rmtree(out, ignore_errors=True)
+    # Without the interpreter, whose path is that of this machine.
     row = {"budget": budget, "setting": setting, "command": shlex.join(words[1:])}
     if done.returncode:
         # a killed process (out of memory, most likely) has printed no reason
@@ -211,8 +213,10 @@ def main() -> int:
                 print(line(future.result()), flush=True)
                 save(known.save, known.model, [rows[cell] for cell in cells if cell in rows])
         except BaseException:
+            # Ctrl-C waits for the runs at work, not for the whole queue.
             pool.shutdown(cancel_futures=True)
             raise
+    # The rows were printed as they came: the sentence behind the table is left.
     print("\n" + table([rows[cell] for cell in cells]).rpartition("|\n")[2].strip())
     return int(any("failed" in row for row in rows.values()))
 

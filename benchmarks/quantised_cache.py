@@ -28,11 +28,13 @@ from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
 from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
-from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline import streamed
+from mla_convert.pipeline.streams import open_streams
 from mla_convert.source import texts
 from mla_convert.source.source import open_source
 
 NAME = "quantised_cache"
+# The largest number of float8_e4m3fn.
 FP8_LARGEST = 448.0
 
 
@@ -48,6 +50,7 @@ def quantised(values: Tensor, bits: int, group: int) -> Tensor:
         return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
     grouped = values.float().unflatten(-1, (-1, group))
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    # Scale and zero point are rounded as the cache stores them.
     low = low.half().float()
     scale = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-7)
     steps = ((grouped - low) / scale).round().clamp(0, 2**bits - 1)
@@ -94,7 +97,8 @@ def evaluate(config: ConvertConfig, bits: int, group: int, turned: bool) -> dict
         kinds = suite.suite_of(tokenizer, config.suite_windows, device.type == "cuda", windows.evaluation)
     ALL_ATTENTION_FUNCTIONS[NAME] = attention(bits, group, turned, layerwise.implementation)
     with environment.deterministic(config.seed), phases.phase("layers"):
-        streams = layers.open_streams(layerwise, windows.calib[:1], windows.measured, kinds and kinds.windows)
+        # Nothing is calibrated: one window stands in for the calibration windows.
+        streams = open_streams(layerwise, windows.calib[:1], windows.measured, kinds and kinds.windows)
         pairs = list(zip(streams.measured_original, streams.measured_converted, strict=True))
         kwargs = {states.length: layerwise.layer_kwargs(states.length) for states, _ in pairs}
         for index in range(shape.layers):

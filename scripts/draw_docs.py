@@ -52,6 +52,7 @@ def figure(name: str, size: tuple[float, float], palette: dict[str, str], source
     import matplotlib
     from matplotlib.figure import Figure as MplFigure
 
+    # With a fixed salt and no date the same data give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "mla_convert", "font.family": "DejaVu Sans", "font.size": 11}):
         made = MplFigure(figsize=(size[0] / 72, size[1] / 72), facecolor=palette["page"])
         yield made

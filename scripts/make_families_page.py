@@ -92,6 +92,7 @@ def figures_of_page(text: str) -> dict[str, Measured]:
 
 def measure_by_conversion(family: Family) -> Measured:
     """Convert every variant of a family at full rank, at half and at a quarter of its cache."""
+    # The tiny models are those of the tests, which are no package.
     sys.path.insert(0, str(ROOT / "tests"))
     import pico
 
@@ -112,6 +113,7 @@ def _logit_error(original: torch.nn.Module, converted: Path, vocabulary: int) ->
     """Largest difference of a logit, divided by the range of the original's logits."""
     ids = torch.randint(3, vocabulary, (3, 40), generator=torch.Generator().manual_seed(1))
     expected = original(ids).logits
+    # In float32, so that the difference is the conversion's and not that of a narrow type.
     logits = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()(ids).logits
     return float((expected - logits).abs().max() / (expected.max() - expected.min()))
 

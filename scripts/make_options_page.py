@@ -79,6 +79,7 @@ class Option:
         """Its help without the default, and the default."""
         if self.field:
             return str(self.field.description), default_words(self.field)
+        # Commands that declare an option themselves end its help with the default.
         words, default = self.info.help or "", self.default
         if match := DEFAULT.match(words):
             return match[1], match[2]
@@ -106,6 +107,7 @@ def options_of(command: str, callback: Any) -> list[Option]:
     for name, parameter in inspect.signature(callback, eval_str=True).parameters.items():
         kind, info = get_args(parameter.annotation)
         field = model.model_fields.get(name) if model else None
+        # A command may declare an option of its own under a field's name; the help tells which of the two it is.
         made = field is not None and field.description and (info.help or "").startswith(field.description)
         options.append(Option(name, kind, parameter.default, info, field if made else None))
     return options
@@ -144,6 +146,7 @@ def section(name: str, callback: Any) -> str:
             lines += [f"`{option.info.metavar or option.name.upper()}`: {cell(option.info.help or '')}", ""]
     lines += ["| Option | Value | Default | Meaning |", "|---|---|---|---|"]
     for option in options:
+        # The head of the page describes --verbose once for all commands.
         if isinstance(option.info, OptionInfo) and not option.info.hidden and option.name != "verbose":
             words, default = option.meaning
             lines.append(row(option.names, option.value, default, words))

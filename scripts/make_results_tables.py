@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(<!-- table (?P<name>[\w.-]+\.csv)(?:: (?P<columns>.+?))? -->\n).*?(<!-- /table -->)", re.DOTALL)
 CAPTION = ("model", "text", "machine", "version")
+# A column of these is aligned right: numbers with a sign, a unit or a share, dashes and empty cells.
 NUMERIC = re.compile(r"[−×±-]?[\d.,]+(?:[%kM×]| \(\d+%\))?|–|")
 
 
@@ -41,6 +42,7 @@ def caption(facts: dict[str, str]) -> str:
     """Conditions of a measurement as one paragraph and, if one is recorded, the command that repeats it."""
     words = " ".join(f"{name.capitalize()}: {facts[name]}." for name in CAPTION if name in facts)
     command = f"\n\n```sh\n{facts['command']}\n```" if "command" in facts else ""
+    # A fact may end with a full stop of its own.
     return f"*{words}*{command}\n".replace("..*", ".*")
 
 

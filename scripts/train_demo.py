@@ -99,6 +99,8 @@ def train_tokenizer(sections: list[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],
+        # Every byte has a token, whatever the training text holds. Sorted, because the alphabet comes in no fixed
+        # order.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -149,7 +151,10 @@ class TrainingText:
             self.sections.append([words.setdefault(word, len(words)) for word, _ in split])
         self.usual = [segment(word, 0.0) for word in words]
         self.drawn = [[segment(word, dropout) for word in words] for _ in range(variants if dropout else 0)]
+        # The slices join sections by blank lines, and documents end with END: the model sees both.
         self.breaks = [[tokenizer.token_to_id(END)], tokenizer.encode(SECTION_BREAK).ids]
+        # `Segmenter` repeats the library's algorithm; a difference would train the model on tokens that it never reads
+        # later.
         if list(self.tokens(0)) != tokenizer.encode(sections[0]).ids:
             raise RuntimeError("the segmentation without dropout differs from the tokenizer's")
         self.length = sum(len(self.usual[word]) for section in self.sections for word in section)
@@ -169,6 +174,7 @@ class TrainingText:
             choices = rng.integers(len(self.drawn), size=len(self.sections[section])) if resegment else None
             stream.extend(self.tokens(section, choices))
             stream.extend(self.breaks[rng.integers(2)])
+        # Every epoch cuts the text at other places.
         stream = stream[rng.integers(LONG) :]
         rows = np.array(stream[: len(stream) // LONG * LONG]).reshape(-1, LONG)
         return rng.permutation(rows)
@@ -227,6 +233,7 @@ def perplexity(model: torch.nn.Module, ids: list[int], window: int = WINDOW) -> 
     tokens = torch.tensor(ids, device=device)
     full = len(ids) // window * window
     groups = list(tokens[:full].reshape(-1, window).split(8)) if full else []
+    # A rest of one token has nothing to predict.
     if len(ids) - full >= 2:
         groups.append(tokens[full:][None])
     loss, count = 0.0, 0
@@ -254,6 +261,7 @@ class Training:
         self.average = copy.deepcopy(model).to(self.device).eval()
         self.model = model.to(self.device).train()
         add_dropout(self.model, args.dropout)
+        # Only matrices are decayed: the weights of norms are scales around 1.
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [
@@ -288,6 +296,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        # A short memory at first, or the average would hold the random initial weights for hundreds of steps.
         keep = min(self.args.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
@@ -321,11 +330,14 @@ class Training:
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the checkpoint in bfloat16, with a tokenizer that every transformers release can load."""
     model = model.to("cpu", torch.bfloat16)
+    # It belongs to this training; transformers would apply it whenever somebody trains the model.
     model.config.attention_dropout = 0.0
     end = model.config.eos_token_id
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     model.save_pretrained(folder)
+    # A conversion reads the licence from the card's metadata.
     (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nSee ATTRIBUTION.md.\n", encoding="utf-8")
+    # safetensors writes mode 0600, whatever the umask is.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -390,6 +402,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Make the demo."""
     args = parse_arguments()
+    # cuBLAS repeats its results only with a fixed workspace.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False

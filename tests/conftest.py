@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import pickle
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ def pytest_configure(config):
         config.option.dist = "worksteal"
 
 
+def pytest_report_header():
+    """Say which versions the tests meet: the newest transformers of the index is not pinned."""
+    return [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
+
+
 def _load(name: str):
     # importlib import mode leaves sys.path alone, so the shared helpers are loaded by their files
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
@@ -36,7 +42,7 @@ def _load(name: str):
     return module
 
 
-pico, fake_hub, mutate = _load("pico"), _load("fake_hub"), _load("mutate")
+pico, fake_hub, mutate, uses = (_load(name) for name in ("pico", "fake_hub", "mutate", "uses"))
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ MEASURING, STEPS = 25, 40
 
 def everything(args):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    first, last = (visible.split(",") * 2)[0], visible.split(",")[-1]
+    first, last = visible.split(",")[0], visible.split(",")[-1]
     end, running = time.time() + args.seconds, []
 
     def start(part, converted, *more, gpus=first, launch=(sys.executable,), env=None):

@@ -11,7 +11,7 @@ from harness import CUDA, DEVICE, autocast, corpus_folder, corpus_of, emit, judg
 from mla_convert.core.progress import Progress
 from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.heal import HealConfig, data, heal, loop, run
-from mla_convert.heal.prepare_text import LABEL
+from mla_convert.heal.prepare_text import LABELS
 from mla_convert.heal.schedule import Schedule
 from mla_convert.method.refine.relative_adam import cosine
 from mla_convert.source.load_model import find_model, load_model
@@ -65,9 +65,9 @@ def _prepared(args, name, measure):
             wait_for(args, "text")
             for file in corpus_folder(args, args.tokens).iterdir():
                 shutil.copy(file, state.folder)
-            return {"label": Path(args.data).name}
+            return {"labels": [Path(args.data).name]}
 
-        return state.remember(LABEL, make)["label"]
+        return state.remember(LABELS, make)["labels"]
 
     def gated(*given):
         measure()

@@ -89,6 +89,7 @@ def corpus_of(args, tokens, written=True):
     """Text for runs over `tokens` tokens, with or without self-generated text; prepared once for all parts."""
     folder, bare = corpus_folder(args, tokens, written), corpus_folder(args, tokens, False)
     origin = find_model(args.teacher)
+    # The processor tokenises while the device generates.
     with ThreadPoolExecutor() as pool:
         made = None
         if not (bare / data.IDS).exists():
@@ -133,6 +134,7 @@ def judge(model, sets):
     for name, (windows, labels) in sets.items():
         parts = [model(w[None], k[None])[1] for w, k in zip(windows, labels, strict=True)]
         _, kl, ce, original = torch.stack(parts).mean(0).tolist()
+        # The means are over tokens, and the last token of a window has no label.
         per_label = windows.shape[1] / (windows.shape[1] - 1)
         found[name] = {"kl": round(kl, 5), "ratio": round(math.exp((ce - original) * per_label), 4)}
     return found

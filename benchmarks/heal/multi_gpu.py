@@ -34,6 +34,7 @@ def main(args):
     trainer._step = step
     run = trainer.train()
     if engine.is_main_process:
+        # Without the first steps, in which kernels are loaded and chosen.
         steady = marks[min(4, len(marks) - 2) :]
         rate = (len(steady) - 1) * tokens / (steady[-1] - steady[0])
         emit(args, part="processes", name=args.name, processes=engine.num_processes, kind=str(engine.distributed_type),

@@ -67,6 +67,7 @@ def profile(name, step, rows=25):
 def plain(args, batch):
     student = load_model(find_model(args.converted[0]), torch.float32, DEVICE).requires_grad_(True).train()
     teacher = load_model(find_model(args.teacher), FROZEN, DEVICE)
+    # A rate that leaves the weights all but unchanged: speed does not depend on it, and the loss stays finite.
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=CUDA)
 
     def step():

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# The kernels of this checkout go before installed ones; the cases and the fix for the interpreter are the tests' own.
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "kernels" / "torch-ext"), str(ROOT / "tests" / "kernels")]
 
 from breakdown import parts
@@ -51,6 +52,10 @@ def main() -> bool:
         "--shape", type=numbers(","), action="append", help="rank,rope,heads; may be given several times"
     )
     parser.add_argument("--at", type=numbers("x"), action="append", help="batch x length, as 32x8192; several times")
+    parser.add_argument(
+        "--format", action="append", help="tune, speed: bf16, fp8, int8, int4 or mixed, with /G and +8; several times"
+    )
+    parser.add_argument("--caches", type=int, default=3, help="speed: contiguous; paged; paged with different lengths")
     parser.add_argument("--page-size", type=int, default=0, help="tune: tokens in a page, 0 for a contiguous cache")
     parser.add_argument("--limit", type=int, default=0, help="tune: most configurations of a shape, 0 for all")
     parser.add_argument("--config", type=parsed, action="append", default=[], help="tune: try this first, as printed")
@@ -59,11 +64,13 @@ def main() -> bool:
     )
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or [(512, 64, 32)]
+    arguments.format = arguments.format or ["bf16"]
     arguments.at = arguments.at or [(32, 8192)]
     if arguments.device == "cpu":
         import triton.runtime.interpreter
         from conftest import let_numpy_index
 
+        # Triton 3.6's interpreter asks for the int of an array, which NumPy 2.4 refuses.
         let_numpy_index(triton.runtime.interpreter)
     return {"grid": grid, "tune": tune, "speed": speed, "parts": parts}[arguments.task](arguments)
 

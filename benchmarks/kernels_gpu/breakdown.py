@@ -42,16 +42,20 @@ def without_combination() -> Iterator[None]:
 
 def host_us(slices: Slices, repeats: int = 200) -> float:
     """Microseconds that the host takes to launch one `mla_decode` outside of CUDA graphs."""
-    q, qr, latent, rope, lengths, table, out, _ = slices
+    q, qr, latent, rope, lengths, table, out, _, form = slices
+    rope = None if form else rope[0]
 
     def launch() -> None:
-        mla_decode(q, qr, latent[0], rope[0], lengths, softmax_scale=0.07, block_table=table, out=out, return_lse=True)
+        mla_decode(
+            q, qr, latent[0], rope, lengths, softmax_scale=0.07, block_table=table, out=out, return_lse=True, row_format=form
+        )  # fmt: skip
 
     launch()
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         launch()
+    # Taken before the device is done: the host alone is measured.
     elapsed = time.perf_counter() - start
     torch.cuda.synchronize()
     return elapsed / repeats * 1e6
@@ -69,6 +73,7 @@ def call_parts(shape: Shape, config: DecodeConfig, device: str) -> dict[str, flo
     same = (q, qr, latent[:1, :1].expand(1, *latent.shape[1:]), rope[:1, :1].expand(1, *rope.shape[1:]), *rest)
     with without_combination():
         row["attending"] = time_calls(calls, device)
+        # Three times, because `same` has a single slice and a graph is to hold several calls.
         row["attending, cache in the L2"] = time_calls(decode_calls(same, config, 0) * 3, device)
     return row
 
@@ -116,7 +121,7 @@ def parts(arguments: argparse.Namespace) -> bool:
             limits = launcher.device_limits(torch.device(device))
             known = [default_config(rank, rope_dim, heads, half(device), *limits[1:]), hopper_config(rank, rope_dim)]
             for config in filter(None, known if device == "cuda" else known[:1]):
-                shape = (rank, rope_dim, heads, batch, length, 0, False)
+                shape = (rank, rope_dim, heads, batch, length, 0, False, None)
                 row, problem = alone(pool, call_parts, shape, config, device)
                 log.add(
                     f"{shape} {brief(config)}: {row or problem}", kind="parts", shape=shape, row=row, problem=problem

@@ -11,14 +11,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from cases import CACHE_SCALE, as_problem, disagreement, make_case
+from cases import CACHE_SCALE, as_problem, disagreement, make_case, pack_case
 from gpu_workers import Pool
-from harness import Log, Shape, decode_calls, device_name, half, left, make_slices, row_error
+from harness import Log, Shape, decode_calls, device_name, half, left, make_slices, row_error, row_format
 from torch import Tensor
-from tune import candidates, hopper_candidates
+from tune import SHARED_LIMIT, candidates, empty_problem, hopper_candidates, packed_candidates
 
-from mla_attention import mla_decode, mla_write, naive_write
+from mla_attention import RowFormat, mla_decode, mla_write, naive_write
 from mla_attention.decode import launch_decode
+from mla_attention.hopper_packed import packed_hopper_config
+from mla_attention.packed import packed_config
+from mla_attention.rows import naive_unpack
 from mla_attention.tuning import DecodeConfig, default_config
 
 LENGTHS = ([0, 1, 15, 16], [17, 31, 33, 64], [63, 65, 127, 3], [1000, 4096, 1, 0], [700, 20, 513, 2049])
@@ -27,10 +30,10 @@ DEEP, VERY_DEEP = [40000, 5, 30001, 0], [131072, 5, 70000, 0]
 HEADS = (1, 3, 9, 14, 16, 32, 63, 64, 128)
 
 
-def grid_groups(seed: int) -> Iterator[dict[str, Any]]:
-    """Endless random groups: compile-time constants of a kernel, and options of its calls."""
+def grid_groups(seed: int, packed: float = 0.6) -> Iterator[dict[str, Any]]:
+    """Endless random groups: compile-time constants of a kernel, and options of its calls; a share of them on packed rows."""
     rng = random.Random(seed)
-    ranks = [64, 128, 256, 512, 576, 96, 160, 384, 144, *range(16, 577, 16)]
+    ranks = [64, 128, 256, 512, 576, 96, 160, 384, 144, *range(16, 577, 16), 640, 768, 1024]
     for index in itertools.count():
         rank = ranks[index % len(ranks)]
         dtype = rng.choice(["bfloat16", "bfloat16", "float16", "float32"])
@@ -40,9 +43,18 @@ def grid_groups(seed: int) -> Iterator[dict[str, Any]]:
             pool += candidates(rank, rope_dim, rng.choice([8, 32, 128]))
             hopper = hopper_candidates(rank, rope_dim)
             pool = hopper or pool if rng.random() < 0.75 else pool
+        form = None
+        if rng.random() < packed:
+            form = random_format(rank, rng)
+            shape = (rank, rope_dim, rng.choice([8, 32, 128]), 1, 64, 0, False, form)
+            problem = empty_problem(shape, 0, "cpu", getattr(torch, dtype))
+            pool = [packed_config(problem, SHARED_LIMIT)] * 3
+            pool += packed_candidates(problem) if dtype != "float32" else []
+            hopper = packed_hopper_config(problem) if dtype == "bfloat16" else None
+            pool = [hopper] if hopper and rng.random() < 0.75 else pool
         config = replace(rng.choice(pool), pdl=rng.random() < 0.3, min_tiles=rng.choice([1, 4]))
         yield {
-            "rank": rank, "rope_dim": rope_dim, "dtype": dtype, "page_size": rng.choice([0, 0, 1, 16, 64, 128]),
+            "rank": rank, "rope_dim": rope_dim, "dtype": dtype, "form": form, "page_size": rng.choice([0, 0, 1, 16, 64, 128]),
             "config": asdict(config), "num_splits": rng.choice([0, 0, 0, 1, 3]),
             "softcap": rng.choice([0.0, 0.0, 0.0, 5.0]), "window": rng.choice([None, None, None, 50]),
             "mask": rng.choice([None, None, None, None, "padding", "gaps"]),
@@ -50,11 +62,20 @@ def grid_groups(seed: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
+def random_format(rank: int, rng: random.Random) -> RowFormat:
+    """A format of packed rows."""
+    kind = rng.choice(["fp8", "fp8", "int8", "int4", "int4", "mixed"])
+    wide = {"fp8": rank, "int8": rank, "int4": 0, "mixed": rng.randrange(0, rank + 1, 16)}[kind]
+    return RowFormat(wide, int(kind == "fp8"), rng.choice([0, 32, 64, 128, 48]), rng.choice([0, 1]))
+
+
 def fitted(group: dict[str, Any], device: str) -> dict[str, Any]:
     """The group, made small enough for the interpreter where it runs there."""
     if device == "cuda":
         return group
-    return group | {"rank": 16 + group["rank"] % 48 // 16 * 16, "rope_dim": group["rope_dim"] % 32, "dtype": "float32",
+    rank, form = 16 + group["rank"] % 48 // 16 * 16, group["form"]
+    form = form and form._replace(wide=min(form.wide, rank))
+    return group | {"rank": rank, "rope_dim": group["rope_dim"] % 32, "dtype": "float32", "form": form,
                     "config": group["config"] | {"pdl": False}}  # fmt: skip
 
 
@@ -86,6 +107,8 @@ def run_group(group: dict[str, Any], device: str, cases: int = 12) -> list[tuple
             lengths = VERY_DEEP if group["seed"] % 25 == 0 else DEEP
         case = make_case(4, tokens, heads, group["rank"], group["rope_dim"], lengths, dtype, group["page_size"],
                          device, seed=number)  # fmt: skip
+        if group["form"]:
+            case = pack_case(case, group["form"])
         out = torch.full_like(case["q_latent"], torch.nan)
         lse = torch.full((4, heads, tokens), torch.nan, device=device)
         mask = None
@@ -144,10 +167,44 @@ def operators(device: str) -> str | None:
     return disagreement(out, lse, case)
 
 
+def packed_writes(device: str) -> str | None:
+    """Error of `mla_write` on packed rows: other bytes than the reference's in the latent, or another rotary key."""
+    for name, rank, rope_dim in (
+        ("fp8", 512, 64),
+        ("int8/64", 80, 16),
+        ("int4/128+8", 512, 64),
+        ("int4/32", 80, 32),
+        ("mixed/32", 256, 64),
+    ):
+        form = row_format(name, rank)
+        angles = torch.rand(3, 5, rope_dim // 2, device=device) * 6
+        new = {"latent": torch.randn(3, 5, rank, device=device).to(half(device)),
+               "k_rope": torch.randn(3, 5, rope_dim, device=device).to(half(device)),
+               "q_rope": torch.randn(3, 5, 7, rope_dim, device=device).to(half(device)), "cos": angles.cos(),
+               "sin": angles.sin(), "positions": torch.arange(15, device=device).view(3, 5),
+               "row_format": form, "rope_cache": None}  # fmt: skip
+        rows = torch.full((3, 20, form.layout(rank, rope_dim).row_bytes), 77, dtype=torch.uint8, device=device)
+        reference = rows.clone()
+        query, expected = mla_write(**new, latent_cache=rows), naive_write(**new, latent_cache=reference)
+        pairs = zip(*(naive_unpack(x, rank, rope_dim, form, torch.float32) for x in (rows, reference)), strict=True)
+        (latent, expected_latent), (key, expected_key) = pairs
+        differ = (latent != expected_latent).float().mean().item()
+        if differ > 1e-3 or not torch.allclose(latent, expected_latent, rtol=0.13, atol=1e-3):
+            return f"{name} {rank}: {differ:.1e} of the latent's numbers differ"
+        if not torch.allclose(key, expected_key, rtol=0.13, atol=1e-2, equal_nan=True):
+            return f"{name} {rank}: rotary keys differ by {(key - expected_key).abs().max().item():.1e}"
+        if not torch.allclose(query.float(), expected.float(), atol=2e-3, rtol=1e-2):
+            return f"{name} {rank}: queries differ"
+    return None
+
+
 # Shapes with many tiles for every program, at full speed.
 REPEATED = [
-    (96, 32, 32, 32, 8192, 0, False), (128, 64, 32, 128, 8192, 0, False), (160, 32, 14, 32, 8192, 64, True),
-    (256, 64, 128, 32, 8192, 0, False), (512, 64, 128, 32, 8192, 64, True), (512, 64, 32, 8, 32768, 0, False),
+    (96, 32, 32, 32, 8192, 0, False, None), (128, 64, 32, 128, 8192, 0, False, None),
+    (160, 32, 14, 32, 8192, 64, True, None), (256, 64, 128, 32, 8192, 0, False, None),
+    (512, 64, 128, 32, 8192, 64, True, None), (512, 64, 32, 8, 32768, 0, False, None),
+    (512, 64, 32, 32, 8192, 0, False, RowFormat(512, 1)), (512, 64, 32, 32, 8192, 64, True, RowFormat(0, 0, 128)),
+    (96, 32, 32, 128, 8192, 0, False, RowFormat(96, 1)), (256, 64, 32, 8, 32768, 0, False, RowFormat(0, 0, 32, 1)),
 ]  # fmt: skip
 
 
@@ -187,9 +244,9 @@ def grid(arguments: argparse.Namespace) -> bool:
     log = Log(arguments.out, "grid")
     counts, kernels = Counter(), Counter()
     passed = failed = 0
-    checks = [(check.__name__, once, check, device) for check in (operators, large_offsets)]
+    checks = [(check.__name__, once, check, device) for check in (operators, packed_writes, large_offsets)]
     checks += [(f"repeated {shape}", once, repeated, shape, device) for shape in REPEATED]
-    groups = grid_groups(arguments.seed)
+    groups = grid_groups(arguments.seed, 0.6 if "bf16" in arguments.format else 1.0)
     pool = Pool(arguments.processes, seconds_per_job=60)
     while True:
         while pool.room and left(arguments) > 0:

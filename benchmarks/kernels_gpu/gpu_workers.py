@@ -31,6 +31,7 @@ def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, s
     except Exception as error:
         problem = short(error)
     try:
+        # A kernel's error shows at the next synchronisation, which must not be that of another job.
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
     except Exception as error:
@@ -72,6 +73,7 @@ class Pool:
             seconds_per_job: a worker that takes longer is replaced.
         """
         self.seconds_per_job = seconds_per_job
+        # A forked process cannot use CUDA once its parent has used it.
         self.context = get_context("spawn")
         self.idle = [self._worker() for _ in range(processes)]
         self.busy: list[Worker] = []

@@ -18,20 +18,36 @@ from torch import Tensor
 
 from mla_attention.decode import launch_decode
 from mla_attention.problem import DecodeProblem
+from mla_attention.rows import RowFormat, naive_pack, naive_unpack
 from mla_attention.tuning import DecodeConfig
 
 DISTINCT_BYTES = 256e6
 START = time.monotonic()
 
-# Rank, rope dimension, heads, batch, length, page size (0: contiguous), and whether lengths differ.
-Shape = tuple[int, int, int, int, int, int, bool]
-# Queries, rotary queries, latent caches and rope caches of all slices, lengths, block table, out and lse.
-Slices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+# Rank, rope dimension, heads, batch, length, page size (0: contiguous), whether lengths differ, and the format of packed rows.
+Shape = tuple[int, int, int, int, int, int, bool, RowFormat | None]
+# Queries, rotary queries, latent caches and rope caches of all slices, lengths, block table, out, lse, and the format; packed
+# rows are in the place of latents, and there are no rope caches.
+Slices = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor, RowFormat | None]
 
 
 def half(device: str) -> torch.dtype:
     """bfloat16, or float16 in Triton's interpreter, which multiplies bit patterns of bfloat16 as integers."""
     return torch.bfloat16 if device == "cuda" else torch.float16
+
+
+def row_format(name: str, rank: int) -> RowFormat | None:
+    """Format of a name: bf16 (None), or fp8, int8, int4 or mixed, with /G for groups of G channels and +8 for a key in e4m3.
+
+    "mixed" has 8 bits for the first quarter of the channels.
+    """
+    kind, _, rest = name.partition("/")
+    group, _, key = rest.partition("+") if rest else (0, None, kind.partition("+")[2])
+    kind = kind.partition("+")[0]
+    if kind == "bf16":
+        return None
+    wide = {"fp8": rank, "int8": rank, "int4": 0, "mixed": rank // 64 * 16}[kind]
+    return RowFormat(wide, int(kind == "fp8"), int(group or 0), int(key == "8"))
 
 
 def left(arguments: argparse.Namespace) -> float:
@@ -96,6 +112,7 @@ def read_kernel(x, total, BLOCK: tl.constexpr, PIECES: tl.constexpr):  # noqa: N
     seen = tl.zeros([BLOCK], tl.float32)
     for piece in range(PIECES):
         seen += tl.load(x + first + piece * BLOCK + tl.arange(0, BLOCK))
+    # The sum is stored, or the compiler would leave out the loads.
     tl.store(total + tl.program_id(0), tl.sum(seen, 0))
 
 
@@ -125,10 +142,11 @@ def ceilings(device: str) -> tuple[float, float, str]:
 
 
 def make_slices(
-    rank: int, rope_dim: int, heads: int, batch: int, length: int, page_size: int, ragged: bool, device: str
-) -> tuple[Slices, int, int]:
+    rank: int, rope_dim: int, heads: int, batch: int, length: int, page_size: int, ragged: bool, form: RowFormat | None,
+    device: str,
+) -> tuple[Slices, int, int]:  # fmt: skip
     """Random inputs with several distinct slices of caches; bytes read and operations of a call."""
-    row_bytes = (rank + rope_dim) * 2
+    row_bytes = form.layout(rank, rope_dim).row_bytes if form else (rank + rope_dim) * 2
     # Ragged: lengths from 1/2 to 3/2 of the mean, with the same number of tokens in total.
     lengths = torch.full((batch,), length, dtype=torch.int32)
     if ragged and batch > 1:
@@ -143,26 +161,33 @@ def make_slices(
         table = torch.randperm(batch * per, device=device).to(torch.int32).view(batch, per)
     else:
         shape = (count, batch, longest)
-    latent = torch.empty(*shape, rank, device=device, dtype=half(device)).normal_()
-    rope = torch.empty(*shape, rope_dim, device=device, dtype=half(device)).normal_()
+    if form:
+        latent = torch.empty(*shape, row_bytes, device=device, dtype=torch.uint8)
+        for piece in latent.flatten(0, 1):
+            numbers = (torch.randn(*piece.shape[:-1], d, device=device) for d in (rank, rope_dim))
+            piece.copy_(naive_pack(*numbers, form))
+        rope = None
+    else:
+        latent = torch.empty(*shape, rank, device=device, dtype=half(device)).normal_()
+        rope = torch.empty(*shape, rope_dim, device=device, dtype=half(device)).normal_()
     q = torch.randn(batch, 1, heads, rank, device=device).to(half(device))
     qr = torch.randn(batch, 1, heads, rope_dim, device=device).to(half(device))
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, 1, device=device)
     total = int(lengths.sum())
     nbytes, flops = total * row_bytes, 2 * heads * total * (2 * rank + rope_dim)
-    return (q, qr, latent, rope, lengths.to(device), table, out, lse), nbytes, flops
+    return (q, qr, latent, rope, lengths.to(device), table, out, lse, form), nbytes, flops
 
 
 def decode_calls(slices: Slices, config: DecodeConfig | None, num_splits: int) -> list[Callable[[], None]]:
     """One call per slice."""
-    q, qr, latent, rope, lengths, table, out, lse = slices
+    q, qr, latent, rope, lengths, table, out, lse, form = slices
     scale = (q.shape[3] + qr.shape[3]) ** -0.5
 
     def call(i: int) -> None:
         problem = DecodeProblem(
-            q, qr, latent[i], rope[i], lengths, table, scale, num_splits, 0.0, 0, None, None, out, lse
-        )
+            q, qr, latent[i], None if form else rope[i], lengths, table, scale, num_splits, 0.0, 0, None, None, out, lse, form
+        )  # fmt: skip
         launch_decode(problem, config)
 
     return [lambda i=i: call(i) for i in range(latent.shape[0])]
@@ -170,16 +195,23 @@ def decode_calls(slices: Slices, config: DecodeConfig | None, num_splits: int) -
 
 def row_error(slices: Slices, config: DecodeConfig | None, num_splits: int) -> float:
     """Largest distance of a row from float32 products of the same numbers over the row's norm, in a few sequences."""
-    q, qr, latent, rope, lengths, table, out, _ = slices
+    q, qr, latent, rope, lengths, table, out, _, form = slices
     out.fill_(torch.nan)
     decode_calls(slices, config, num_splits)[0]()
     worst = 0.0
     for b in sorted({0, q.shape[0] // 3, q.shape[0] // 2, q.shape[0] - 1}):
-        c, k = (x[0, b] if table is None else x[0][table[b].long()].flatten(0, 1) for x in (latent, rope))
+        c, k = (
+            x if x is None else x[0, b] if table is None else x[0][table[b].long()].flatten(0, 1)
+            for x in (latent, rope)
+        )
         n = int(lengths[b])
-        c, k = c[:n].float(), k[:n].float()
+        if form:
+            c, k = naive_unpack(c[:n], q.shape[3], qr.shape[3], form, torch.float32)
+        else:
+            c, k = c[:n].float(), k[:n].float()
         scores = (q[b, 0].float() @ c.T + qr[b, 0].float() @ k.T) * (q.shape[3] + qr.shape[3]) ** -0.5
         expected = scores.softmax(-1) @ c
+        # The output was filled with NaN, so a row that no program wrote counts as infinitely wrong.
         error = (out[b, 0].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
         worst = max(worst, error.nan_to_num(torch.inf).max().item())
     return worst

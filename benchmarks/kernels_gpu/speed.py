@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_workers import Pool
-from harness import DISTINCT_BYTES, Log, ceilings, forget_inputs, left, measure, time_calls
+from harness import DISTINCT_BYTES, Log, ceilings, forget_inputs, left, measure, row_format, time_calls
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tune import brief
@@ -47,10 +47,11 @@ def sdpa(
 
 
 def nearest(
-    tuned: list[dict[str, Any]], rank: int, rope_dim: int, heads: int, batch: int, length: int
+    tuned: list[dict[str, Any]], rank: int, rope_dim: int, heads: int, batch: int, length: int, form: str = "bf16"
 ) -> dict[str, Any] | None:
     """The tuned entry of this shape at the closest batch and length, or None."""
-    same = [e for e in tuned if (e["rank"], e["rope_dim"], e["heads"]) == (rank, rope_dim, heads)]
+    shape = (rank, rope_dim, heads, form)
+    same = [e for e in tuned if (e["rank"], e["rope_dim"], e["heads"], e.get("format", "bf16")) == shape]
     return min(same, default=None, key=lambda e: (e["batch"] != batch, abs(e["batch"] * e["length"] - batch * length)))
 
 
@@ -69,24 +70,26 @@ def speed(arguments: argparse.Namespace) -> bool:
     pool = Pool(min(arguments.processes, 1))
     (bandwidth, rate, name), _ = alone(pool, ceilings, device)
     tuned = json.loads(arguments.tuned.read_text())["best"] if arguments.tuned else []
-    lines = ["| rank + rope | heads | B x S | cache | us | GB/s | of read | TFLOP/s | of matmul | error | config |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for (rank, rope_dim, heads), (batch, length) in itertools.product(arguments.shape, arguments.at):
-        for page_size, ragged in ((0, False), (64, False), (64, True)):
+    lines = ["| format | rank + rope | heads | B x S | cache | us | GB/s | of read | TFLOP/s | of matmul | error | config |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    work = itertools.product(arguments.shape, arguments.at, arguments.format)
+    for (rank, rope_dim, heads), (batch, length), form in work:
+        for page_size, ragged in ((0, False), (64, False), (64, True))[: arguments.caches]:
             if left(arguments) < 10:
                 break
-            entry = nearest(tuned, rank, rope_dim, heads, batch, length)
+            entry = nearest(tuned, rank, rope_dim, heads, batch, length, form)
             config = DecodeConfig(**entry["config"]) if entry else None
             num_splits = entry["num_splits"] if entry and not ragged else 0
             cache = ("paged" if page_size else "contiguous") + (" ragged" if ragged else "")
-            tag = {"rank": rank, "rope_dim": rope_dim, "heads": heads, "batch": batch, "length": length, "cache": cache}
-            shape = (rank, rope_dim, heads, batch, length, page_size, ragged)
+            tag = {"rank": rank, "rope_dim": rope_dim, "heads": heads, "batch": batch, "length": length, "cache": cache,
+                   "format": form}  # fmt: skip
+            shape = (rank, rope_dim, heads, batch, length, page_size, ragged, row_format(form, rank))
             row, problem = alone(pool, measure, shape, config, num_splits, device)
             if problem:
                 log.add(f"FAILED {tag} {brief(config)}: {problem}", kind="failed", **tag, problem=problem)
                 continue
             lines.append(
-                f"| {rank}+{rope_dim} | {heads} | {batch} x {length} | {cache} | {row['us']:.1f} | {row['gb_s']:.0f} | "
+                f"| {form} | {rank}+{rope_dim} | {heads} | {batch} x {length} | {cache} | {row['us']:.1f} | {row['gb_s']:.0f} | "
                 f"{row['gb_s'] / bandwidth:.0%} | {row['tflop_s']:.0f} | {row['tflop_s'] / rate:.0%} | "
                 f"{row['error']:.1e} | {brief(config)} splits={num_splits} |"
             )

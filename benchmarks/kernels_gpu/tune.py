@@ -10,10 +10,11 @@ from typing import Any, get_type_hints
 
 import torch
 from gpu_workers import Pool
-from harness import Log, Shape, ceilings, half, left, measure
+from harness import Log, Shape, ceilings, half, left, measure, row_format
 
-from mla_attention import decode_kernels, nvrtc
+from mla_attention import decode_kernels, nvrtc, packed_kernels
 from mla_attention.decode import launch_decode
+from mla_attention.packed import packed_config, packed_shared_memory
 from mla_attention.problem import DecodeProblem
 from mla_attention.tuning import (
     DecodeConfig,
@@ -58,6 +59,18 @@ def candidates(rank: int, rope_dim: int, rows: int) -> list[DecodeConfig]:
     return sorted(configs, key=lambda config: promise(config, rank, rope_dim, rows), reverse=True)
 
 
+def packed_candidates(problem: DecodeProblem) -> list[DecodeConfig]:
+    """Configurations of the Triton kernel on packed rows that fit Hopper's shared memory and registers."""
+    wide = min(max(power_of_two(problem.rows), 16), 64)
+    configs = []
+    for block_m, block_n, warps, stages in itertools.product({wide, min(wide, 32)}, (32, 64), (4, 8), (3, 2, 4)):
+        config = DecodeConfig(block_m, block_n, warps, stages)
+        per_sm = min(SHARED_LIMIT // (packed_shared_memory(config, problem) + 2048), 2 if warps == 4 else 1)
+        if per_sm and block_m * problem.rank / (32 * warps) <= 144:
+            configs.append(replace(config, per_sm=per_sm))
+    return configs
+
+
 def hopper_candidates(rank: int, rope_dim: int) -> list[DecodeConfig]:
     """The CUDA kernel's configuration, if it serves these sizes."""
     return [config for config in (hopper_config(rank, rope_dim),) if config]
@@ -74,6 +87,27 @@ def promise(config: DecodeConfig, rank: int, rope_dim: int, rows: int) -> float:
     return min(ahead, 100e3) / 100e3 + (config.block_m >= 64) * 0.4 - slow
 
 
+def empty_problem(shape: Shape, num_splits: int, device: str, dtype: torch.dtype | None = None) -> DecodeProblem:
+    """A problem of this shape on a small cache, without values."""
+    rank, rope_dim, heads, batch, length, page_size, _, form = shape
+    dtype = dtype or half(device)
+    short = page_size or 64
+    q = torch.empty(batch, 1, heads, rank, device=device, dtype=dtype)
+    qr = torch.empty(batch, 1, heads, rope_dim, device=device, dtype=dtype)
+    if form:
+        size = form.layout(rank, rope_dim).row_bytes
+        latent, rope = torch.empty(batch, short, size, device=device, dtype=torch.uint8), None
+    else:
+        latent = torch.empty(batch, short, rank, device=device, dtype=dtype)
+        rope = torch.empty(batch, short, rope_dim, device=device, dtype=dtype)
+    lengths = torch.empty(batch, dtype=torch.int32, device=device)
+    table = torch.empty(batch, -(-length // page_size), dtype=torch.int32, device=device) if page_size else None
+    lse = torch.empty(batch, heads, 1, device=device)
+    return DecodeProblem(
+        q, qr, latent, rope, lengths, table, 0.1, num_splits, 0.0, 0, None, None, torch.empty_like(q), lse, form
+    )
+
+
 def build(shape: Shape, config: DecodeConfig, num_splits: int, device: str) -> None:
     """Compile for a shape into the caches on disk, without a launch, which would disturb the timing of other kernels.
 
@@ -84,24 +118,13 @@ def build(shape: Shape, config: DecodeConfig, num_splits: int, device: str) -> N
     for kernel in (
         decode_kernels.mla_decode_fwd_kernel_split,
         decode_kernels.mla_decode_fwd_kernel_combine,
+        packed_kernels.mla_decode_packed_kernel_split,
     ):
         if "run" not in vars(kernel):
             run = kernel.run
             kernel.run = lambda *args, run=run, warmup, **options: run(*args, warmup=True, **options)
     nvrtc.Kernel.launch = lambda *_: None
-    rank, rope_dim, heads, batch, length, page_size, _ = shape
-    short = page_size or 64
-    q = torch.empty(batch, 1, heads, rank, device=device, dtype=half(device))
-    qr = torch.empty(batch, 1, heads, rope_dim, device=device, dtype=half(device))
-    latent = torch.empty(batch, short, rank, device=device, dtype=half(device))
-    rope = torch.empty(batch, short, rope_dim, device=device, dtype=half(device))
-    lengths = torch.empty(batch, dtype=torch.int32, device=device)
-    table = torch.empty(batch, -(-length // page_size), dtype=torch.int32, device=device) if page_size else None
-    lse = torch.empty(batch, heads, 1, device=device)
-    problem = DecodeProblem(
-        q, qr, latent, rope, lengths, table, 0.1, num_splits, 0.0, 0, None, None, torch.empty_like(q), lse
-    )
-    launch_decode(problem, config)
+    launch_decode(empty_problem(shape, num_splits, device), config)
 
 
 def sweep(
@@ -183,19 +206,25 @@ def tune(arguments: argparse.Namespace) -> bool:
     log.add(f"{device}: read {bandwidth:.0f} GB/s, matmul {rate:.0f} TFLOP/s", kind="ceilings", device=device,
             gb_s=bandwidth, tflop_s=rate)  # fmt: skip
     best = []
-    work = list(itertools.product(arguments.shape, arguments.at))
+    work = list(itertools.product(arguments.shape, arguments.at, arguments.format))
     whole = arguments.seconds
-    for number, ((rank, rope_dim, heads), (batch, length)) in enumerate(work):
+    for number, ((rank, rope_dim, heads), (batch, length), name) in enumerate(work):
         # Every shape gets an even share of the time that is left, and the second sweep a third of that share.
         arguments.seconds = whole
         share = (left(arguments) - 4) / (len(work) - number)
         end = whole - left(arguments) + share
-        tag = {"rank": rank, "rope_dim": rope_dim, "heads": heads, "batch": batch, "length": length}
-        shape = (rank, rope_dim, heads, batch, length, arguments.page_size, False)
+        tag = {"rank": rank, "rope_dim": rope_dim, "heads": heads, "batch": batch, "length": length,
+               "format": name}  # fmt: skip
+        form = row_format(name, rank)
+        shape = (rank, rope_dim, heads, batch, length, arguments.page_size, False, form)
         jobs = [(config, 0) for config in arguments.config]
-        jobs += [(default_config(rank, rope_dim, heads, half(arguments.device)), 0)]
-        jobs += [(config, 0) for config in hopper_candidates(rank, rope_dim)]
-        jobs += [(config, 0) for config in candidates(rank, rope_dim, heads)]
+        if form:
+            problem = empty_problem(shape, 0, "cpu")
+            jobs += [(config, 0) for config in (packed_config(problem, SHARED_LIMIT), *packed_candidates(problem))]
+        else:
+            jobs += [(default_config(rank, rope_dim, heads, half(arguments.device)), 0)]
+            jobs += [(config, 0) for config in hopper_candidates(rank, rope_dim)]
+            jobs += [(config, 0) for config in candidates(rank, rope_dim, heads)]
         jobs = list(dict.fromkeys(jobs))[: arguments.limit or None]
         arguments.seconds = end - share / 3
         timed = sweep(jobs, shape, builders, timer, arguments, log, tag)
@@ -206,7 +235,7 @@ def tune(arguments: argparse.Namespace) -> bool:
         timed.sort(key=lambda entry: entry[0]["us"])
         for row, config, num_splits in timed[:3]:
             log.add(
-                f"BEST {rank}+{rope_dim} h={heads} {batch}x{length}: {row['us']:.1f} us {row['gb_s']:.0f} GB/s "
+                f"BEST {name} {rank}+{rope_dim} h={heads} {batch}x{length}: {row['us']:.1f} us {row['gb_s']:.0f} GB/s "
                 f"({row['gb_s'] / bandwidth:.0%}) {row['tflop_s']:.0f} TFLOP/s ({row['tflop_s'] / rate:.0%}) "
                 f"{brief(config)} splits={num_splits} error {row['error']:.1e}",
                 kind="best", **tag, **row, config=asdict(config), num_splits=num_splits,

@@ -32,6 +32,11 @@ Shape = Annotated[
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the conversion.", show_default=False, rich_help_panel=SHAPE)]
 RopeDim = Annotated[int, typer.Option(help="Rotary dimensions of the conversion.", rich_help_panel=SHAPE)]
+CacheDtype = Annotated[
+    str,
+    typer.Option(help="Cached latent of the conversion: bf16, fp8, int8 or int4, packed as by convert.", metavar="DTYPE",
+                 rich_help_panel=SHAPE),
+]  # fmt: skip
 Context = Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.", rich_help_panel=WORK)]
 Batch = Annotated[
     str,
@@ -76,18 +81,23 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def _sides(model: str | None, against: str | None, shape: str | None, rank: int | None, rope_dim: int, dtype: Any,
-           device: Any) -> list[tuple[str, Any]]:  # fmt: skip
+           device: Any, cache_dtype: str = "bf16") -> list[tuple[str, Any]]:  # fmt: skip
     """Names of the models, and a function that builds each."""
-    from mla_convert.evaluate.speed.models import converted_config, random_model, shape_config
+    from mla_convert.evaluate.speed.models import CACHE_DTYPES, converted_config, random_model, shape_config
     from mla_convert.source.load_model import find_model, load_model
     from mla_convert.source.source import load_config
 
     if (model is None) == (shape is None):
         raise UsageError("give MODEL or --config, and not both")
+    if cache_dtype not in CACHE_DTYPES:
+        raise UsageError(f"--cache-dtype {cache_dtype!r}: give one of {', '.join(CACHE_DTYPES)}")
+    if cache_dtype != "bf16" and rank is None:
+        raise UsageError("--cache-dtype goes with --config and --rank: a MODEL has its own")
     if shape is None:
         if rank is not None:
             raise UsageError("--rank goes with --config: a MODEL has its own")
         places = [(name, find_model(name)) for name in (model, against) if name]
+        # A default, because the loop variable would be the last place in every function.
         return [(name, lambda place=place: load_model(place, dtype, device)) for name, place in places]
     if against:
         raise UsageError("--against goes with MODEL; --config with --rank measures both by itself")
@@ -101,8 +111,9 @@ def _sides(model: str | None, against: str | None, shape: str | None, rank: int 
     original = (shape, lambda: random_model(config, dtype, device))
     if rank is None:
         return [original]
-    converted = converted_config(config, rank, rope_dim)
-    return [(f"{shape} {rank}+{rope_dim}", lambda: random_model(converted, dtype, device, config)), original]
+    converted = converted_config(config, rank, rope_dim, cache_dtype)
+    kind = "" if cache_dtype == "bf16" else f" {cache_dtype}"
+    return [(f"{shape} {rank}+{rope_dim}{kind}", lambda: random_model(converted, dtype, device, config)), original]
 
 
 def bench(
@@ -111,6 +122,7 @@ def bench(
     config: Shape = None,
     rank: Rank = None,
     rope_dim: RopeDim = 64,
+    cache_dtype: CacheDtype = "bf16",
     context: Context = "8192",
     batch: Batch = "1",
     prompt: PromptTokens = None,
@@ -136,6 +148,7 @@ def bench(
     from mla_convert.core.console import Terminal
     from mla_convert.pipeline.estimate.memory import card_memory
 
+    # Before torch is imported, so that a wrong --memory is refused at once.
     limit = card_memory(None, memory)
     import torch
 
@@ -144,7 +157,7 @@ def bench(
     from mla_convert.report.speed import print_table, write_plot
 
     target = pick_device(device)
-    sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), target)
+    sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), target, cache_dtype)
     request = measuring.BenchRequest(contexts, batches, prompts, limit, price, steps)
     console = Terminal(stderr=True)
     note = (lambda _: None) if quiet else (lambda words: console.print(words, style="dim", highlight=False))
@@ -154,4 +167,5 @@ def bench(
     if json_:
         say(json.dumps(results.as_dict(), indent=2))
     else:
+        # Where there is no terminal, rich would break the table at 80 columns.
         print_table(results, Terminal(width=None if Terminal().is_terminal else 140))

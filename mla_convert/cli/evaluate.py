@@ -31,7 +31,8 @@ Passkey = Annotated[
     bool,
     typer.Option(
         "--passkey",
-        help="Passkey test: retrieve a five-digit key from long text, at five depths and at lengths up to the model's context.",
+        help="Passkey test: retrieve a five-digit key from long text, alone and among five, at five depths and at lengths up to "
+        "the model's context.",
         rich_help_panel=PROBES,
     ),
 ]
@@ -116,10 +117,12 @@ def evaluate(
     names = tuple(name for name in (part.strip() for part in (tasks or "").split(",")) if name)
     if (tasks is not None or task_limit is not None) and not names:
         raise UsageError("--tasks names no task: give names or .yaml files, with commas between")
+    # The default is set below, so that None still tells that the option was not given.
     if greedy_tokens is not None and not greedy:
         raise UsageError("--greedy-tokens means nothing without --greedy")
     if into_report and not (against or passkey or passkey_length or humaneval or names):
         raise UsageError("--into-report has nothing to write: give --against, --passkey, --humaneval or --tasks")
+    # Before hours of measuring.
     folder = check_target(model) if into_report else None
 
     from mla_convert.core.console import Terminal

@@ -13,6 +13,7 @@ from mla_convert.cli.terminal import is_verbose, silence_libraries
 from mla_convert.core.errors import UsageError
 from mla_convert.core.words import say
 
+# The class for the annotation alone: its module imports torch.
 if TYPE_CHECKING:
     from mla_convert.publish.engines.export import Export
 
@@ -84,6 +85,7 @@ def run_export(
     """
     from mla_convert.publish.engines.padding import parse_pad
 
+    # Options are checked before torch is imported.
     padding = parse_pad(pad)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype {dtype!r} is none of auto, float32, bfloat16")

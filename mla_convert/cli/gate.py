@@ -76,6 +76,7 @@ def gate(
     limits = read_limits(
         max_ppl_ratio, max_ppl, min_kv_saving, baseline, max_regression, max_worst_ratio, max_kl, min_agreement
     )
+    # Before the measurement, whose result could then not be written.
     if junit and junit.is_dir():
         raise InputError(f"--junit {junit} is a folder: give a file")
     if from_report and not (against is text is eval_windows is eval_length is suite_windows is None):
@@ -90,6 +91,7 @@ def gate(
         say(json.dumps(verdict.as_dict(), indent=2))
     else:
         print_verdict(verdict)
+    # All outputs come first, because a failed gate leaves as an exception.
     tell_github(verdict, to_stderr=json_)
     if not verdict.passed:
         raise GateFailed(verdict.summary)

@@ -30,7 +30,7 @@ def heal(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Distil FOLDER, a converted model, from its original: brief training that recovers most of what it lost."""
+    """Distil FOLDER, a converted model, from its original: brief training that recovers part of what it lost."""
     from pydantic import ValidationError
 
     from mla_convert.core.recipes import first_problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from mla_convert.cli import (
     inspect,
     plan,
     push,
+    quantise,
     recipes,
     refresh,
     report,
@@ -28,8 +30,17 @@ from mla_convert.cli import (
     sweep,
     verify,
 )
+from mla_convert.cli.launch import Said, follows, launched, settle_signals, started
 from mla_convert.cli.terminal import is_verbose
-from mla_convert.core.errors import GateFailed, InputError, Interrupted, MlaConvertError, ReaderGone, ResourceError
+from mla_convert.core.errors import (
+    GateFailed,
+    InputError,
+    Interrupted,
+    MlaConvertError,
+    PeerLost,
+    ReaderGone,
+    ResourceError,
+)
 from mla_convert.core.words import drop_output, open_streams, say
 from mla_convert.moved import callable_as_before
 
@@ -93,6 +104,7 @@ def root(  # noqa: D103  (a docstring here would replace the application's help)
 for name, command, example in (
     ("convert", convert.convert, convert.EXAMPLE),
     ("heal", heal.heal, heal.EXAMPLE),
+    ("quantize", quantise.quantize, quantise.EXAMPLE),
     ("sweep", sweep.sweep, sweep.EXAMPLE),
     ("plan", plan.plan, plan.EXAMPLE),
     ("inspect", inspect.inspect, inspect.EXAMPLE),
@@ -113,6 +125,7 @@ for name, command, example in (
 def main() -> None:
     """Entry point: every expected failure becomes one line on stderr and its exit code."""
     open_streams()
+    settle_signals()
     try:
         code = _run()
     except ParserError as error:
@@ -135,12 +148,13 @@ def main() -> None:
     except Exception as error:
         again = "" if is_verbose() else "; run it again with -v to see where"
         _fail(f"this is a bug, please report it: {type(error).__name__}: {error}{again}", MlaConvertError.exit_code)
-    sys.exit(code)
+    _exit(code)
 
 
 def _run() -> int | None:
     """Run the command, flush its output and return its exit code."""
     try:
+        # In standalone mode the parser would print errors in several lines and exit by itself.
         code = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -151,14 +165,14 @@ def _run() -> int | None:
             raise ReaderGone from None
         raise
     _print_if_untried()
-    if code == Interrupted.exit_code:  # typer turns Ctrl-C into it
+    if code == Interrupted.exit_code and not isinstance(code, Said):  # typer turns Ctrl-C into it
         raise Interrupted("interrupted")
     return code
 
 
 def _print_if_untried() -> None:
     """Print one line on stderr after a command that used a transformers newer than the newest that the tests ran with."""
-    if "transformers" in sys.modules and "mla_convert.core.runtime" in sys.modules:
+    if not follows() and "transformers" in sys.modules and "mla_convert.core.runtime" in sys.modules:
         from mla_convert.core.runtime import untried
 
         if line := untried():
@@ -166,10 +180,31 @@ def _print_if_untried() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    if launched() and not _speaks():
+        _exit(code)
     if is_verbose() and sys.exc_info()[0] not in (None, KeyboardInterrupt, GateFailed):
         traceback.print_exc()
     with contextlib.suppress(ReaderGone, OSError):
         say(f"mla-convert: {' '.join(message.split())}", err=True)
+    _exit(code)
+
+
+def _speaks() -> bool:
+    """Whether this one of several processes prints its error: the first that fails."""
+    if "torch" not in sys.modules:
+        return not follows()
+    from mla_convert.core.processes import first_to_fail
+
+    # where a process was killed, the one that started it says so
+    return not (started() and isinstance(sys.exception(), PeerLost)) and first_to_fail()
+
+
+def _exit(code: int | None) -> None:
+    if code and launched():  # the interpreter's end would wait for the other processes
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -40,14 +40,17 @@ def from_settings(
         declared = inspect.signature(command, eval_str=True).parameters
         made = {parameter.name for parameter in options}
         signature: list[inspect.Parameter] = []
+        # In the order in which --help lists them.
         for name, parameter in declared.items():
             signature += options if name == "settings" else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
 
-        def run(**values: Any) -> None:
+        def run(**values: Any) -> Any:
+            # An option that was not given must not override the setting of a recipe.
             settings = {name: value for name, value in values.items() if name in made and value is not None}
-            command(settings=settings, **{name: value for name, value in values.items() if name not in made})
+            return command(settings=settings, **{name: value for name, value in values.items() if name not in made})
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
+        # typer reads the options from the signature.
         run.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
         return run
 
@@ -61,6 +64,7 @@ def _parameters(model: type[BaseModel], name: str) -> Iterator[inspect.Parameter
     if not isinstance(about := extra.get("option"), dict):
         return
     flag = str(about["flag"] or f"--{name.replace('_', '-')}")
+    # A flag without a fixed default has to be switched off as well as on.
     if bool in alternatives(field) and field.default is None:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     yield _option(name, field, flag, about, hidden=False)
@@ -81,6 +85,7 @@ def _option(name: str, field: FieldInfo, flag: str, about: dict[str, Any], hidde
         show_default=False,
         hidden=hidden,
     )
+    # No default here: `default_words` prints it, the settings have it, and None tells that the option was not given.
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value | None, info]
     )
@@ -107,8 +112,10 @@ def alternatives(field: FieldInfo) -> tuple[Any, ...]:
 def _type(field: FieldInfo) -> Any:
     """The type that the parser converts an option's value to; pydantic checks the value itself."""
     kinds = alternatives(field)
+    # A list first: its other member, a single text, is how recipes write it.
     if list[str] in kinds:
         return list[str]
+    # A field with a validator of its own reads the text itself, such as 20M or 1024:0.75,8192:0.25.
     if not any(isinstance(entry, BeforeValidator) for entry in field.metadata):
         for kind in (bool, int, float, Path):
             if kind in kinds and Literal["full"] not in kinds:

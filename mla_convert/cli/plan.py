@@ -14,7 +14,7 @@ from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"
 SETTINGS = (
-    "rank", "rope_dim", "kv_ratio", "uniform", "engine", "heal_tokens", "heal_length", "heal_train", "revision",
+    "rank", "rope_dim", "kv_ratio", "uniform", "engine", "budget", "heal_tokens", "heal_length", "heal_train", "revision",
 )  # fmt: skip
 
 
@@ -24,6 +24,12 @@ def plan(
     source: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or recipe, as for a conversion.")],
     gpu: Annotated[str | None, typer.Option(help="Card to fit into: h100, a100-80, 4090, l4, mi300x, …")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, instead of --gpu: 80GB, 24GiB, …")] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Also give time and memory on 1, 2, 4, … and N GPUs.", show_default=False
+        ),
+    ] = None,
     settings: dict[str, Any],
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
     quiet: Quiet = False,
@@ -39,7 +45,7 @@ def plan(
     from mla_convert.core.console import Terminal
     from mla_convert.pipeline.dry_run import plan_conversion, print_plan
 
-    result = plan_conversion(config, card, gpu)
+    result = plan_conversion(config, card, gpu, gpus)
     if json_:
         say(json.dumps(result.as_dict(), indent=2))
     else:

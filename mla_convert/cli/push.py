@@ -92,6 +92,7 @@ def push(
     from mla_convert.publish import hub
     from mla_convert.write.verify import verify
 
+    # Before the gate measures for hours.
     hub.check_name(repo)
     progress = Progress(quiet=quiet)
     if limits:

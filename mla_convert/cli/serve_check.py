@@ -1,4 +1,4 @@
-"""`mla-convert serve-check`: compare an engine's answers from an exported folder with those of the converted model."""
+"""`mla-convert serve-check`: compare an engine's answers with those of the converted model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ EXAMPLE = "mla-convert serve-check llama-8b-vllm --engine vllm --against llama-8
 
 def serve_check(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder that `export` wrote, on a disk.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Folder that `export` wrote; for vLLM with the plugin, the converted folder itself.",
+            show_default=False,
+        ),
     ],
     engine: Annotated[str, typer.Option(help="vllm, sglang, transformers or llama.cpp.", show_default=False)],
     against: Annotated[
@@ -38,6 +43,16 @@ def serve_check(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the engine run the Python file in DIR (profile hf-code).")
     ] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="For vLLM: no CUDA graphs and no compilation.")] = False,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="For vLLM: ask a second time, so that it starts from cached prefixes.")
+    ] = True,
+    chunk: Annotated[
+        int,
+        typer.Option(
+            min=0, help="For vLLM: most tokens of a step, so that prompts are read in chunks. 0: its default."
+        ),
+    ] = 48,
     gguf: Annotated[Path | None, typer.Option(help="For llama.cpp: the .gguf file made from DIR.")] = None,
     server: Annotated[
         str | None, typer.Option(help="For llama.cpp: its llama-server. Default: the one on the path.")
@@ -59,7 +74,9 @@ def serve_check(
     from mla_convert.publish.engines.serve_check import EngineRequest
     from mla_convert.publish.engines.serve_check import serve_check as check
 
-    request = EngineRequest(engine, python, dtype, model_impl, trust_remote_code, gguf, server, limit)
+    request = EngineRequest(
+        engine, python, dtype, model_impl, trust_remote_code, gguf, server, limit, eager, prefix_caching, chunk
+    )
     verdict = check(folder, request, against)
     if json_:
         say(json.dumps(verdict.as_dict(), indent=2))

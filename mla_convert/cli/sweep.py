@@ -19,7 +19,7 @@ from mla_convert.core.words import say
 EXAMPLE = "mla-convert sweep llama-8b --kv-ratios 0.5,0.33,0.25 --max-ppl-ratio 1.05 --out llama-8b-mla"
 CHOICE = "Sweep"
 # Settings of a conversion that a sweep sets itself, or has options of its own for.
-OWN = ("source", "rank", "rope_dim", "kv_ratio", "seed", "out", "held_out")
+OWN = ("source", "rank", "rope_dim", "kv_ratio", "budget", "seed", "out", "held_out")
 
 KvRatios = Annotated[
     str, typer.Option(help="Fractions of the original cache, separated by commas.", rich_help_panel=SIZE)
@@ -102,6 +102,8 @@ def sweep(
     from mla_convert.core.recipes import build_config, default_name
 
     own = {"source": source, "recipe": recipe, "held_out": held_out, "out": out}
+    # The first point stands for all of them, so that options that contradict each other are refused before any
+    # conversion.
     config = build_config({**settings, **own, "kv_ratio": ratios[0], "seed": min(draws)})
     if out is None:
         config = config.model_copy(update={"out": None})  # a recipe names one
@@ -119,6 +121,7 @@ def sweep(
             lambda: run(config, grid, place, keep=keep, max_ppl_ratio=max_ppl_ratio, export=export, progress=progress),
             OUT_OF_MEMORY,
         )
+    # No point is good enough, and all of them were measured: they are shown all the same.
     except GateFailed:
         _show(read_content(place / SWEEP), place, json_)
         raise

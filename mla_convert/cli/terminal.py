@@ -52,6 +52,7 @@ def silence_libraries(quiet: bool = False) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if is_verbose():
         return
+    # These are read when the libraries are imported, so this has to come before.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns when data sets are read in other processes

@@ -56,6 +56,7 @@ def judge(
 
     silence_libraries(quiet)
     if from_report:
+        # Without a measurement there is nothing that these could change; the commands refuse those that a user gave.
         options = {}
     else:
         from mla_convert.core.progress import Progress
@@ -83,5 +84,6 @@ def tell_github(verdict: Verdict, to_stderr: bool) -> None:
         for line in error_lines(verdict):
             say(line, err=to_stderr)  # the runner reads both
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        # Appended, because other steps and commands write to the same summary.
         with open(summary, "a", encoding="utf-8") as file:
             file.write(markdown(verdict))

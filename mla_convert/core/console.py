@@ -32,6 +32,8 @@ class Terminal(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments as rich renders them; all but its own control codes are without control characters."""
         for part in super().render(renderable, options):
+            # Control segments are rich's own, which redraw a live bar; control characters in text come from names and
+            # messages.
             yield part if part.control else Segment(shown(part.text), part.style)
 
     def on_broken_pipe(self) -> None:

@@ -46,6 +46,7 @@ class CapturedCall(Generic[Output]):
             CaptureError: `run` cannot be recorded. The device is usable, and state is as before the recording.
             torch.OutOfMemoryError: the graph's own memory does not fit; a graph does not reuse that of earlier calls.
         """
+        # A replay reads the addresses that were recorded, so these tensors have to live as long as the graph does.
         self.inputs = tuple(example.clone() for example in examples)
         if warm_up:
             _run_on_side_stream(run, self.inputs, warm_up)
@@ -53,7 +54,8 @@ class CapturedCall(Generic[Output]):
         first_error = None  # closing a broken recording raises another error on top of the one that broke it
         try:
             # synchronises, and releases the cached memory that earlier calls left
-            with torch.cuda.graph(self._graph, pool=pool):
+            # other threads, such as NCCL's watchdog, may call CUDA meanwhile
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 try:
                     self.output = run(*self.inputs)
                 except RuntimeError as error:
@@ -62,6 +64,8 @@ class CapturedCall(Generic[Output]):
         except RuntimeError as error:
             torch.cuda.synchronize()
             cause = first_error or error
+            # Too little memory says nothing about `run`: callers try a smaller batch, or name the options that need
+            # less.
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             raise CaptureError(f"cannot be recorded as a CUDA graph: {cause}") from cause
@@ -86,6 +90,8 @@ class CapturedCall(Generic[Output]):
 def _run_on_side_stream(run: Callable[..., Any], inputs: tuple[Tensor, ...], times: int) -> None:
     """Call `run(*inputs)` on a stream of its own, as capture needs: the default stream cannot be captured."""
     side = torch.cuda.Stream()
+    # Streams run independently: the inputs must be written before the side stream reads them, and its results must be
+    # there before the current one continues.
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(times):

@@ -31,6 +31,10 @@ class ResourceError(MlaConvertError):
     exit_code = 5
 
 
+class PeerLost(ResourceError):  # noqa: N818  (the error is the other process's)
+    """Another process of this run ended, and with it the exchange that this one waited for."""
+
+
 class Interrupted(MlaConvertError):  # noqa: N818  (nothing went wrong)
     """Stopped by the user."""
 

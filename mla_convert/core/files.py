@@ -17,20 +17,25 @@ from mla_convert.core.errors import MlaConvertError, ResourceError
 
 # Errors of a full or failing disk: the command may succeed later or elsewhere.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# The two forms in which Rust prints an errno: `os error 28` for users, `code: 28` in debugging output.
 RUST = re.compile(r"os error (\d+)|code: (\d+)")
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+# Constants of renameat2(2) on Linux and of renamex_np(2) on macOS, for which Python has no function.
 AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
 
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a file that gets its name only when every byte is on the disk. A link of that name is replaced, not followed."""
     data = content.encode("utf-8") if isinstance(content, str) else content
+    # In the same folder, because a rename is atomic only within one file system. The name is cut, because the temporary
+    # one is longer and a file system takes 255 bytes.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
     try:
         with open(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        # mkstemp makes a file that only its owner can read, whatever the umask is.
         os.chmod(name, permissions())
         os.replace(name, path)
     except BaseException:
@@ -57,6 +62,7 @@ def read_regular(path: Path, most: int = -1) -> bytes:
 
 def permissions() -> int:
     """Permissions of a new file, by the umask."""
+    # The umask cannot be read without setting it.
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
@@ -64,12 +70,14 @@ def permissions() -> int:
 
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk, if the platform supports that."""
+    # Windows opens no folder as a file.
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
+        # Some file systems refuse to sync a folder. Only an error of the disk means that the names may be lost.
         if error.errno in DISK:
             raise
     finally:
@@ -98,6 +106,7 @@ def disk_error(error: BaseException) -> int | None:
 
     Libraries in Rust give the number only in the message, and torch only reports that its writer failed.
     """
+    # Its message is final, and may quote words that the searches below look for.
     if isinstance(error, MlaConvertError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
@@ -133,6 +142,7 @@ def publish(staging: Path, out: Path) -> None:
     """
     sync_folder(staging)
     old = aside(out)
+    # A rename cannot replace a folder that holds files, and a killed run may have left one of this name.
     remove(old)
     if not os.path.lexists(out):
         staging.rename(out)
@@ -145,6 +155,7 @@ def publish(staging: Path, out: Path) -> None:
         except BaseException:
             old.rename(out)
             raise
+    # The new folder is in its place: that its name could not be flushed is no failure of the command.
     with contextlib.suppress(OSError):
         sync_folder(out.parent)
     remove(old)

@@ -38,6 +38,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print one line."""
         if not self.quiet:
+            # Not wrapped, so that a line stays one line in a log.
             self.console.print(text, markup=False, soft_wrap=True)
 
     def start(self, layers: int, steps: int, label: str = "layer", extra_steps: int = 0) -> None:
@@ -98,8 +99,10 @@ class Progress:
         if self._bars:
             ended = self._layer == self._layers
             done = self._bars.tasks[0].total if ended else self._layer * (self._steps + 1)
+            # A bar names the layer that is being worked on, not the one that has ended.
             text = f"{self._label} {min(self._layer + 1, self._layers)}/{self._layers}"
             self._bars.update(self._task, completed=done, description=text)
+        # A log gets a line every ten seconds, and a last one where there is an error to show.
         due = time.perf_counter() - self._shown > 10 or (words and self._layer == self._layers)
         if self.verbose or (due and not self._bars):
             self._shown = time.perf_counter()

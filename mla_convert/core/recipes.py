@@ -37,6 +37,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def _problem(problem: Any) -> str:
+    # For a union pydantic adds the member that it tried to the path; users know only the key.
     where = ".".join(str(part) for part in problem["loc"] if part not in ("int", "literal['full']"))
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
@@ -56,12 +57,14 @@ def load_recipe(path: Any) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path.name} cannot be read ({' '.join(str(error).split())})") from error
     try:
+        # The text is parsed twice: the loaded values lack the line numbers that messages name.
         marks, content = Marks(text), yaml.load(text, Scalars)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or one_line(error)
         raise InputError(f"recipe {path.name}{_at(mark and mark.line + 1)}: not valid YAML: {problem}") from error
     repeated = marks.duplicate()
+    # PyYAML would let the last of two equal keys win, in silence.
     if repeated:
         raise InputError(f"recipe {path.name}{_at(repeated[1])}: {repeated[0]} is given a second time")
     try:
@@ -127,6 +130,7 @@ def recipe_file(name: str) -> Any:
         InputError: There is no such recipe.
     """
     files = recipe_files()
+    # A file without the suffix counts unless it has the name of a packaged recipe, which it would hide.
     if Path(name).suffix in YAML or (Path(name).is_file() and name not in files):
         return expanded(name)
     file = packaged_recipe(name)
@@ -149,18 +153,23 @@ def build_config(options: dict[str, Any]) -> ConvertConfig:
         InputError: The recipe is not valid.
     """
     try:
+        # Renamed before the merge with a recipe: an old name would not override the recipe's new one, and both together
+        # are refused.
         given = with_new_names({key: value for key, value in options.items() if value is not None})
     except ValueError as error:
         raise UsageError(str(error)) from error
     named, source = given.pop("recipe", None), given.get("source")
     if named is None and source is None:
         raise UsageError("no SOURCE is given: name a folder, Hub id, .gguf file or recipe, or give --recipe FILE")
+    # A checkpoint's folder may have the name of a packaged recipe; what is on the disk then counts.
     as_recipe = None if source is None or Path(source).is_dir() else _recipe_of_source(source)
     if named and as_recipe:
         raise UsageError(f"SOURCE {source} is a recipe too: give one of the two")
     recipe = load_recipe(recipe_file(named)) if named else as_recipe
     base: dict[str, Any] = {}
     if recipe:
+        # Without defaults: `--for` and `--export` change only settings that nobody has stated
+        # (publish/engines/target_engine.py).
         base = recipe.settings.model_dump(exclude_unset=True)
         if as_recipe:
             given.pop("source")

@@ -25,6 +25,7 @@ def read_content(path: Path) -> JsonObject:
         raise InputError(f"{file} not found: give a converted folder, or a report.json")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    # json raises RecursionError where a file is nested deeply, as a damaged or hostile one may be.
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is not readable JSON ({one_line(error)})") from error
     if not isinstance(content, dict):

@@ -36,6 +36,7 @@ def newest_tried() -> str:
     """The newest transformers that this version's code has worked with, counting the one in use once the self-check passed."""
     import transformers
 
+    # Compared as versions: as text, 5.9 would be newer than 5.24.
     return max(TRIED_TRANSFORMERS, transformers.__version__, key=Version)
 
 
@@ -103,6 +104,7 @@ class Phases:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the enclosed block as one phase."""
+        # Sampled, because the peak that the system keeps is that of the whole process and does not fall between phases.
         peak, done = [0], threading.Event()
 
         def watch() -> None:
@@ -119,6 +121,7 @@ class Phases:
         finally:
             done.set()
             watcher.join()
+            # A phase may be shorter than the interval between two samples.
             peak[0] = max(peak[0], self._process.memory_info().rss)
             result = {
                 "seconds": round(time.perf_counter() - start, 2),
@@ -146,6 +149,7 @@ def deterministic(seed: int) -> Iterator[None]:
     memory: Any = torch.utils.deterministic  # its attribute has no type
     fill = memory.fill_uninitialized_memory
     torch.manual_seed(seed)
+    # Some operations have no deterministic kernel on CUDA: they warn, and the run goes on.
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = False  # every element is written before it is read
     try:

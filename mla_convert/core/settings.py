@@ -14,13 +14,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mla_convert.core.errors import InputError, one_line
-from mla_convert.core.units import Lengths, Tokens
+from mla_convert.core.units import Duration, Lengths, Tokens
 
 PACKAGE = "package:"
 Full = Literal["full"]
 Trained = Literal["attention", "all", "lora"]
 RopeSelection = Literal["by_loss", "engine_table", "evenly_spaced"]
 Engine = Literal["vllm", "sglang", "llama.cpp"]
+CacheDtype = Literal["bf16", "fp8", "int8", "int4", "auto"]
 
 # Panels of `--help`.
 SIZE, TEXT, REFINE = "Cache size", "Calibration and evaluation text", "Refinement"
@@ -92,9 +93,24 @@ class Settings(BaseModel):
         metavar="DIM",
     )
     kv_ratio: float | None = option(
-        "Fraction of the original KV cache to keep; chooses rank and rope-dim.",
+        "Fraction of the original KV cache to keep, in bytes; chooses rank and rope-dim.",
         panel=SIZE,
         unset="0.5 if no rank is given",
+    )
+    cache_dtype: CacheDtype = option(
+        "Numbers of the cached latent: bf16 (the model's own dtype), fp8 (e4m3), int8, int4, or auto, which mixes int8 and "
+        "int4 channels by measured loss. The rotary key is then e4m3, and refinement and healing see the quantised cache.",
+        "bf16",
+        panel=SIZE,
+        metavar="DTYPE",
+    )
+    cache_group: int | None = option(
+        "Channels of a quantised latent that share a scale, 32 to 128.",
+        panel=SIZE,
+        unset="64 (fp8: all)",
+        metavar="CHANNELS",
+        ge=32,
+        le=128,
     )
     uniform: bool = option(
         "Use the same rank and rope-dim in every layer, as serving engines require. Otherwise they are means, and layers "
@@ -126,6 +142,8 @@ class Settings(BaseModel):
         "Calibration windows.", panel=TEXT, unset="2048, of wide models fewer, at least 256 (CPU: 32)", ge=1
     )
     calib_length: int | None = option("Tokens in a calibration window.", panel=TEXT, unset="1024 (CPU: 512)", ge=16)
+    # Measured with textbooks as the only text: ×1.98 instead of ×2.45 on code at a third of the cache. Where much is
+    # kept it makes no difference (docs/research/calibration-text.md).
     calib_noise: float = option(
         "Fraction of the tokens of every second calibration window that are replaced by random ones, so that the model "
         "stays good on other text.",
@@ -138,7 +156,7 @@ class Settings(BaseModel):
         "Fraction of the calibration windows that the original model generates. The whole original must then fit on the "
         "device.",
         panel=TEXT,
-        unset="0.5 on a GPU with memory for eight copies of it, else 0",
+        unset="0.5, or more where the texts are short, on a GPU with memory for eight copies of it; else 0",
         ge=0,
         le=1,
     )
@@ -148,6 +166,7 @@ class Settings(BaseModel):
         unset="WikiText-2 from the Hub, or the packaged text if the Hub cannot be reached",
         metavar="TEXT",
     )
+    # The number of windows of the published figures (docs/results/quality.md), with 2048 tokens in each.
     eval_windows: int = option("Evaluation windows at most.", 40, panel=TEXT, ge=1)
     eval_length: int | None = option(
         "Tokens in an evaluation window.", panel=TEXT, unset="2048, or the model's limit", ge=16
@@ -168,6 +187,8 @@ class Settings(BaseModel):
         "Gradient steps per layer; 0 keeps the closed form.", panel=REFINE, unset="200 (CPU: 30)", ge=0
     )
     refine_batch: int | None = option("Windows in a step.", panel=REFINE, unset="8192 tokens' worth (CPU: 2048)", ge=1)
+    # The largest rate: a layer that loses little takes a smaller one, by the square root of its own error
+    # (docs/research/refinement.md). The same holds for `block_lr`.
     refine_lr: float = option(
         "Learning rate relative to each parameter's magnitude; lower where little is lost.",
         0.025,
@@ -182,7 +203,10 @@ class Settings(BaseModel):
         ge=1,
     )
     block_steps: int | None = option(
-        "Gradient steps per block.", panel=REFINE, unset="--refine-steps for every 125 calibration windows", ge=0
+        "Gradient steps per block.",
+        panel=REFINE,
+        unset="--refine-steps for every 125 calibration windows",
+        ge=0,
     )
     block_lr: float = option("Learning rate for blocks, as --refine-lr.", 0.009, panel=REFINE, gt=0, le=1)
     output_steps: int | None = option(
@@ -197,17 +221,24 @@ class Settings(BaseModel):
         unset="as many as fit in a quarter of a GPU's memory (CPU: the last block)",
         ge=1,
     )
+    budget: Duration | None = option(
+        "Choose calibration windows and steps such that the conversion takes about this time (90s, 10min, 1.5h) at most, by "
+        "the estimate of `plan`; healing comes on top.",
+        panel=REFINE,
+        metavar="TIME",
+        gt=0,
+    )
     heal_tokens: Tokens | None = option(
         "Heal the result: distil it from the original on this many tokens (200k, 20M), as `heal` does.",
         panel=HEAL,
         metavar="TOKENS",
         ge=1,
     )
-    heal_data: str | None = option(
-        "Text for healing, named as for --calib.",
+    heal_data: str | list[str] | None = option(
+        "Text for healing, as for --calib; give several, with weights.",
         panel=HEAL,
-        unset="the calibration text if one is given, else WikiText-2",
-        metavar="TEXT",
+        unset="the calibration text",
+        metavar="TEXT[=WEIGHT]",
     )
     heal_length: Lengths | None = option(
         "Tokens in a window of healing, or a mix of lengths: 1024:0.75,8192:0.25.",
@@ -233,6 +264,7 @@ class Settings(BaseModel):
     )
     seed: int = option("Seed for drawing calibration windows and batches.", 0, panel=RUN, ge=0)
 
+    # Before the fields are checked, because an unknown name is refused there.
     @model_validator(mode="before")
     @classmethod
     def _read_old_names(cls, data: Any) -> Any:
@@ -245,7 +277,20 @@ class Settings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_group(self) -> Settings:
+        if self.cache_group is not None and self.cache_dtype == "bf16":
+            raise ValueError("cache_group means nothing with cache_dtype bf16: leave it out or quantise the cache")
+        return self
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Settings:
+        if self.budget is not None and self.calib_samples is not None and self.refine_steps is not None:
+            raise ValueError("budget chooses calib_samples and refine_steps: give at most one of them beside it")
+        return self
+
+    @model_validator(mode="after")
     def _check_evaluation(self) -> Settings:
+        # Healing measures on the windows of the evaluation, and held-out text is scored together with them.
         measured = next((key for key in ("held_out", "heal_tokens") if getattr(self, key) is not None), None)
         if self.eval == "none" and measured:
             raise ValueError(f"{measured} needs an evaluation, and eval is none: leave out one of them")
@@ -282,5 +327,7 @@ def packaged(name: str, what: str) -> Path:
     package, _, inner = name.removeprefix(PACKAGE).partition("/")
     try:
         return Path(str(resources.files(package))) / inner
+    # importlib has no common error for a name that is no package: an empty one raises ValueError, `.` TypeError, one
+    # that is not installed ImportError.
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{what} {name} not found: there is no package {package!r} ({one_line(error)})") from error

@@ -20,6 +20,7 @@ from mla_convert.core.report_file import look_up
 from mla_convert.core.report_schema import JsonObject
 
 SUMS = "SHA256SUMS"
+# No sign that a line of SHA256SUMS would have to escape, no slash that leads out of the folder, and no hidden file.
 NAME = re.compile(r"[\w+-][\w.+-]*", re.ASCII)
 LINE = re.compile(rf"([0-9a-f]{{64}})  ({NAME.pattern})", re.ASCII)
 # The first version whose folders have one; earlier folders have checksums of their shards alone, in report.json.
@@ -80,6 +81,8 @@ def read(folder: Path) -> dict[str, str]:
     """
     try:
         content = read_regular(folder / SUMS)
+        # Text behind the last line feed is dropped here, and the comparison with the canonical form then refuses the
+        # file.
         lines = [LINE.fullmatch(line) for line in content.decode("ascii").split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise CorruptCheckpoint(f"{SUMS} cannot be read ({error}): damaged or changed", SUMS) from error
@@ -100,6 +103,7 @@ def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
         CorruptCheckpoint: names the first file that is changed, missing or additional.
     """
     stated, present, digests = read(folder), listed(folder), {}
+    # Names are compared before bytes: reading every byte of a large model takes long.
     for name in present:
         if name not in stated and name not in accept:
             shown = name if NAME.fullmatch(name) else ascii(name[:100])
@@ -148,6 +152,7 @@ def is_sealed(folder: Path, report: JsonObject, file: str) -> bool:
 
 def written_by(report: JsonObject) -> Version | None:
     """The version that wrote or last refreshed a folder; None if its report does not state it."""
+    # `versions` stays that of the conversion when `refresh` writes the Python files of a later version.
     stated = look_up(report, "refreshed.mla_convert") or look_up(report, "versions.mla_convert")
     try:
         return Version(stated) if isinstance(stated, str) else None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 SHORTEST = 16
 
@@ -23,6 +25,7 @@ def parse_tokens(value: Any) -> Any:
     try:
         tokens = float(value[:-1] if unit else value) * (unit or 1.0)
     except ValueError:
+        # NaN fails the comparison below, as do the NaN and the infinity that `float` itself reads.
         tokens = math.nan
     if not 1 <= tokens < 1e15:
         raise ValueError(f"{value!r} is no number of tokens: give 200k, 20M or 1.5B, say")
@@ -54,6 +57,21 @@ def _lengths(value: Any) -> str:
     return str(value)
 
 
+def parse_duration(value: Any) -> Any:
+    """`90s`, `10min` or `1.5h` in seconds; a value that is not a string is returned unchanged.
+
+    Raises:
+        ValueError: The text is no duration.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", value.strip())
+    if not match or not float(match[1]):
+        raise ValueError(f"{value!r} is no duration: give 90s, 10min or 1.5h, say")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration)]
 Tokens = Annotated[int, BeforeValidator(parse_tokens)]
 Lengths = Annotated[str, BeforeValidator(_lengths)]
 
@@ -78,6 +96,7 @@ def human_tokens(tokens: float) -> str:
 def duration(seconds: float) -> str:
     """93.4 -> '1.6 min', to two digits: estimates are no more accurate."""
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        # Below one and a half of a unit the next smaller one shows two digits without a decimal.
         if seconds >= 1.5 * size:
             value = seconds / size
             return f"{value:.0f} {unit}" if value >= 9.5 else f"{value:.1f} {unit}"

@@ -52,6 +52,8 @@ codecs.register_error(ERRORS, _replaced)
 
 def open_streams() -> None:
     """Let stdout and stderr take any text: signs outside their encoding are replaced, and neither stream is closed."""
+    # A process may be started with closed standard streams. The next file that it opens would get the number of stdout,
+    # and a print would go into that file.
     for _ in range(3):
         number = os.open(os.devnull, os.O_RDWR)
         if number > 2:
@@ -74,6 +76,7 @@ def say(text: str, err: bool = False, end: str = "\n") -> None:
         ReaderGone: The reader of the stream has closed it.
     """
     stream = sys.stderr if err else sys.stdout
+    # Python sets a stream to None where its descriptor was closed at the start.
     if stream is None:
         return
     try:

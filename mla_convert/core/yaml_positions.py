@@ -21,6 +21,8 @@ class Marks:
         Raises:
             yaml.YAMLError: The text is not YAML.
         """
+        # The nodes, not the values: only nodes know their lines, and a mapping of values has lost the first of two
+        # equal keys.
         self._root = yaml.compose(text, Loader=yaml.SafeLoader)
 
     def line(self, location: Location) -> int | None:

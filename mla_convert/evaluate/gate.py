@@ -210,6 +210,7 @@ def _mapping(figures: Any) -> JsonObject:
 
 
 def _is_number(value: Any) -> bool:
+    # True is an integer in Python, and would pass as 1.
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -246,6 +247,7 @@ def _regression(figures: JsonObject, baseline: JsonObject) -> tuple[float | None
         return None, f"baseline: {reason}"
     for path in PROTOCOL:
         value, expected = (_bare(look_up(content, path)) for content in (figures, baseline))
+        # Two reports that lack an entry are not known to be of the same text.
         if value is None or value != expected:
             return None, f"measured on other text than the baseline: {path} is {value!r}, the baseline's {expected!r}"
     return now / before - 1, ""
@@ -283,6 +285,7 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether every gate passed."""
+        # Nothing checked is nothing passed.
         return bool(self.results) and all(result.passed for result in self.results)
 
     @property
@@ -318,6 +321,7 @@ def run_gate(
         ResourceError: the Hub or the device is not there.
     """
     if not limits:
+        # Called for its error, which comes before hours of measuring.
         check({}, limits)
     baseline = limits.baseline
     if isinstance(baseline, str | os.PathLike):  # a bad path fails before hours of measuring
@@ -355,6 +359,7 @@ def _report_of(model: str) -> tuple[JsonObject, str]:
     if not path.exists():
         from mla_convert.source.place import locate
 
+        # The report alone is fetched, and no weights.
         place = locate(model, files=[REPORT])
         return read_content(place.folder), place.label
     return read_content(path), (path if path.is_dir() else path.parent).resolve().name

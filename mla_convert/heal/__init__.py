@@ -1,4 +1,4 @@
-"""Healing: a short distillation from the original, which recovers most of the quality lost to the smaller cache."""
+"""Healing: a short distillation from the original, which recovers part of the quality lost to the smaller cache."""
 
 from __future__ import annotations
 

@@ -18,19 +18,24 @@ from mla_convert.source.place import SourceLocation
 from mla_convert.write.known_files import check_unknown
 
 
-def open_converted(config: HealConfig) -> tuple[Path, Report]:
+def open_converted(given: Path, out: Path | None) -> tuple[Path, Report]:
     """Folder of the converted model, and its report.
 
+    Args:
+        given: the folder as it was given.
+        out: where the result is written; None: in place.
+
     Raises:
-        InputError: it is no converted model, or holds files that healing in place would delete.
+        InputError: it is no converted model, or holds files that writing in place would delete.
     """
-    folder = Path(os.path.realpath(expanded(config.folder)))
+    # Through links, so that an --out that names this folder in another way is known to be in place.
+    folder = Path(os.path.realpath(expanded(given)))
     if not folder.is_dir():
-        raise InputError(f"{config.folder} is not a folder: give the folder of a converted model")
+        raise InputError(f"{given} is not a folder: give the folder of a converted model")
     content = read_content(folder)
     if not isinstance(content.get("checksums"), dict) or not is_converted(model_config(find_model(str(folder)))):
-        raise InputError(f"{config.folder} is not the folder of a converted model")
-    if config.out is None or os.path.realpath(config.out) == str(folder):
+        raise InputError(f"{given} is not the folder of a converted model")
+    if out is None or os.path.realpath(out) == str(folder):
         check_unknown(folder, content["checksums"])
     return folder, parse_report(content)
 
@@ -45,18 +50,21 @@ def find_teacher(config: HealConfig, report: Report) -> SourceLocation:
     origin = find_model(config.teacher, config.teacher_revision) if config.teacher else find_original(report)
     if origin is None:
         raise UsageError("the original is not where the report says: give --teacher")
+    # A converted model in the original's place would pass on its own losses.
     if is_converted(model_config(origin)):
         raise InputError(f"{origin.label} is a converted model: --teacher is for the original")
     return origin
 
 
-def check_apart(trained: str | None, measured: str | None) -> None:
-    """Refuse to evaluate on the text that is trained on.
+def check_apart(trained: str | list[str] | None, measured: str | None) -> None:
+    """Refuse to evaluate on a text that is trained on.
 
     Raises:
-        UsageError: the two are the same.
+        UsageError: `measured` is one of the texts in `trained`.
     """
-    if trained is not None and trained == measured:
+    # Names alone are compared here. Labels, which also tell the same text under another name, are known once it is read
+    # (`run._measure`).
+    if measured in (part.spec for part in mixture.parts(trained, "training")):
         raise UsageError(f"{measured} is the text to train on: give another text as --eval, or to train on")
 
 
@@ -74,22 +82,15 @@ def with_length(settings: HealSettings, limit: int | None) -> HealSettings:
     longest = max(length for length, _ in mix)
     if limit and longest > limit:
         raise UsageError(f"windows of {longest} tokens are longer than the model's context of {limit}: lower --length")
+    # Spelled out, because later readers (`settings.mix(None)`, the checkpoint's identity, the report) do not know the
+    # model's limit.
     words = ",".join(f"{length}:{fraction:g}" for length, fraction in mix) if len(mix) > 1 else str(longest)
     return settings.model_copy(update={"length": words})
 
 
-def conversion_text(config: ConvertConfig) -> str | None:
-    """The text that a conversion's healing trains on: `heal_data`, or the calibration text.
-
-    Raises:
-        UsageError: there are several calibration texts, and no `heal_data`.
-    """
-    if config.heal_data or not config.calib:
-        return config.heal_data
-    several = mixture.parts(config.calib)
-    if len(several) > 1:
-        raise UsageError("healing trains on one text and calibration has several: name one with --heal-data")
-    return several[0].spec
+def conversion_text(config: ConvertConfig) -> str | list[str] | None:
+    """The texts that a conversion's healing trains on: `heal_data`, or the calibration's."""
+    return config.heal_data or config.calib
 
 
 def check_conversion(config: ConvertConfig, limit: int | None) -> None:
@@ -107,7 +108,8 @@ def check_conversion(config: ConvertConfig, limit: int | None) -> None:
         return
     spec = conversion_text(config)
     check_apart(spec, config.eval)
-    texts.load_documents(spec)
+    for part in mixture.parts(spec, "training"):
+        texts.load_documents(part.spec)
     with_length(HealSettings(tokens=config.heal_tokens, length=config.heal_length), limit)
     if config.heal_train == "lora":
         peft()

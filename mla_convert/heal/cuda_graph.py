@@ -50,13 +50,17 @@ class GraphedStep:
         Returns:
             The scaled loss (), valid until the next call.
         """
+        # The scale is a number in the recorded kernels: a step's last, smaller pass has a scale, and so a graph, of its
+        # own.
         key = (tuple(batch.ids.shape), grad_scale)
+        # transformers reads the positions of a packed window on the host, which no recording allows.
         if not self.capture or batch.positions is not None:
             return self._run(batch.ids, batch.labels, batch.positions, grad_scale)
         if key in self._captured:
             return self._captured[key](batch.ids, batch.labels)
         self._seen[key] += 1
         loss = self._run(batch.ids, batch.labels, None, grad_scale)
+        # Only the first pass of a step leaves gradients of its own alone, with which a replay can be compared.
         if first and self._seen[key] > EAGER_PASSES:
             return self._checked(key, batch, grad_scale, loss)
         return loss
@@ -74,6 +78,7 @@ class GraphedStep:
             self.capture = False
             warnings.warn(f"training runs without CUDA graphs: {error}", stacklevel=2)
             return loss
+        # Recording executed nothing, so these gradients are the eager pass's; the replay has to make its own.
         self._zero()
         replayed = torch.stack([captured(batch.ids, batch.labels), self._norm()])
         errors = ((replayed - eager).abs() / eager.abs().clamp_min(1e-30)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.files import write_file
 from mla_convert.modeling.loss_terms import IGNORED
-from mla_convert.source import texts
+from mla_convert.source import mixture, texts
 from mla_convert.source.tokens import first_tokens
 
-IDS, STARTS, GENERATED = "tokens.npy", "documents.npy", "generated.npy"
+IDS, STARTS, GENERATED, HELD = "tokens.npy", "documents.npy", "generated.npy", "held_out.json"
+# Names of the kinds of held-out text: self-generated text, and the given one where it is one without a label.
+OWN_KIND, GIVEN_KIND = "self-generated text", "given text"
 # Fraction of the data, at its end, that is never trained on; most tokens of it in one evaluation.
 HELD_OUT_FRACTION, HELD_OUT_MAX = 1 / 20, 1 << 17
 # Tokens of all held-out evaluations, as a fraction of the training's; least tokens of one evaluation; least evaluations.
@@ -30,16 +34,36 @@ PIECE = 1 << 16  # characters of a piece: the time of some tokenizers grows fast
 
 @dataclass(frozen=True)
 class Corpus:
-    """All documents, one after another. The end of the self-generated text and the end of the given text are held out."""
+    """All documents, one after another: the self-generated text, whose end is held out; the given texts; their held-out ends.
 
-    ids: np.ndarray  # token ids (N,)
-    starts: np.ndarray  # offsets (D,) at which documents begin
-    generated: int = 0  # the first tokens are self-generated; the given text follows
+    Attributes:
+        ids: token ids (N,).
+        starts: offsets (D,) at which documents begin.
+        generated: self-generated tokens.
+        held: label of each given text and tokens of its held-out end; these ends are the last tokens, in this order. Empty:
+            one given text, of which a fraction is held out.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    generated: int = 0
+    held: tuple[tuple[str, int], ...] = ()
 
     @property
     def train_end(self) -> int:
-        """Offset at which the held-out end of the given text begins."""
-        return len(self.ids) - _held_out_tokens(len(self.ids) - self.generated)
+        """Offset at which the held-out ends of the given texts begin."""
+        return len(self.ids) - sum(tokens for _, tokens in self._held)
+
+    @property
+    def _held(self) -> tuple[tuple[str, int], ...]:
+        return self.held or ((GIVEN_KIND, _held_out_tokens(len(self.ids) - self.generated)),)
+
+    def held_out_ranges(self) -> Iterator[tuple[str, int, int]]:
+        """Label, begin and end of each given text's held-out end."""
+        begin = self.train_end
+        for label, tokens in self._held:
+            yield label, begin, begin + tokens
+            begin += tokens
 
     @property
     def generated_end(self) -> int:
@@ -47,36 +71,71 @@ class Corpus:
         return self.generated - (_held_out_tokens(self.generated) if self.generated else 0)
 
 
-def _held_out_tokens(tokens: int) -> int:
-    return min(HELD_OUT_MAX, max(1, round(tokens * HELD_OUT_FRACTION)))
+def _held_out_tokens(tokens: int, window: int = 0) -> int:
+    """Tokens at the end of a text that are held out: a fraction, or a window if a text of at least four has one."""
+    return min(HELD_OUT_MAX, max(1, round(tokens * HELD_OUT_FRACTION), min(window, tokens // 4)))
 
 
 def make_corpus(
-    spec: str | None,
+    given: str | list[str] | None,
     tokenizer: Any,
     most: int,
     folder: Path,
     joined: bool = False,
     model: texts.Reach = texts.Reach(),  # noqa: B008
-) -> str:
-    """Tokenise a text into `folder`.
+    window: int = 0,
+) -> list[str]:
+    """Tokenise texts into `folder`, in proportion to their weights.
 
-    A text file is one document; a row of a `.jsonl` file, or of a data set (which is streamed), is one each.
+    A text file is one document; a row of a `.jsonl` file, or of a data set (which is streamed), is one each. Where a text
+    has fewer tokens than its share, those that follow it give more.
 
     Args:
-        spec: names the text, as `texts.load_documents` reads it.
+        given: names the texts, as `mixture.parts` reads them.
         tokenizer: of the model.
         most: tokens at most, about; of a longer file, pieces from all over it are taken.
         folder: made if it is not there.
         joined: rows are parts of one document.
         model: limits of the token ids.
+        window: tokens of the longest window: a held-out end has as many if its text is long enough.
 
     Returns:
-        The text's label.
+        The texts' labels.
 
     Raises:
-        InputError, ResourceError: as `texts.load_documents`; or no two tokens, or one that `model` has no embedding for.
+        InputError, ResourceError: as `texts.load_documents`; or a text with no two tokens, or with one that `model` has no
+            embedding for.
     """
+    parts = mixture.parts(given, "training")
+    trained, ends, starts, held = [], [], [], []
+    left = most
+    for index, part in enumerate(parts):
+        share = mixture.quotas([each.weight for each in parts[index:]], left)[0]
+        ids, own_starts, label = _tokens(part.spec, tokenizer, share, joined, model)
+        left -= len(ids)
+        cut = len(ids) - _held_out_tokens(len(ids), window)
+        starts += [sum(map(len, trained)) + own_starts[own_starts < cut]]
+        held.append((label, len(ids) - cut, own_starts[own_starts >= cut] - cut))
+        trained.append(ids[:cut])
+        ends.append(ids[cut:])
+    # The held-out ends come last, so that one offset, `train_end`, keeps all of them out of training.
+    offset = sum(map(len, trained))
+    for _, tokens, own_starts in held:
+        starts.append(offset + own_starts)
+        offset += tokens
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = [label for label, _, _ in held]
+    # files of one name in several folders
+    names = [label if labels.count(label) == 1 else f"{label} ({n})" for n, label in enumerate(labels, start=1)]
+    kinds = tuple((name, tokens) for name, (_, tokens, _) in zip(names, held, strict=True))
+    save_corpus(folder, np.concatenate(trained + ends), np.concatenate(starts).astype(np.int64), held=kinds)
+    return labels
+
+
+def _tokens(
+    spec: str, tokenizer: Any, most: int, joined: bool, model: texts.Reach
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Token ids (N,) of a text, offsets of its documents, and its label; see `make_corpus`."""
     documents, label = texts.load_documents(spec, joined)
     if isinstance(documents, list):
         documents = _thinned(documents, most)
@@ -93,28 +152,29 @@ def make_corpus(
             f"the text {label} has no two tokens that follow one another, too few to heal on: give more text"
         )
     model.check(torch.from_numpy(np.concatenate(parts)), label)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_corpus(folder, np.concatenate(parts)[:most], np.asarray(starts, dtype=np.int64))
-    return label
+    return np.concatenate(parts)[:most], np.asarray(starts, dtype=np.int64), label
 
 
 def add_generated(folder: Path, ids: np.ndarray) -> None:
-    """Put self-generated text before the text that `make_corpus` wrote, as one document.
-
-    Texts that follow one another in a window see each other: for a distillation any context is as good, and windows of
-    one document need no mask.
+    """Put self-generated text before the texts that `make_corpus` wrote, as one document.
 
     Args:
         folder: of the corpus.
         ids: token ids (N,).
     """
     corpus = open_corpus(folder)
+    # One start for all generated texts, which then see each other: for a distillation any context is as good, and
+    # windows of one document need no mask.
     starts = np.concatenate([[0], corpus.starts + len(ids)]).astype(np.int64)
-    save_corpus(folder, np.concatenate([ids.astype(np.int32), corpus.ids]), starts, corpus.generated + len(ids))
+    every = np.concatenate([ids.astype(np.int32), corpus.ids])
+    save_corpus(folder, every, starts, corpus.generated + len(ids), corpus.held)
 
 
-def save_corpus(folder: Path, ids: np.ndarray, starts: np.ndarray, generated: int = 0) -> None:
+def save_corpus(
+    folder: Path, ids: np.ndarray, starts: np.ndarray, generated: int = 0, held: tuple[tuple[str, int], ...] = ()
+) -> None:
     """Write a corpus, file by file under a temporary name; for the arguments see `Corpus`."""
+    write_file(folder / HELD, json.dumps(held))
     for name, array in ((STARTS, starts), (IDS, ids), (GENERATED, np.asarray(generated))):
         temporary = folder / f".{os.getpid()}.{name}"
         np.save(temporary, array)
@@ -128,7 +188,10 @@ def needed_tokens(tokens: int) -> int:
 
 def open_corpus(folder: Path) -> Corpus:
     """Map the corpus that `make_corpus` wrote."""
-    return Corpus(np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS), int(np.load(folder / GENERATED)))
+    held = tuple((label, tokens) for label, tokens in json.loads((folder / HELD).read_text(encoding="utf-8")))
+    return Corpus(
+        np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS), int(np.load(folder / GENERATED)), held
+    )
 
 
 def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
@@ -177,6 +240,8 @@ def pieces(document: str) -> list[str]:
     while start < len(document):
         stop = min(start + PIECE, len(document))
         if stop < len(document):
+            # A line end seldom lies inside a token, so a cut there changes few tokens. It is looked for in the second
+            # half alone, so that no piece is short.
             stop = document.rfind("\n", start + PIECE // 2, stop) + 1 or stop
         parts.append(document[start:stop])
         start = stop
@@ -189,6 +254,7 @@ def _thinned(documents: list[str], most: int) -> list[str]:
     if characters <= 2 * CHARACTERS * most:
         return documents
     parts = [piece for document in documents for piece in pieces(document)]
+    # Twice what the guess asks for, which is enough for texts with up to twice as many characters in a token.
     count = max(1, -(-len(parts) * 2 * CHARACTERS * most // characters))
     return [parts[index * len(parts) // count] for index in range(min(count, len(parts)))]
 
@@ -224,11 +290,13 @@ def cut(corpus: Corpus, begins: list[int], length: int) -> Batch:
     positions = np.broadcast_to(np.arange(length), ids.shape).copy()
     packed = False
     for row, begin in enumerate(begins):
+        # A document that begins with the window has nothing before it to be kept apart from.
         first, last = np.searchsorted(corpus.starts, [begin + 1, begin + length])
         for start in corpus.starts[first:last] - begin:
             packed = True
             labels[row, start - 1] = IGNORED
             positions[row, start:] = np.arange(length - start)
+    # Windows of one document run without a mask and can be captured in a CUDA graph: their positions are left out.
     return Batch(*map(torch.from_numpy, (ids, labels)), torch.from_numpy(positions) if packed else None)
 
 
@@ -236,7 +304,7 @@ def noised(batch: Batch, fraction: float, vocabulary: Tensor, keys: list[tuple[i
     """Replace tokens of some windows by random ones.
 
     As in calibration (`tokens.noised`), contexts that no text contains keep the model from specialising in the text at
-    hand. The first token of a window, the attention sink, stays; random tokens are no labels.
+    hand.
 
     Args:
         batch: windows of text.
@@ -249,17 +317,19 @@ def noised(batch: Batch, fraction: float, vocabulary: Tensor, keys: list[tuple[i
         if key is not None:
             draw = np.random.default_rng(key)
             chosen = torch.from_numpy(draw.random(ids.shape[1]) < fraction)
+            # The first token stays: it is the attention sink of the whole window.
             chosen[0] = False
             ids[row, chosen] = vocabulary[torch.from_numpy(draw.integers(0, len(vocabulary), int(chosen.sum())))]
+            # A random token cannot be predicted.
             labels[row, :-1][chosen[1:]] = IGNORED
     return Batch(ids, labels, batch.positions)
 
 
-def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int = HELD_OUT_MAX) -> list[int]:
-    """Offsets of the windows that are never trained on.
+def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int = HELD_OUT_MAX) -> dict[str, list[int]]:
+    """Offsets of the windows that are never trained on, by the kind of text; a text that is too short for one has none.
 
     Args:
-        corpus: whose given text and self-generated text both have a held-out end.
+        corpus: whose given texts and self-generated text all have a held-out end.
         length: tokens of a window.
         self_fraction: of the windows that are self-generated, as in training.
         most: tokens of all windows, about.
@@ -272,21 +342,23 @@ def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int 
         raise InputError(
             f"the text has {len(corpus.ids) - corpus.generated} tokens, too few to heal on: give more text"
         )
-    offsets = []
-    for begin, end, fraction in (
-        (corpus.train_end, len(corpus.ids), 1 - self_fraction),
-        (corpus.generated_end, corpus.generated, self_fraction),
-    ):
+    given = [part for part in corpus.held_out_ranges() if part[2] - part[1] >= length]
+    # An equal part for every given text, whatever its weight in training: the kept state is the best on the kind whose
+    # loss is largest.
+    parts = [(*part, (1 - self_fraction) / len(given)) for part in given]
+    if self_fraction:
+        parts.append((OWN_KIND, corpus.generated_end, corpus.generated, self_fraction))
+    offsets = {}
+    for label, begin, end, fraction in parts:
         windows = range(begin, end - length + 1, length)
-        count = min(len(windows), max(1, round(most * fraction / length))) if fraction else 0
-        offsets += [windows[index * len(windows) // count] for index in range(count)]
+        count = min(len(windows), max(1, round(most * fraction / length)))
+        if count:
+            offsets[label] = [windows[index * len(windows) // count] for index in range(count)]
     return offsets
 
 
 def evaluations(tokens: int, most: int) -> tuple[int, int]:
-    """Number and size of the held-out evaluations of a run.
-
-    All of them take about a twelfth of the run's time; a short run has fewer of them, rather than ones on few tokens.
+    """Number and size of the held-out evaluations of a run, which together take about a twelfth of its time.
 
     Args:
         tokens: that are trained on.
@@ -296,13 +368,14 @@ def evaluations(tokens: int, most: int) -> tuple[int, int]:
         The number of evaluations, and tokens in each.
     """
     budget = EVALUATED_FRACTION * tokens
+    # A short run has fewer evaluations, rather than ones on few tokens.
     count = min(most, max(EVALUATIONS_MIN, int(budget // EVALUATION_MIN)))
     return count, min(HELD_OUT_MAX, max(EVALUATION_MIN, round(budget / count)))
 
 
 def held_length(corpus: Corpus, length: int) -> int:
-    """Tokens of a held-out window: `length`, or all that are held out of the given text if they are fewer."""
-    return min(length, len(corpus.ids) - corpus.train_end)
+    """Tokens of a held-out window: `length`, or all that are held out of the longest given text if they are fewer."""
+    return min(length, max(end - begin for _, begin, end in corpus.held_out_ranges()))
 
 
 def check_enough(corpus: Corpus, mix: tuple[tuple[int, float], ...]) -> None:
@@ -322,4 +395,5 @@ def check_enough(corpus: Corpus, mix: tuple[tuple[int, float], ...]) -> None:
                 f"the text has {train} tokens to train on, fewer than one window of {length}: give more text, "
                 f"or lower --length"
             )
+    # Called for its error, which is raised where no held-out window fits.
     held_out(corpus, mix[0][0])

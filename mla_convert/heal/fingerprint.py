@@ -16,6 +16,7 @@ from mla_convert.core.errors import InputError
 from mla_convert.core.sums import sha256
 from mla_convert.core.words import expanded
 from mla_convert.heal.settings import HealConfig, HealSettings
+from mla_convert.source import mixture
 from mla_convert.source.place import SourceLocation
 from mla_convert.source.texts import PACKAGE
 
@@ -64,10 +65,12 @@ def run_identity(
     accelerator: Accelerator, settings: HealSettings, folder: Path, origin: SourceLocation
 ) -> dict[str, Any]:
     """Everything that a checkpoint must agree on; not how often one is written, or the size of a forward pass."""
+    # Device and libraries count too: a resumed run has to give the bytes of an uninterrupted one, and other kernels
+    # round in another way.
     same = settings.model_dump(exclude={"checkpoint_minutes", "micro_tokens", "patience"})
     return {"settings": same, "converted": content_of(folder),
             "original": [origin.label, origin.revision, content_of(origin.folder, origin.gguf)],
-            "text": text_content(settings.data),
+            "text": [text_content(part.spec) for part in mixture.parts(settings.data)],
             "engine": [str(accelerator.distributed_type), accelerator.num_processes, accelerator.device.type],
             "versions": runtime.versions()}  # fmt: skip
 

@@ -26,6 +26,7 @@ from mla_convert.method.refine.relative_adam import BestState, RelativeAdam, set
 from mla_convert.modeling.loss_terms import IGNORED
 
 # Peak learning rates by the parameters that are trained: relative to each one's root mean square, absolute for adapters.
+# docs/research/healing.md has the rates that were tried; that of adapters has not been measured.
 RATES = {"attention": 0.004, "all": 0.001, "lora": 1e-3}
 BETAS = (0.9, 0.95)
 # Steps of warm-up, as a fraction of all and at most; learning rate at the end, as a fraction of the peak.
@@ -45,7 +46,7 @@ class Run:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best: float = math.inf  # held-out loss of the best state
+    best: float = math.inf  # held-out loss of the best state, on the kind of text where it is largest
     best_tokens: int = 0
     lowest: float = math.inf  # held-out loss, the start not counted
     patience_used: int = 0  # evaluations since `lowest`
@@ -254,12 +255,10 @@ class Trainer:
         return data.noised(batch, self.settings.noise, self._vocabulary, keys)
 
     def _cut(self, begins: list[int], length: int) -> data.Batch:
-        """The batch of windows of the corpus, for training or held out.
-
-        The labels of self-generated text are samples of the original's prediction: their cross-entropy is a one-sample,
-        noisy estimate of what the KL computes over the whole vocabulary. Where both are minimised they have none.
-        """
+        """The batch of windows of the corpus, for training or held out."""
         batch = data.cut(self.corpus, begins, length)
+        # The labels of self-generated text are samples of the original's prediction: their cross-entropy is a one-sample,
+        # noisy estimate of what the KL computes over the whole vocabulary. Where both are minimised they have none.
         if self.settings.ce_weight and self.settings.kl_weight:
             batch.labels[torch.tensor(begins) < self.corpus.generated] = IGNORED
         return batch
@@ -288,10 +287,29 @@ class Trainer:
     def _trained_state(self) -> dict[str, Tensor] | None:
         return trained_state(self.accelerator, self.model) if self.run.tokens else None
 
+    def held_out(self) -> dict[str, Any]:
+        """Measure on the held-out windows, over all processes.
+
+        Returns:
+            `loss` on the kind of text where it is largest; KL (nats a token), perplexity and its ratio to the original's, over
+            all kinds; the KL of each kind, if there are several.
+        """
+        sums = {kind: self._sums(begins) for kind, begins in self._held_out.items()}
+        _, kl, ce, ce_original, labels, tokens = torch.stack([*sums.values()]).sum(0).tolist()
+        kinds = {kind: round(float(each[1] / each[5]), 6) for kind, each in sums.items()}
+        ce, ce_original = ce / labels, ce_original / labels
+        return {
+            "loss": float(torch.stack([each[0] / each[5] for each in sums.values()]).max()),  # NaN if one is
+            "kl": round(kl / tokens, 6),
+            "perplexity": round(math.exp(min(ce, 700.0)), 4),
+            "ratio": round(math.exp(min(ce - ce_original, 700.0)), 5),
+            **({"kinds": kinds} if len(kinds) > 1 else {}),
+        }
+
     @torch.no_grad()
-    def held_out(self) -> dict[str, float]:
-        """Loss, KL (nats a token), perplexity and its ratio to the original's on the held-out windows, over all processes."""
-        accelerator, begins, length = self.accelerator, self._held_out, self._held_out_length
+    def _sums(self, begins: list[int]) -> Tensor:
+        """Sums over windows and processes (6,): loss, KL, cross-entropy, the original's, labels and tokens; on the CPU."""
+        accelerator, length = self.accelerator, self._held_out_length
         size = max(1, self.micro_tokens // length)
         total = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
         count, index = accelerator.num_processes, accelerator.process_index
@@ -304,14 +322,7 @@ class Trainer:
             if mine:
                 total[:4] += sums.double() * batch.ids.numel()
                 total[4] += (batch.labels != IGNORED).sum()
-        loss, kl, ce, ce_original, labels = accelerator.reduce(total, "sum").tolist()
-        tokens, ce, ce_original = len(begins) * length, ce / labels, ce_original / labels
-        return {
-            "loss": loss / tokens,
-            "kl": round(kl / tokens, 6),
-            "perplexity": round(math.exp(min(ce, 700.0)), 4),
-            "ratio": round(math.exp(min(ce - ce_original, 700.0)), 5),
-        }
+        return torch.cat([accelerator.reduce(total, "sum").cpu(), torch.tensor([float(len(begins) * length)])])
 
 
 def step_sizes(settings: HealSettings, mix: tuple[tuple[int, float], ...], cuda: bool) -> tuple[int, int]:

@@ -46,10 +46,12 @@ def write_weights(writer: Writer, folder: Path, shards: list[str], trained: dict
     for shard in shards:
         tensors = {name: merged(name, tensor, trained) for name, tensor in load_file(folder / shard).items()}
         for name, tensor in tensors.items():
+            # Trained weights are float32, and the checkpoint's own dtype may be too narrow for what they became.
             if not torch.isfinite(tensor).all():
                 raise InputError(f"tensor {name} is not finite in {tensor.dtype}: heal with --lr lower")
         writer.write_shard(shard, tensors)
         used |= tensors.keys()
+    # A name that fits no tensor would drop its training in silence.
     missing = {name for name in trained if ".lora_" not in name} - used
     if missing:
         raise InputError(f"tensor {min(missing)} was trained and is in no shard of {folder.name}")

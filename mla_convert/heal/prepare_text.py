@@ -20,7 +20,7 @@ from mla_convert.source import texts
 from mla_convert.source.load_model import load_model, load_tokenizer, model_config
 from mla_convert.source.place import SourceLocation
 
-LABEL = "text.json"
+LABELS = "text.json"
 
 
 def prepare_corpus(
@@ -30,8 +30,8 @@ def prepare_corpus(
     place: SourceLocation,
     origin: SourceLocation,
     progress: Progress,
-) -> str:
-    """Tokenise the text into the state folder, once, by the main process.
+) -> list[str]:
+    """Tokenise the texts into the state folder, once, by the main process.
 
     Args:
         state: folder of the run.
@@ -42,26 +42,28 @@ def prepare_corpus(
         progress: of the generation.
 
     Returns:
-        The label of the given text.
+        The labels of the given texts.
 
     Raises:
         InputError: the text cannot be read, or is too short.
         ResourceError: the disk does not suffice.
     """
 
-    def make() -> dict[str, str]:
+    def make() -> dict[str, list[str]]:
         with on_disk("the text's tokens", state.folder.parent):
             tokenizer = load_tokenizer(place)
-            label = data.make_corpus(
+            window = max(length for length, _ in settings.mix(None))
+            labels = data.make_corpus(
                 settings.data, tokenizer, data.needed_tokens(settings.tokens), state.folder, settings.joined,
-                texts.reach(model_config(place), learned=False),
+                texts.reach(model_config(place), learned=False), window,
             )  # fmt: skip
+            # Before the original generates text for minutes.
             data.check_enough(data.open_corpus(state.folder), settings.mix(None))
             if settings.self_share:
                 data.add_generated(state.folder, generate_text(accelerator, settings, origin, tokenizer, progress))
-            return {"label": label}
+            return {"labels": labels}
 
-    return state.remember(LABEL, make)["label"]
+    return state.remember(LABELS, make)["labels"]
 
 
 def generate_text(
@@ -79,9 +81,10 @@ def generate_text(
     count = math.ceil(settings.written_tokens(limit) / length)
     first = self_generated.first_token(tokenizer, original.config.vocab_size)
     progress.note(f"the original generates {count:,} texts of {length} tokens")
+    # The first token of a text is given, not generated.
     progress.begin("generate", count * (length - 1))
     try:
-        rows = self_generated.write(original, count, length - 1, first, settings.seed, progress.advance)
+        rows = self_generated.varied_texts(original, tokenizer, count, length - 1, settings.seed, progress.advance)
     finally:
         progress.stop()
     return F.pad(rows, (1, 0), value=first).flatten().numpy()

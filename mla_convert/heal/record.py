@@ -1,4 +1,4 @@
-"""A healing run in the report."""
+"""Makes the report of a healed model, with the run in its section `heal`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mla_convert.core.report_schema import (
 )
 from mla_convert.heal.loop import Run, step_sizes
 from mla_convert.heal.settings import HealSettings
+from mla_convert.source import mixture
 from mla_convert.source.place import SourceLocation
 
 ERRORS_NOTE = "the errors of single layers are those of the conversion, before healing"
@@ -24,11 +25,17 @@ ADAPTED_NOTE = (
 )
 
 
+def text_label(settings: HealSettings, labels: list[str]) -> str:
+    """The texts that were trained on, in words."""
+    return mixture.label(labels, mixture.parts(settings.data)) if settings.data else mixture.PACKAGED_LABEL
+
+
 def run_record(
     settings: HealSettings, origin: SourceLocation, label: str, run: Run, accelerator: Accelerator
 ) -> HealSection:
     """The run's part of the report's section `heal`. It names the text by its label: a report holds no paths."""
     step, micro = step_sizes(settings, settings.mix(None), accelerator.device.type == "cuda")
+    # With the sizes that were used where none were set.
     chosen = {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro}
     return HealSection(
         settings=HealingSettings(**chosen),
@@ -69,6 +76,7 @@ def healed_report(
             "evaluation": evaluation,
             "probes": after.probes,
             "phases": {**report.phases, **{name: PhaseEntry(**entry) for name, entry in phases.results.items()}},
+            # A model that is healed again already has these notes.
             "notes": [*(note for note in report.notes or [] if note not in notes), *notes],
             "heal": record,
         }

@@ -26,10 +26,11 @@ from mla_convert.heal.fingerprint import measurement_key, run_identity
 from mla_convert.heal.loop import Run, Trainer
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.prepare_text import prepare_corpus
-from mla_convert.heal.record import healed_report, run_record
+from mla_convert.heal.record import healed_report, run_record, text_label
 from mla_convert.heal.settings import HealConfig, HealSettings, conversion_healing
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import TeacherStudent
+from mla_convert.modeling.attention_backends import without_cudnn_attention
 from mla_convert.source.load_model import find_model, load_model, load_tokenizer, model_config
 from mla_convert.source.place import SourceLocation
 from mla_convert.source.tokens import ordinary_tokens
@@ -88,15 +89,17 @@ def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
     phases = runtime.Phases(accelerator.device)
     job = _open(config, accelerator, (progress or Progress()) if main else Progress(quiet=True))
     result = None
+    # Only the main process compares it, and the hashes of all weights take long.
     identity = run_identity(accelerator, job.settings, job.folder, job.origin) if main else {}
     real_out = Path(os.path.realpath(job.out))
     with StateFolder(state_folder(real_out), identity, accelerator, job.progress.note) as state:
-        label = prepare_corpus(state, accelerator, job.settings, job.place, job.origin, job.progress)
+        labels = prepare_corpus(state, accelerator, job.settings, job.place, job.origin, job.progress)
         before = state.remember(
-            BEFORE.format(measurement_key(config)), lambda: _measurement(_measure(job, job.folder, label)).as_dict()
+            BEFORE.format(measurement_key(config)), lambda: _measurement(_measure(job, job.folder, labels)).as_dict()
         )
         with phases.phase("heal"):
             run, best = _train(job, state)
+        # The state goes too: from it the same command would come to the same error.
         if best is None:
             state.remove()
             why = f" ({run.stopped})" if run.stopped else ""
@@ -108,7 +111,8 @@ def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
             with output.Writer(real_out, {"heal": job.report.checksums}) as writer:
                 write_weights(writer, job.folder, job.shards, best)
                 job.report.write(writer.folder)  # names the evaluation's text and windows
-                after = _measurement(_measure(job, writer.folder, label))
+                after = _measurement(_measure(job, writer.folder, labels))
+                label = text_label(job.settings, labels)
                 record = run_record(job.settings, job.origin, label, run, accelerator)
                 result = healed_report(job.report, record, Measurement.model_validate(before), after, phases)
                 _finish(result, writer, accelerator.device)
@@ -154,6 +158,7 @@ def heal_conversion(config: ConvertConfig, report: Report, progress: Progress) -
 def _accelerator(config: HealConfig) -> Accelerator:
     device = runtime.pick_device(config.device)
     if device.type == "cuda" and device.index is not None:
+        # accelerate runs on the current device and takes no index.
         torch.cuda.set_device(device)
     on_gpu = device.type == "cuda"
     return Accelerator(
@@ -161,6 +166,8 @@ def _accelerator(config: HealConfig) -> Accelerator:
         mixed_precision="bf16" if on_gpu else "no",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # one process measures and writes, the others wait
+            # Buffers are tables that no step changes, so they need not be sent; views of the buckets save a copy of all
+            # gradients.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -168,7 +175,7 @@ def _accelerator(config: HealConfig) -> Accelerator:
 
 def _open(config: HealConfig, accelerator: Accelerator, progress: Progress) -> _Job:
     """Check the inputs of a run."""
-    folder, report = open_converted(config)
+    folder, report = open_converted(config.folder, config.out)
     if accelerator.is_main_process and (note := check_input(folder)):
         progress.note(note)
     place, origin = find_model(str(folder)), find_teacher(config, report)
@@ -182,8 +189,8 @@ def _open(config: HealConfig, accelerator: Accelerator, progress: Progress) -> _
     return _Job(config, settings, accelerator, progress, folder, report, origin, out)
 
 
-def _measure(job: _Job, folder: Path, label: str) -> Evaluation:
-    """Evaluate a model against the original; `label` is that of the text that is trained on."""
+def _measure(job: _Job, folder: Path, labels: list[str]) -> Evaluation:
+    """Evaluate a model against the original; `labels` are those of the texts that are trained on."""
     config = job.config
     probes = ProbeSettings(
         passkey=config.passkey or config.passkey_length is not None, passkey_length=config.passkey_length
@@ -193,8 +200,8 @@ def _measure(job: _Job, folder: Path, label: str) -> Evaluation:
         str(folder), job.origin, text=config.eval, windows=config.eval_windows, length=config.eval_length,
         device=device, probes=probes, progress=Progress(quiet=True),
     )  # fmt: skip
-    if measured.text == label:
-        raise UsageError(f"{label} is the text to train on: give another text as --eval, or to train on")
+    if measured.text in labels:
+        raise UsageError(f"{measured.text} is a text to train on: give another text as --eval, or to train on")
     job.progress.note(f"perplexity ×{measured.ratio.value:.4f}, KL {measured.kl.value:.4f} on {measured.text}")
     return measured
 
@@ -211,6 +218,7 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
     torch.manual_seed(settings.seed)  # adapters start at random
     on_gpu, host = accelerator.device.type == "cuda", torch.device("cpu")
     frozen = torch.bfloat16 if on_gpu else torch.float32
+    # Both on the host: the device has to hold them only after their weights are cast and, where equal, shared.
     student = load_model(job.place, "auto" if settings.train != "all" else torch.float32, host)
     pair = TeacherStudent.build(student, load_model(job.origin, frozen, host), settings, frozen)
     pair.place(accelerator.device)
@@ -218,7 +226,8 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
         ordinary_tokens(load_tokenizer(job.place), model_config(job.place).vocab_size) if settings.noise else None
     )
     trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, job.progress, vocabulary)
-    run = trainer.train()
+    with without_cudnn_attention():
+        run = trainer.train()
     best = trainer.best
     accelerator.free_memory(trainer.model, trainer.optimizer)
     return run, best
@@ -227,6 +236,7 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
 def _finish(result: Report, writer: output.Writer, device: torch.device) -> None:
     """Complete the report, try the model that was written, and give the folder its name."""
     result.checksums = writer.checksums()
+    # Before the self-check, which tries the folder as it is published.
     for name, content in outdated(writer.folder).items():
         write_file(writer.folder / name, content)
     result.self_check = SelfCheckSection(**self_check(writer.folder, device))

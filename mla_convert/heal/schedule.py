@@ -61,6 +61,7 @@ class Schedule:
         used, taken, total = dict.fromkeys(self.windows, 0), dict.fromkeys(self.windows, 0), 0
         fractions = dict(mix)
         for _ in range(steps):
+            # The length that is furthest behind its fraction of the tokens.
             length = max(fractions, key=lambda each: fractions[each] * (total + step_tokens) - used[each])
             self.steps.append((length, taken[length]))
             taken[length] += self.windows[length]
@@ -87,10 +88,12 @@ class Schedule:
     def _begin(self, length: int, generated: bool, number: int) -> int:
         """Offset of window `number` of a kind of text."""
         first, stop = self._texts[generated]
+        # One window fewer than fit leaves room to begin every pass at another offset.
         count = max(1, (stop - first) // length - 1)
         epoch, index = divmod(number, count)
         key = length, generated, epoch
         if key not in self._orders:
+            # A pass is over when the next one begins: only one order of each kind is held.
             self._orders = {known: order for known, order in self._orders.items() if known[:2] != key[:2]}
             draw = np.random.default_rng((self._seed, length, int(generated), epoch))
             self._orders[key] = int(draw.integers(0, stop - first - count * length + 1)), draw.permutation(count)

@@ -31,12 +31,12 @@ class HealSettings(BaseModel):
         metavar="TOKENS",
         ge=1,
     )
-    data: str | None = option(
-        "Text to train on: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT, which is streamed. Its end is held "
-        "out.",
+    data: str | list[str] | None = option(
+        "Text to train on: .txt, .jsonl, .csv, .parquet, or a data set NAME:CONFIG@SPLIT, which is streamed. Give several, "
+        "with weights, to cover everything that the model is for. The end of each is held out.",
         panel=TEXT,
-        unset="WikiText-2 from the Hub, or the packaged text if the Hub cannot be reached",
-        metavar="TEXT",
+        unset="packaged texts of several kinds",
+        metavar="TEXT[=WEIGHT]",
     )
     joined: bool = option("Rows of the data are parts of one text, not documents.", False, panel=TEXT)
     length: Lengths | None = option(
@@ -45,12 +45,16 @@ class HealSettings(BaseModel):
         unset="2048, or the model's limit",
         metavar="LENGTHS",
     )
+    # Without noise the KL is 1 to 2% lower (docs/research/healing.md, Noise).
     noise: float = option(
         "Fraction of the tokens of every second window that are replaced by random ones.", 0.0, panel=TEXT, ge=0, lt=1
     )
+    # Half is better than none or a quarter on the demo model; on SmolLM2 a quarter to nine tenths differ by 3% of the
+    # KL (docs/research/healing.md).
     self_share: float = option(
         "Fraction of the text that the original model generates before training.", 0.5, panel=TEXT, ge=0, lt=1
     )
+    # All weights end at a lower KL than the attention alone (docs/research/healing.md, Optimizers).
     train: Trained = option(
         "Parameters to train: all, attention, or lora (needs the extra heal).", "all", panel=TRAINING, metavar="PART"
     )

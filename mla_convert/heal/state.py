@@ -43,6 +43,7 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
     )
     tensors = {name.removeprefix("module."): tensor for name, tensor in full.items()}
     return {
+        # A copy, because training goes on in the same memory. `default` is the name that peft gives to an adapter.
         checkpoint_name(name).replace(".default.", "."): tensors[name].detach().float().cpu().clone()
         for name in sorted(trained & tensors.keys())
     }
@@ -79,13 +80,16 @@ class StateFolder:
         """
         self._note = note
         self.folder, self._accelerator, self._removed = folder, accelerator, False
+        # As it comes back from the file: tuples become lists, paths become strings.
         self._identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
+        # Beside the folder, because the folder may be deleted and made again under the lock.
         self._lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         if accelerator.is_main_process:
             try:
                 with on_disk("the state of the run", folder.parent):
                     self._open()
             except BaseException:
+                # `__exit__` is not called after an error here.
                 if self._lock.is_locked:
                     self._stop()
                     if self.last() is None:
@@ -104,6 +108,7 @@ class StateFolder:
             ) from None
         before = self._read(folder / IDENTITY)
         if before != self._identity:
+            # First, so that a checkpoint that a kill left under its temporary name is reported, too.
             self._recover()
             if self.last() is not None:
                 self._note(
@@ -180,17 +185,20 @@ class StateFolder:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
         self._accelerator.wait_for_everyone()
+        # Every process writes its own part, so the folder has to be there before any of them begins.
         self._accelerator.save_state(str(new / TRAINER))
         if self._accelerator.is_main_process:
             if best is not None:
                 save_file(best, new / BEST)
             (new / RUN).write_text(json.dumps(run), encoding="utf-8")
+            # accelerate does not sync, and the renames below must not reach the disk before the bytes do.
             for file in (path for path in new.rglob("*") if path.is_file()):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             old = self.folder / f"{CHECKPOINT}.old"
             current = self.folder / CHECKPOINT
             shutil.rmtree(old, ignore_errors=True)
+            # No rename replaces a folder that holds files. `_recover` mends a kill between these renames.
             if current.exists():
                 current.rename(old)
             new.rename(current)
@@ -205,6 +213,7 @@ class StateFolder:
 
     def _recover(self) -> None:
         """Rename the checkpoint of a run that died between two renames."""
+        # run.json is written last, so a folder that has one is complete; the newer of the two counts.
         for name in (f"{CHECKPOINT}.new", f"{CHECKPOINT}.old"):
             other = self.folder / name
             if not (self.folder / CHECKPOINT).exists() and self._read(other / RUN):

@@ -187,6 +187,7 @@ class TeacherStudent(nn.Module):
 
     def place(self, device: torch.device) -> TeacherStudent:
         """Move both models to a device; returns self."""
+        # It is no submodule, so `self.to` does not move it.
         self.original.to(device)
         self._compare = distillation_loss_fn(self._mix, device)
         return self.to(device)
@@ -204,6 +205,7 @@ class TeacherStudent(nn.Module):
         """
         torch._dynamo.config.suppress_errors = True  # code that cannot be compiled runs eagerly
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+        # Dynamic: one compiled function serves the sizes of all layers.
         join = torch.compile(MlaAttention.join, dynamic=True)
         for layer in self._layers:
             for part in layer.children():
@@ -215,6 +217,7 @@ class TeacherStudent(nn.Module):
         if not self.shares:
             for layer in self.original.get_submodule(self.student.config.mla_layers):
                 layer.compile()
+        # Otherwise it is the Triton kernel, which is compiled already.
         if self._compare is divergence:
             self._compare = torch.compile(divergence)
 
@@ -253,6 +256,7 @@ class TeacherStudent(nn.Module):
         if self._settings.hidden_weight:
             inputs["output_hidden_states"] = True
         with self._attending(ids.shape[1]) if positions is None else contextlib.nullcontext():
+            # The original runs first, while no activations of the student are held.
             with torch.no_grad(), self._as_original():
                 target = getattr(self.original, decoder_name(self.original))(**inputs)
             output = getattr(self.student, decoder_name(self.student))(**inputs)
@@ -294,8 +298,10 @@ class _Checkpointed:
         self._forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without a backward pass nothing is kept, and nothing has to run again.
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
+        # The reentrant form needs an input with a gradient, and with frozen embeddings the first layer has none.
         return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
 
 
@@ -353,5 +359,6 @@ def _equal_but_attention(student: nn.Module, original: nn.Module) -> bool:
 
 def checkpoint_name(name: str) -> str:
     """Name in the converted checkpoint of a parameter of a TeacherStudent; for an adapter, under its projection's name."""
+    # `module.` comes from DDP, `.base_layer.` from peft, and OWN from SharedAttention.
     name = name.removeprefix("module.").removeprefix("student.").replace(".base_layer.", ".")
     return name.replace(f".{OWN}.", ".", 1)

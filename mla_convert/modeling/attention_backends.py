@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -50,6 +51,22 @@ GROUPED = "mla_grouped"
 CAUSAL = "mla_causal"
 AttentionInterface.register(GROUPED, sdpa_grouped_query)
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Keep PyTorch's attention from choosing cuDNN's, whose backward pass can give NaN on Hopper.
+
+    Its kernels overflow where the scores of a whole row are below -88, as in the heads of Qwen2.5 with massive activations
+    (pytorch/pytorch issue 196678, torch 2.11 to 2.13). FlashAttention, the memory-efficient kernel and plain operations do not.
+    The switch is global, because gradient checkpointing repeats the forward pass within the backward pass.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,9 @@ class MlaFields:
     # Attention while decoding: "kernels" (the kernels of mla_attention, or an error), "sdpa" (the library's attention), or
     # "auto" (the kernels where they can serve, else the library's). The variable MLA_CONVERT_KERNEL overrides it.
     mla_kernel: str = "auto"
+    # Format of the cached rows (quantised_latent_mla.py): version, kind, group, rope, and for "mixed" wide by layer; None
+    # caches numbers of the model's dtype.
+    latent_cache: dict | None = None
     # Version of the checkpoint format, and of the newest transformers that the code beside the weights was tried with.
     mla_format: int = 1
     mla_transformers: str | None = None

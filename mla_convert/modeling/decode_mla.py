@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 try:
     import mla_attention
@@ -95,24 +95,28 @@ def rotate_planes(planes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
 
 
-def kernel_refusal(latent: Tensor, rope_dim: int, heads: int, dtype: torch.dtype, needs_grad: bool) -> str | None:
+def kernel_refusal(
+    latent: Tensor, rope_dim: int, heads: int, dtype: torch.dtype, needs_grad: bool, packed_rank: int = 0
+) -> str | None:
     """The reason why the kernels of mla_attention cannot serve a call, or None.
 
     Args:
-        latent: (., ., ., r), cached latents.
+        latent: (., ., ., r), cached latents, or packed rows.
         rope_dim: numbers of a rotary key.
         heads: number of heads.
         dtype: dtype of the queries.
         needs_grad: whether an input requires gradients.
+        packed_rank: rank of packed rows; 0 where the cache holds numbers.
     """
-    rank = latent.shape[-1]
+    rank, most = packed_rank or latent.shape[-1], getattr(mla_attention, "MAX_RANK", 576)
     if mla_attention is None:
         return "the package mla_attention is not installed"
-    if not hasattr(mla_attention, "find_mask_bounds"):
+    if not hasattr(mla_attention, "RowFormat" if packed_rank else "find_mask_bounds"):
         return "the installed mla_attention is older than this code"
-    if rank % 16 or not 16 <= rank <= 576 or rope_dim % 16 or rope_dim > 128 or heads > 128:
-        return f"rank {rank}, rope dimension {rope_dim} and {heads} heads are not multiples of 16 up to 576 and 128, and up to 128"
-    if dtype not in DTYPES or dtype != latent.dtype:
+    if rank % 16 or not 16 <= rank <= most or rope_dim % 16 or rope_dim > 128 or heads > 128:
+        limits = f"multiples of 16 up to {most} and 128, and up to 128"
+        return f"rank {rank}, rope dimension {rope_dim} and {heads} heads are not {limits}"
+    if dtype not in DTYPES or dtype != (dtype if packed_rank else latent.dtype):
         return f"queries are {dtype} and the cache is {latent.dtype}"
     if torch.is_grad_enabled() and needs_grad:
         return "gradients are required, which the kernels do not compute"
@@ -137,14 +141,17 @@ def kernel_attention(
     q_latent: Tensor,
     q_rope: Tensor,
     latent: Tensor,
-    k_rope: Tensor,
+    k_rope: Tensor | None,
     mask: Tensor | None,
     scaling: float,
     choice: str,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    row_format: tuple[int, ...] | None = None,
 ) -> Tensor | None:
     """`absorbed_attention` on the kernels of mla_attention, with the same arguments but `choice`, "auto" or "kernels".
+
+    With `row_format`, the numbers of an `mla_attention.RowFormat`, `latent` holds packed rows and `k_rope` is None.
 
     Returns:
         The attended latents (B, H, T, r); None where the kernels cannot serve and `choice` is "auto".
@@ -152,9 +159,9 @@ def kernel_attention(
     Raises:
         ValueError: the kernels cannot serve and `choice` is "kernels".
     """
-    batch, heads, tokens, _ = q_latent.shape
+    batch, heads, tokens, rank = q_latent.shape
     needs_grad = q_latent.requires_grad or latent.requires_grad
-    reason = kernel_refusal(latent, q_rope.shape[3], heads, q_latent.dtype, needs_grad)
+    reason = kernel_refusal(latent, q_rope.shape[3], heads, q_latent.dtype, needs_grad, rank if row_format else 0)
     if reason is None and mask is not None and mask.dtype != torch.bool:
         reason = f"the mask is {mask.dtype}, not boolean"
     if reason is None and mask is not None and (mask.shape[1] != 1 or mask.shape[2:] != (tokens, latent.shape[2])):
@@ -176,13 +183,14 @@ def kernel_attention(
         q_latent.transpose(1, 2),
         q_rope.transpose(1, 2),
         latent.squeeze(1),
-        k_rope.squeeze(1),
+        None if row_format else k_rope.squeeze(1),
         lengths,
         softmax_scale=scaling,
         softcap=softcap or 0.0,
         mask=mask,
         mask_bounds=bounds,
         return_lse=True,
+        **({"row_format": mla_attention.RowFormat(*row_format)} if row_format else {}),
     )
     if sinks is not None:
         # A sink adds exp(sink) to the sum of exponentials, and nothing to the weighted sum.
@@ -229,6 +237,23 @@ def refuse_unknown(attention: type, given: dict) -> None:
             )
 
 
+def cache_layer(cache: Cache, layer_idx: int) -> CacheLayerMixin | None:
+    """A layer of a cache, where it exists yet.
+
+    Raises:
+        ValueError: it was laid out for the original's heads.
+    """
+    layers = getattr(cache, "layers", None) or ()
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    keys = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
+    if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[1] != 1:
+        raise ValueError(
+            f"this cache was laid out for {keys.shape[1]} heads of keys, and a converted model caches one latent for all: let "
+            f"the first forward pass lay it out"
+        )
+    return layer
+
+
 def update_cache(cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
     """Append new tokens to a transformers cache.
 
@@ -246,15 +271,7 @@ def update_cache(cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -
     Raises:
         ValueError: the cache was laid out for the original's heads.
     """
-    layers = getattr(cache, "layers", None) or ()
-    layer = layers[layer_idx] if layer_idx < len(layers) else None
-    group = getattr(layer, "q_group_size", None)
-    keys = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
-    if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[1] != 1:
-        raise ValueError(
-            f"this cache was laid out for {keys.shape[1]} heads of keys, and a converted model caches one latent for all: let "
-            f"the first forward pass lay it out"
-        )
+    group = getattr(cache_layer(cache, layer_idx), "q_group_size", None)
     if not group:
         return cache.update(latent, k_rope, layer_idx)
     padded = tuple(
@@ -265,7 +282,15 @@ def update_cache(cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -
 
 
 def write_static(
-    cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None, sin: Tensor | None
+    cache: Cache,
+    layer_idx: int,
+    latent: Tensor,
+    k_rope: Tensor,
+    q_rope: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    row_format: tuple[int, ...] | None = None,
+    row_bytes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Apply RoPE to queries and new keys and append to a static cache, in one launch.
 
@@ -280,6 +305,9 @@ def write_static(
         q_rope: (B, H, T, 2m), before RoPE.
         cos: (., T, m).
         sin: (., T, m).
+        row_format: numbers of an `mla_attention.RowFormat`, for a cache of packed rows in the place of the latents; the place
+            of the keys is then empty.
+        row_bytes: bytes of such a row.
 
     Returns:
         The whole cache, latents (B, 1, S, r) and rotary keys (B, 1, S, 2m), and the rotated queries; None where the kernel
@@ -291,12 +319,18 @@ def write_static(
     if not (static or hasattr(layer, "tokens_written")) or cos is None or torch.compiler.is_compiling():
         return None
     needs_grad = latent.requires_grad or q_rope.requires_grad
-    if kernel_refusal(latent, q_rope.shape[3], q_rope.shape[1], q_rope.dtype, needs_grad):
+    if kernel_refusal(
+        latent, q_rope.shape[3], q_rope.shape[1], q_rope.dtype, needs_grad, latent.shape[3] if row_format else 0
+    ):
         return None
+    if row_format:  # nothing but shapes and dtypes
+        stored = [latent.new_empty((len(latent), 1, 0, size), dtype=torch.uint8) for size in (row_bytes, 0)]
+    else:
+        stored = [latent, k_rope]
     if static and not layer.is_initialized:
-        layer.lazy_initialization(latent, k_rope)
+        layer.lazy_initialization(*stored)
     written = getattr(layer, "cumulative_length" if static else "tokens_written", None)
-    if not isinstance(written, Tensor) or layer.keys.dtype != latent.dtype or layer.keys.shape[0] != latent.shape[0]:
+    if not isinstance(written, Tensor) or layer.keys.dtype != stored[0].dtype or layer.keys.shape[0] != latent.shape[0]:
         return None
     batch, _, tokens, _ = latent.shape
     positions = written.view(1, 1) if tokens == 1 else torch.arange(tokens, device=latent.device) + written
@@ -308,8 +342,9 @@ def write_static(
         cos.expand(batch, -1, -1),
         sin.expand(batch, -1, -1),
         layer.keys.squeeze(1),
-        layer.values.squeeze(1),
+        None if row_format else layer.values.squeeze(1),
         positions,
+        **({"row_format": mla_attention.RowFormat(*row_format)} if row_format else {}),
     )
     if static:
         written.add_(tokens)

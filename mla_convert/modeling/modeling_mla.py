@@ -26,6 +26,7 @@ from .decode_mla import (
     absorbed_attention,
     cache_names,
     eager_attention,
+    kernel_attention,
     leave_out_hidden,
     linear_map,
     query_growth,
@@ -36,6 +37,16 @@ from .decode_mla import (
     take_cache,
     update_cache,
     write_static,
+)
+from .quantised_latent_mla import (
+    dequantise_rows,
+    kernel_format,
+    layer_format,
+    pass_through,
+    quantise_rows,
+    update_packed,
+    with_gradient,
+    write_packed,
 )
 
 # Up to this many query tokens a step, the up-projections move to the query and output side (absorbed attention on the
@@ -105,6 +116,7 @@ class MlaAttention(nn.Module):
         self.qk_nope_head_dim = config.layer_nope_dim(layer_idx)
         self.v_head_dim = config.v_head_dim
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.latent_format = layer_format(config, layer_idx)
         self.kernel = kernel_choice(config)
         self.rotary_dim = getattr(config, "rotary_dim", None)
         self.softcap = config.mla_softcap
@@ -236,6 +248,8 @@ class MlaAttention(nn.Module):
         if up is not None:
             output, weights = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask, up)
         else:
+            if k_rope is None:
+                latent, k_rope = dequantise_rows(self.latent_format, latent, q_nope.dtype)
             if past_key_values is not None and attention_mask is not None:
                 latent, k_rope = leave_out_hidden(attention_mask, latent, k_rope)
             output, weights = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, cos, sin, **kwargs)
@@ -246,13 +260,16 @@ class MlaAttention(nn.Module):
     def _rotate_and_cache(
         self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None,
         cache: Cache | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         """Apply RoPE and append the new tokens to the cache.
 
         Returns:
             Queries, then latents and rotary keys of all cached tokens, and the tables `cos` and `sin` (B or 1, 1, T, m) if
-            RoPE is still to be applied: training rotates in `join`.
+            RoPE is still to be applied: training rotates in `join`. Packed rows and None instead of latents and keys where
+            the cache is quantised.
         """
+        if self.latent_format is not None:
+            return *self._rotate_and_quantise(q_rope, latent, k_rope, cos, sin, cache), None, None
         if cache is not None and self.kernel != "sdpa":
             written = write_static(cache, self.layer_idx, latent, k_rope, q_rope, cos, sin)
             if written is not None:
@@ -266,6 +283,28 @@ class MlaAttention(nn.Module):
         if cache is not None:
             latent, k_rope = update_cache(cache, self.layer_idx, latent, k_rope)
         return q_rope, latent, k_rope, cos, sin
+
+    def _rotate_and_quantise(
+        self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """`_rotate_and_cache` of a quantised cache: attention reads what the cache holds, also where there is none."""
+        differentiable = torch.is_grad_enabled() and (latent.requires_grad or k_rope.requires_grad)
+        if cache is not None and not differentiable:
+            with torch.no_grad():
+                return write_packed(
+                    self.latent_format, cache, self.layer_idx, latent, k_rope, q_rope, cos, sin, self.kernel != "sdpa"
+                )
+        if cos is not None:
+            cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
+            q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+        through = pass_through(self.latent_format, latent, k_rope)
+        if cache is None:
+            return q_rope, *through
+        with torch.no_grad():
+            rows = update_packed(cache, self.layer_idx, quantise_rows(self.latent_format, latent, k_rope))
+            cached = dequantise_rows(self.latent_format, rows, latent.dtype)
+        return q_rope, *with_gradient(cached, through)
 
     @staticmethod
     def join(
@@ -290,27 +329,37 @@ class MlaAttention(nn.Module):
         return torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None, up: Tensor
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor | None, mask: Tensor | None, up: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Decode: apply the up-projections to queries and outputs, and attend on the latents. Output (B, T, H, v).
 
-        `up` (H * (nope + v), r) is the matrix of `kv_b_proj`.
+        `latent` has packed rows where `k_rope` is None; `up` (H * (nope + v), r) is the matrix of `kv_b_proj`.
         """
         up = up.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         # One matrix product per head over all sequences; broadcasting would copy the up-projections for each sequence.
-        attended, weights = absorbed_attention(
-            torch.einsum("bhtd,hdr->bthr", q_nope, up_key).transpose(1, 2),
-            q_rope,
-            latent,
-            k_rope,
-            mask,
-            self.scaling,
-            need_weights=self.config._attn_implementation == "eager",
-            softcap=self.softcap,
-            sinks=self.sink_logits,
-            kernel=self.kernel,
-        )
+        query = torch.einsum("bhtd,hdr->bthr", q_nope, up_key).transpose(1, 2)
+        need_weights, kernel, attended = self.config._attn_implementation == "eager", self.kernel, None
+        options = {"softcap": self.softcap, "sinks": self.sink_logits}
+        if k_rope is None:
+            form = kernel_format(self.latent_format)
+            if form is None and kernel == "kernels":
+                raise ValueError(
+                    f'mla_kernel "kernels" cannot decode rows with a rotary key in {self.latent_format.rope}'
+                )
+            if form and kernel != "sdpa" and not need_weights:
+                attended = kernel_attention(
+                    query, q_rope, latent, None, mask, self.scaling, kernel, row_format=form, **options
+                )
+            latent, k_rope = (
+                (None, None) if attended is not None else dequantise_rows(self.latent_format, latent, query.dtype)
+            )
+            kernel = "sdpa"
+        weights = None
+        if attended is None:
+            attended, weights = absorbed_attention(
+                query, q_rope, latent, k_rope, mask, self.scaling, need_weights=need_weights, kernel=kernel, **options
+            )
         return torch.einsum("bhtr,hvr->bthv", attended, up_value), weights
 
     def _expanded(

@@ -8,7 +8,7 @@ from pathlib import Path
 from mla_convert.core.files import write_file
 
 # Files of mla_convert/modeling. Conversion, `refresh` and `push` all use this list.
-CODE = ("configuration_mla.py", "decode_mla.py", "modeling_mla.py")
+CODE = ("configuration_mla.py", "decode_mla.py", "modeling_mla.py", "quantised_latent_mla.py")
 # Files of mla_convert/publish/engines, for exports of profile hf-code.
 SERVED = ("modeling_mla_served.py",)
 

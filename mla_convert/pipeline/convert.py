@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from mla_convert.core import runtime as environment
+from mla_convert.core.errors import UsageError
 from mla_convert.core.files import on_disk
+from mla_convert.core.processes import Processes, join
 from mla_convert.core.progress import Progress
 from mla_convert.core.recipes import default_name
 from mla_convert.core.report_file import PAGE
@@ -37,8 +39,10 @@ from mla_convert.method.refine import schedule
 from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.moved import callable_as_before
 from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline.budget import within_budget
 from mla_convert.pipeline.recipe import write_recipe
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
+from mla_convert.pipeline.streams import Streams, open_streams
 from mla_convert.report import report
 from mla_convert.report.html.page import write_page
 from mla_convert.report.model_card import write_card
@@ -70,44 +74,73 @@ class ConvertedLayers:
     evaluation: EvaluationSection | NotEvaluated
 
 
-def convert(config: ConvertConfig, progress: Progress | None = None) -> Report:
+def convert(config: ConvertConfig, progress: Progress | None = None) -> Report | None:
     """Convert a checkpoint to Multi-head Latent Attention, write it with its report, and return the report.
+
+    With several processes (`accelerate launch`, or `--gpus`) all call this with equal arguments; they share the windows, and the
+    first one writes.
 
     Args:
         config: Source, output and settings.
         progress: Where progress is shown; by default on stderr.
 
+    Returns:
+        The report; None in other processes than the first.
+
     Raises:
         InputError: The source, a text or a setting cannot be used; nothing is written.
         ResourceError: Disk, device or network did not suffice; nothing is left behind.
     """
-    began, progress = time.perf_counter(), progress or Progress()
+    began = time.perf_counter()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-    device = environment.pick_device(config.device)
+    processes = join(config.device)
+    device = processes.device
+    progress = (progress or Progress()) if processes.first else Progress(quiet=True)
     phases = environment.Phases(device)
     out = config.out or Path(default_name(config.source))
     check_name(out)
 
     with phases.phase("open"):
-        source = open_source(config.source, config.revision)
-        resolved = resolve(config, source, device)
-        check_target(resolved, out)
+        with processes.in_turn():
+            source = open_source(config.source, config.revision)
+            config, budget = within_budget(config, source, device, processes.count)
+            resolved = resolve(config, source, device)
+            if processes.first:
+                check_target(resolved, out)
         layerwise, tokenizer = LayerwiseModel(source, device), source.tokenizer()
     with phases.phase("text"):
-        text = prepare_text(resolved, tokenizer)
-    resolved = resolved.for_windows(*text.windows.calib.shape)
-    notes = collect_notes(source, text, progress)
+        text = processes.told(lambda: prepare_text(resolved, tokenizer))
+    resolved = resolved.for_texts(*text.windows.calib.shape)
+    check_shares(processes, resolved.calibration[0])
+    notes = collect_notes(source, text, progress, budget)
 
     # A link is written through, not replaced.
     target = Path(os.path.realpath(out))
-    with environment.deterministic(config.seed), Writer(target, _identity(resolved, text)) as writer:
+    with (
+        environment.deterministic(config.seed),
+        Writer(target, _identity(resolved, text, processes), processes) as writer,
+    ):
         converted = run_layers(resolved, text, layerwise, tokenizer, writer, progress, phases)
-        result = make_report(resolved, text, converted)
+        result = make_report(resolved, text, converted, processes)
         result.phases, result.checksums, result.notes, result.out = phases.results, writer.checksums(), notes, out
         result.seconds = round(time.perf_counter() - began, 2)
-        write_recipe(writer.folder, resolved, text.windows, result)
-        finish(source, tokenizer, converted, writer, result, device)
-    return heal_conversion(resolved.settings, result, progress) if resolved.healing else result
+        if processes.first:
+            write_recipe(writer.folder, resolved, text.windows, result)
+            finish(source, tokenizer, converted, writer, result, device)
+    processes.wait()  # until the folder has its name
+    if resolved.healing:
+        return heal_conversion(resolved.settings, result, progress)
+    return result if processes.first else None
+
+
+def check_shares(processes: Processes, windows: int) -> None:
+    """Refuse more processes than there are windows to share.
+
+    Raises:
+        UsageError: a process would have none.
+    """
+    if processes.count > windows:
+        raise UsageError(f"{processes.count} processes cannot share {windows} calibration windows: start fewer")
 
 
 def check_target(resolved: ResolvedConversion, out: Path) -> None:
@@ -136,7 +169,7 @@ def prepare_text(resolved: ResolvedConversion, tokenizer: Any) -> PreparedText:
     """
     settings, model, hidden = resolved.settings, resolved.reach, resolved.source.shape.hidden_size
     check_conversion(settings, model.longest)
-    windows = texts.load_windows(settings, tokenizer, resolved.on_gpu, model, hidden)
+    windows = texts.load_windows(settings, tokenizer, resolved.on_gpu, model, hidden, resolved.self_generated)
     suite = None
     if windows.evaluated:
         suite = suite_of(tokenizer, settings.suite_windows, resolved.on_gpu, windows.evaluation)
@@ -145,9 +178,9 @@ def prepare_text(resolved: ResolvedConversion, tokenizer: Any) -> PreparedText:
     return PreparedText(windows, suite)
 
 
-def collect_notes(source: Source, text: PreparedText, progress: Progress) -> list[str]:
-    """The notes of a conversion's report, each of which is also shown."""
-    notes = list(source.notes)
+def collect_notes(source: Source, text: PreparedText, progress: Progress, budget: str | None = None) -> list[str]:
+    """The notes of a conversion's report, each of which is also shown; `budget`: what was chosen for one."""
+    notes = [*source.notes, *([budget] if budget else [])]
     if code := None if source.gguf else tokenizer_code(source.folder):
         notes.append(
             f"the tokenizer of {source.name} names code of its own ({code}), which is not run: transformers' own class reads it"
@@ -184,11 +217,11 @@ def run_layers(
     settings, source, windows = resolved.settings, resolved.source, text.windows
     with phases.phase("write text"):
         calib = self_generated.mixed(
-            windows.calib, resolved.self_generated, source, tokenizer, resolved.device, settings.seed
+            windows.calib, resolved.generated, source, tokenizer, writer.processes, settings.seed
         )
     with phases.phase("embed"):
         suite_windows = text.suite.windows if text.suite else None
-        streams = layers.open_streams(layerwise, calib, windows.measured, suite_windows)
+        streams = open_streams(layerwise, calib, windows.measured, suite_windows, writer.processes)
     refine = resolved.refinement
     with phases.phase("allocate"):
         states = streams.calib_original
@@ -211,21 +244,21 @@ def run_layers(
     return ConvertedLayers(plan, new_config, type(layerwise.model).__name__, entries, evaluation)
 
 
-def evaluate(
-    layerwise: LayerwiseModel, streams: layers.Streams, text: PreparedText
-) -> EvaluationSection | NotEvaluated:
+def evaluate(layerwise: LayerwiseModel, streams: Streams, text: PreparedText) -> EvaluationSection | NotEvaluated:
     """The report's section on the evaluation, from the hidden states of both models behind their last layers."""
-    original, converted = streams.eval_original.data, streams.eval_converted.data
+    measured = streams.eval_original, streams.eval_converted
     section = measure.perplexity_section(
-        text.windows, streamed.scores(layerwise, text.windows.measured, original, converted)
+        text.windows, streamed.shared_scores(layerwise, text.windows.measured, *measured)
     )
     if text.suite and streams.suite_original and streams.suite_converted:
-        states = streams.suite_original.data, streams.suite_converted.data
-        section.suite = suite_section(text.suite, streamed.scores(layerwise, text.suite.windows, *states))
+        states = streams.suite_original, streams.suite_converted
+        section.suite = suite_section(text.suite, streamed.shared_scores(layerwise, text.suite.windows, *states))
     return section
 
 
-def make_report(resolved: ResolvedConversion, text: PreparedText, converted: ConvertedLayers) -> Report:
+def make_report(
+    resolved: ResolvedConversion, text: PreparedText, converted: ConvertedLayers, processes: Processes
+) -> Report:
     """The report of a conversion, without the time it took and the files it wrote."""
     source, settings, windows, plan = resolved.source, resolved.settings, text.windows, converted.plan
     return Report(
@@ -235,7 +268,7 @@ def make_report(resolved: ResolvedConversion, text: PreparedText, converted: Con
         # labels, not paths: a report is made to be published
         settings={**resolved.recorded(), **windows.labels(settings)},
         versions=environment.versions(),
-        device=environment.device_name(resolved.device),
+        device=_devices(processes),
         cache=report.cache_section(
             plan,
             resolved.dtype.itemsize,
@@ -245,7 +278,7 @@ def make_report(resolved: ResolvedConversion, text: PreparedText, converted: Con
         evaluation=converted.evaluation,
         calibration=CalibrationSection(
             text=windows.calib_text,
-            protocol=windows.calib_protocol,
+            protocol=windows.calib_protocol(resolved.generated),
             noise=settings.calib_noise,
             self_written=resolved.self_generated,
             windows=windows.calib_counts,
@@ -257,10 +290,16 @@ def make_report(resolved: ResolvedConversion, text: PreparedText, converted: Con
     )  # fmt: skip
 
 
-def _identity(resolved: ResolvedConversion, text: PreparedText) -> dict[str, Any]:
+def _devices(processes: Processes) -> str:
+    """Name of the device, with the number of processes if there are several."""
+    name = environment.device_name(processes.device)
+    return name if processes.alone else f"{processes.count} × {name}"
+
+
+def _identity(resolved: ResolvedConversion, text: PreparedText, processes: Processes) -> dict[str, Any]:
     """Everything that changes the written weights: shards of an interrupted run are kept only where this is the same."""
     return {"settings": resolved.recorded(), "source": resolved.source.fingerprint(),
-            "device": environment.device_name(resolved.device),
+            "device": _devices(processes),
             "windows": [text.windows.calib.tolist(), text.windows.measured.tolist()],
             "versions": environment.versions()}  # fmt: skip
 

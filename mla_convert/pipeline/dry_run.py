@@ -7,20 +7,20 @@ from math import prod
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
+from mla_convert.core.errors import UsageError
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.method.factorise.layer import mla_config
-from mla_convert.method.factorise.sensitivity import TOKENS
-from mla_convert.method.factorise.sizes import Plan
-from mla_convert.method.refine.schedule import output_advances
+from mla_convert.method.calibrate.hidden_states import DEVICE_BYTES, DEVICE_FRACTION
+from mla_convert.method.refine.schedule import CARD_BYTES
 from mla_convert.modeling.fixed_states import fixed_state_bytes
+from mla_convert.pipeline.budget import within_budget
 from mla_convert.pipeline.dry_run_sections import (
     CacheSection,
     CardFit,
     CardSection,
+    GpuCount,
+    GpusSection,
     HealSection,
     HostMemory,
     RunSection,
@@ -33,9 +33,9 @@ from mla_convert.pipeline.estimate import time as timing
 from mla_convert.pipeline.estimate.heal import HealEstimate, HealWork
 from mla_convert.pipeline.estimate.heal import estimate as estimate_healing
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
+from mla_convert.pipeline.work import converted_parameters, layer_run, layer_work, mixing, prefixed, source_parameters
 from mla_convert.report.report import cache_section
-from mla_convert.source.shape import AttentionShape
-from mla_convert.source.source import Source, open_source, parameters
+from mla_convert.source.source import Source, open_source
 
 LIMIT = 1 << 20  # longest context looked for where the model names none
 # The device that each estimate is for. The conversion is resolved for both: its defaults differ.
@@ -50,14 +50,15 @@ class DryRun:
     cache: CacheSection
     card: CardSection | None
     run: RunSection
+    gpus: GpusSection | None
     heal: HealSection | None
     warnings: Warnings
 
     @property
     def sections(self) -> list[Section]:
         """The sections that there are, in the order in which they are printed."""
-        sections: list[Section | None] = [self.source, self.cache, self.card, self.run, self.heal, self.warnings]
-        return [section for section in sections if section is not None]
+        sections: list[Section | None] = [self.source, self.cache, self.card, self.run, self.gpus, self.heal]
+        return [section for section in (*sections, self.warnings) if section is not None]
 
     def as_dict(self) -> dict[str, Any]:
         """As `plan --json` prints it."""
@@ -79,35 +80,45 @@ class DryRun:
             "peak_host_memory": asdict(self.run.memory),
             "time": {place: estimate.as_dict() for place, estimate in self.run.time.items()},
             "warnings": self.warnings.lines,
+            **({"budget": self.run.budget} if self.run.budget else {}),
+            **({"gpus": [asdict(each) for each in self.gpus.counts]} if self.gpus else {}),
             **({"heal": self.heal.estimate.as_dict()} if self.heal else {}),
             **({"card": asdict(self.card)} if self.card else {}),
         }
 
 
-def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: str | None = None) -> DryRun:
+def plan_conversion(
+    config: ConvertConfig, card_bytes: int | None = None, card: str | None = None, gpus: int | None = None
+) -> DryRun:
     """Sizes before and after a conversion, and what it takes.
 
     Args:
         config: The conversion's settings.
         card_bytes: Memory of a card to fit model and cache into, in bytes.
         card: Name of that card.
+        gpus: Most GPUs to give time and memory for: also for each power of two below.
 
     Raises:
         InputError: No such source, or sizes that it cannot have.
         ResourceError: The Hub cannot be reached.
     """
     source = open_source(config.source, config.revision, weights=False)
-    resolved = {place: resolve(config, source, device) for place, device in PLACES.items()}
+    chosen = {place: _within_budget(config, source, device) for place, device in PLACES.items()}
+    resolved = {place: resolve(chosen[place][0], source, device) for place, device in PLACES.items()}
     on_cpu = resolved["cpu"]
     plan, dtype, windows = on_cpu.plan, on_cpu.dtype, source.sliding_windows
-    before = {name: prod(source.reader.shape(name)) for name in source.reader.names()}
-    after = _converted_parameters(source, plan, dtype)
+    before = source_parameters(source)
+    after = converted_parameters(source, plan, dtype)
     counts = {"before": _counts(source, before), "after": _counts(source, after)}
     weights = {side: count["model"] * dtype.itemsize for side, count in counts.items()}
     fixed = fixed_state_bytes(source.config, dtype)
     caches = {
         "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows), fixed),
-        "after": sizing.CacheSize(plan.cache_width, dtype.itemsize, tuple(windows), fixed),
+        "after": sizing.CacheSize(
+            *((plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)),
+            tuple(windows),
+            fixed,
+        ),
     }
     return DryRun(
         source=SourceSection(
@@ -131,10 +142,20 @@ def plan_conversion(config: ConvertConfig, card_bytes: int | None = None, card: 
             scratch_bytes=on_cpu.scratch_bytes,
             memory=_host_memory(on_cpu, after),
             time=_time(resolved, before, after),
+            budget={place: choice for place, (_, choice) in chosen.items() if choice},
         ),
+        gpus=None if gpus is None else _several(resolved["h100"], before, after, gpus, card_bytes or CARD_BYTES),
         heal=HealSection(_healing(on_cpu, after), torch.get_num_threads()) if on_cpu.healing else None,
         warnings=Warnings([*source.notes, *sizing.warnings(plan)]),
     )
+
+
+def _within_budget(config: ConvertConfig, source: Source, device: torch.device) -> tuple[ConvertConfig, str | None]:
+    """The settings with what a budget chooses, or without it and the reason that a conversion there does not fit it."""
+    try:
+        return within_budget(config, source, device)
+    except UsageError as error:
+        return config.model_copy(update={"budget": None}), str(error)
 
 
 def _card(
@@ -163,13 +184,6 @@ def shape_section(source: Source) -> dict[str, int]:
     }
 
 
-def _converted_parameters(source: Source, plan: Plan, dtype: torch.dtype) -> dict[str, int]:
-    """Elements of each parameter of the converted model."""
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(mla_config(source, plan, dtype), dtype=dtype)
-    return {name: parameter.numel() for name, parameter in parameters(model).items()}
-
-
 def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
     """Parameters of the attention layers and of the whole model."""
     return {
@@ -178,55 +192,50 @@ def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _prefixed(numbers: dict[str, int], prefix: str) -> int:
-    """Elements of all parameters whose names begin with `prefix`."""
-    return sum(count for name, count in numbers.items() if name.startswith(prefix))
-
-
-def _share(shape: AttentionShape, numbers: float) -> float:
-    """The mean over all layers of what only converted layers have or do."""
-    return numbers if shape.converted is None else numbers * len(shape.converted) / shape.layers
-
-
-def _mixing(plan: Plan) -> tuple[int, int]:
-    """Query heads times the widths of a key and a value, before and after."""
-    shape = plan.shape
-    after = shape.num_heads * (plan.qk_nope_head_dim + plan.rope_dim + shape.head_dim)
-    return shape.num_heads * 2 * shape.head_dim, after
-
-
 def _time(
     resolved: dict[str, ResolvedConversion], before: dict[str, int], after: dict[str, int]
 ) -> dict[str, timing.TimeEstimate]:
     """Seconds on this machine's cores and on an H100, each with the settings of a conversion there."""
-    source, plan = resolved["cpu"].source, resolved["cpu"].plan
-    layer = source.first_layer
-    attention = f"{layer}{source.family.attention}."
-    shape, (mixing_before, mixing_after) = plan.shape, _mixing(plan)
-    work = timing.LayerWork(
-        hidden=shape.hidden_size,
-        layer_before=_prefixed(before, layer),
-        layer_after=_prefixed(after, layer),
-        attention_before=_share(shape, _prefixed(before, attention)),
-        attention_after=_share(shape, _prefixed(after, attention)),
-        mixing_before=_share(shape, mixing_before),
-        mixing_after=_share(shape, mixing_after),
-        head=shape.hidden_size * source.config.vocab_size,
+    work, layers = layer_work(resolved["cpu"], before, after), resolved["cpu"].plan.shape.layers
+    runs = {place: layer_run(conversion) for place, conversion in resolved.items()}
+    return timing.estimate(work, layers, runs, torch.get_num_threads())
+
+
+def _several(
+    resolved: ResolvedConversion, before: dict[str, int], after: dict[str, int], most: int, card_bytes: int
+) -> GpusSection:
+    """Time and memory on 1, 2, 4, … and `most` GPUs."""
+    work, run, refine, layers = (
+        layer_work(resolved, before, after),
+        layer_run(resolved),
+        resolved.refinement,
+        resolved.plan.shape.layers,
     )
-    runs = {}
-    for place, conversion in resolved.items():
-        refine = conversion.refinement
-        last = output_advances(refine, shape) / shape.layers  # extra steps of the last layers, spread over all
-        runs[place] = timing.LayerRun(
-            calib=conversion.calibration,
-            evaluation=conversion.evaluation,
-            steps=refine.steps,
-            batch=refine.batch,
-            measured=TOKENS[conversion.device.type] * conversion.is_measured,
-            block_steps=refine.block_steps + last,
-            output_steps=refine.output_steps / shape.layers,
-        )
-    return timing.estimate(work, shape.layers, runs, torch.get_num_threads())
+    memory = sizing.GpuRun(
+        hidden=work.hidden,
+        layer=max(work.layer_before, work.layer_after),
+        attention=work.attention_after,
+        head=work.head,
+        itemsize=resolved.dtype.itemsize,
+        calibration_tokens=prod(resolved.calibration),
+        evaluation_tokens=prod(resolved.evaluation),
+        step_tokens=refine.batch * resolved.calibration[1],
+        block=refine.block,
+        output_layers=min(refine.output_layers, layers) if refine.output_steps else 0,
+    )
+    limit = max(DEVICE_BYTES, int(card_bytes * DEVICE_FRACTION))
+    counts = sorted({most, *(1 << power for power in range(most.bit_length()))})
+    return GpusSection(
+        [
+            GpuCount(
+                count,
+                timing.on_gpus(work, layers, run, count),
+                memory.device_bytes(count, limit),
+                memory.host_bytes(count, limit),
+            )
+            for count in counts
+        ]
+    )
 
 
 def _healing(resolved: ResolvedConversion, after: dict[str, int]) -> HealEstimate:
@@ -237,7 +246,7 @@ def _healing(resolved: ResolvedConversion, after: dict[str, int]) -> HealEstimat
     limit = getattr(config, "max_position_embeddings", None)
     experts = getattr(config, "num_experts_per_tok", None) or 1
     inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-    mixing_before, mixing_after = _mixing(plan)
+    mixing_before, mixing_after = mixing(plan)
     work = HealWork(
         weights=sum(after.values()),
         attention=_counts(source, after)["attention"],
@@ -259,18 +268,15 @@ def _host_memory(resolved: ResolvedConversion, after: dict[str, int]) -> HostMem
     layers, first = f"{source.family.layers}.", source.first_layer
     moments = sizing.peak_host_bytes(
         table=max(count for name, count in after.items() if not name.startswith(layers)),
-        layer=_prefixed(after, first),
-        attention=_prefixed(after, f"{first}{source.family.attention}."),
+        layer=prefixed(after, first),
+        attention=prefixed(after, f"{first}{source.family.attention}."),
         hidden=resolved.plan.shape.hidden_size,
-        itemsize=resolved.dtype.itemsize,
+        itemsize=4 if source.gguf else resolved.dtype.itemsize,  # dequantised tensors are float32
         calibration_tokens=prod(resolved.calibration),
         evaluation_tokens=prod(resolved.evaluation),
     )
-    if source.gguf:  # transformers holds these whole, in float32
-        moments = {moment: size + 4 * sum(after.values()) for moment, size in moments.items()}
     largest = max(moments, key=moments.__getitem__)
-    whole = "; on top of it comes the whole model in float32, as GGUF is read" if source.gguf else ""
-    return HostMemory(moments[largest], largest, sizing.HOST_BASIS + whole)
+    return HostMemory(moments[largest], largest, sizing.HOST_BASIS)
 
 
 def print_plan(plan: DryRun, console: Console) -> None:

@@ -155,6 +155,7 @@ class RunSection:
     scratch_bytes: int
     memory: HostMemory
     time: dict[str, timing.TimeEstimate]
+    budget: dict[str, str]
 
     def rows(self) -> Parts:
         """One line each."""
@@ -164,6 +165,36 @@ class RunSection:
         yield f"peak memory: about {human_bytes(memory.bytes)}, for {memory.moment} ({memory.basis})"
         for place, where in _places(self.time["cpu"].cores):
             yield f"time: {_range(self.time[place].seconds)} {where} ({self.time[place].basis})"
+            if place in self.budget:
+                yield self.budget[place]
+
+
+@dataclass(frozen=True)
+class GpuCount:
+    """A conversion on some number of GPUs: a range of seconds, and bytes of each card and in each process."""
+
+    gpus: int
+    seconds: tuple[float, float]
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
+class GpusSection:
+    """Time and memory of the conversion on several GPUs of one host."""
+
+    counts: list[GpuCount]
+
+    def rows(self) -> Parts:
+        """A table, and what it is based on."""
+        table = Table(title="On several H100s, one process each", title_justify="left")
+        for column in ("GPUs", "time", "memory of a card", "host memory of a process"):
+            table.add_column(column, justify="right")
+        for each in self.counts:
+            memory = human_bytes(each.device_bytes), human_bytes(each.host_bytes)
+            table.add_row(str(each.gpus), _range(each.seconds), *memory)
+        yield table
+        yield f"time as above; memory: {sizing.GPUS_BASIS}"
 
 
 @dataclass(frozen=True)

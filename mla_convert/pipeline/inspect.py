@@ -139,6 +139,7 @@ class ConvertedFindings:
     cache_numbers_per_token_per_layer: float
     dtype: str
     report: ReportFindings | None
+    latent_cache: JsonObject | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As `inspect --json` prints it."""
@@ -157,6 +158,7 @@ class ConvertedFindings:
             ("family", self.model_type),
             ("layers", str(self.layers)),
             ("rank", f"{self.kv_lora_rank} + {self.qk_rope_head_dim} rotary, {self.dtype}"),
+            *([("cached latent", str(self.latent_cache.get("kind")))] if self.latent_cache else []),
             *(self.report.rows() if self.report else []),
         ]
 
@@ -265,6 +267,7 @@ def _converted(label: str, revision: str | None, config: JsonObject, report: Jso
             cache_numbers_per_token_per_layer=mean(map(int.__add__, *sizes)),
             dtype=str(config.get("dtype") or "float32"),
             report=_reported(report),
+            latent_cache=config.get("latent_cache"),
         )
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"config.json of {label} lacks what a converted model has ({one_line(error)})") from error

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_convert.core.processes import Processes
 from mla_convert.core.progress import Progress
 from mla_convert.core.runtime import return_freed_memory
 from mla_convert.core.settings import ConvertConfig
@@ -21,66 +22,19 @@ from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
+from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
 from mla_convert.method.refine.block import LayerPair, Stage, StageResult, refine_jointly
-from mla_convert.method.refine.schedule import groups, output_lr
+from mla_convert.method.refine.schedule import OUTPUT_EVALUATIONS, groups, output_lr
+from mla_convert.pipeline.streams import Streams
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.write.writer import Writer
 
 # Source tensors were already checked for NaN and infinity, so a result that is not finite comes from the conversion.
 FAILED = "it was finite before its conversion; try another --seed, --calib-samples or --dtype float32, and report it"
-
-
-@dataclass
-class Streams:
-    """Hidden states at the current layer boundary, of the source and of the converted model."""
-
-    calib_original: Activations
-    calib_converted: Activations
-    eval_original: Activations
-    eval_converted: Activations
-    # of the packaged suite, where it is measured
-    suite_original: Activations | None = None
-    suite_converted: Activations | None = None
-
-    @property
-    def measured_original(self) -> tuple[Activations, ...]:
-        """The source's states that the evaluation needs and the conversion does not."""
-        return tuple(states for states in (self.eval_original, self.suite_original) if states)
-
-    @property
-    def measured_converted(self) -> tuple[Activations, ...]:
-        """The converted model's states that the evaluation needs."""
-        return tuple(states for states in (self.eval_converted, self.suite_converted) if states)
-
-    @property
-    def original(self) -> tuple[Activations, ...]:
-        """All states of the source."""
-        return (self.calib_original, *self.measured_original)
-
-
-def open_streams(layerwise: LayerwiseModel, calib: Tensor, evaluation: Tensor, suite: Tensor | None = None) -> Streams:
-    """Embed the token windows; both models start from the same states.
-
-    Args:
-        layerwise: the source model.
-        calib: calibration windows (N, L).
-        evaluation: evaluation windows (N, L).
-        suite: windows (N, L) of the packaged suite, where it is measured.
-    """
-    calib_dtype = torch.bfloat16 if layerwise.device.type == "cuda" else torch.float32
-    embedded = layerwise.embed(calib)
-    pairs = [[Activations(embedded, layerwise.device, calib_dtype) for _ in range(2)]]
-    pairs[0][0].check_finite(f"the embedding {layerwise.embedding}")
-    for windows in (evaluation, suite):
-        if windows is not None:
-            embedded = layerwise.embed(windows)
-            # read once a layer, in order, for which host memory is fast enough
-            pairs.append([Activations(embedded, layerwise.device, torch.float32, on_host=True) for _ in range(2)])
-    return Streams(*itertools.chain(*pairs))
 
 
 @dataclass
@@ -108,6 +62,11 @@ class LayerConverter:
     progress: Progress
     refine: optimise.RefineSettings
     channels: list[Tensor] | None = None
+
+    @property
+    def processes(self) -> Processes:
+        """The processes of the conversion; the first one writes."""
+        return self.writer.processes
 
     def write_embeddings_and_head(self) -> None:
         """Write every tensor outside the layers: embeddings first, the rest (final norm, head) last."""
@@ -192,23 +151,64 @@ class LayerConverter:
         The source's states are carried past the group; the converted model's stay before it.
         """
         layers = list(itertools.chain(*blocks))
+        trained = any(layer.student is not None for layer in layers)
+        joint = self.refine.output_steps > 0 and trained and layers[-1].index == self.plan.shape.layers - 1
         entry, entries = streams.calib_converted, []
         if len(blocks) > 1:
             streams.calib_converted = entry.clone()
         for block in blocks:
-            entries += self._convert_block(block, streams)
+            entries += self._drafted(block, streams) or self._convert_block(block, streams)
+            if joint:
+                self._write_draft(block, entries[-len(block) :])
             for layer in block if len(blocks) > 1 else []:
                 self._advance(layer, (streams.calib_converted,), converted=True)
         streams.calib_converted = entry
-        trained = any(layer.student is not None for layer in layers)
-        if self.refine.output_steps and trained and layers[-1].index == self.plan.shape.layers - 1:
+        if joint:
             refined = self._refine_output(layers, streams)
             entries = [layer_entry and layer_entry | refined for layer_entry in entries]
         for layer, layer_entry in zip(layers, entries, strict=True):
+            if layer.student is not None:
+                self.processes.make_equal(layer.student.state_dict().values())
             written = self._written_tensors(layer)
             check_finite(written, self._overflow_hint(layer) or FAILED)
             self.writer.write_shard(self.shard(layer.index + 1), written, layer_entry)
             self._load_written(layer, written)
+        self.writer.drop_drafts()
+
+    def _write_draft(self, block: list[LayerPair], entries: list[dict[str, Any]]) -> None:
+        """Keep the students of a block whose last steps are to come, which may be an hour later."""
+        if (file := self._draft(block)) not in self.writer.drafts:
+            tensors = {
+                f"{layer.index}.{name}": tensor.detach().cpu()
+                for layer in block
+                if layer.student is not None
+                for name, tensor in layer.student.state_dict().items()
+            }
+            if not tensors:
+                return
+            self.writer.write_draft(file, tensors, [self.shard(layer.index + 1) for layer in block], entries)
+
+    def _drafted(self, block: list[LayerPair], streams: Streams) -> list[dict[str, Any]]:
+        """The report entries of a block that an interrupted run has drafted, none else; its students are loaded.
+
+        The source's states are carried past the block.
+        """
+        if (file := self._draft(block)) not in self.writer.drafts:
+            return []
+        tensors = self.writer.load_shard(file)
+        for layer in block:
+            prefix = f"{layer.index}."
+            if layer.student is not None:
+                layer.student.load_state_dict(
+                    {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                )
+            self._advance(layer, streams.original)
+        self.progress.skip(sum(layer.student is not None for layer in block) * self.refine.steps_per_layer)
+        return self.writer.drafts[file]["note"]
+
+    @staticmethod
+    def _draft(block: list[LayerPair]) -> str:
+        return f"draft-{block[0].index + 1:05d}.safetensors"
 
     def _convert_block(self, layers: list[LayerPair], streams: Streams) -> list[dict[str, Any]]:
         """Factorise and refine the layers of a block one by one, then together; returns their report entries.
@@ -271,7 +271,9 @@ class LayerConverter:
         weights = factorise_layer(
             source, layer.attention, statistics, size.rank, size.rope_dim, self.config.rope_selection, rotation
         )
+        weights = in_basis(weights, self.plan.cache.row(size))
         fill_attention(layer.student, weights, source.family.freq_stride)
+        self.processes.make_equal(layer.student.state_dict().values())
         return weights
 
     def refine_alone(
@@ -322,7 +324,8 @@ class LayerConverter:
         """Refine the last layers towards the source's next-token distribution; its part of their report entries."""
         clock = StepClock(self.layerwise.device)
         with StreamedHead(self.layerwise).divergence() as divergence:
-            stage = Stage("output", self.refine.output_steps, output_lr(self.refine, len(layers)), divergence)
+            rate = output_lr(self.refine, len(layers))
+            stage = Stage("output", self.refine.output_steps, rate, divergence, OUTPUT_EVALUATIONS)
             relative = self._relative_error(layers[-1].index, streams.calib_original)
             result = self._refine_jointly(stage, layers, streams, relative)
         clock.record(stage.name)

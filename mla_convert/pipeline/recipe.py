@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mla_convert.core.settings import PACKAGE, Settings
+from mla_convert.method.factorise.sizes import DEFAULT_RATIO
 from mla_convert.pipeline.resolve import ResolvedConversion
 from mla_convert.report.report import Report
 from mla_convert.source import mixture
@@ -56,12 +57,18 @@ def _settings(
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The recipe's settings, and the options that name local files, with those names."""
     config = resolved.settings
-    # kv_ratio is replaced by the sizes that follow from it
-    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - {"kv_ratio"})
-    settings |= resolved.chosen | {
-        "rank": resolved.plan.rank,
-        "rope_dim": resolved.plan.rope_dim,
-        "calib_samples": windows.calib.shape[0],
+    # a budget and kv_ratio are replaced by what follows from them; kv_ratio stays where layers share out its bytes
+    by_bytes = resolved.plan.budget is not None
+    sizes = {"rank": resolved.plan.rank, "rope_dim": resolved.plan.rope_dim}
+    if by_bytes:
+        sizes = {"kv_ratio": DEFAULT_RATIO if config.kv_ratio is None else config.kv_ratio}
+    left_out = {"budget", "kv_ratio", "cache_group", *({"rank"} if by_bytes else ())}
+    settings = config.model_dump(mode="json", include=set(Settings.model_fields) - left_out)
+    if config.cache_group is not None:
+        settings["cache_group"] = config.cache_group
+    settings |= resolved.chosen | sizes
+    settings |= {
+        "calib_samples": resolved.calibration[0],
         "calib_length": windows.calib.shape[1],
         "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,
         "suite_windows": report.measured.suite.windows if report.measured and report.measured.suite else 0,
@@ -69,18 +76,19 @@ def _settings(
     optional = {"engine", "held_out", *(key for key in settings if key.startswith("heal_"))}
     settings = {key: value for key, value in settings.items() if key not in optional or value is not None}
     local: list[tuple[str, str]] = []
-    names = []
-    for part in mixture.parts(config.calib):
-        name, is_file = repeatable(part.spec, "", "calibration")
-        names.append(str(replace(part, spec=name)))
-        if is_file:
-            local.append(("--calib", name))
-    settings["calib"] = names[0] if len(names) == 1 else names
+    for key, given in (("calib", config.calib), ("heal_data", config.heal_data)):
+        if key == "heal_data" and not given:
+            continue
+        names = []
+        for part in mixture.parts(given):
+            name, is_file = repeatable(part.spec, "", "calibration")
+            names.append(str(replace(part, spec=name)))
+            if is_file:
+                local.append((f"--{key.replace('_', '-')}", name))
+        settings[key] = names[0] if len(names) == 1 else names
     texts = [("eval", windows.eval_text, "evaluation")]
     if config.held_out:
         texts.append(("held_out", windows.held_out_text or "", "held-out"))
-    if config.heal_data:
-        texts.append(("heal_data", "", "calibration"))
     for key, label, purpose in texts:
         settings[key], is_file = repeatable(getattr(config, key), label, purpose)
         if is_file:

@@ -17,7 +17,7 @@ from mla_convert.method.calibrate import self_generated
 from mla_convert.method.factorise.sensitivity import is_measured, scratch_bytes
 from mla_convert.method.factorise.sizes import Plan, make_plan, shares_out
 from mla_convert.method.refine.optimise import RefineSettings
-from mla_convert.method.refine.schedule import layer_numbers, refine_settings
+from mla_convert.method.refine.schedule import draft_bytes, layer_numbers, refine_settings
 from mla_convert.publish.engines import target_engine
 from mla_convert.publish.engines.profiles import check_profile
 from mla_convert.source.source import Source, open_source
@@ -35,6 +35,7 @@ class ResolvedConversion:
         plan: Rank and rotary dimensions: every layer's, or the mean that layers share out (`uniform`).
         reach: The longest window and the vocabulary of the model.
         calibration: Calibration windows and tokens in one.
+        generated: Calibration windows that the original generates; 0 until the texts are read.
         healing: Settings of the healing run that follows, or None.
     """
 
@@ -45,6 +46,7 @@ class ResolvedConversion:
     reach: Reach
     calibration: tuple[int, int]
     healing: HealSettings | None
+    generated: int = 0
 
     @property
     def on_gpu(self) -> bool:
@@ -75,8 +77,10 @@ class ResolvedConversion:
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes on disk that the measurement of sensitivities takes while it runs."""
-        return scratch_bytes(self.plan) if self.is_measured else 0
+        """Bytes on disk that the conversion takes while it runs: for sensitivities, later for layers before their last steps."""
+        attention = layer_numbers(self.source, f"{self.source.family.attention}.")
+        drafts = draft_bytes(self.refinement, self.plan.shape.layers, attention)
+        return max(scratch_bytes(self.plan) if self.is_measured else 0, drafts)
 
     @property
     def evaluation_length(self) -> int:
@@ -99,6 +103,8 @@ class ResolvedConversion:
     @cached_property
     def self_generated(self) -> float:
         """Fraction of the calibration windows that the original generates."""
+        if self.generated:
+            return self.generated / self.calibration[0]
         return self_generated.generated_fraction(self.settings, self.source, self.device)
 
     @property
@@ -120,9 +126,10 @@ class ResolvedConversion:
         given = self.settings.model_dump(mode="json", exclude={"source", "revision", "out", "overwrite"})
         return given | self.chosen
 
-    def for_windows(self, windows: int, length: int) -> ResolvedConversion:
-        """The same with the calibration windows that a text really fills."""
-        return replace(self, calibration=(windows, length))
+    def for_texts(self, windows: int, length: int) -> ResolvedConversion:
+        """The same with the calibration windows that the texts fill, and the original's own beside them."""
+        generated = self_generated.generated_windows(self.settings, windows, self.calibration[0], self.self_generated)
+        return replace(self, calibration=(windows + generated, length), generated=generated)
 
 
 def resolve(config: ConvertConfig, source: Source, device: torch.device | None = None) -> ResolvedConversion:

@@ -6,12 +6,13 @@ The head is read a slice of the vocabulary at a time: neither the whole head nor
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from mla_convert.evaluate.quality.perplexity import Scores
+from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.calibrate.streamed_head import LOGIT_TOKENS, StreamedHead
 
@@ -49,6 +50,29 @@ class _Readout:
     def losses(self) -> Tensor:
         """Negative log-likelihood (N, L-1) of the tokens that follow, nats."""
         return self.total - self.picked
+
+
+def shared_scores(layerwise: LayerwiseModel, windows: Tensor, original: Activations, converted: Activations) -> Scores:
+    """`scores` of windows that several processes share: all windows, in every process.
+
+    Args:
+        layerwise: the source model.
+        windows: token ids (N, L) of all processes.
+        original: this process's outputs of the source's last layer.
+        converted: the same of the converted model.
+    """
+    processes = original.processes
+    own = scores(layerwise, windows[processes.share(len(windows))], original.data, converted.data)
+    if processes.alone:
+        return own
+    parts = processes.gathered([getattr(own, field.name) for field in fields(own)])
+    whole = []
+    for columns in zip(*parts, strict=True):
+        joined = columns[0].new_empty(len(windows), *columns[0].shape[1:])
+        for index, column in enumerate(columns):
+            joined[index :: processes.count] = column
+        whole.append(joined)
+    return Scores(*whole)
 
 
 @torch.no_grad()

@@ -82,6 +82,7 @@ class Upload:
     @classmethod
     def of(cls, folder: Path, files: list[str], repo: str, message: str | None) -> Upload:
         """Files of a conversion, with the repository's name in the model card and the checksum of that card."""
+        # The card alone changes on its way, so its line in SHA256SUMS is the only one that has to.
         card = card_for(folder, repo)
         contents: dict[str, Path | bytes] = {**{file: folder / file for file in files}, CARD: card}
         if sums.SUMS in files:
@@ -122,6 +123,7 @@ def push(
     """
     progress = progress or Progress()
     destination = Destination(repo, private, revision, create_pr)
+    # Everything that can be refused without the Hub is refused before the first request.
     files = preflight(folder, repo, progress)
     upload = Upload.of(folder, files, repo, message)
     with hub_errors(repo), _bars(progress):
@@ -154,6 +156,7 @@ def preflight(folder: Path, repo: str, progress: Progress) -> list[str]:
     if note := verify(folder).note:
         progress.note(note)
     files = belonging(folder)
+    # After `verify`: what is searched is then what is uploaded.
     check_private(folder, files)
     return files
 
@@ -167,6 +170,7 @@ def open_repository(destination: Destination) -> bool:
     api, repo = HfApi(), destination.repo
     if not destination.create_pr:  # a pull request goes to a repository that exists, usually somebody else's
         with_retries(lambda: api.create_repo(repo, private=destination.private, exist_ok=True))
+    # Asked for, because `create_repo` changes nothing about a repository that exists.
     is_private = bool(with_retries(lambda: api.repo_info(repo)).private)
     if destination.private and not is_private:
         raise InputError(f"{repo} is there already and public: make it private on the Hub, or leave out --private")
@@ -179,6 +183,7 @@ def open_repository(destination: Destination) -> bool:
 def stale_weights(destination: Destination, upload: Upload) -> list[str]:
     """Weights in the repository that an earlier conversion left there."""
     files = with_retries(lambda: HfApi().list_repo_files(destination.repo, revision=destination.revision))
+    # A conversion writes its shards beside its configuration; weights in folders are the owner's own.
     return sorted(
         file for file in files if file.endswith(".safetensors") and "/" not in file and file not in upload.contents
     )
@@ -259,6 +264,7 @@ def check_private(folder: Path, files: list[str]) -> None:
             raise InputError(f"{file} holds your Hub token: remove it, and revoke the token if it was ever published")
         if any(Path(file).match(pattern) for pattern in VOCABULARY):
             continue
+        # The longest first, so that the message shows the whole path.
         for path in sorted(here, key=len, reverse=True):
             if path in text:
                 raise InputError(f"{file} holds a local path ({path}): remove it before publishing")

@@ -55,6 +55,7 @@ def scientific(value: float | None) -> str:
 
 def elapsed(seconds: float) -> str:
     """A measured time: 93.4 is 1 min 33 s; `units.duration` is for estimates."""
+    # Rounded before it is compared, or 59.6 would print as 60 s.
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.0f} s"

@@ -82,4 +82,5 @@ def error_lines(verdict: Verdict) -> list[str]:
 
 
 def _escape(text: str) -> str:
+    # The percent sign first, because the other replacements contain one.
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

@@ -79,6 +79,7 @@ def write_card(report: Report, folder: Path) -> None:
 def card_text(report: Report) -> str:
     """The content of README.md."""
     source, evaluation, cache = report.source, report.measured, report.cache
+    # A folder's name may be that of nothing, or of something else, on the Hub.
     on_hub = source.revision is not None
     link = f"[{source.name}](https://huggingface.co/{source.name}), at revision `{source.revision}`,"
     suite = evaluation.suite if evaluation else None
@@ -101,6 +102,7 @@ def card_text(report: Report) -> str:
         calibration=format.calibration_text(report.calibration),
         worst=_worst(report.layers),
         probes=_probes(report.probes),
+        # `push` replaces it by the repository's name (publish/hub.py).
         folder=".",
         tried=_tried(report.self_check),
         licence=_licence(source),
@@ -120,6 +122,7 @@ def _metadata(report: Report, on_hub: bool) -> ModelCardData:
     return ModelCardData(
         model_name=f"{source.name} MLA",
         base_model=source.name if on_hub else None,
+        # Of the Hub's relations this is the one for compressed models.
         base_model_relation="quantized" if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -195,6 +198,7 @@ def _kinds(suite: SuiteSection | None) -> str:
     if suite is None:
         return ""
     table = kinds_table(suite)
+    # The section's heading names the column already.
     named = Table(["", *table.columns[1:]], table.rows)
     return f"\n## Kinds of text\n\n{named.markdown()}\n\n{suite_conditions(suite)}\n"
 

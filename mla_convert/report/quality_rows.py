@@ -23,9 +23,12 @@ from mla_convert.report.table import Table
 
 Row = tuple[str, ...]
 KIND_COLUMNS = ("text", "original", "model", "change", "KL", "KL, 99%", "agree")
-PASSKEY_COLUMNS = ("length", "depth", "found, original", "converted", "log-probability, original", "converted")
+PASSKEY_COLUMNS = ("length", "keys", "depth", "found, original", "converted", "log-probability, original", "converted")
 # The two values of passkey retrieval: words of a table, and the entry in a report.
 PASSKEY = (("pass key found", "match"), ("its log-probability", "log_probability"))
+
+# The values of greedy continuations: words, digits, and the entry in a report.
+CONTINUATIONS = (("tokens until the end", 1, "length"), ("repeated", 3, "repeated"))
 
 
 # ---- kinds of text
@@ -33,6 +36,7 @@ PASSKEY = (("pass key found", "match"), ("its log-probability", "log_probability
 
 def kinds_table(suite: SuiteSection) -> Table:
     """Every kind of text, the worst first; without an original only the model's perplexity has values."""
+    # A ratio that is not finite is worse than any number.
     order = sorted(suite.kinds.items(), key=lambda item: -item[1].ratio if math.isfinite(item[1].ratio) else -math.inf)
     return Table(KIND_COLUMNS, [_kind_row(name, entry) for name, entry in order])
 
@@ -95,10 +99,15 @@ def probe_rows(probes: ProbesSection, next_token: bool = True) -> list[Row]:
     if greedy := probes.greedy:
         rows.append((f"greedy, same at first ({greedy.tokens} tokens)", "", format.with_error(greedy.prefix, 3)))
         rows.append((f"greedy, same to the end ({greedy.prompts} prompts)", "", format.with_error(greedy.exact, 3)))
+        for words, digits, name in CONTINUATIONS:
+            values = [getattr(side, name) if side else None for side in (greedy.before, greedy.after)]
+            if any(values):
+                rows.append((f"greedy, {words}", *(format.with_error(value, digits) for value in values)))
     for entry in (probes.passkey and probes.passkey.lengths) or []:
         for words, name in PASSKEY:
             before, after = (format.with_error(_mean(side, name), 2) for side in (entry.before, entry.after))
-            rows.append((f"{words}, {entry.length} tokens", before, after))
+            among = f" among {entry.needles}" if entry.needles > 1 else ""
+            rows.append((f"{words}{among}, {entry.length} tokens", before, after))
     if probe := probes.humaneval:
         before, after = (_passes(side) for side in (probe.before, probe.after))
         rows.append(("HumanEval, problems passed", before, after))
@@ -115,7 +124,7 @@ def passkey_table(probes: ProbesSection) -> Table | None:
     if not cells:
         return None
     rows = [
-        (f"{cell.length:,}", f"{cell.depth:.0%}",
+        (f"{cell.length:,}", f"{cell.needles}", f"{cell.depth:.0%}",
          *(format.number(_single(side, name), 2) for _, name in PASSKEY for side in (cell.before, cell.after)))
         for cell in cells
     ]  # fmt: skip
@@ -131,12 +140,14 @@ def probe_conditions(probes: ProbesSection, next_token: bool = True) -> list[str
         sentences.append(
             f"Greedy continuations: {greedy.prompts} prompts of {greedy.prompt_tokens} tokens of {greedy.text}, "
             f"up to {greedy.tokens} tokens each; same at first is the share before the "
-            f"first different token. ± is over prompts."
+            f"first different token; repeated is the share of a continuation's sequences of four tokens that stand in it "
+            f"before. ± is over prompts."
         )
     if passkey := probes.passkey:
         sentences.append(
-            f"Pass key: five digits in filler text, {passkey.keys} keys at each length and depth; log-probability in nats of "
-            f"the whole key, {passkey.guessing:.2f} for guessing evenly."
+            f"Pass key: five digits in filler text, {passkey.keys} prompts at each length and depth; with several keys, one at "
+            f"each depth, the prompt asks for one by its name; log-probability in nats of the whole key, "
+            f"{passkey.guessing:.2f} for guessing evenly."
         )
     if probe := probes.humaneval:
         sentences.append(_humaneval_words(probe))
@@ -170,6 +181,7 @@ def heal_table(before: Measurement, after: Measurement, title: str = "") -> Tabl
     sides = (before, after)
     rows: list[Row] = [("perplexity over the original's", *(_ratio(side) for side in sides))]
     for words, form, read in SUITE_ROWS:
+        # Models that earlier versions converted have no suite.
         values = [read(suite) if suite else None for suite in map(_suite, sides)]
         if any(value is not None for value in values):
             rows.append((words, *(form.format(format.number(value, 4)) for value in values)))
@@ -180,7 +192,8 @@ def heal_table(before: Measurement, after: Measurement, title: str = "") -> Tabl
     for entries in zip(*lengths, strict=False):
         for words, name in PASSKEY:
             cells = (format.with_error(_mean(entry.after, name), 2) for entry in entries)
-            rows.append((f"{words}, {entries[0].length} tokens", *cells))
+            among = f" among {entries[0].needles}" if entries[0].needles > 1 else ""
+            rows.append((f"{words}{among}, {entries[0].length} tokens", *cells))
     return Table(("", "not healed", "healed"), rows, title)
 
 

@@ -46,15 +46,19 @@ def cache_section(plan: Plan, itemsize: int, windows: list[int | None], fixed_by
 
     Args:
         plan: the sizes of all converted layers.
-        itemsize: bytes of one cached number.
+        itemsize: bytes of a number of the model's dtype.
         windows: these layers' sliding windows in tokens (None: none). A layer caches at most as many tokens as its window.
         fixed_bytes: of the other layers' states.
     """
     widths = {"before": [plan.shape.cache_width] * len(windows), "after": [size.width for size in plan.layers]}
+    rows = {side: [width * itemsize for width in each] for side, each in widths.items()}
+    quantised = plan.cache.quantised
+    if quantised:
+        rows["after"] = [plan.cache.row_bytes(size) for size in plan.layers]
 
     def cached(context: int) -> Sides:
         tokens = [min(context, window) if window else context for window in windows]
-        return Sides(**{side: sum(map(operator.mul, tokens, each)) * itemsize for side, each in widths.items()})
+        return Sides(**{side: sum(map(operator.mul, tokens, each)) for side, each in rows.items()})
 
     at_context = {str(context): cached(context) for context in CONTEXTS}
     hybrid = {}
@@ -74,9 +78,11 @@ def cache_section(plan: Plan, itemsize: int, windows: list[int | None], fixed_by
         kv_lora_rank=mean(size.rank for size in plan.layers),
         qk_rope_head_dim=mean(size.rope_dim for size in plan.layers),
         numbers_per_token_per_layer=Sides(before=mean(widths["before"]), after=mean(widths["after"])),
-        bytes_per_number=itemsize,
+        bytes_per_number=sum(rows["after"]) / sum(widths["after"]) if quantised else itemsize,
         bytes_per_token=cached(1),
         bytes_at_context=at_context,
-        share_saved=1 - sum(widths["after"]) / sum(widths["before"]),
+        # Of a token in all layers: sliding windows, which bound both caches alike, do not count.
+        share_saved=1 - sum(rows["after"]) / sum(rows["before"]),
+        **({"latent_cache": plan.latent_cache} if quantised else {}),
         **hybrid,
     )

@@ -72,6 +72,7 @@ def ratios(result: BenchResult) -> Iterator[str]:
     """Tokens per second of the first model over the second's, at the contexts and batches that both have."""
     if len(result.models) != 2:
         return
+    # The largest batches of two models differ in size: they meet under one name.
     first, second = (
         {(p.context, "the largest batch" if p.largest else f"batch {p.batch}"): p for p in model.points}
         for model in result.models
@@ -96,6 +97,7 @@ def plot(result: BenchResult, width: int = 720) -> Chart | None:
     contexts, rates = sorted({c for c, _ in every}), [rate for _, rate in every]
     words = "; ".join(f"{name}: " + ", ".join(f"{c}: {r:.0f}" for c, r in points) for name, _, points in lines)
     chart = Chart(width, 300, "Tokens a second against context", f"{words}.")
+    # Room at the ends for the circles, and above for the names of the lines.
     x = logarithmic((contexts[0] / 1.15, contexts[-1] * 1.15), (LEFT, width - RIGHT))
     y = logarithmic((min(rates) / 1.4, max(rates) * 1.6), (300 - BOTTOM, TOP))
     for rate in decades(min(rates) / 1.4, max(rates) * 1.6):

@@ -47,6 +47,7 @@ class Table:
         for name, align in zip(self.columns, self.alignment, strict=True):
             table.add_column(name, justify="right" if align == "r" else "left")
         for index, row in enumerate(self.rows):
+            # As `Text`: rich reads a string as markup, and a model may be called `[red]`.
             table.add_row(*(Text(shown(cell)) for cell in row), style="bold" if index == self.bold else None)
         return table
 

@@ -35,6 +35,7 @@ def report_table(report: Report, title: str = "") -> Table:
             f"-{cache.share_saved:.1%}",
         )
     ]
+    # The saving depends on the context where some layers cache only a sliding window.
     for context, size in cache.bytes_at_context.items():
         rows.append((f"KV cache at {format.context(context)} context", human_bytes(size.before),
                      human_bytes(size.after), f"-{1 - size.after / size.before:.1%}"))  # fmt: skip
@@ -77,6 +78,7 @@ def print_summary(report: Report, console: Console) -> None:
     else:
         if evaluation.suite:
             console.print(kinds_table(evaluation.suite).rich())
+        # A single window has no standard error, and then there is no sign to explain.
         spread = "; ± is one standard error over windows" if "±" in format.ratio(evaluation) else ""
         lines = [f"perplexity on {evaluation.text}: {evaluation.protocol}{spread}"]
         if held_out := evaluation.held_out:

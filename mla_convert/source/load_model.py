@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import struct
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
 from mla_convert.core.recipes import find_recipe, recipe_files
@@ -24,6 +22,7 @@ from mla_convert.source.checkpoint.files import refuse_adapter, weight_files
 from mla_convert.source.checkpoint.gguf_model import open_gguf
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.place import SourceLocation, locate
+from mla_convert.source.quiet import quietly
 from mla_convert.source.source import load_config
 from mla_convert.source.tokenizer import read_tokenizer
 
@@ -141,22 +140,6 @@ def _ready(model: Any, device: torch.device) -> PreTrainedModel:
     if family and (family.softcap or family.sinks):
         model.set_attn_implementation("eager")  # SDPA supports neither, and some versions ignore them silently
     return model.eval().requires_grad_(False).to(device)
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Hide transformers' progress bars and warnings."""
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity(max(level, logging.ERROR))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

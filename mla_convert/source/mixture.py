@@ -33,24 +33,25 @@ class Part:
         return self.spec if self.weight == 1 else f"{self.spec}={self.weight:g}"
 
 
-def parts(given: str | list[str] | None) -> list[Part]:
-    """The calibration texts.
+def parts(given: str | list[str] | None, purpose: str = "calibration") -> list[Part]:
+    """The texts of a calibration, or of a healing run.
 
     Args:
         given: one text or several, each optionally with `=WEIGHT` at its end (default 1); None: the packaged texts.
+        purpose: of the texts, for messages.
 
     Raises:
         InputError: an invalid weight, or a text that is given twice.
     """
-    texts = [_part(spec) for spec in ([given] if isinstance(given, str) else given or PACKAGED)]
+    texts = [_part(spec, purpose) for spec in ([given] if isinstance(given, str) else given or PACKAGED)]
     names = [part.spec for part in texts]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"calibration text {name} is given twice: give it once, with a weight ({name}=2)")
+            raise InputError(f"{purpose} text {name} is given twice: give it once, with a weight ({name}=2)")
     return texts
 
 
-def _part(spec: str) -> Part:
+def _part(spec: str, purpose: str) -> Part:
     name, _, tail = spec.rpartition("=")
     if not name or Path(spec).expanduser().exists():  # a file's name may contain an equals sign
         return Part(spec)
@@ -59,7 +60,7 @@ def _part(spec: str) -> Part:
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
-        raise InputError(f"{tail!r} is no weight of calibration text {name}: give a number above 0, as in {name}=2")
+        raise InputError(f"{tail!r} is no weight of {purpose} text {name}: give a number above 0, as in {name}=2")
     return Part(name, weight)
 
 

@@ -194,7 +194,7 @@ class Source:
 
 
 def open_source(name: str, revision: str | None = None, weights: bool = True) -> Source:
-    """Open a source lazily: read the configuration and the headers of the weights, no weights (except of GGUF files).
+    """Open a source lazily: read the configuration and the headers of the weights, no weights.
 
     Args:
         name: a folder, a Hub id, a GGUF file or "demo".
@@ -314,7 +314,9 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         find_family(config.model_type).check(config, path.name)
 
     opened = open_gguf(path, check)
-    config, notes = opened.config, (*opened.notes, *first_token_notes(path, opened.file.metadata))
+    config, notes = opened.config, tuple(opened.notes)
+    if weights:  # transformers takes half a minute to read a large vocabulary, which nothing but a conversion needs
+        notes += first_token_notes(path, opened.file.metadata)
     with makes_sense(path.name):
         _check_sizes(config, path.name)
         expected = _expected(config, path.name)
@@ -324,11 +326,7 @@ def _open_gguf(path: Path, weights: bool) -> Source:
         )
         check_derived(source)
     sampling(opened.file)  # refuse unusable settings before the conversion, not after it
-    # transformers dequantises a GGUF file as a whole: such a source is held in memory
-    if not weights:
-        return source
-    model = opened.load()
-    return replace(source, reader=MemoryReader(parameters(model)))
+    return replace(source, reader=opened.reader) if weights else source
 
 
 def load_config(folder: Path, label: str) -> PreTrainedConfig:

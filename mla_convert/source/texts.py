@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "
 SPLITS = {"calibration": "train", "evaluation": "test"}
 # Windows and tokens per window, by whether there is a GPU.
 CALIB_DEFAULT = {True: (2048, 1024), False: (32, 512)}
-# On a GPU, WIDTH_WINDOWS / hidden_size windows, at least LEAST_ON_GPU: wider models need fewer windows, and each costs more.
+# On a GPU, WIDTH_WINDOWS / hidden_size windows, at least LEAST_ON_GPU: their hidden states then have one size in memory.
 WIDTH_WINDOWS, LEAST_ON_GPU = 1 << 20, 256
 # Windows that suffice if the text has no more and no number was given.
 FEWEST = 32
@@ -60,14 +60,15 @@ class Windows:
 
     def labels(self, config: ConvertConfig) -> dict[str, Any]:
         """The texts that were given, by their labels in reports, which contain no paths."""
+        healed = [replace(part, spec=repeatable(part.spec, "", "")[0]) for part in mixture.parts(config.heal_data)]
         return {"calib": config.calib and self.calib_text, "eval": config.eval and self.eval_text,
                 "held_out": config.held_out and self.held_out_text,
-                "heal_data": config.heal_data and repeatable(config.heal_data, "", "")[0]}  # fmt: skip
+                "heal_data": config.heal_data and ", ".join(map(str, healed))}  # fmt: skip
 
-    @property
-    def calib_protocol(self) -> str:
-        """The calibration windows in words."""
-        return f"{self.calib_text}, {self.calib.shape[0]} windows of {self.calib.shape[1]} tokens"
+    def calib_protocol(self, generated: int = 0) -> str:
+        """The calibration windows in words; `generated`: those that the model generates beside them."""
+        more = f", and {generated} that the original generates" if generated else ""
+        return f"{self.calib_text}, {self.calib.shape[0]} windows of {self.calib.shape[1]} tokens{more}"
 
     @property
     def eval_protocol(self) -> str:
@@ -131,7 +132,9 @@ def evaluation_length(config: ConvertConfig, model: Reach) -> int:
     return model.length(config.eval_length, EVAL_LENGTH)
 
 
-def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Reach, hidden: int) -> Windows:
+def load_windows(
+    config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Reach, hidden: int, self_generated: float = 0.0
+) -> Windows:
     """All texts of a conversion, cut into windows.
 
     Args:
@@ -140,12 +143,17 @@ def load_windows(config: ConvertConfig, tokenizer: Any, on_gpu: bool, model: Rea
         on_gpu: selects the defaults.
         model: limits of the model's input.
         hidden: width of the model's residual stream.
+        self_generated: fraction of the calibration windows that do not come from the texts.
 
     Raises:
         InputError: an unusable text, or a tokenizer of another model.
     """
     samples, length = calibration_size(config, on_gpu, hidden, model)
-    fewest = config.calib_samples or min(samples, FEWEST)
+    samples = max(1, samples - round(samples * self_generated))
+    # What the texts lack is self-generated too, where that fraction was not set. A budget's windows are the most that may be
+    # used, not a number that a user wants.
+    filled = config.budget or (self_generated and config.calib_self_generated is None)
+    fewest = samples if config.calib_samples and not filled else min(samples, FEWEST)
     eval_length = evaluation_length(config, model)
     given = mixture.parts(config.calib)
     loaded = [load_text(part.spec, "calibration") for part in given]

@@ -53,10 +53,12 @@ def check_intact(folder: Path, accept: Iterable[str] = ()) -> Intact:
     """
     file = describing_file(folder)
     # lexists: a broken link counts as a damaged file
+    # All bytes first: the report, on which the rest relies, is one of these files.
     digests = sums.check(folder, accept) if os.path.lexists(folder / SUMS) else {}
     report = _report(folder, file)
     sealed = sums.is_sealed(folder, report, file)
     checksums = _checksums(report, file)
+    # A folder of version 0.1 has no SHA256SUMS in which an additional shard would be missing.
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
         if name not in checksums and name.partition("/")[0] not in sums.FOREIGN:

@@ -16,6 +16,7 @@ from mla_convert.core.errors import InputError, ResourceError
 from mla_convert.core.files import aside, on_disk, recover, remove, staged, write_file
 from mla_convert.core.sums import SUMS
 
+# Errors of a file system without hard links, or of a file that has as many as it can have: a copy serves as well.
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV)
 
 
@@ -35,6 +36,7 @@ def revised(folder: Path) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))
     staging = staging_folder(folder)
+    # The lock first: `staged` removes the leftovers of a killed run, which must not be the work of a running one.
     with locked(folder), on_disk(folder.name, folder.parent), staged(staging, folder):
         _copy(folder, staging)
         yield staging
@@ -121,6 +123,7 @@ def _write(folder: Path, contents: dict[str, str], stated: dict[str, str] | None
     for name, content in contents.items():
         write_file(folder / name, content)
     if stated is not None:
+        # Only the changed files are hashed again: hashing the weights of a large model takes long.
         write_file(folder / SUMS, sums.text({**stated, **{name: sums.sha256(folder / name) for name in contents}}))
 
 
@@ -128,6 +131,7 @@ def can_exchange(folder: Path) -> bool:
     """Whether this folder can be replaced: it does not contain the working folder, and its parent is writable."""
     folder = Path(os.path.realpath(folder))
     try:
+        # getcwd fails where the working folder was deleted.
         here = Path(os.path.realpath(os.getcwd()))
     except OSError:
         return False

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from mla_convert.core.errors import MlaConvertError, ResourceError, one_line
 from mla_convert.core.runtime import device_name, versions
 from mla_convert.modeling import modeling_mla
+from mla_convert.modeling.quantised_latent_mla import layer_format
 from mla_convert.modeling.shipped_code import code_files
 from mla_convert.source.load_model import is_converted, quietly
 from mla_convert.source.shape import converted_layers
@@ -140,6 +141,7 @@ def _classes(folder: Path) -> tuple[PreTrainedConfig, Any]:
 def _import_package(folder: Path, code: list[str]) -> dict[str, Any]:
     """Import the modules of a folder as a package, as transformers does; returns them by name."""
     name = "mla_checked"
+    # Another folder may have been checked in this process, and a second import would give its code.
     for known in [key for key in sys.modules if key.partition(".")[0] == name]:
         del sys.modules[known]
     package = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None, is_package=True))
@@ -158,6 +160,7 @@ def _shorten(config: PreTrainedConfig, layers: int) -> None:
     total = config.num_hidden_layers
     config.num_hidden_layers = layers
     for key, value in list(vars(config).items()):
+        # Ranks, kinds of attention and the like have an entry for every layer.
         if isinstance(value, list) and len(value) == total:
             setattr(config, key, value[:layers])
 
@@ -167,6 +170,7 @@ def _compare(model: Any) -> float:
     """The largest difference of a logit with and without a cache, relative to the logits' range."""
     config = model.config.get_text_config()
     room = getattr(config, "max_position_embeddings", None) or PROMPT + NEW
+    # A model's context has to hold the prompt and the generated tokens.
     length = max(2, min(PROMPT, room - NEW))
     ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -187,16 +191,19 @@ def _compare(model: Any) -> float:
 
 def _generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
     """Tokens (2,) and float32 logits (2, vocabulary) of each greedy step, and the cache."""
+    # Without an end token all steps are compared; compiling for a static cache would take longer than the check.
     settings = GenerationConfig(
         max_new_tokens=NEW, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0, disable_compile=True,
         return_dict_in_generate=True, output_logits=True, **options,
     )  # fmt: skip
+    # `generate` takes from the model's settings what the given ones leave open.
     before, model.generation_config = model.generation_config, settings
     try:
         output = model.generate(**prompt, generation_config=settings)
     finally:
         model.generation_config = before
     tokens = output.sequences[:, prompt["input_ids"].shape[1] :].unbind(1)
+    # Its name depends on the version of transformers.
     cache = getattr(output, "cache", None)
     return list(zip(tokens, (logits.float() for logits in output.logits), strict=True)), (
         output.past_key_values if cache is None else cache
@@ -216,6 +223,7 @@ def _difference(
             .max()
             .item()
         )
+        # Negated, so that NaN fails as well: no comparison with it holds.
         if not apart <= tolerance:
             raise SelfCheckFailed(
                 _failed(
@@ -237,8 +245,9 @@ def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:
     for index in model.config.converted_layers():
         layer = cache.layers[index]
         widths = layer.keys.shape[1] * layer.keys.shape[-1], layer.values.shape[1] * layer.values.shape[-1]
-        stated = model.config.layer_rank(index), model.config.layer_rope_dim(index)
-        if widths != stated:
+        row = layer_format(model.config, index)
+        stated = (row.row_bytes, 0) if row else (model.config.layer_rank(index), model.config.layer_rope_dim(index))
+        if widths != stated or (row and layer.keys.dtype != torch.uint8):
             raise SelfCheckFailed(
                 _failed(f"caches {widths} elements a token in layer {index}, and its configuration states {stated}")
             )

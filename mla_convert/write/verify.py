@@ -74,6 +74,7 @@ def _index(folder: Path) -> tuple[dict[str, str], Any]:
         raise CorruptCheckpoint(f"{INDEX} is missing", INDEX)
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        # `items` fails for anything but an object, where `dict` alone would take a list of pairs, too.
         weight_map, total = dict(content["weight_map"].items()), content["metadata"]["total_size"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{INDEX} is not a shard index ({one_line(error)})", INDEX) from error
@@ -95,6 +96,7 @@ def _check_index(folder: Path, checksums: dict[str, str], weight_map: dict[str, 
     for file in checksums:
         try:
             with safe_open(folder / file, framework="pt", device="cpu") as shard:
+                # Shapes are in the header: no tensor is read here.
                 held = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise CorruptCheckpoint(f"{file} is not a safetensors file ({one_line(error)})", file) from error
@@ -116,6 +118,7 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
     tied = set(model.all_tied_weights_keys)
     for name, shape in expected.items():
         if name not in shapes:
+            # A tied weight is stored once.
             if name in tied:
                 continue
             raise CorruptCheckpoint(f"tensor {name} is in no shard, and config.json asks for it", INDEX, name)
@@ -130,6 +133,7 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
             raise CorruptCheckpoint(
                 f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name
             )
+    # `inv_freq` has one entry for `step` columns of the cos and sin tables, which the indices count.
     step = find_family(model.config.model_type.removeprefix(PREFIX)).freq_stride
     own = (getattr(model.config, "rotary_dim", None) or 0) // 2  # GPT-J and CodeGen look sines up
     return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=own)
@@ -145,6 +149,7 @@ def _empty_model(folder: Path) -> PreTrainedModel:
             raise InputError(f"config.json is of model type {config.model_type!r}, which is not a converted model's")
         if config.num_hidden_layers < 1:
             raise InputError(f"config.json says that the model has {config.num_hidden_layers} layers")
+        # Nothing is allocated, whatever sizes a damaged or hostile config.json states.
         with init_empty_weights(include_buffers=True):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except InputError as error:
@@ -177,6 +182,7 @@ def _check_tensors(folder: Path, file: str, frequencies: int) -> int:
 def _check_values(file: str, name: str, tensor: Tensor, frequencies: int | None) -> None:
     if frequencies is None:
         try:
+            # The bound on large values is for sources, which calibration computes with.
             check_finite({name: tensor}, most=math.inf)
         except InputError as error:
             raise CorruptCheckpoint(f"{file}: tensor {name} has NaN or infinite values", file, name) from error

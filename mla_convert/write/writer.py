@@ -17,13 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mla_convert.core.errors import InputError, ResourceError
+from mla_convert.core.errors import InputError, PeerLost, ResourceError
 from mla_convert.core.files import disk_error, on_disk, permissions, publish, recover, remove, write_file
+from mla_convert.core.processes import Processes, alone
 from mla_convert.core.report_file import REPORT
 from mla_convert.core.sums import seal, sha256
 from mla_convert.source.checkpoint.reader import INDEX, Reader
@@ -81,33 +83,45 @@ def existing_parent(out: Path) -> Path:
 class Writer:
     """A context that writes shards into a staging folder beside `out`, and removes that folder if the block fails.
 
-    `finished`: journal entry of each finished shard, by file name.
+    `finished`: journal entry of each finished shard, by file name. `drafts`: the same of files that layers can be finished from,
+    which are no part of the output. Of several processes the first one writes; the others call
+    the same methods, and read what is written.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any]):
+    def __init__(self, out: Path, identity: dict[str, Any], processes: Processes | None = None):
         """Prepare a writer; the staging folder is made on entry.
 
         Args:
             out: the output folder.
             identity: everything that finished shards depend on (settings, source), as JSON. A staging folder with another
                 identity is discarded.
+            processes: of the run, if there may be several.
         """
+        self.processes = processes or alone(torch.device("cpu"))
         self.out = out
         self.folder = out.parent / f".{out.name}.partial"
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._lock = FileLock(lock_file(out))
+        # A failed run removes the parents that it made, and no others.
         self._new_parents = [path for path in out.absolute().parents if not path.exists()]
         self.finished: dict[str, dict[str, Any]] = {}
+        self.drafts: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Writer:
         """Lock the output and open the staging folder."""
+        if self.processes.first:
+            self._enter()
+        self.finished, self.drafts = self.processes.told(lambda: (self.finished, self.drafts))
+        return self
+
+    def _enter(self) -> None:
         try:
             with on_disk("the output", self.out.parent):
                 self._open()
         except BaseException:
+            # `__exit__` is not called after an error here.
             self._close(keep=False, failed=True)
             raise
-        return self
 
     def _open(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -117,29 +131,35 @@ class Writer:
             raise ResourceError(
                 f"another conversion is writing {self.out}: wait for it, or choose another --out"
             ) from None
+        # Under the lock, which revisions take as well, these leftovers can only be those of a killed run.
         recover(self.out)
         remove(staging_folder(self.out))
-        self.finished = self._resume()
-        if not self.finished:
+        self._resume()
+        if not self.finished and not self.drafts:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         self._sweep()
-        lines = [{"identity": self._identity}, *self.finished.values()]
+        # Written anew: the last line of a killed run may be cut off, and entries behind a damaged shard do not count.
+        lines = [{"identity": self._identity}, *self.finished.values(), *self.drafts.values()]
         write_file(self.folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in lines))
 
     def _sweep(self) -> None:
         """Remove the unfinished files of a killed run."""
         for path in self.folder.iterdir():
-            if path.name not in self.finished and path.name != JOURNAL:
+            if path.name not in (JOURNAL, *self.finished, *self.drafts):
                 remove(path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the staging folder, unless an interrupted run can continue from it."""
-        layers = sum(bool(entry["note"]) for entry in self.finished.values())
-        keep = isinstance(error, KeyboardInterrupt) and layers > 0
-        if error is not None and keep:
+        if not self.processes.first:
+            return
+        # Only shards of layers have a note; what else is written takes little time to write again.
+        shards = {file for file, entry in self.finished.items() if entry["note"]}
+        layers = len(shards.union(*(entry["draft_of"] for entry in self.drafts.values())))
+        keep = isinstance(error, (KeyboardInterrupt, PeerLost)) and layers > 0
+        if isinstance(error, KeyboardInterrupt) and keep:
             error.args = (f"{layers} layers are kept in {self.folder}: run the same command to go on, or delete it",)
         self._close(keep, failed=kind is not None)
 
@@ -157,21 +177,23 @@ class Writer:
                 for path in self._new_parents:
                     path.rmdir()
 
-    def _resume(self) -> dict[str, dict[str, Any]]:
-        """Journal entries by shard, up to the first shard that does not match; none if the identity differs."""
+    def _resume(self) -> None:
+        """Read the journal up to the first shard that does not match; nothing if the identity differs."""
         lines = []
         with contextlib.suppress(OSError, ValueError):  # the last line may be incomplete
             for line in (self.folder / JOURNAL).read_text(encoding="utf-8").splitlines():
                 lines.append(json.loads(line))
         if not lines or lines[0].get("identity") != self._identity:
-            return {}
-        finished = {}
+            return
         for entry in lines[1:]:
             file = self.folder / entry["file"]
+            # Each layer was calibrated behind those before it, so nothing behind a damaged shard can be kept.
+            draft = "draft_of" in entry
             if not file.is_file() or sha256(file) != entry["sha256"]:
+                if draft:  # they are deleted when their layers are written
+                    continue
                 break
-            finished[entry["file"]] = entry
-        return finished
+            (self.drafts if draft else self.finished)[entry["file"]] = entry
 
     def _append(self, entry: dict[str, Any]) -> None:
         with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
@@ -190,8 +212,12 @@ class Writer:
         Raises:
             ResourceError: the disk does not suffice.
         """
+        if not self.processes.first:
+            self.finished[file] = {"note": note or {}}
+            return
         path = self.folder / file
         with self._disk(file):
+            # safetensors refuses tensors that are not contiguous.
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
             self._seal(path)
             entry = {
@@ -201,8 +227,38 @@ class Writer:
                 "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
                 "note": note or {},
             }
+            # Last: a line in the journal says that the shard is complete and on the disk.
             self._append(entry)
         self.finished[file] = entry
+
+    def write_draft(self, file: str, tensors: dict[str, Tensor], shards: list[str], note: Any) -> None:
+        """Write a file that layers can be finished from if the run is interrupted.
+
+        Args:
+            file: its name.
+            tensors: by name.
+            shards: names of the shards that will hold these layers.
+            note: JSON that `drafts` returns to a run that resumes.
+
+        Raises:
+            ResourceError: the disk does not suffice.
+        """
+        if not self.processes.first:
+            return
+        path = self.folder / file
+        with self._disk(file):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            self._seal(path)
+            entry = {"file": file, "sha256": sha256(path), "draft_of": shards, "note": note}
+            self._append(entry)
+        self.drafts[file] = entry
+
+    def drop_drafts(self) -> None:
+        """Delete all drafts: their layers are written."""
+        if self.processes.first:
+            for file in self.drafts:
+                (self.folder / file).unlink()
+        self.drafts = {}
 
     @contextlib.contextmanager
     def _disk(self, file: str) -> Iterator[None]:
@@ -218,14 +274,18 @@ class Writer:
                 ) from error
 
     def spill(self, file: str, tensor: Tensor) -> None:
-        """Keep a tensor in the staging folder until `load_spilled`; it does not become part of the output."""
-        with self._disk(file):
-            save_file({"tensor": tensor.contiguous()}, self.folder / file)
+        """Keep a tensor, equal in all processes, in the staging folder until `load_spilled`; it is no part of the output."""
+        if self.processes.first:
+            with self._disk(file):
+                save_file({"tensor": tensor.contiguous()}, self.folder / file)
 
     def load_spilled(self, file: str) -> Tensor:
         """Read a spilled tensor and delete its file."""
+        self.processes.wait()
         tensor = load_file(self.folder / file)["tensor"]
-        (self.folder / file).unlink()
+        self.processes.wait()
+        if self.processes.first:
+            (self.folder / file).unlink()
         return tensor
 
     @staticmethod
@@ -248,8 +308,8 @@ class Writer:
         write_file(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def checksums(self) -> dict[str, str]:
-        """sha256 of every shard."""
-        return {file: self.finished[file]["sha256"] for file in sorted(self.finished)}
+        """sha256 of every shard; none in other processes than the first."""
+        return {file: self.finished[file]["sha256"] for file in sorted(self.finished) if self.processes.first}
 
     def publish(self) -> None:
         """Write SHA256SUMS and atomically rename the staging folder to `out`.
@@ -258,6 +318,7 @@ class Writer:
             ResourceError: the disk does not suffice.
         """
         with on_disk("the output", self.out.parent):
+            # SHA256SUMS lists every file, and the journal is no part of the output.
             (self.folder / JOURNAL).unlink()
             seal(self.folder, self.checksums())
             publish(self.folder, self.out)

@@ -248,7 +248,7 @@ def test_shapes_that_config_does_not_mean(folder, measure):
 
 
 def test_remote_code_is_never_run(folder, measure, tmp_path):
-    for name in ("configuration_mla.py", "decode_mla.py", "modeling_mla.py"):
+    for name in ("configuration_mla.py", "decode_mla.py", "modeling_mla.py", "quantised_latent_mla.py"):
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert measure(folder).converted
     config = folder / "config.json"

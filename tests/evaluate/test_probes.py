@@ -54,19 +54,46 @@ def load(convert_pico, sources):
 def test_prompts_hold_key_and_question():
     tokenizer = pico.tokenizer()
     prompts = passkey.make_prompts(tokenizer, [512, 2048], seed=3)
-    assert len(prompts) == 2 * len(passkey.DEPTHS) * passkey.KEYS
-    for prompt in prompts:
+    assert len(prompts) == 2 * 2 * len(passkey.DEPTHS) * passkey.KEYS
+    single, several = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
+    assert {prompt.needles for prompt in single} == {1} and {prompt.needles for prompt in several} == {5}
+    needle_of, question = (lambda key: passkey.NEEDLE.format(of="", key=key)), passkey.QUESTION.format(of="")
+    for prompt in single:
         text, key = tokenizer.decode(prompt.ids), tokenizer.decode(prompt.key)
-        needle = passkey.NEEDLE.format(key=key.strip())
-        assert re.fullmatch(r" \d{5}", key) and text.count(needle) == 1 and text.endswith(passkey.QUESTION)
+        needle = needle_of(key.strip())
+        assert re.fullmatch(r" \d{5}", key) and text.count(needle) == 1 and text.endswith(question)
         assert len(re.findall(r"\d", text)) == 5  # no other number
         assert prompt.length - 600 < len(prompt.ids) + len(prompt.key) <= prompt.length
-        before = text.index(needle) / (len(text) - len(needle) - len(passkey.QUESTION))
+        before = text.index(needle) / (len(text) - len(needle) - len(question))
         assert abs(before - prompt.depth) < (0.35 if prompt.length == 512 else 0.2)
         if prompt.depth in (0, 1):
-            assert text.startswith(needle) if prompt.depth == 0 else text.endswith(f"{needle}\n{passkey.QUESTION}")
+            assert text.startswith(needle) if prompt.depth == 0 else text.endswith(f"{needle}\n{question}")
     assert prompts == passkey.make_prompts(tokenizer, [512, 2048], seed=3)
     assert prompts != passkey.make_prompts(tokenizer, [512, 2048], seed=4)
+
+
+def test_one_of_several_keys_is_asked_for():
+    tokenizer = pico.tokenizer()
+    prompts = [prompt for prompt in passkey.make_prompts(tokenizer, [1024], seed=3) if prompt.needles > 1]
+    asked = []
+    for prompt in prompts:
+        text, key = tokenizer.decode(prompt.ids), tokenizer.decode(prompt.key).strip()
+        found = dict(re.findall(r"The pass key( of the \w+) is (\d{5})\. Remember", text))
+        assert tuple(found) == passkey.NAMES and len({*found.values()}) == 5  # one at each depth, in this order
+        (name,) = re.findall(r"What is the pass key( of the \w+)\?", text)
+        assert found[name] == key and text.endswith(f"The pass key{name} is")
+        assert name == passkey.NAMES[passkey.DEPTHS.index(prompt.depth)] and len(prompt.ids) + len(prompt.key) <= 1024
+        asked.append(name)
+    assert sorted(asked) == sorted(passkey.NAMES * passkey.KEYS)
+    # a text that is too short for five keys has one
+    assert {prompt.needles for prompt in passkey.make_prompts(tokenizer, [200], 0)} == {1}
+
+
+def test_repetition_of_a_continuation():
+    assert decoding.repeated_share([1, 2, 3]) == 0 and decoding.repeated_share(list(range(20))) == 0
+    assert decoding.repeated_share([7] * 20) == pytest.approx(16 / 17)
+    described = decoding.describe([[7] * 20, list(range(10))])
+    assert described.length.value == 15 and described.repeated.value == pytest.approx(8 / 17)
 
 
 def test_prompts_begin_as_the_tokenizer_begins(sources):

@@ -31,10 +31,17 @@ def models(configs):
             bench_models.random_model(converted, torch.float32, CPU, original))  # fmt: skip
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_step_is_the_model(models, which):
+@pytest.fixture(scope="module")
+def packed(configs):
+    torch.manual_seed(0)
+    config = bench_models.converted_config(configs[0], 32, 16, "int4")
+    return bench_models.random_model(config, torch.float32, CPU, configs[0])
+
+
+@pytest.mark.parametrize("which", [0, 1, "packed"])
+def test_a_step_is_the_model(models, packed, which):
     """On the cache of a prompt, a step gives the logits of the whole model."""
-    model = models[which]
+    model = packed if which == "packed" else models[which]
     ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want = model(ids).logits[:, -1]
@@ -42,11 +49,19 @@ def test_a_step_is_the_model(models, which):
         model(ids, past_key_values=cache)
         cache.layers = [bench_models.FullLayer(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         for layer in cache.layers:
-            layer.keys[:, :, -1] = torch.nan  # what the step writes
+            layer.keys[:, :, -1] = torch.nan if layer.keys.is_floating_point() else 255  # what the step writes
         model.config._attn_implementation, before = GROUPED, model.config._attn_implementation
         got = model(ids[:, -1:], position_ids=torch.full((2, 1), 8), past_key_values=cache).logits[:, -1]
         model.config._attn_implementation = before
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_bytes_of_a_quantised_cache(packed):
+    """Rows of 16 bytes of codes, 16 of the rotary key, and two scales in 16."""
+    assert bench_models.token_bytes(packed.config, torch.bfloat16) == 2 * 48
+    cache = bench_models.full_cache(packed.config, 3, 1030, torch.float32, CPU)
+    assert bench_models.held_bytes(CPU, cache) == 3 * 1030 * 2 * 48
+    assert torch.equal(cache.layers[0].keys[0, 0, :6], cache.layers[0].keys[2, 0, 1024:])
 
 
 def test_bytes(configs, models):

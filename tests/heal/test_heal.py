@@ -338,7 +338,7 @@ def test_noise_is_in_some_windows_and_never_a_label():
 def test_rows_are_documents_unless_joined(tmp_path):
     file, tokenizer = tmp_path / "rows.jsonl", pico.tokenizer()
     file.write_text("".join(json.dumps({"text": word * 20}) + "\n" for word in ("one ", "two ", "three ")))
-    assert make_corpus(str(file), tokenizer, 1000, tmp_path / "a") == "rows.jsonl"
+    assert make_corpus(str(file), tokenizer, 1000, tmp_path / "a") == ["rows.jsonl"]
     found = open_corpus(tmp_path / "a")
     assert found.starts.tolist() == [0, 80, 160] and len(found.ids) == 280
     make_corpus(str(file), tokenizer, 1000, tmp_path / "b", joined=True)
@@ -407,8 +407,49 @@ def test_self_generated_text_has_its_fraction_of_the_windows(tmp_path):
     written = [window for window in windows if window.begin < 1000]
     assert len(written) == len(windows) / 4 and max(window.begin for window in written) + 16 <= 950
     assert sum(window.odd for window in written) == len(written) / 2  # so noise is in both kinds alike
-    for share, begins in ((0.0, [4800, 4832, 4864, 4896, 4928, 4960]), (0.5, [4800, 4864, 4928, 950])):
-        assert data.held_out(found, 32, share, most=6 * 32) == begins
+    given, own = data.GIVEN_KIND, data.OWN_KIND
+    assert data.held_out(found, 32, 0.0, most=6 * 32) == {given: [4800, 4832, 4864, 4896, 4928, 4960]}
+    assert data.held_out(found, 32, 0.5, most=6 * 32) == {given: [4800, 4864, 4928], own: [950]}
+
+
+def test_every_text_of_a_mixture_is_held_out(tmp_path):
+    for name, count in (("a", 4000), ("b", 400), ("c", 60)):
+        (tmp_path / f"{name}.txt").write_text(name * count)
+    given = [f"{tmp_path}/a.txt=3", str(tmp_path / "b.txt"), str(tmp_path / "c.txt")]
+    labels = make_corpus(given, pico.tokenizer(), 1000, tmp_path / "corpus", window=32)
+    found = open_corpus(tmp_path / "corpus")
+    assert labels == ["a.txt", "b.txt", "c.txt"]
+    # three fifths of a; b and c share the rest, and c has fewer than its share
+    sizes = {label: end - begin for label, begin, end in found.held_out_ranges()}
+    assert sizes == {"a.txt": 32, "b.txt": 32, "c.txt": 15} and found.train_end == 600 + 200 + 60 - 32 - 32 - 15
+    a, b = np.searchsorted(found.starts, [0, 568])
+    assert found.starts[a] == 0 and found.starts[b] == 568
+    texts = {label: {*found.ids[begin:end].tolist()} for label, begin, end in found.held_out_ranges()}
+    assert all(len(tokens) == 1 for tokens in texts.values()) and len(set.union(*texts.values())) == 3
+    assert data.held_out(found, 32) == {"a.txt": [found.train_end], "b.txt": [found.train_end + 32]}
+
+
+def test_training_never_runs_attention_of_cudnn(small, tmp_path, monkeypatch):
+    """Its backward pass gives NaN on Hopper where all scores of a row are far below zero."""
+    enabled, step = [], loop.Trainer._step
+    monkeypatch.setattr(
+        loop.Trainer, "_step", lambda *given: (enabled.append(torch.backends.cuda.cudnn_sdp_enabled()), step(*given))[1]
+    )
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    heal(HealConfig(**{**small, "tokens": 4 * 512}, out=tmp_path / "out"), QUIET)
+    assert enabled and not any(enabled) and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_the_best_state_is_that_of_the_worst_kind(small, tmp_path):
+    code = tmp_path / "code.txt"
+    code.write_text("def f(x):\n    return x + 1\n" * 400)
+    mixture = {**small, "data": [f"{small['data']}=2", str(code)], "tokens": 8 * 512}
+    report = heal(HealConfig(**mixture, out=tmp_path / "out"), QUIET)
+    assert report["heal"]["text"] == f"{Path(small['data']).name} ×2, code.txt"
+    curve = report["heal"]["curve"]
+    assert list(curve[0]["kinds"]) == [Path(small["data"]).name, "code.txt"]
+    worst = [max(entry["kinds"].values()) for entry in curve]
+    assert report["heal"]["best_tokens"] == curve[int(np.argmin(worst))]["tokens"] > 0
 
 
 # The run

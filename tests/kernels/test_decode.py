@@ -156,7 +156,7 @@ def test_number_of_splits(programs, capacity, paged, splits):
     assert choose_splits(DecodeConfig(32, 32), 132, programs, capacity, paged) == splits
 
 
-@pytest.mark.parametrize("rank", range(16, 577, 16))
+@pytest.mark.parametrize("rank", range(16, 1025, 16))
 def test_default_configuration_fits(rank):
     first, second = rank_chunks(rank)
     assert rank <= first + second < rank * 4 / 3 + 1

@@ -133,11 +133,16 @@ def test_environment_overrides_configuration(monkeypatch):
         configuration_mla.kernel_choice(config)
 
 
+PACKED = {"version": 1, "kind": "int4", "group": 32, "rope": "fp8"}
+
+
+@pytest.mark.parametrize("latent_cache", [None, PACKED], ids=["numbers", "packed"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_is_the_same(on_any_device, monkeypatch, cache):
+def test_generation_is_the_same(on_any_device, monkeypatch, cache, latent_cache):
     config = configuration_mla.MlaLlamaConfig(
         vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3,
         num_key_value_heads=3, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, qk_head_dim=32,
+        latent_cache=latent_cache,
     )  # fmt: skip
     torch.manual_seed(0)
     model = modeling_mla.MlaLlamaForCausalLM(config).eval()

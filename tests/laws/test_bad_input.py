@@ -535,3 +535,30 @@ def test_what_no_longer_fits_is_not_resumed(cli, source, small, tmp_path, monkey
     assert cli(source, *small, *change, "--out", tmp_path / "whole")[0] == 0
     for path in shards(tmp_path / "whole"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("steps, layers", [(9, 2), (12, 3)])
+def test_interrupted_before_the_last_steps(cli, source, small, tmp_path, monkeypatch, steps, layers):
+    """Where all layers take the last steps together, blocks are kept before them: of 8 steps, of 3, then the last 3."""
+    options = (*small, "--refine-steps", 3, "--refine-block", 2, "--block-steps", 2, "--output-steps", 3, "--output-layers", 3,
+               "--kv-ratio", 0.4)  # fmt: skip
+    assert cli(source, *options, "--out", tmp_path / "whole")[0] == 0
+    counts = []
+    for at in (steps, 10**9):
+        with monkeypatch.context() as patch:
+            taken = []
+
+            def step(*_, at=at, taken=taken):
+                taken.append(1)
+                if len(taken) > at:
+                    raise KeyboardInterrupt
+
+            patch.setattr(Progress, "step", step)
+            code, out, err = cli(source, *options)
+        counts.append(len(taken))
+        if at == steps:
+            assert_one_line(code, out, err, INTERRUPTED, f"{layers} layers are kept")
+    assert code == 0 and counts == [steps + 1, 14 - (8 if layers == 2 else 11)]
+    for path in shards(tmp_path / "whole"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert not [*(tmp_path / "out").glob("draft*")] and not (tmp_path / ".out.partial").exists()

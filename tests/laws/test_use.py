@@ -1,40 +1,18 @@
 """Common uses of a converted model: adapters, quantised weights, caches of all kinds, training."""
 
-import copy
-
 import pico
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
+from uses import FEATURES, IDS, cached_error, load
 
 import mla_convert  # noqa: F401  (registers the converted classes)
-from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.decode_mla import absorbed_attention, linear_map
-
-IDS = torch.randint(3, 260, (2, 17), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(params=["llama", "qwen3"])
 def folder(request, convert_pico):
     return convert_pico(request.param, rank=22, rope_dim=10).out
-
-
-def load(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
-
-
-@torch.no_grad()
-def cached_error(model, ids=IDS):
-    """Largest difference of a logit with and without a cache, relative to their range: 12 tokens, then one at a time."""
-    cache, whole = DynamicCache(config=model.config), model(input_ids=ids, use_cache=False).logits.float()
-    parts = [
-        model(input_ids=part, **with_cache(unwrapped(model), cache)).logits for part in ids.split([12, *[1] * 5], dim=1)
-    ]
-    return ((torch.cat(parts, dim=1).float() - whole).abs().max() / (whole.max() - whole.min())).item()
-
-
-def unwrapped(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 ADAPTERS = {
@@ -260,46 +238,6 @@ def test_a_step_of_trl(folder, tmp_path):
     before = model.model.layers[0].self_attn.kv_b_proj.weight.clone()
     trl.SFTTrainer(model, args=settings, train_dataset=rows, processing_class=pico.tokenizer()).train()
     assert not torch.equal(before, model.model.layers[0].self_attn.kv_b_proj.weight)
-
-
-# Features of `generate`. At full rank a converted model must give its original's text.
-K = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
-
-
-def assisted(model, original):
-    """Both models have the same assistant, so that the same drafts are accepted."""
-    assistant = copy.deepcopy(original)
-    torch.manual_seed(3)
-    for parameter in assistant.parameters():
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
-    return model.generate(IDS[:1], assistant_model=assistant, **K)
-
-
-def cropped(model, _):
-    cache = DynamicCache(config=model.config)
-    model(IDS[:1, :9], **with_cache(model, cache))
-    cache.crop(-3)
-    return model(IDS[:1, 6:10], **with_cache(model, cache)).logits.argmax(-1)
-
-
-def reused(model, _):
-    cache = DynamicCache(config=model.config)
-    first = model.generate(IDS[:1], past_key_values=cache, **K)
-    return model.generate(torch.cat([first, IDS[1:, :5]], dim=1), past_key_values=cache, **K)
-
-
-FEATURES = {
-    "beams": lambda model, _: model.generate(IDS, num_beams=3, num_return_sequences=2, **K),
-    "assisted": assisted,
-    "prompt lookup": lambda model, _: model.generate(IDS[:1].repeat(1, 2), prompt_lookup_num_tokens=3, **K),
-    "cropped": cropped,
-    "reused": reused,
-    "chunked prefill": lambda model, _: model.generate(IDS, prefill_chunk_size=5, **K),
-    "embeddings": lambda model, _: model.generate(inputs_embeds=model.get_input_embeddings()(IDS), **K),
-    "packed": lambda model, _: model(
-        IDS[:1], position_ids=torch.tensor([[*range(8), *range(9)]]), use_cache=False
-    ).logits.argmax(-1),
-}
 
 
 @torch.no_grad()

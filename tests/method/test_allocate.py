@@ -1,11 +1,12 @@
 """Allocation of a cache budget to layers."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from mla_convert.method.factorise.allocate import MAX_ROPE, LayerLoss, allocate, curve, most_rank, most_rope, probes
-from mla_convert.method.factorise.sizes import LayerSize, Plan
+from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan
 from mla_convert.source.shape import AttentionShape
 
 SHAPE = AttentionShape(layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -97,3 +98,35 @@ def test_a_layer_without_rope_gets_rank_only():
     sizes = allocate(PLAN, found, 2, 1.0)
     assert sizes[1].rope_dim == 0 and sizes[1].rank >= sizes[0].rank > 0 < sizes[0].rope_dim
     assert sum(size.width for size in sizes) == 3 * PLAN.cache_width
+
+
+def quantised(kind, **fields):
+    return replace(PLAN, rank=64, rope_dim=16, cache=CacheFormat(kind, 64, "fp8"), shape=WIDE, **fields)
+
+
+WIDE = AttentionShape(layers=3, hidden_size=512, num_heads=8, num_kv_heads=4, head_dim=32)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4", "mixed"])
+def test_bytes_of_packed_rows_are_the_budget(kind):
+    plan = quantised(kind, budget=128)
+    losses = [
+        LayerLoss(
+            {rank: weight * 2.0 ** (-rank / 32) for rank in (32, 64, 128, 192)},
+            {rope: weight * 2.0 ** (-rope / 16) for rope in (0, 16, 32, 64)},
+            {wide: weight * 0.1 * 2.0 ** (-wide / 16) for wide in (0, 32, 64)} if kind == "mixed" else {},
+        )
+        for weight in (1.0, 4.0, 0.25)
+    ]
+    sizes = allocate(plan, losses, 16, 1.0)
+    held = [plan.cache.row_bytes(size) for size in sizes]
+    assert 3 * 128 - 48 <= sum(held) <= 3 * 128 and held[1] > held[0] > held[2]
+    assert all(size.wide <= size.rank and size.rank % plan.cache.units(16)[0] == 0 for size in sizes)
+    assert any(size.wide for size in sizes) == (kind == "mixed")
+
+
+def test_eight_bits_go_where_they_save_most():
+    flat, steep = ({0: 1e-6, 32: 1e-6, 64: 1e-6}, {0: 1.0, 32: 0.1, 64: 0.0})
+    losses = [LayerLoss({64: 1.0, 192: 0.9}, {16: 1.0, 32: 0.99}, wide) for wide in (flat, steep, flat)]
+    sizes = allocate(quantised("mixed", budget=112), losses, 16, 1.0)
+    assert sizes[1].wide >= 32 and sizes[0].wide == sizes[2].wide == 0

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mla_convert.core.cuda_graph import CaptureError
+from mla_convert.core.processes import alone
 from mla_convert.core.report_schema import CalibrationSection
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate import self_generated
@@ -104,20 +105,31 @@ def test_texts_longer_than_a_window_are_made_of_several(opened):
     assert torch.equal(texts, short.view(3, -1)[:, : 2 * window + 1])
 
 
-def test_pairs_of_windows_are_replaced():
-    assert self_generated.chosen(8, 0.5).tolist() == [False, False, True, True] * 2
-    assert not self_generated.chosen(8, 0.0).any() and self_generated.chosen(7, 1.0).all()
-    assert self_generated.chosen(400, 0.3).float().mean() == pytest.approx(0.3, abs=0.01)
+def test_pairs_of_windows_are_spread_evenly():
+    assert self_generated.arrangement(4, 4).tolist() == [False, False, True, True] * 2
+    assert self_generated.arrangement(2, 7).sum() == 7 and not self_generated.arrangement(3, 0).any()
+    places = self_generated.arrangement(280, 120)
+    assert torch.equal(places[::2], places[1::2]) and all(10 <= part.sum() <= 14 for part in places.split(40))
+
+
+def test_texts_that_are_too_short_are_filled_up():
+    unset, half = ConvertConfig(source="x"), ConvertConfig(source="x", calib_self_generated=0.5)
+    assert self_generated.generated_windows(unset, 50, 100, 0.5) == 50
+    assert self_generated.generated_windows(unset, 30, 100, 0.5) == 70
+    assert self_generated.generated_windows(half, 30, 100, 0.5) == 30  # the fraction was set
+    assert self_generated.generated_windows(unset, 30, 100, 0.0) == 0
+    everything = ConvertConfig(source="x", calib_self_generated=1)
+    assert self_generated.generated_windows(everything, 1, 100, 1.0) == 99
 
 
 def test_windows_keep_their_first_token_and_their_length(opened, sources, monkeypatch):
     monkeypatch.setattr(self_generated, "TEXT_TOKENS", 10)  # several texts a window
     source = opened("llama")
     windows = torch.full((8, 24), 7)
-    found = self_generated.mixed(windows, 0.5, source, source.tokenizer(), CPU, seed=0)
-    replaced = self_generated.chosen(8, 0.5)
-    assert found.shape == windows.shape and (found[~replaced] == 7).all() and not (found[replaced] == 7).all()
-    assert self_generated.mixed(windows, 0.0, source, source.tokenizer(), CPU, seed=0) is windows
+    found = self_generated.mixed(windows, 4, source, source.tokenizer(), alone(CPU), seed=0)
+    places = self_generated.arrangement(8, 4)
+    assert found.shape == (12, 24) and (found[~places] == 7).all() and not (found[places] == 7).all()
+    assert self_generated.mixed(windows, 0, source, source.tokenizer(), alone(CPU), seed=0) is windows
 
 
 def test_default(opened):

@@ -70,3 +70,25 @@ def test_largest_rank_is_full_rank(rope_dim):
     assert sizes(PICO, rank=full, rope_dim=rope_dim) == sizes(PICO, rank="full", rope_dim=rope_dim) == (full, rope_dim)
     with pytest.raises(InputError, match=f"rank {full + 1} is above full rank: .* rank {full};"):
         make_plan(Settings(rank=full + 1, rope_dim=rope_dim), PICO)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4", "auto"])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("ratio", [0.5, 0.25, 0.125])
+def test_quantised_rows_fill_their_share_of_the_bytes(shape, kind, ratio):
+    plan = make_plan(Settings(kv_ratio=ratio, cache_dtype=kind), shape)
+    larger = make_plan(Settings(kv_ratio=ratio), shape)
+    assert plan.cache_ratio <= ratio and plan.budget == ratio * 2 * shape.cache_width
+    assert plan.rank >= larger.rank
+    if plan.rank < plan.full_rank:
+        assert plan.row_bytes > plan.budget - 64
+    row = plan.cache.row(plan.layer(0))
+    assert (row.kind, row.row_bytes) == ({"auto": "mixed"}.get(kind, kind), plan.row_bytes)
+    assert plan.latent_cache["kind"] == row.kind and row.group == (0 if kind == "fp8" else 64)
+
+
+def test_a_row_that_does_not_fit_is_refused():
+    with pytest.raises(InputError, match="less than the smallest row in int4"):
+        make_plan(Settings(kv_ratio=0.25, cache_dtype="int4"), PICO)
+    with pytest.raises(InputError, match="rank 7 is odd"):
+        make_plan(Settings(rank=7, rope_dim=8, cache_dtype="int4"), PICO)

@@ -272,7 +272,13 @@ def test_written_recipe_holds_every_setting_and_no_path(convert_pico, sources):
     assert str(sources("llama").parent) not in content and os.path.expanduser("~") + "/" not in content
     assert "# source was a local file or folder" in content and "# text.txt was a local file" in content
     recipe = load_recipe(report.out / "recipe.yaml")
-    absent = {"kv_ratio", "engine", "held_out", *(name for name in Settings.model_fields if name.startswith("heal_"))}
+    absent = {
+        "kv_ratio",
+        "cache_group",
+        "engine",
+        "held_out",
+        *(name for name in Settings.model_fields if name.startswith("heal_")),
+    }
     assert recipe.settings.model_fields_set == {*Settings.model_fields} - absent
     assert None not in recipe.settings.model_dump(exclude=absent).values()
     assert recipe.settings.rank == report.cache["kv_lora_rank"] and recipe.source == "source"

@@ -34,10 +34,18 @@ def test_defaults_depend_on_the_device(resolved):
 
 
 def test_steps_of_blocks_follow_the_windows_that_the_text_fills(resolved):
-    full = resolved(device=CUDA)
-    few = full.for_windows(250, 256)
-    assert few.calibration == (250, 256)
+    full = resolved(device=CUDA, calib_self_generated=0)
+    few = full.for_texts(250, 256)
+    assert few.calibration == (250, 256) and few.generated == 0
     assert few.refinement.block_steps == 200 * 250 // 125 < full.refinement.block_steps
+
+
+def test_self_generated_windows_stand_beside_those_of_the_texts(resolved):
+    mixed = resolved(device=CUDA, calib_self_generated=0.75, calib_samples=200).for_texts(50, 256)
+    assert (mixed.calibration, mixed.generated) == ((200, 256), 150)
+    assert mixed.self_generated == mixed.chosen["calib_self_generated"] == 0.75
+    again = resolved(device=CUDA, calib_self_generated=0.75, calib_samples=mixed.calibration[0])
+    assert again.for_texts(50, 256).calibration == mixed.calibration  # as a recipe repeats it
 
 
 def test_it_is_frozen(resolved):

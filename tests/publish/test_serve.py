@@ -243,7 +243,7 @@ def test_serve_check_refuses_in_one_line(cli, exported, tabled, profile, options
 
 
 def test_serve_check_of_a_folder_that_is_no_export(cli, tabled):
-    code, _, err = cli("serve-check", tabled, "--engine", "transformers")
+    code, _, err = cli("serve-check", tabled.parent, "--engine", "transformers")
     assert code == 4 and "export.json" in err
 
 

@@ -8,7 +8,7 @@ import yaml
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.recipes import build_config
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.heal.checks import check_conversion
+from mla_convert.heal.checks import check_conversion, conversion_text
 from mla_convert.source import mixture, texts
 from mla_convert.source.mixture import Part, parts, quotas
 
@@ -58,7 +58,7 @@ def test_quotas_are_whole_and_add_up():
 def test_windows_by_weight(files):
     found = load(config(files, "a.txt", "b.txt=3"))
     assert letters(found.calib) == {"a": 3, "b": 9} and found.calib_counts == {"a.txt": 3, "b.txt": 9}
-    assert found.calib_protocol == "a.txt, b.txt ×3, 12 windows of 40 tokens"
+    assert found.calib_protocol() == "a.txt, b.txt ×3, 12 windows of 40 tokens"
     assert torch.equal(found.calib, load(config(files, "a.txt", "b.txt=3")).calib)
     # in one random order, not one text after another
     first = pico.tokenizer().decode(found.calib[:3, 1])
@@ -110,7 +110,9 @@ def test_a_recipe_repeats_it(convert_folder, sources, tmp_path):
 
 def test_options_and_healing(files):
     assert build_config({"source": "x/y", "calib": ["a", "b=2"]}).calib == ["a", "b=2"]
-    several = config(files, "a.txt", "b.txt", heal_tokens=1000)
-    with pytest.raises(UsageError, match="name one with --heal-data"):
-        check_conversion(several, 256)
-    check_conversion(several.model_copy(update={"heal_data": str(files / "b.txt")}), 256)
+    several = config(files, "a.txt", "b.txt", heal_tokens=1000, eval=str(files / "c.txt"))
+    check_conversion(several, 256)  # healing trains on what calibration reads
+    assert conversion_text(several) == several.calib
+    check_conversion(several.model_copy(update={"heal_data": [str(files / "b.txt=2")]}), 256)
+    with pytest.raises(UsageError, match=r"a\.txt is the text to train on"):
+        check_conversion(several.model_copy(update={"eval": str(files / "a.txt")}), 256)

@@ -6,8 +6,10 @@ from torch import Tensor
 from . import ops
 from .naive import find_mask_bounds, naive_decode, naive_write
 from .problem import (
+    MAX_RANK,
     DecodeProblem,
     check_block_table,
+    check_cache,
     check_options,
     check_queries,
     check_rows,
@@ -15,8 +17,18 @@ from .problem import (
     check_widths,
     expect,
 )
+from .rows import RowFormat
 
-__all__ = ["find_mask_bounds", "mask_extent", "mla_decode", "mla_write", "naive_decode", "naive_write"]
+__all__ = [
+    "MAX_RANK",
+    "RowFormat",
+    "find_mask_bounds",
+    "mask_extent",
+    "mla_decode",
+    "mla_write",
+    "naive_decode",
+    "naive_write",
+]
 
 # Its former name, under which the code beside earlier converted models calls it.
 mask_extent = find_mask_bounds
@@ -26,7 +38,7 @@ def mla_decode(
     q_latent: Tensor,
     q_rope: Tensor,
     latent_cache: Tensor,
-    rope_cache: Tensor,
+    rope_cache: Tensor | None,
     cache_seqlens: Tensor | None,
     *,
     softmax_scale: float,
@@ -39,6 +51,7 @@ def mla_decode(
     mask: Tensor | None = None,
     mask_bounds: Tensor | None = None,
     extent: Tensor | None = None,
+    row_format: RowFormat | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of absorbed queries on a latent cache that all heads share (arXiv 2405.04434, section 2.1.2).
 
@@ -47,11 +60,12 @@ def mla_decode(
 
     Args:
         q_latent: (B, T, H, r), queries carried through the key up-projection. T query tokens per sequence, the last T of
-            its `cache_seqlens` tokens; their own rows are already in the cache. r a multiple of 16, 16 to 576; H 1 to 128.
+            its `cache_seqlens` tokens; their own rows are already in the cache. r a multiple of 16, 16 to 1024; H 1 to 128.
         q_rope: (B, T, H, p), rotated queries. p a multiple of 16, 0 to 128.
         latent_cache: (B, S, r), or (pages, page_size, r) with a block table. Any strides, but the last dimension contiguous.
-            Rows past a sequence's length may hold anything, NaN included.
-        rope_cache: (B, S, p), or (pages, page_size, p).
+            Rows past a sequence's length may hold anything, NaN included. With `row_format`, packed rows of `row_bytes` uint8
+            in place of r numbers, on addresses that are multiples of 16.
+        rope_cache: (B, S, p), or (pages, page_size, p); None with `row_format`.
         cache_seqlens: (B,) int32, tokens in the cache of each sequence, 0 upwards, contiguous. Not read on the host.
         softmax_scale: multiplies the scores, > 0.
         block_table: (B, max_pages) int32, page of every page_size tokens; entries past a length are not read.
@@ -66,6 +80,7 @@ def mla_decode(
             drafts. Tokens outside `mask_bounds` are not read.
         mask_bounds: (3, B) int32, `find_mask_bounds(mask)`; layers that share a mask need it once. Computed if None.
         extent: the former name of `mask_bounds`, which the code beside earlier converted models uses.
+        row_format: what the packed rows of a quantised cache hold; None for a cache of numbers.
 
     Returns:
         Attended latents (B, T, H, r) in the queries' dtype, with the lse if asked for. A query that sees no token gets
@@ -86,7 +101,7 @@ def mla_decode(
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q_latent.device)
     problem = DecodeProblem(
         q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table, softmax_scale, num_splits or 0, softcap,
-        window or 0, mask, mask_bounds, out, lse,
+        window or 0, mask, mask_bounds, out, lse, row_format,
     )  # fmt: skip
     problem.check()
     ops.decode(*problem)
@@ -100,17 +115,18 @@ def mla_write(
     cos: Tensor,
     sin: Tensor,
     latent_cache: Tensor,
-    rope_cache: Tensor,
+    rope_cache: Tensor | None,
     positions: Tensor,
     *,
     block_table: Tensor | None = None,
+    row_format: RowFormat | None = None,
 ) -> Tensor:
     """Append T new tokens per sequence to the caches, in place, with rotated keys; return the rotated queries.
 
     RoPE (arXiv 2104.09864) acts on complex planes: a row of p numbers holds p / 2 real parts, then p / 2 imaginary ones.
 
     Args:
-        latent: (B, T, r), stored as they are.
+        latent: (B, T, r), stored as they are, or quantised where there is a format.
         k_rope: (B, T, p), keys before RoPE.
         q_rope: (B, T, H, p), queries before RoPE.
         cos: (B, T, p / 2), cosines of the tokens' angles, one per plane; float32 or the queries' dtype; B may be expanded.
@@ -119,6 +135,7 @@ def mla_write(
         rope_cache: as in `mla_decode`.
         positions: (B, T), int32 or int64, index of the token in its sequence; a token of negative position is not stored.
         block_table: as in `mla_decode`.
+        row_format: as in `mla_decode`. The rotated key is rounded to its dtype before it is quantised.
 
     Returns:
         Rotated queries (B, T, H, p), contiguous.
@@ -136,10 +153,17 @@ def mla_write(
     check_shape("cos", cos, batch, tokens, rope_dim // 2)
     check_shape("sin", sin, batch, tokens, rope_dim // 2)
     check_shape("positions", positions, batch, tokens)
-    check_shape("latent_cache", latent_cache, batch if block_table is None else None, None, rank)
-    check_shape("rope_cache", rope_cache, latent_cache.shape[0], latent_cache.shape[1], rope_dim)
-    check_rows(latent.dtype, latent.device, latent=latent, k_rope=k_rope, q_rope=q_rope,
-               latent_cache=latent_cache, rope_cache=rope_cache)  # fmt: skip
+    check_cache(
+        latent_cache,
+        rope_cache,
+        row_format,
+        rank,
+        rope_dim,
+        batch if block_table is None else None,
+        latent.dtype,
+        latent.device,
+    )
+    check_rows(latent.dtype, latent.device, latent=latent, k_rope=k_rope, q_rope=q_rope)
     check_rows(cos.dtype, latent.device, cos=cos, sin=sin)
     expect(
         positions.dtype in (torch.int32, torch.int64),
@@ -147,4 +171,4 @@ def mla_write(
     )
     if block_table is not None:
         check_block_table(block_table, latent.device, batch)
-    return ops.write(latent, k_rope, q_rope, cos, sin, latent_cache, rope_cache, positions, block_table)
+    return ops.write(latent, k_rope, q_rope, cos, sin, latent_cache, rope_cache, positions, block_table, row_format)

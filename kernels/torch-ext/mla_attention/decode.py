@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def _launch_triton(
     from .decode_kernels import mla_decode_fwd_kernel_split
 
     q_latent, q_rope, latent_cache, rope_cache, _, block_table, softmax_scale, _, softcap, window, mask, _, out, lse = (
-        problem
+        problem[:14]
     )
     batch, tokens, heads, rank = q_latent.shape
     rope_dim, rows, page_size = q_rope.shape[3], tokens * heads, problem.page_size
@@ -112,10 +113,10 @@ def _launch_triton(
         **options,
     )  # fmt: skip
     if num_splits > 1:
-        _combine_triton(problem, seen, part, part_lse, num_splits, processors, config)
+        combine_triton(problem, seen, part, part_lse, num_splits, processors, config)
 
 
-def _combine_triton(
+def combine_triton(
     problem: DecodeProblem, seen: SequenceMask, part: Tensor, part_lse: Tensor, num_splits: int, processors: int,
     config: DecodeConfig,
 ) -> None:  # fmt: skip
@@ -139,15 +140,21 @@ def _combine_triton(
 def _launch_hopper(
     problem: DecodeProblem, seen: SequenceMask, num_splits: int, workers: int, config: DecodeConfig
 ) -> bool:
-    """Launch the CUDA kernels. Where they cannot be compiled or loaded, return False, and warn the first time."""
+    """Launch the CUDA kernels, if possible."""
+    from .hopper import hopper_launch
+
+    return attempt(lambda: hopper_launch(problem, seen, num_splits, workers, config))
+
+
+def attempt(launch: Callable[[], None]) -> bool:
+    """Launch CUDA kernels. Where they cannot be compiled or loaded, return False, and warn the first time."""
     global _unavailable
     if _unavailable:
         return False
-    from .hopper import hopper_launch
     from .nvrtc import KernelUnavailableError
 
     try:
-        hopper_launch(problem, seen, num_splits, workers, config)
+        launch()
     except KernelUnavailableError as error:
         _unavailable = True
         warnings.warn(f"mla_attention: the CUDA kernels for Hopper do not serve here: {error}", stacklevel=2)
@@ -167,9 +174,14 @@ def launch_decode(problem: DecodeProblem, config: DecodeConfig | None = None) ->
     if batch == 0 or rows == 0:
         return
     processors, shared_limit, card = device_limits(problem.q_latent.device)
+    seen = SequenceMask.of(problem)
+    if problem.row_format is not None:
+        from .packed import launch_packed
+
+        launch_packed(problem, seen, processors, shared_limit, config)
+        return
     if config is None and os.environ.get(HOPPER) != "0":
         config = hopper_config(rank, rope_dim, shared_limit)
-    seen = SequenceMask.of(problem)
     num_splits = problem.num_splits
     if config and config.hopper:
         workers = max(processors // -(-rows // config.block_m), 1)

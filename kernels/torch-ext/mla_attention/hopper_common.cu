@@ -19,6 +19,7 @@ struct Arguments {
     int window, batch, tokens, heads, workers, min_tiles, splits, c_rows, k_rows;
 };
 
+#if !PACKED
 constexpr int ROWS = 64;                  // query rows of a program
 constexpr int CHUNKS = (RANK + 63) / 64;  // of 64 columns, 128 bytes: what one swizzled row holds
 constexpr int ROPES = (ROPE + 63) / 64;
@@ -38,6 +39,7 @@ constexpr int AT_Q = 0, AT_TILES = ALL * Q_CHUNK, AT_EXCHANGE = AT_TILES + STAGE
 // went to several warpgroups could let one of them in while the tile before is still on its way.
 static_assert(BY_COLUMNS || STAGES % GROUPS == 0, "each stage belongs to one warpgroup");
 constexpr int PIECES = PAGE && PAGE < BLOCK_N ? BLOCK_N / PAGE : 1, PIECE = BLOCK_N / PIECES;  // boxes that a tile is loaded in
+#endif
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }

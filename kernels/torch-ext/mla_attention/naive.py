@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .rows import RowFormat, naive_pack, naive_unpack
+
 
 def gather_pages(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
     """Paged cache (pages, page_size, d) as (B, max_pages * page_size, d). Entries of the table past a length are not read."""
@@ -39,7 +41,7 @@ def naive_decode(
     q_latent: Tensor,
     q_rope: Tensor,
     latent_cache: Tensor,
-    rope_cache: Tensor,
+    rope_cache: Tensor | None,
     cache_seqlens: Tensor | None,
     *,
     softmax_scale: float,
@@ -47,6 +49,7 @@ def naive_decode(
     softcap: float = 0.0,
     window: int | None = None,
     mask: Tensor | None = None,
+    row_format: RowFormat | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the absorbed queries on the latents (arXiv 2405.04434, section 2.1.2), written out.
@@ -61,7 +64,7 @@ def naive_decode(
         cache_seqlens = find_mask_bounds(mask)[1]
     if block_table is not None:
         latent_cache = gather_pages(latent_cache, block_table, cache_seqlens)
-        rope_cache = gather_pages(rope_cache, block_table, cache_seqlens)
+        rope_cache = None if rope_cache is None else gather_pages(rope_cache, block_table, cache_seqlens)
     tokens = q_latent.shape[1]
     position = torch.arange(latent_cache.shape[1], device=latent_cache.device)
     outs, lses = [], []
@@ -75,8 +78,11 @@ def naive_decode(
             seen = mask[b, :, : len(position)] & (position < length)
         # A token that no query sees may be NaN, and 0 * NaN is NaN.
         there = (seen.any(0) & (position < length))[:, None]
-        latent = torch.where(there, latent_cache[b].to(compute_dtype), 0)
-        rope = torch.where(there, rope_cache[b].to(compute_dtype), 0)
+        if row_format is None:
+            latent, rope = latent_cache[b].to(compute_dtype), rope_cache[b].to(compute_dtype)
+        else:
+            latent, rope = naive_unpack(latent_cache[b], q_latent.shape[3], q_rope.shape[3], row_format, compute_dtype)
+        latent, rope = torch.where(there, latent, 0), torch.where(there, rope, 0)
         logits = torch.einsum("thr,sr->hts", q_latent[b].to(compute_dtype), latent)
         logits = (logits + torch.einsum("thp,sp->hts", q_rope[b].to(compute_dtype), rope)) * softmax_scale
         if softcap:
@@ -101,10 +107,11 @@ def naive_write(
     cos: Tensor,
     sin: Tensor,
     latent_cache: Tensor,
-    rope_cache: Tensor,
+    rope_cache: Tensor | None,
     positions: Tensor,
     *,
     block_table: Tensor | None = None,
+    row_format: RowFormat | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Append latents and rotated keys to the caches, in place; return the rotated queries.
@@ -115,7 +122,7 @@ def naive_write(
         Rotated queries (B, T, H, p).
     """
     cos, sin = cos.to(compute_dtype), sin.to(compute_dtype)
-    key = rotate(k_rope.to(compute_dtype), cos, sin).to(rope_cache.dtype)
+    key = rotate(k_rope.to(compute_dtype), cos, sin)
     query = rotate(q_rope.to(compute_dtype), cos[:, :, None], sin[:, :, None]).to(q_rope.dtype)
     kept = positions >= 0
     where = positions.clamp(min=0).long()
@@ -126,6 +133,9 @@ def naive_write(
         page_size = latent_cache.shape[1]
         outer = block_table.long().gather(1, where // page_size)
         inner = where % page_size
+    if row_format is not None:
+        latent_cache[outer[kept], inner[kept]] = naive_pack(latent[kept], key[kept].to(k_rope.dtype), row_format)
+        return query
     latent_cache[outer[kept], inner[kept]] = latent[kept].to(latent_cache.dtype)
-    rope_cache[outer[kept], inner[kept]] = key[kept]
+    rope_cache[outer[kept], inner[kept]] = key[kept].to(rope_cache.dtype)
     return query

@@ -5,23 +5,26 @@ On CUDA an operator launches kernels; on the CPU the reference computes in float
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._namespace import add_op_namespace_prefix
 from .naive import naive_decode, naive_write
 from .problem import DecodeProblem
+from .rows import RowFormat
 
 # The fields of DecodeProblem in their order. The operator fills `out` and `lse`; `num_splits` 0 is chosen by the launcher,
 # `window` 0 is none, and `extent`, the name in graphs that were exported before, is `mask_bounds`.
 DECODE_SCHEMA = (
-    "(Tensor q_latent, Tensor q_rope, Tensor latent_cache, Tensor rope_cache, Tensor? cache_seqlens, Tensor? block_table, "
+    "(Tensor q_latent, Tensor q_rope, Tensor latent_cache, Tensor? rope_cache, Tensor? cache_seqlens, Tensor? block_table, "
     "float softmax_scale, SymInt num_splits, float softcap, SymInt window, Tensor? mask, Tensor? extent, "
-    "Tensor(a12!) out, Tensor(a13!) lse) -> ()"
+    "Tensor(a12!) out, Tensor(a13!) lse, int[]? row_format=None) -> ()"
 )
 WRITE_SCHEMA = (
-    "(Tensor latent, Tensor k_rope, Tensor q_rope, Tensor cos, Tensor sin, Tensor(a5!) latent_cache, Tensor(a6!) rope_cache, "
-    "Tensor positions, Tensor? block_table) -> Tensor"
+    "(Tensor latent, Tensor k_rope, Tensor q_rope, Tensor cos, Tensor sin, Tensor(a5!) latent_cache, Tensor(a6!)? rope_cache, "
+    "Tensor positions, Tensor? block_table, int[]? row_format=None) -> Tensor"
 )
 
 
@@ -29,30 +32,37 @@ def _cpu_precision(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def as_problem(*fields: Any) -> DecodeProblem:
+    """The problem of an operator's arguments, which hold the format as a list of numbers."""
+    problem = DecodeProblem(*fields)
+    return problem if problem.row_format is None else problem._replace(row_format=RowFormat(*problem.row_format))
+
+
 @torch.library.custom_op(
     add_op_namespace_prefix("decode"), mutates_args=("out", "lse"), device_types="cuda", schema=DECODE_SCHEMA
 )
-def decode(*problem: Tensor | float | None) -> None:
+def decode(*problem: Any) -> None:
     """Launch the kernels of a decode call, the fields of a checked `DecodeProblem`."""
     from .decode import launch_decode
 
-    launch_decode(DecodeProblem(*problem))
+    launch_decode(as_problem(*problem))
 
 
 @decode.register_kernel("cpu")
-def _(*arguments: Tensor | float | None) -> None:
-    problem = DecodeProblem(*arguments)
+def _(*arguments: Any) -> None:
+    problem = as_problem(*arguments)
     attended, natural = naive_decode(
         problem.q_latent, problem.q_rope, problem.latent_cache, problem.rope_cache, problem.cache_seqlens,
         softmax_scale=problem.softmax_scale, block_table=problem.block_table, softcap=problem.softcap,
-        window=problem.window or None, mask=problem.mask, compute_dtype=_cpu_precision(problem.q_latent),
+        window=problem.window or None, mask=problem.mask, row_format=problem.row_format,
+        compute_dtype=_cpu_precision(problem.q_latent),
     )  # fmt: skip
     problem.out.copy_(attended)
     problem.lse.copy_(natural)
 
 
 @decode.register_fake
-def _(*arguments: Tensor | float | None) -> None:
+def _(*arguments: Any) -> None:
     return None
 
 
@@ -62,21 +72,28 @@ def _(*arguments: Tensor | float | None) -> None:
     device_types="cuda",
     schema=WRITE_SCHEMA,
 )
-def write(*arguments: Tensor | None) -> Tensor:
+def write(*arguments: Any) -> Tensor:
     """Launch the kernel of a write call, the arguments of `mla_write`; return the rotated queries."""
     from .write import write_triton
 
     query = torch.empty_like(arguments[2], memory_format=torch.contiguous_format)
-    write_triton(*arguments, query)
+    write_triton(*arguments[:9], query, _row_format(arguments))
     return query
 
 
+def _row_format(arguments: tuple[Any, ...]) -> RowFormat | None:
+    """The format among the arguments of a write call, which graphs of earlier versions do not have."""
+    return RowFormat(*arguments[9]) if len(arguments) > 9 and arguments[9] is not None else None
+
+
 @write.register_kernel("cpu")
-def _(*arguments: Tensor | None) -> Tensor:
-    *inputs, block_table = arguments
-    return naive_write(*inputs, block_table=block_table, compute_dtype=_cpu_precision(arguments[0]))
+def _(*arguments: Any) -> Tensor:
+    return naive_write(
+        *arguments[:8], block_table=arguments[8], row_format=_row_format(arguments),
+        compute_dtype=_cpu_precision(arguments[0]),
+    )  # fmt: skip
 
 
 @write.register_fake
-def _(*arguments: Tensor | None) -> Tensor:
+def _(*arguments: Any) -> Tensor:
     return torch.empty_like(arguments[2], memory_format=torch.contiguous_format)

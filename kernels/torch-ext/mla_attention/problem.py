@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .rows import ALIGN, RowFormat, RowLayout
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_RANK, MAX_ROPE, MAX_HEADS, MAX_SPLITS = 576, 128, 128, 1024
+MAX_RANK, MAX_ROPE, MAX_HEADS, MAX_SPLITS = 1024, 128, 128, 1024
 
 
 class DecodeProblem(NamedTuple):
@@ -26,12 +28,14 @@ class DecodeProblem(NamedTuple):
         mask_bounds: (3, B) int32, `find_mask_bounds(mask)`; None without a mask.
         out: (B, T, H, r), written.
         lse: (B, H, T) float32, written.
+        row_format: of packed rows, which `latent_cache` then holds, (B, S, row_bytes) or (pages, page_size, row_bytes) uint8;
+            `rope_cache` is None. None for a cache of numbers.
     """
 
     q_latent: Tensor
     q_rope: Tensor
     latent_cache: Tensor
-    rope_cache: Tensor
+    rope_cache: Tensor | None
     cache_seqlens: Tensor | None
     block_table: Tensor | None
     softmax_scale: float
@@ -42,6 +46,12 @@ class DecodeProblem(NamedTuple):
     mask_bounds: Tensor | None
     out: Tensor
     lse: Tensor
+    row_format: RowFormat | None = None
+
+    @property
+    def layout(self) -> RowLayout:
+        """Sections of a packed row."""
+        return self.row_format.layout(self.rank, self.rope_dim)
 
     @property
     def rank(self) -> int:
@@ -75,31 +85,16 @@ class DecodeProblem(NamedTuple):
         Raises:
             ValueError: one of them is not as `mla_decode` describes it.
         """
-        (
-            q_latent,
-            q_rope,
-            latent_cache,
-            rope_cache,
-            cache_seqlens,
-            block_table,
-            _,
-            _,
-            _,
-            window,
-            mask,
-            mask_bounds,
-            out,
-            _,
-        ) = self
-        batch, tokens, _, rank = q_latent.shape
+        q_latent, q_rope, latent_cache, rope_cache, cache_seqlens, block_table = self[:6]
+        window, mask, mask_bounds, out = self.window, self.mask, self.mask_bounds, self.out
+        batch, tokens, _, _ = q_latent.shape
         dtype, device = q_latent.dtype, q_latent.device
         paged = block_table is not None
-        check_shape("latent_cache", latent_cache, None if paged else batch, None, rank)
-        check_shape("rope_cache", rope_cache, *latent_cache.shape[:2], q_rope.shape[3])
-        check_shape("out", out, *q_latent.shape)
-        check_rows(
-            dtype, device, q_latent=q_latent, q_rope=q_rope, latent_cache=latent_cache, rope_cache=rope_cache, out=out
+        check_cache(
+            latent_cache, rope_cache, self.row_format, self.rank, self.rope_dim, None if paged else batch, dtype, device
         )
+        check_shape("out", out, *q_latent.shape)
+        check_rows(dtype, device, q_latent=q_latent, q_rope=q_rope, out=out)
         expect((mask is None) != (cache_seqlens is None), lambda: "one of cache_seqlens and mask must be given")
         if mask is None:
             check_integers("cache_seqlens", cache_seqlens, device, batch)
@@ -171,6 +166,43 @@ def check_rows(dtype: torch.dtype, device: torch.device, **tensors: Tensor) -> N
             raise ValueError(f"{name} is on {tensor.device}, expected {device}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name}: the last dimension must be contiguous")
+
+
+def check_cache(
+    latent_cache: Tensor, rope_cache: Tensor | None, row_format: RowFormat | None, rank: int, rope_dim: int,
+    outer: int | None, dtype: torch.dtype, device: torch.device,
+) -> None:  # fmt: skip
+    """Raise ValueError unless this is a cache of numbers in `dtype`, or of packed rows where there is a format.
+
+    Args:
+        latent_cache: latents, or rows.
+        rope_cache: rotary keys, or None.
+        row_format: what the rows hold; None for a cache of numbers.
+        rank: numbers of a latent.
+        rope_dim: numbers of a rotary key.
+        outer: sequences, or None for any number of pages.
+        dtype: of the numbers.
+        device: of the queries.
+    """
+    if row_format is None:
+        expect(rope_cache is not None, lambda: "rope_cache is None, which only packed rows allow")
+        check_shape("latent_cache", latent_cache, outer, None, rank)
+        check_shape("rope_cache", rope_cache, *latent_cache.shape[:2], rope_dim)
+        check_rows(dtype, device, latent_cache=latent_cache, rope_cache=rope_cache)
+        return
+    expect(rope_cache is None, lambda: "packed rows hold the rotary keys: rope_cache must be None")
+    check_shape("latent_cache", latent_cache, outer, None, row_format.layout(rank, rope_dim).row_bytes)
+    check_rows(torch.uint8, device, latent_cache=latent_cache)
+    strides = latent_cache.stride()[:2]
+    expect(
+        all(stride % ALIGN == 0 for stride in strides),
+        lambda: f"latent_cache: strides {strides} of packed rows must be multiples of {ALIGN}",
+    )
+
+
+def check_address(rows: Tensor) -> None:
+    """Raise ValueError unless packed rows begin at a multiple of ALIGN: at the launch, as no compiler knows addresses."""
+    expect(rows.data_ptr() % ALIGN == 0, lambda: f"latent_cache: packed rows must begin at a multiple of {ALIGN} bytes")
 
 
 def check_widths(rank: int, rope_dim: int, heads: int) -> None:

@@ -90,14 +90,14 @@ def default_config(
         listed = [key for key in TUNED if key[:3] == (card, rank, rope_dim) and key[3] >= rows]
         if listed:
             return TUNED[min(listed)]
-    block_m = min(max(power_of_two(rows), 16), 64)
+    block_m = min(max(power_of_two(rows), 16), 64 if rank <= 576 else 32)
     if dtype == torch.float32:
         # Exact float32 products do not use the tensor cores, and large tiles spill registers.
         config = DecodeConfig(block_m=16, block_n=16, stages=1)
     elif block_m == 64:
         config = DecodeConfig(block_m=64, block_n=64, warps=8, stages=2)
     else:
-        config = DecodeConfig(block_m=block_m, block_n=32 if rank > 256 else 64, stages=3)
+        config = DecodeConfig(block_m, 32 if rank > 256 else 64, warps=4 if rank <= 576 else 8, stages=3)
     while shared_memory(config, rank, rope_dim, dtype.itemsize) > shared_limit and config.block_n > 16:
         config = replace(config, block_n=config.block_n // 2)
     while shared_memory(config, rank, rope_dim, dtype.itemsize) > shared_limit and config.stages > 1:
@@ -147,6 +147,8 @@ def hopper_shared_memory(rank: int, rope_dim: int, block_n: int, stages: int) ->
 @functools.cache
 def hopper_config(rank: int, rope_dim: int, shared_limit: int = 227 * 1024) -> DecodeConfig | None:
     """Launch parameters of the CUDA kernel with as many stages as fit, or None where fewer than two fit."""
+    if rank > 576:
+        return None
     # Warpgroups that take turns at tiles each have stages of their own: one that waits on a barrier must see its every phase.
     step = hopper_groups(rank) if rank <= 256 else 1
     for block_n in (64, 32):

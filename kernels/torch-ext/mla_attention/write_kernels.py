@@ -5,6 +5,22 @@ import triton.language as tl
 
 
 @triton.jit
+def _rotate_queries(
+    q_rope, query, b, t, block, c, s, heads, planes, m, stride_qb, stride_qt, stride_qh, stride_yb, stride_yt, stride_yh,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Rotate the queries of HEADS heads of one token; block 0 is not of heads."""
+    h = (block - 1) * HEADS + tl.arange(0, HEADS)
+    in_range = (h < heads)[:, None] & (m < planes)[None, :]
+    x = q_rope + b * stride_qb + t * stride_qt + h[:, None] * stride_qh + m[None, :]
+    real = tl.load(x, mask=in_range, other=0.0).to(tl.float32)
+    imag = tl.load(x + planes, mask=in_range, other=0.0).to(tl.float32)
+    y = query + b * stride_yb + t * stride_yt + h[:, None] * stride_yh + m[None, :]
+    tl.store(y, (real * c[None, :] - imag * s[None, :]).to(query.dtype.element_ty), mask=in_range)
+    tl.store(y + planes, (imag * c[None, :] + real * s[None, :]).to(query.dtype.element_ty), mask=in_range)
+
+
+@triton.jit
 def mla_write_fwd_kernel(
     latent, k_rope, q_rope, cos, sin, latent_cache, rope_cache, positions, block_table, query,
     tokens, heads, rank, planes,
@@ -44,11 +60,136 @@ def mla_write_fwd_kernel(
             tl.store(y, (real * c - imag * s).to(rope_cache.dtype.element_ty), mask=in_planes)
             tl.store(y + planes, (imag * c + real * s).to(rope_cache.dtype.element_ty), mask=in_planes)
     else:
-        h = (block - 1) * HEADS + tl.arange(0, HEADS)
-        in_range = (h < heads)[:, None] & in_planes[None, :]
-        x = q_rope + b * stride_qb + t * stride_qt + h[:, None] * stride_qh + m[None, :]
-        real = tl.load(x, mask=in_range, other=0.0).to(tl.float32)
-        imag = tl.load(x + planes, mask=in_range, other=0.0).to(tl.float32)
-        y = query + b * stride_yb + t * stride_yt + h[:, None] * stride_yh + m[None, :]
-        tl.store(y, (real * c[None, :] - imag * s[None, :]).to(query.dtype.element_ty), mask=in_range)
-        tl.store(y + planes, (imag * c[None, :] + real * s[None, :]).to(query.dtype.element_ty), mask=in_range)
+        _rotate_queries(
+            q_rope, query, b, t, block, c, s, heads, planes, m, stride_qb, stride_qt, stride_qh, stride_yb, stride_yt,
+            stride_yh, HEADS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _round(x):
+    """Nearest whole number, ties to even, of |x| < 2^22: the sum has no bits for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _scale(x, DIVISOR: tl.constexpr, axis: tl.constexpr):
+    """Scale of groups, rounded to float16; with 4 bits (DIVISOR -8) the number of largest magnitude has code -8."""
+    low = tl.min(x, axis)
+    high = tl.max(x, axis)
+    largest = tl.maximum(high, -low)
+    if DIVISOR < 0:
+        largest = tl.where(high >= -low, high, low)
+    scale = tl.div_rn(largest, largest * 0.0 + DIVISOR)
+    return tl.minimum(tl.maximum(scale, -65504.0), 65504.0).to(tl.float16)
+
+
+@triton.jit
+def _steps(x, scale):
+    """x / scale, and 0 for a scale of 0."""
+    scale = scale.to(tl.float32)
+    return tl.where(scale == 0.0, 0.0, tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)))
+
+
+@triton.jit
+def _float8_code(x):
+    """e4m3 byte of a number, ties to even: written out, because not every card that Triton serves converts it."""
+    size = tl.minimum(tl.abs(x), 448.0)
+    exponent = tl.maximum((size.to(tl.int32, bitcast=True) >> 23) - 127, -6)
+    step = ((exponent + 124) << 23).to(tl.float32, bitcast=True)
+    whole = _round(tl.div_rn(size, step)) * step
+    bits = (whole * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True)
+    code = (bits >> 7).to(tl.int32) & 0x7F
+    return (code | tl.where(x < 0, 0x80, 0)).to(tl.uint8)
+
+
+@triton.jit
+def mla_write_packed_kernel(
+    latent, k_rope, q_rope, cos, sin, rows, halves, keys, positions, block_table, query,
+    tokens, heads, planes,
+    stride_lb, stride_lt, stride_kb, stride_kt, stride_qb, stride_qt, stride_qh, stride_ab, stride_at, stride_zb,
+    stride_zt, stride_cb, stride_cn, stride_tb, stride_pb, stride_pt, stride_yb, stride_yt, stride_yh,
+    rank: tl.constexpr, WIDE: tl.constexpr, FLOAT8: tl.constexpr, GROUP: tl.constexpr, ROPE8: tl.constexpr,
+    CODES4: tl.constexpr, ROPE_AT: tl.constexpr, SCALES: tl.constexpr, GROUPS8: tl.constexpr, GROUPS: tl.constexpr,
+    GROUP8_P: tl.constexpr, GROUPS8_P: tl.constexpr, GROUP4_P: tl.constexpr, GROUPS4_P: tl.constexpr, BYTES: tl.constexpr,
+    PLANES: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Grid as in `mla_write_fwd_kernel`; `rows`, `halves` and `keys` are one buffer of packed rows (`rows.py`)."""
+    b = (tl.program_id(0) // tokens).to(tl.int64)
+    t = tl.program_id(0) % tokens
+    block = tl.program_id(1)
+    m = tl.arange(0, PLANES)
+    in_planes = m < planes
+    c = tl.load(cos + b * stride_ab + t * stride_at + m, mask=in_planes, other=0.0).to(tl.float32)
+    s = tl.load(sin + b * stride_zb + t * stride_zt + m, mask=in_planes, other=0.0).to(tl.float32)
+    if block == 0:
+        position = tl.load(positions + b * stride_pb + t * stride_pt)
+        if position >= 0:
+            if PAGE == 0:
+                outer = b
+                inner = position.to(tl.int64)
+            else:
+                outer = tl.load(block_table + b * stride_tb + position // PAGE).to(tl.int64)
+                inner = (position % PAGE).to(tl.int64)
+            row = outer * stride_cb + inner * stride_cn
+            to_scales = halves + row // 2 + SCALES // 2
+            x = latent + b * stride_lb + t * stride_lt
+            if WIDE > 0:
+                size: tl.constexpr = GROUP if GROUP > 0 else WIDE
+                g = tl.arange(0, GROUPS8_P)
+                j = tl.arange(0, GROUP8_P)
+                channel = g[:, None] * size + j[None, :]
+                there = (j < size)[None, :] & (channel < WIDE)
+                value = tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
+                # zeros past the end do not change the largest magnitude
+                scale = _scale(value, 448.0 if FLOAT8 else 127.0, 1)
+                steps = _steps(value, scale[:, None])
+                if FLOAT8:
+                    code = _float8_code(steps)
+                else:
+                    code = tl.minimum(tl.maximum(_round(steps), -127.0), 127.0).to(tl.int8).to(tl.uint8, bitcast=True)
+                tl.store(rows + row + channel, code, mask=there)
+                tl.store(to_scales + g, scale, mask=g < GROUPS8)
+            if rank > WIDE:
+                narrow: tl.constexpr = rank - WIDE
+                half: tl.constexpr = narrow // 2
+                size4: tl.constexpr = GROUP if GROUP > 0 else narrow
+                g4 = tl.arange(0, GROUPS4_P)
+                j4 = tl.arange(0, GROUP4_P)
+                channel4 = g4[:, None] * size4 + j4[None, :]
+                there4 = (j4 < size4)[None, :] & (channel4 < narrow)
+                value4 = tl.load(x + WIDE + channel4, mask=there4, other=0.0).to(tl.float32)
+                scale4 = _scale(value4, -8.0, 1)
+                tl.store(to_scales + GROUPS8 + g4, scale4, mask=g4 < GROUPS - GROUPS8)
+                i = tl.arange(0, BYTES)
+                inside = i < half
+                low = tl.load(x + WIDE + i, mask=inside, other=0.0).to(tl.float32)
+                high = tl.load(x + WIDE + half + i, mask=inside, other=0.0).to(tl.float32)
+                low = _steps(low, tl.gather(scale4, tl.minimum(i, half - 1) // size4, 0))
+                high = _steps(high, tl.gather(scale4, (tl.minimum(i, half - 1) + half) // size4, 0))
+                low = tl.minimum(tl.maximum(_round(low), -8.0), 7.0).to(tl.int32) + 8
+                high = tl.minimum(tl.maximum(_round(high), -8.0), 7.0).to(tl.int32) + 8
+                tl.store(rows + row + CODES4 + i, (low | (high << 4)).to(tl.uint8), mask=inside)
+            k = k_rope + b * stride_kb + t * stride_kt + m
+            k_real = tl.load(k, mask=in_planes, other=0.0).to(tl.float32)
+            k_imag = tl.load(k + planes, mask=in_planes, other=0.0).to(tl.float32)
+            real = (k_real * c - k_imag * s).to(k_rope.dtype.element_ty)
+            imag = (k_imag * c + k_real * s).to(k_rope.dtype.element_ty)
+            if ROPE8:
+                real = real.to(tl.float32)
+                imag = imag.to(tl.float32)
+                largest = tl.maximum(tl.abs(real), tl.abs(imag))
+                key_scale = _scale(largest, 448.0, 0)
+                tl.store(rows + row + ROPE_AT + m, _float8_code(_steps(real, key_scale)), mask=in_planes)
+                tl.store(rows + row + ROPE_AT + planes + m, _float8_code(_steps(imag, key_scale)), mask=in_planes)
+                if planes > 0:
+                    tl.store(to_scales + GROUPS, key_scale)
+            else:
+                y = keys + row // 2 + ROPE_AT // 2 + m
+                tl.store(y, real.to(tl.bfloat16), mask=in_planes)
+                tl.store(y + planes, imag.to(tl.bfloat16), mask=in_planes)
+    else:
+        _rotate_queries(
+            q_rope, query, b, t, block, c, s, heads, planes, m, stride_qb, stride_qt, stride_qh, stride_yb, stride_yt,
+            stride_yh, HEADS,
+        )  # fmt: skip

@@ -29,6 +29,7 @@ from mla_convert.core.report_schema.evaluation import (
 )
 from mla_convert.core.report_schema.heal import CurvePoint, HealingSettings, HealSection, Measurement
 from mla_convert.core.report_schema.probes import (
+    Continuations,
     Greedy,
     HumanEval,
     HumanEvalDifference,
@@ -54,6 +55,7 @@ __all__ = [
     "CacheSection",
     "CalibrationSection",
     "Comparison",
+    "Continuations",
     "CurvePoint",
     "Divergence",
     "Energy",

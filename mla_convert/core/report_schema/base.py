@@ -64,6 +64,8 @@ def _measured(value: object) -> float:
 Number = Annotated[float, PlainValidator(_number), WithJsonSchema({"type": "number"})]
 Amount = Annotated[float, PlainValidator(_amount), WithJsonSchema({"type": "number", "minimum": 0})]
 Count = Annotated[int, PlainValidator(_count), WithJsonSchema({"type": "integer", "minimum": 0})]
+# In sections its default is NaN: an entry that a report lacks reads as one that was not measured, and stays absent when
+# the report is written again.
 Measured = Annotated[
     float,
     PlainValidator(_measured),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
-from mla_convert.core.report_schema.base import Amount, Count, Measured, Number, Section
+from mla_convert.core.report_schema.base import Amount, Count, JsonObject, Measured, Number, Section
 from mla_convert.core.report_schema.evaluation import Comparison
 
 
@@ -61,10 +61,11 @@ class CacheSection(Section):
         kv_lora_rank: width of the latent; the mean over layers where these differ.
         qk_rope_head_dim: width of the rotary key; the mean over layers where these differ.
         numbers_per_token_per_layer: cached numbers, mean over layers.
-        bytes_per_number: bytes of one cached number.
+        bytes_per_number: bytes of one cached number; of a quantised cache the mean, with scales and padding.
         bytes_per_token: bytes of one token in all layers.
         bytes_at_context: bytes of one sequence by its length in tokens.
-        share_saved: share of the original's cache that is saved.
+        share_saved: share of the original's bytes that is saved.
+        latent_cache: format of a quantised cache, as config.json holds it.
         layers: in a hybrid model, the number of layers with attention, which alone are converted.
         fixed_bytes: in a hybrid model, bytes of the other layers' states, which do not grow with the context.
         growing_share_at_context: in a hybrid model, the KV cache's share of KV cache and fixed states.
@@ -77,6 +78,7 @@ class CacheSection(Section):
     bytes_per_token: Sides
     bytes_at_context: dict[Context, Sides]
     share_saved: Number
+    latent_cache: JsonObject | None = None
     layers: Count | None = None
     fixed_bytes: Amount | None = None
     growing_share_at_context: dict[Context, Sides] | None = None
@@ -105,6 +107,7 @@ class Energy(Section):
 
     rope_kept: Measured = math.nan
     rank_kept: Measured = math.nan
+    # Errors of different keys are taken as independent: these compare layers and forecast nothing.
     logit_error: Measured = math.nan
     value_error: Measured = math.nan
     output_error: Measured = math.nan
@@ -139,6 +142,7 @@ class LayerEntry(Section):
         output_seconds: time of the output steps.
     """
 
+    # All entries may be absent: which ones there are depends on the version and on the steps of the run.
     layer: Count | None = None
     kv_lora_rank: Count | None = None
     qk_rope_head_dim: Count | None = None
@@ -146,11 +150,14 @@ class LayerEntry(Section):
     energy: Energy | None = None
     output_error_closed_form: Measured = math.nan
     output_error: Measured = math.nan
+    # Learning rates of the refinement follow this error, and for a block `block_own_error`.
     own_error_closed_form: Measured = math.nan
     residual_error_closed_form: Measured = math.nan
     residual_error: Measured = math.nan
     refine_steps: Count | None = None
     seconds: dict[str, Amount] | None = None
+    # The entries of a block are the same in each of its layers. The errors above are from before its steps, and the
+    # block's are from before the output steps.
     block: list[Count] | None = None
     block_own_error: Measured = math.nan
     block_error_before: Measured = math.nan

@@ -142,6 +142,8 @@ def _form(value: object) -> str:
     return "evaluated"
 
 
+# With a discriminator an error names the entry that is wrong in the form at hand; a plain union would report both
+# forms.
 Evaluation = Annotated[
     Annotated[EvaluationSection, Tag("evaluated")] | Annotated[NotEvaluated, Tag("skipped")], Discriminator(_form)
 ]

@@ -12,10 +12,11 @@ from mla_convert.core.report_schema.probes import ProbesSection
 
 
 class CurvePoint(Section):
-    """Held-out KL divergence in nats after `tokens` tokens of training."""
+    """Held-out KL divergence in nats after `tokens` tokens of training; `kinds`: by the kind of text, where there are several."""
 
     tokens: Amount
     kl: Measured = math.nan
+    kinds: dict[str, Measured] | None = None
 
 
 class HealingSettings(Section):
@@ -30,6 +31,7 @@ class Measurement(Section):
     """Results of one model, as a report holds them."""
 
     evaluation: Evaluation
+    # `beyond` is the name in reports of schema 1.
     probes: ProbesSection | None = Field(
         None, validation_alias=AliasChoices("probes", "beyond"), serialization_alias="probes"
     )

@@ -25,6 +25,18 @@ class NextToken(Probe):
     agreement: Mean
 
 
+class Continuations(Section):
+    """Greedy continuations of one model, with standard errors over prompts.
+
+    Attributes:
+        length: tokens in a continuation, up to the end of the text or the limit.
+        repeated: share of a continuation's sequences of four tokens that stand in it before.
+    """
+
+    length: Mean
+    repeated: Mean
+
+
 class Greedy(Probe):
     """Greedy continuations of both models.
 
@@ -36,6 +48,8 @@ class Greedy(Probe):
         tokens: tokens in a continuation at most.
         prefix: share of the original's continuation before the first different token.
         exact: share of prompts with equal continuations.
+        before: the original's continuations.
+        after: the converted model's continuations.
     """
 
     text: str
@@ -45,6 +59,9 @@ class Greedy(Probe):
     tokens: Count
     prefix: Mean
     exact: Mean
+    # Earlier versions compared the continuations and did not describe them.
+    before: Continuations | None = None
+    after: Continuations | None = None
 
 
 class PasskeyMeans(Section):
@@ -55,9 +72,11 @@ class PasskeyMeans(Section):
 
 
 class PasskeyLength(Section):
-    """Pass keys in prompts of `length` tokens, all depths together."""
+    """Pass keys in prompts of `length` tokens, all depths together; `needles`: keys in a prompt, of which one is asked for."""
 
     length: Count
+    # Reports of earlier versions lack this entry: each of their prompts has one key.
+    needles: Count = 1
     before: PasskeyMeans | None = None
     after: PasskeyMeans | None = None
 
@@ -74,6 +93,7 @@ class PasskeyCell(Section):
 
     length: Count
     depth: Number
+    needles: Count = 1
     before: PasskeyValues | None = None
     after: PasskeyValues | None = None
 
@@ -85,8 +105,8 @@ class Passkey(Probe):
         seed: of the keys and of the filler text.
         keys: prompts for each length and depth.
         guessing: log-probability of a key if all were equally likely, in nats.
-        lengths: results by length.
-        results: results by length and depth.
+        lengths: results by length and number of keys in the text.
+        results: the same by depth.
     """
 
     seed: Count | None = None
@@ -106,6 +126,7 @@ class Metric(Section):
 class Task(Section):
     """A task or group of lm-evaluation-harness, as the harness reports it."""
 
+    # The harness chooses the types of these three, task by task.
     version: object = None
     shots: object = None
     examples: object = None

@@ -30,6 +30,7 @@ from mla_convert.core.report_schema.probes import ProbesSection
 REPORT = "report.json"
 # 1: versions before 0.2, with `beyond` for `probes`. Both are read, and 2 is written.
 SCHEMA = 2
+# More than any model has. It bounds the page of a stranger's report, which has marks for every layer.
 MOST_LAYERS = 4096
 NOT_A_REPORT = "report.json is not that of a conversion"
 
@@ -73,6 +74,7 @@ class Report(Section):
     checksums: dict[str, str]
     schema_version: int = Field(SCHEMA, validation_alias="schema", serialization_alias="schema")
     notes: list[str] | None = None
+    # `beyond` is the name in reports of schema 1.
     probes: ProbesSection | None = Field(
         None, validation_alias=AliasChoices("probes", "beyond"), serialization_alias="probes"
     )
@@ -132,6 +134,7 @@ def parse_report(content: object) -> Report:
     if not isinstance(content, dict):
         raise InputError(f"{NOT_A_REPORT}: it should be an object")
     try:
+        # `out` is where this process wrote the folder; a path in a file of somebody else must not be taken for that.
         return Report.model_validate({name: value for name, value in content.items() if name != "out"})
     except ValidationError as error:
         raise InputError(f"{NOT_A_REPORT}: {first_problem(error)}") from error

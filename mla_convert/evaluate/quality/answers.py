@@ -91,6 +91,8 @@ def complete(
     prompts = [prompt_tokens(tokenizer, problem, templated) for problem in problems]
     ends = _ends(model, tokenizer, templated)
     padding = next((each for each in (tokenizer.pad_token_id, *ends) if each is not None), 0)
+    # Settings of their own: a model's may sample or penalise repetition, which would be part of the difference of two
+    # models.
     settings = GenerationConfig(
         do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens, pad_token_id=padding,
         eos_token_id=ends or None,
@@ -103,6 +105,7 @@ def complete(
         ids = torch.full((len(chosen), width), padding)
         mask = torch.zeros_like(ids)
         for row, index in enumerate(chosen):
+            # Padding on the left, so that all prompts end where the answers begin.
             first = width - len(prompts[index])
             ids[row, first:], mask[row, first:] = torch.tensor(prompts[index]), 1
         written = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)

@@ -140,6 +140,7 @@ def load_eval_windows(
         InputError: as `texts.load_text` and `texts.evaluation_windows`.
         ResourceError: as `texts.load_text`.
     """
+    # As the conversion measured, so that its figures can be compared. A window of one token has nothing to predict.
     count = count or _setting(report, "eval_windows", 1) or Settings.model_fields["eval_windows"].default
     length = length or _setting(report, "eval_length", 2)
     chosen, why = (spec, "") if spec else _text_of(report)
@@ -160,8 +161,10 @@ def _text_of(report: JsonObject) -> tuple[str | None, str]:
     label, why = look_up(report, "settings.eval"), "no evaluation text was given"
     if not isinstance(label, str) or label in ("", texts.NONE):
         return None, why
+    # A report names packaged texts without their prefix.
     if PACKAGE + label in texts.SHIPPED.values():
         return PACKAGE + label, why
+    # A file of this name may be there, but nothing says that it is the same text.
     if is_text_name(label) or "/" not in label:
         return None, f"{why}, and of the conversion's only the name is known ({label})"
     return label, why
@@ -256,8 +259,10 @@ def evaluate_model(
     place = find_model(model)
     origin = find_model(against) if isinstance(against, str) else against
     request = _Request(text, windows, length, suite_windows, probes)
+    # Texts and prompts before any model: the errors of the cheap part come first.
     material = _load_material(place, origin, request, where, progress)
     reading = _read(place, dtype if dtype == "auto" else getattr(torch, dtype), where, material, progress)
+    # In the dtype of the converted model, or the ratio would contain the rounding of another one.
     reference = _read(origin, reading.dtype, where, material, progress) if origin else None
     config = model_config(place)
     converted = is_converted(config)
@@ -296,6 +301,7 @@ def _load_material(
 ) -> _Material:
     config, tokenizer = model_config(place), load_tokenizer(place)
     report = find_content(place.folder) if is_converted(config) else {}
+    # Learned positions end where their embedding does; RoPE can go on behind the model's context.
     learned = not getattr(FAMILIES.get(config.model_type.removeprefix(PREFIX)), "rotary", True)
     reach = texts.reach(config, learned)
     windows, label, notes = load_eval_windows(request.text, tokenizer, request.windows, request.length, reach, report)
@@ -317,6 +323,8 @@ def _read(
     """Load a model, run it on everything, and free it on return."""
     progress.note(f"loading {place.label}")
     model = load_model(place, dtype, device)
+    # Cache first (arguments are evaluated in this order): a model that keeps none is refused before it reads all
+    # windows.
     return _Reading(
         cache_bytes=cache_bytes(model, material.windows[0]),
         readout=Readout(model, material.every, _ticker(progress, place.label)),
@@ -331,6 +339,7 @@ def _scores(material: _Material, reading: _Reading, reference: _Reading | None) 
     scores = score(reading.readout, material.windows, original)
     entries: JsonObject = {"after": perplexity(scores.losses)}
     if material.suite:
+        # The suite's windows follow those of the evaluation in `_Material.every`.
         first = len(material.windows)
         entries["suite"] = suite_section(
             material.suite, score(reading.readout, material.suite.windows, original, first=first)
@@ -373,6 +382,8 @@ def _ticker(progress: Progress, label: str, what: str = "window") -> Callable[[i
 def _check_same_tokenizer(windows: Tensor, tokenizer: Any, origin: SourceLocation) -> None:
     """Refuse two tokenizers that differ on the beginning of the text: perplexities compare only over the same tokens."""
     size = getattr(model_config(origin), "vocab_size", math.inf)
+    # An id without an embedding is an index error on the CPU and a failed assertion of the device on CUDA, after which
+    # no call succeeds.
     if int(windows.max()) >= size:
         raise InputError(f"{origin.label} has a vocabulary of {size} tokens, fewer than the model's: not its original")
     sample = tokenizer.decode(windows[0][:256], skip_special_tokens=True)

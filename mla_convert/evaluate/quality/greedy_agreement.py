@@ -1,4 +1,4 @@
-"""Greedy decoding through a model's own KV cache, one token at a time, as a converted model is served.
+"""Greedy continuations of two models, each through its own KV cache as it is served, and how far they agree.
 
 Nothing is sampled and the model's generation settings do not apply, so continuations of two models differ only by the models.
 """
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mla_convert.core.report_schema import Greedy
+from mla_convert.core.report_schema import Continuations, Greedy
 from mla_convert.evaluate.quality.perplexity import mean
 from mla_convert.modeling.caching import with_cache
+
+# Tokens of a sequence that counts as repeated when it occurs again in its continuation.
+SEQUENCE = 4
 
 
 class Decoder:
@@ -32,6 +35,8 @@ class Decoder:
         self._model, self._cache = model, DynamicCache(config=model.config)
         # Logits of all positions of a long prompt can need more memory than the model.
         short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        # The last token goes alone, as every later one does: the first logits, too, are those of decoding through the
+        # cache.
         self._run(prompt[:-1], **short)
         self.logits = self.feed(prompt[-1])
 
@@ -83,10 +88,26 @@ def compare(
     """
     shares = []
     for reference, continuation in zip(original, model, strict=True):
+        # One of the two may have ended before the other.
         pairs = enumerate(zip(reference, continuation, strict=False))
         same = next((at for at, (first, second) in pairs if first != second), len(reference))
         shares.append(same / len(reference))
     prefix = torch.tensor(shares, dtype=torch.float64)[:, None]
     count, length = prompts.shape
     return Greedy(text=text, protocol=protocol, prompts=count, prompt_tokens=length, tokens=tokens, prefix=mean(prefix),
-                  exact=mean((prefix == 1).double()))  # fmt: skip
+                  exact=mean((prefix == 1).double()), before=describe(original), after=describe(model))  # fmt: skip
+
+
+def describe(continuations: list[list[int]]) -> Continuations:
+    """Length and repetition of continuations: a damaged model repeats itself, or does not end."""
+    lengths, repeated = (
+        torch.tensor([measure(each) for each in continuations], dtype=torch.float64)[:, None]
+        for measure in (len, repeated_share)
+    )
+    return Continuations(length=mean(lengths), repeated=mean(repeated))
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Share of the sequences of SEQUENCE tokens that stand in `tokens` before; 0 for fewer tokens."""
+    passages = [tuple(tokens[at : at + SEQUENCE]) for at in range(len(tokens) - SEQUENCE + 1)]
+    return 1 - len(set(passages)) / len(passages) if passages else 0.0

@@ -76,6 +76,8 @@ class HumanEval:
         both, first, second, neither = (
             pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
         )
+        # A problem's difference is -1, 0 or 1, so the mean of its square is the share of problems that one model alone
+        # passes. Less the square of the mean, that is the variance.
         value = (second - first) / self.total
         return Difference(
             both, first, second, neither, value, _error((first + second) / self.total - value**2, self.total)
@@ -158,8 +160,10 @@ def judge(
     Raises:
         ResourceError: the sandbox does not run even a program that does nothing, or no process can be started.
     """
+    # A sandbox that runs nothing would count every answer as wrong.
     if (found := run_program("pass", limits or Limits())) != PASSED:
         raise ResourceError(f"a program that does nothing does not run in the sandbox here ({found}): raise its limits")
+    # Threads, because they only wait for the processes of the programs.
     with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 8))) as pool:
         found = pool.map(lambda pair: check(*pair, limits, templated), zip(problems, answers, strict=True))
         outcomes = {problem.task: outcome for problem, outcome in zip(problems, found, strict=True)}

@@ -1,7 +1,8 @@
 """Passkey retrieval, as in landmark attention (arXiv:2305.16300): a long text hides a key, which is asked for at its end.
 
-Two measurements: whether greedy generation gives the key, and the log-probability of the key's tokens, which also tells
-small models apart that never find it. The prompt is read in one pass; the key is decoded token by token through the cache.
+Or it hides a key at every depth, and one is asked for by its name (multi-key retrieval, as in RULER, arXiv:2404.06654). Two
+measurements: whether greedy generation gives the key, and the log-probability of the key's tokens, which also tells small
+models apart that never find it. The prompt is read in one pass; the key is decoded token by token through the cache.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ from mla_convert.source import texts
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KEYS = 2  # prompts for each length and depth
 STEP, SHORTEST = 4, 512  # factor between lengths, and the shortest length
-NEEDLE = "The pass key is {key}. Remember it."
-QUESTION = "What is the pass key? The pass key is"
+NEEDLE = "The pass key{of} is {key}. Remember it."
+QUESTION = "What is the pass key{of}? The pass key{of} is"
+# Names of several keys, one for each depth.
+NAMES = (" of the harbour", " of the library", " of the garden", " of the station", " of the museum")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of at most `length` tokens: `ids` end where the key follows; `key` holds the key's tokens."""
+    """A prompt of at most `length` tokens: `ids` end where the key follows; `key` holds the tokens of the one asked for."""
 
     length: int
-    depth: float
+    depth: float  # of the key that is asked for
     ids: list[int]
     key: list[int]
+    needles: int = 1  # keys in the text
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def ladder(longest: int) -> list[int]:
 def make_prompts(tokenizer: Any, lengths: list[int], seed: int) -> list[Prompt]:
     """Prompts of every length and depth, `KEYS` of each, equal for equal seeds. A prompt with its key is at most `length` tokens.
 
-    The filler is the packaged evaluation text without sentences that hold digits, repeated as needed.
+    Those with one key come first, then those with as many keys as there are depths, where they fit. The filler is the
+    packaged evaluation text without sentences that hold digits, repeated as needed.
 
     Raises:
         InputError: key and question alone are longer than a length.
@@ -68,25 +73,38 @@ def make_prompts(tokenizer: Any, lengths: list[int], seed: int) -> list[Prompt]:
     # A tokenizer may put special tokens before and after a text. A prompt is continued, so it has only those before.
     start = _shared(*(tokenizer(word, verbose=False)["input_ids"] for word in ("The", "Yet")))
     prompts = []
-    for length, depth, _ in itertools.product(lengths, DEPTHS, range(KEYS)):
-        number = draw.randint(10000, 99999)
-        needle = _ids(tokenizer, f"{NEEDLE.format(key=number)}\n")
-        asked, answered = (_ids(tokenizer, QUESTION + key) for key in ("", f" {number}"))
+    for several, length, depth, _ in itertools.product((False, True), lengths, DEPTHS, range(KEYS)):
+        names = dict(zip(DEPTHS, NAMES, strict=True)) if several else {depth: ""}
+        numbers = draw.sample(range(10000, 100000), len(names))
+        needles = {at: _ids(tokenizer, f"{NEEDLE.format(of=name, key=number)}\n")
+                   for (at, name), number in zip(names.items(), numbers, strict=True)}  # fmt: skip
+        question, number = QUESTION.format(of=names[depth]), numbers[[*names].index(depth)]
+        asked, answered = (_ids(tokenizer, question + key) for key in ("", f" {number}"))
         asked = _shared(asked, answered)
         key = answered[len(asked) :]
-        room = length - len(start) - len(needle) - len(answered)
+        room = length - len(start) - sum(map(len, needles.values())) - len(answered)
+        if room < 0 and several:
+            continue
         if room < 0:
             raise InputError(f"a context of {length} tokens is too short for a pass key: {length - room} are needed")
-        sentences, used = [], 0
-        for index in itertools.count(draw.randrange(len(filler))):
-            sentence = filler[index % len(filler)]
-            if used + len(sentence) > room:
-                break
-            sentences.append(sentence)
-            used += len(sentence)
-        sentences.insert(round(depth * len(sentences)), needle)
-        prompts.append(Prompt(length, depth, [*start, *itertools.chain(*sentences), *asked], key))
+        sentences = _fill(filler, draw.randrange(len(filler)), room)
+        # From the end, so that the places of the others do not move.
+        for at in sorted(needles, reverse=True):
+            sentences.insert(round(at * len(sentences)), needles[at])
+        prompts.append(Prompt(length, depth, [*start, *itertools.chain(*sentences), *asked], key, len(names)))
     return prompts
+
+
+def _fill(filler: list[list[int]], first: int, room: int) -> list[list[int]]:
+    """Sentences from number `first` on, of at most `room` tokens together."""
+    sentences, used = [], 0
+    for index in itertools.count(first):
+        sentence = filler[index % len(filler)]
+        if used + len(sentence) > room:
+            return sentences
+        sentences.append(sentence)
+        used += len(sentence)
+    return sentences
 
 
 def _sentences(tokenizer: Any) -> list[list[int]]:
@@ -128,32 +146,36 @@ def retrieve(
 def summarise(prompts: list[Prompt], original: list[Retrieval] | None, model: list[Retrieval], seed: int) -> Passkey:
     """Results of both models in a report: share of keys found and mean log-probability.
 
-    `lengths` has them by length with standard errors over prompts, `results` by length and depth.
+    `lengths` has them by length and number of keys with standard errors over prompts, `results` also by depth.
     """
 
-    def means(results: list[Retrieval] | None, length: int, depth: float | None = None) -> dict[str, Mean] | None:
+    def means(
+        results: list[Retrieval] | None, needles: int, length: int, depth: float | None = None
+    ) -> dict[str, Mean] | None:
         if results is None:
             return None
         chosen = [result for prompt, result in zip(prompts, results, strict=True)
-                  if prompt.length == length and depth in (None, prompt.depth)]  # fmt: skip
+                  if (prompt.needles, prompt.length) == (needles, length) and depth in (None, prompt.depth)]  # fmt: skip
         return {name: mean(torch.tensor([[float(getattr(result, name))] for result in chosen]))
                 for name in ("match", "log_probability")}  # fmt: skip
 
-    def by_length(length: int) -> PasskeyLength:
-        before, after = (means(results, length) for results in (original, model))
-        return PasskeyLength(length=length, before=before and PasskeyMeans(**before), after=PasskeyMeans(**after))
+    def by_length(needles: int, length: int) -> PasskeyLength:
+        before, after = (means(results, needles, length) for results in (original, model))
+        return PasskeyLength(
+            length=length, needles=needles, before=before and PasskeyMeans(**before), after=PasskeyMeans(**after)
+        )
 
-    def by_depth(length: int, depth: float) -> PasskeyCell:
+    def by_depth(needles: int, length: int, depth: float) -> PasskeyCell:
         # A few keys give no meaningful standard error.
-        sides = [means(results, length, depth) for results in (original, model)]
+        sides = [means(results, needles, length, depth) for results in (original, model)]
         before, after = (side and PasskeyValues(**{name: each.value for name, each in side.items()}) for side in sides)
-        return PasskeyCell(length=length, depth=depth, before=before, after=after)
+        return PasskeyCell(length=length, depth=depth, needles=needles, before=before, after=after)
 
-    cells = list(dict.fromkeys((prompt.length, prompt.depth) for prompt in prompts))
+    cells = list(dict.fromkeys((prompt.needles, prompt.length, prompt.depth) for prompt in prompts))
     return Passkey(
         seed=seed,
         keys=len(prompts) // len(cells),
         guessing=-math.log(90000),
-        lengths=[by_length(length) for length in dict.fromkeys(length for length, _ in cells)],
-        results=[by_depth(length, depth) for length, depth in cells],
+        lengths=[by_length(*pair) for pair in dict.fromkeys((needles, length) for needles, length, _ in cells)],
+        results=[by_depth(*cell) for cell in cells],
     )

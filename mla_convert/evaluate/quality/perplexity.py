@@ -55,6 +55,7 @@ def perplexity_section(windows: Windows, scores: Scores) -> EvaluationSection | 
         ("the original", before, ", so the checkpoint is damaged; fetch it again"),
         ("the converted model", after, "; try --dtype float32"),
     ):
+        # Negated, so that NaN fails as well: no comparison with it holds.
         if not losses.double().mean(dim=1).max() < MOST:
             raise InputError(
                 f"the perplexity of {model} is not finite: weights of its head or final norm are too large to compute with{advice}"
@@ -96,6 +97,7 @@ def ratio(losses: Tensor, original: Tensor) -> Mean:
 
 def mean(values: Tensor) -> Mean:
     """Mean of one value per token (windows, tokens), with its standard error over windows."""
+    # Tokens of one window depend on each other, so the windows are the sample.
     means = values.double().mean(dim=1)
     spread = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
     return Mean(value=float(means.mean()), error=spread)
@@ -127,15 +129,18 @@ class Readout:
         self._hidden: list[Tensor] = []
         decoder = model.get_submodule(name)
         for index, ids in enumerate(windows):
-            states = decoder(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state[0, :-1]
-            self._hidden.append(states.cpu())
+            states = decoder(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state
+            # On the host, because the device has to hold the other model next.
+            self._hidden.append(states[0, :-1].cpu())
             if tick:
                 tick(index + 1, len(windows))
         self._stub = HiddenStatesStub(decoder)
         # The stock forward with a stub for its decoder, so that logits are scaled and capped as the model does it.
         self._head = copy.copy(model)
+        # With modules of its own, so that the model itself keeps its decoder.
         self._head._modules = dict(model._modules)
         setattr(self._head, name, self._stub)
+        # A copy, because the head's weight may be that of the embedding, which keeps its dtype.
         if head.weight.dtype != torch.float32:
             self._head.set_output_embeddings(copy.deepcopy(head).float())
 
@@ -200,6 +205,7 @@ def score(model: Readout, windows: Tensor, original: Readout | None = None, firs
         if original:
             original_logs = original.logits(first + window, start, stop).log_softmax(-1)
             values[1][part] = F.nll_loss(original_logs, targets.to(original_logs.device), reduction="none").cpu()
+            # PyTorch's order: with the model first and the original as the target this is KL(original ‖ model).
             values[2][part] = F.kl_div(logs, original_logs, reduction="none", log_target=True).sum(-1).cpu()
             values[3][part] = (logs.argmax(-1) == original_logs.argmax(-1)).float().cpu()
     return Scores(values[0], *values[1:]) if original else Scores(values[0])
@@ -209,12 +215,11 @@ def score(model: Readout, windows: Tensor, original: Readout | None = None, firs
 def cache_bytes(model: nn.Module, ids: Tensor) -> float:
     """Bytes per token in all layers of a DynamicCache after a forward pass over the first of `ids` (L,).
 
-    The pass reads fewer tokens than the smallest sliding window holds.
-
     Raises:
         InputError: the model keeps no keys and values.
     """
     window = getattr(model.config, "sliding_window", None) or CACHE_TOKENS + 1
+    # Fewer than the smallest sliding window holds, which would drop the others.
     tokens = max(1, min(len(ids), CACHE_TOKENS, window - 1))
     cache = DynamicCache(config=model.config)
     held, start = {}, ids[None, :tokens].to(model.device)
@@ -223,6 +228,7 @@ def cache_bytes(model: nn.Module, ids: Tensor) -> float:
     for layer in cache.layers:
         for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if part is not None:
+                # By storage, so that views of one tensor count once.
                 held[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     if not sum(held.values()):
         raise InputError(f"{type(model).__name__} keeps no KV cache: it cannot be measured here")

@@ -95,6 +95,7 @@ class ProbeRunner:
                 )
             if len(self._starts) < probes.greedy:
                 progress.note(f"{len(windows)} windows of text make {len(self._starts)} prompts, not {probes.greedy}")
+        # Loaded here, so that a missing package or data set shows before any model is loaded.
         self._problems = humaneval.load_problems() if probes.humaneval else []
         self._tasks = TaskRunner(list(probes.tasks), probes.task_limit, progress) if probes.tasks else None
 

@@ -126,9 +126,11 @@ def run_program(program: str, limits: Limits) -> str:
         except subprocess.TimeoutExpired:
             return TIMED_OUT
         finally:
+            # After a regular end, too: other processes of its group may still run.
             _end(process)
     if said == word:
         return PASSED
+    # The signal of the soft limit on CPU time.
     if not said and process.returncode == -signal.SIGXCPU:
         return TIMED_OUT
     return said[:LONGEST] or ENDED

@@ -80,6 +80,7 @@ def load_suite(tokenizer: Any, count: int, length: int) -> Suite | None:
     for kind in KINDS:
         text, by_template = load_kind(kind, tokenizer)
         templated |= by_template
+        # Every window gets the prefix, not only the one at the beginning of the text.
         ids = tokenise(tokenizer, text, special=False)
         fitting = min(count, len(ids) // body)
         if fitting:
@@ -95,6 +96,7 @@ def suite_of(
     """The suite for a run with evaluation windows (n, L); where `windows` is None, of the size that the model's report states."""
     count, length = size(windows, on_gpu, *evaluation.shape)
     known = look_up(report, "evaluation.suite") if report else None
+    # As the conversion measured, so that its figures can be compared.
     if windows is None and isinstance(known, dict):
         count, length = known.get("windows", count), known.get("length", length)
     return load_suite(tokenizer, count, length)

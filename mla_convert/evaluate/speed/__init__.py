@@ -1,1 +1,1 @@
-"""Decode and prefill times."""
+"""Speed of a model: decode and prefill times, and the largest batch."""

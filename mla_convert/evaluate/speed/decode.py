@@ -78,9 +78,11 @@ def times_ms(run: Callable[[], object], device: torch.device, repeats: int) -> l
 
 def copy_rate(device: torch.device) -> float:
     """Bytes read and written a second by a large copy."""
+    # Large, so that the memory is measured and not a cache.
     size = 2 << 30 if device.type == "cuda" else 64 << 20
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
+    # Not timed: the first copy maps the pages of the target.
     target.copy_(source)
     return 2 * size / statistics.median(times_ms(lambda: target.copy_(source), device, 9)) * 1e3
 
@@ -91,6 +93,7 @@ def _fastest_backend(config: PreTrainedConfig, cache: Cache) -> SDPBackend:
     if layer.device.type != "cuda":
         return SDPBackend.MATH
     batch, heads, _, width = layer.keys.shape
+    # The heads of a group are rows of one query, as in the decode step (`GROUPED`).
     query = torch.randn(
         batch, heads, config.num_attention_heads // heads, width, dtype=layer.dtype, device=layer.device
     )
@@ -100,6 +103,7 @@ def _fastest_backend(config: PreTrainedConfig, cache: Cache) -> SDPBackend:
             with sdpa_kernel(backend):
                 run = lambda: F.scaled_dot_product_attention(query, layer.keys, layer.values)  # noqa: E731
                 times_ms(run, layer.device, 2)
+                # By name, because backends have no order by which to choose between equal times.
                 times.append((statistics.median(times_ms(run, layer.device, 5)), backend.name))
         except RuntimeError:  # the backend does not support the shape
             continue
@@ -114,10 +118,12 @@ def step_times(model: nn.Module, cache: Cache, batch: int, context: int, steps: 
     positions = torch.full((batch, 1), context - 1, device=device)
     converted = is_converted(model.config)
     backend = None if converted else _fastest_backend(model.config, cache)
+    # A new token attends to the whole cache: without a mask, no keys are copied for every head.
     before, model.config._attn_implementation = model.config._attn_implementation, GROUPED
 
     def step() -> None:
         logits = model(input_ids=ids, position_ids=positions, **with_cache(model, cache)).logits
+        # In place, because a CUDA graph reads and writes the addresses that it was recorded with.
         ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     try:
@@ -134,7 +140,8 @@ def model_kernel(model: nn.Module) -> bool:
     """Whether a converted model decodes on the kernels of mla_attention on this device."""
     layer = next(module for module in model.modules() if isinstance(module, MlaAttention))
     latent = torch.empty(1, 1, 1, layer.kv_lora_rank, dtype=model.dtype, device=model.device)
-    reason = kernel_refusal(latent, layer.qk_rope_head_dim, layer.num_heads, model.dtype, False)
+    packed_rank = layer.kv_lora_rank if layer.latent_format is not None else 0
+    reason = kernel_refusal(latent, layer.qk_rope_head_dim, layer.num_heads, model.dtype, False, packed_rank)
     return layer.kernel != "sdpa" and reason is None
 
 
@@ -174,6 +181,7 @@ def decode_point(
     times, attention = step_times(model, cache, batch, context, steps)
     middle = statistics.median(times)
     rate = batch / middle * 1e3
+    # A step reads every weight and the whole cache once.
     moved = (read_bytes(model) + cache_bytes) / middle * 1e3
     return DecodeTiming(
         context=context,
@@ -259,6 +267,7 @@ def _decode(
         try:
             point, side.attention = decode_point(model, context, batch, copy, request.price, request.steps, largest)
         except RuntimeError as error:
+            # Libraries raise errors of their own for it, not only torch.OutOfMemoryError.
             if "out of memory" not in str(error).lower():
                 raise
             point = None
@@ -269,6 +278,7 @@ def _decode(
             return
         if not largest:
             break
+        # `largest_batch` counts weights and cache alone; activations and the libraries take some of the memory, too.
         batch = min(batch - 1, int(batch * 0.97))
     side.left_out.append(f"{context} tokens, batch {batch or 'largest'}: out of memory")
 

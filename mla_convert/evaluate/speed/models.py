@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import model_class
+from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat, layer_format, quantise_rows
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, is_converted
 from mla_convert.source.shape import converted_layers, head_width, kv_heads
@@ -30,6 +31,7 @@ class FullLayer(DynamicLayer):
         super().__init__()
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        # By this name the fused write of a converted model finds its position on the device, as in a static cache.
         self.tokens_written = torch.tensor(keys.shape[2] - 1, device=keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -61,10 +63,30 @@ class FullHybridLayer(LinearAttentionLayer, FullLayer):
         LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
 
 
+# Formats of a random conversion's cache, as `convert --cache-dtype` chooses them.
+CACHE_DTYPES = {
+    "bf16": None,
+    "fp8": {"version": VERSION, "kind": "fp8", "group": 0, "rope": "fp8"},
+    "int8": {"version": VERSION, "kind": "int8", "group": 64, "rope": "fp8"},
+    "int4": {"version": VERSION, "kind": "int4", "group": 64, "rope": "fp8"},
+}
+# Tokens whose random rows a quantised cache repeats: quantising a whole cache would take many times its bytes.
+DISTINCT_ROWS = 1024
+
+
+def packed_formats(config: PreTrainedConfig) -> list[LatentFormat | None]:
+    """For each layer with attention: the format of its packed rows; None where the cache holds numbers."""
+    converted = is_converted(config)
+    return [layer_format(config, layer) if converted else None for layer in converted_layers(config)]
+
+
 def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """For each layer with attention: heads, and widths of the key slot and of the value slot."""
+    """For each layer with attention: heads, and widths of the key slot and of the value slot, in bytes where rows are packed."""
     layers = converted_layers(config)
     if is_converted(config):
+        formats = packed_formats(config)
+        if formats[0] is not None:
+            return [(1, fmt.row_bytes, 0) for fmt in formats]
         return [(1, config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
     width = head_width(config)
     return [(kv_heads(config), width, width) for _ in layers]
@@ -76,10 +98,19 @@ def full_cache(config: PreTrainedConfig, batch: int, context: int, dtype: torch.
     def filled(heads: int, width: int) -> Tensor:
         return torch.empty(batch, heads, context, width, dtype=dtype, device=device).normal_()
 
+    def packed(fmt: LatentFormat) -> tuple[Tensor, Tensor]:
+        numbers = (torch.randn(DISTINCT_ROWS, width, device=device) for width in (fmt.rank, fmt.rope_dim))
+        some = quantise_rows(fmt, *numbers)
+        rows = torch.empty(batch, 1, context, fmt.row_bytes, dtype=torch.uint8, device=device)
+        for first in range(0, context, DISTINCT_ROWS):
+            rows[:, :, first : first + DISTINCT_ROWS] = some[: context - first]
+        return rows, rows.new_empty(batch, 1, context, 0)
+
     cache = DynamicCache(config=config)
-    for index, (heads, k, v) in zip(converted_layers(config), cache_shapes(config), strict=True):
+    shapes = zip(converted_layers(config), packed_formats(config), cache_shapes(config), strict=True)
+    for index, fmt, (heads, k, v) in shapes:
         kind = FullHybridLayer if isinstance(cache.layers[index], LinearAttentionLayer) else FullLayer
-        cache.layers[index] = kind(filled(heads, k), filled(heads, v))
+        cache.layers[index] = kind(*(packed(fmt) if fmt is not None else (filled(heads, k), filled(heads, v))))
     return cache
 
 
@@ -103,9 +134,19 @@ def held_bytes(device: torch.device, cache: Cache | None = None) -> int:
     return sum(part.untyped_storage().nbytes() for part in held if part is not None)
 
 
-def converted_config(original: PreTrainedConfig, rank: int, rope_dim: int) -> PreTrainedConfig:
-    """Configuration of a conversion of the original to one rank and one number of rotary dimensions in all layers."""
+def converted_config(
+    original: PreTrainedConfig, rank: int, rope_dim: int, cache_dtype: str = "bf16"
+) -> PreTrainedConfig:
+    """Configuration of a conversion of the original to one rank and one number of rotary dimensions in all layers.
+
+    Args:
+        original: configuration of the original.
+        rank: of every layer.
+        rope_dim: numbers of a rotary key.
+        cache_dtype: of CACHE_DTYPES.
+    """
     fields = original.to_dict()
+    # These name the original's class and origin.
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
     _, width, _ = cache_shapes(original)[0]
@@ -122,7 +163,7 @@ def converted_config(original: PreTrainedConfig, rank: int, rope_dim: int) -> Pr
         }
     return config_class(type(original))(
         **fields, kv_lora_rank=rank, qk_rope_head_dim=rope_dim, qk_nope_head_dim=width, v_head_dim=width,
-        qk_head_dim=width + rope_dim,
+        qk_head_dim=width + rope_dim, latent_cache=CACHE_DTYPES[cache_dtype],
     )  # fmt: skip
 
 
@@ -152,6 +193,7 @@ def random_model(
                 config._attn_implementation = "sdpa"
                 model = model_class(AutoModelForCausalLM._model_mapping[type(original)])(config)
                 for name, index in model.named_buffers():
+                    # A conversion gives every plane its frequency; the buffer begins with zeros.
                     if name.endswith("rope_freq_index"):
                         index.copy_(torch.arange(len(index)))
     finally:
@@ -170,4 +212,5 @@ def read_bytes(model: nn.Module) -> int:
 
 def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes that a token takes in the cache of all layers."""
-    return sum(heads * (keys + values) for heads, keys, values in cache_shapes(config)) * dtype.itemsize
+    itemsize = 1 if packed_formats(config)[0] is not None else dtype.itemsize
+    return sum(heads * (keys + values) for heads, keys, values in cache_shapes(config)) * itemsize

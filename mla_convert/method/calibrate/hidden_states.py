@@ -1,4 +1,7 @@
-"""Hidden states of a set of windows at one layer boundary: on the device if they are small, else in pinned host memory."""
+"""Hidden states of a set of windows at one layer boundary: on the device if they are small, else in pinned host memory.
+
+With several processes each holds its share of the windows (`Processes.share`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.processes import Processes, alone
 from mla_convert.source.checkpoint.reader import LARGEST
 
 # A set of states larger than DEVICE_BYTES, and than DEVICE_FRACTION of the device's memory, is kept in pinned host memory and
@@ -24,18 +28,33 @@ def device_limit(device: torch.device) -> int:
 
 
 class Activations:
-    """Hidden states (N, L, hidden) of N windows, changed in place from layer to layer."""
+    """Hidden states (N, L, hidden) of N windows, changed in place from layer to layer.
 
-    def __init__(self, data: Tensor, device: torch.device, dtype: torch.dtype, on_host: bool = False):
+    `windows`: number of this process's windows; `total`: of the windows of all processes.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_host: bool = False,
+        processes: Processes | None = None,
+        total: int | None = None,
+    ):
         """Copy hidden states.
 
         Args:
-            data: (N, L, hidden).
+            data: (N, L, hidden) of this process's windows.
             device: that computes on them.
             dtype: that they are kept in.
             on_host: keep them in host memory, whatever their size.
+            processes: that share the windows; None: this one has all.
+            total: number of the windows of all processes; None: those in `data`.
         """
         self.device = device
+        self.processes = processes or alone(device)
+        self.total = len(data) if total is None else total
         size = data.numel() * dtype.itemsize
         if device.type == "cuda" and (on_host or size > device_limit(device)):
             self.data = data.to(dtype).pin_memory()
@@ -62,12 +81,34 @@ class Activations:
             yield slice(start, min(start + size, self.windows))
 
     def get(self, index: slice | Tensor) -> Tensor:
-        """Some windows (B, L, hidden) on the device, float32."""
+        """Some of this process's windows (B, L, hidden) on the device, float32."""
+        return self._stored(index).float()
+
+    def _stored(self, index: slice | Tensor) -> Tensor:
         if isinstance(index, Tensor) and self.data.is_pinned():
             # one copy for each window: gathering them first would allocate memory that is not pinned
-            return torch.stack([self.data[i].to(self.device, non_blocking=True) for i in index.tolist()]).float()
+            return torch.stack([self.data[i].to(self.device, non_blocking=True) for i in index.tolist()])
         index = index.to(self.data.device) if isinstance(index, Tensor) else index
-        return self.data[index].to(self.device, non_blocking=True).float()
+        return self.data[index].to(self.device, non_blocking=True)
+
+    def together(self, index: Tensor) -> Tensor:
+        """Windows (B, L, hidden) of any processes by their numbers among all, in all processes, in their stored dtype."""
+        if self.processes.alone:
+            return self._stored(index)
+        count = self.processes.count
+        rows = torch.zeros(len(index), self.length, self.hidden_size, dtype=self.data.dtype, device=self.device)
+        mine = (index % count == self.processes.index).nonzero()[:, 0]
+        if len(mine):
+            rows[mine.to(self.device)] = self._stored(index[mine] // count)
+        return self.processes.sum(rows)  # all but one process add zeros
+
+    def part(self, index: Tensor) -> Tensor:
+        """This process's part of the windows with these numbers among all, an even one whoever has them; float32."""
+        return self.together(index)[self.processes.index :: self.processes.count].float()
+
+    def own(self, numbers: range) -> list[int]:
+        """Indices of this process's windows among those with these numbers."""
+        return [number // self.processes.count for number in numbers if number in self.processes.share(self.total)]
 
     def put(self, index: slice, states: Tensor) -> None:
         """Store some windows (B, L, hidden)."""
@@ -90,7 +131,7 @@ class Activations:
             InputError: one of them is NaN, infinite, or so large that its square is.
         """
         largest = [float(torch.linalg.vector_norm(self.data[batch], math.inf)) for batch in self.batches()]
-        if not all(size <= LARGEST for size in largest):
+        if self.processes.any(not all(size <= LARGEST for size in largest)):
             raise InputError(
                 f"{where} makes hidden states of NaN, infinity or close to it: its weights are too large to compute with, so the "
                 f"checkpoint is damaged; fetch it again"

@@ -280,6 +280,8 @@ class LayerwiseModel:
         Raises:
             InputError: the embedding is not finite.
         """
+        if not len(windows):  # of few windows, some of several processes have none
+            return torch.empty(*windows.shape, self.source.config.hidden_size)
         tensors = self.source.reader.read([f"{self.embedding}.weight"])
         check_finite(tensors)
         (table,) = tensors.values()

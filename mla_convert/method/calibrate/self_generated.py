@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
 from mla_convert.core.cuda_graph import CapturedCall
+from mla_convert.core.processes import Processes, alone
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.openings import SPARE, Openings, varied
 from mla_convert.modeling.attention_backends import GROUPED, attention_backend
@@ -50,47 +51,91 @@ def generated_fraction(config: ConvertConfig, source: Source, device: torch.devi
     return DEFAULT_FRACTION if stored_bytes(source.reader, torch.bfloat16.itemsize) <= memory else 0.0
 
 
-def chosen(windows: int, fraction: float) -> Tensor:
-    """Which of the windows are self-generated, bool (windows,).
+def generated_windows(config: ConvertConfig, given: int, samples: int, fraction: float) -> int:
+    """Self-generated windows beside `given` windows of the calibration texts.
 
-    Whole pairs of neighbours, of which one gets noise and one does not, at even distances.
+    Where texts have fewer windows than wanted, the original generates the rest, unless the fraction was set.
+
+    Args:
+        config: the settings as given.
+        given: windows of the calibration texts.
+        samples: windows wanted in all.
+        fraction: of the windows that are self-generated.
     """
-    pair = torch.arange(windows) // 2
-    return ((pair + 1) * fraction).floor() > (pair * fraction).floor()
+    if not fraction:
+        return 0
+    if config.calib_self_generated is None or fraction == 1:
+        return max(0, samples - given)
+    return round(given * fraction / (1 - fraction))
 
 
-def mixed(windows: Tensor, fraction: float, source: Source, tokenizer: Any, device: torch.device, seed: int) -> Tensor:
-    """Replace some calibration windows by self-generated ones.
+def arrangement(given: int, generated: int) -> Tensor:
+    """Which of the windows are self-generated, bool (given + generated,).
+
+    Pairs of neighbours, of which one gets noise and one does not, at even distances.
+    """
+    pairs = [(torch.arange(count) // 2 + 0.5) / max(1, -(-count // 2)) for count in (given, generated)]
+    return torch.cat(pairs).argsort(stable=True) >= given
+
+
+def mixed(windows: Tensor, generated: int, source: Source, tokenizer: Any, processes: Processes, seed: int) -> Tensor:
+    """Put self-generated windows between those of the calibration texts, the same in every process.
 
     The whole source is on the device while it generates.
 
     Args:
         windows: token ids (N, L).
-        fraction: of the windows that are replaced.
+        generated: self-generated windows.
         source: the model.
         tokenizer: of the source; a window begins with its prefix, if it has one.
-        device: that generates.
+        processes: that share out the rounds of texts.
         seed: of the samples.
+
+    Returns:
+        Token ids (N + generated, L).
     """
-    replaced = chosen(len(windows), fraction)
-    count = int(replaced.sum())
-    if not count:
+    if not generated:
         return windows
     prefix = first_tokens(tokenizer)
     body = windows.shape[1] - len(prefix)
     pieces = -(-body // TEXT_TOKENS)
-    model = load_whole(source, device)
-    first = first_token(tokenizer, model.config.vocab_size)
-    needed, openings = count * pieces, Openings(tokenizer, first, seed) if OPENED else None
-    spare = int(needed * SPARE) if openings else 0
-    generated = varied(write(model, needed + spare, -(-body // pieces), first, seed, openings=openings), needed)
+    model = load_whole(source, processes.device)
+    texts = varied_texts(model, tokenizer, generated * pieces, -(-body // pieces), seed, processes=processes)
     del model
-    if device.type == "cuda":
+    if processes.device.type == "cuda":
         torch.cuda.empty_cache()
-    body_ids = generated.view(count, -1)[:, :body]
-    result = windows.clone()
-    result[replaced] = torch.cat([torch.tensor(prefix, dtype=body_ids.dtype).expand(count, -1), body_ids], dim=1)
+    own = texts.view(generated, -1)[:, :body]
+    places = arrangement(len(windows), generated)
+    result = windows.new_empty(len(places), windows.shape[1])
+    result[~places] = windows
+    result[places] = torch.cat([torch.tensor(prefix, dtype=own.dtype).expand(generated, -1), own], dim=1)
     return result
+
+
+def varied_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    count: int,
+    length: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda done: None,
+    processes: Processes | None = None,
+) -> Tensor:
+    """Texts (count, length) that begin in many ways; more are sampled, and the most repetitive ones are left out.
+
+    Args:
+        model: with all of its weights.
+        tokenizer: of the model.
+        count: texts.
+        length: tokens of a text.
+        seed: of the samples.
+        advance: told the number of tokens generated so far.
+        processes: that share out the rounds; the texts are those of one process.
+    """
+    first = first_token(tokenizer, model.config.vocab_size)
+    openings = Openings(tokenizer, first, seed) if OPENED else None
+    spare = int(count * SPARE) if openings else 0
+    return varied(write(model, count + spare, length, first, seed, advance, openings, processes), count)
 
 
 def first_token(tokenizer: Any, vocabulary: int | None = None) -> int:
@@ -269,6 +314,7 @@ def write(
     seed: int,
     advance: Callable[[int], None] = lambda done: None,
     openings: Openings | None = None,
+    processes: Processes | None = None,
 ) -> Tensor:
     """Sample texts token by token from the model's own distribution.
 
@@ -283,21 +329,26 @@ def write(
         seed: of the samples.
         advance: told the number of tokens generated so far.
         openings: first tokens of the texts and how freely they are sampled; without, all are sampled at temperature 1.
+        processes: that share out the rounds; the texts are those of one process.
 
     Returns:
         Token ids (count, length), on the CPU.
     """
+    processes = processes or alone(model.device)
     generator = torch.Generator(model.device).manual_seed(seed)
     config = model.config.get_text_config()
     parts = -(-length // (getattr(config, "sliding_window", None) or length))
     if parts > 1:
-        shorter = write(model, count * parts, -(-length // parts), first, seed, advance, openings)
+        shorter = write(model, count * parts, -(-length // parts), first, seed, advance, openings, processes)
         return shorter.view(count, -1)[:, :length]
     times = rounds(model, count, length)
     batch = -(-count // times)
-    decoder, texts = Decoder(model, batch, length), []
+    decoder, texts = Decoder(model, batch, length), {}
     scripts = openings.scripts(count, batch, length) if openings else []
     for number in range(times):
+        if number not in processes.share(times):
+            _skip(generator, batch, config.vocab_size, length)
+            continue
         decoder.restart()
         script = scripts[number].to(model.device) if scripts else None
         ids, tokens = torch.full_like(decoder.ids, first), []
@@ -310,5 +361,13 @@ def write(
                 ids = script.direct(step, ids)
             tokens.append(ids)
             advance((number * length + step + 1) * len(ids))
-        texts.append(torch.cat(tokens, dim=1).cpu())
-    return torch.cat(texts)[:count]
+        texts[number] = torch.cat(tokens, dim=1).cpu()
+    everyones = {number: text for part in processes.gathered(texts) for number, text in part.items()}
+    return torch.cat([everyones[number] for number in range(times)])[:count]
+
+
+def _skip(generator: torch.Generator, texts: int, vocabulary: int, length: int) -> None:
+    """Draw the random numbers of a round that another process generates: how many they are depends on shapes alone."""
+    anything = torch.ones(texts, vocabulary, device=generator.device)
+    for _ in range(length):
+        torch.multinomial(anything, 1, generator=generator)

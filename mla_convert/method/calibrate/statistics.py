@@ -41,7 +41,7 @@ def second_moment(states: Activations, norm: Rows) -> Tensor:
         rows = _with_one(norm(states.get(batch)).float().flatten(0, 1))
         # float32 products of one batch, float64 sum over batches
         total = total + (rows.T @ rows).double()
-    return total / (states.windows * states.length)
+    return states.processes.sum(total) / (states.total * states.length)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def head_moments(states: Activations, rows_of: Rows, heads: int) -> Tensor:
     for batch in states.batches():
         rows = _with_one(rows_of(states.get(batch)).float().flatten(0, 1).unflatten(-1, (heads, -1))).transpose(0, 1)
         total = total + (rows.mT @ rows).double()
-    return total / (states.windows * states.length)
+    return states.processes.sum(total) / (states.total * states.length)
 
 
 @torch.no_grad()
@@ -95,13 +95,17 @@ def attention_moments(
     norm, attention = family.entry(layer), getattr(layer, family.attention)
     length = min(states.length, ATTENTION_LENGTH)
     distance, moment = 0.0, 0.0
-    for window in range(min(ATTENTION_WINDOWS, states.windows)):
+    own = states.own(range(min(ATTENTION_WINDOWS, states.total)))
+    for window in own or [0]:
         hidden = norm(states.get(slice(window, window + 1))[:, :length])
         weights = attention(hidden_states=hidden, **kwargs)[1][0].float()
         # the first key is an attention sink (arXiv 2309.17453), attended to at any distance: it is not counted
         distance = distance + diagonal_sums(F.pad(weights[:, :, 1:], (1, 0))).double()
         rows = _with_one(key_value(hidden)[0].float())
         moment = moment + (rows.T @ (rows * weights.square().sum((0, 1))[:, None])).double()
+    if not own:  # this process has none of them: its window gave only the shapes
+        distance, moment = torch.zeros_like(distance), torch.zeros_like(moment)
+    distance, moment = states.processes.sum(distance), states.processes.sum(moment)
     return distance / distance.sum(dim=1, keepdim=True).clamp_min(1e-30), moment
 
 

@@ -1,11 +1,11 @@
-"""Allocates a cache budget to layers: more rank and rotary dims where an element less costs more. Imports no torch."""
+"""Allocates a cache budget in bytes to layers: more rank, rotary dims and bits where a byte less costs more. Imports no torch."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mla_convert.method.factorise.sizes import LayerSize, Plan
 
@@ -20,6 +20,7 @@ class LayerLoss:
 
     rank: dict[int, float]  # by rank, the full one among them
     rope: dict[int, float]  # by rotary dims; a layer without RoPE has one entry, for 0
+    wide: dict[int, float] = field(default_factory=dict)  # by channels with 8 bits, where a cache mixes 8 and 4
 
 
 def most_rank(plan: Plan, loss: LayerLoss) -> int:
@@ -85,44 +86,87 @@ def _convex(values: list[float]) -> list[float]:
     return result
 
 
+def wide_probes(plan: Plan, unit: int) -> list[int]:
+    """Numbers of channels with 8 bits to measure, ascending."""
+    shares = {_round(plan.rank * share, unit) for share in (0, 0.125, 0.25, 0.5, 1)}
+    return sorted({min(share, plan.rank // unit * unit) for share in shares})
+
+
 def allocate(plan: Plan, losses: list[LayerLoss], unit: int, rope_weight: float) -> tuple[LayerSize, ...]:
     """Sizes of every layer that spend at most the plan's budget with the least total loss.
 
-    A layer's losses by rank and by rotary dims are added. All curves are convex, so giving the budget unit by unit to the
-    layer that gains most is optimal (greedy marginal analysis, Fox 1966).
+    A layer's losses by rank, by rotary dims and by bits are added. All curves are convex, so giving the budget unit by unit
+    to the layer that gains most per byte is optimal where units cost the same (greedy marginal analysis, Fox 1966).
 
     Args:
-        plan: its mean sizes are the budget.
+        plan: the bytes of its mean sizes are the budget.
         losses: of every layer.
         unit: of which all sizes are multiples.
         rope_weight: factor on losses by rotary dims.
     """
-    limits = [(most_rank(plan, loss), min(most_rope(plan, unit), max(loss.rope))) for loss in losses]
-    curves = [
-        (
-            # the loss at full rank is that of the plan's rotary dims
-            curve(loss.rank, unit, most[0], floor=loss.rank[max(loss.rank)]),
-            [rope_weight * value for value in curve(loss.rope, unit, most[1])],
+    return _Budget(plan, losses, unit, rope_weight).spend()
+
+
+class _Budget:
+    """Bytes that layers compete for. A size is a list [rank, rotary dims, channels with 8 bits]."""
+
+    def __init__(self, plan: Plan, losses: list[LayerLoss], unit: int, rope_weight: float):
+        self.plan, (self.rank_unit, self.rope_unit) = plan, plan.cache.units(unit)
+        self.units = (self.rank_unit, self.rope_unit, self.rank_unit)
+        # bytes of a unit, without the padding of rows
+        code = {"bf16": 2.0, "int4": 0.5, "mixed": 0.5}.get(plan.cache.kind, 1.0)
+        key = 2.0 if plan.cache.rope == "bf16" else 1.0
+        self.costs = (self.rank_unit * code, self.rope_unit * key, self.rank_unit / 2)
+        self.limits = [self._limits(loss) for loss in losses]
+        self.curves = [
+            (
+                # the loss at full rank is that of the plan's rotary dims
+                curve(loss.rank, self.rank_unit, most[0], floor=loss.rank[max(loss.rank)]),
+                [rope_weight * value for value in curve(loss.rope, self.rope_unit, most[1])],
+                curve(loss.wide, self.rank_unit, most[2]) if most[2] else [0.0],
+            )
+            for loss, most in zip(losses, self.limits, strict=True)
+        ]
+        # every layer keeps some rotary dims: calibration says little about distances longer than its windows
+        self.sizes = [[self.rank_unit, min(self.rope_unit, most[1]), 0] for most in self.limits]
+        mean = plan.row_bytes if plan.budget is None else plan.budget
+        self.left = len(losses) * mean - sum(map(self._bytes, self.sizes))
+        self.queue: list[tuple[float, int, int]] = []
+
+    def _limits(self, loss: LayerLoss) -> tuple[int, int, int]:
+        most = most_rank(self.plan, loss)
+        return most, min(most_rope(self.plan, self.rope_unit), max(loss.rope)), most if loss.wide else 0
+
+    def _bytes(self, size: list[int]) -> int:
+        return self.plan.cache.row_bytes(LayerSize(*size))
+
+    def _offer(self, layer: int, kind: int) -> None:
+        size = self.sizes[layer][kind]
+        if size + self.units[kind] <= self.limits[layer][kind]:
+            gains = self.curves[layer][kind]
+            index = size // self.units[kind]
+            heapq.heappush(self.queue, ((gains[index + 1] - gains[index]) / self.costs[kind], layer, kind))
+
+    def spend(self) -> tuple[LayerSize, ...]:
+        """The sizes once nothing more fits."""
+        for layer in range(len(self.sizes)):
+            for kind in range(3):
+                self._offer(layer, kind)
+        while self.queue:
+            _, layer, kind = heapq.heappop(self.queue)
+            size = list(self.sizes[layer])
+            size[kind] += self.units[kind]
+            if size[2] > size[0]:  # of channels that the layer does not have
+                continue
+            more = self._bytes(size) - self._bytes(self.sizes[layer])
+            if more > self.left:
+                continue
+            self.sizes[layer], self.left = size, self.left - more
+            self._offer(layer, kind)
+            if kind == 0 and size[2] == size[0] - self.rank_unit:
+                self._offer(layer, 2)
+        full = [self.plan.cache.possible(self.plan.shape.full_rank(rope)) for _, rope, _ in self.sizes]
+        return tuple(
+            LayerSize(min(rank, most), rope, min(wide, most))
+            for (rank, rope, wide), most in zip(self.sizes, full, strict=True)
         )
-        for loss, most in zip(losses, limits, strict=True)
-    ]
-    # every layer keeps some rotary dims: calibration says little about distances longer than its windows
-    sizes = [[unit, min(unit, most[1])] for most in limits]
-    left = len(losses) * plan.cache_width - sum(map(sum, sizes))
-    queue: list[tuple[float, int, int]] = []
-
-    def offer(layer: int, kind: int) -> None:
-        size = sizes[layer][kind]
-        if size + unit <= limits[layer][kind]:
-            gains = curves[layer][kind]
-            heapq.heappush(queue, (gains[size // unit + 1] - gains[size // unit], layer, kind))
-
-    for layer in range(len(losses)):
-        offer(layer, 0)
-        offer(layer, 1)
-    while queue and left >= unit:
-        _, layer, kind = heapq.heappop(queue)
-        sizes[layer][kind] += unit
-        left -= unit
-        offer(layer, kind)
-    return tuple(LayerSize(min(rank, plan.shape.full_rank(rope)), rope) for rank, rope in sizes)

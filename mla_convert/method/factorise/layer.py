@@ -73,6 +73,7 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_query_growth=family.growth_of_queries(source.config),
         mla_softcap=getattr(source.config, family.softcap) if family.softcap else None,
         mla_sinks=family.sinks,
+        latent_cache=plan.latent_cache,
     )
     # transformers sets it when it builds a model; here only layers are built. SDPA supports neither soft caps nor sinks, and
     # not every stock model has masks for it.

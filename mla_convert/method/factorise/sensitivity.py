@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.processes import Processes, alone
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
@@ -23,9 +24,10 @@ from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output
 from mla_convert.method.calibrate.statistics import layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
-from mla_convert.method.factorise.allocate import LayerLoss, allocate, probes
+from mla_convert.method.factorise.allocate import LayerLoss, allocate, probes, wide_probes
+from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
-from mla_convert.method.factorise.sizes import LayerSize, Plan, shares_out, size_unit
+from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan, shares_out, size_unit
 from mla_convert.method.factorise.svd import ridged
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.write.writer import Writer
@@ -91,16 +93,21 @@ def measure(
         return plan, None
     shared = shares_out(config, plan)
     length = min(states.length, WINDOW)
-    windows = min(states.windows, max(1, TOKENS[layerwise.device.type] // length))
-    few = Activations(states.data[:windows, :length], layerwise.device, states.data.dtype)
+    windows = min(states.total, max(1, TOKENS[layerwise.device.type] // length))
+    # in every process, as one step of the backward pass follows another; the layers' losses are shared out
+    first = states.together(torch.arange(windows)) if not states.processes.alone else states.data[:windows]
+    few = Activations(first[:, :length], layerwise.device, states.data.dtype)
     progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
-        measured = sensitivities(layerwise, few, plan, config.seed, writer, shared, progress.layer_measured)
+        measured = sensitivities(
+            layerwise, few, plan, config.seed, writer, shared, progress.layer_measured, states.processes
+        )
     finally:
         progress.stop()
     if shared:
         plan = replace(plan, sizes=allocate(plan, measured.losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
-    return plan, measured.channels
+    states.processes.make_equal(measured.channels)
+    return states.processes.told(lambda: plan), measured.channels
 
 
 def sensitivities(
@@ -111,6 +118,7 @@ def sensitivities(
     writer: Writer,
     by_size: bool = True,
     tick: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
 ) -> Sensitivity:
     """Expected loss of every layer by rank, by rotary dims and by channel.
 
@@ -122,8 +130,11 @@ def sensitivities(
         writer: whose folder holds the layers' inputs between the two passes.
         by_size: without, only channels are measured.
         tick: called twice a layer.
+        processes: that share out the layers whose losses are measured.
     """
-    count, losses, channels = plan.shape.layers, [], []
+    processes = processes or alone(layerwise.device)
+    count, channels = plan.shape.layers, []
+    losses: dict[int, LayerLoss] = {}
     kwargs = layerwise.layer_kwargs(states.length)
     eager = attention_kwargs(layerwise, states.length)
     for index in range(count):
@@ -140,10 +151,11 @@ def sensitivities(
             converted = index in plan.shape.converted_layers
             metric, squares = _backward(layerwise, layer, converted, states, gradient, kwargs[index])
             channels.append(squares)
-            if by_size and converted:
-                losses.append(_losses(layerwise, layer, states, metric, plan, kwargs[index], eager[index]))
+            if by_size and converted and index in processes.share(count):
+                losses[index] = _losses(layerwise, layer, states, metric, plan, kwargs[index], eager[index])
         tick()
-    return Sensitivity(losses[::-1], channels[::-1])
+    everyones = {index: loss for part in processes.gathered(losses) for index, loss in part.items()}
+    return Sensitivity([everyones[index] for index in sorted(everyones)], channels[::-1])
 
 
 def _file(index: int) -> str:
@@ -224,7 +236,8 @@ def _losses(
     attention, norm = getattr(layer, family.attention), family.entry(layer)
     size, rotation = plan.layer(attention.layer_idx), layerwise.rotation(attention.layer_idx, eager)
     full = plan.shape.full_rank(size.rope_dim)
-    statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, plan, attention, size))
+    exact = replace(plan, cache=CacheFormat())
+    statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, exact, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
     expected = attention_forward(attention, norm, kwargs, layerwise.autocast)(hidden)
     ordinary = _without_massive(hidden + family.exit(layer)(expected))
@@ -236,9 +249,21 @@ def _losses(
 
     def build(rank: int | None, rope_dim: int) -> MlaAttention:
         weights = factorise_layer(source, attention, statistics, rank, rope_dim, "by_loss", rotation)
-        module = _module(layerwise, plan, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
+        module = _module(layerwise, exact, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
         fill_attention(module, weights, family.freq_stride)
         return module
+
+    def by_bits() -> dict[int, float]:
+        """Loss that quantisation adds, by channels with 8 bits."""
+        weights = factorise_layer(source, attention, statistics, size.rank, size.rope_dim, "by_loss", rotation)
+        losses = {}
+        for wide in wide_probes(plan, plan.cache.units(size_unit(plan))[0]):
+            mixed = replace(size, wide=wide)
+            module = _module(layerwise, plan, attention, mixed)
+            fill_attention(module, in_basis(weights, plan.cache.row(mixed)), family.freq_stride)
+            losses[wide] = error(module)
+        rounded = min(losses.values()) - 1e-12  # the most bits that a cache has: what remains is low rank
+        return {wide: loss - rounded for wide, loss in losses.items()}
 
     ranks, ropes = probes(plan, size_unit(plan))
     by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in (ropes if rotation.num_rotary_freqs else [0])}
@@ -248,7 +273,7 @@ def _losses(
         for parameter in module.kv_a_proj_with_mqa.parameters():
             parameter.data[rank:full] = 0
         by_rank[rank] = error(module)
-    return LayerLoss(by_rank, by_rope)
+    return LayerLoss(by_rank, by_rope, by_bits() if plan.cache.kind == "mixed" else {})
 
 
 def _module(layerwise: LayerwiseModel, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:

@@ -1,12 +1,16 @@
-"""Size of the converted cache: rank and rotary dims from the settings and the model's shape. Imports no torch."""
+"""Size of the converted cache: rank, rotary dims and bytes from the settings and the model's shape. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.settings import Settings
 from mla_convert.source.shape import AttentionShape
+
+if TYPE_CHECKING:
+    from mla_convert.modeling.quantised_latent_mla import LatentFormat
 
 # Kernels need multiples of 16; models too small for that get multiples of 2.
 UNIT = 16
@@ -14,6 +18,14 @@ MAX_DEFAULT_ROPE = 64
 DEFAULT_RATIO = 0.5
 # Frequencies of serving engines' RoPE table for latent attention (qk_rope_head_dim 64).
 TABLE = 32
+# Bytes of a cached number, to which `kv_ratio` refers.
+NUMBER = 2
+# Channels of a quantised latent that share a scale: 32 cost more bytes than they save error (docs/results/quantised-cache.md).
+GROUP = 64
+# Unit of ranks in 4 bits: 16 bytes, to which sections of a row are padded.
+UNIT_INT4 = 32
+# Share of the channels that "auto" keeps in 8 bits where layers do not choose.
+WIDE_SHARE = 4
 
 
 def table_frequencies(num_rotary_freqs: int) -> range:
@@ -30,15 +42,74 @@ def table_frequencies(num_rotary_freqs: int) -> range:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Elements that one layer caches per token: kv_lora_rank (`rank`) and qk_rope_head_dim (`rope_dim`)."""
+    """Elements that one layer caches per token: kv_lora_rank (`rank`) and qk_rope_head_dim (`rope_dim`).
+
+    `wide`: channels of the latent with 8 bits, where a cache mixes 8 and 4.
+    """
 
     rank: int
     rope_dim: int
+    wide: int = 0
 
     @property
     def width(self) -> int:
         """Elements per token."""
         return self.rank + self.rope_dim
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """Numbers of a cached token.
+
+    Attributes:
+        kind: "bf16" (not quantised), or a kind of `LatentFormat`.
+        group: as in `LatentFormat`.
+        rope: as in `LatentFormat`.
+    """
+
+    kind: str = "bf16"
+    group: int = 0
+    rope: str = "bf16"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether tokens are packed rows."""
+        return self.kind != "bf16"
+
+    def row(self, size: LayerSize) -> LatentFormat | None:
+        """Layout of one layer's rows; None if they are numbers."""
+        if not self.quantised:
+            return None
+        from mla_convert.modeling.quantised_latent_mla import LatentFormat  # imports torch
+
+        wide = size.wide if self.kind == "mixed" else -1
+        return LatentFormat(self.kind, size.rank, size.rope_dim, self.group, wide, self.rope)
+
+    def row_bytes(self, size: LayerSize) -> int:
+        """Bytes of a token in one layer; NUMBER for each element that is not quantised."""
+        row = self.row(size)
+        return row.row_bytes if row else NUMBER * size.width
+
+    def possible(self, rank: int) -> int:
+        """The largest rank up to this one that has a row: two channels of 4 bits share a byte."""
+        return rank // 2 * 2 if self.kind in ("int4", "mixed") else rank
+
+    def units(self, unit: int) -> tuple[int, int]:
+        """Units of ranks and of rotary dims.
+
+        Args:
+            unit: from `size_unit`.
+        """
+        return (UNIT_INT4 if unit == UNIT and self.kind in ("int4", "mixed") else unit), unit
+
+
+def cache_format(settings: Settings) -> CacheFormat:
+    """The format that the settings name."""
+    kind = {"auto": "mixed"}.get(settings.cache_dtype, settings.cache_dtype)
+    if kind == "bf16":
+        return CacheFormat()
+    group = settings.cache_group or (0 if kind == "fp8" else GROUP)
+    return CacheFormat(kind, group, "fp8")
 
 
 @dataclass(frozen=True)
@@ -52,20 +123,26 @@ class Plan:
         rope_dim: likewise.
         shape: of the source's attention.
         sizes: of each converted layer, where they differ.
+        cache: numbers of a cached token.
+        wide: channels with 8 bits in a mixed cache, likewise.
+        budget: bytes per token and layer that layers share out; None: those of the mean sizes.
     """
 
     rank: int
     rope_dim: int
     shape: AttentionShape
     sizes: tuple[LayerSize, ...] | None = None
+    cache: CacheFormat = CacheFormat()
+    wide: int = 0
+    budget: float | None = None
 
     def layer(self, index: int) -> LayerSize:
         """Sizes of one converted layer."""
         if self.sizes:
             return self.sizes[self.shape.converted_layers.index(index)]
         if self.shape.has_rope(index):
-            return LayerSize(self.rank, self.rope_dim)
-        return LayerSize(min(self.rank + self.rope_dim, self.shape.full_rank(0)), 0)
+            return LayerSize(self.rank, self.rope_dim, self.wide)
+        return LayerSize(self.cache.possible(min(self.rank + self.rope_dim, self.shape.full_rank(0))), 0, self.wide)
 
     @property
     def layers(self) -> list[LayerSize]:
@@ -78,9 +155,24 @@ class Plan:
         return self.rank + self.rope_dim
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes per token and layer that the settings ask for, the mean over layers where they differ."""
+        return self.cache.row_bytes(LayerSize(self.rank, self.rope_dim, self.wide))
+
+    @property
     def cache_ratio(self) -> float:
-        """Size of the cache as a fraction of the source's."""
-        return self.cache_width / self.shape.cache_width
+        """Bytes of the cache as a fraction of the source's, with NUMBER bytes a number."""
+        return self.row_bytes / (NUMBER * self.shape.cache_width)
+
+    @property
+    def latent_cache(self) -> dict[str, object] | None:
+        """The field of this name in the converted model's configuration."""
+        if not self.cache.quantised:
+            return None
+        from mla_convert.modeling.quantised_latent_mla import VERSION  # imports torch
+
+        fields = {"version": VERSION, "kind": self.cache.kind, "group": self.cache.group, "rope": self.cache.rope}
+        return fields | ({"wide": [size.wide for size in self.layers]} if self.cache.kind == "mixed" else {})
 
     @property
     def full_rank(self) -> int:
@@ -106,7 +198,8 @@ class Plan:
 def shares_out(settings: Settings, plan: Plan) -> bool:
     """Whether the conversion chooses a size for each layer by its sensitivity; the plan then holds their mean."""
     free = not settings.uniform and settings.rope_selection == "by_loss"
-    return free and len(plan.shape.converted_layers) > 1 and plan.rank < plan.full_rank
+    several = len(plan.shape.converted_layers) > 1
+    return free and several and (plan.rank < plan.full_rank or plan.budget is not None)
 
 
 def size_unit(plan: Plan) -> int:
@@ -133,13 +226,15 @@ def make_plan(settings: Settings, shape: AttentionShape) -> Plan:
             f"rank {rank} is above full rank: with {rope_dim} rotary dims this model has rank {full}; "
             f"give at most that, or 'full'"
         )
-    return Plan(rank, rope_dim, shape)
+    return _with_format(Plan(rank, rope_dim, shape), settings)
 
 
 def _plan_from_ratio(settings: Settings, shape: AttentionShape) -> Plan:
     ratio = DEFAULT_RATIO if settings.kv_ratio is None else settings.kv_ratio
     if not 0 < ratio <= 1:
         raise InputError(f"kv_ratio {ratio} is not a share: give a number above 0 and at most 1 (0.5 halves the cache)")
+    if settings.cache_dtype != "bf16":
+        return _quantised_from_ratio(settings, shape, ratio)
     unit = UNIT if ratio * shape.cache_width >= 4 * UNIT else 2
     total = int(ratio * shape.cache_width / unit + 1e-9) * unit
     rope_dim = _rope_dim(settings, shape, min(_round_up(total / 4, unit), MAX_DEFAULT_ROPE, shape.full_rope_dim))
@@ -150,6 +245,45 @@ def _plan_from_ratio(settings: Settings, shape: AttentionShape) -> Plan:
             f"give a larger kv_ratio or a smaller rope_dim"
         )
     return Plan(rank, rope_dim, shape)
+
+
+def _with_format(plan: Plan, settings: Settings) -> Plan:
+    """A plan with the cache format of the settings.
+
+    Raises:
+        InputError: the format has no row of this size.
+    """
+    cache = cache_format(settings)
+    if cache.possible(plan.rank) != plan.rank:
+        raise InputError(f"rank {plan.rank} is odd, and two channels of 4 bits share a byte: give an even rank")
+    unit = cache.units(size_unit(plan))[0]
+    wide = plan.rank // WIDE_SHARE // unit * unit if cache.kind == "mixed" else 0
+    return replace(plan, cache=cache, wide=wide)
+
+
+def _quantised_from_ratio(settings: Settings, shape: AttentionShape, ratio: float) -> Plan:
+    """The largest rank whose packed row fits the share of the original's bytes.
+
+    Raises:
+        InputError: none does.
+    """
+    room, plan = ratio * shape.cache_width * NUMBER, None
+    for step in (UNIT, 2):
+        unit = cache_format(settings).units(step)[0]
+        rank = unit
+        while plan is None or rank <= plan.full_rank:
+            rope_dim = _rope_dim(settings, shape, min(_round_up(rank / 3, step), MAX_DEFAULT_ROPE, shape.full_rope_dim))
+            possible = cache_format(settings).possible(min(rank, shape.full_rank(rope_dim)))
+            larger = _with_format(Plan(possible, rope_dim, shape), settings)
+            if larger.row_bytes > room or (plan and larger == plan):
+                break
+            plan, rank = larger, rank + unit
+        if plan:
+            return replace(plan, budget=room)
+    raise InputError(
+        f"kv_ratio {ratio} leaves {room:.0f} bytes per token and layer, less than the smallest row in "
+        f"{settings.cache_dtype}: give a larger kv_ratio or a smaller rope_dim"
+    )
 
 
 def _default_rope(shape: AttentionShape, rank: int | str) -> int:

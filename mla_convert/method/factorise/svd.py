@@ -73,6 +73,8 @@ class MlaWeights:
     o_bias: Tensor | None  # present when the source has an o bias
     freq_index: Tensor  # (m,) int64, frequency of each rotary plane
     energy: dict[str, float]  # kept energy and errors of the approximation, see `_energy`
+    channel_variance: Tensor  # (r,) second moment of each channel of the latent, on tokens weighted by attention
+    channel_cost: Tensor  # (r,) cost of a squared error of one in each channel
     rope_weight: Tensor | None = None  # (2m,) `Geometry.plane_weights` of the planes that are kept
 
 
@@ -171,12 +173,12 @@ def _rope_rows(planes: rope.Planes, k: Tensor, q: Tensor) -> tuple[Tensor, Tenso
     keys, queries = rope.complex_rows(k, 2 * n_f), rope.complex_rows(q, 2 * n_f)
     key = torch.einsum("jfg,fgn->jn", planes.write, keys)
     query = torch.einsum("jfh,fhn->hjn", planes.read.conj(), queries)
-    size = _balance(query.abs().square().mean((0, 2)), key.abs().square().mean(1))[:, None]
+    size = balance(query.abs().square().mean((0, 2)), key.abs().square().mean(1))[:, None]
     key, query = key * size, query / size
     return torch.cat((key.real, key.imag)), torch.cat((query.real, query.imag), 1)
 
 
-def _balance(up: Tensor, down: Tensor) -> Tensor:
+def balance(up: Tensor, down: Tensor) -> Tensor:
     """Factor that makes two matrices with these mean squares about equal, 1 where either is zero.
 
     It is a power of two, so that scaling does not round.
@@ -219,7 +221,7 @@ def _cholesky(cov: Tensor) -> Tensor:
     raise InputError("the model's hidden states on the calibration text are not finite: try other --calib text")
 
 
-def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Best rank-r latent of y under the error e^T metric e (Eckart-Young-Mirsky in the metric's basis).
 
     Args:
@@ -228,13 +230,14 @@ def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
         rank: r.
 
     Returns:
-        encode (r, n), decode (n, r), and tail (n, n - r) with E[error error^T] = tail tail^T.
+        encode (r, n), decode (n, r), tail (n, n - r) with E[error error^T] = tail tail^T, and the cost (r,) of an error of
+        one in each element of the latent, whose variances are one.
     """
     factor = _cholesky(cov)
-    vectors = linalg.eigh(factor.T @ metric @ factor)[1].flip(-1)
+    values, vectors = (part.flip(-1) for part in linalg.eigh(factor.T @ metric @ factor))
     lead = vectors[:, :rank]
     encode = torch.linalg.solve_triangular(factor.T, lead, upper=True).T
-    return encode, factor @ lead, factor @ vectors[:, rank:]
+    return encode, factor @ lead, factor @ vectors[:, rank:], values[:rank].clamp_min(0)
 
 
 def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics: tuple) -> dict[str, float]:
@@ -267,7 +270,7 @@ def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics
 
 def _content(
     rows: Tensor, tokens: Tensor, reads: tuple[Tensor, Tensor], costs: tuple[Tensor, Tensor], rank: int | None
-) -> tuple[Tensor, Tensor, tuple]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple]:
     """The joint low-rank factorisation of content keys and values.
 
     Args:
@@ -278,7 +281,8 @@ def _content(
         rank: r; None keeps the latent whole.
 
     Returns:
-        Latent rows (r, c), kv_b (H*(nope+d_h), r), and (cov, tail, metrics) for `_energy`.
+        Latent rows (r, c), kv_b (H*(nope+d_h), r), variances and costs of the channels (r,), and (cov, tail, metrics) for
+        `_energy`.
     """
     metrics = tuple(_metric(read, cost) for read, cost in zip(reads, costs, strict=True))
     served = torch.cat(reads, 1).flatten(0, 1)
@@ -290,16 +294,18 @@ def _content(
         rows = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     cov = rows @ tokens @ rows.T
     if rank is None:
-        return rows, served, (cov, cov.new_zeros(len(cov), 0), metrics)
-    encode, decode, tail = _latent(cov, metrics[0] + metrics[1], rank)
+        channels = cov.diagonal(), (metrics[0] + metrics[1]).diagonal()
+        return rows, served, channels, (cov, cov.new_zeros(len(cov), 0), metrics)
+    encode, decode, tail, cost = _latent(cov, metrics[0] + metrics[1], rank)
     down, up = encode @ rows, served @ decode
-    size = _balance(up.square().mean(0), down.square().mean(1))
-    return down * size[:, None], up / size, (cov, tail, metrics)
+    size = balance(up.square().mean(0), down.square().mean(1))
+    return down * size[:, None], up / size, (size.square(), cost / size.square()), (cov, tail, metrics)
 
 
 def _assemble(
-    weights: AttentionWeights, q_rows: Tensor, kv_a: Tensor, kv_b: Tensor, freq_index: Tensor, energy: dict[str, float]
-) -> MlaWeights:
+    weights: AttentionWeights, q_rows: Tensor, kv_a: Tensor, kv_b: Tensor, freq_index: Tensor, energy: dict[str, float],
+    channels: tuple[Tensor, Tensor],
+) -> MlaWeights:  # fmt: skip
     """MlaWeights from affine q rows (*, d+1) and kv_a rows (*, d), or (*, d+1) where k or v has a bias."""
     hidden, query_size = weights.k.shape[1], weights.q.shape[1]
     return MlaWeights(
@@ -312,6 +318,8 @@ def _assemble(
         o_bias=None if weights.o_bias is None else weights.o_bias.double(),
         freq_index=freq_index,
         energy=energy,
+        channel_variance=channels[0],
+        channel_cost=channels[1],
     )
 
 
@@ -373,9 +381,10 @@ def factorise(
     # Without a source bias the result has none, and no column for constants.
     columns = slice(None if weights.k_bias is not None or weights.v_bias is not None else -1)
     rows = torch.cat((k, v))[:, columns]
-    down, up, lost = _content(rows, tokens[columns, columns], _reads(k_maps, num_kv), costs, rank)
+    down, up, channels, lost = _content(rows, tokens[columns, columns], _reads(k_maps, num_kv), costs, rank)
     k_rope, q_rope = _rope_rows(kept, k, q)
     q_rows = torch.cat((q_heads[:, :nope], q_rope), 1).flatten(0, 1)
     energy = _energy(kept, geometry.rope_scale**4, *lost)
-    whole = _assemble(weights, q_rows, torch.cat((down, k_rope[:, columns])), up, kept.freq_index, energy)
+    kv_a = torch.cat((down, k_rope[:, columns]))
+    whole = _assemble(weights, q_rows, kv_a, up, kept.freq_index, energy, channels)
     return replace(whole, rope_weight=geometry.plane_weights[:, kept.freq_index].flatten()) if weighted else whole

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, first_output
 from mla_convert.method.refine.optimise import (
+    EVALUATIONS,
     Distance,
     RefineResult,
     RefineSettings,
@@ -66,6 +67,7 @@ class Stage:
     steps: int
     lr: float
     distance: Distance  # between the hidden states behind the last layer, the converted model's and the source's
+    evaluations: int = EVALUATIONS  # on held-out windows; the best state is kept
 
 
 @dataclass(frozen=True)
@@ -114,5 +116,5 @@ def refine_jointly(
         del expected
         settings = replace(settings, steps=stage.steps, lr=step_size(stage.lr, own_error))
         students = nn.ModuleList(layer.student for layer in layers if layer.student is not None)
-        refined = refine(students, forward, inputs, targets, settings, on_step, stage.distance)
+        refined = refine(students, forward, inputs, targets, settings, on_step, stage.distance, stage.evaluations)
     return StageResult(own_error, refined)

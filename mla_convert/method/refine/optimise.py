@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mla_convert.core.cuda_graph import CapturedCall
+from mla_convert.core.processes import Processes, alone
 from mla_convert.method.calibrate.attention_forward import Forward
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.refine.relative_adam import BestState, RelativeAdam, set_rates, warmup_cosine
@@ -113,6 +114,7 @@ def channel_weights(curvature: Tensor, targets: Activations) -> Tensor:
         squares += (stream.square() / stream.square().mean(-1, keepdim=True).clamp_min(1e-12)).mean((0, 1)) * len(
             stream
         )
+    squares = targets.processes.sum(squares)
     weight = curvature + CHANNEL_FLOOR * curvature.mean()
     return (weight * squares.sum() / (weight * squares).sum().clamp_min(1e-30)).float()
 
@@ -133,8 +135,8 @@ def _held_out(windows: int) -> range:
 
 
 def held_out_states(states: Activations) -> Iterator[Tensor]:
-    """The held-out windows (1, L, d), one by one."""
-    return (states.get(slice(window, window + 1)) for window in _held_out(states.windows))
+    """This process's held-out windows (1, L, d), one by one."""
+    return (states.get(slice(window, window + 1)) for window in states.own(_held_out(states.total)))
 
 
 @torch.no_grad()
@@ -145,6 +147,7 @@ def output_error(student: Forward, original: Forward, states: Activations) -> fl
         expected = original(hidden)
         error += float((student(hidden) - expected).square().mean())
         total += float(expected.square().mean())
+    error, total = states.processes.totals(error, total)
     return error / max(total, 1e-30)
 
 
@@ -171,7 +174,7 @@ def residual_error(
     """
     pairs = zip(held_out_states(inputs), expected, strict=True)
     errors = [float(distance(hidden + student(hidden), target)) for hidden, target in pairs]
-    return sum(errors) / len(errors)
+    return inputs.processes.mean(errors)
 
 
 def step_size(lr: float, own_error: float) -> float:
@@ -187,7 +190,14 @@ def step_size(lr: float, own_error: float) -> float:
 class TrainingStep:
     """One optimizer step; on CUDA captured as a graph, as the launches of a small layer take longer than its kernels."""
 
-    def __init__(self, parameters: list[nn.Parameter], student: Forward, settings: RefineSettings, distance: Distance):
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        student: Forward,
+        settings: RefineSettings,
+        distance: Distance,
+        processes: Processes | None = None,
+    ):
         """Make the optimizer.
 
         Args:
@@ -195,27 +205,59 @@ class TrainingStep:
             student: runs the modules that hold them.
             settings: `steps` and `lr`.
             distance: minimised between the residual stream behind `student` and its target.
+            processes: that share the windows of a step; None: this one has all.
         """
         self.parameters, self.student, self.settings, self.distance = parameters, student, settings, distance
         self.optimizer = RelativeAdam(parameters, settings.lr, BETAS, capturable=parameters[0].is_cuda)
-        self.count = 0
+        self.count, self.processes = 0, processes or alone(parameters[0].device)
+        self._gradients = None if self.processes.alone else _one_buffer(parameters)
         self._captured: CapturedCall[None] | None = None
+        self._captured_update: CapturedCall[None] | None = None
 
     def _compute(self, hidden: Tensor, target: Tensor) -> None:
         self.distance(hidden + self.student(hidden), target).backward()
+        self._update()
+
+    def _compute_part(self, hidden: Tensor, target: Tensor) -> None:
+        """Gradients of this process's part of a step, times its fraction of the windows."""
+        loss = self.distance(hidden + self.student(hidden), target)
+        (loss * (len(hidden) / self.settings.batch)).backward()
+
+    def _update(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # a graph needs the gradients to stay where they are
 
     def __call__(self, hidden: Tensor, target: Tensor) -> None:
-        """Train on residual streams (B, L, d) and their targets; the same shape at every call."""
+        """Train on residual streams (B, L, d) and their targets, or on this process's part; the same shape at every call."""
         steps = self.settings.steps
         warmup = min(WARMUP, max(1, steps * 2 // 3))
         set_rates(self.optimizer, warmup_cosine(self.count, steps, warmup, overlap=True))
-        if hidden.is_cuda and self.count == EAGER_STEPS:
-            self._captured = CapturedCall(self._compute, hidden, target)
-        (self._captured or self._compute)(hidden, target)
+        capture = hidden.is_cuda and self.count == EAGER_STEPS
+        if self._gradients is None:
+            if capture:
+                self._captured = CapturedCall(self._compute, hidden, target)
+            (self._captured or self._compute)(hidden, target)
+        else:  # the exchange is between two graphs
+            if capture and len(hidden):
+                self._captured = CapturedCall(self._compute_part, hidden, target)
+            if capture:
+                self._captured_update = CapturedCall(self._update)
+            if len(hidden):
+                (self._captured or self._compute_part)(hidden, target)
+            self.processes.sum(self._gradients)
+            (self._captured_update or self._update)()
         self.count += 1
+
+
+def _one_buffer(parameters: list[nn.Parameter]) -> Tensor:
+    """A zeroed buffer of which the parameters' gradients are views, so that one exchange sums them all."""
+    buffer = torch.zeros(sum(map(torch.Tensor.numel, parameters)), device=parameters[0].device)
+    start = 0
+    for parameter in parameters:
+        parameter.grad = buffer[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    return buffer
 
 
 def batches(windows: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -237,6 +279,7 @@ def refine(
     settings: RefineSettings,
     on_step: Callable[[], None] = lambda: None,
     distance: Distance = relative_error,
+    evaluations: int = EVALUATIONS,
 ) -> RefineResult:
     """Train a module in place and keep its best state on held-out windows, the start included.
 
@@ -250,6 +293,7 @@ def refine(
         settings: `steps`, `batch`, `lr` and `seed`.
         on_step: called after every step.
         distance: minimised between the residual stream and its target.
+        evaluations: on held-out windows during the run.
     """
     before = residual_error(student, inputs, held_out_states(targets), distance)
     if not settings.steps:
@@ -260,12 +304,12 @@ def refine(
         return [parameter.detach().clone() for parameter in parameters]
 
     best = BestState(before, snapshot())
-    train = max(1, _held_out(inputs.windows).start)
-    batch = min(settings.batch, train)
-    step = TrainingStep(parameters, student, settings, distance)
-    every = -(-settings.steps // EVALUATIONS)
-    for number, index in enumerate(batches(train, batch, settings.steps, settings.seed), start=1):
-        step(inputs.get(index), targets.get(index))
+    train = max(1, _held_out(inputs.total).start)
+    settings = replace(settings, batch=min(settings.batch, train))
+    step = TrainingStep(parameters, student, settings, distance, inputs.processes)
+    every = -(-settings.steps // evaluations)
+    for number, index in enumerate(batches(train, settings.batch, settings.steps, settings.seed), start=1):
+        step(inputs.part(index), targets.part(index))
         on_step()
         if number % every == 0 or number == settings.steps:
             error = residual_error(student, inputs, held_out_states(targets), distance)

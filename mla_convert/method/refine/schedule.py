@@ -21,6 +21,8 @@ BLOCK_WINDOWS = 125
 # OUTPUT_RATE of its learning rate. On a GPU they are as many as fit into OUTPUT_MEMORY of its memory (of CARD_BYTES where
 # there is no GPU, for a dry run).
 OUTPUT_STEPS, OUTPUT_RATE, OUTPUT_MEMORY, CARD_BYTES = 4, 1 / 3, 1 / 4, 80 * 10**9
+# Held-out evaluations of these steps: on little text their KL rises again before they end.
+OUTPUT_EVALUATIONS = 8
 
 
 def blocks(layers: int, size: int) -> list[range]:
@@ -86,13 +88,20 @@ def refine_settings(
     )
 
 
-def layer_numbers(source: Source) -> int:
-    """Parameters of the largest layer, as they are stored."""
+def draft_bytes(settings: RefineSettings, layers: int, attention: int) -> int:
+    """Bytes of the students that wait for the last steps, float32, until they are written; `attention`: numbers of one."""
+    waiting = sum(map(len, groups(layers, settings)[-1])) if settings.output_steps else 0
+    return waiting * attention * torch.float32.itemsize
+
+
+def layer_numbers(source: Source, part: str = "") -> int:
+    """Parameters of the largest layer, as they are stored, or of the modules in it whose names begin with `part`."""
     counts: dict[str, int] = {}
     for name in source.reader.names():
         if name.startswith(f"{source.family.layers}."):
-            layer = name.removeprefix(f"{source.family.layers}.").partition(".")[0]
-            counts[layer] = counts.get(layer, 0) + math.prod(source.reader.shape(name))
+            layer, _, inner = name.removeprefix(f"{source.family.layers}.").partition(".")
+            if inner.startswith(part):
+                counts[layer] = counts.get(layer, 0) + math.prod(source.reader.shape(name))
     return max(counts.values(), default=0)
 
 

@@ -97,8 +97,8 @@ def fit(room: int, cache: CacheSize, limit: int) -> dict[str, dict[str, int]]:
 def warnings(plan: Plan) -> list[str]:
     """Properties of a plan that its user may not have meant, one sentence each."""
     lines, shape = [], plan.shape
-    if plan.cache_width >= shape.cache_width:
-        how = "larger than" if plan.cache_width > shape.cache_width else "as large as"
+    if plan.cache_ratio >= 1:
+        how = "larger than" if plan.cache_ratio > 1 else "as large as"
         lines.append(f"the cache is {how} the original's: a smaller rank saves memory")
     full = shape.full_rank(plan.rope_dim)
     if plan.rank >= full:
@@ -139,3 +139,52 @@ def peak_host_bytes(
     streams = 4 * hidden * (3 * calibration_tokens + 2 * evaluation_tokens)
     held = layer * (itemsize + 4) + attention * 4 * 5 + 6 * 8 * (hidden + 1) ** 2
     return {"embedding table": table * itemsize * 2, "one layer": held + streams}
+
+
+GPUS_BASIS = (
+    "added up, not measured: one layer or block with its statistics, its refinement and this process's share of the hidden "
+    "states; of the host, those that do not fit the card, the evaluation's and the layers as stored"
+)
+
+
+@dataclass(frozen=True)
+class GpuRun:
+    """Sizes on which the memory of a conversion on GPUs depends: elements of weights, tokens of texts, layers in memory."""
+
+    hidden: int
+    layer: int
+    attention: int
+    head: int
+    itemsize: int  # of a stored element, bytes
+    calibration_tokens: int
+    evaluation_tokens: int
+    step_tokens: int
+    block: int  # layers that are refined together
+    output_layers: int  # layers of the output steps; 0 without any
+
+    def device_bytes(self, processes: int, limit: int) -> int:
+        """Bytes on each of several cards; sets of hidden states larger than `limit` bytes are on the host."""
+        states = self._states(processes)
+        sets = 5 if self.block > 1 else 3  # original, converted, targets; and copies of two before a block
+        held = max(self.block, self.output_layers)
+        tokens = -(-self.step_tokens // processes)
+        # float32 weights; a student with its gradient, moments and best state; activations for the backward pass
+        layers = held * (4 * self.layer + 5 * 4 * self.attention + 60 * tokens * self.hidden)
+        statistics = 6 * 8 * (self.hidden + 1) ** 2
+        return (
+            layers
+            + statistics
+            + (sets * states if states <= limit else 0)
+            + (2 * self.head if self.output_layers else 0)
+        )
+
+    def host_bytes(self, processes: int, limit: int) -> int:
+        """Bytes of host memory in each of several processes."""
+        states, evaluated = self._states(processes), 2 * 4 * self.hidden * self.evaluation_tokens // processes
+        sets = 5 if self.block > 1 else 3
+        stored = max(self.block, self.output_layers, 1) * self.layer * self.itemsize
+        return stored + evaluated + (sets * states if states > limit else 0)
+
+    def _states(self, processes: int) -> int:
+        """Bytes of one set of hidden states of the calibration text, bfloat16."""
+        return 2 * self.hidden * -(-self.calibration_tokens // processes)

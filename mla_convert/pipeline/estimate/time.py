@@ -72,35 +72,39 @@ class LayerWork:
     mixing_after: float
     head: int  # elements of the output matrix
 
-    def operations(self, run: LayerRun) -> float:
-        """Floating-point operations of one layer's conversion."""
+    def operations(self, run: LayerRun, processes: int = 1) -> float:
+        """Floating-point operations of one layer's conversion, in each of several processes."""
 
         def forward(weights: float, mixing: float, length: int) -> float:
             return 2.0 * weights + 2.0 * length * mixing
 
-        total = 0.0
+        shared = 0.0
         (samples, length), (windows, eval_length) = run.calib, run.evaluation
         for weights, mixing in (
             (self.layer_before, self.mixing_before),
             (self.layer_after, self.mixing_after),
         ):  # both models' states go through the layer
-            total += samples * length * forward(weights, mixing, length)
-            total += windows * eval_length * forward(weights, mixing, eval_length)
+            shared += samples * length * forward(weights, mixing, length)
+            shared += windows * eval_length * forward(weights, mixing, eval_length)
         # second moments of the tokens in six weightings, the targets, and held-out errors
-        total += (
+        shared += (
             samples * length * (12.0 * self.hidden**2 + 2 * forward(self.attention_before, self.mixing_before, length))
         )
-        total += 3.0 * run.steps * run.batch * length * forward(self.attention_after, self.mixing_after, length)
-        # frozen weights need no gradients of their own
-        whole = 2.0 * forward(self.layer_after, self.mixing_after, length)
-        total += (
-            run.block_steps * run.batch * length * (whole + forward(self.attention_after, self.mixing_after, length))
-        )
-        total += run.output_steps * run.batch * length * 6.0 * self.head  # of both models, and once back
+        own = 30.0 * self.hidden**3  # decompositions, in float64
         if run.measured:  # the layer forward, forward again and back; its attention at some fourteen sizes
-            total += run.measured * 4 * forward(self.layer_before, self.mixing_before, length)
-            total += run.measured * 14 * forward(self.attention_after, self.mixing_after, length)
-        return total + (90.0 if run.measured else 30.0) * self.hidden**3  # decompositions, in float64
+            own += run.measured * 4 * forward(self.layer_before, self.mixing_before, length)
+            shared += run.measured * 14 * forward(self.attention_after, self.mixing_after, length)
+            shared += 60.0 * self.hidden**3
+        part = -(-run.batch // processes)  # of the windows in a step
+        return shared / processes + own + part * length * self._training(run, length)
+
+    def _training(self, run: LayerRun, length: int) -> float:
+        """Operations of all steps on one token."""
+        attention = 2.0 * self.attention_after + 2.0 * length * self.mixing_after
+        whole = 2.0 * self.layer_after + 2.0 * length * self.mixing_after
+        # frozen weights need no gradients of their own
+        total = 3.0 * run.steps * attention + run.block_steps * (2.0 * whole + attention)
+        return total + run.output_steps * 6.0 * self.head  # of both models, and once back
 
 
 def estimate(work: LayerWork, layers: int, runs: dict[str, LayerRun], cores: int) -> dict[str, TimeEstimate]:
@@ -118,3 +122,9 @@ def estimate(work: LayerWork, layers: int, runs: dict[str, LayerRun], cores: int
         "cpu": TimeEstimate((on_cpu / SPREAD, on_cpu * SPREAD), CPU_BASIS, cores),
         "h100": TimeEstimate((on_h100 / SPREAD, on_h100 * SPREAD), H100_BASIS),
     }
+
+
+def on_gpus(work: LayerWork, layers: int, run: LayerRun, count: int) -> tuple[float, float]:
+    """A range of seconds of a conversion on `count` H100s of one host."""
+    seconds = layers * work.operations(run, count) / H100_RATE
+    return seconds / SPREAD, seconds * SPREAD

@@ -36,28 +36,64 @@ def ask_transformers(model, asked):
 
 
 def ask_vllm(model, asked):
-    """Ask vllm.LLM, all prompts in one batch."""
+    """Ask vllm.LLM, all prompts in one batch; with prefix caching a second time, so that the answers start from the cache."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import vllm
     from vllm.platforms import current_platform
 
     options = {"model_impl": asked["model_impl"]} if asked["model_impl"] else {}
+    with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+        converted = json.load(file)["model_type"].startswith("mla_")
+    if current_platform.is_cpu() and not converted:
+        # vLLM's own MLA for CPUs neither reads prompts in chunks nor starts from cached prefixes
+        asked = asked | {"chunk": 0, "prefix_caching": False}
     if current_platform.is_cpu():
         # vLLM 0.32's rotary kernel for CPUs misreads the queries of MLA, also those of DeepSeek's checkpoints
         options["compilation_config"] = {"custom_ops": ["none"]}
+    elif asked.get("compilation"):
+        options["compilation_config"] = asked["compilation"]
+    if asked.get("memory"):
+        options["gpu_memory_utilization"] = asked["memory"]
+    if asked.get("chunk"):
+        tokens = max(asked["chunk"], len(asked["prompts"]))
+        options |= {"enable_chunked_prefill": True, "max_num_batched_tokens": tokens}
     longest = max(map(len, asked["prompts"])) + asked["tokens"] + 1
-    engine = vllm.LLM(model=model, dtype=asked["dtype"], trust_remote_code=asked["trust_remote_code"], enforce_eager=True,
-                      skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=len(asked["prompts"]), seed=0,
-                      max_logprobs=asked["top"], enable_prefix_caching=False, **options)  # fmt: skip
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False,
-                                   prompt_logprobs=asked["top"])  # fmt: skip
-    answers = engine.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], sampling, use_tqdm=False)
+    prefixes = asked.get("prefix_caching", False)
+    engine = vllm.LLM(model=model, dtype=asked["dtype"], trust_remote_code=asked["trust_remote_code"],
+                      enforce_eager=asked.get("eager", True) or current_platform.is_cpu(), skip_tokenizer_init=True,
+                      max_model_len=longest, max_num_seqs=len(asked["prompts"]), seed=0, max_logprobs=asked["top"],
+                      enable_prefix_caching=prefixes, **options)  # fmt: skip
+    common = {"temperature": 0.0, "max_tokens": asked["tokens"], "ignore_eos": True, "detokenize": False}
+    prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
+    sampling = vllm.SamplingParams(**common, prompt_logprobs=asked["top"])
+    answers = engine.generate(prompts, sampling, use_tqdm=False)
+    again = engine.generate(prompts, vllm.SamplingParams(**common), use_tqdm=False) if prefixes else answers
     found = []
-    for answer in answers:
+    for answer, second in zip(answers, again, strict=True):
         lines = [{token: entry.logprob for token, entry in line.items()} for line in answer.prompt_logprobs[1:]]
-        found.append({"logprobs": lines, "greedy": list(answer.outputs[0].token_ids)})
+        greedy = list(answer.outputs[0].token_ids)
+        cached = list(second.outputs[0].token_ids) if prefixes else greedy
+        found.append({"logprobs": lines, "greedy": greedy, "greedy_from_cache": cached,
+                      "cached_tokens": second.num_cached_tokens or 0})  # fmt: skip
     arch = engine.llm_engine.model_config.architecture
-    return {"version": vllm.__version__, "path": arch, "prompts": found}
+    return {"version": vllm.__version__, "path": arch, "prompts": found, "setting": vllm_setting(engine, asked)}
+
+
+def vllm_setting(engine, asked):
+    """The configuration that an engine in this process answered with: what it chose, not what was asked for."""
+    config = engine.llm_engine.vllm_config
+    known = config.compilation_config.static_forward_context.values()
+    layers = [layer for layer in known if hasattr(layer, "get_attn_backend")]
+    caches = [layer.kv_cache for layer in layers if getattr(layer.kv_cache, "ndim", 1) > 1]
+    graphs = str(config.compilation_config.cudagraph_mode).rpartition(".")[2]
+    return {
+        "backend": ", ".join(sorted({layer.get_attn_backend().get_name() for layer in layers})),
+        "cache_dtype": ", ".join(sorted({str(cache.dtype).removeprefix("torch.") for cache in caches})),
+        "cache_widths": sorted({int(cache.shape[-1]) for cache in caches}),
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        "chunk": config.scheduler_config.max_num_batched_tokens if asked.get("chunk") else 0,
+        "graphs": "none" if graphs == "NONE" else graphs,
+    }
 
 
 def ask_sglang(model, asked):

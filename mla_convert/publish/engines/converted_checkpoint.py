@@ -43,6 +43,11 @@ class Converted:
             raise InputError(
                 f"{self.label} is of model type {self.config.model_type!r}, which is no converted model's: convert it first"
             )
+        if getattr(self.config, "latent_cache", None):
+            raise InputError(
+                f"{self.label} has a quantised cache, and engines quantise theirs by an option of their own: "
+                f"`mla-convert quantize {self.label} --cache-dtype bf16` comes first"
+            )
         check_family(self.config, self.config.model_type.removeprefix(PREFIX), self.label)
         biases = self.config.mla_q_bias or self.config.mla_kv_bias or self.config.mla_o_bias
         reason = needs_code(self.config, biases, self.config.mla_q_norm is not None)

@@ -1,4 +1,7 @@
-"""Comparison of a serving engine's answers from an exported folder with the converted model's: log-probabilities and tokens."""
+"""Comparison of a serving engine's answers with the converted model's: log-probabilities and tokens.
+
+The engine serves an exported folder, or, with vLLM's plugin, the converted folder itself.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ from mla_convert.source.texts import load_text
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
 PROMPTS, LENGTH, TOKENS, TOP = 4, 64, 16, 20
+# Tokens of a step of vLLM: fewer than a prompt has, so that prompts are read in chunks.
+CHUNK = 48
+# Stands in for a profile where vLLM's plugin serves the converted folder.
+PLUGIN = "plugin"
 # float32: largest difference of a log-probability from the converted model in float64 (a second float32 evaluation may round in
 # the opposite direction). bfloat16: the mean difference may be SLACK times that of the converted model in bfloat16, plus EXACT.
 EXACT, SLACK = 1e-4, 2.0
@@ -33,7 +40,8 @@ class Verdict:
     """The result of a comparison. Differences are of log-probabilities, from the converted model's in a higher precision.
 
     `own_rounding` is the converted model's own difference in `dtype`, of the kind that `limit` applies to: the largest one in
-    float32, else the mean.
+    float32, else the mean. `setting` is the configuration that the engine answered with, where it says (`vllm_setting`);
+    `cached_same` counts prompts whose continuation was the same again from cached prefixes, of `cached_tokens` tokens.
     """
 
     engine: str
@@ -50,13 +58,16 @@ class Verdict:
     prompts: int
     limit: float
     ok: bool
+    setting: dict[str, Any] = field(default_factory=dict)
+    cached_same: int = 0
+    cached_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For `serve-check --json`."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """The result in three lines."""
+        """The result in three lines, or four."""
         if self.dtype == "float32":
             rule = (
                 f"largest difference at most {self.limit:g} and the same greedy tokens; float32 costs our own model "
@@ -70,7 +81,25 @@ class Verdict:
             f"log-probabilities of {self.positions} positions: largest difference {self.max_difference:.1e}, mean "
             f"{self.mean_difference:.1e}; likeliest token the same at {self.top1_agreement:.1%}; greedy continuation the same for "
             f"{self.greedy_same} of {self.prompts} prompts\n"
-            f"asked for: {rule}"
+            f"asked for: {rule}{self._served()}"
+        )
+
+    def _served(self) -> str:
+        """A line about the engine's configuration."""
+        if not self.setting:
+            return ""
+        s = self.setting
+        prefixes = "prefix caching off"
+        if s["prefix_caching"]:
+            prefixes = (
+                f"prefix caching on ({self.cached_tokens} tokens read from it, the same continuation for "
+                f"{self.cached_same} of {self.prompts})"
+            )
+        chunks = f"prompts in chunks of {s['chunk']}" if s["chunk"] else "whole prompts"
+        widths = ", ".join(map(str, s["cache_widths"]))
+        return (
+            f"\nserved by: backend {s['backend']}, cache {s['cache_dtype']} of {widths} numbers, {prefixes}, {chunks}, CUDA "
+            f"graphs {s['graphs']}"
         )
 
 
@@ -79,7 +108,8 @@ class EngineRequest:
     """The way in which the engine is run.
 
     `python`: interpreter of the environment that has the engine; `gguf` and `server`: llama.cpp's model file and program;
-    `limit`: largest difference, instead of the default.
+    `limit`: largest difference, instead of the default; `eager`, `prefix_caching` and `chunk` are for vLLM: no CUDA graphs
+    and no compilation, the prompts a second time from cached prefixes, and most tokens of a step (0 for the default).
     """
 
     engine: str
@@ -90,13 +120,16 @@ class EngineRequest:
     gguf: Path | None = None
     server: str | None = None
     limit: float | None = None
+    eager: bool = False
+    prefix_caching: bool = True
+    chunk: int = CHUNK
 
 
 def serve_check(folder: Path, how: EngineRequest, against: Path | None = None) -> Verdict:
     """Compare an engine's answers with the converted model's.
 
     Args:
-        folder: an exported folder.
+        folder: an exported folder, or a converted one for vLLM's plugin.
         how: the engine and its options.
         against: the converted folder that it was exported from; None: the folder beside it of the name in export.json.
 
@@ -123,12 +156,21 @@ def serve_check(folder: Path, how: EngineRequest, against: Path | None = None) -
     largest, mean, agreement = _compare([entry["logprobs"] for entry in answers["prompts"]], exact)
     same = sum(found["greedy"] == own for found, own in zip(answers["prompts"], greedy, strict=True))
     limit = (EXACT if dtype == "float32" else EXACT + SLACK * rounding) if how.limit is None else how.limit
-    ok = (largest <= limit and same == len(prompts)) if dtype == "float32" else mean <= limit
+    again = sum(found["greedy"] == found.get("greedy_from_cache", found["greedy"]) for found in answers["prompts"])
+    ok = (largest <= limit and same == again == len(prompts)) if dtype == "float32" else mean <= limit
+    cached = sum(found.get("cached_tokens", 0) for found in answers["prompts"])
     return Verdict(how.engine, answers["version"], answers["path"], facts["profile"], dtype, sum(map(len, exact)), largest,
-                   mean, rounding, agreement, same, len(prompts), limit, ok)  # fmt: skip
+                   mean, rounding, agreement, same, len(prompts), limit, ok, answers.get("setting", {}), again,
+                   cached)  # fmt: skip
 
 
 def _facts(folder: Path) -> dict[str, Any]:
+    """Profile, dtype and source of an exported folder; a converted folder is its own source."""
+    if (folder / "config.json").is_file() and not (folder / EXPORT).exists():
+        config = model_config(find_model(str(folder)))
+        if is_converted(config):
+            dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+            return {"profile": PLUGIN, "dtype": dtype, "source": folder.resolve().name}
     try:
         facts = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
         return {key: facts[key] for key in ("profile", "dtype", "source")}
@@ -139,6 +181,8 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _check_pair(profile: str, how: EngineRequest) -> None:
+    if profile == PLUGIN and how.engine != "vllm":
+        raise UsageError(f"only vLLM has a plugin for converted folders: `mla-convert export` one for {how.engine}")
     stock = how.engine == "transformers" or how.model_impl == "transformers"
     if profile == "engine" and stock:
         raise UsageError(
@@ -170,7 +214,8 @@ def _dtype(facts: dict[str, Any], how: EngineRequest) -> str:
         return "gguf"
     dtype = how.dtype or facts["dtype"]
     if dtype not in ("float32", "bfloat16"):
-        raise UsageError(f"dtype {dtype!r} is none of float32, bfloat16: in float16 the exported latents underflow")
+        why = "" if facts["profile"] == PLUGIN else ": in float16 the exported latents underflow"
+        raise UsageError(f"dtype {dtype!r} is none of float32, bfloat16{why}")
     return dtype
 
 
@@ -187,7 +232,8 @@ def _ask(folder: Path, how: EngineRequest, prompts: list[list[int]], dtype: str)
     """The engine's answers, from `ask_engine.py` in the engine's interpreter."""
     with tempfile.TemporaryDirectory() as work:
         asked: dict[str, Any] = {"prompts": prompts, "tokens": TOKENS, "top": TOP, "dtype": dtype,
-                                 "trust_remote_code": how.trust_remote_code, "model_impl": how.model_impl}  # fmt: skip
+                                 "trust_remote_code": how.trust_remote_code, "model_impl": how.model_impl,
+                                 "eager": how.eager, "prefix_caching": how.prefix_caching, "chunk": how.chunk}  # fmt: skip
         if how.engine == "llama.cpp":
             asked |= {"server": _server(how), "port": _free_port(), "log": f"{work}/server.log"}
         questions, answers = Path(work) / "questions.json", Path(work) / "answers.json"

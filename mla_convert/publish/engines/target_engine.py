@@ -33,6 +33,11 @@ def apply_constraints(config: ConvertConfig, source: Source) -> ConvertConfig:
     if config.engine is None:
         return config
     engine, shape = config.engine, source.shape
+    if config.cache_dtype != "bf16":
+        raise UsageError(
+            f"--cache-dtype {config.cache_dtype} is not for --for {engine}, which quantises its cache by an option of its own: "
+            f"leave it out"
+        )
     check_family(source.config, source.family.model_type, source.name)
     reason = _reason(source)
     if reason and engine != "vllm":

@@ -1,1 +1,1 @@
-"""report.html."""
+"""The page report.html: text, plots and shapes."""

@@ -64,6 +64,7 @@ def page_text(report: Report) -> str:
     """
     try:
         return _environment().get_template("report.html.jinja").render(_context(report))
+    # Every entry has its type, and yet a stranger's report may have no context, or no layer, to draw.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         raise InputError(
             f"report.json is not that of a conversion ({one_line(error)}): there is no page to make"
@@ -104,6 +105,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mla_convert.report.html"),
         autoescape=True,
+        # A misspelt name in a template is an error, not an empty place on the page.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -162,6 +164,7 @@ def _charts(report: Report) -> dict[str, str]:
     cache, source, evaluation = report.cache, report.source, report.measured
     heads = (source.key_value_heads, source.head_dim) if source.key_value_heads and source.head_dim else None
     frequencies = [frequency for layer in report.layers for frequency in layer.plane_frequencies or []]
+    # Reports of version 0.1.0 do not state the shape of the original's attention.
     rows = max((source.head_dim or 0) // 2, max(frequencies, default=0) + 1)
     return {
         "cache": _draw(lambda width: plots.cache(cache, heads, width)),

@@ -79,12 +79,14 @@ class Chart:
 def _number(value: object) -> str:
     if not isinstance(value, float | int):
         return escape(str(value), quote=True)
+    # A hundredth of a pixel is not visible; more digits would only lengthen the page.
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def linear(domain: tuple[float, float], extent: tuple[float, float]) -> Scale:
     """A scale that maps `domain` linearly to `extent`, in units of the picture."""
     (low, high), (start, end) = domain, extent
+    # A domain of a single value has no width to divide by.
     span = (high - low) or 1.0
     return lambda value: start + (value - low) / span * (end - start)
 
@@ -92,6 +94,7 @@ def linear(domain: tuple[float, float], extent: tuple[float, float]) -> Scale:
 def logarithmic(domain: tuple[float, float], extent: tuple[float, float]) -> Scale:
     """A scale that maps the logarithm of `domain`, whose ends are above 0, to `extent`."""
     scale = linear((math.log10(domain[0]), math.log10(domain[1])), extent)
+    # Values of 0 have no logarithm; they come to lie far outside the picture.
     return lambda value: scale(math.log10(max(value, domain[0] * 1e-3)))
 
 
@@ -102,6 +105,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
         return [low]
     step = 10.0 ** math.floor(math.log10(span / about))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= about)
+    # An end that is a multiple of the step must not be lost to rounding; nor may 3 × 0.1 print as 0.30000000000000004.
     first = math.ceil(low / step - 1e-9)
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -123,6 +127,7 @@ def layer_ticks(layers: int, about: int = 8) -> list[int]:
         return list(range(layers))
     step = next(step for step in (2, 4, 5, 8, 10, 16, 20, 50, 100) if layers / step <= about)
     marks = list(range(0, layers, step))
+    # The last two labels would touch each other.
     if layers - 1 - marks[-1] < step / 2:
         marks.pop()
     return [*marks, layers - 1]

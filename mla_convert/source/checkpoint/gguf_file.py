@@ -1,7 +1,8 @@
 """A GGUF file, or the parts of a split one: metadata, names and shapes, checked before they are used.
 
-Only headers are read here. `whole` joins the parts of a split file, because transformers reads only the first part and
-initialises the other tensors at random.
+Only headers are read here. `described` is a file that transformers reads the configuration from: without the vocabulary, which
+takes it half a minute, and without the tensors' values. `whole` joins the parts of a split file, because transformers reads
+only the first part and initialises the other tensors at random.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
 from mla_convert.source.checkpoint.files import refuse_adapter
+from mla_convert.source.checkpoint.gguf_header import GgufHeader, read_header
 
 SUFFIX = ".gguf"
 # Names of the parts by gguf-split.
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
-# Longest metadata array that is read; of longer ones (the vocabulary) only the length is.
-LONGEST = 4096
+VOCABULARY = "tokenizer.ggml.tokens"
 
 
 def is_gguf(path: Path) -> bool:
@@ -35,10 +36,10 @@ def is_gguf(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One model. `metadata`: by key; `tensors`: shape, in torch's order, by name; `readers`: one for each part."""
+    """One model. `metadata`: by key; `tensors`: shape, in torch's order, by name; `headers`: one for each part."""
 
     path: Path
-    readers: tuple[GGUFReader, ...]
+    headers: tuple[GgufHeader, ...]
     metadata: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
 
@@ -58,33 +59,61 @@ class GgufFile:
         Raises:
             InputError: it has another type.
         """
-        (stored,) = (t for reader in self.readers for t in reader.tensors if t.name == tensor)
-        if stored.data.dtype != np.float32:
+        if self.kind(tensor) != GGMLQuantizationType.F32:
             raise InputError(
-                f"tensor {tensor} of {self.name} is stored as {stored.tensor_type.name}, not F32: it is not read"
+                f"tensor {tensor} of {self.name} is stored as {self.kind(tensor).name}, not F32: it is not read"
             )
-        return [float(number) for number in stored.data.flatten()]
+        return [float(number) for number in self.data(tensor).flatten()]
+
+    def kind(self, tensor: str) -> GGMLQuantizationType:
+        """The type that a tensor is stored as."""
+        return self._header_of(tensor).tensors[tensor].kind
+
+    def data(self, tensor: str, rows: slice = slice(None)) -> np.ndarray:
+        """The stored data of a tensor, or of some of its rows, mapped into memory; quantised blocks as bytes."""
+        return self._header_of(tensor).data(tensor, rows)
+
+    def _header_of(self, tensor: str) -> GgufHeader:
+        return next(header for header in self.headers if tensor in header.tensors)
 
     @contextlib.contextmanager
-    def whole(self, weights: bool = True) -> Iterator[Path]:
-        """A single file with the complete model: this one, or a temporary one that joins the parts.
-
-        Args:
-            weights: whether the temporary file contains the values of the tensors.
+    def described(self) -> Iterator[Path]:
+        """A temporary file with the metadata but its long arrays, and with the tensors but their values.
 
         Raises:
             ResourceError: no disk space for it.
         """
-        if len(self.readers) == 1:
+        with self._temporary() as path:
+            with self._writing():
+                _join(self.headers, path, weights=False)
+            yield path
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Path]:
+        """A single file with the complete model: this one, or a temporary one that joins the parts.
+
+        Raises:
+            ResourceError: no disk space for it.
+        """
+        if len(self.headers) == 1:
             yield self.path
             return
-        with tempfile.TemporaryDirectory(prefix="mla-convert-") as folder:
-            path = Path(folder) / self.name
-            try:
-                _join(self.readers, path, weights)
-            except OSError as error:
-                raise ResourceError(f"the parts of {self.name} cannot be put together: {one_line(error)}") from error
+        with self._temporary() as path:
+            with self._writing():
+                _join(self.headers, path, weights=True)
             yield path
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="mla-convert-") as folder:
+            yield Path(folder) / self.name
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ResourceError(f"{self.name} cannot be put together: {one_line(error)}") from error
 
 
 def gguf_parts(path: Path) -> list[Path]:
@@ -103,53 +132,40 @@ def read_gguf(path: Path) -> GgufFile:
         InputError: damaged, an incomplete split file, or without an architecture.
     """
     refuse_adapter(path.parent, path.name)
-    first = _reader(path)
-    metadata = _metadata(first)
-    readers = (first, *_further(path, metadata))
+    first = _read(path)
+    metadata = dict(first.metadata)
+    headers = (first, *_further(path, metadata))
     tensors: dict[str, tuple[int, ...]] = {}
-    for reader in readers:
-        for tensor in reader.tensors:
-            if tensor.name in tensors:
-                raise InputError(f"tensor {tensor.name} stands in two parts of {path.name}: fetch them again")
-            tensors[tensor.name] = tuple(reversed(tensor.shape.tolist()))
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                raise InputError(f"tensor {name} stands in two parts of {path.name}: fetch them again")
+            tensors[name] = tensor.shape
     stated = metadata.get("split.tensors.count")
-    if len(readers) > 1 and stated != len(tensors):
+    if len(headers) > 1 and stated != len(tensors):
         raise InputError(
             f"the parts of {path.name} hold {len(tensors)} tensors and should hold {stated}: fetch them again"
         )
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise InputError(f"{path.name} has general.architecture = {architecture!r}, no name: fetch it again")
-    return GgufFile(path, readers, metadata, tensors)
+    return GgufFile(path, headers, metadata, tensors)
 
 
-def _reader(path: Path) -> GGUFReader:
+def _read(path: Path) -> GgufHeader:
     try:
-        return GGUFReader(path)
+        header = read_header(path)
     except (OSError, MemoryError) as error:
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
     except Exception as error:  # a damaged header can raise anything
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}; fetch it again") from error
+    tokens = header.metadata.get(VOCABULARY)
+    header.metadata[VOCABULARY] = len(tokens) if isinstance(tokens, list) else tokens
+    return header
 
 
-def _metadata(reader: GGUFReader) -> dict[str, Any]:
-    """Metadata by key: numbers, strings and short lists; of a long list, its length."""
-    content: dict[str, Any] = {}
-    for key, entry in reader.fields.items():
-        try:
-            content[key] = entry.contents() if len(entry.data) <= LONGEST else len(entry.data)
-        except Exception as error:  # as above
-            raise InputError(
-                f"{key} in the metadata of a GGUF file is damaged ({one_line(error)}): fetch it again"
-            ) from error
-    content["tokenizer.ggml.tokens"] = (
-        len(tokens.data) if (tokens := reader.fields.get("tokenizer.ggml.tokens")) else None
-    )
-    return content
-
-
-def _further(path: Path, metadata: dict[str, Any]) -> list[GGUFReader]:
-    """Readers of the second and later parts."""
+def _further(path: Path, metadata: dict[str, Any]) -> list[GgufHeader]:
+    """Headers of the second and later parts."""
     count, number = metadata.get("split.count", 1), metadata.get("split.no", 0)
     if not isinstance(count, int) or not isinstance(number, int):
         raise InputError(
@@ -163,40 +179,41 @@ def _further(path: Path, metadata: dict[str, Any]) -> list[GGUFReader]:
             f"{path.name} is part {number + 1} of a GGUF file in {count} parts: give the first of them, "
             f"NAME-00001-of-{count:05d}.gguf, with the others beside it"
         )
-    readers = []
+    headers = []
     for index, part in enumerate(gguf_parts(path)[1:], start=1):
         if not part.is_file():
             raise InputError(
                 f"part {part.name} of a split GGUF file is missing: fetch it into the folder of {path.name}"
             )
-        readers.append(_reader(part))
-        if _metadata(readers[-1]).get("split.no") != index:
+        headers.append(_read(part))
+        if headers[-1].metadata.get("split.no") != index:
             raise InputError(f"{part.name} is not part {index + 1} of {path.name}: fetch it again")
-    return readers
+    return headers
 
 
-def _join(readers: tuple[GGUFReader, ...], path: Path, weights: bool) -> None:
-    """Write all parts as one file; without `weights`, a sparse file without the tensors' values."""
-    first = readers[0]
-    settings = [entry for entry in first.fields.values() if not entry.name.startswith("GGUF.")]
-    start, align = 24, int(first.alignment)
-    end = max(entry.offset + sum(part.nbytes for part in entry.parts) for entry in settings)
-    tensors = [tensor for reader in readers for tensor in reader.tensors]
-    with path.open("wb") as file:
-        file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(settings)))
-        file.write(first.data[start:end].tobytes())
+def _join(headers: tuple[GgufHeader, ...], path: Path, weights: bool) -> None:
+    """Write all parts as one file; without `weights`, a sparse file without long arrays and without the tensors' values."""
+    first = headers[0]
+    tensors = [(header, tensor) for header in headers for tensor in header.tensors.values()]
+    with path.open("wb") as file, first.path.open("rb") as source:
+        spans = [(24, first.pairs_end)] if weights else [*first.pairs.values()]
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), first.count if weights else len(spans)))
+        for begin, end in spans:
+            source.seek(begin)
+            file.write(source.read(end - begin))
         place = 0
-        for tensor in tensors:
-            # the description of a tensor, except its offset
-            file.writelines(part.tobytes() for part in tensor.field.parts[:-1])
-            file.write(struct.pack("<Q", place))
-            place += -(-tensor.n_bytes // align) * align
-        begin = -(-file.tell() // align) * align
-        if weights:
-            for tensor in tensors:
-                file.seek(begin)
-                tensor.data.tofile(file)
-                begin += -(-tensor.n_bytes // align) * align
-            file.truncate(begin)
-        else:
-            file.truncate(begin + place)
+        for _, tensor in tensors:
+            name, shape = tensor.name.encode(), tuple(reversed(tensor.shape))
+            file.write(struct.pack(f"<Q{len(name)}sI{len(shape)}Q", len(name), name, len(shape), *shape))
+            file.write(struct.pack("<IQ", tensor.kind, place))
+            place += _aligned(tensor.size, first.alignment)
+        begin = _aligned(file.tell(), first.alignment)
+        file.truncate(begin + place)
+        for header, tensor in tensors if weights else ():
+            file.seek(begin)
+            header.data(tensor.name).tofile(file)
+            begin += _aligned(tensor.size, first.alignment)
+
+
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

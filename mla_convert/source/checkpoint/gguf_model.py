@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.source.checkpoint.gguf_config import apply_metadata
-from mla_convert.source.checkpoint.gguf_file import GgufFile, read_gguf
+from mla_convert.source.checkpoint.gguf_file import VOCABULARY, GgufFile, read_gguf
+from mla_convert.source.checkpoint.gguf_reader import GgufReader
 from mla_convert.source.checkpoint.gguf_rope import FACTORS
+from mla_convert.source.quiet import quietly
 
 # GGUF stores the experts as one tensor each for gate, up and down; the model has gate and up in one.
 EXPERTS = {"mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "mlp.experts.down_proj": ("ffn_down_exps",)}
@@ -28,7 +30,7 @@ class GgufModel:
 
     file: GgufFile
     config: PreTrainedConfig
-    shapes: dict[str, tuple[int, ...]]
+    reader: GgufReader
     notes: list[str]
 
     def load(self, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
@@ -45,12 +47,13 @@ class GgufModel:
                     path.parent, gguf_file=path.name, config=self.config, dtype=dtype, output_loading_info=True
                 ),
             )
+        held = set(self.reader.names())
         lacking = [*info["missing_keys"], *info["mismatched_keys"]]
         # older versions of transformers accept any shape
         lacking += [
             name
             for name, parameter in model.named_parameters()
-            if parameter.shape != self.shapes.get(name, parameter.shape)
+            if name in held and tuple(parameter.shape) != self.reader.shape(name)
         ]
         if lacking:
             raise InputError(
@@ -78,12 +81,14 @@ def open_gguf(path: Path, check: Callable[[PreTrainedConfig], Any] = lambda conf
         raise InputError(f"{file.name} holds no model but general.type = {kind!r}: give a language model")
     if file.metadata.get(f"{file.architecture}.attention.causal") is False:
         raise InputError(f"{file.name} has {file.architecture}.attention.causal = False: give a language model")
-    with file.whole(weights=False) as whole:
-        config = _guarded(file, lambda: AutoConfig.from_pretrained(whole.parent, gguf_file=whole.name))
+    with file.described() as described, quietly():  # transformers warns that there is no vocabulary
+        config = _guarded(file, lambda: AutoConfig.from_pretrained(described.parent, gguf_file=described.name))
+    if f"{file.architecture}.vocab_size" not in file.metadata and file.metadata[VOCABULARY]:
+        config.vocab_size = file.metadata[VOCABULARY]  # as transformers does, if it reads the vocabulary
     forget_packing(config)
     check(config)
     notes = _guarded(file, lambda: apply_metadata(config, file))
-    return GgufModel(file, config, _check_tensors(file, config), notes)
+    return GgufModel(file, config, _matched(file, config), notes)
 
 
 def forget_packing(config: PreTrainedConfig) -> None:
@@ -102,8 +107,8 @@ def _guarded(file: GgufFile, make: Callable[[], Any]) -> Any:
         raise InputError(f"{file.name} cannot be read as GGUF: {one_line(error)}") from error
 
 
-def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Check that file and model have the same tensors, of the same sizes. Returns the model's shapes.
+def _matched(file: GgufFile, config: PreTrainedConfig) -> GgufReader:
+    """Check that file and model have the same tensors, of the same sizes. Returns the reader of these.
 
     transformers initialises tensors at random that are missing from the file, and ignores additional ones.
     """
@@ -134,7 +139,7 @@ def _check_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, tuple[
                 f"tensor {stored} of {file.name} has no place in transformers' {type(model).__name__}: give the checkpoint that "
                 f"it was made from"
             )
-    return shapes
+    return GgufReader(file, model, shapes, names)
 
 
 def _names(file: GgufFile, config: PreTrainedConfig, parameters: list[str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Readers of a source checkpoint's tensors: safetensors files, read lazily, or a state dict in memory."""
+"""Readers of a source checkpoint's tensors: safetensors files, read lazily, or a state dict in memory (gguf_reader: GGUF)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Reader(Protocol):
 
 
 class MemoryReader:
-    """A state dict in memory (of GGUF files, which transformers dequantises as a whole)."""
+    """A state dict in memory, or on the meta device."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         """Read from `tensors`, by name; they are not copied."""

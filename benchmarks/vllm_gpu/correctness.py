@@ -1,0 +1,118 @@
+"""Answers of vLLM's plugin on this GPU against the converted model's own, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# CUDA graphs for decodes without torch.compile, which takes most of the time of a start.
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+# Configurations of the engine: name, and what is asked of it.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "eager": {"eager": True},
+    "graphs": {"eager": False, "compilation": GRAPHS},
+    "graphs, chunks, prefixes": {"eager": False, "compilation": GRAPHS, "chunk": 48, "prefix_caching": True},
+    "as vLLM starts": {"eager": False, "prefix_caching": True},
+}
+TOKENS, TOP = 24, 8
+
+
+def own_answers(folder: Path, prompts: list[list[int]], dtype: torch.dtype, device: str) -> tuple[list, list]:
+    """Log-probabilities (T-1, vocabulary) of each prompt by the converted model, and its greedy continuations."""
+    from transformers import AutoModelForCausalLM
+
+    import mla_convert  # noqa: F401  (lets transformers load the folder)
+
+    os.environ["MLA_CONVERT_KERNEL"] = "sdpa"  # a reference that shares no kernel with the plugin, and compiles none
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    model.generation_config.eos_token_id = None
+    logprobs, greedy = [], []
+    with torch.no_grad():
+        for ids in prompts:
+            tokens = torch.tensor([ids], device=device)
+            logprobs.append(model(tokens, use_cache=False).logits[0, :-1].double().log_softmax(-1).cpu())
+            made = model.generate(tokens, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+            greedy.append(made[0, len(ids) :].tolist())
+    return logprobs, greedy
+
+
+def differences(answers: list[list[dict]], exact: list[torch.Tensor]) -> tuple[float, float]:
+    """Mean and largest difference of log-probabilities of the tokens that the engine named."""
+    found = [
+        abs(value - float(table[at, token]))
+        for lines, table in zip(answers, exact, strict=True)
+        for at, line in enumerate(lines)
+        for token, value in line.items()
+    ]
+    return sum(found) / len(found), max(found)
+
+
+def ask(folder: Path, prompts: list[list[int]], dtype: str, setting: dict[str, Any]) -> dict:
+    """The engine's answers; the engine ends before this returns."""
+    from mla_convert.publish.engines.ask_engine import ask_vllm
+
+    asked = {"model_impl": "", "trust_remote_code": False, "dtype": dtype, "prompts": prompts, "tokens": TOKENS, "top": TOP,
+             "memory": 0.2}  # fmt: skip
+    try:
+        return ask_vllm(str(folder), asked | setting)
+    finally:
+        gc.collect()
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+
+def correctness(arguments: argparse.Namespace) -> bool:
+    """Compare every folder in every setting; returns whether an answer was wrong."""
+    for name in ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_DEEP_GEMM", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    wrong = False
+    draw = random.Random(1)
+    lengths = (70, 33, 5, 150)
+    for folder in arguments.folders:
+        from transformers import AutoConfig
+
+        vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+        prompts = [[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
+        prompts.append([*prompts[-1][:128], 9, 8, 7])  # shares a prefix of two pages
+        exact, greedy = own_answers(folder, prompts, torch.float32, arguments.device)
+        for dtype in arguments.dtype:
+            rounded, _ = own_answers(folder, prompts, getattr(torch, dtype), arguments.device)
+            rounding = sum(float((a - b).abs().mean()) for a, b in zip(rounded, exact, strict=True)) / len(exact)
+            for name in arguments.settings:
+                begin = time.perf_counter()
+                try:
+                    found = ask(folder, prompts, dtype, SETTINGS[name])
+                except Exception as error:  # the next setting may still teach something
+                    print(f"WRONG {folder.name} {dtype} {name}: {type(error).__name__}: {error}"[:2000], flush=True)
+                    wrong = True
+                    continue
+                mean, largest = differences([entry["logprobs"] for entry in found["prompts"]], exact)
+                same = sum(e["greedy"] == own for e, own in zip(found["prompts"], greedy, strict=True))
+                again = sum(e["greedy"] == e["greedy_from_cache"] for e in found["prompts"])
+                cached = sum(e["cached_tokens"] for e in found["prompts"])
+                ok = mean <= 1e-4 + 2 * rounding and (dtype != "float32" or (same == again == len(prompts)))
+                wrong |= not ok
+                print(
+                    f"{'right' if ok else 'WRONG'} {folder.name} {dtype} {name}: log-probabilities differ by {mean:.1e} in the "
+                    f"mean, {largest:.1e} at most (own rounding {rounding:.1e}); greedy tokens the same for {same} of "
+                    f"{len(prompts)}, from cached prefixes ({cached} tokens) {again}; {found['setting']}, "
+                    f"{time.perf_counter() - begin:.0f} s", flush=True,
+                )  # fmt: skip
+    return wrong
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the task."""
+    parser.add_argument("folders", nargs="+", type=Path, help="converted folders")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--device", default="cuda", help="cpu: a dry run with a CPU build of vLLM")

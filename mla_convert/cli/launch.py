@@ -1,0 +1,139 @@
+"""`--gpus N`: start one process for each GPU, and end them together. Imports no torch.
+
+torchrun and `accelerate launch` start the processes as well, on several hosts too. They report a failure with a table and a
+traceback; here it is one line and its exit code, and after Ctrl-C the first process has the time to say what it kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from mla_convert.core.errors import Interrupted, ResourceError, UsageError
+
+STARTED = "MLA_CONVERT_STARTED_BY"
+# Seconds for the first process to clean up when it is interrupted, and for the others when one has failed.
+PATIENCE, GRACE = 60, 10
+POLL = 0.05
+PR_SET_PDEATHSIG = 1
+
+
+def launched() -> bool:
+    """Whether this process is one of several, by the environment."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def follows() -> bool:
+    """Whether this is one of several processes, and not the first, which alone prints."""
+    return launched() and os.environ.get("RANK", "0") != "0"
+
+
+def started() -> bool:
+    """Whether this process was started by `launch`."""
+    return STARTED in os.environ
+
+
+def settle_signals() -> None:
+    """Let Ctrl-C reach the first process alone: the others end when it has cleaned up."""
+    if follows():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not started():
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent passes it on
+    if not follows():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ[STARTED] != str(os.getppid()):  # the parent ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_count(gpus: int | None) -> bool:
+    """Whether to start `gpus` processes: not if this is one of them.
+
+    Raises:
+        UsageError: another number of processes was started.
+    """
+    if gpus is None or not launched():
+        return gpus is not None and gpus > 1
+    if int(os.environ["WORLD_SIZE"]) != gpus:
+        raise UsageError(f"--gpus {gpus} in {os.environ['WORLD_SIZE']} processes: the launcher has chosen their number")
+    return False
+
+
+class Said(int):
+    """The exit code of a process that has said why."""
+
+
+def launch(count: int) -> Said:
+    """Run this command in `count` processes; returns its exit code.
+
+    Raises:
+        ResourceError: a process was killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    common = {
+        "OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STARTED: str(os.getpid()),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "mla_convert", *sys.argv[1:]]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    processes: list[subprocess.Popen] = []
+    try:
+        for rank in map(str, range(count)):
+            processes.append(subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}))
+        return Said(_wait(processes))
+    except KeyboardInterrupt:
+        return Said(_interrupt(processes))
+    finally:
+        _end(processes)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait(processes: list[subprocess.Popen]) -> int:
+    """Wait until all have ended or one has failed; returns the exit code of the one that failed, or 0."""
+    while True:
+        codes = [process.poll() for process in processes]
+        for index, code in enumerate(codes):
+            if code and code < 0:
+                raise ResourceError(
+                    f"process {index + 1} of {len(codes)} was killed ({signal.Signals(-code).name}): run the same command "
+                    f"again; layers that were written are kept"
+                )
+            if code:
+                return code
+        if None not in codes:
+            return 0
+        time.sleep(POLL)
+
+
+def _interrupt(processes: list[subprocess.Popen]) -> int:
+    """Interrupt the first process, and give it time to clean up; returns its exit code."""
+    if not processes:
+        raise Interrupted("interrupted")
+    with contextlib.suppress(KeyboardInterrupt):  # once more: now
+        processes[0].terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return processes[0].wait(PATIENCE)
+    return Interrupted.exit_code
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    """End the processes that are left: the first one, which may have to clean up, as if it were interrupted."""
+    until = time.monotonic() + GRACE
+    # those that wait for a process that has failed notice that themselves, unless they wait for their GPU
+    while any(process.poll() is None for process in processes[:1]) and time.monotonic() < until:
+        time.sleep(POLL)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()

@@ -1,0 +1,56 @@
+"""`mla-convert quantize`: another format of a converted model's cache, without converting again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mla_convert.cli.options import Against, Device, Quiet, Verbose, from_settings
+from mla_convert.cli.terminal import is_verbose, run_guarded, silence_libraries
+from mla_convert.core.settings import RUN, Settings
+from mla_convert.core.words import say
+
+EXAMPLE = "mla-convert quantize llama-8b-mla --cache-dtype int4 --out llama-8b-mla-int4"
+OUT_OF_MEMORY = "out of memory: run it with --device cpu"
+
+
+@from_settings(Settings, only=("cache_dtype", "cache_group"))
+def quantize(
+    *,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.", show_default=False)],
+    settings: dict[str, Any],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder to write. Default: DIR itself.",
+            rich_help_panel=RUN,
+            show_default=False,
+        ),
+    ] = None,
+    against: Against = None,
+    device: Device = "auto",
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the new report as JSON on stdout.", rich_help_panel=RUN)
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Give the converted model in DIR another format of its cache, fold the best basis for it into the weights, and measure it."""
+    silence_libraries(quiet)
+    from mla_convert.core.console import Terminal
+    from mla_convert.core.progress import Progress
+    from mla_convert.pipeline.quantise import quantise
+    from mla_convert.report.tables import print_summary
+
+    progress = Progress(quiet=quiet, verbose=is_verbose())
+    report = run_guarded(
+        lambda: quantise(folder, **settings, out=out, against=against, device=device, progress=progress), OUT_OF_MEMORY
+    )
+    if json_:
+        say(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
+    else:
+        print_summary(report, Terminal())

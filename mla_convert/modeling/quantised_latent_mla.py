@@ -1,0 +1,365 @@
+"""A cached token as a row of bytes: codes of 8 and 4 bits for the latent, a rotary key, and scales for groups of channels.
+
+Sections of a row (one token of one layer), each from a multiple of ALIGN bytes on; the row is padded to such a multiple:
+
+    codes8   n8 bytes: channels [0, n8) of the latent, as int8 or e4m3
+    codes4   (r - n8) / 2 bytes: byte i holds channel n8 + i in its low nibble and channel n8 + (r - n8) / 2 + i in its high
+             nibble; the code is the nibble - 8
+    rope     the rotated key: 2m numbers as bfloat16 (2 bytes each), e4m3 or int8
+    scales   float16, little-endian: one for each group of channels, then one for the rotary key unless that is bfloat16
+
+A dequantised number is its code times its group's scale. Groups have `group` channels, the last of a section maybe fewer, and
+none holds channels of both widths. Needs only torch and transformers, like the modeling code beside it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .decode_mla import cache_layer, rotate_planes, write_static
+
+KINDS = ("fp8", "int8", "int4", "mixed")
+ROPE_KINDS = ("bf16", "fp8", "int8")
+# Version of the rows, in the configuration's `latent_cache`.
+VERSION = 1
+# Bytes that every section and row is a multiple of: the width of a vector load.
+ALIGN = 16
+# Least and most channels of a group; a group may also be the whole section.
+LEAST_GROUP, MOST_GROUP = 32, 128
+FP8 = torch.float8_e4m3fn
+CODES = {"fp8": FP8, "int8": torch.int8}
+FP8_LARGEST = 448.0
+FP16_LARGEST = 65504.0
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """Layout of a packed row.
+
+    Attributes:
+        kind: one of KINDS. "mixed" has int8 for the first channels and int4 for the others.
+        rank: channels r of the latent.
+        rope_dim: numbers 2m of the rotary key.
+        group: channels that share a scale; 0: all channels of a section.
+        wide: channels n8 with 8 bits, the first ones; follows from the kind except for "mixed".
+        rope: "bf16", "fp8" (e4m3) or "int8".
+    """
+
+    kind: str
+    rank: int
+    rope_dim: int
+    group: int = 0
+    wide: int = -1
+    rope: str = "bf16"
+
+    def __post_init__(self) -> None:
+        """Check the fields, and fill in `wide`.
+
+        Raises:
+            ValueError: no such row exists.
+        """
+        if self.kind not in KINDS or self.rope not in ROPE_KINDS:
+            raise ValueError(
+                f"latent cache of kind {self.kind!r} with rotary key {self.rope!r}: expected {KINDS}, {ROPE_KINDS}"
+            )
+        if self.group and not LEAST_GROUP <= self.group <= MOST_GROUP:
+            raise ValueError(f"latent cache: group {self.group} is not 0 or {LEAST_GROUP} to {MOST_GROUP}")
+        follows = {"int4": 0, "mixed": self.wide}.get(self.kind, self.rank)
+        if self.wide not in (-1, follows) or not 0 <= follows <= self.rank or (self.rank - follows) % 2:
+            raise ValueError(
+                f"latent cache of kind {self.kind}: {self.wide} of {self.rank} channels cannot have 8 bits"
+            )
+        object.__setattr__(self, "wide", follows)
+
+    @property
+    def narrow(self) -> int:
+        """Channels with 4 bits."""
+        return self.rank - self.wide
+
+    @property
+    def codes4_at(self) -> int:
+        """Offset of the 4-bit codes in bytes."""
+        return _aligned(self.wide)
+
+    @property
+    def rope_at(self) -> int:
+        """Offset of the rotary key in bytes."""
+        return self.codes4_at + _aligned(self.narrow // 2)
+
+    @property
+    def rope_bytes(self) -> int:
+        """Bytes of the rotary key without padding."""
+        return self.rope_dim * (2 if self.rope == "bf16" else 1)
+
+    @property
+    def scales_at(self) -> int:
+        """Offset of the scales in bytes."""
+        return self.rope_at + _aligned(self.rope_bytes)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Channels of each group, those with 8 bits first."""
+        sizes: list[int] = []
+        for channels in (self.wide, self.narrow):
+            size = self.group or channels
+            sizes += [min(size, channels - first) for first in range(0, channels, size or 1)]
+        return tuple(sizes)
+
+    @property
+    def scales(self) -> int:
+        """Number of scales."""
+        return len(self.groups) + (self.rope != "bf16" and self.rope_dim > 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token."""
+        return self.scales_at + _aligned(2 * self.scales)
+
+
+def layer_format(config: Any, layer_idx: int) -> LatentFormat | None:
+    """Format of one layer's cached rows, from a converted model's configuration; None where the cache is not quantised.
+
+    Raises:
+        ValueError: this code does not know the format.
+    """
+    given = getattr(config, "latent_cache", None)
+    if given is None:
+        return None
+    known = {"version", "kind", "group", "wide", "rope", "basis"}
+    if not isinstance(given, dict) or given.get("version") != VERSION or set(given) - known:
+        raise ValueError(
+            f"config.json has latent_cache {given!r}, and this code knows version {VERSION}: `mla-convert refresh` renews it"
+        )
+    wide = given.get("wide")
+    return LatentFormat(
+        kind=given["kind"],
+        rank=config.layer_rank(layer_idx),
+        rope_dim=config.layer_rope_dim(layer_idx),
+        group=given.get("group", 0),
+        wide=-1 if wide is None else wide[layer_idx],
+        rope=given.get("rope", "bf16"),
+    )
+
+
+def _quantised(values: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes (..., n) of channels (..., n) and the scales (..., groups) of their groups, both float32.
+
+    With 4 bits, the number of largest magnitude has code -8, whatever its sign: all 16 codes are in use, and a fifth of the
+    mean squared error is saved against codes from -7 to 7. Scales may therefore be negative. A scale of zero gives zeros.
+
+    Args:
+        values: float32.
+        group: channels of a group; the last group may have fewer.
+        bits: 8 (int8), 4 or 0 (e4m3).
+    """
+    channels = values.shape[-1]
+    grouped = F.pad(values, (0, -channels % group)).unflatten(-1, (-1, group))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    largest = torch.where(high >= -low, high, low) if bits == 4 else torch.maximum(high, -low)
+    scale = largest / {4: -8.0, 8: 127.0, 0: FP8_LARGEST}[bits]
+    scale = scale.clamp(-FP16_LARGEST, FP16_LARGEST).half().float()
+    steps = grouped / scale.masked_fill(scale == 0, torch.inf)[..., None]
+    if bits:
+        codes = steps.round().clamp(-8 if bits == 4 else -127, 7 if bits == 4 else 127)
+    else:
+        codes = steps.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8).float()
+    return codes.flatten(-2)[..., :channels], scale
+
+
+def _expand(scales: Tensor, group: int, channels: int) -> Tensor:
+    """The scale of every channel (..., channels) from those of groups (..., groups)."""
+    return scales[..., None].expand(*scales.shape, group).flatten(-2)[..., :channels]
+
+
+def _sections(fmt: LatentFormat, latent: Tensor) -> list[tuple[Tensor, Tensor, int]]:
+    """Codes, scales and group size of the channels with 8 bits and of those with 4, where there are any."""
+    parts = []
+    for values, bits in ((latent[..., : fmt.wide], 0 if fmt.kind == "fp8" else 8), (latent[..., fmt.wide :], 4)):
+        if values.shape[-1]:
+            group = fmt.group or values.shape[-1]
+            parts.append((*_quantised(values.float(), group, bits), group))
+    return parts
+
+
+def _rope_section(fmt: LatentFormat, rope: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The rotary key (..., 2m) as stored, bfloat16 or codes, and its scale if it has one."""
+    if fmt.rope == "bf16" or not fmt.rope_dim:
+        return rope.bfloat16(), []
+    codes, scale = _quantised(rope.float(), fmt.rope_dim, 0 if fmt.rope == "fp8" else 8)
+    return codes.to(CODES[fmt.rope]), [scale]
+
+
+def quantise_rows(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> Tensor:
+    """Pack tokens.
+
+    Args:
+        fmt: layout of a row.
+        latent: (..., r), any float dtype.
+        rope: (..., 2m), rotated.
+
+    Returns:
+        (..., row_bytes), uint8.
+    """
+    sections = _sections(fmt, latent)
+    parts = []
+    if fmt.wide:
+        parts.append(sections[0][0].to(FP8 if fmt.kind == "fp8" else torch.int8).view(torch.uint8))
+    if fmt.narrow:
+        low, high = (sections[-1][0] + 8).to(torch.uint8).chunk(2, -1)
+        parts.append(low | high << 4)
+    stored, more = _rope_section(fmt, rope)
+    parts.append(stored.contiguous().view(torch.uint8))
+    scales = [*(scale for _, scale, _ in sections), *more]
+    parts.append(torch.cat(scales, -1).half().view(torch.uint8))
+    return torch.cat([F.pad(part, (0, -part.shape[-1] % ALIGN)) for part in parts], -1)
+
+
+def dequantise_rows(fmt: LatentFormat, rows: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Latents (..., r) and rotary keys (..., 2m) of packed tokens (..., row_bytes).
+
+    Args:
+        fmt: layout of a row.
+        rows: uint8.
+        dtype: of the result; products are rounded to it from float32.
+    """
+    scales = rows[..., fmt.scales_at : fmt.scales_at + 2 * fmt.scales].contiguous().view(torch.float16).float()
+    codes = []
+    if fmt.wide:
+        part = rows[..., : fmt.wide].contiguous()
+        codes.append(part.view(FP8 if fmt.kind == "fp8" else torch.int8).float())
+    if fmt.narrow:
+        part = rows[..., fmt.codes4_at : fmt.codes4_at + fmt.narrow // 2]
+        codes += [(part & 15).float() - 8, (part >> 4).float() - 8]
+    wide = -(-fmt.wide // fmt.group) if fmt.group else int(fmt.wide > 0)
+    each = [
+        _expand(part, fmt.group or channels, channels)
+        for part, channels in ((scales[..., :wide], fmt.wide), (scales[..., wide : len(fmt.groups)], fmt.narrow))
+        if channels
+    ]
+    part = rows[..., fmt.rope_at : fmt.rope_at + fmt.rope_bytes].contiguous()
+    if fmt.rope == "bf16" or not fmt.rope_dim:
+        rope = part.view(torch.bfloat16).to(dtype)
+    else:
+        rope = (part.view(CODES[fmt.rope]).float() * scales[..., -1:]).to(dtype)
+    return (torch.cat(codes, -1) * torch.cat(each, -1)).to(dtype), rope
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def pass_through(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and rotated keys as a cache returns them, without packing them.
+
+    The gradient is that of the identity (straight-through estimator, arXiv 1308.3432).
+
+    Args:
+        fmt: layout of a row.
+        latent: (..., r).
+        rope: (..., 2m), rotated.
+
+    Returns:
+        Both in the dtype of `latent`, equal to `dequantise_rows` of `quantise_rows`.
+    """
+    with torch.no_grad():
+        parts = [codes * _expand(scales, group, codes.shape[-1]) for codes, scales, group in _sections(fmt, latent)]
+        cached = torch.cat(parts, -1).to(latent.dtype)
+        stored, scale = _rope_section(fmt, rope)
+        key = (stored.float() * scale[0] if scale else stored).to(rope.dtype)
+    if not torch.is_grad_enabled():
+        return cached, key
+    return _StraightThrough.apply(latent, cached), _StraightThrough.apply(rope, key)
+
+
+def with_gradient(cached: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cached latents and keys (B, 1, S, .) whose last tokens are `new` (B, 1, T, .), which carry the gradient.
+
+    Raises:
+        ValueError: the last rows are others, as in a static cache.
+    """
+    tokens = new[0].shape[2]
+    if not all(torch.equal(old[:, :, -tokens:], part) for old, part in zip(cached, new, strict=True)):
+        raise ValueError("gradients pass only through a cache whose last rows are the new tokens: use a dynamic cache")
+    return tuple(torch.cat([old[:, :, :-tokens], part], dim=2) for old, part in zip(cached, new, strict=True))
+
+
+def update_packed(cache: Cache, layer_idx: int, rows: Tensor) -> Tensor:
+    """Append packed tokens to a transformers cache: the rows in its key slot, nothing in its value slot.
+
+    Args:
+        cache: a cache with layers.
+        layer_idx: index of the layer.
+        rows: (B, 1, T, row_bytes), uint8, as from `quantise_rows`.
+
+    Returns:
+        The rows of all cached tokens.
+
+    Raises:
+        ValueError: the cache quantises by itself, holds numbers, or was laid out for the original's heads.
+    """
+    layer = cache_layer(cache, layer_idx)
+    if getattr(layer, "q_group_size", None):
+        raise ValueError(
+            f"{type(layer).__name__} would quantise the quantised latents of this model: use a plain cache"
+        )
+    keys = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
+    if isinstance(keys, Tensor) and keys.numel() and (keys.dtype, keys.shape[-1]) != (rows.dtype, rows.shape[-1]):
+        raise ValueError(
+            f"this cache holds {keys.shape[-1]} numbers of {keys.dtype} a token, and the model caches {rows.shape[-1]} bytes: "
+            f"it was filled by another model"
+        )
+    return cache.update(rows, rows[..., :0], layer_idx)[0]
+
+
+def kernel_format(fmt: LatentFormat) -> tuple[int, ...] | None:
+    """The numbers of the `mla_attention.RowFormat` of a row; None where the kernels have no such row."""
+    if fmt.rope == "int8" and fmt.rope_dim:
+        return None
+    return fmt.wide, int(fmt.kind == "fp8"), fmt.group, int(fmt.rope == "fp8")
+
+
+def write_packed(
+    fmt: LatentFormat, cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None,
+    sin: Tensor | None, kernels: bool,
+) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+    """Apply RoPE to queries and new keys, quantise, and append: in one launch for a static cache where the kernels serve.
+
+    Args:
+        fmt: layout of a row.
+        cache: a cache with layers.
+        layer_idx: index of the layer.
+        latent: (B, 1, T, r).
+        k_rope: (B, 1, T, 2m), before RoPE.
+        q_rope: (B, H, T, 2m), before RoPE.
+        cos: (., T, m); None without RoPE.
+        sin: the same.
+        kernels: whether the kernels may serve.
+
+    Returns:
+        The rotated queries, the rows of all cached tokens, and None in the place of the keys.
+    """
+    form = kernel_format(fmt)
+    written = kernels and form and write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes)
+    if written:
+        rows, _, q_rope = written
+        return q_rope, rows, None
+    if cos is not None:
+        cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
+        q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+    return q_rope, update_packed(cache, layer_idx, quantise_rows(fmt, latent, k_rope)), None

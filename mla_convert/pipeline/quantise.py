@@ -1,0 +1,186 @@
+"""Gives a converted folder another format of its cache: the latent in a basis of its own, folded into the projections."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.files import on_disk, remove, write_file
+from mla_convert.core.progress import Progress
+from mla_convert.core.recipes import first_problem
+from mla_convert.core.report_schema import CacheSection, EvaluationSection, Measurement, Report, SelfCheckSection
+from mla_convert.core.runtime import pick_device
+from mla_convert.core.settings import Settings
+from mla_convert.evaluate.quality.evaluation import Evaluation, evaluate_model
+from mla_convert.heal.checks import open_converted
+from mla_convert.heal.output import RECIPE, write_report, write_weights
+from mla_convert.heal.teacher_student import attentions
+from mla_convert.method.calibrate.latent_channels import channel_moments
+from mla_convert.method.factorise.basis import Latent
+from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan, cache_format
+from mla_convert.modeling.quantised_latent_mla import VERSION
+from mla_convert.report.report import cache_section
+from mla_convert.source import mixture, texts
+from mla_convert.source.load_model import (
+    find_model,
+    find_original,
+    is_converted,
+    load_model,
+    load_tokenizer,
+    model_config,
+)
+from mla_convert.source.place import SourceLocation
+from mla_convert.source.source import open_source
+from mla_convert.source.windows import mixed_windows
+from mla_convert.write import writer as output
+from mla_convert.write.intact import check_input
+from mla_convert.write.selfcheck import self_check
+
+# Windows on which the loss's gradient in the latents is measured, and their tokens.
+WINDOWS, LENGTH = 16, 512
+NOTE = "the cache was quantised after the conversion: errors of layers and the recipe's settings are those before"
+
+
+def quantise(
+    folder: Path,
+    cache_dtype: str,
+    cache_group: int | None = None,
+    out: Path | None = None,
+    against: str | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Report:
+    """Write a converted model with another `--cache-dtype`, measure it, and return its report.
+
+    The latent's channels get a new basis by their second moments and by E[g^2] of the loss's gradient g in them, on packaged
+    text. Without a cache format the model stays the same function to rounding.
+
+    Args:
+        folder: of a converted model.
+        cache_dtype: "bf16", "fp8", "int8" or "int4".
+        cache_group: channels that share a scale.
+        out: folder to write; None replaces `folder`.
+        against: the original; None: the one that the report names.
+        device: where it runs.
+        progress: takes notes.
+
+    Raises:
+        UsageError: no such format, or the original is not where the report says.
+        InputError: no converted model, damaged, or it has no such row.
+    """
+    progress = progress or Progress()
+    try:
+        settings = Settings(cache_dtype=cache_dtype, cache_group=cache_group)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UsageError(first_problem(error)) from error
+    if cache_dtype == "auto":
+        raise UsageError("auto chooses ranks and bits together, while it converts: give fp8, int8, int4 or bf16")
+    folder, report = open_converted(folder, out)
+    if note := check_input(folder):
+        progress.note(note)
+    where, place = pick_device(device), find_model(str(folder))
+    origin = find_model(against) if against else find_original(report)
+    if origin is None:
+        raise UsageError(
+            "the original is not where the report says, and the result is measured against it: give --against"
+        )
+    if is_converted(model_config(origin)):
+        raise InputError(f"{origin.label} is a converted model: --against is for the original")
+    target = Path(os.path.realpath(out or folder))
+    output.check_output(target, origin.folder, False)
+    output.check_space(target, sum((folder / shard).stat().st_size for shard in report.checksums))
+    cache = cache_format(settings)
+    latent_cache, sizes = _rows(model_config(place), cache)
+    changed = {} if cache.kind in ("bf16", "fp8") else _changed(place, sizes, cache, where, progress)
+    with output.Writer(target, {"quantise": report.checksums, "cache": latent_cache}) as writer:
+        write_weights(writer, folder, sorted(report.checksums), changed)
+        with on_disk("the output", target.parent):
+            remove(writer.folder / RECIPE)  # it would make another model
+            config = json.loads((writer.folder / "config.json").read_text(encoding="utf-8"))
+            config["latent_cache"] = latent_cache
+            write_file(writer.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        section = _cache_section(origin, sizes, cache, model_config(place))
+        result = report.model_copy(update={"cache": section})
+        result.write(writer.folder)  # names the evaluation's text and windows
+        found = evaluate_model(str(writer.folder), origin, device=str(where), progress=Progress(quiet=True))
+        result = _with_measurement(result, found)
+        result.checksums = writer.checksums()
+        result.self_check = SelfCheckSection(**self_check(writer.folder, where))
+        result.out = target
+        write_report(result, writer.folder)
+        writer.publish()
+    return result
+
+
+def _rows(config: Any, cache: CacheFormat) -> tuple[dict[str, object] | None, list[LayerSize]]:
+    """The configuration's `latent_cache`, and the sizes of all layers.
+
+    Raises:
+        InputError: a layer has no row of this format.
+    """
+    layers = range(config.num_hidden_layers)
+    sizes = [LayerSize(config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
+    for layer, size in enumerate(sizes):
+        if cache.possible(size.rank) != size.rank:
+            raise InputError(
+                f"layer {layer} has rank {size.rank}, and two channels of 4 bits share a byte: give int8 or fp8"
+            )
+    if not cache.quantised:
+        return None, sizes
+    return {"version": VERSION, "kind": cache.kind, "group": cache.group, "rope": cache.rope}, sizes
+
+
+def _changed(
+    place: SourceLocation, sizes: list[LayerSize], cache: CacheFormat, device: torch.device, progress: Progress
+) -> dict[str, Tensor]:
+    """The projections of every layer in the new basis, by name, in float32."""
+    model, tokenizer = load_model(place, torch.float32, device), load_tokenizer(place)
+    length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
+    weighted = [(texts.load_text(part.spec, "calibration")[0], part.spec, 1.0) for part in mixture.parts(None)]
+    windows, _ = mixed_windows(weighted, tokenizer, WINDOWS, length, 0, 1)
+    progress.note(f"measuring the latents on {len(windows)} windows of {length} tokens")
+    moments = channel_moments(model, windows.to(device), 0)
+    changed: dict[str, Tensor] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+    for attention, size, (variance, cost) in zip(attentions(model), sizes, moments, strict=True):
+        row = cache.row(size)
+        assert row is not None
+        rank, down, up = size.rank, attention.kv_a_proj_with_mqa, attention.kv_b_proj
+        weight, bias = (None if part is None else part.detach().double().cpu() for part in (down.weight, down.bias))
+        latent = Latent(
+            weight[:rank], None if bias is None else bias[:rank], up.weight.detach().double().cpu(), variance, cost
+        )
+        latent = latent.ordered().turned(row.groups, "hadamard")
+        path = names[id(attention)]
+        changed[f"{path}.kv_a_proj_with_mqa.weight"] = torch.cat([latent.down, weight[rank:]]).float()
+        changed[f"{path}.kv_b_proj.weight"] = latent.up.float().contiguous()
+        if bias is not None:
+            changed[f"{path}.kv_a_proj_with_mqa.bias"] = torch.cat([latent.bias, bias[rank:]]).float()
+    return changed
+
+
+def _cache_section(origin: SourceLocation, sizes: list[LayerSize], cache: CacheFormat, config: Any) -> CacheSection:
+    """The cache in the report."""
+    source = open_source(str(origin.folder / origin.gguf if origin.gguf else origin.folder), weights=False)
+    plan = Plan(
+        max(size.rank for size in sizes), max(size.rope_dim for size in sizes), source.shape, tuple(sizes), cache
+    )
+    return cache_section(plan, (config.dtype or torch.float32).itemsize, source.sliding_windows)
+
+
+def _with_measurement(report: Report, found: Evaluation) -> Report:
+    """The report with the evaluation of the model as it is now."""
+    content = found.as_dict()
+    measured = Measurement.model_validate({key: content[key] for key in ("evaluation", "probes", "dtype", "device")})
+    values = {key: value for key, value in measured.evaluation.entries().items() if key not in ("kl", "agreement")}
+    notes = [note for note in report.notes or [] if note != NOTE]
+    return report.model_copy(
+        update={"evaluation": EvaluationSection(**values), "probes": measured.probes, "notes": [*notes, NOTE]}
+    )

@@ -1,0 +1,73 @@
+"""The hidden states that a conversion carries from layer to layer, of the source and of the converted model."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mla_convert.core.processes import Processes, alone
+from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
+
+
+@dataclass
+class Streams:
+    """Hidden states at the current layer boundary, of the source and of the converted model."""
+
+    calib_original: Activations
+    calib_converted: Activations
+    eval_original: Activations
+    eval_converted: Activations
+    # of the packaged suite, where it is measured
+    suite_original: Activations | None = None
+    suite_converted: Activations | None = None
+
+    @property
+    def measured_original(self) -> tuple[Activations, ...]:
+        """The source's states that the evaluation needs and the conversion does not."""
+        return tuple(states for states in (self.eval_original, self.suite_original) if states)
+
+    @property
+    def measured_converted(self) -> tuple[Activations, ...]:
+        """The converted model's states that the evaluation needs."""
+        return tuple(states for states in (self.eval_converted, self.suite_converted) if states)
+
+    @property
+    def original(self) -> tuple[Activations, ...]:
+        """All states of the source."""
+        return (self.calib_original, *self.measured_original)
+
+
+def open_streams(
+    layerwise: LayerwiseModel,
+    calib: Tensor,
+    evaluation: Tensor,
+    suite: Tensor | None = None,
+    processes: Processes | None = None,
+) -> Streams:
+    """Embed this process's share of the token windows; both models start from the same states.
+
+    Args:
+        layerwise: the source model.
+        calib: calibration windows (N, L).
+        evaluation: evaluation windows (N, L).
+        suite: windows (N, L) of the packaged suite, where it is measured.
+        processes: that share the windows, if there are several.
+    """
+    processes = processes or alone(layerwise.device)
+
+    def pair(windows: Tensor, dtype: torch.dtype, on_host: bool = False) -> list[Activations]:
+        embedded = layerwise.embed(windows[processes.share(len(windows))])
+        return [Activations(embedded, layerwise.device, dtype, on_host, processes, len(windows)) for _ in range(2)]
+
+    calib_dtype = torch.bfloat16 if layerwise.device.type == "cuda" else torch.float32
+    pairs = [pair(calib, calib_dtype)]
+    pairs[0][0].check_finite(f"the embedding {layerwise.embedding}")
+    for windows in (evaluation, suite):
+        if windows is not None:
+            # read once a layer, in order, for which host memory is fast enough
+            pairs.append(pair(windows, torch.float32, on_host=True))
+    return Streams(*itertools.chain(*pairs))

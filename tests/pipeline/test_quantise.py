@@ -1,0 +1,95 @@
+"""`quantize`: another cache format of a converted folder, with a basis that leaves the function as it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from uses import IDS
+
+from mla_convert.core.errors import InputError, UsageError
+from mla_convert.core.progress import Progress
+from mla_convert.pipeline import quantise as module
+from mla_convert.pipeline.quantise import quantise
+from mla_convert.write.verify import verify
+
+
+@pytest.fixture
+def folder(convert_pico, tmp_path, request):
+    name = getattr(request, "param", "llama")
+    return shutil.copytree(convert_pico(name, rank=16, rope_dim=8).out, tmp_path / "converted")
+
+
+def run(folder, kind, source, **options):
+    return quantise(folder, kind, against=str(source), device="cpu", progress=Progress(quiet=True), **options)
+
+
+@torch.no_grad()
+def logits(folder, **changes):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for layer in model.model.layers:
+        for name, value in changes.items():
+            setattr(layer.self_attn, name, value)
+    return model(IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("folder", ["llama", "qwen2", "qwen3"], indirect=True)
+def test_weights_stay_the_same_function(folder, sources, tmp_path, request):
+    source = sources(request.node.callspec.params["folder"])
+    before = logits(folder)
+    report = run(folder, "int4", source, out=tmp_path / "new")
+    after = logits(tmp_path / "new", latent_format=None)
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+    served = logits(tmp_path / "new")
+    assert 0 < (served - before).square().mean() < 0.25 * before.var()
+    assert report.cache.latent_cache == {"version": 1, "kind": "int4", "group": 64, "rope": "fp8"}
+    assert not (tmp_path / "new" / "recipe.yaml").exists()
+    verify(tmp_path / "new")
+
+
+def test_there_and_back_in_place(folder, sources, cli):
+    before = json.loads((folder / "report.json").read_text())
+    code, out, _ = cli(
+        "quantize", folder, "--cache-dtype", "int8", "--cache-group", "32", "--against", sources("llama"), "--json"
+    )
+    report = json.loads(out)
+    assert code == 0 and report["cache"]["latent_cache"]["group"] == 32
+    assert report["cache"]["bytes_per_token"]["after"] == 3 * 48
+    assert report["evaluation"]["after"]["value"] != before["evaluation"]["after"]["value"]
+    assert report["evaluation"]["ratio"] == pytest.approx(before["evaluation"]["ratio"], rel=0.02)
+    back = run(folder, "bf16", sources("llama"))
+    assert back.cache.as_dict() == before["cache"]
+    assert back.evaluation.ratio == pytest.approx(before["evaluation"]["ratio"], rel=1e-3)
+    assert "latent_cache" not in {k for k, v in json.loads((folder / "config.json").read_text()).items() if v}
+
+
+def test_refusals(folder, sources, convert_pico, cli):
+    with pytest.raises(UsageError, match="auto chooses ranks and bits together"):
+        run(folder, "auto", sources("llama"))
+    with pytest.raises(UsageError, match="cache_group means nothing"):
+        run(folder, "bf16", sources("llama"), cache_group=64)
+    with pytest.raises(InputError, match="is a converted model"):
+        run(folder, "int8", folder)
+    with pytest.raises(InputError, match="give a converted folder"):
+        run(sources("llama"), "int8", sources("llama"))
+    odd = convert_pico("llama", rank=9, rope_dim=8).out
+    with pytest.raises(InputError, match="rank 9, and two channels of 4 bits"):
+        run(odd, "int4", sources("llama"), out=folder.parent / "odd")
+    assert cli("quantize", folder, "--cache-dtype", "int3")[0] == 2
+
+
+def test_a_failure_leaves_the_folder(folder, sources, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(module, "self_check", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(folder, "int4", sources("llama"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_engines_take_no_quantised_cache(folder, sources, tmp_path, cli):
+    run(folder, "fp8", sources("llama"))
+    code, _, err = cli("export", folder, "--out", tmp_path / "exported")
+    assert code == 4 and "--cache-dtype bf16` comes first" in err
+    code, _, err = cli("convert", sources("llama"), "--for", "sglang", "--cache-dtype", "int4")
+    assert code == 2 and "is not for --for sglang" in err
