@@ -13,6 +13,7 @@ from mla_convert.method.factorise.sizes import Plan
 from mla_convert.pipeline.estimate import memory as sizing
 from mla_convert.pipeline.estimate import time as timing
 from mla_convert.pipeline.estimate.heal import HealEstimate
+from mla_convert.report.format import latent_words
 
 Parts = Iterator[Table | str]
 
@@ -72,8 +73,9 @@ class CacheSection:
     def rows(self) -> Parts:
         """A table of cache and parameters, and one of the cache at several contexts."""
         rank, rope, exact = self.section["kv_lora_rank"], self.section["qk_rope_head_dim"], self.plan.exact
+        cached = latent_words(self.section.get("latent_cache"))
         spread = "in every layer" if self.uniform else "on average: layers that lose more get more"
-        table = _table(f"→ MLA, rank {rank} + {rope} rotary {spread}{', exact' if exact else ''}")
+        table = _table(f"→ MLA, rank {rank} + {rope} rotary {spread}{cached}{', exact' if exact else ''}")
         _compare(table, "cache numbers per token and layer", self.section["numbers_per_token_per_layer"], str)
         _compare(table, "cache per token", self.section["bytes_per_token"], human_bytes)
         _compare(table, "parameters of attention", self.parameters["attention"], _count)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.core.files import on_disk, remove, write_file
+from mla_convert.core.files import on_disk, write_file
 from mla_convert.core.progress import Progress
 from mla_convert.core.recipes import first_problem
 from mla_convert.core.report_schema import CacheSection, EvaluationSection, Measurement, Report, SelfCheckSection
@@ -20,7 +20,7 @@ from mla_convert.core.runtime import pick_device
 from mla_convert.core.settings import Settings
 from mla_convert.evaluate.quality.evaluation import Evaluation, evaluate_model
 from mla_convert.heal.checks import open_converted
-from mla_convert.heal.output import RECIPE, write_report, write_weights
+from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.teacher_student import attentions
 from mla_convert.method.calibrate.latent_channels import channel_moments
 from mla_convert.method.factorise.basis import Latent
@@ -45,7 +45,9 @@ from mla_convert.write.selfcheck import self_check
 
 # Windows on which the loss's gradient in the latents is measured, and their tokens.
 WINDOWS, LENGTH = 16, 512
-NOTE = "the cache was quantised after the conversion: errors of layers and the recipe's settings are those before"
+NOTE = (
+    "the cache got its format after the conversion: errors of single layers and recipe.yaml are those of the conversion"
+)
 
 
 def quantise(
@@ -102,7 +104,6 @@ def quantise(
     with output.Writer(target, {"quantise": report.checksums, "cache": latent_cache}) as writer:
         write_weights(writer, folder, sorted(report.checksums), changed)
         with on_disk("the output", target.parent):
-            remove(writer.folder / RECIPE)  # it would make another model
             config = json.loads((writer.folder / "config.json").read_text(encoding="utf-8"))
             config["latent_cache"] = latent_cache
             write_file(writer.folder / "config.json", json.dumps(config, indent=2) + "\n")

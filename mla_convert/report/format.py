@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mla_convert.core.report_schema import CalibrationSection, Comparison, Mean
+from mla_convert.core.report_schema import CalibrationSection, Comparison, JsonObject, Mean
 
 NOTHING = "–"
 NOT_FINITE = "not finite"
@@ -72,3 +72,11 @@ def calibration_text(calibration: CalibrationSection) -> str:
     """The calibration windows in words."""
     share = calibration.self_written
     return calibration.protocol + (f", {share:.0%} of them written by the original itself" if share else "")
+
+
+def latent_words(latent_cache: JsonObject | None) -> str:
+    """The format of a quantised cache behind its sizes: " in int4"; nothing for a cache of numbers."""
+    if not latent_cache:
+        return ""
+    kind = latent_cache.get("kind")
+    return " in int8 and int4" if kind == "mixed" else f" in {kind}"

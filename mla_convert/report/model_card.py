@@ -37,7 +37,7 @@ BODY = """
 # {name} with Multi-head Latent Attention
 
 {base} with its {before} key/value numbers per token and layer replaced by a latent of {rank} and a rotary key of
-{rope}: **{saved:.1%} less KV cache**, perplexity {ratio}{headline}. Converted by mla_convert {version}; {untouched}
+{rope}{cached}: **{saved:.1%} less KV cache**, perplexity {ratio}{headline}. Converted by mla_convert {version}; {untouched}
 
 {table}
 
@@ -53,8 +53,8 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 ```
 
-With `import mla_convert` neither needs the flag. {tried}`generate` caches {after} numbers per token and layer, in transformers'
-own dynamic and static caches.
+With `import mla_convert` neither needs the flag. {tried}`generate` caches {after} numbers per token and layer{packed}, in
+transformers' own dynamic and static caches.
 
 ## Limits
 
@@ -91,6 +91,8 @@ def card_text(report: Report) -> str:
         rank=cache.kv_lora_rank,
         rope=cache.qk_rope_head_dim,
         saved=cache.share_saved,
+        cached=format.latent_words(cache.latent_cache),
+        packed=" as packed rows of bytes" if cache.latent_cache else "",
         ratio=f"**{format.times(evaluation.ratio, 4)}**" if evaluation else "not evaluated",
         headline=f", **{suite_headline(suite)}**" if suite and compared(suite) else "",
         kinds=_kinds(suite),

@@ -71,7 +71,8 @@ def _perplexity_row(name: str, measured: Comparison) -> Row:
 def print_summary(report: Report, console: Console) -> None:
     """The table at the end of a conversion."""
     rank, rope = report.cache.kv_lora_rank, report.cache.qk_rope_head_dim
-    console.print(report_table(report, f"{report.source.name} → MLA, rank {rank} + {rope} rotary").rich())
+    cached = format.latent_words(report.cache.latent_cache)
+    console.print(report_table(report, f"{report.source.name} → MLA, rank {rank} + {rope} rotary{cached}").rich())
     evaluation = report.measured
     if evaluation is None:
         lines = ["perplexity was not evaluated, as --eval none asked: `mla-convert eval` does it later"]

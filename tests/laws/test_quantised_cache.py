@@ -134,3 +134,22 @@ def test_sizes_follow_from_bytes(convert_pico):
 def test_a_group_without_a_quantised_cache_is_refused(cli, sources):
     code, _, err = cli("convert", sources("llama"), "--cache-group", "64")
     assert code == 2 and "cache_group means nothing" in err
+
+
+def test_healing_sees_the_quantised_cache(convert_pico, sources, tmp_path):
+    from mla_convert.core.progress import Progress
+    from mla_convert.heal.run import heal
+    from mla_convert.heal.settings import HealConfig
+
+    converted = convert_pico("llama", rank=16, rope_dim=8, cache_dtype="int4").out
+    report = heal(
+        HealConfig(
+            folder=converted, out=tmp_path / "healed", teacher=str(sources("llama")), device="cpu", tokens=24 * 512,
+            data=str(sources("llama").parent / "text.txt"), length="64", step_tokens=512, micro_tokens=256, lr=0.01,
+            evaluations=4, eval_windows=2, eval_length=48, eval="package:mla_demo/calibration.txt.gz", self_share=0, noise=0,
+        ),
+        Progress(quiet=True),
+    )  # fmt: skip
+    before, after = report.heal.before.probes.next_token.kl.value, report.probes.next_token.kl.value
+    assert after < before and report.cache.latent_cache["kind"] == "int4"
+    assert load(tmp_path / "healed").config.latent_cache == report.cache.latent_cache

@@ -20,12 +20,13 @@ DEFAULT_RATIO = 0.5
 TABLE = 32
 # Bytes of a cached number, to which `kv_ratio` refers.
 NUMBER = 2
-# Channels of a quantised latent that share a scale: 32 cost more bytes than they save error (docs/results/quantised-cache.md).
+# Channels of a quantised latent that share a scale.
 GROUP = 64
 # Unit of ranks in 4 bits: 16 bytes, to which sections of a row are padded.
 UNIT_INT4 = 32
-# Share of the channels that "auto" keeps in 8 bits where layers do not choose.
-WIDE_SHARE = 4
+# "auto" keeps one in WIDE_SHARE channels in 8 bits where layers do not choose, at least one unit of them: the first 32 of 224
+# removed nearly all of the loss of 4 bits (docs/results/quality.md).
+WIDE_SHARE = 8
 
 
 def table_frequencies(num_rotary_freqs: int) -> range:
@@ -181,8 +182,9 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether every plane keeps RoPE and no direction is dropped."""
-        return self.rope_dim == self.shape.full_rope_dim and self.rank == self.full_rank
+        """Whether every plane keeps RoPE, no direction is dropped and no number is rounded."""
+        whole = self.rope_dim == self.shape.full_rope_dim and self.rank == self.full_rank
+        return whole and not self.cache.quantised
 
     @property
     def qk_nope_head_dim(self) -> int:
@@ -257,7 +259,7 @@ def _with_format(plan: Plan, settings: Settings) -> Plan:
     if cache.possible(plan.rank) != plan.rank:
         raise InputError(f"rank {plan.rank} is odd, and two channels of 4 bits share a byte: give an even rank")
     unit = cache.units(size_unit(plan))[0]
-    wide = plan.rank // WIDE_SHARE // unit * unit if cache.kind == "mixed" else 0
+    wide = min(max(plan.rank // WIDE_SHARE // unit, 1) * unit, plan.rank) if cache.kind == "mixed" else 0
     return replace(plan, cache=cache, wide=wide)
 
 
