@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig
 
-PREFIX = "Mla"
+PREFIX, MODEL_TYPE = "Mla", "mla_"
 # These plans of the stock classes name projections that a converted model does not have.
 PARALLEL_PLANS = ("base_model_tp_plan", "base_model_fsdp_plan")
 KERNELS = ("auto", "kernels", "sdpa")
@@ -93,20 +93,54 @@ class MlaFields:
         return self.qk_nope_head_dims[layer_idx] if self.qk_nope_head_dims else self.qk_nope_head_dim
 
 
+class WholeConfig:
+    """Configuration of a multimodal model whose language model is converted; `text_config` has the fields of `MlaFields`.
+
+    What the original's configuration does not have is read from `text_config`.
+    """
+
+    def __post_init__(self, **kwargs):
+        """Read the parts; the original's class reads the language model's as its own, which then gets the fields."""
+        given = self.text_config
+        text = given.to_dict() if isinstance(given, PreTrainedConfig) else dict(given or {})
+        if "model_type" in text:
+            text["model_type"] = text["model_type"].removeprefix(MODEL_TYPE)
+        self.text_config = text or None
+        super().__post_init__(**kwargs)
+        fields = {**self.text_config.to_dict(), **text}
+        fields.pop("model_type")
+        self.text_config = config_class(type(self.text_config))(**fields)
+
+    def __getattr__(self, name: str):
+        """An attribute of the language model's configuration."""
+        text = vars(self).get("text_config")
+        if name.startswith("_") or not isinstance(text, MlaFields):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(text, name)
+
+
+def is_whole(base: type) -> bool:
+    """Whether a stock configuration class describes a language model and other parts."""
+    return "text_config" in base.sub_configs
+
+
 def config_class(base: type) -> type:
     """The configuration class of a converted model whose original has configuration class `base`."""
     name = PREFIX + base.__name__
+    if name not in _classes and is_whole(base):
+        fields = {"model_type": MODEL_TYPE + base.model_type, "_auto_class": "AutoConfig", "__module__": __name__}
+        _classes[name] = type(name, (WholeConfig, base), fields)
     if name not in _classes:
         fields = {key: value for key, value in vars(MlaFields).items() if not key.startswith("__")}
         _classes[name] = type(
             name,
-            (base,),
+            (base, MlaFields),
             {
                 **fields,
                 "__annotations__": dict(MlaFields.__annotations__),
                 "__module__": __name__,
                 "__doc__": f"{base.__name__} of a model converted to Multi-head Latent Attention.",
-                "model_type": "mla_" + base.model_type,
+                "model_type": MODEL_TYPE + base.model_type,
                 "_auto_class": "AutoConfig",
                 **{plan: None for plan in PARALLEL_PLANS if hasattr(base, plan)},
             },

@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from mla_convert.modeling.decode_mla import cache_names
-from mla_convert.source.families import FAMILIES
+from mla_convert.source.families import DECODER, FAMILIES
 
 
 def fixed_state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -20,14 +20,15 @@ def fixed_state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
         config: of a stock or a converted model.
         dtype: of the model.
     """
-    family = FAMILIES.get(config.model_type.removeprefix("mla_"))
+    family = FAMILIES.get(config.get_text_config().model_type.removeprefix("mla_"))
     if family is None or family.state_mixer is None:
         return 0
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    cache = DynamicCache(config=config)
-    token = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta")
-    for index, layer in enumerate(model.get_submodule(family.layers)):
+    cache, text = DynamicCache(config=config), config.get_text_config()
+    token = torch.empty(1, 1, text.hidden_size, dtype=dtype, device="meta")
+    layers = family.layers if text is config else f"{DECODER}.layers"
+    for index, layer in enumerate(model.get_submodule(layers)):
         mixer = getattr(layer, family.state_mixer, None)
         if hasattr(cache.layers[index], "conv_states") and mixer is not None:
             for argument in cache_names(type(mixer)):  # none: an MLP in a mixer's place

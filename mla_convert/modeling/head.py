@@ -16,6 +16,10 @@ class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
     """A decoder's output with every field that the head of some family reads."""
 
     router_logits: tuple[Tensor, ...] | None = None
+    cache: object | None = None
+    image_hidden_states: Tensor | None = None
+    image_outputs: object | None = None
+    rope_deltas: Tensor | None = None
 
 
 class HiddenStatesStub(nn.Module):

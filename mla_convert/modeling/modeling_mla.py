@@ -9,8 +9,10 @@ model, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=T
 mla_attention and Triton are installed as well, its kernels decode on CUDA (see decode_mla.py).
 """
 
+import contextlib
 import importlib
 import inspect
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_mla import PREFIX, config_class, kernel_choice, warn_if_untried
+from .configuration_mla import PREFIX, MlaFields, config_class, is_whole, kernel_choice, warn_if_untried
 from .decode_mla import (
     CACHE_NAMES,
     absorbed_attention,
@@ -422,8 +424,8 @@ def attention_class(base: type) -> type:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Replace every attention of a stock causal language model (built from an Mla configuration) by MLA."""
-    config = model.config
+    """Replace every attention of a stock model's language model (built from an Mla configuration) by MLA."""
+    config = model.config.get_text_config()
     warn_if_untried(config)
     layers = model.get_submodule(config.mla_layers)
     for layer_idx in config.converted_layers():
@@ -448,15 +450,29 @@ def no_continuous_batching(self: PreTrainedModel, *_, **__) -> None:
     )
 
 
+@contextlib.contextmanager
+def read_as_stock(config: PreTrainedConfig) -> Iterator[None]:
+    """The language model's configuration in a multimodal one with its stock class, by which the parts are built."""
+    text = config.get_text_config()
+    converted = type(text)
+    if text is not config:
+        text.__class__ = next(base for base in converted.__mro__ if not issubclass(base, MlaFields))
+    try:
+        yield
+    finally:
+        text.__class__ = converted
+
+
 def model_class(base: type) -> type:
-    """The converted counterpart of a stock causal language model."""
+    """The converted counterpart of a stock causal language model, or of a multimodal model that contains one."""
     name = PREFIX + base.__name__
     if name not in _classes:
 
         def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:  # noqa: N807
             if config.mla_softcap is not None or config.mla_sinks:
                 self._supports_sdpa = False  # SDPA has neither; not every version of the stock classes declares it
-            base.__init__(self, config)
+            with read_as_stock(config):
+                base.__init__(self, config)
             install(self)
             self.post_init()
 
@@ -472,7 +488,7 @@ def model_class(base: type) -> type:
                 "_supports_flash_attn": False,
                 "_supports_flex_attn": False,
                 "_tp_plan": {},
-                "_auto_class": "AutoModelForCausalLM",
+                "_auto_class": "AutoModelForImageTextToText" if is_whole(base.config_class) else "AutoModelForCausalLM",
                 # As in a stock model, buffers that are in no checkpoint are initialised (Falcon-H1 has such).
                 "is_custom_code": classmethod(lambda cls: False),
                 **dict.fromkeys(CONTINUOUS, no_continuous_batching),
@@ -482,9 +498,9 @@ def model_class(base: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """`Mla<Base>` for any causal language model `<Base>` of transformers, and its configuration (PEP 562)."""
+    """`Mla<Base>` for any generating model `<Base>` of transformers, and its configuration (PEP 562)."""
     if name.startswith(PREFIX) and name.endswith("Config"):
         return getattr(importlib.import_module(".configuration_mla", __package__), name)
-    if name.startswith(PREFIX) and name.endswith(("ForCausalLM", "LMHeadModel")):
+    if name.startswith(PREFIX) and name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return model_class(getattr(transformers, name[len(PREFIX) :]))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -138,7 +138,9 @@ def plan_conversion(
         card=None if card_bytes is None else _card(source, card_bytes, card, weights, caches),
         run=RunSection(
             # beside the weights, each layer stores the indices of its rotary planes (int64)
-            disk_bytes=weights["after"] + sum(size.rope_dim // 2 for size in plan.layers) * 8,
+            disk_bytes=weights["after"]
+            + sum(size.rope_dim // 2 for size in plan.layers) * 8
+            + (source.whole.other_bytes() if source.whole else 0),
             scratch_bytes=on_cpu.scratch_bytes,
             memory=_host_memory(on_cpu, after),
             time=_time(resolved, before, after),

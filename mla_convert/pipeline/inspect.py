@@ -247,6 +247,8 @@ def _rope(config: Any) -> JsonObject:
 
 def _converted(label: str, revision: str | None, config: JsonObject, report: JsonObject) -> ConvertedFindings:
     try:
+        text = config.get("text_config")
+        config = {**config, **text, "model_type": config["model_type"]} if isinstance(text, dict) else config
         stated = (config[name] for name in ("num_hidden_layers", "n_layer") if name in config)
         layers = next(stated, None) or len(config["layers_block_type"])
         # where layers differ there is a list beside the largest

@@ -69,7 +69,7 @@ class LayerConverter:
         return self.writer.processes
 
     def write_embeddings_and_head(self) -> None:
-        """Write every tensor outside the layers: embeddings first, the rest (final norm, head) last."""
+        """Write every tensor outside the layers: embeddings first, then the rest (final norm, head), then other parts."""
         reader, inside = self.layerwise.source.reader, self.layerwise.source.family.layers + "."
         # a tied head that is stored too is no parameter of its own
         parameters = {name for name, _ in self.layerwise.model.named_parameters()}
@@ -79,9 +79,12 @@ class LayerConverter:
             if self.shard(index) not in self.writer.finished:
                 tensors = reader.read(names)
                 check_finite(tensors)
-                self.writer.write_shard(self.shard(index), self._stored(tensors))
+                self.writer.write_shard(self.shard(index), self._named(self._stored(tensors)))
                 del tensors
                 return_freed_memory()
+        whole = self.layerwise.source.whole
+        if whole and self.shard(self.plan.shape.layers + 2) not in self.writer.finished:
+            self.writer.write_shard(self.shard(self.plan.shape.layers + 2), self._stored(whole.other_tensors()))
 
     def convert(self, streams: Streams) -> list[dict[str, Any]]:
         """Convert every layer, block after block.
@@ -115,7 +118,7 @@ class LayerConverter:
                     students = sum(layer.student is not None for layer in layers)
                     self.progress.skip(students * self.refine.steps_per_layer)
                     for layer in layers:
-                        self._load_written(layer, self.writer.load_shard(self.shard(layer.index + 1)))
+                        self._load_written(layer, self._written(layer))
                         self._advance(layer, streams.original)
                 else:
                     self._convert_group(blocks, streams)
@@ -130,8 +133,19 @@ class LayerConverter:
         return entries
 
     def shard(self, index: int) -> str:
-        """File name of the embeddings (0), of layer i (i + 1), or of the norm and head (number of layers + 1)."""
-        return f"model-{index + 1:05d}-of-{self.plan.shape.layers + 2:05d}.safetensors"
+        """File name of the embeddings (0), layer i (i + 1), norm and head (number of layers + 1) or other parts (+ 2)."""
+        count = self.plan.shape.layers + (3 if self.layerwise.source.whole else 2)
+        return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+    def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under their names in the folder: of a multimodal model, those in the whole."""
+        whole = self.layerwise.source.whole
+        return {whole.name(name): tensor for name, tensor in tensors.items()} if whole else tensors
+
+    def _written(self, layer: LayerPair) -> dict[str, Tensor]:
+        """Tensors of a layer that an earlier run has written, by their names in the language model."""
+        tensors, whole = self.writer.load_shard(self.shard(layer.index + 1)), self.layerwise.source.whole
+        return {whole.inner(name): tensor for name, tensor in tensors.items()} if whole else tensors
 
     def _open_layer(
         self, stack: contextlib.ExitStack, index: int, kwargs: dict[int, LayerKwargs], eager: LayerKwargs
@@ -171,7 +185,7 @@ class LayerConverter:
                 self.processes.make_equal(layer.student.state_dict().values())
             written = self._written_tensors(layer)
             check_finite(written, self._overflow_hint(layer) or FAILED)
-            self.writer.write_shard(self.shard(layer.index + 1), written, layer_entry)
+            self.writer.write_shard(self.shard(layer.index + 1), self._named(written), layer_entry)
             self._load_written(layer, written)
         self.writer.drop_drafts()
 

@@ -74,6 +74,7 @@ def kv_heads(config: PreTrainedConfig) -> int:
 
 def converted_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     """Indices of the layers that cache keys and values, or latents, of a stock or a converted model's configuration."""
+    config = config.get_text_config()
     if hasattr(config, "mla_converted_layers"):
         return tuple(config.converted_layers())
     family = FAMILIES.get(config.model_type)

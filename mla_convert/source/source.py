@@ -38,11 +38,12 @@ from mla_convert.source.checks import (
     settle_ties,
 )
 from mla_convert.source.config_file import read_config
-from mla_convert.source.families import FAMILIES, Family, find_family, is_installed
+from mla_convert.source.families import FAMILIES, WHOLES, Family, find_family, is_installed
 from mla_convert.source.licence import read_licence
 from mla_convert.source.place import HUB_FILES, locate
 from mla_convert.source.shape import AttentionShape, converted_layers, head_width, kv_heads
 from mla_convert.source.tokenizer import read_tokenizer
+from mla_convert.source.whole import Whole, open_whole
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Source:
     """Dims of a head that RoPE rotates."""
     normed: bool = False
     """Whether there is a norm between the key projection and attention."""
+    whole: Whole | None = None
+    """The multimodal model that is converted in place, if the source is its language model."""
 
     @property
     def shape(self) -> AttentionShape:
@@ -85,6 +88,11 @@ class Source:
     def weights_after_rope(self) -> bool:
         """Whether norms of queries and keys with weights follow RoPE."""
         return self.family.norm_after_rope and self._has(f"{self.family.k_norm}.weight")
+
+    @property
+    def model_type(self) -> str:
+        """Model type of what is converted: of the whole, where the language model is converted in place."""
+        return (self.whole or self).config.model_type
 
     @property
     def first_layer(self) -> str:
@@ -222,7 +230,14 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     part = inner in FAMILIES and is_installed(inner)
     family = FAMILIES[inner] if part else find_family(str(model_type), content.keys(), inner)
     refuse_audio(content, label)
-    notes = [f"{label} is multimodal ({model_type}): only its language model is converted"] if part else []
+    in_place = part and model_type in WHOLES and not (family.softcap or family.sinks)
+    notes = (
+        [f"{label} is multimodal ({model_type}): only its language model is converted"] if part and not in_place else []
+    )
+    if in_place:
+        notes.append(
+            f"{label} is multimodal ({model_type}): its language model is converted, its other parts stay as they are"
+        )
     with makes_sense(label):
         config = _read_config(folder, label, part)
         quantization = take_quantization(config, label)
@@ -241,7 +256,14 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
         check_derived(source)
     if stored:
         complete = _with_weights(source, stored, expected, quantization, part, weights)
-        return complete if weights else replace(source, notes=complete.notes)
+        if in_place:
+            with makes_sense(label):
+                whole = load_config(folder, label)
+                take_quantization(whole, label)
+                whole.tie_word_embeddings = source.config.tie_word_embeddings
+                numbers: Reader = DequantisedReader(stored, quantization) if quantization else stored
+                complete = replace(complete, whole=open_whole(whole, numbers, family, label))
+        return complete if weights else replace(source, notes=complete.notes, whole=complete.whole)
     return source
 
 

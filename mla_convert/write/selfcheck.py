@@ -157,6 +157,7 @@ def _import_package(folder: Path, code: list[str]) -> dict[str, Any]:
 
 def _shorten(config: PreTrainedConfig, layers: int) -> None:
     """Make a configuration describe only the first layers."""
+    config = config.get_text_config()
     total = config.num_hidden_layers
     config.num_hidden_layers = layers
     for key, value in list(vars(config).items()):

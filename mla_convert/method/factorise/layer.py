@@ -21,6 +21,7 @@ from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.families import FAMILIES, Family
 from mla_convert.source.shape import AttentionShape, kv_heads
 from mla_convert.source.source import Source
+from mla_convert.source.whole import Whole
 
 
 def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConfig:
@@ -80,6 +81,28 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
     has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]._supports_sdpa
     config._attn_implementation = "eager" if family.softcap or family.sinks or not has_sdpa else "sdpa"
     return config
+
+
+def whole_config(whole: Whole, text: PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of a multimodal model with a converted language model.
+
+    Args:
+        whole: the original.
+        text: configuration of its converted language model.
+    """
+    fields = whole.config.to_dict()
+    for key in (
+        "model_type",
+        "architectures",
+        "auto_map",
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "text_config",
+    ):
+        fields.pop(key, None)
+    inner = {**text.to_dict(), "mla_layers": whole.layers}
+    return config_class(type(whole.config))(**fields, text_config=inner, dtype=text.dtype)
 
 
 def projection_rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
