@@ -1,12 +1,15 @@
-"""Answers of vLLM's plugin on this GPU against the converted model's own, in one process."""
+"""Answers of vLLM's plugin on this GPU against the converted model's own."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import random
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,59 +58,60 @@ def differences(answers: list[list[dict]], exact: list[torch.Tensor]) -> tuple[f
 
 
 def ask(folder: Path, prompts: list[list[int]], dtype: str, setting: dict[str, Any]) -> dict:
-    """The engine's answers; the engine ends before this returns."""
+    """The engine's answers."""
     from mla_convert.publish.engines.ask_engine import ask_vllm
 
     asked = {"model_impl": "", "trust_remote_code": False, "dtype": dtype, "prompts": prompts, "tokens": TOKENS, "top": TOP,
-             "memory": 0.2}  # fmt: skip
-    try:
-        return ask_vllm(str(folder), asked | setting)
-    finally:
-        gc.collect()
-        from vllm.distributed import cleanup_dist_env_and_memory
+             "memory": 0.1}  # fmt: skip
+    return ask_vllm(str(folder), asked | setting)
 
-        cleanup_dist_env_and_memory()
+
+def compare(folder: Path, dtype: str, name: str, device: str) -> bool:
+    """Compare a folder in one setting, and print the result; returns whether an answer was wrong."""
+    for variable in ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_DEEP_GEMM", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        os.environ.setdefault(variable, "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from transformers import AutoConfig
+
+    begin, draw = time.perf_counter(), random.Random(1)
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    prompts = [[draw.randrange(3, vocabulary) for _ in range(length)] for length in (70, 33, 5, 150)]
+    prompts.append([*prompts[-1][:128], 9, 8, 7])  # shares a prefix of two pages
+    exact, greedy = own_answers(folder, prompts, torch.float32, device)
+    rounded, _ = own_answers(folder, prompts, getattr(torch, dtype), device)
+    rounding = sum(float((a - b).abs().mean()) for a, b in zip(rounded, exact, strict=True)) / len(exact)
+    found = ask(folder, prompts, dtype, SETTINGS[name])
+    mean, largest = differences([entry["logprobs"] for entry in found["prompts"]], exact)
+    same = sum(e["greedy"] == own for e, own in zip(found["prompts"], greedy, strict=True))
+    again = sum(e["greedy"] == e["greedy_from_cache"] for e in found["prompts"])
+    cached = sum(e["cached_tokens"] for e in found["prompts"])
+    ok = mean <= 1e-4 + 2 * rounding and (dtype != "float32" or (same == again == len(prompts)))
+    print(
+        f"{'right' if ok else 'WRONG'}: {folder.name}, {dtype}, {name}: log-probabilities differ by {mean:.1e} in the mean, "
+        f"{largest:.1e} at most (own rounding {rounding:.1e}); greedy tokens the same for {same} of {len(prompts)}, from "
+        f"cached prefixes ({cached} tokens) for {again}; {found['setting']}, {time.perf_counter() - begin:.0f} s", flush=True,
+    )  # fmt: skip
+    return not ok
 
 
 def correctness(arguments: argparse.Namespace) -> bool:
-    """Compare every folder in every setting; returns whether an answer was wrong."""
-    for name in ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_DEEP_GEMM", "VLLM_ENABLE_V1_MULTIPROCESSING"):
-        os.environ.setdefault(name, "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    wrong = False
-    draw = random.Random(1)
-    lengths = (70, 33, 5, 150)
-    for folder in arguments.folders:
-        from transformers import AutoConfig
+    """Compare every folder in every setting, each in a process of its own; returns whether an answer was wrong."""
+    cases = list(product(arguments.folders, arguments.dtype, arguments.settings))
+    if len(cases) == 1:
+        return compare(*cases[0], arguments.device)
 
-        vocabulary = AutoConfig.from_pretrained(folder).vocab_size
-        prompts = [[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
-        prompts.append([*prompts[-1][:128], 9, 8, 7])  # shares a prefix of two pages
-        exact, greedy = own_answers(folder, prompts, torch.float32, arguments.device)
-        for dtype in arguments.dtype:
-            rounded, _ = own_answers(folder, prompts, getattr(torch, dtype), arguments.device)
-            rounding = sum(float((a - b).abs().mean()) for a, b in zip(rounded, exact, strict=True)) / len(exact)
-            for name in arguments.settings:
-                begin = time.perf_counter()
-                try:
-                    found = ask(folder, prompts, dtype, SETTINGS[name])
-                except Exception as error:  # the next setting may still teach something
-                    print(f"WRONG {folder.name} {dtype} {name}: {type(error).__name__}: {error}"[:2000], flush=True)
-                    wrong = True
-                    continue
-                mean, largest = differences([entry["logprobs"] for entry in found["prompts"]], exact)
-                same = sum(e["greedy"] == own for e, own in zip(found["prompts"], greedy, strict=True))
-                again = sum(e["greedy"] == e["greedy_from_cache"] for e in found["prompts"])
-                cached = sum(e["cached_tokens"] for e in found["prompts"])
-                ok = mean <= 1e-4 + 2 * rounding and (dtype != "float32" or (same == again == len(prompts)))
-                wrong |= not ok
-                print(
-                    f"{'right' if ok else 'WRONG'} {folder.name} {dtype} {name}: log-probabilities differ by {mean:.1e} in the "
-                    f"mean, {largest:.1e} at most (own rounding {rounding:.1e}); greedy tokens the same for {same} of "
-                    f"{len(prompts)}, from cached prefixes ({cached} tokens) {again}; {found['setting']}, "
-                    f"{time.perf_counter() - begin:.0f} s", flush=True,
-                )  # fmt: skip
-    return wrong
+    def run(case: tuple[Path, str, str]) -> bool:
+        command = [sys.executable, str(Path(__file__).with_name("__main__.py")), "correctness", str(case[0]), "--dtype", case[1],
+                   "--settings", case[2], "--device", arguments.device]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines = done.stdout.splitlines()
+        verdict = [line for line in lines if line.startswith(("right: ", "WRONG: "))]
+        failed = f"WRONG: {case[0].name}, {case[1]}, {case[2]}: failed\n  " + "\n  ".join(lines[-12:])
+        print(verdict[-1] if verdict else failed, flush=True)
+        return done.returncode != 0
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        return any(list(pool.map(run, cases)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,3 +120,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--device", default="cuda", help="cpu: a dry run with a CPU build of vLLM")
+    parser.add_argument("--jobs", type=int, default=4, help="engines at a time; each takes a tenth of the memory")

@@ -42,28 +42,25 @@ def run(asked: dict, log: Path, timeout: float) -> dict:
 
 
 def speed(arguments: argparse.Namespace) -> bool:
-    """Time every form with every cache dtype, and print each row at once; returns whether one failed."""
+    """Time every run, and print each row at once; returns whether one failed."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     first, failed = None, False
-    for form in arguments.forms:
-        for cache in arguments.cache:
-            if form == "plugin" and cache != "auto":
-                continue  # its latents are in the model's dtype
-            folder = write(arguments.out, arguments.shape, form, arguments.rank, arguments.rope_dim)
-            asked = {"folder": str(folder), "cache": cache, "points": arguments.at, "steps": arguments.steps,
-                     "compile": arguments.compile, "kernels": arguments.kernels}  # fmt: skip
-            row = run(asked, arguments.out / f"{folder.name}-{cache}.log", arguments.timeout)
-            failed |= bool(row["code"])
-            first = first or row
-            print(f"{form}, cache {cache}: {_facts(row)}", flush=True)
-            for at, point in row["points"].items():
-                rates = _rates(point, first["points"].get(at))
-                print(f"    {point['batch']:>4} x {point['context']:>6}: {rates}", flush=True)
-                for name, launches, microseconds in point["kernels"]:
-                    print(f"        {microseconds:8.1f} us in {launches:5.1f} launches a step: {name}", flush=True)
-            with (arguments.out / "speed.jsonl").open("a") as file:
-                points = list(row["points"].values())
-                file.write(json.dumps({"form": form, "cache": cache, **row, "points": points}) + "\n")
+    for form, cache in arguments.runs:
+        folder = write(arguments.out, arguments.shape, form, arguments.rank, arguments.rope_dim)
+        asked = {"folder": str(folder), "cache": cache, "points": arguments.at, "steps": arguments.steps,
+                 "compile": arguments.compile, "kernels": arguments.kernels}  # fmt: skip
+        row = run(asked, arguments.out / f"{folder.name}-{cache}.log", arguments.timeout)
+        failed |= bool(row["code"])
+        first = first or row
+        print(f"{form}, cache {cache}: {_facts(row)}", flush=True)
+        for at, point in row["points"].items():
+            rates = _rates(point, first["points"].get(at))
+            print(f"    {point['batch']:>4} x {point['context']:>6}: {rates}", flush=True)
+            for name, launches, microseconds in point["kernels"]:
+                print(f"        {microseconds:8.1f} us in {launches:5.1f} launches a step: {name}", flush=True)
+        with (arguments.out / "speed.jsonl").open("a") as file:
+            points = list(row["points"].values())
+            file.write(json.dumps({"form": form, "cache": cache, **row, "points": points}) + "\n")
     return failed
 
 
@@ -91,13 +88,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="llama-8b", help="of mla_convert/evaluate/speed/shapes.py")
     parser.add_argument("--rank", type=int, default=512)
     parser.add_argument("--rope-dim", type=int, default=64)
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="the first is the original")
-    parser.add_argument("--cache", nargs="+", default=["auto", "fp8"], help="vLLM's --kv-cache-dtype")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        type=_run,
+        default=[(form, cache) for cache in ("auto", "fp8") for form in FORMS],
+        help="FORM:CACHE, of original, portable and plugin, with vLLM's --kv-cache-dtype; ratios are to the first",
+    )
     parser.add_argument("--at", nargs="+", type=_point, default=[(1, 16384), (32, 16384)], help="BATCHxCONTEXT")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
     parser.add_argument("--compile", action="store_true", help="torch.compile, as vLLM does by default; starts slowly")
     parser.add_argument("--kernels", action="store_true", help="also profile the kernels of a decode step")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one engine")
+
+
+def _run(text: str) -> tuple[str, str]:
+    form, _, cache = text.partition(":")
+    if form not in FORMS:
+        raise ValueError(text)
+    return form, cache or "auto"
 
 
 def _point(text: str) -> tuple[int, int]:

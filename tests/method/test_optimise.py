@@ -96,8 +96,23 @@ def test_held_out_windows_are_not_trained_on(task):
     assert unchanged(student, before)
 
 
-def test_captured_steps_train_like_eager_ones(task, monkeypatch):
-    """The graph is a fake that runs its call eagerly, and not before its first replay."""
+class OneOfOne:
+    """Stands for several processes: a part that is the whole, and an exchange that changes nothing."""
+
+    alone, count, index = False, 1, 0
+
+    def __init__(self):
+        self.sums = 0
+
+    def sum(self, tensor):
+        self.sums += 1
+        return tensor
+
+
+@pytest.mark.parametrize("shared, recorded", [(False, True), (True, True), (True, False)])
+def test_captured_steps_train_like_eager_ones(task, monkeypatch, shared, recorded):
+    """The graph is a fake that runs its call eagerly, and not before its first replay. With several processes there are two, and
+    the sum of the gradients between them; if they cannot be recorded, steps stay eager."""
     student, inputs, targets = task
     start, captures, trained = copied(student), [], []
 
@@ -106,6 +121,8 @@ def test_captured_steps_train_like_eager_ones(task, monkeypatch):
 
     class Captured:
         def __init__(self, run, *examples):
+            if not recorded:
+                raise optimise.CaptureError
             self.run = run
             captures.append([example.shape for example in examples])
 
@@ -115,11 +132,15 @@ def test_captured_steps_train_like_eager_ones(task, monkeypatch):
     monkeypatch.setattr(optimise, "CapturedCall", Captured)
     for kind in (torch.Tensor, OnCuda):
         student.load_state_dict(start)
-        step = optimise.TrainingStep([*student.parameters()], student, RefineSettings(8, 4, 0.02, 0), relative_error)
+        student.zero_grad()
+        processes = OneOfOne() if shared and kind is OnCuda else None
+        parameters = [*student.parameters()]
+        step = optimise.TrainingStep(parameters, student, RefineSettings(8, 4, 0.02, 0), relative_error, processes)
         for index in batches(WINDOWS, 4, 8, seed=0):
             step(inputs.get(index).as_subclass(kind), targets.get(index).as_subclass(kind))
         trained.append(copied(student))
-    assert captures == [[(4, LENGTH, SIZE)] * 2] and not unchanged(student, start)
+    assert captures == [[(4, LENGTH, SIZE)] * 2, *([[]] if shared else [])][: None if recorded else 0]
+    assert not unchanged(student, start) and (processes is None or processes.sums == 8)
     assert unchanged(student, trained[0])
 
 

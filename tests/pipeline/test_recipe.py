@@ -274,6 +274,7 @@ def test_written_recipe_holds_every_setting_and_no_path(convert_pico, sources):
     recipe = load_recipe(report.out / "recipe.yaml")
     absent = {
         "kv_ratio",
+        "budget",
         "cache_group",
         "cache_rope",
         "engine",

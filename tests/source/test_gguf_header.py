@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
 from mla_convert.core.errors import InputError
-from mla_convert.source.checkpoint import gguf_header
+from mla_convert.source.checkpoint import gguf_header, gguf_reader
 from mla_convert.source.checkpoint.gguf_file import read_gguf
 from mla_convert.source.checkpoint.gguf_header import LONGEST, read_header
 from mla_convert.source.checkpoint.gguf_model import open_gguf
@@ -137,6 +137,15 @@ def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
         assert torch.equal(reader.read([name])[name], parameter) and len(touched) == 1
         assert reader.shape(name) == tuple(parameter.shape) and reader.dtype(name) == torch.float32
         assert torch.equal(reader.rows(name, 3, 7), parameter[3:7])
+
+
+def test_threads_dequantise_the_same(varied, monkeypatch):
+    header = read_header(varied)
+    expected = {name: gguf.dequantize(header.data(name), header.tensors[name].kind) for name in KINDS}
+    monkeypatch.setattr(gguf_reader, "CHUNK", 512)  # a row at a time
+    for name in KINDS:
+        found = gguf_reader._dequantised(header.data(name), header.tensors[name].kind)
+        assert found.shape == (3, 512) and np.array_equal(found, expected[name]), name
 
 
 def test_a_type_that_is_not_dequantised_is_refused(tmp_path, monkeypatch):

@@ -73,14 +73,22 @@ __device__ __forceinline__ u32 high_codes(u32 x) { return fma2((x & 0x00f000f0) 
 // The token, of 16, that is row or depth k of a product.
 __device__ __forceinline__ int token_of(int k) { return k & 1 ? 8 + (((k & 7) - 1 + 4 + (k >> 3)) & 7) : (k & 7) + (k >> 3); }
 
-// First of the two channels that lane `c` holds of a half (0, 1) of a step of the first product, in a section of `size`.
-__device__ __forceinline__ int channel_in(int size, int step, int c, int half) {
-    const int full = size / 64;
-    return step < 4 * full ? 64 * (step >> 2) + 16 * c + 4 * (step & 3) + 2 * half : 64 * full + size % 64 / 4 * c + 4 * (step - 4 * full) + 2 * half;
+// Where the pair of channels `x`, x + 1 of a section of `size` is in the first product's depth: byte of a row of queries.
+__device__ __forceinline__ int place(int step, int half, int c, int row) { return (step >> 2) * Q_CHUNK + row * 128 + ((((step & 3) * 2 + half) ^ (row & 7)) << 4) + c * 4; }
+__device__ __forceinline__ int place_in(int size, int before, int x, int row) {
+    const int full = size / 64 * 64, w = size % 64 ? size % 64 / 4 : 1, rest = x < full ? x % 16 : (x - full) % w;
+    const int c = x < full ? x % 64 / 16 : (x - full) / w, step = before + (x < full ? x / 64 * 4 : full / 16) + rest / 4;
+    return place(step, rest % 4 / 2, c, row);
 }
-__device__ __forceinline__ int rope_in(int step, int c, int half) {
-    if (ROPE8) return channel_in(ROPE, step, c, half);
-    return step < ROPE / 32 * 2 ? 32 * (step >> 1) + 8 * c + 4 * (step & 1) + 2 * half : ROPE / 32 * 32 + 4 * c + 2 * half;
+__device__ __forceinline__ int place_of(int x, int row) {
+    if (x < WIDE) return place_in(WIDE, 0, x, row);
+    if (x < WIDE + HALF4) return place_in(HALF4, WIDE / 16, x - WIDE, row);
+    if (x < RANK) return place_in(HALF4, (WIDE + HALF4) / 16, x - WIDE - HALF4, row);
+    x -= RANK;
+    if (ROPE8) return place_in(ROPE, RANK / 16, x, row);
+    constexpr int FULL = ROPE / 32 * 32;
+    const int rest = x < FULL ? x % 8 : (x - FULL) % 4, c = x < FULL ? x % 32 / 8 : (x - FULL) / 4;
+    return place(RANK / 16 + (x < FULL ? x / 32 * 2 : FULL / 16) + rest / 4, rest % 4 / 2, c, row);
 }
 
 // The queries of a stretch's sequence as the right operand of the first product, in float16 (in bfloat16 where they meet rotary
@@ -88,31 +96,36 @@ __device__ __forceinline__ int rope_in(int step, int c, int half) {
 __device__ __forceinline__ void stage_queries(const Arguments &a, const Packed &p, int b, u32 base) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rows = a.tokens * a.heads;
     threads_sync(3, 256);
-    for (int row = warp; row < QUERIES; row += 8) {
-        const int r = blockIdx.x * QUERIES + row;
-        const bool there = r < rows;
-        const int t = there ? r / a.heads : 0, h = there ? r % a.heads : 0;
-        const u16 *q = p.q + b * p.stride_qb + t * p.stride_qt + h * p.stride_qh, *qr = p.qr + b * p.stride_rb + t * p.stride_rt + h * p.stride_rh;
-        u32 peak = 0;
-        for (int i = lane * 2; there && i < RANK + ROPE; i += 64) {
-            const u32 x = *(const u32 *)(i < RANK ? q + i : qr + i - RANK);
-            peak = max(peak, max(x & 0x7fff, x >> 16 & 0x7fff));
+    constexpr int EACH = (RANK + ROPE + 63) / 64, AT_ONCE = QUERIES / 8 < 4 ? QUERIES / 8 : 4;
+#pragma unroll 1
+    for (int first = 0; first < QUERIES / 8; first += AT_ONCE) {
+        u32 x[AT_ONCE][EACH];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {  // all loads before their first use
+            const int r = blockIdx.x * QUERIES + warp + 8 * (first + k), t = r / a.heads, h = r % a.heads;
+            const u16 *q = p.q + b * p.stride_qb + t * p.stride_qt + h * p.stride_qh, *qr = p.qr + b * p.stride_rb + t * p.stride_rt + h * p.stride_rh;
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const int at = i * 64 + lane * 2;
+                x[k][i] = r < rows && at < RANK + ROPE ? __ldg((const u32 *)(at < RANK ? q + at : qr + at - RANK)) : 0;
+            }
         }
-        const u32 exponent = min(max(__reduce_max_sync(~0u, peak) >> 7, 27u), 227u);
-        const float factor = __uint_as_float((257 - exponent) << 23), inverse = __uint_as_float((exponent - 3) << 23);
-        if (lane == 0) storef(base + AT_STATE + (16 * QUERIES + row) * 4, there ? a.scale_log2 * inverse : 0.0f);
-        for (int i = lane; i < STEPS * 8; i += 32) {
-            const int step = i >> 3, half = i & 1, c = i >> 1 & 3;
-            int at = 0;
-            if (step < WIDE / 16) at = channel_in(WIDE, step, c, half);
-            else if (step < (WIDE + HALF4) / 16) at = WIDE + channel_in(HALF4, step - WIDE / 16, c, half);
-            else if (step < RANK / 16) at = WIDE + HALF4 + channel_in(HALF4, step - (WIDE + HALF4) / 16, c, half);
-            else at = rope_in(step - RANK / 16, c, half);
-            const u32 x = there ? *(const u32 *)((step < RANK / 16 ? q : qr) + at) : 0;
-            const float low = __uint_as_float(x << 16) * factor, high = __uint_as_float(x & 0xffff0000) * factor;
-            const u32 y = ROPE8 || step < RANK / 16 ? pack_half(low, high) : pack(low, high);
-            const u32 to = base + AT_Q + (step >> 2) * Q_CHUNK + row * 128 + ((((step & 3) * 2 + half) ^ (row & 7)) << 4) + c * 4;
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(y) : "memory");
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const int row = warp + 8 * (first + k);
+            u32 peak = 0;
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) peak = max(peak, max(x[k][i] & 0x7fff, x[k][i] >> 16 & 0x7fff));
+            const u32 exponent = min(max(__reduce_max_sync(~0u, peak) >> 7, 27u), 227u);
+            const float factor = __uint_as_float((257 - exponent) << 23), inverse = __uint_as_float((exponent - 3) << 23);
+            if (lane == 0) storef(base + AT_STATE + (16 * QUERIES + row) * 4, blockIdx.x * QUERIES + row < rows ? a.scale_log2 * inverse : 0.0f);
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const int at = i * 64 + lane * 2;
+                const float low = __uint_as_float(x[k][i] << 16) * factor, high = __uint_as_float(x[k][i] & 0xffff0000) * factor;
+                const u32 y = ROPE8 || at < RANK ? pack_half(low, high) : pack(low, high);
+                if (at < RANK + ROPE) asm volatile("st.shared.u32 [%0], %1;" ::"r"(base + AT_Q + place_of(at, row)), "r"(y) : "memory");
+            }
         }
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mla_convert.core.cuda_graph import CapturedCall
+from mla_convert.core.cuda_graph import CapturedCall, CaptureError
 from mla_convert.core.processes import Processes, alone
 from mla_convert.method.calibrate.attention_forward import Forward
 from mla_convert.method.calibrate.hidden_states import Activations
@@ -211,8 +211,8 @@ class TrainingStep:
         self.optimizer = RelativeAdam(parameters, settings.lr, BETAS, capturable=parameters[0].is_cuda)
         self.count, self.processes = 0, processes or alone(parameters[0].device)
         self._gradients = None if self.processes.alone else _one_buffer(parameters)
-        self._captured: CapturedCall[None] | None = None
-        self._captured_update: CapturedCall[None] | None = None
+        self._captured: Callable[..., None] | None = None
+        self._captured_update: Callable[..., None] | None = None
 
     def _compute(self, hidden: Tensor, target: Tensor) -> None:
         self.distance(hidden + self.student(hidden), target).backward()
@@ -240,14 +240,22 @@ class TrainingStep:
             (self._captured or self._compute)(hidden, target)
         else:  # the exchange is between two graphs
             if capture and len(hidden):
-                self._captured = CapturedCall(self._compute_part, hidden, target)
+                self._captured = _recorded(self._compute_part, hidden, target)
             if capture:
-                self._captured_update = CapturedCall(self._update)
+                self._captured_update = _recorded(self._update)
             if len(hidden):
                 (self._captured or self._compute_part)(hidden, target)
             self.processes.sum(self._gradients)
             (self._captured_update or self._update)()
         self.count += 1
+
+
+def _recorded(run: Callable[..., None], *examples: Tensor) -> Callable[..., None]:
+    """A CUDA graph of `run`; or `run` itself, where threads of the exchange between processes break the recording."""
+    try:
+        return CapturedCall(run, *examples)
+    except CaptureError:
+        return run
 
 
 def _one_buffer(parameters: list[nn.Parameter]) -> Tensor:

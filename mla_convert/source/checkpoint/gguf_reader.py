@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +19,8 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from mla_convert.core.errors import InputError
 from mla_convert.source.checkpoint.gguf_file import GgufFile
 
+# Elements that a thread dequantises at a time.
+CHUNK = 1 << 20
 # Tensors with a row for each token: the only ones of which a part is read, and no family's layout reorders their rows.
 TABLES = ("token_embd.weight", "output.weight")
 
@@ -95,13 +99,25 @@ class GgufReader:
         """A parameter as transformers' converter makes it of the stored tensors: experts of several, else of one."""
         parsed: dict[str, Any] = {"tensors": {}}
         for stored in self._stored[name]:
-            weights = gguf.dequantize(self._file.data(stored, rows), self._file.kind(stored))
+            weights = _dequantised(self._file.data(stored, rows), self._file.kind(stored))
             result = self._processor.process(
                 weights=weights, name=stored, tensor_key_mapping=self._names, parsed_parameters=parsed
             )
             if result.name in self._names:
                 parsed["tensors"][self._names[result.name]] = torch.from_numpy(np.copy(result.weights))
         return parsed["tensors"][name].float()
+
+
+def _dequantised(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """The values of stored rows, float32; several threads, as a conversion reads every layer three or four times."""
+    block, size = GGML_QUANT_SIZES[kind]
+    width = data.shape[-1] * data.dtype.itemsize // size * block
+    step = max(1, CHUNK // (width * math.prod(data.shape[1:-1])))
+    parts = [data[start : start + step] for start in range(0, len(data), step)]
+    if data.ndim < 2 or len(parts) == 1:
+        return gguf.dequantize(data, kind)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return np.concatenate(list(pool.map(lambda part: gguf.dequantize(part, kind), parts)))
 
 
 def _check_type(kind: GGMLQuantizationType, file: GgufFile) -> None:

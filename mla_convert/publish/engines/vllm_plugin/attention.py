@@ -11,9 +11,10 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
-from vllm.utils.torch_utils import _encode_layer_name, kv_cache_dtype_str_to_dtype
+from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 
+from mla_convert.modeling.quantised_latent_mla import LatentFormat, dequantise_rows, kernel_format, layer_format
 from mla_convert.publish.engines.vllm_plugin import kernels
 from mla_convert.publish.engines.vllm_plugin.backend import (
     PREFILL_TOKENS,
@@ -24,6 +25,9 @@ from mla_convert.publish.engines.vllm_plugin.backend import (
 )
 from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary
 
+# Names of vLLM's --kv-cache-dtype for which rows are quantised.
+FP8 = ("fp8", "fp8_e4m3")
+
 
 def padded_rank(rank: int) -> int:
     """The rank that is cached: the next multiple of 16, for which there are kernels."""
@@ -33,6 +37,26 @@ def padded_rank(rank: int) -> int:
 def padded_planes(rope_dim: int) -> int:
     """Rotary planes that are cached: the next multiple of 8."""
     return -(-rope_dim // 16) * 8
+
+
+def row_format(config: Any, index: int, cache_dtype: str, rank: int, rope_dim: int) -> LatentFormat | None:
+    """Format of a layer's quantised rows: the folder's own, or e4m3 with a scale a token for vLLM's "fp8"; None for numbers.
+
+    Raises:
+        ValueError: the kernels have no such row.
+    """
+    rows = layer_format(config, index)
+    if rows is None and cache_dtype in FP8:
+        rows = LatentFormat("fp8", rank, rope_dim)
+    if rows is None:
+        return None
+    form = kernel_format(rows)
+    if form is None or (rows.rank, rows.rope_dim) != (rank, rope_dim) or rows.wide % 16 or rows.narrow % 32:
+        raise ValueError(
+            f"converted model: layer {index} has rows of {rows.wide} + {rows.narrow} + {rows.rope_dim} numbers in {rows.kind} "
+            f"and {rows.rope}, for which there is no kernel: serve it with transformers"
+        )
+    return rows
 
 
 def _parameter(*shape: int) -> nn.Parameter:
@@ -79,8 +103,9 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.normed = config.mla_q_norm is not None
         self.norm_over = config.mla_norm_over
         self._make_parameters(config, stock, prefix)
-        self.cache_config = vllm_config.cache_config
-        self.kv_cache_dtype = self.cache_config.cache_dtype
+        self.kv_cache_dtype = vllm_config.cache_config.cache_dtype
+        self.rows = row_format(config, index, self.kv_cache_dtype, self.cached_rank, self.cached_rope)
+        self.form = kernel_format(self.rows) if self.rows else None
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[name] = self
 
@@ -121,6 +146,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             self.softmax_scale,
             self.softcap,
             self.window,
+            self.form,
         )
 
     @property
@@ -133,13 +159,13 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return LatentBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> LatentSpec:
-        """The width of this layer's rows."""
+        """The width of this layer's rows: numbers of the model's dtype, or bytes."""
         return LatentSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
-            head_size=self.head_size,
-            dtype=kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, vllm_config.model_config),
-            cache_dtype_str=self.kv_cache_dtype,
+            head_size=self.shape.row,
+            dtype=torch.uint8 if self.rows else vllm_config.model_config.dtype,
+            cache_dtype_str="auto",
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -196,7 +222,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         if tokens == done and kernels.absorbs(tokens, self.shape, query.device):
             self._attend(*kernels.absorb_and_write(query, self.up_key, *new, kv_cache, slots), kv_cache, step, out)
             return output
-        q_rope = kernels.write(*new[:2], query[..., self.nope_dim :], *new[2:], kv_cache, slots)
+        q_rope = kernels.write(*new[:2], query[..., self.nope_dim :], *new[2:], kv_cache, slots, self.form)
         if done:
             self._attend(self._absorb(query[:done]), q_rope[:done], kv_cache, step, out[:done])
         if step.prefill:
@@ -218,7 +244,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         attended = kernels.decode(
             q_latent.view(requests, each, heads, self.cached_rank),
             q_rope.reshape(requests, each, heads, self.cached_rope), cache, step.seq_lens[:requests],
-            step.block_table[:requests], self.softmax_scale, self.softcap, self.window,
+            step.block_table[:requests], self.softmax_scale, self.softcap, self.window, self.form,
         )  # fmt: skip
         attended = attended.view(tokens, heads, self.cached_rank).transpose(0, 1)
         torch.bmm(attended, self.up_value.transpose(1, 2), out=out.transpose(0, 1))
@@ -228,6 +254,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         rows = cache.view(-1, cache.shape[-1])
         for group in prefill.groups:
             cached = rows[group.rows]
+            if self.rows:
+                cached = torch.cat(dequantise_rows(self.rows, cached, query.dtype), dim=-1)
             count = min(max(PREFILL_TOKENS * self.num_heads // len(cached), 1), self.num_heads)
             for head in range(0, self.num_heads, count):
                 chosen = slice(head, min(head + count, self.num_heads))

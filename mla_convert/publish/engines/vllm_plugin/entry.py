@@ -11,7 +11,7 @@ from packaging.version import Version
 SERIES = "0.26"
 # Fields that the plugin reads, and those that it may ignore.
 READ = {"mla_q_bias", "mla_kv_bias", "mla_o_bias", "mla_layers", "mla_attention", "mla_q_norm", "mla_k_norm", "mla_norm_over",
-        "mla_softcap", "mla_sinks", "mla_kernel", "mla_transformers"}  # fmt: skip
+        "latent_cache", "mla_softcap", "mla_sinks", "mla_kernel", "mla_transformers"}  # fmt: skip
 MODULE = "mla_convert.publish.engines.vllm_plugin.model"
 
 
@@ -38,10 +38,10 @@ def register() -> None:
 
     from mla_convert.modeling.configuration_mla import PREFIX
     from mla_convert.modeling.register import register as register_with_transformers
-    from mla_convert.source.families import FAMILIES
+    from mla_convert.source.families import FAMILIES, is_installed
 
     register_with_transformers()
-    for model_type in FAMILIES:
+    for model_type in filter(is_installed, FAMILIES):
         name = PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
         vllm.ModelRegistry.register_model(name, f"{MODULE}:{name}")
     if not serves(vllm.__version__):

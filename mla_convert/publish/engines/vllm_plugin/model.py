@@ -12,7 +12,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from mla_convert.modeling.configuration_mla import PREFIX
-from mla_convert.publish.engines.vllm_plugin.attention import LatentAttention, padded_planes
+from mla_convert.publish.engines.vllm_plugin.attention import FP8, LatentAttention, padded_planes
 from mla_convert.publish.engines.vllm_plugin.entry import foreign_fields, refusal, serves
 from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary, Reference
 from mla_convert.publish.engines.vllm_plugin.weights import AttentionWeights
@@ -126,8 +126,12 @@ def check_deployment(config: Any, vllm_config: Any) -> None:
         (foreign, f"its {', '.join(foreign)} in config.json is nothing that the plugin knows: use transformers"),
         (config.mla_sinks, "the plugin has no attention sinks: use transformers"),
         (
-            cache.cache_dtype not in ("auto", dtype),
-            f"the plugin caches latents in {dtype}, the model's dtype: leave out --kv-cache-dtype {cache.cache_dtype}",
+            cache.cache_dtype not in ("auto", dtype, *FP8),
+            f"the plugin caches latents in {dtype} or fp8: leave out --kv-cache-dtype {cache.cache_dtype}",
+        ),
+        (
+            config.latent_cache and cache.cache_dtype != "auto",
+            f"its cache is quantised as {(config.latent_cache or {}).get('kind')}: leave out --kv-cache-dtype",
         ),
         (parallel.decode_context_parallel_size > 1, "the plugin has no decode context parallelism"),
         (parallel.prefill_context_parallel_size > 1, "the plugin has no prefill context parallelism"),
