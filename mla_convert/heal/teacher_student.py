@@ -62,8 +62,9 @@ def narrow_stream(model: nn.Module) -> None:
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attention of every layer of a converted model."""
-    return [getattr(layer, model.config.mla_attention) for layer in model.get_submodule(model.config.mla_layers)]
+    """The latent attentions of a converted model."""
+    layers = model.get_submodule(model.config.mla_layers)
+    return [getattr(layers[index], model.config.mla_attention) for index in model.config.converted_layers()]
 
 
 class TeacherStudent(nn.Module):
@@ -132,9 +133,9 @@ class TeacherStudent(nn.Module):
         path, name = student.config.mla_layers, student.config.mla_attention
         layers, originals = student.get_submodule(path), original.get_submodule(path)
         switches = []
-        for layer, other in zip(layers, originals, strict=True):
-            switches.append(SharedAttention(getattr(layer, name), getattr(other, name)))
-            setattr(layer, name, switches[-1])
+        for index in student.config.converted_layers():
+            switches.append(SharedAttention(getattr(layers[index], name), getattr(originals[index], name)))
+            setattr(layers[index], name, switches[-1])
         return cls(student, student, settings, frozen_dtype, switches)
 
     def __init__(
@@ -207,11 +208,12 @@ class TeacherStudent(nn.Module):
         # Dynamic: one compiled function serves the sizes of all layers.
         join = torch.compile(MlaAttention.join, dynamic=True)
         for layer in self._layers:
-            for name, part in layer.named_children():
-                if name != self.student.config.mla_attention:
-                    part.compile()
+            for part in layer.children():
+                attention = part.own if isinstance(part, SharedAttention) else part
+                if isinstance(attention, MlaAttention):
+                    attention.join = join
                 else:
-                    (part.own if isinstance(part, SharedAttention) else part).join = join
+                    part.compile()
         if not self.shares:
             for layer in self.original.get_submodule(self.student.config.mla_layers):
                 layer.compile()
@@ -334,7 +336,7 @@ def add_lora(student: nn.Module, rank: int) -> None:
     path, name = student.config.mla_layers, student.config.mla_attention
     targets = [
         f"{path}.{index}.{name}.{inner}"
-        for index, attention in enumerate(attentions(student))
+        for index, attention in zip(student.config.converted_layers(), attentions(student), strict=True)
         for inner, module in attention.named_children()
         if isinstance(module, nn.Linear) and inner not in NOT_ADAPTED
     ]
@@ -345,7 +347,8 @@ def add_lora(student: nn.Module, rank: int) -> None:
 def _equal_but_attention(student: nn.Module, original: nn.Module) -> bool:
     """Whether every parameter outside attention is equal in both models."""
     path, name = student.config.mla_layers, student.config.mla_attention
-    inside = re.compile(rf"{re.escape(path)}\.\d+\.{re.escape(name)}\.")
+    layers = "|".join(map(str, student.config.converted_layers()))
+    inside = re.compile(rf"{re.escape(path)}\.(?:{layers})\.{re.escape(name)}\.")
     converted, expected = (
         {key: p for key, p in model.named_parameters() if not inside.match(key)} for model in (student, original)
     )

@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig
 
-PREFIX = "Mla"
+PREFIX, MODEL_TYPE = "Mla", "mla_"
 # These plans of the stock classes name projections that a converted model does not have.
 PARALLEL_PLANS = ("base_model_tp_plan", "base_model_fsdp_plan")
 KERNELS = ("auto", "kernels", "sdpa")
@@ -31,7 +31,8 @@ class MlaFields:
     v_head_dim: int = 128
     # Width of the query-key product; transformers' generate reads it to leave the static cache's shape to the first update.
     qk_head_dim: int = 192
-    # One entry per layer where layers differ; the fields in the singular then hold the largest.
+    # One entry per layer where layers differ (0 for a layer without attention); the fields in the singular then hold the
+    # largest.
     kv_lora_ranks: list[int] | None = None
     qk_rope_head_dims: list[int] | None = None
     qk_nope_head_dims: list[int] | None = None
@@ -42,6 +43,10 @@ class MlaFields:
     # Where the stock model has its attention: path of the list of layers, and the name inside a layer.
     mla_layers: str = "model.layers"
     mla_attention: str = "self_attn"
+    # Indices of the layers with attention, if not all have it; the others are the original's.
+    mla_converted_layers: list[int] | None = None
+    # Name of the projection whose sigmoid multiplies the attention's output; "q_proj": the second half of each head's rows.
+    mla_gate: str | None = None
     # Names of the stock attention's norms of query and key, and the shape that they take (`apply_norm`).
     mla_q_norm: str | None = None
     mla_k_norm: str | None = None
@@ -65,6 +70,16 @@ class MlaFields:
     mla_format: int = 1
     mla_transformers: str | None = None
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the fields are a stock class's. transformers 5.17 renames the layer types of all other classes."""
+        return False
+
+    def converted_layers(self) -> list[int]:
+        """Indices of the layers with latent attention."""
+        layers = range(self.num_hidden_layers)
+        return [index for index in layers if self.mla_converted_layers is None or index in self.mla_converted_layers]
+
     def layer_rank(self, layer_idx: int) -> int:
         """kv_lora_rank of one layer."""
         return self.kv_lora_ranks[layer_idx] if self.kv_lora_ranks else self.kv_lora_rank
@@ -78,20 +93,54 @@ class MlaFields:
         return self.qk_nope_head_dims[layer_idx] if self.qk_nope_head_dims else self.qk_nope_head_dim
 
 
+class WholeConfig:
+    """Configuration of a multimodal model whose language model is converted; `text_config` has the fields of `MlaFields`.
+
+    What the original's configuration does not have is read from `text_config`.
+    """
+
+    def __post_init__(self, **kwargs):
+        """Read the parts; the original's class reads the language model's as its own, which then gets the fields."""
+        given = self.text_config
+        text = given.to_dict() if isinstance(given, PreTrainedConfig) else dict(given or {})
+        if "model_type" in text:
+            text["model_type"] = text["model_type"].removeprefix(MODEL_TYPE)
+        self.text_config = text or None
+        super().__post_init__(**kwargs)
+        fields = {**self.text_config.to_dict(), **text}
+        fields.pop("model_type")
+        self.text_config = config_class(type(self.text_config))(**fields)
+
+    def __getattr__(self, name: str):
+        """An attribute of the language model's configuration."""
+        text = vars(self).get("text_config")
+        if name.startswith("_") or not isinstance(text, MlaFields):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(text, name)
+
+
+def is_whole(base: type) -> bool:
+    """Whether a stock configuration class describes a language model and other parts."""
+    return "text_config" in base.sub_configs
+
+
 def config_class(base: type) -> type:
     """The configuration class of a converted model whose original has configuration class `base`."""
     name = PREFIX + base.__name__
+    if name not in _classes and is_whole(base):
+        fields = {"model_type": MODEL_TYPE + base.model_type, "_auto_class": "AutoConfig", "__module__": __name__}
+        _classes[name] = type(name, (WholeConfig, base), fields)
     if name not in _classes:
         fields = {key: value for key, value in vars(MlaFields).items() if not key.startswith("__")}
         _classes[name] = type(
             name,
-            (base,),
+            (base, MlaFields),
             {
                 **fields,
                 "__annotations__": dict(MlaFields.__annotations__),
                 "__module__": __name__,
                 "__doc__": f"{base.__name__} of a model converted to Multi-head Latent Attention.",
-                "model_type": "mla_" + base.model_type,
+                "model_type": MODEL_TYPE + base.model_type,
                 "_auto_class": "AutoConfig",
                 **{plan: None for plan in PARALLEL_PLANS if hasattr(base, plan)},
             },

@@ -16,6 +16,10 @@ class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
     """A decoder's output with every field that the head of some family reads."""
 
     router_logits: tuple[Tensor, ...] | None = None
+    cache: object | None = None
+    image_hidden_states: Tensor | None = None
+    image_outputs: object | None = None
+    rope_deltas: Tensor | None = None
 
 
 class HiddenStatesStub(nn.Module):
@@ -25,9 +29,10 @@ class HiddenStatesStub(nn.Module):
         hidden: (1, T, hidden), the states to return.
     """
 
-    def __init__(self):
-        """Create a stub without states."""
+    def __init__(self, decoder: nn.Module):
+        """Stand in for `decoder`, without states; Falcon-H1's head reads a factor that the decoder holds."""
         super().__init__()
+        vars(self).update({name: value for name, value in vars(decoder).items() if name.endswith("_multiplier")})
         self.hidden: Tensor | None = None
 
     @property
@@ -57,10 +62,11 @@ class Head:
 
     def __init__(self, model: nn.Module):
         """Take the head of `model`, which stays as it is."""
-        self._stub = HiddenStatesStub()
+        name = decoder_name(model)
+        self._stub = HiddenStatesStub(getattr(model, name))
         self._model = copy.copy(model)
         self._model._modules = dict(model._modules)
-        setattr(self._model, decoder_name(model), self._stub)
+        setattr(self._model, name, self._stub)
         self.output = model.get_output_embeddings()
 
     @property

@@ -9,8 +9,10 @@ model, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=T
 mla_attention and Triton are installed as well, its kernels decode on CUDA (see decode_mla.py).
 """
 
+import contextlib
 import importlib
 import inspect
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_mla import PREFIX, config_class, kernel_choice, warn_if_untried
+from .configuration_mla import PREFIX, MlaFields, config_class, is_whole, kernel_choice, warn_if_untried
 from .decode_mla import (
     CACHE_NAMES,
     absorbed_attention,
@@ -121,6 +123,7 @@ class MlaAttention(nn.Module):
         self.rotary_dim = getattr(config, "rotary_dim", None)
         self.softcap = config.mla_softcap
         self.normed = config.mla_q_norm is not None
+        self.gate = config.mla_gate
         self._add_projections(config, stock)
         weights = torch.ones(self.qk_rope_head_dim) if config.mla_rope_weights else None
         self.rope_weight = None if weights is None else nn.Parameter(weights)
@@ -131,7 +134,8 @@ class MlaAttention(nn.Module):
         hidden, heads, compressed = config.hidden_size, self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
         if self.normed:
             kv_heads = getattr(config, "num_key_value_heads", None) or heads
-            self.q_proj = nn.Linear(hidden, heads * self.v_head_dim, bias=config.mla_q_bias)
+            parts = 2 if self.gate == "q_proj" else 1  # of each head's rows
+            self.q_proj = nn.Linear(hidden, parts * heads * self.v_head_dim, bias=config.mla_q_bias)
             self.k_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
             self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
             # in Llama 4, layers without RoPE have no norm
@@ -145,6 +149,8 @@ class MlaAttention(nn.Module):
             self.kv_a_proj_with_mqa = nn.Linear(hidden, compressed, bias=config.mla_kv_bias)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.mla_o_bias)
+        if self.gate and self.gate != "q_proj":
+            setattr(self, self.gate, getattr(stock, self.gate))
         if config.mla_sinks:
             # the stock classes initialise the parameter by this name
             setattr(self, config.mla_sinks, getattr(stock, config.mla_sinks))
@@ -156,8 +162,21 @@ class MlaAttention(nn.Module):
 
     def normed_query(self, hidden_states: Tensor) -> Tensor:
         """The original's normed queries: (B, T, H * d_h), heads in the original's layout."""
+        return self._normed(self.query_and_gate(hidden_states)[0])
+
+    def _normed(self, query: Tensor) -> Tensor:
         norm = getattr(self, self.config.mla_q_norm, None)
-        return apply_norm(norm, self.q_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
+        return apply_norm(norm, query, self.v_head_dim, self.config.mla_norm_over)
+
+    def query_and_gate(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output of the query projection, and the factors (B, T, H * d_h) of the attention's output if it has a gate."""
+        query = self.q_proj(hidden_states)
+        if self.gate is None:
+            return query, None
+        if self.gate != "q_proj":
+            return query, torch.sigmoid(getattr(self, self.gate)(hidden_states))
+        query, gate = query.unflatten(-1, (self.num_heads, 2, self.v_head_dim)).unbind(-2)
+        return query.flatten(-2), torch.sigmoid(gate.flatten(-2))
 
     def normed_key_value(self, hidden_states: Tensor) -> Tensor:
         """The original's normed keys, and its values: (B, T, 2 * G * d_h)."""
@@ -165,17 +184,18 @@ class MlaAttention(nn.Module):
         key = apply_norm(norm, self.k_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
         return torch.cat([key, self.v_proj(hidden_states)], dim=-1)
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (B, H, T, nope + 2m) and the cached part (B, T, r + 2m) of hidden states (B, T, hidden)."""
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries (B, H, T, nope + 2m), the cached part (B, T, r + 2m) of hidden states (B, T, hidden), and the gate."""
+        query, gate = self.query_and_gate(hidden_states)
         if not self.normed:
-            query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
-            return query, self.kv_a_proj_with_mqa(hidden_states)
-        heads = self.normed_query(hidden_states).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
+            query = query.unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
+            return query, self.kv_a_proj_with_mqa(hidden_states), gate
+        heads = self._normed(query).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
         maps = linear_map(self.q_b_proj)
         if maps is None:
             raise TypeError("q_b_proj of a converted model has a bias (from an adapter?), which its heads cannot use")
         maps = maps.view(self.num_heads, self.qk_head_dim, self.v_head_dim)
-        return heads @ maps.transpose(1, 2), self.kv_a_proj_with_mqa(self.normed_key_value(hidden_states))
+        return heads @ maps.transpose(1, 2), self.kv_a_proj_with_mqa(self.normed_key_value(hidden_states)), gate
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention of hidden states (B, T, hidden).
@@ -204,12 +224,11 @@ class MlaAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Project, rotate, cache and attend; absorbed for few queries on a cache, expanded otherwise."""
         batch, length, _ = hidden_states.shape
-        query, compressed = self._project(hidden_states)
+        query, compressed, gate = self._project(hidden_states)
         if self.growth is not None:
             cached = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
-            query = query * query_growth(self.growth, kwargs.get("position_ids"), cached, length, query.device).to(
-                query
-            )
+            factors = query_growth(self.growth, kwargs.get("position_ids"), cached, length, query.device)
+            query = query * factors.to(query)
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rope = compressed.unsqueeze(1).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
@@ -236,7 +255,8 @@ class MlaAttention(nn.Module):
             if past_key_values is not None and attention_mask is not None:
                 latent, k_rope = leave_out_hidden(attention_mask, latent, k_rope)
             output, weights = self._expanded(q_nope, q_rope, latent, k_rope, attention_mask, cos, sin, **kwargs)
-        output = self.o_proj(output.reshape(batch, length, -1))
+        output = output.reshape(batch, length, -1)
+        output = self.o_proj(output if gate is None else output * gate)
         return F.dropout(output, self.output_dropout, self.training), weights
 
     def _rotate_and_cache(
@@ -404,10 +424,12 @@ def attention_class(base: type) -> type:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Replace every attention of a stock causal language model (built from an Mla configuration) by MLA."""
-    config = model.config
+    """Replace every attention of a stock model's language model (built from an Mla configuration) by MLA."""
+    config = model.config.get_text_config()
     warn_if_untried(config)
-    for layer_idx, layer in enumerate(model.get_submodule(config.mla_layers)):
+    layers = model.get_submodule(config.mla_layers)
+    for layer_idx in config.converted_layers():
+        layer = layers[layer_idx]
         stock = getattr(layer, config.mla_attention)
         setattr(layer, config.mla_attention, attention_class(type(stock))(config, layer_idx, stock))
 
@@ -428,15 +450,29 @@ def no_continuous_batching(self: PreTrainedModel, *_, **__) -> None:
     )
 
 
+@contextlib.contextmanager
+def read_as_stock(config: PreTrainedConfig) -> Iterator[None]:
+    """The language model's configuration in a multimodal one with its stock class, by which the parts are built."""
+    text = config.get_text_config()
+    converted = type(text)
+    if text is not config:
+        text.__class__ = next(base for base in converted.__mro__ if not issubclass(base, MlaFields))
+    try:
+        yield
+    finally:
+        text.__class__ = converted
+
+
 def model_class(base: type) -> type:
-    """The converted counterpart of a stock causal language model."""
+    """The converted counterpart of a stock causal language model, or of a multimodal model that contains one."""
     name = PREFIX + base.__name__
     if name not in _classes:
 
         def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:  # noqa: N807
             if config.mla_softcap is not None or config.mla_sinks:
                 self._supports_sdpa = False  # SDPA has neither; not every version of the stock classes declares it
-            base.__init__(self, config)
+            with read_as_stock(config):
+                base.__init__(self, config)
             install(self)
             self.post_init()
 
@@ -452,7 +488,9 @@ def model_class(base: type) -> type:
                 "_supports_flash_attn": False,
                 "_supports_flex_attn": False,
                 "_tp_plan": {},
-                "_auto_class": "AutoModelForCausalLM",
+                "_auto_class": "AutoModelForImageTextToText" if is_whole(base.config_class) else "AutoModelForCausalLM",
+                # As in a stock model, buffers that are in no checkpoint are initialised (Falcon-H1 has such).
+                "is_custom_code": classmethod(lambda cls: False),
                 **dict.fromkeys(CONTINUOUS, no_continuous_batching),
             },
         )
@@ -460,9 +498,9 @@ def model_class(base: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """`Mla<Base>` for any causal language model `<Base>` of transformers, and its configuration (PEP 562)."""
+    """`Mla<Base>` for any generating model `<Base>` of transformers, and its configuration (PEP 562)."""
     if name.startswith(PREFIX) and name.endswith("Config"):
         return getattr(importlib.import_module(".configuration_mla", __package__), name)
-    if name.startswith(PREFIX) and name.endswith(("ForCausalLM", "LMHeadModel")):
+    if name.startswith(PREFIX) and name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return model_class(getattr(transformers, name[len(PREFIX) :]))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,9 +33,10 @@ from mla_convert.heal.run import heal_conversion
 from mla_convert.method.calibrate import self_generated
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise import sensitivity
-from mla_convert.method.factorise.layer import mla_config
+from mla_convert.method.factorise.layer import mla_config, whole_config
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine import schedule
+from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.moved import callable_as_before
 from mla_convert.pipeline import layers, streamed
 from mla_convert.pipeline.budget import within_budget
@@ -156,7 +157,8 @@ def check_target(resolved: ResolvedConversion, out: Path) -> None:
     source.license()
     source.copied_files()
     stored = output.stored_bytes(source.reader, cast.itemsize if cast else None)
-    output.check_space(out, stored + resolved.scratch_bytes)
+    others = source.whole.other_bytes(cast.itemsize if cast else None) if source.whole else 0
+    output.check_space(out, stored + others + resolved.scratch_bytes)
 
 
 def prepare_text(resolved: ResolvedConversion, tokenizer: Any) -> PreparedText:
@@ -231,8 +233,8 @@ def run_layers(
     )
     with phases.phase("ends"):
         converter.write_embeddings_and_head()
-    extra_steps = schedule.output_advances(refine, plan.shape.layers)
-    progress.start(plan.shape.layers, refine.steps_per_layer, "layer", extra_steps)
+    extra_steps = schedule.output_advances(refine, plan.shape)
+    progress.start(len(plan.shape.converted_layers), refine.steps_per_layer, "layer", extra_steps)
     try:
         with phases.phase("layers"):
             entries = converter.convert(streams)
@@ -262,13 +264,18 @@ def make_report(
     source, settings, windows, plan = resolved.source, resolved.settings, text.windows, converted.plan
     return Report(
         source=report.source_section(
-            source.name, source.revision, source.config.model_type, plan.shape, source.license()
+            source.name, source.revision, source.model_type, plan.shape, source.license()
         ),
         # labels, not paths: a report is made to be published
         settings={**resolved.recorded(), **windows.labels(settings)},
         versions=environment.versions(),
         device=_devices(processes),
-        cache=report.cache_section(plan, resolved.dtype.itemsize, source.sliding_windows),
+        cache=report.cache_section(
+            plan,
+            resolved.dtype.itemsize,
+            source.sliding_windows,
+            fixed_state_bytes(source.config, resolved.dtype),
+        ),
         evaluation=converted.evaluation,
         calibration=CalibrationSection(
             text=windows.calib_text,
@@ -321,7 +328,10 @@ def finish(
     """
     with on_disk("the output", writer.out.parent):
         write_tokenizer(source, tokenizer, writer.folder)
-        write_config(converted.mla_config, converted.stock_class, writer.folder)
+        if source.whole:
+            write_config(whole_config(source.whole, converted.mla_config), source.whole.stock_class, writer.folder)
+        else:
+            write_config(converted.mla_config, converted.stock_class, writer.folder)
         writer.write_index()
         report.self_check = self_check(writer.folder, device)
         write_card(report, writer.folder)

@@ -13,6 +13,7 @@ from mla_convert.core.errors import UsageError
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.hidden_states import DEVICE_BYTES, DEVICE_FRACTION
 from mla_convert.method.refine.schedule import CARD_BYTES
+from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.pipeline.budget import within_budget
 from mla_convert.pipeline.dry_run_sections import (
     CacheSection,
@@ -69,7 +70,7 @@ class DryRun:
             "exact": plan.exact,
             "layers": [
                 {"layer": layer, "kv_lora_rank": size.rank, "qk_rope_head_dim": size.rope_dim}
-                for layer, size in enumerate(plan.layers)
+                for layer, size in zip(plan.shape.converted_layers, plan.layers, strict=True)
             ],
             "uniform": self.cache.uniform,
             "cache": {**self.cache.section, "grid": self.cache.grid},
@@ -110,10 +111,13 @@ def plan_conversion(
     after = converted_parameters(source, plan, dtype)
     counts = {"before": _counts(source, before), "after": _counts(source, after)}
     weights = {side: count["model"] * dtype.itemsize for side, count in counts.items()}
+    fixed = fixed_state_bytes(source.config, dtype)
     caches = {
-        "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows)),
+        "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows), fixed),
         "after": sizing.CacheSize(
-            *((plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)), tuple(windows)
+            *((plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)),
+            tuple(windows),
+            fixed,
         ),
     }
     return DryRun(
@@ -127,14 +131,16 @@ def plan_conversion(
         cache=CacheSection(
             plan=plan,
             uniform=on_cpu.uniform,
-            section=cache_section(plan, dtype.itemsize, windows).as_dict(),
+            section=cache_section(plan, dtype.itemsize, windows, fixed).as_dict(),
             sizes=caches,
             parameters={key: {side: count[key] for side, count in counts.items()} for key in ("attention", "model")},
         ),
         card=None if card_bytes is None else _card(source, card_bytes, card, weights, caches),
         run=RunSection(
             # beside the weights, each layer stores the indices of its rotary planes (int64)
-            disk_bytes=weights["after"] + sum(size.rope_dim // 2 for size in plan.layers) * 8,
+            disk_bytes=weights["after"]
+            + sum(size.rope_dim // 2 for size in plan.layers) * 8
+            + (source.whole.other_bytes() if source.whole else 0),
             scratch_bytes=on_cpu.scratch_bytes,
             memory=_host_memory(on_cpu, after),
             time=_time(resolved, before, after),
@@ -171,6 +177,7 @@ def shape_section(source: Source) -> dict[str, int]:
     shape = source.shape
     return {
         "layers": shape.layers,
+        "attention_layers": len(shape.converted_layers),
         "hidden_size": shape.hidden_size,
         "attention_heads": shape.num_heads,
         "key_value_heads": shape.num_kv_heads,
@@ -181,9 +188,8 @@ def shape_section(source: Source) -> dict[str, int]:
 
 def _counts(source: Source, numbers: dict[str, int]) -> dict[str, int]:
     """Parameters of the attention layers and of the whole model."""
-    attention = f".{source.family.attention}."
     return {
-        "attention": sum(count for name, count in numbers.items() if attention in name),
+        "attention": sum(count for name, count in numbers.items() if source.is_replaced(name)),
         "model": sum(numbers.values()),
     }
 
@@ -261,7 +267,7 @@ def _healing(resolved: ResolvedConversion, after: dict[str, int]) -> HealEstimat
 def _host_memory(resolved: ResolvedConversion, after: dict[str, int]) -> HostMemory:
     """Peak host memory of a conversion on a CPU, and the moment of the peak."""
     source = resolved.source
-    layers, first = f"{source.family.layers}.", f"{source.family.layers}.0."
+    layers, first = f"{source.family.layers}.", source.first_layer
     moments = sizing.peak_host_bytes(
         table=max(count for name, count in after.items() if not name.startswith(layers)),
         layer=prefixed(after, first),

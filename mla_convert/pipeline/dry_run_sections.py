@@ -39,8 +39,10 @@ class SourceSection:
     def rows(self) -> Parts:
         """One line."""
         shape = self.shape
+        attention, layers = shape["attention_layers"], shape["layers"]
+        hybrid = f" ({attention} with attention)" if attention < layers else ""
         yield (
-            f"{self.name}: {self.model_type}, {shape['layers']} layers, {shape['attention_heads']} heads of "
+            f"{self.name}: {self.model_type}, {layers} layers{hybrid}, {shape['attention_heads']} heads of "
             f"{shape['head_dim']}, {shape['key_value_heads']} for keys and values, {self.dtype}"
         )
 
@@ -62,7 +64,7 @@ class CacheSection:
             {
                 "context": context,
                 "batch": batch,
-                **{side: size.bytes(context, batch) for side, size in self.sizes.items()},
+                **{side: size.growing(context, batch) for side, size in self.sizes.items()},
             }
             for context in sizing.CONTEXTS
             for batch in sizing.BATCHES
@@ -88,6 +90,13 @@ class CacheSection:
             pairs = [f"{human_bytes(cell['before'])} → {human_bytes(cell['after'])}" for cell in cells]
             grid.add_row(_context(context), *pairs)
         yield grid
+        if "fixed_bytes" in self.section:
+            shares = self.section["growing_share_at_context"].items()
+            grows = ", ".join(f"{_context(int(at))} {of['before']:.1%} → {of['after']:.1%}" for at, of in shares)
+            yield (
+                f"beside it, other layers hold {human_bytes(self.section['fixed_bytes'])} a sequence, whatever its length; "
+                f"share of the whole that grows: {grows}"
+            )
 
 
 @dataclass(frozen=True)

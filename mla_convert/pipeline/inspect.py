@@ -18,6 +18,7 @@ from mla_convert.core.report_file import mean
 from mla_convert.core.report_schema import JsonObject, parse_report, to_json
 from mla_convert.core.units import human_bytes
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.pipeline.dry_run import shape_section
 from mla_convert.source.config_file import check_sizes
 from mla_convert.source.place import locate
@@ -48,6 +49,7 @@ class SourceFindings:
     tied_embeddings: bool
     parameters: int
     cache_bytes_per_token: int
+    fixed_cache_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """As `inspect --json` prints it."""
@@ -62,10 +64,13 @@ class SourceFindings:
         """The rows of the table."""
         shape, window = self.shape, self.sliding_window
         windowed = f"{window['tokens']} tokens in {window['layers']} of {shape['layers']} layers" if window else "none"
+        attention = shape["attention_layers"]
+        hybrid = f", {attention} of them with attention" if attention < shape["layers"] else ""
+        fixed = f", and {human_bytes(self.fixed_cache_bytes)} that do not grow" if self.fixed_cache_bytes else ""
         heads = f"{shape['attention_heads']} of {shape['head_dim']}, {shape['key_value_heads']} for keys and values"
         return [
             ("family", self.model_type),
-            ("layers", str(shape["layers"])),
+            ("layers", f"{shape['layers']}{hybrid}"),
             ("hidden size", str(shape["hidden_size"])),
             ("heads", heads),
             ("RoPE", self._rope_words()),
@@ -74,7 +79,7 @@ class SourceFindings:
             ("longest context", str(self.context_limit)),
             ("parameters", f"{self.parameters:,}, {self.dtype}"),
             ("head", "tied to the embeddings" if self.tied_embeddings else "its own"),
-            ("KV cache per token", human_bytes(self.cache_bytes_per_token)),
+            ("KV cache per token", f"{human_bytes(self.cache_bytes_per_token)}{fixed}"),
         ]
 
     def _rope_words(self) -> str:
@@ -206,7 +211,7 @@ def _source(source: Source, basis: str) -> SourceFindings:
     windows = [window for window in source.sliding_windows if window]
     tied = config.tie_word_embeddings
     stored = {name for name in source.reader.names() if not (tied and name == "lm_head.weight")}
-    first = f"{source.family.layers}.0."
+    first = source.first_layer
     biases = (name for name in stored if name.startswith(first) and name.endswith(".bias"))
     return SourceFindings(
         name=source.name,
@@ -214,7 +219,7 @@ def _source(source: Source, basis: str) -> SourceFindings:
         basis=basis,
         model_type=config.model_type,
         shape=shape_section(source),
-        rope=_rope(config) if source.family.rotary else None,
+        rope=_rope(config) if shape.full_rope_dim else None,
         sliding_window={"tokens": windows[0], "layers": len(windows)} if windows else None,
         biases=sorted(name.removeprefix(first).removesuffix(".bias") for name in biases),
         context_limit=getattr(config, "max_position_embeddings", None),
@@ -222,7 +227,8 @@ def _source(source: Source, basis: str) -> SourceFindings:
         dtype=str(source.dtype).removeprefix("torch."),
         tied_embeddings=tied,
         parameters=sum(prod(source.reader.shape(name)) for name in stored),
-        cache_bytes_per_token=shape.layers * shape.cache_width * source.dtype.itemsize,
+        cache_bytes_per_token=len(shape.converted_layers) * shape.cache_width * source.dtype.itemsize,
+        fixed_cache_bytes=fixed_state_bytes(config, source.dtype),
     )
 
 
@@ -241,18 +247,23 @@ def _rope(config: Any) -> JsonObject:
 
 def _converted(label: str, revision: str | None, config: JsonObject, report: JsonObject) -> ConvertedFindings:
     try:
-        layers = config["n_layer" if "n_layer" in config else "num_hidden_layers"]  # GPT-2 and its relatives
+        text = config.get("text_config")
+        config = {**config, **text, "model_type": config["model_type"]} if isinstance(text, dict) else config
+        stated = (config[name] for name in ("num_hidden_layers", "n_layer") if name in config)
+        layers = next(stated, None) or len(config["layers_block_type"])
         # where layers differ there is a list beside the largest
+        converted = config.get("mla_converted_layers") or range(layers)
         sizes = [config.get(f"{name}s") or [config[name]] * layers for name in ("kv_lora_rank", "qk_rope_head_dim")]
         if not (layers == len(sizes[0]) == len(sizes[1])) or not all(
             type(size) is int for each in sizes for size in each
         ):
             raise ValueError("sizes that are not a whole number for each layer")
+        sizes = [[each[layer] for layer in converted] for each in sizes]
         return ConvertedFindings(
             name=label,
             revision=revision,
             model_type=config["model_type"],
-            layers=layers,
+            layers=len(converted),
             kv_lora_rank=mean(sizes[0]),
             qk_rope_head_dim=mean(sizes[1]),
             cache_numbers_per_token_per_layer=mean(map(int.__add__, *sizes)),
@@ -260,7 +271,7 @@ def _converted(label: str, revision: str | None, config: JsonObject, report: Jso
             report=_reported(report),
             latent_cache=config.get("latent_cache"),
         )
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"config.json of {label} lacks what a converted model has ({one_line(error)})") from error
 
 

@@ -23,7 +23,7 @@ from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.basis import in_basis
-from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, is_attention_tensor
+from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
@@ -69,7 +69,7 @@ class LayerConverter:
         return self.writer.processes
 
     def write_embeddings_and_head(self) -> None:
-        """Write every tensor outside the layers: embeddings first, the rest (final norm, head) last."""
+        """Write every tensor outside the layers: embeddings first, then the rest (final norm, head), then other parts."""
         reader, inside = self.layerwise.source.reader, self.layerwise.source.family.layers + "."
         # a tied head that is stored too is no parameter of its own
         parameters = {name for name, _ in self.layerwise.model.named_parameters()}
@@ -79,9 +79,12 @@ class LayerConverter:
             if self.shard(index) not in self.writer.finished:
                 tensors = reader.read(names)
                 check_finite(tensors)
-                self.writer.write_shard(self.shard(index), self._stored(tensors))
+                self.writer.write_shard(self.shard(index), self._named(self._stored(tensors)))
                 del tensors
                 return_freed_memory()
+        whole = self.layerwise.source.whole
+        if whole and self.shard(self.plan.shape.layers + 2) not in self.writer.finished:
+            self.writer.write_shard(self.shard(self.plan.shape.layers + 2), self._stored(whole.other_tensors()))
 
     def convert(self, streams: Streams) -> list[dict[str, Any]]:
         """Convert every layer, block after block.
@@ -90,7 +93,7 @@ class LayerConverter:
             streams: hidden states at the input of the first layer; behind the last one at the end.
 
         Returns:
-            The report's entry of every layer.
+            The report's entry of every converted layer.
 
         Raises:
             InputError: a hidden state or a result is not finite.
@@ -112,9 +115,10 @@ class LayerConverter:
                 ]
                 layers = list(itertools.chain(*blocks))
                 if all(self.shard(layer.index + 1) in self.writer.finished for layer in layers):
-                    self.progress.skip(len(layers) * self.refine.steps_per_layer)
+                    students = sum(layer.student is not None for layer in layers)
+                    self.progress.skip(students * self.refine.steps_per_layer)
                     for layer in layers:
-                        self._load_written(layer, self.writer.load_shard(self.shard(layer.index + 1)))
+                        self._load_written(layer, self._written(layer))
                         self._advance(layer, streams.original)
                 else:
                     self._convert_group(blocks, streams)
@@ -122,22 +126,37 @@ class LayerConverter:
                     self._advance(layer, (streams.calib_converted, *streams.measured_converted), converted=True)
             return_freed_memory()
             for layer in layers:
+                if layer.student is None:
+                    continue
                 entries.append({"layer": layer.index, **self.writer.finished[self.shard(layer.index + 1)]["note"]})
                 self.progress.layer_done(entries[-1])
         return entries
 
     def shard(self, index: int) -> str:
-        """File name of the embeddings (0), of layer i (i + 1), or of the norm and head (number of layers + 1)."""
-        return f"model-{index + 1:05d}-of-{self.plan.shape.layers + 2:05d}.safetensors"
+        """File name of the embeddings (0), layer i (i + 1), norm and head (number of layers + 1) or other parts (+ 2)."""
+        count = self.plan.shape.layers + (3 if self.layerwise.source.whole else 2)
+        return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+    def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under their names in the folder: of a multimodal model, those in the whole."""
+        whole = self.layerwise.source.whole
+        return {whole.name(name): tensor for name, tensor in tensors.items()} if whole else tensors
+
+    def _written(self, layer: LayerPair) -> dict[str, Tensor]:
+        """Tensors of a layer that an earlier run has written, by their names in the language model."""
+        tensors, whole = self.writer.load_shard(self.shard(layer.index + 1)), self.layerwise.source.whole
+        return {whole.inner(name): tensor for name, tensor in tensors.items()} if whole else tensors
 
     def _open_layer(
         self, stack: contextlib.ExitStack, index: int, kwargs: dict[int, LayerKwargs], eager: LayerKwargs
     ) -> LayerPair:
-        """Load one layer until `stack` closes, and build the attention that replaces its own."""
+        """Load one layer until `stack` closes, and build the attention that replaces its own, if it has any."""
         tensors = self.layerwise.layer_tensors(index)
         layer = stack.enter_context(self.layerwise.layer(index, tensors))
         name = self.layerwise.source.family.attention
-        student = build_attention(self.mla_config, getattr(layer, name), self.layerwise.device)
+        student = None
+        if index in self.plan.shape.converted_layers:
+            student = build_attention(self.mla_config, getattr(layer, name), self.layerwise.device)
         return LayerPair(index, tensors, layer, name, student, kwargs, eager)
 
     def _convert_group(self, blocks: list[list[LayerPair]], streams: Streams) -> None:
@@ -146,7 +165,8 @@ class LayerConverter:
         The source's states are carried past the group; the converted model's stay before it.
         """
         layers = list(itertools.chain(*blocks))
-        joint = self.refine.output_steps > 0 and layers[-1].index == self.plan.shape.layers - 1
+        trained = any(layer.student is not None for layer in layers)
+        joint = self.refine.output_steps > 0 and trained and layers[-1].index == self.plan.shape.layers - 1
         entry, entries = streams.calib_converted, []
         if len(blocks) > 1:
             streams.calib_converted = entry.clone()
@@ -159,12 +179,13 @@ class LayerConverter:
         streams.calib_converted = entry
         if joint:
             refined = self._refine_output(layers, streams)
-            entries = [layer_entry | refined for layer_entry in entries]
+            entries = [layer_entry and layer_entry | refined for layer_entry in entries]
         for layer, layer_entry in zip(layers, entries, strict=True):
-            self.processes.make_equal(layer.student.state_dict().values())
+            if layer.student is not None:
+                self.processes.make_equal(layer.student.state_dict().values())
             written = self._written_tensors(layer)
             check_finite(written, self._overflow_hint(layer) or FAILED)
-            self.writer.write_shard(self.shard(layer.index + 1), written, layer_entry)
+            self.writer.write_shard(self.shard(layer.index + 1), self._named(written), layer_entry)
             self._load_written(layer, written)
         self.writer.drop_drafts()
 
@@ -174,8 +195,11 @@ class LayerConverter:
             tensors = {
                 f"{layer.index}.{name}": tensor.detach().cpu()
                 for layer in block
+                if layer.student is not None
                 for name, tensor in layer.student.state_dict().items()
             }
+            if not tensors:
+                return
             self.writer.write_draft(file, tensors, [self.shard(layer.index + 1) for layer in block], entries)
 
     def _drafted(self, block: list[LayerPair], streams: Streams) -> list[dict[str, Any]]:
@@ -188,11 +212,12 @@ class LayerConverter:
         tensors = self.writer.load_shard(file)
         for layer in block:
             prefix = f"{layer.index}."
-            layer.student.load_state_dict(
-                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            )
+            if layer.student is not None:
+                layer.student.load_state_dict(
+                    {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                )
             self._advance(layer, streams.original)
-        self.progress.skip(len(block) * self.refine.steps_per_layer)
+        self.progress.skip(sum(layer.student is not None for layer in block) * self.refine.steps_per_layer)
         return self.writer.drafts[file]["note"]
 
     @staticmethod
@@ -207,14 +232,16 @@ class LayerConverter:
         entry = streams.calib_converted if len(layers) == 1 else streams.calib_converted.clone()
         entries = []
         for layer in layers:
-            entries.append(self._convert_layer(layer, entry, streams.calib_original))
+            converted = layer.student is not None
+            entries.append(self._convert_layer(layer, entry, streams.calib_original) if converted else {})
             self._advance(layer, streams.original)
             if len(layers) > 1:
                 self._advance(layer, (entry,), converted=True)
-        if len(layers) > 1 and self.refine.block_steps:
+        trained = any(layer.student is not None for layer in layers)
+        if len(layers) > 1 and self.refine.block_steps and trained:
             del entry  # no longer needed: free it before the targets are allocated
             refined = self._refine_block(layers, streams)
-            entries = [layer_entry | refined for layer_entry in entries]
+            entries = [layer_entry and layer_entry | refined for layer_entry in entries]
         return entries
 
     def _convert_layer(self, layer: LayerPair, states: Activations, original: Activations) -> dict[str, Any]:
@@ -320,14 +347,14 @@ class LayerConverter:
             "output_kl_before": result.refined.error_before,
             "output_kl": result.refined.error_after,
             "output_steps": result.refined.steps,
-            "output_layers": len(layers),
+            "output_layers": sum(layer.student is not None for layer in layers),
             "output_seconds": clock.seconds[stage.name],
         }
 
     def _refine_jointly(
         self, stage: Stage, layers: Sequence[LayerPair], streams: Streams, relative: optimise.Distance
     ) -> StageResult:
-        on_step = partial(self.progress.step, len(layers))
+        on_step = partial(self.progress.step, sum(layer.student is not None for layer in layers))
         return refine_jointly(
             stage,
             layers,
@@ -351,7 +378,9 @@ class LayerConverter:
     def _written_tensors(self, layer: LayerPair) -> dict[str, Tensor]:
         """Tensors of a layer in the output: the source's without its attention, and the student's, in the output dtype."""
         source, prefix = self.layerwise.source, self._attention_prefix(layer)
-        kept = {name: tensor for name, tensor in layer.tensors.items() if not is_attention_tensor(source, name)}
+        if layer.student is None:
+            return self._stored(layer.tensors)
+        kept = {name: tensor for name, tensor in layer.tensors.items() if not source.is_replaced(name)}
         dtype = self.dtype or source.dtype
         student = {
             prefix + name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
@@ -362,6 +391,8 @@ class LayerConverter:
     def _overflow_hint(self, layer: LayerPair) -> str | None:
         """Advice where the student is finite in float32 and may not be in the output dtype, such as float16."""
         dtype = self.dtype or self.layerwise.source.dtype
+        if layer.student is None:
+            return None
         finite = all(tensor.isfinite().all() for tensor in layer.student.state_dict().values())
         if not finite or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
             return None
@@ -369,6 +400,8 @@ class LayerConverter:
 
     def _load_written(self, layer: LayerPair, written: dict[str, Tensor]) -> None:
         """Load the student as it was written, rounding included: later layers see the model that users will load."""
+        if layer.student is None:
+            return
         prefix = self._attention_prefix(layer)
         state = {name.removeprefix(prefix): t for name, t in written.items() if name.startswith(prefix)}
         layer.student.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})

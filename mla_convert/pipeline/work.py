@@ -14,6 +14,7 @@ from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine.schedule import output_advances
 from mla_convert.pipeline.estimate import time as timing
 from mla_convert.pipeline.resolve import ResolvedConversion
+from mla_convert.source.shape import AttentionShape
 from mla_convert.source.source import Source, parameters
 
 
@@ -41,6 +42,11 @@ def mixing(plan: Plan) -> tuple[int, int]:
     return shape.num_heads * 2 * shape.head_dim, after
 
 
+def _share(shape: AttentionShape, numbers: float) -> float:
+    """The mean over all layers of what only converted layers have or do."""
+    return numbers if shape.converted is None else numbers * len(shape.converted) / shape.layers
+
+
 def layer_work(resolved: ResolvedConversion, before: dict[str, int], after: dict[str, int]) -> timing.LayerWork:
     """Sizes that the work on one layer depends on.
 
@@ -50,25 +56,26 @@ def layer_work(resolved: ResolvedConversion, before: dict[str, int], after: dict
         after: The same of the converted model.
     """
     source, plan = resolved.source, resolved.plan
-    layer = f"{source.family.layers}.0."
+    layer = source.first_layer
     attention = f"{layer}{source.family.attention}."
     shape, (mixing_before, mixing_after) = plan.shape, mixing(plan)
     return timing.LayerWork(
         hidden=shape.hidden_size,
         layer_before=prefixed(before, layer),
         layer_after=prefixed(after, layer),
-        attention_before=prefixed(before, attention),
-        attention_after=prefixed(after, attention),
-        mixing_before=mixing_before,
-        mixing_after=mixing_after,
+        attention_before=_share(shape, prefixed(before, attention)),
+        attention_after=_share(shape, prefixed(after, attention)),
+        mixing_before=_share(shape, mixing_before),
+        mixing_after=_share(shape, mixing_after),
         head=shape.hidden_size * source.config.vocab_size,
     )
 
 
 def layer_run(conversion: ResolvedConversion) -> timing.LayerRun:
     """Settings that the time of a conversion depends on."""
-    refine, layers = conversion.refinement, conversion.plan.shape.layers
-    last = output_advances(refine, layers) / layers  # extra steps of the last layers, spread over all
+    refine, shape = conversion.refinement, conversion.plan.shape
+    layers = shape.layers
+    last = output_advances(refine, shape) / layers  # extra steps of the last layers, spread over all
     return timing.LayerRun(
         calib=conversion.calibration,
         evaluation=conversion.evaluation,

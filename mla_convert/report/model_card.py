@@ -31,6 +31,7 @@ from mla_convert.report.quality_rows import (
 )
 from mla_convert.report.table import Table
 from mla_convert.report.tables import report_table
+from mla_convert.source.families import WHOLES
 from mla_convert.source.licence import CARD
 
 BODY = """
@@ -47,10 +48,10 @@ figure, `report.html` shows them, and `recipe.yaml` repeats the run.
 ## Load
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
+model = {auto}.from_pretrained("{folder}", trust_remote_code=True)
+{variable} = {reader}.from_pretrained("{folder}", trust_remote_code=True)
 ```
 
 With `import mla_convert` neither needs the flag. {tried}`generate` caches {after} numbers per token and layer{packed}, in
@@ -80,7 +81,7 @@ def card_text(report: Report) -> str:
     """The content of README.md."""
     source, evaluation, cache = report.source, report.measured, report.cache
     # A folder's name may be that of nothing, or of something else, on the Hub.
-    on_hub = source.revision is not None
+    on_hub, whole = source.revision is not None, source.model_type in WHOLES
     link = f"[{source.name}](https://huggingface.co/{source.name}), at revision `{source.revision}`,"
     suite = evaluation.suite if evaluation else None
     body = BODY.format(
@@ -106,6 +107,9 @@ def card_text(report: Report) -> str:
         probes=_probes(report.probes),
         # `push` replaces it by the repository's name (publish/hub.py).
         folder=".",
+        auto="AutoModelForImageTextToText" if whole else "AutoModelForCausalLM",
+        reader="AutoProcessor" if whole else "AutoTokenizer",
+        variable="processor" if whole else "tokenizer",
         tried=_tried(report.self_check),
         licence=_licence(source),
     )
@@ -127,7 +131,7 @@ def _metadata(report: Report, on_hub: bool) -> ModelCardData:
         # Of the Hub's relations this is the one for compressed models.
         base_model_relation="quantized" if on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if source.model_type in WHOLES else "text-generation",
         license=source.license or "unknown",  # type: ignore[arg-type]  # a list of names is valid, too
         tags=["mla", "multi-head-latent-attention", "kv-cache", "mla_convert"],
         eval_results=_results(report.measured) or None,

@@ -41,13 +41,14 @@ def source_section(
     )
 
 
-def cache_section(plan: Plan, itemsize: int, windows: list[int | None]) -> CacheSection:
+def cache_section(plan: Plan, itemsize: int, windows: list[int | None], fixed_bytes: int = 0) -> CacheSection:
     """The KV cache in a report, before and after.
 
     Args:
-        plan: the sizes of all layers.
+        plan: the sizes of all converted layers.
         itemsize: bytes of a number of the model's dtype.
-        windows: the layers' sliding windows in tokens (None: none). A layer caches at most as many tokens as its window.
+        windows: these layers' sliding windows in tokens (None: none). A layer caches at most as many tokens as its window.
+        fixed_bytes: of the other layers' states.
     """
     widths = {"before": [plan.shape.cache_width] * len(windows), "after": [size.width for size in plan.layers]}
     rows = {side: [width * itemsize for width in each] for side, each in widths.items()}
@@ -59,14 +60,29 @@ def cache_section(plan: Plan, itemsize: int, windows: list[int | None]) -> Cache
         tokens = [min(context, window) if window else context for window in windows]
         return Sides(**{side: sum(map(operator.mul, tokens, each)) for side, each in rows.items()})
 
+    at_context = {str(context): cached(context) for context in CONTEXTS}
+    hybrid = {}
+    if fixed_bytes or plan.shape.converted is not None:
+        shares = {
+            context: Sides(
+                before=size.before / (size.before + fixed_bytes), after=size.after / (size.after + fixed_bytes)
+            )
+            for context, size in at_context.items()
+        }
+        hybrid = {
+            "layers": len(plan.shape.converted_layers),
+            "fixed_bytes": fixed_bytes,
+            "growing_share_at_context": shares,
+        }
     return CacheSection(
         kv_lora_rank=mean(size.rank for size in plan.layers),
         qk_rope_head_dim=mean(size.rope_dim for size in plan.layers),
         numbers_per_token_per_layer=Sides(before=mean(widths["before"]), after=mean(widths["after"])),
         bytes_per_number=sum(rows["after"]) / sum(widths["after"]) if quantised else itemsize,
         bytes_per_token=cached(1),
-        bytes_at_context={str(context): cached(context) for context in CONTEXTS},
+        bytes_at_context=at_context,
         # Of a token in all layers: sliding windows, which bound both caches alike, do not count.
         share_saved=1 - sum(rows["after"]) / sum(rows["before"]),
         **({"latent_cache": plan.latent_cache} if quantised else {}),
+        **hybrid,
     )

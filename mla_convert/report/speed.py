@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mla_convert.core.errors import ResourceError
 from mla_convert.core.units import human_bytes
-from mla_convert.evaluate.speed.results import BenchResult, DecodeTiming
+from mla_convert.evaluate.speed.results import BenchResult, DecodeTiming, ModelTiming
 from mla_convert.report.html.plots import BOTTOM, LEFT, RIGHT, TOP
 from mla_convert.report.html.svg import Chart, decades, logarithmic
 from mla_convert.report.table import Table
@@ -30,7 +30,7 @@ def print_table(result: BenchResult, console: Console) -> None:
     for model in result.models:
         console.print(
             f"{model.name}: weights {human_bytes(model.weight_bytes)}, cache "
-            f"{human_bytes(model.cache_bytes_per_token)} per token, decoding on {model.attention}"
+            f"{human_bytes(model.cache_bytes_per_token)} per token{_fixed(model)}, decoding on {model.attention}"
         )
     priced = result.price_per_hour is not None
     columns = ["model", "context", "batch", "cache", "tokens/s", "p50 ms", "p99 ms", "GB/s", "of copy"]
@@ -47,6 +47,17 @@ def print_table(result: BenchResult, console: Console) -> None:
             console.print(f"{model.name}: left out: {words}")
     for words in ratios(result):
         console.print(words)
+
+
+def _fixed(model: ModelTiming) -> str:
+    """Of a hybrid model, the bytes that do not grow, and the share that does at each context."""
+    fixed = model.fixed_bytes_per_sequence
+    if not fixed:
+        return ""
+    contexts = sorted({point.context for point in model.points})
+    sizes = [(context, context * model.cache_bytes_per_token) for context in contexts]
+    shares = ", ".join(f"{size / (size + fixed):.1%} of the whole at {context}" for context, size in sizes)
+    return f" ({shares or 'growing'}) and {human_bytes(fixed)} a sequence that do not grow"
 
 
 def _cells(name: str, point: DecodeTiming, priced: bool) -> list[str]:

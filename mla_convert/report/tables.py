@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mla_convert.core.report_schema import Comparison, Measurement, Report
+from mla_convert.core.report_schema import CacheSection, Comparison, Measurement, Report
 from mla_convert.core.units import human_bytes, human_tokens
 from mla_convert.evaluate.quality.evaluation import Evaluation
 from mla_convert.report import format
@@ -39,6 +39,7 @@ def report_table(report: Report, title: str = "") -> Table:
     for context, size in cache.bytes_at_context.items():
         rows.append((f"KV cache at {format.context(context)} context", human_bytes(size.before),
                      human_bytes(size.after), f"-{1 - size.after / size.before:.1%}"))  # fmt: skip
+    rows += fixed_state_rows(cache)
     if evaluation is None:
         return Table(COLUMNS, [*rows, ("perplexity", "not evaluated", "not evaluated", "")], title)
     unhealed = report.heal and report.heal.before
@@ -48,6 +49,18 @@ def report_table(report: Report, title: str = "") -> Table:
     if evaluation.held_out:
         rows.append(_perplexity_row("perplexity, held-out text", evaluation.held_out))
     return Table(COLUMNS, [*rows, *suite_rows(evaluation.suite)], title)
+
+
+def fixed_state_rows(cache: CacheSection) -> list[Row]:
+    """Of a hybrid model: the states that do not grow with the context, and the share of the whole cache that does."""
+    if cache.fixed_bytes is None or not cache.growing_share_at_context:
+        return []
+    context, share = next(iter(cache.growing_share_at_context.items()))
+    fixed = human_bytes(cache.fixed_bytes)
+    return [
+        ("states that do not grow, a sequence", fixed, fixed, ""),
+        (f"share of the whole that grows, {format.context(context)}", f"{share.before:.1%}", f"{share.after:.1%}", ""),
+    ]
 
 
 def _perplexity_row(name: str, measured: Comparison) -> Row:

@@ -21,13 +21,16 @@ TOKENIZER = (
     "chat_template.json", "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.model", "sentencepiece.bpe.model", "spm.model", "tekken.json",
 )  # fmt: skip
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 GENERATION = "generation_config.json"
-NAMES = (*TOKENIZER, GENERATION)
+NAMES = (*TOKENIZER, *PROCESSOR, GENERATION)
 # Licences have many names; the part after the last dot must be the suffix of a text or a number (LICENSE-2.0).
 LICENCE = re.compile(r"(?:LICEN[SC]E|NOTICE|ATTRIBUTION|COPYING|USE_POLICY)[\w.+-]*", re.ASCII | re.IGNORECASE)
 LAST_PART = re.compile(r"txt|md|rst|\d[\w+-]*|llama\w*|apache|mit|bsd", re.ASCII | re.IGNORECASE)
 # Files with settings, whose keys may name code; in a vocabulary the same word is a token.
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.json")
+SETTINGS = (
+    "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.json", *PROCESSOR,
+)  # fmt: skip
 CODE_KEYS = ("auto_map", "custom_generate")
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from mla_convert.core.errors import InputError, MlaConvertError, one_line
 from mla_convert.source.checkpoint.layout import ModelReader
 from mla_convert.source.families import Family
+from mla_convert.source.shape import converted_layers
 from mla_convert.source.tokenizer import read_tokenizer
 from mla_convert.source.tokens import first_tokens
 
@@ -62,12 +63,15 @@ def check_derived(source: Any) -> None:
         InputError: names the window or the type of layer; `makes_sense` converts the errors of other settings.
     """
     config, known = source.config, type(source.config)()
-    kinds, known_kinds = getattr(config, "layer_types", None) or (), source.family.attention_layers
+    kinds = getattr(config, "layer_types", None) or ()
+    known_kinds = (*source.family.attention_layers, *source.family.other_layers)
     for kind in kinds:
         if kind not in known_kinds:
             raise InputError(
                 f"{source.name} has layers of {kind!r}, which are not supported: {' and '.join(known_kinds)} are"
             )
+    if not converted_layers(config):
+        raise InputError(f"{source.name} has no layer with attention: there is nothing to convert")
     shape = source.shape
     if shape.rotary_dim not in (0, shape.head_dim) and not source.family.partial_rotary:
         raise InputError(
@@ -318,8 +322,10 @@ def check_names(model: PreTrainedModel, family: Family) -> None:
     look(model, family.layers, "layers", type(model).__name__)
     decoder = model.get_submodule(path)
     look(decoder, family.final_norm, "final_norm", path)
-    layers = list(getattr(decoder, stack))
-    layer = next((layer for layer in layers if hasattr(layer, family.attention)), layers[0])
+    indices = converted_layers(model.config)
+    if not indices:  # `check_derived` refuses it
+        return
+    layer = getattr(decoder, stack)[indices[0]]
     attention = look(layer, family.attention, "attention", "its layer")
     norms = [family.input_norm] if isinstance(family.input_norm, str) else family.input_norm or []
     if norms and not any(hasattr(layer, name) for name in norms):
@@ -343,7 +349,8 @@ def has_key_norm(model: PreTrainedModel, family: Family) -> bool:
     """Whether a layer has a norm between the key projection and attention; it may have no weights."""
     layers: Any = model.get_submodule(family.layers)
     norm = family.k_norm
-    return norm is not None and any(hasattr(getattr(layer, family.attention), norm) for layer in layers)
+    attentions = (getattr(layers[index], family.attention) for index in converted_layers(model.config))
+    return norm is not None and any(hasattr(attention, norm) for attention in attentions)
 
 
 def check_scaling(model: torch.nn.Module, label: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from mla_convert.core.errors import InputError, ResourceError, one_line
 from mla_convert.core.recipes import find_recipe, recipe_files
@@ -20,7 +20,7 @@ from mla_convert.core.settings import PACKAGE
 from mla_convert.core.words import expanded
 from mla_convert.source.checkpoint.files import refuse_adapter, weight_files
 from mla_convert.source.checkpoint.gguf_model import open_gguf
-from mla_convert.source.families import FAMILIES
+from mla_convert.source.families import FAMILIES, WHOLES
 from mla_convert.source.place import SourceLocation, locate
 from mla_convert.source.quiet import quietly
 from mla_convert.source.source import load_config
@@ -121,7 +121,8 @@ def load_model(place: SourceLocation, dtype: str | torch.dtype, device: torch.de
         )
     weight_files(place.folder)  # find_model's check, for callers that did not use it
     with _readable(place.label), quietly():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        auto = AutoModelForImageTextToText if config.model_type in WHOLES else AutoModelForCausalLM
+        loaded: Any = auto.from_pretrained(
             place.folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False,
             use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip

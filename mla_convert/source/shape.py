@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mla_convert.source.families import FAMILIES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 class AttentionShape:
     """Shape of a source's attention.
 
+    `layers`: all decoder layers; `converted`: indices of those with attention, the only ones that are converted (None: all);
     `has_kv_bias`: its key or value projection has a bias; `rotary_dim`: dims of a head that RoPE rotates (None: all);
     `rope_layers`: whether each layer has RoPE (None: all have it); `normed`: there is a norm between the key projection and
     attention.
@@ -27,6 +30,12 @@ class AttentionShape:
     rotary_dim: int | None = None
     rope_layers: tuple[bool, ...] | None = None
     normed: bool = False
+    converted: tuple[int, ...] | None = None
+
+    @property
+    def converted_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with attention: these are converted, and the others stay as they are."""
+        return tuple(range(self.layers)) if self.converted is None else self.converted
 
     @property
     def cache_width(self) -> int:
@@ -63,6 +72,16 @@ def kv_heads(config: PreTrainedConfig) -> int:
     return config.num_attention_heads if groups is None else groups
 
 
+def converted_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Indices of the layers that cache keys and values, or latents, of a stock or a converted model's configuration."""
+    config = config.get_text_config()
+    if hasattr(config, "mla_converted_layers"):
+        return tuple(config.converted_layers())
+    family = FAMILIES.get(config.model_type)
+    layers = family.converted_layers(config) if family else None
+    return tuple(range(config.num_hidden_layers)) if layers is None else layers
+
+
 def original_cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes per token of the original's cache, from a converted model's configuration; `itemsize`: bytes of an element."""
-    return 2 * kv_heads(config) * head_width(config) * config.num_hidden_layers * itemsize
+    return 2 * kv_heads(config) * head_width(config) * len(converted_layers(config)) * itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,11 +38,12 @@ from mla_convert.source.checks import (
     settle_ties,
 )
 from mla_convert.source.config_file import read_config
-from mla_convert.source.families import FAMILIES, Family, find_family, is_installed
+from mla_convert.source.families import FAMILIES, WHOLES, Family, find_family, is_installed
 from mla_convert.source.licence import read_licence
 from mla_convert.source.place import HUB_FILES, locate
-from mla_convert.source.shape import AttentionShape, head_width, kv_heads
+from mla_convert.source.shape import AttentionShape, converted_layers, head_width, kv_heads
 from mla_convert.source.tokenizer import read_tokenizer
+from mla_convert.source.whole import Whole, open_whole
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Source:
     """Dims of a head that RoPE rotates."""
     normed: bool = False
     """Whether there is a norm between the key projection and attention."""
+    whole: Whole | None = None
+    """The multimodal model that is converted in place, if the source is its language model."""
 
     @property
     def shape(self) -> AttentionShape:
@@ -67,9 +71,8 @@ class Source:
         config, family = self.config, self.family
         heads = config.num_attention_heads
         head_dim = head_width(config)
-        layers = range(config.num_hidden_layers)
         return AttentionShape(
-            layers=len(layers),
+            layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             num_heads=heads,
             num_kv_heads=kv_heads(config),
@@ -78,6 +81,7 @@ class Source:
             rotary_dim=self.rotary if family.rotary else 0,
             rope_layers=family.layers_with_rope(config),
             normed=self.normed,
+            converted=family.converted_layers(config),
         )
 
     @property
@@ -85,9 +89,28 @@ class Source:
         """Whether norms of queries and keys with weights follow RoPE."""
         return self.family.norm_after_rope and self._has(f"{self.family.k_norm}.weight")
 
+    @property
+    def model_type(self) -> str:
+        """Model type of what is converted: of the whole, where the language model is converted in place."""
+        return (self.whole or self).config.model_type
+
+    @property
+    def first_layer(self) -> str:
+        """Prefix of the names of the first converted layer's tensors."""
+        return f"{self.family.layers}.{converted_layers(self.config)[0]}."
+
     def _has(self, start: str) -> bool:
-        """Whether the first layer's attention has a tensor whose name begins with `start`."""
-        return any(name.startswith(f"{self.family.layers}.0.{self.family.attention}.{start}") for name in self.names)
+        """Whether the first converted layer's attention has a tensor whose name begins with `start`."""
+        return any(name.startswith(f"{self.first_layer}{self.family.attention}.{start}") for name in self.names)
+
+    def is_replaced(self, name: str) -> bool:
+        """Whether a tensor belongs to an attention that the conversion replaces."""
+        return bool(self._replaced.match(name))
+
+    @cached_property
+    def _replaced(self) -> re.Pattern[str]:
+        layers = "|".join(map(str, converted_layers(self.config)))
+        return re.compile(rf"{re.escape(self.family.layers)}\.(?:{layers})\.{re.escape(self.family.attention)}\.")
 
     def has_bias(self, letter: str) -> bool:
         """Whether the projection for "q", "k", "v" or "o" has a bias."""
@@ -104,18 +127,18 @@ class Source:
         if self.gguf:
             return torch.bfloat16
         projection = self.family.projections["q"]
-        return self.reader.dtype(f"{self.family.layers}.0.{self.family.attention}.{projection}.weight")
+        return self.reader.dtype(f"{self.first_layer}{self.family.attention}.{projection}.weight")
 
     @property
     def sliding_windows(self) -> list[int | None]:
-        """Each layer's attention window in tokens; None for full attention."""
+        """The attention window of each converted layer in tokens; None for full attention."""
         layers, window = self.config.num_hidden_layers, getattr(self.config, "sliding_window", None)
         types = (
             getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
         )
         # a token in a chunk sees no token before it, so that the chunk's length bounds the cache as a window does
         windows = {"sliding_attention": window, "chunked_attention": getattr(self.config, "attention_chunk_size", None)}
-        return [windows.get(kind) for kind in types]
+        return [windows.get(types[index]) for index in converted_layers(self.config)]
 
     def tokenizer(self) -> Any:
         """The source's tokenizer.
@@ -207,7 +230,14 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     part = inner in FAMILIES and is_installed(inner)
     family = FAMILIES[inner] if part else find_family(str(model_type), content.keys(), inner)
     refuse_audio(content, label)
-    notes = [f"{label} is multimodal ({model_type}): only its language model is converted"] if part else []
+    in_place = part and model_type in WHOLES and not (family.softcap or family.sinks)
+    notes = (
+        [f"{label} is multimodal ({model_type}): only its language model is converted"] if part and not in_place else []
+    )
+    if in_place:
+        notes.append(
+            f"{label} is multimodal ({model_type}): its language model is converted, its other parts stay as they are"
+        )
     with makes_sense(label):
         config = _read_config(folder, label, part)
         quantization = take_quantization(config, label)
@@ -226,7 +256,14 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
         check_derived(source)
     if stored:
         complete = _with_weights(source, stored, expected, quantization, part, weights)
-        return complete if weights else replace(source, notes=complete.notes)
+        if in_place:
+            with makes_sense(label):
+                whole = load_config(folder, label)
+                take_quantization(whole, label)
+                whole.tie_word_embeddings = source.config.tie_word_embeddings
+                numbers: Reader = DequantisedReader(stored, quantization) if quantization else stored
+                complete = replace(complete, whole=open_whole(whole, numbers, family, label))
+        return complete if weights else replace(source, notes=complete.notes, whole=complete.whole)
     return source
 
 

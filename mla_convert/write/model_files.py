@@ -28,10 +28,12 @@ def write_config(config: Any, stock_class: str, folder: Path) -> None:
     """
     name = configuration_mla.PREFIX + stock_class
     config.architectures = [name]
-    config.mla_transformers = newest_tried()
+    config.get_text_config().mla_transformers = newest_tried()
+    whole = config.get_text_config() is not config
     config.auto_map = {
         "AutoConfig": f"configuration_mla.{type(config).__name__}",
         "AutoModelForCausalLM": f"modeling_mla.{name}",
+        **({"AutoModelForImageTextToText": f"modeling_mla.{name}"} if whole else {}),
     }
     config.save_pretrained(folder)
     write_code(folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
-import itertools
 import json
 import sys
 import time
@@ -27,6 +26,7 @@ from mla_convert.modeling import modeling_mla
 from mla_convert.modeling.quantised_latent_mla import layer_format
 from mla_convert.modeling.shipped_code import code_files
 from mla_convert.source.load_model import is_converted, quietly
+from mla_convert.source.shape import converted_layers
 from mla_convert.source.source import load_config
 
 # Tokens of the prompt (more queries than absorbed attention takes) and tokens to generate (fewer).
@@ -108,7 +108,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, int, int]:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     total = config.num_hidden_layers
     layers = total if needed <= free * SHARE else int(total * free * SHARE / needed)
-    if layers < 1:
+    if layers < 1 + min(converted_layers(config)):
         raise ResourceError(f"self-check: {free / 1e9:.1f} GB are free on {device}, and a layer needs more")
     if layers < total:
         _shorten(config, layers)
@@ -157,6 +157,7 @@ def _import_package(folder: Path, code: list[str]) -> dict[str, Any]:
 
 def _shorten(config: PreTrainedConfig, layers: int) -> None:
     """Make a configuration describe only the first layers."""
+    config = config.get_text_config()
     total = config.num_hidden_layers
     config.num_hidden_layers = layers
     for key, value in list(vars(config).items()):
@@ -242,7 +243,8 @@ def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:
         raise SelfCheckFailed(_failed(f"keeps {held} tokens in its {kind} cache, where {tokens} were read"))
     if not is_converted(model.config):
         return
-    for index, layer in enumerate(itertools.islice(cache.layers, model.config.num_hidden_layers)):
+    for index in model.config.converted_layers():
+        layer = cache.layers[index]
         widths = layer.keys.shape[1] * layer.keys.shape[-1], layer.values.shape[1] * layer.values.shape[-1]
         row = layer_format(model.config, index)
         stated = (row.row_bytes, 0) if row else (model.config.layer_rank(index), model.config.layer_rope_dim(index))

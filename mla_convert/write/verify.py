@@ -134,8 +134,8 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
                 f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name
             )
     # `inv_freq` has one entry for `step` columns of the cos and sin tables, which the indices count.
-    step = find_family(model.config.model_type.removeprefix(PREFIX)).freq_stride
-    own = (getattr(model.config, "rotary_dim", None) or 0) // 2  # GPT-J and CodeGen look sines up
+    step = find_family(model.config.get_text_config().model_type.removeprefix(PREFIX)).freq_stride
+    own = (getattr(model.config.get_text_config(), "rotary_dim", None) or 0) // 2  # GPT-J and CodeGen look sines up
     return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=own)
 
 

@@ -123,7 +123,7 @@ def test_kernel_is_the_loss(mix, dtype):
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2", "opt", "falcon", "nanochat"])
 def test_head_gives_the_logits_of_the_model(name):
     model = pico.model(name)
     ids = torch.randint(4, pico.VOCAB, (1, 9))
@@ -135,7 +135,10 @@ def test_head_gives_the_logits_of_the_model(name):
 # The pair
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "pythia", "gpt2", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen3", "gemma2", "pythia", "gpt2", "mixtral", "gpt-oss", "falcon", "hunyuan_v1_dense", "ministral3"],
+)
 def test_pair_is_the_converted_model_and_its_original(convert_pico, sources, name):
     converted = convert_pico(name, kv_ratio=0.5).out
     ids = torch.randint(4, pico.VOCAB, (2, 20))

@@ -21,7 +21,8 @@ def opened(sources):
     return lambda name: open_source(str(sources(name)))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "mixtral", "gemma2", "phi3", "gpt2", "qwen2", "pythia"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "mixtral", "gemma2", "phi3", "gpt2", "qwen2", "pythia",
+                                  "falcon-h1", "nemotron-h-moe", "qwen3.5"])  # fmt: skip
 def test_the_whole_original_is_loaded(opened, name):
     ids = torch.arange(20)[None] + 5
     with torch.no_grad():
@@ -46,7 +47,8 @@ def test_sampled_from_the_models_own_distribution(opened):
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt-oss", "qwen2", "pythia", "cohere2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt-oss", "qwen2", "pythia", "cohere2",
+                                  "qwen3-next", "lfm2", "falcon-h1", "nemotron-h", "jamba", "bamba", "granite4-moe"])  # fmt: skip
 def test_decoding_steps_equal_a_forward_pass(opened, name, monkeypatch):
     monkeypatch.setattr(self_generated, "CACHE_UNIT", 8)  # so that the cache grows during decoding
     model = self_generated.load_whole(opened(name), CPU)

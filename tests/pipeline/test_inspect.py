@@ -32,15 +32,17 @@ def test_every_family(cli, sources, name):
     assert code == 0 and not err and found["convertible"] and found["kind"] == "source"
     assert found["model_type"] == config.model_type and found["dtype"] == "float32"
     shape, groups = found["shape"], getattr(config, "num_key_value_heads", None) or 6
-    assert (shape["layers"], shape["attention_heads"], shape["key_value_heads"]) == (3, 6, groups)
+    layers = FAMILIES[config.model_type].converted_layers(config) or range(config.num_hidden_layers)
+    assert (shape["layers"], shape["attention_layers"]) == (config.num_hidden_layers, len(layers))
+    assert (shape["attention_heads"], shape["key_value_heads"]) == (6, groups)
     stored = load_file(sources(name) / WEIGHTS)
     assert found["parameters"] == sum(t.numel() for t in stored.values())
-    assert found["cache_bytes_per_token"] == 3 * 2 * groups * shape["head_dim"] * 4
+    assert found["cache_bytes_per_token"] == len(layers) * 2 * groups * shape["head_dim"] * 4
     assert found["tied_embeddings"] == config.tie_word_embeddings
-    layers = found["sliding_window"]["layers"] if found["sliding_window"] else 0
+    windowed = found["sliding_window"]["layers"] if found["sliding_window"] else 0
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 3 * (name in WINDOWED)
-    assert layers == kinds.count("sliding_attention") and (not layers or found["sliding_window"]["tokens"] == 12)
-    layer = f"{FAMILIES[config.model_type].layers}.0."
+    assert windowed == kinds.count("sliding_attention") and (not windowed or found["sliding_window"]["tokens"] == 12)
+    layer = f"{FAMILIES[config.model_type].layers}.{layers[0]}."
     biases = {
         key.removeprefix(layer).removesuffix(".bias") for key in stored if key.startswith(layer) and ".bias" in key
     }
@@ -49,7 +51,8 @@ def test_every_family(cli, sources, name):
     if name in ROPE:
         assert (found["rope"]["type"], found["rope"]["base"]) == (ROPE[name], 10000.0)
         assert ("factor" in found["rope"]["scaling"]) == (ROPE[name] != "default")
-    assert bool(found["rope"]) == FAMILIES[config.model_type].rotary
+    no_rope = ("jamba", "nemotron-h", "nemotron-h-moe", "olmo-hybrid", "granite4-moe")
+    assert bool(found["rope"]) == (FAMILIES[config.model_type].rotary and name not in no_rope)
 
 
 def test_table(cli, sources):

@@ -55,7 +55,7 @@ class Sides(Section):
 
 
 class CacheSection(Section):
-    """The KV cache of one sequence.
+    """The KV cache of one sequence: keys and values, or latents. Of a hybrid model, `fixed_bytes` come on top.
 
     Attributes:
         kv_lora_rank: width of the latent; the mean over layers where these differ.
@@ -66,6 +66,9 @@ class CacheSection(Section):
         bytes_at_context: bytes of one sequence by its length in tokens.
         share_saved: share of the original's bytes that is saved.
         latent_cache: format of a quantised cache, as config.json holds it.
+        layers: in a hybrid model, the number of layers with attention, which alone are converted.
+        fixed_bytes: in a hybrid model, bytes of the other layers' states, which do not grow with the context.
+        growing_share_at_context: in a hybrid model, the KV cache's share of KV cache and fixed states.
     """
 
     kv_lora_rank: Amount
@@ -76,6 +79,9 @@ class CacheSection(Section):
     bytes_at_context: dict[Context, Sides]
     share_saved: Number
     latent_cache: JsonObject | None = None
+    layers: Count | None = None
+    fixed_bytes: Amount | None = None
+    growing_share_at_context: dict[Context, Sides] | None = None
 
 
 class CalibrationSection(Section):

@@ -127,13 +127,14 @@ class Readout:
             raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and a head")
         self._device, self.vocabulary = head.weight.device, head.weight.shape[0]
         self._hidden: list[Tensor] = []
+        decoder = model.get_submodule(name)
         for index, ids in enumerate(windows):
-            states = getattr(model, name)(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state
+            states = decoder(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state
             # On the host, because the device has to hold the other model next.
             self._hidden.append(states[0, :-1].cpu())
             if tick:
                 tick(index + 1, len(windows))
-        self._stub = HiddenStatesStub()
+        self._stub = HiddenStatesStub(decoder)
         # The stock forward with a stub for its decoder, so that logits are scaled and capped as the model does it.
         self._head = copy.copy(model)
         # With modules of its own, so that the model itself keeps its decoder.

@@ -17,19 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from mla_convert.core.cuda_graph import CapturedCall
 from mla_convert.core.errors import ResourceError, UsageError
 from mla_convert.core.runtime import device_name, versions
-from mla_convert.evaluate.speed.models import full_cache, held_bytes, read_bytes, token_bytes
+from mla_convert.evaluate.speed.models import empty_cache, full_cache, held_bytes, read_bytes, token_bytes
 from mla_convert.evaluate.speed.results import BenchRequest, BenchResult, DecodeTiming, ModelTiming, PrefillTiming
 from mla_convert.modeling.attention_backends import GROUPED
 from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.decode_mla import kernel_refusal
+from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.load_model import is_converted
+from mla_convert.source.shape import converted_layers
 
 WARM_UPS = 3
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -87,7 +89,7 @@ def copy_rate(device: torch.device) -> float:
 
 def _fastest_backend(config: PreTrainedConfig, cache: Cache) -> SDPBackend:
     """The backend of scaled_dot_product_attention that is fastest on this cache, so that the original is not held back."""
-    layer = cache.layers[0]
+    layer = cache.layers[converted_layers(config)[0]]
     if layer.device.type != "cuda":
         return SDPBackend.MATH
     batch, heads, _, width = layer.keys.shape
@@ -149,7 +151,7 @@ def prompt_time(model: nn.Module, tokens: int, batch: int, repeats: int = 3) -> 
     ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
 
     def read() -> None:
-        model(input_ids=ids, **with_cache(model, DynamicCache()), logits_to_keep=1)
+        model(input_ids=ids, **with_cache(model, empty_cache(model.config)), logits_to_keep=1)
 
     times_ms(read, model.device, 1)
     middle = statistics.median(times_ms(read, model.device, repeats))
@@ -224,7 +226,14 @@ def measure_side(
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"the weights of {name} do not fit the memory given") from error
         weights = sum(weight.nbytes for weight in model.parameters())
-        side = ModelTiming(name, is_converted(model.config), weights, token_bytes(model.config, model.dtype), "")
+        side = ModelTiming(
+            name,
+            is_converted(model.config),
+            weights,
+            token_bytes(model.config, model.dtype),
+            fixed_state_bytes(model.config, model.dtype),
+            "",
+        )
         for tokens in request.prompts:
             try:
                 side.prompts.append(prompt_time(model, tokens, 1))

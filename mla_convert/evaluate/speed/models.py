@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import model_class
 from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat, layer_format, quantise_rows
-from mla_convert.source.load_model import is_converted
-from mla_convert.source.shape import head_width, kv_heads
+from mla_convert.source.families import FAMILIES
+from mla_convert.source.load_model import PREFIX, is_converted
+from mla_convert.source.shape import converted_layers, head_width, kv_heads
 
 
 class FullLayer(DynamicLayer):
@@ -48,6 +49,20 @@ class FullLayer(DynamicLayer):
         return self.keys.shape[2], 0
 
 
+class FullHybridLayer(LinearAttentionLayer, FullLayer):
+    """A full cache layer of a model whose layers have attention and a recurrent mixer, whose state the first steps make."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        """Hold keys and values."""
+        FullLayer.__init__(self, keys, values)
+        LinearAttentionLayer.__init__(self)
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make the recurrent state."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+
 # Formats of a random conversion's cache, as `convert --cache-dtype` chooses them.
 CACHE_DTYPES = {
     "bf16": None,
@@ -60,14 +75,14 @@ DISTINCT_ROWS = 1024
 
 
 def packed_formats(config: PreTrainedConfig) -> list[LatentFormat | None]:
-    """For each layer: the format of its packed rows; None where the cache holds numbers."""
+    """For each layer with attention: the format of its packed rows; None where the cache holds numbers."""
     converted = is_converted(config)
-    return [layer_format(config, layer) if converted else None for layer in range(config.num_hidden_layers)]
+    return [layer_format(config, layer) if converted else None for layer in converted_layers(config)]
 
 
 def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """For each layer: heads, and widths of the key slot and of the value slot, in bytes where rows are packed."""
-    layers = range(config.num_hidden_layers)
+    """For each layer with attention: heads, and widths of the key slot and of the value slot, in bytes where rows are packed."""
+    layers = converted_layers(config)
     if is_converted(config):
         formats = packed_formats(config)
         if formats[0] is not None:
@@ -78,25 +93,36 @@ def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
 
 
 def full_cache(config: PreTrainedConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Cache:
-    """A cache of `context` tokens, filled with normally distributed numbers."""
+    """A cache of `context` tokens, filled with normally distributed numbers; recurrent states begin with the first step."""
 
     def filled(heads: int, width: int) -> Tensor:
         return torch.empty(batch, heads, context, width, dtype=dtype, device=device).normal_()
 
-    def packed(fmt: LatentFormat) -> FullLayer:
+    def packed(fmt: LatentFormat) -> tuple[Tensor, Tensor]:
         numbers = (torch.randn(DISTINCT_ROWS, width, device=device) for width in (fmt.rank, fmt.rope_dim))
         some = quantise_rows(fmt, *numbers)
         rows = torch.empty(batch, 1, context, fmt.row_bytes, dtype=torch.uint8, device=device)
         for first in range(0, context, DISTINCT_ROWS):
             rows[:, :, first : first + DISTINCT_ROWS] = some[: context - first]
-        return FullLayer(rows, rows.new_empty(batch, 1, context, 0))
+        return rows, rows.new_empty(batch, 1, context, 0)
 
-    cache = DynamicCache()
-    cache.layers = [
-        packed(fmt) if fmt is not None else FullLayer(filled(heads, k), filled(heads, v))
-        for fmt, (heads, k, v) in zip(packed_formats(config), cache_shapes(config), strict=True)
-    ]
+    cache = DynamicCache(config=config)
+    shapes = zip(converted_layers(config), packed_formats(config), cache_shapes(config), strict=True)
+    for index, fmt, (heads, k, v) in shapes:
+        kind = FullHybridLayer if isinstance(cache.layers[index], LinearAttentionLayer) else FullLayer
+        cache.layers[index] = kind(*(packed(fmt) if fmt is not None else (filled(heads, k), filled(heads, v))))
     return cache
+
+
+def empty_cache(config: PreTrainedConfig) -> Cache:
+    """A cache that grows; of a hybrid model, with the states of its other layers."""
+    return DynamicCache(config=config) if is_hybrid(config) else DynamicCache()
+
+
+def is_hybrid(config: PreTrainedConfig) -> bool:
+    """Whether a stock or converted model has layers whose state does not grow with the context."""
+    family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
+    return family is not None and family.state_mixer is not None
 
 
 def held_bytes(device: torch.device, cache: Cache | None = None) -> int:
@@ -104,7 +130,8 @@ def held_bytes(device: torch.device, cache: Cache | None = None) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     layers = cache.layers if cache is not None else ()
-    return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(part.untyped_storage().nbytes() for part in held if part is not None)
 
 
 def converted_config(
@@ -123,6 +150,17 @@ def converted_config(
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
     _, width, _ = cache_shapes(original)[0]
+    if is_hybrid(original):
+        family = FAMILIES[original.model_type]
+        fields |= {
+            "mla_layers": family.layers,
+            "mla_attention": family.attention,
+            "mla_converted_layers": list(converted_layers(original)),
+            "mla_gate": family.gate,
+            "mla_q_norm": family.q_norm,
+            "mla_k_norm": family.k_norm,
+            "mla_norm_over": family.qk_norm_shape,
+        }
     return config_class(type(original))(
         **fields, kv_lora_rank=rank, qk_rope_head_dim=rope_dim, qk_nope_head_dim=width, v_head_dim=width,
         qk_head_dim=width + rope_dim, latent_cache=CACHE_DTYPES[cache_dtype],

@@ -38,7 +38,7 @@ class DecodeTiming:
         context: tokens in the cache, with the new one.
         batch: sequences.
         largest: whether this is the largest batch that fits.
-        cache_bytes: bytes of the cache.
+        cache_bytes: bytes of the cache that grows with the context.
         tokens_per_second: of all sequences together.
         p50_ms: median time of a step in milliseconds.
         p99_ms: 99th percentile of the time of a step in milliseconds.
@@ -78,6 +78,7 @@ class ModelTiming:
         converted: whether it is a converted model.
         weight_bytes: bytes of all weights.
         cache_bytes_per_token: bytes that a token takes in the cache.
+        fixed_bytes_per_sequence: bytes of a sequence's states that do not grow with the context.
         attention: the attention backend of the decode steps.
         points: decoding.
         prompts: prefill.
@@ -88,6 +89,7 @@ class ModelTiming:
     converted: bool
     weight_bytes: int
     cache_bytes_per_token: int
+    fixed_bytes_per_sequence: int
     attention: str
     points: list[DecodeTiming] = field(default_factory=list)
     prompts: list[PrefillTiming] = field(default_factory=list)

@@ -34,21 +34,6 @@ class Rotation:
     scale: float  # factor on cos and sin, not 1 with YaRN and LongRoPE
 
 
-class _Recorder(nn.Module):
-    """Replaces a decoder layer: records its arguments and returns the hidden states unchanged."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = [layer]  # in a list: it is no part of this module
-        self.names = list(inspect.signature(layer.forward).parameters)
-        self.kwargs: LayerKwargs = {}
-        self.hidden_states: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
-        self.hidden_states, self.kwargs = hidden_states, dict(zip(self.names[1:], args, strict=False)) | kwargs
-        return as_returned(hidden_states, self.layer[0])
-
-
 @functools.cache
 def _entries(layer: type) -> int:
     code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward))))
@@ -56,13 +41,36 @@ def _entries(layer: type) -> int:
     return max(len(value.elts) if isinstance(value, ast.Tuple) else 0 for value in returned)
 
 
-def as_returned(hidden_states: Tensor, layer: nn.Module) -> Tensor | tuple[Tensor | None, ...]:
-    """Hidden states in the form in which a stock layer returns them: alone, or as the first entry of a tuple.
+class StandIn(nn.Module):
+    """Replaces a decoder layer in the stock model's loop over layers: has its type and the form of its output.
 
-    The form is read from the layer's code, because it differs between versions of transformers (GPT-J, CodeGen).
+    The form, hidden states alone or a tuple that begins with them, is read from the layer's code, because it differs between
+    versions of transformers (GPT-J, CodeGen).
     """
-    entries = _entries(type(layer))
-    return (hidden_states, *[None] * (entries - 1)) if entries else hidden_states
+
+    def __init__(self, layer: nn.Module):
+        """Stand in for `layer`."""
+        super().__init__()
+        self.block_type = getattr(layer, "block_type", None)
+        self.entries = _entries(type(layer))
+
+    def output(self, hidden_states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """Hidden states as the layer returns them."""
+        return (hidden_states, *[None] * (self.entries - 1)) if self.entries else hidden_states
+
+
+class _Recorder(StandIn):
+    """Replaces a decoder layer: records its arguments and returns the hidden states unchanged."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self.names = list(inspect.signature(layer.forward).parameters)
+        self.kwargs: LayerKwargs = {}
+        self.hidden_states: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
+        self.hidden_states, self.kwargs = hidden_states, dict(zip(self.names[1:], args, strict=False)) | kwargs
+        return self.output(hidden_states)
 
 
 def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -103,9 +111,8 @@ class LayerwiseModel:
         path, _, self._list = source.family.layers.rpartition(".")
         self.decoder = self.model.get_submodule(path)
         self.layers = getattr(self.decoder, self._list)
-        for buffer_owner in (self.decoder, *self.decoder.children()):
-            if buffer_owner is not self.layers:
-                buffer_owner._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        # parameters are on the meta device; buffers, such as rotary frequencies, are not, unless the checkpoint has them
+        self.decoder._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         self._check_shapes()
 
     def _check_shapes(self) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
 from mla_convert.core.cuda_graph import CapturedCall
 from mla_convert.core.processes import Processes, alone
@@ -21,7 +21,7 @@ from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.openings import SPARE, Openings, varied
 from mla_convert.modeling.attention_backends import GROUPED, attention_backend
 from mla_convert.modeling.caching import with_cache
-from mla_convert.source.shape import original_cache_bytes
+from mla_convert.source.shape import converted_layers, original_cache_bytes
 from mla_convert.source.source import Source
 from mla_convert.source.tokens import first_tokens
 from mla_convert.write.writer import stored_bytes
@@ -206,6 +206,24 @@ class _Layer(StaticLayer):
         return self.position.attended, 0
 
 
+class _HybridLayer(LinearAttentionLayer, _Layer):
+    """A cache layer of a layer with attention and a recurrent mixer."""
+
+    def __init__(self, position: _NextPosition, length: int):
+        """As `_Layer`."""
+        _Layer.__init__(self, position, length)
+        LinearAttentionLayer.__init__(self)
+
+    def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:
+        """Lay out keys and values, which are given by position, or a recurrent state, which is given by name."""
+        (_Layer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+
+def _cache_layer(stock: Any) -> type[_Layer]:
+    """The class that takes the place of a stock cache layer with keys and values."""
+    return _HybridLayer if isinstance(stock, LinearAttentionLayer) else _Layer
+
+
 class Decoder:
     """Next-token logits of texts of equal length; on CUDA a step is one CUDA graph, as launches dominate its time.
 
@@ -226,7 +244,9 @@ class Decoder:
         self.position = _NextPosition(torch.zeros(1, dtype=torch.int64, device=self.device))
         self.hidden = torch.finfo(model.dtype).min
         self.mask = torch.empty(texts, 1, 1, length, dtype=model.dtype, device=self.device)
-        self.cache = Cache(layers=[_Layer(self.position, length) for _ in range(model.config.num_hidden_layers)])
+        self.cache = Cache(layers=DynamicCache(config=model.config).layers)
+        for index in converted_layers(model.config):
+            self.cache.layers[index] = _cache_layer(self.cache.layers[index])(self.position, length)
         self.capturable = self.device.type == "cuda"
         self.graphs: dict[int, CapturedCall[Tensor]] = {}
 
@@ -243,6 +263,11 @@ class Decoder:
         """Begin new texts; the mask hides those before."""
         self.position.on_host = 0
         self.position.on_device.zero_()
+        for layer in self.cache.layers:
+            if isinstance(
+                layer, LinearAttentionLayer
+            ):  # keys and values are overwritten, a recurrent state is continued
+                LinearAttentionLayer.reset(layer)
         self.mask.fill_(self.hidden)
 
     def __call__(self, ids: Tensor) -> Tensor:

@@ -61,6 +61,20 @@ def head_moments(states: Activations, rows_of: Rows, heads: int) -> Tensor:
 
 
 @torch.no_grad()
+def gate_size(states: Activations, factors_of: Rows) -> Tensor:
+    """Root mean square (n,), float64, of the factors that multiply an attention's output.
+
+    Args:
+        states: hidden states.
+        factors_of: hidden states -> factors (B, T, n).
+    """
+    total = 0.0
+    for batch in states.batches():
+        total = total + factors_of(states.get(batch)).float().square().sum((0, 1)).double()
+    return (total / (states.windows * states.length)).sqrt()
+
+
+@torch.no_grad()
 def attention_moments(
     states: Activations, layer: nn.Module, family: Family, kwargs: LayerKwargs, key_value: Rows = lambda rows: rows
 ) -> tuple[Tensor, Tensor]:
@@ -124,10 +138,12 @@ def layer_statistics(
         InputError: they are not finite.
     """
     family = layerwise.source.family
-    norm, key_value, query = family.entry(layer), lambda rows: rows, None
+    norm, key_value, query, gate = family.entry(layer), lambda rows: rows, None, None
     if student is not None and student.normed:
         key_value = student.normed_key_value
         query = head_moments(states, lambda hidden: student.normed_query(norm(hidden)), student.num_heads)
+    if student is not None and student.gate is not None:
+        gate = gate_size(states, lambda hidden: student.query_and_gate(norm(hidden))[1])
     with layerwise.attention("eager"), layerwise.autocast():
         distance, key_moment = attention_moments(states, layer, family, kwargs, key_value)
     moment = second_moment(states, lambda hidden: key_value(norm(hidden)))
@@ -142,6 +158,7 @@ def layer_statistics(
         inv_freq=layerwise.rotation(getattr(layer, family.attention).layer_idx, kwargs).inv_freq,
         key_moment=key_moment,
         query_moment=query,
+        gate=gate,
     )
 
 
@@ -157,3 +174,5 @@ class Statistics:
     key_moment: Tensor | None = None
     # (H, d_q+1, d_q+1) second moment of the vector of which each head's query is a linear function, if that is not x
     query_moment: Tensor | None = None
+    # (H*d_h,) root mean square of the factors that multiply the attention's output, where it has a gate
+    gate: Tensor | None = None

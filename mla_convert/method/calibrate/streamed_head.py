@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from mla_convert.method.calibrate.layerwise import LayerwiseModel, as_returned
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, StandIn
 from mla_convert.modeling.distillation import distillation_loss, distillation_loss_fn
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import IGNORED, LossWeights
@@ -20,15 +20,15 @@ LOGIT_TOKENS = 1024
 LOGIT_ROWS = 16384
 
 
-class _ConstantLayer(nn.Module):
-    """Replaces every decoder layer: returns given hidden states whatever its input, in the form of that layer's output."""
+class _ConstantLayer(StandIn):
+    """Replaces a decoder layer: returns given hidden states whatever its input."""
 
-    def __init__(self, hidden_states: Tensor, layer: nn.Module):
-        super().__init__()
-        self.output = as_returned(hidden_states, layer)
+    def __init__(self, layer: nn.Module, hidden_states: Tensor):
+        super().__init__(layer)
+        self.hidden_states = hidden_states
 
     def forward(self, *_, **__) -> Tensor | tuple[Tensor | None, ...]:
-        return self.output
+        return self.output(self.hidden_states)
 
 
 class StreamedHead:
@@ -107,7 +107,7 @@ class StreamedHead:
             (L, rows of the slice), float32.
         """
         layerwise = self.layerwise
-        layers = [_ConstantLayer(states, layerwise.layers[0])] * len(layerwise.layers)
+        layers = [_ConstantLayer(layer, states) for layer in layerwise.layers]
         with layerwise.layers_replaced(layers), layerwise.autocast():
             return layerwise.model(inputs_embeds=states, use_cache=False).logits[0].float()
 

@@ -21,6 +21,7 @@ from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.families import FAMILIES, Family
 from mla_convert.source.shape import AttentionShape, kv_heads
 from mla_convert.source.source import Source
+from mla_convert.source.whole import Whole
 
 
 def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConfig:
@@ -31,12 +32,17 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         plan: sizes of every layer.
         dtype: of the converted model.
     """
-    family, layers = source.family, range(plan.shape.layers)
+    family, layers = source.family, plan.shape.converted_layers
     fields = source.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
     ranks, rope_dims = ([getattr(size, name) for size in plan.layers] for name in ("rank", "rope_dim"))
     nope_dims = [plan.layer_nope_dim(layer) for layer in layers]
+
+    def of_every_layer(sizes: list[int]) -> list[int]:
+        by_layer = dict(zip(layers, sizes, strict=True))
+        return [by_layer.get(layer, 0) for layer in range(plan.shape.layers)]
+
     config = config_class(type(source.config))(
         **fields,
         dtype=dtype,
@@ -44,7 +50,7 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         qk_rope_head_dim=max(rope_dims),
         qk_nope_head_dim=max(nope_dims),
         **{
-            name: sizes if len(set(sizes)) > 1 else None
+            name: of_every_layer(sizes) if len(set(sizes)) > 1 else None
             for name, sizes in (
                 ("kv_lora_ranks", ranks),
                 ("qk_rope_head_dims", rope_dims),
@@ -58,6 +64,8 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_o_bias=source.has_bias("o"),
         mla_layers=family.layers,
         mla_attention=family.attention,
+        mla_converted_layers=None if plan.shape.converted is None else list(layers),
+        mla_gate=family.gate,
         mla_q_norm=family.q_norm if plan.shape.normed else None,
         mla_k_norm=family.k_norm if plan.shape.normed else None,
         mla_norm_over=family.qk_norm_shape,
@@ -75,6 +83,28 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
     return config
 
 
+def whole_config(whole: Whole, text: PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of a multimodal model with a converted language model.
+
+    Args:
+        whole: the original.
+        text: configuration of its converted language model.
+    """
+    fields = whole.config.to_dict()
+    for key in (
+        "model_type",
+        "architectures",
+        "auto_map",
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "text_config",
+    ):
+        fields.pop(key, None)
+    inner = {**text.to_dict(), "mla_layers": whole.layers}
+    return config_class(type(whole.config))(**fields, text_config=inner, dtype=text.dtype)
+
+
 def projection_rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight (rows, inputs) and bias (rows,) of a linear layer, or of a `Conv1D`, which stores the transpose."""
     weight = projection.weight.T if isinstance(projection, Conv1D) else projection.weight
@@ -86,6 +116,9 @@ def attention_parts(attention: nn.Module, family: Family, shape: AttentionShape)
     parts: dict[str, Tensor | None] = {}
     for letter, name in family.projections.items():
         parts[letter], parts[f"{letter}_bias"] = projection_rows(getattr(attention, name))
+    if family.key_multiplier:
+        factor = getattr(attention, family.key_multiplier)
+        parts |= {name: parts[name] * factor for name in ("k", "k_bias") if parts[name] is not None}
     if family.fused:
         sizes = [shape.num_heads * shape.head_dim, *[shape.num_kv_heads * shape.head_dim] * 2]
         for suffix in ("", "_bias"):
@@ -218,7 +251,9 @@ def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.de
         stock: attention of the layer, loaded; norms, sinks and projections that the module keeps are copied.
         device: of the module.
     """
-    kept = {name for name in (config.mla_q_norm, config.mla_k_norm, config.mla_sinks) if name and hasattr(stock, name)}
+    gate = None if config.mla_gate == "q_proj" else config.mla_gate
+    names = (config.mla_q_norm, config.mla_k_norm, config.mla_sinks, gate)
+    kept = {name for name in names if name and hasattr(stock, name)}
     parts = SimpleNamespace(scaling=softmax_scale(stock), **{name: _on_meta(getattr(stock, name)) for name in kept})
     with torch.device("meta"):
         module = MlaAttention(config, stock.layer_idx, parts)
@@ -264,8 +299,3 @@ def fill_attention(module: MlaAttention, weights: MlaWeights, freq_stride: int =
     module.rope_freq_index.copy_(weights.freq_index * freq_stride)
     if weights.rope_weight is not None:
         module.rope_weight.copy_(weights.rope_weight)
-
-
-def is_attention_tensor(source: Source, name: str) -> bool:
-    """Whether a source tensor belongs to the attention that the conversion replaces."""
-    return f".{source.family.attention}." in name

@@ -8,6 +8,7 @@ layers are thus in one unit and can be traded.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -56,8 +57,8 @@ def scratch_bytes(plan: Plan) -> int:
 class Sensitivity:
     """Measurements of all layers."""
 
-    losses: list[LayerLoss]  # by size; empty if only channels were measured
-    channels: list[Tensor]  # E[g^2] (d,) at each layer's output, over tokens
+    losses: list[LayerLoss]  # of each converted layer, by size; empty if only channels were measured
+    channels: list[Tensor]  # E[g^2] (d,) at every layer's output, over tokens
 
 
 def is_measured(plan: Plan, config: Settings) -> bool:
@@ -147,9 +148,10 @@ def sensitivities(
     for index in reversed(range(count)):
         states.data.copy_(writer.load_spilled(_file(index)))
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
-            metric, squares = _backward(layerwise, layer, states, gradient, kwargs[index])
+            converted = index in plan.shape.converted_layers
+            metric, squares = _backward(layerwise, layer, converted, states, gradient, kwargs[index])
             channels.append(squares)
-            if by_size and index in processes.share(count):
+            if by_size and converted and index in processes.share(count):
                 losses[index] = _losses(layerwise, layer, states, metric, plan, kwargs[index], eager[index])
         tick()
     everyones = {index: loss for part in processes.gathered(losses) for index, loss in part.items()}
@@ -161,13 +163,19 @@ def _file(index: int) -> str:
 
 
 def _backward(
-    layerwise: LayerwiseModel, layer: nn.Module, states: Activations, gradient: Tensor, kwargs: LayerKwargs
+    layerwise: LayerwiseModel,
+    layer: nn.Module,
+    converted: bool,
+    states: Activations,
+    gradient: Tensor,
+    kwargs: LayerKwargs,
 ) -> tuple[Tensor, Tensor]:
     """Backpropagate through one layer.
 
     Args:
         layerwise: the source model.
         layer: loaded.
+        converted: whether its attention is converted; if not, the first result is zero.
         states: hidden states before the layer.
         gradient: (N, L, d) at the layer's output; at its input afterwards.
         kwargs: the layer's keyword arguments.
@@ -179,7 +187,7 @@ def _backward(
         InputError: they are not finite.
     """
     family = layerwise.source.family
-    attention, leave, kept = getattr(layer, family.attention), family.exit(layer), []
+    attention, kept = getattr(layer, family.attention, None), []
 
     def keep(_module, _args, output):
         kept.append(first_output(output))
@@ -187,8 +195,8 @@ def _backward(
 
     metric = torch.zeros(states.hidden_size, states.hidden_size, dtype=torch.float64, device=states.device)
     squares = torch.zeros(states.hidden_size, dtype=torch.float64, device=states.device)
-    tokens, hook = 0, attention.register_forward_hook(keep)
-    try:
+    tokens, hook = 0, attention.register_forward_hook(keep) if converted else contextlib.nullcontext()
+    with hook:
         for window in range(states.windows):
             part = slice(window, window + 1)
             hidden = states.get(part).requires_grad_(True)
@@ -197,18 +205,17 @@ def _backward(
             behind = gradient[part].to(output.device, output.dtype)
             output.backward(behind)
             with torch.no_grad():
-                ordinary = _without_massive(hidden + leave(kept[0]))[0]
-            rows = kept[0].grad[0].float()[ordinary]
-            metric += (rows.T @ rows).double()
+                ordinary = _without_massive(hidden + family.exit(layer)(kept[0]) if converted else output)[0]
+            if converted:
+                rows = kept[0].grad[0].float()[ordinary]
+                metric += (rows.T @ rows).double()
             squares += behind[0].float()[ordinary].square().sum(0).double()
             gradient[part] = hidden.grad.to(gradient.device)
-            tokens += len(rows)
+            tokens += int(ordinary.sum())
             kept.clear()
-    finally:
-        hook.remove()
     if not (torch.isfinite(metric).all() and torch.isfinite(squares).all()):
         raise InputError(
-            f"the model's loss has no finite gradient at layer {attention.layer_idx}: weights behind it are too large to "
+            f"the model's loss has no finite gradient at layer {layerwise.path_of(layer)}: weights behind it are too large to "
             f"compute with, so the checkpoint is damaged; fetch it again"
         )
     return metric / tokens, squares / tokens
@@ -271,7 +278,7 @@ def _losses(
 
 def _module(layerwise: LayerwiseModel, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
     """An attention of some size to replace one stock attention, with uninitialised weights."""
-    sized = replace(plan, sizes=(size,) * plan.shape.layers)
+    sized = replace(plan, sizes=(size,) * len(plan.shape.converted_layers))
     return build_attention(mla_config(layerwise.source, sized, torch.float32), attention, layerwise.device)
 
 

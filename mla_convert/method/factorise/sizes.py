@@ -110,7 +110,7 @@ def cache_format(settings: Settings) -> CacheFormat:
     if kind == "bf16":
         return CacheFormat()
     group = settings.cache_group or (0 if kind == "fp8" else GROUP)
-    return CacheFormat(kind, group, "fp8")
+    return CacheFormat(kind, group, settings.cache_rope or "fp8")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Plan:
         rank: of every layer, or on average where `sizes` are set.
         rope_dim: likewise.
         shape: of the source's attention.
-        sizes: of each layer, where they differ.
+        sizes: of each converted layer, where they differ.
         cache: numbers of a cached token.
         wide: channels with 8 bits in a mixed cache, likewise.
         budget: bytes per token and layer that layers share out; None: those of the mean sizes.
@@ -138,17 +138,17 @@ class Plan:
     budget: float | None = None
 
     def layer(self, index: int) -> LayerSize:
-        """Sizes of one layer."""
+        """Sizes of one converted layer."""
         if self.sizes:
-            return self.sizes[index]
+            return self.sizes[self.shape.converted_layers.index(index)]
         if self.shape.has_rope(index):
             return LayerSize(self.rank, self.rope_dim, self.wide)
         return LayerSize(self.cache.possible(min(self.rank + self.rope_dim, self.shape.full_rank(0))), 0, self.wide)
 
     @property
     def layers(self) -> list[LayerSize]:
-        """Sizes of all layers."""
-        return [self.layer(index) for index in range(self.shape.layers)]
+        """Sizes of all converted layers."""
+        return [self.layer(index) for index in self.shape.converted_layers]
 
     @property
     def cache_width(self) -> int:
@@ -189,7 +189,7 @@ class Plan:
     @property
     def qk_nope_head_dim(self) -> int:
         """Width of a head's content key, the largest of all layers."""
-        return max(self.layer_nope_dim(layer) for layer in range(self.shape.layers))
+        return max(self.layer_nope_dim(layer) for layer in self.shape.converted_layers)
 
     def layer_nope_dim(self, layer: int) -> int:
         """qk_nope_head_dim of one layer: 0 where every dim of every key head stays rotary."""
@@ -200,7 +200,8 @@ class Plan:
 def shares_out(settings: Settings, plan: Plan) -> bool:
     """Whether the conversion chooses a size for each layer by its sensitivity; the plan then holds their mean."""
     free = not settings.uniform and settings.rope_selection == "by_loss"
-    return free and plan.shape.layers > 1 and (plan.rank < plan.full_rank or plan.budget is not None)
+    several = len(plan.shape.converted_layers) > 1
+    return free and several and (plan.rank < plan.full_rank or plan.budget is not None)
 
 
 def size_unit(plan: Plan) -> int:

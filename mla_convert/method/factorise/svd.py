@@ -360,6 +360,8 @@ def factorise(
     q, k, v = (_affine(getattr(weights, n), getattr(weights, n + "_bias")) for n in "qkv")
     q_heads, v_heads = q.view(heads, head_dim, -1), v.view(num_kv, head_dim, -1)
     o_heads = weights.o.double().view(-1, heads, head_dim).transpose(0, 1)
+    if statistics.gate is not None:  # an error of a value that the gate closes costs nothing
+        o_heads = o_heads * statistics.gate.double().view(heads, 1, head_dim)
     moment, tokens = _moments(statistics)
     query_moment = moment if statistics.query_moment is None else statistics.query_moment.double()
     rho = rope.mean_rotation(statistics.distance.double(), statistics.inv_freq.double())

@@ -26,13 +26,13 @@ from mla_convert.modeling.modeling_mla import MlaAttention
 
 @dataclass
 class LayerPair:
-    """A source layer in memory, and the attention that replaces its own."""
+    """A source layer in memory, and the attention that replaces its own; None where the layer stays as it is."""
 
     index: int
     tensors: dict[str, Tensor]  # of the source layer as stored, by their full names
     layer: nn.Module
     attention_name: str  # attribute of the layer
-    student: MlaAttention
+    student: MlaAttention | None
     kwargs: dict[int, LayerKwargs]  # keyword arguments of the layer, by window length
     eager_kwargs: LayerKwargs  # the same under eager attention, for calibration windows
 
@@ -43,7 +43,10 @@ class LayerPair:
 
     @contextlib.contextmanager
     def converted(self) -> Iterator[None]:
-        """The layer with the student in the place of its attention."""
+        """The layer with the student, if it has one, in the place of its attention."""
+        if self.student is None:
+            yield
+            return
         original = self.attention
         setattr(self.layer, self.attention_name, self.student)
         try:
@@ -112,6 +115,6 @@ def refine_jointly(
         own_error = residual_error(forward, inputs, expected, relative)
         del expected
         settings = replace(settings, steps=stage.steps, lr=step_size(stage.lr, own_error))
-        students = nn.ModuleList(layer.student for layer in layers)
+        students = nn.ModuleList(layer.student for layer in layers if layer.student is not None)
         refined = refine(students, forward, inputs, targets, settings, on_step, stage.distance, stage.evaluations)
     return StageResult(own_error, refined)

@@ -9,6 +9,7 @@ import torch
 
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.refine.optimise import RefineSettings
+from mla_convert.source.shape import AttentionShape
 from mla_convert.source.source import Source
 
 # Default block on a GPU: at most BLOCK_LAYERS layers and BLOCK_BYTES of activations, weights and optimizer state.
@@ -104,9 +105,10 @@ def layer_numbers(source: Source, part: str = "") -> int:
     return max(counts.values(), default=0)
 
 
-def output_advances(settings: RefineSettings, layers: int) -> int:
+def output_advances(settings: RefineSettings, shape: AttentionShape) -> int:
     """Steps towards the next-token distribution, counted for each layer that takes them."""
-    return settings.output_steps * sum(map(len, groups(layers, settings)[-1]))
+    last = set(itertools.chain(*groups(shape.layers, settings)[-1]))
+    return settings.output_steps * len(last.intersection(shape.converted_layers))
 
 
 def _output_bytes(device: torch.device) -> int:

@@ -23,16 +23,27 @@ UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib":
 
 @dataclass(frozen=True)
 class CacheSize:
-    """A KV cache of `width` numbers per token and layer, `itemsize` bytes each; `windows`: the layers' sliding windows or None."""
+    """A KV cache of `width` numbers per token and layer, `itemsize` bytes each.
+
+    `windows`: the layers' sliding windows or None; `fixed`: bytes of a sequence's states that do not grow with the context.
+    """
 
     width: int
     itemsize: int
     windows: tuple[int | None, ...]
+    fixed: int = 0
 
-    def bytes(self, context: int, batch: int = 1) -> int:
-        """Bytes for `batch` sequences of `context` tokens. A layer with a sliding window holds at most that many tokens."""
+    def growing(self, context: int, batch: int = 1) -> int:
+        """Bytes for `batch` sequences of `context` tokens, without fixed states.
+
+        A layer with a sliding window holds at most as many tokens as its window.
+        """
         held = sum(min(context, window) if window else context for window in self.windows)
         return batch * held * self.width * self.itemsize
+
+    def bytes(self, context: int, batch: int = 1) -> int:
+        """Bytes for `batch` sequences of `context` tokens, with their fixed states."""
+        return self.growing(context, batch) + batch * self.fixed
 
     def largest_batch(self, room: int, context: int) -> int:
         """Number of sequences of `context` tokens that fit `room` bytes."""

@@ -66,16 +66,16 @@ class LayerWork:
     hidden: int
     layer_before: int
     layer_after: int
-    attention_before: int
-    attention_after: int
-    mixing_before: int  # query heads times the widths of a key and a value
-    mixing_after: int
+    attention_before: float  # a mean where only some layers have attention, as the widths below
+    attention_after: float
+    mixing_before: float  # query heads times the widths of a key and a value
+    mixing_after: float
     head: int  # elements of the output matrix
 
     def operations(self, run: LayerRun, processes: int = 1) -> float:
         """Floating-point operations of one layer's conversion, in each of several processes."""
 
-        def forward(weights: int, mixing: int, length: int) -> float:
+        def forward(weights: float, mixing: float, length: int) -> float:
             return 2.0 * weights + 2.0 * length * mixing
 
         shared = 0.0

@@ -21,7 +21,8 @@ class ModelReader:
     """Reads the tensors of a model from a checkpoint; `unused` names the stored tensors that the model does not have.
 
     Stored names may lack the model's prefix (GPT-2's first checkpoints), have an additional one (the language model of a
-    multimodal checkpoint) or be older ones. Experts may be stored one by one where the model has them in one tensor.
+    multimodal checkpoint) or be older ones. Experts may be stored one by one where the model has them in one tensor, and so
+    may the parts of a tensor (`Family.joined`).
     """
 
     def __init__(self, stored: Reader, wanted: Iterable[str], family: Family):
@@ -38,9 +39,11 @@ class ModelReader:
         self._stored = stored
         wanted = set(wanted)
         gate_up_down: tuple[str, ...] = family.experts or ()
+        into = "gate_up_proj" if len(gate_up_down) > 2 else "up_proj"
         prefix = family.layers.partition(".")[0] + "."
         self._plain: dict[str, str] = {}
         self._experts: dict[str, dict[tuple[str, int], str]] = {}
+        self._joined: dict[str, dict[int, str]] = {}
         self.unused: list[str] = []
         for name in stored.names():
             new = name
@@ -50,6 +53,15 @@ class ModelReader:
             inner = PART.sub("", new)
             forms = (name, new, prefix + name, prefix + new, inner, prefix + inner)
             in_model = next((form for form in forms if form in wanted), None)
+            part = next(
+                (
+                    (new.removesuffix(end) + whole, index)
+                    for whole, ends in family.joined
+                    for index, end in enumerate(ends)
+                    if new.endswith(end)
+                ),
+                None,
+            )
             if in_model:
                 if in_model in self._plain:
                     raise InputError(
@@ -57,17 +69,23 @@ class ModelReader:
                     )
                 self._plain[in_model] = name
             elif expert and expert[3] in gate_up_down:
-                down = expert[3] == gate_up_down[2]
-                fused = f"{expert[1]}.{'down_proj' if down else 'gate_up_proj'}"
+                down = expert[3] == gate_up_down[-1]
+                fused = f"{expert[1]}.{'down_proj' if down else into}"
                 self._experts.setdefault(fused, {})[expert[3], int(expert[2])] = name
+            elif part and part[0] in wanted:
+                self._joined.setdefault(part[0], {})[part[1]] = name
             else:
                 self.unused.append(name)
+        for name, stored_parts in self._joined.items():
+            count = next(len(ends) for whole, ends in family.joined if name.endswith(whole))
+            if len(stored_parts) < count:
+                raise InputError(f"{name} lacks a part beside {min(stored_parts.values())}: fetch the checkpoint again")
         self._parts = {name: self._ordered(name, parts, gate_up_down) for name, parts in self._experts.items()}
 
     @staticmethod
     def _ordered(fused: str, parts: dict[tuple[str, int], str], gate_up_down: tuple[str, ...]) -> list[list[str]]:
         """Stored names of each expert's parts (gate and up, or down)."""
-        kinds = gate_up_down[2:] if fused.endswith("down_proj") else gate_up_down[:2]
+        kinds = gate_up_down[-1:] if fused.endswith("down_proj") else gate_up_down[:-1]
         count = 1 + max(expert for _, expert in parts)
         for kind in kinds:
             for expert in range(count):
@@ -83,7 +101,7 @@ class ModelReader:
 
     def names(self) -> list[str]:
         """Names of the model's tensors that are stored."""
-        return [*self._plain, *self._parts]
+        return [*self._plain, *self._parts, *self._joined]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor in the model, without reading it.
@@ -93,6 +111,9 @@ class ModelReader:
         """
         if name in self._plain:
             return self._stored.shape(self._plain[name])
+        if name in self._joined:
+            shapes = [self._stored.shape(part) for part in self._joined[name].values()]
+            return sum(shape[0] for shape in shapes), *shapes[0][1:]
         experts = self._experts_of(name)
         rows, columns = self._stored.shape(experts[0][0])
         for part in (part for parts in experts for part in parts):
@@ -102,6 +123,8 @@ class ModelReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of one tensor, without reading it."""
+        if name in self._joined:
+            return self._stored.dtype(self._joined[name][0])
         return self._stored.dtype(self._plain[name] if name in self._plain else self._experts_of(name)[0][0])
 
     def _experts_of(self, name: str) -> list[list[str]]:
@@ -120,6 +143,9 @@ class ModelReader:
         for name in names:
             if name in self._parts:
                 tensors[name] = self._fused(name)
+            elif name in self._joined:
+                parts = self._stored.read(self._joined[name].values())
+                tensors[name] = torch.cat([parts[part] for _, part in sorted(self._joined[name].items())])
         return tensors
 
     def _fused(self, name: str) -> Tensor:
@@ -134,4 +160,4 @@ class ModelReader:
         """Rows `start` to `stop` (exclusive) of one tensor."""
         if name in self._plain:
             return self._stored.rows(self._plain[name], start, stop)
-        return self._fused(name)[start:stop]
+        return self.read([name])[name][start:stop]

@@ -20,8 +20,11 @@ def _discover() -> dict[str, Family]:
 
 
 FAMILIES: dict[str, Family] = _discover()
+# Multimodal model types that are converted in place: transformers' class holds the language model's decoder at DECODER.
+WHOLES = ("gemma3", "internvl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe")
+DECODER = "model.language_model"
 # Types that cannot be converted -> the reason.
-REFUSED = {name: reason for reason, names in REASONS.items() for name in names if name not in FAMILIES}
+REFUSED = {name: reason for reason, names in REASONS.items() for name in names if name not in (*FAMILIES, *WHOLES)}
 # Keys of a multimodal configuration, which holds a language model and other parts.
 PARTS = ("text_config", "vision_config", "audio_config", "llm_config", "thinker_config")
 
@@ -61,4 +64,4 @@ def find_family(model_type: str, keys: Collection[str] = (), part: str = "") -> 
     raise InputError(f"architecture {model_type!r} is not supported: {REFUSED.get(model_type, supported)}")
 
 
-__all__ = ["FAMILIES", "LATENT", "REFUSED", "Family", "find_family", "is_installed"]
+__all__ = ["DECODER", "FAMILIES", "LATENT", "REFUSED", "WHOLES", "Family", "find_family", "is_installed"]

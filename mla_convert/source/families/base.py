@@ -70,8 +70,17 @@ class Family:
     residual_multiplier: str | None = None
     """Name of the layer's factor on the attention's contribution to the residual stream."""
 
+    input_multiplier: str | None = None
+    """Name of the layer's factor on the attention's input."""
+
     attention_layers: tuple[str, ...] = ("full_attention", "sliding_attention")
     """Entries of `layer_types` whose layers have attention."""
+
+    other_layers: tuple[str, ...] = ()
+    """Entries of `layer_types` whose layers have none (recurrent layers, convolutions): they stay as they are."""
+
+    state_mixer: str | None = None
+    """Name of the module in a layer whose cached state does not grow with the context."""
 
     final_norm: str = "norm"
     """Name of the norm after the last layer; it is a sibling of the list of layers."""
@@ -88,6 +97,13 @@ class Family:
     """Order of the fused projection's rows: "query, key, value" of all heads; "groups": for each KV head, the queries that
     read it, its key and its value; "shards": in each of four equal parts, query, value and key (CodeGen)."""
 
+    gate: str | None = None
+    """Name of the projection whose sigmoid multiplies the attention's output, before the output projection; the query
+    projection itself where each head's rows are query, then gate."""
+
+    key_multiplier: str | None = None
+    """Name of the attention's factor on its keys."""
+
     q_norm: str | None = None
     k_norm: str | None = None
     """Names of the norms of query and key, applied before RoPE; a layer without a module of that name has no norm."""
@@ -101,7 +117,7 @@ class Family:
     (B, heads, T, d_h)."""
 
     rotary: bool = True
-    """Whether it has RoPE at all."""
+    """Whether it may have RoPE; without, positions are learned."""
 
     partial_rotary: bool = False
     """Whether RoPE may rotate only the first dims of a head."""
@@ -142,8 +158,11 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     """Pairs: a part of stored tensor names, and its replacement in the names of the model."""
 
-    experts: tuple[str, str, str] | None = None
-    """Names of gate, up and down projection of an expert if checkpoints store experts one by one."""
+    experts: tuple[str, ...] | None = None
+    """Names of gate, up and down projection of an expert, or of up and down, if checkpoints store experts one by one."""
+
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Pairs of ends of names: a tensor of the model, and the stored tensors whose rows it holds one after another."""
 
     requires: Mapping[str, Any] = field(default_factory=dict)
     """Configuration values that the conversion relies on; a checkpoint with another value is refused."""
@@ -154,7 +173,9 @@ class Family:
     def entry(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The norm before a layer's attention; the identity if there is none."""
         names = (self.input_norm,) if isinstance(self.input_norm, str) else self.input_norm or ()
-        return next((getattr(layer, name) for name in names if hasattr(layer, name)), lambda hidden: hidden)
+        norm = next((getattr(layer, name) for name in names if hasattr(layer, name)), lambda hidden: hidden)
+        factor = getattr(layer, self.input_multiplier) if self.input_multiplier else 1.0
+        return norm if factor == 1.0 else lambda hidden: norm(hidden) * factor
 
     def exit(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The map from the output of a layer's attention to its contribution to the residual stream."""
@@ -167,6 +188,14 @@ class Family:
         """Names of the projections that hold "q", "k", "v" and "o"."""
         names = (self.fused,) * 3 if self.fused else (self.query, self.key, self.value)
         return dict(zip("qkvo", (*names, self.output), strict=True))
+
+    def converted_layers(self, config: Any) -> tuple[int, ...] | None:
+        """Indices of the layers that have attention, by the configuration; None if all have it."""
+        if not self.other_layers:
+            return None
+        kinds = config.layer_types
+        converted = tuple(index for index, kind in enumerate(kinds) if kind not in self.other_layers)
+        return None if len(converted) == len(kinds) else converted
 
     def layers_with_rope(self, config: Any) -> tuple[bool, ...] | None:
         """Whether each layer has RoPE, by the configuration; None if all have it."""

@@ -30,7 +30,6 @@ REASONS = {
     "its attention returns a bias to its layer": ("gpt_neox_japanese",),
     "its attention takes the mask of the whole batch only": ("xglm",),
     "a prediction head stands between its last norm and its output embeddings": ("modernbert-decoder",),
-    "it has a gate after its attention": ("afmoe",),
     "its configuration is that of another family under a new name": ("exaone", "internlm3", "iquestcoder", "sarvam_moe",
                                                                      "gpt-sw3"),
     "its recurrent or convolutional layers are not supported": (

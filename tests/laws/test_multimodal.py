@@ -1,0 +1,165 @@
+"""Multimodal checkpoints are converted in place: image prompts through transformers give the original's logits and text."""
+
+import json
+import shutil
+
+import pico
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    InternVLConfig,
+    LlavaConfig,
+    Mistral3Config,
+    Qwen3_5Config,
+)
+
+from mla_convert.core.errors import InputError
+from mla_convert.source.source import open_source
+from mla_convert.write.verify import verify
+
+IMAGE = 250
+SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "image_size": 28, "patch_size": 7}  # fmt: skip
+CLIP = {**SIGLIP, "model_type": "clip_vision_model", "projection_dim": 16}
+PIXTRAL = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+           "num_attention_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 7}  # fmt: skip
+INTERN = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": [28, 28],
+          "patch_size": [7, 7]}  # fmt: skip
+QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2,
+        "out_hidden_size": 48, "num_position_embeddings": 16}  # fmt: skip
+
+
+def text_config(variant):
+    return pico.config(variant).to_dict()
+
+
+# name -> configuration of the whole, and the number of tokens that an image takes
+WHOLES = {
+    "gemma3": lambda: (Gemma3Config(text_config=text_config("gemma3"), vision_config=SIGLIP, mm_tokens_per_image=4,
+                                    image_token_index=IMAGE, image_token_id=IMAGE), 4),
+    "llava": lambda: (LlavaConfig(text_config=text_config("llama"), vision_config=CLIP, image_token_index=IMAGE,
+                                  image_token_id=IMAGE, vision_feature_layer=-1), 16),
+    "mistral3": lambda: (Mistral3Config(text_config=text_config("mistral"), vision_config=PIXTRAL, image_token_index=IMAGE,
+                                        image_token_id=IMAGE, vision_feature_layer=-1), 4),
+    "internvl": lambda: (InternVLConfig(text_config=text_config("qwen3"), vision_config=INTERN, image_token_id=IMAGE), 4),
+    "qwen3_5": lambda: (Qwen3_5Config(text_config=text_config("qwen3.5"), vision_config=QWEN, image_token_id=IMAGE,
+                                      vision_start_token_id=251, vision_end_token_id=252, video_token_id=253), 4),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=sorted(WHOLES))
+def whole(request, tmp_path_factory):
+    """(name, original in float32, folder of its checkpoint, tokens of an image)."""
+    config, tokens = WHOLES[request.param]()
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp(request.param) / "source"
+    model.save_pretrained(folder)
+    pico.tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"auto_map": {"AutoImageProcessor": "own.Own"}, "size": 28})
+    )
+    (folder.parent / "text.txt").write_text(pico.text())
+    return request.param, model, folder, tokens
+
+
+@pytest.fixture(scope="module")
+def exact(whole, tmp_path_factory):
+    """The report of a conversion at full rank."""
+    return pico.convert(whole[2], tmp_path_factory.mktemp("exact") / "out", rank="full", rope_dim="full")
+
+
+def prompt(name, tokens):
+    """Two prompts with an image each, the second one padded on the left."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 200, (2, 12 + tokens), generator=draw)
+    ids[:, 5 : 5 + tokens] = IMAGE
+    mask = torch.ones_like(ids)
+    ids[1, :3], mask[1, :3] = 0, 0
+    given = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 28, 28, generator=draw)}
+    kinds = (ids == IMAGE).long()
+    if name == "gemma3":
+        given["token_type_ids"] = kinds
+    if name == "mistral3":
+        given["image_sizes"] = torch.tensor([[28, 28]] * 2)
+    if name == "qwen3_5":
+        grid = torch.tensor([[1, 4, 4]] * 2)
+        patches = torch.randn(32, 3 * 2 * 7 * 7, generator=draw)
+        given |= {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+    return given
+
+
+def loaded(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_image_prompts_give_the_originals_text(whole, exact):
+    name, original, _, tokens = whole
+    converted, given = loaded(exact.out), prompt(name, tokens)
+    expected, found = original(**given).logits, converted(**given).logits
+    seen = given["attention_mask"].bool()
+    assert (found - expected).abs()[seen].max() <= 1e-4 * (expected.max() - expected.min())
+    blind = converted(**{key: value for key, value in given.items() if key in ("input_ids", "attention_mask")}).logits
+    assert (blind - found).abs()[seen].max() > 1e-2 * (expected.max() - expected.min())  # the image matters
+    for cache in ({"use_cache": True}, {"use_cache": False}):
+        text = [model.generate(**given, max_new_tokens=8, do_sample=False, **cache) for model in (original, converted)]
+        assert torch.equal(*text)
+
+
+def test_other_parts_are_untouched(whole, exact):
+    _, original, _, _ = whole
+    before, after = original.state_dict(), loaded(exact.out).state_dict()
+    tied = original.all_tied_weights_keys
+    kept = {name for name in before if ".self_attn." not in name or "language_model" not in name}
+    assert any("vision" in name or "visual" in name for name in kept)
+    assert all(torch.equal(before[name], after[name]) for name in kept - set(tied))
+    processor = json.loads((exact.out / "preprocessor_config.json").read_text())
+    assert processor == {"size": 28}  # settings, without the name of code
+
+
+def test_from_report_to_the_hub(whole, hub, cli, tmp_path):
+    name, _, source, tokens = whole
+    report = pico.convert(source, tmp_path / "tiny", kv_ratio=0.25, uniform=False, calib_noise=0)
+    folder = report.out
+    assert report.cache["share_saved"] == pytest.approx(0.75, abs=0.05) and any(
+        "multimodal" in note for note in report.notes
+    )
+    given = prompt(name, tokens)
+    assert (
+        loaded(folder).generate(**given, max_new_tokens=3, do_sample=False).shape[1] == given["input_ids"].shape[1] + 3
+    )
+    code, out, err = cli("inspect", folder, "--json")
+    assert code == 0 and json.loads(out)["model_type"] == f"mla_{name}", err
+    text = source.parent / "text.txt"
+    code, out, err = cli("heal", folder, "--teacher", source, "--data", text, "--tokens", "12288", "--length", "64",
+                         "--step-tokens", "512", "--micro-tokens", "256", "--evaluations", "4", "--lr", "0.003", "--noise", "0",
+                         "--device", "cpu", "--self-share", "0", "--eval-windows", "2", "--eval-length", "48",
+                         "--eval", "package:mla_demo/calibration.txt.gz", "--train", "attention")  # fmt: skip
+    assert code == 0, err
+    assert verify(folder).tensors > 0
+    code, out, err = cli("verify", folder, "--run")
+    assert code == 0, err
+    code, out, err = cli("eval", folder, "--against", source, "--eval", text, "--eval-windows", "2", "--json")
+    assert code == 0 and json.loads(out)["cache"]["share_saved"] == pytest.approx(report.cache["share_saved"]), err
+    code, out, err = cli("push", folder, "me/tiny-whole")
+    assert code == 0 and "pipeline_tag: image-text-to-text" in hub.files("me/tiny-whole")["README.md"].decode(), err
+
+
+def test_a_missing_part_is_refused(whole, tmp_path):
+    _, _, source, _ = whole
+    folder = shutil.copytree(source, tmp_path / "source")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in tensors if "vision" in name or "visual" in name)
+    tensors.pop(gone)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"^tensor .* is missing, or stored in a form"):
+        open_source(str(folder))
