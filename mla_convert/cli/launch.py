@@ -21,6 +21,7 @@ from mla_convert.core.errors import Interrupted, ResourceError, UsageError
 STARTED = "MLA_CONVERT_STARTED_BY"
 # Seconds for the first process to clean up when it is interrupted, and for the others when one has failed.
 PATIENCE, GRACE = 60, 10
+AGAIN = 10  # seconds after which the first process is interrupted again
 POLL = 0.05
 # Exit code of a process that was waiting for another one, which has ended: that one's code counts.
 LOST = 76
@@ -85,6 +86,8 @@ def launch(count: int) -> Said:
         port = free.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // count))
     common = {
+        # else a process whose first one has ended prints a trace of C++ beside that one's line
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STARTED: str(os.getpid()),
     }  # fmt: skip
@@ -134,9 +137,10 @@ def _interrupt(processes: list[subprocess.Popen]) -> int:
     if not processes:
         raise Interrupted("interrupted")
     with contextlib.suppress(KeyboardInterrupt):  # once more: now
-        processes[0].terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return processes[0].wait(PATIENCE)
+        for _ in range(PATIENCE // AGAIN):
+            processes[0].terminate()  # Python drops the exception of a signal where a destructor runs
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return processes[0].wait(AGAIN)
     return Interrupted.exit_code
 
 

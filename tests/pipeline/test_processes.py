@@ -105,7 +105,7 @@ def test_a_killed_process_ends_the_run(start, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_continues_with_the_same_bytes(start, tmp_path):
-    settings = {**SETTINGS, "refine_block": 1, "output_layers": 1, "block_steps": 0, "refine_steps": 60}
+    settings = {**SETTINGS, "refine_block": 1, "output_layers": 1, "block_steps": 0, "refine_steps": 200}
     process = start(**settings)
     until_written(tmp_path / "two", process)
     process.send_signal(signal.SIGINT)
