@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from mla_convert.core.errors import Interrupted, ResourceError, UsageError
 
@@ -21,6 +22,8 @@ STARTED = "MLA_CONVERT_STARTED_BY"
 # Seconds for the first process to clean up when it is interrupted, and for the others when one has failed.
 PATIENCE, GRACE = 60, 10
 POLL = 0.05
+# Exit code of a process that was waiting for another one, which has ended: that one's code counts.
+LOST = 76
 PR_SET_PDEATHSIG = 1
 
 
@@ -99,20 +102,30 @@ def launch(count: int) -> Said:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
-    """Wait until all have ended or one has failed; returns the exit code of the one that failed, or 0."""
+def _wait(processes: Sequence[subprocess.Popen]) -> int:
+    """Wait until all have ended or one has failed; returns the exit code of the one that failed, or 0.
+
+    Raises:
+        ResourceError: it was killed.
+    """
+    lost_since = None
     while True:
         codes = [process.poll() for process in processes]
-        for index, code in enumerate(codes):
-            if code and code < 0:
-                raise ResourceError(
-                    f"process {index + 1} of {len(codes)} was killed ({signal.Signals(-code).name}): run the same command "
-                    f"again; layers that were written are kept"
-                )
-            if code:
-                return code
-        if None not in codes:
+        killed = [index for index, code in enumerate(codes) if code is not None and code < 0]
+        if killed:
+            name = signal.Signals(-codes[killed[0]]).name
+            raise ResourceError(
+                f"process {killed[0] + 1} of {len(codes)} was killed ({name}): run the same command again; layers that "
+                f"were written are kept"
+            )
+        if failed := [code for code in codes if code not in (None, 0, LOST)]:
+            return failed[0]
+        if None not in codes and LOST not in codes:
             return 0
+        if LOST in codes:  # of the process that it has lost, the end is about to be seen
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > GRACE or None not in codes:
+                raise ResourceError("the processes lost each other: run the same command again")
         time.sleep(POLL)
 
 

@@ -30,7 +30,7 @@ from mla_convert.cli import (
     sweep,
     verify,
 )
-from mla_convert.cli.launch import Said, follows, launched, settle_signals, started
+from mla_convert.cli.launch import LOST, Said, follows, launched, settle_signals, started
 from mla_convert.cli.terminal import is_verbose
 from mla_convert.core.errors import (
     GateFailed,
@@ -181,7 +181,7 @@ def _print_if_untried() -> None:
 
 def _fail(message: str, code: int) -> None:
     if launched() and not _speaks():
-        _exit(code)
+        _exit(LOST if started() and isinstance(sys.exception(), PeerLost) else code)
     if is_verbose() and sys.exc_info()[0] not in (None, KeyboardInterrupt, GateFailed):
         traceback.print_exc()
     with contextlib.suppress(ReaderGone, OSError):

@@ -17,7 +17,7 @@ EXAMPLE = "mla-convert quantize llama-8b-mla --cache-dtype int4 --out llama-8b-m
 OUT_OF_MEMORY = "out of memory: run it with --device cpu"
 
 
-@from_settings(Settings, only=("cache_dtype", "cache_group"))
+@from_settings(Settings, only=("cache_dtype", "cache_group", "cache_rope"))
 def quantize(
     *,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.", show_default=False)],

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mla_convert.cli.convert import OUT_OF_MEMORY
+from mla_convert.cli.launch import launched
 from mla_convert.cli.options import Export, Quiet, RecipeName, Source, Verbose, from_settings, rank_or_full
 from mla_convert.cli.terminal import run_guarded, silence_libraries
 from mla_convert.core.errors import GateFailed, UsageError
@@ -107,6 +108,8 @@ def sweep(
     config = build_config({**settings, **own, "kv_ratio": ratios[0], "seed": min(draws)})
     if out is None:
         config = config.model_copy(update={"out": None})  # a recipe names one
+    if launched():
+        raise UsageError("a sweep runs in one process: start it without accelerate or torchrun")
     silence_libraries(quiet)
     from mla_convert.core.progress import Progress
     from mla_convert.core.report_file import read_content

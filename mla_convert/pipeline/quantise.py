@@ -56,6 +56,7 @@ def quantise(
     folder: Path,
     cache_dtype: str,
     cache_group: int | None = None,
+    cache_rope: str | None = None,
     out: Path | None = None,
     against: str | None = None,
     device: str = "auto",
@@ -70,6 +71,7 @@ def quantise(
         folder: of a converted model.
         cache_dtype: "bf16", "fp8", "int8" or "int4".
         cache_group: channels that share a scale.
+        cache_rope: of the rotary key: "bf16", "fp8" or "int8".
         out: folder to write; None replaces `folder`.
         against: the original; None: the one that the report names.
         device: where it runs.
@@ -81,7 +83,9 @@ def quantise(
     """
     progress = progress or Progress()
     try:
-        settings = Settings(cache_dtype=cache_dtype, cache_group=cache_group)  # type: ignore[arg-type]
+        settings = Settings.model_validate(
+            {"cache_dtype": cache_dtype, "cache_group": cache_group, "cache_rope": cache_rope}
+        )
     except ValidationError as error:
         raise UsageError(first_problem(error)) from error
     if cache_dtype == "auto":

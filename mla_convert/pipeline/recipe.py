@@ -62,10 +62,8 @@ def _settings(
     sizes = {"rank": resolved.plan.rank, "rope_dim": resolved.plan.rope_dim}
     if by_bytes:
         sizes = {"kv_ratio": DEFAULT_RATIO if config.kv_ratio is None else config.kv_ratio}
-    left_out = {"budget", "kv_ratio", "cache_group", *({"rank"} if by_bytes else ())}
+    left_out = {"budget", "kv_ratio", *({"rank"} if by_bytes else ())}
     settings = config.model_dump(mode="json", include=set(Settings.model_fields) - left_out)
-    if config.cache_group is not None:
-        settings["cache_group"] = config.cache_group
     settings |= resolved.chosen | sizes
     settings |= {
         "calib_samples": resolved.calibration[0],
@@ -73,7 +71,13 @@ def _settings(
         "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,
         "suite_windows": report.measured.suite.windows if report.measured and report.measured.suite else 0,
     }
-    optional = {"engine", "held_out", *(key for key in settings if key.startswith("heal_"))}
+    optional = {
+        "engine",
+        "held_out",
+        "cache_group",
+        "cache_rope",
+        *(key for key in settings if key.startswith("heal_")),
+    }
     settings = {key: value for key, value in settings.items() if key not in optional or value is not None}
     local: list[tuple[str, str]] = []
     for key, given in (("calib", config.calib), ("heal_data", config.heal_data)):

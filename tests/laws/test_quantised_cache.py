@@ -15,7 +15,8 @@ KINDS = ["fp8", "int8", "int4", "auto"]
 
 @pytest.fixture(params=KINDS)
 def folder(request, convert_pico):
-    return convert_pico("llama", rank=16, rope_dim=8, cache_dtype=request.param).out
+    rope = {"cache_rope": "int8"} if request.param == "int8" else {}
+    return convert_pico("llama", rank=16, rope_dim=8, cache_dtype=request.param, **rope).out
 
 
 @torch.no_grad()

@@ -87,6 +87,14 @@ def test_quantised_rows_fill_their_share_of_the_bytes(shape, kind, ratio):
     assert plan.latent_cache["kind"] == row.kind and row.group == (0 if kind == "fp8" else 64)
 
 
+def test_a_rotary_key_in_bfloat16_takes_twice_the_bytes():
+    rows = {
+        rope: make_plan(Settings(rank=224, rope_dim=96, cache_dtype="int4", cache_rope=rope), SMOLLM).row_bytes
+        for rope in ("bf16", "fp8", "int8")
+    }
+    assert rows == {"fp8": 112 + 96 + 16, "int8": 112 + 96 + 16, "bf16": 112 + 192 + 16}
+
+
 def test_a_row_that_does_not_fit_is_refused():
     with pytest.raises(InputError, match="less than the smallest row in int4"):
         make_plan(Settings(kv_ratio=0.25, cache_dtype="int4"), PICO)

@@ -51,6 +51,17 @@ def test_bytes_of_a_mixed_row():
     assert row[48:50] == torch.tensor([448.0, -1.0]).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
 
 
+def test_a_rotary_key_in_int8_is_rounded_less_than_in_e4m3():
+    keys = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    errors = {
+        rope: float(
+            (pass_through(LatentFormat("int8", 32, 64, rope=rope), keys[:, :32], keys)[1] - keys).square().mean()
+        )
+        for rope in ("bf16", "fp8", "int8")
+    }
+    assert errors["bf16"] < errors["int8"] < 0.1 * errors["fp8"]
+
+
 def test_gradient_is_that_of_the_identity():
     fmt = LatentFormat("int4", 64, 16, 32, rope="fp8")
     latent, rope = (part.requires_grad_() for part in numbers(fmt))

@@ -276,6 +276,7 @@ def test_written_recipe_holds_every_setting_and_no_path(convert_pico, sources):
         "kv_ratio",
         "budget",
         "cache_group",
+        "cache_rope",
         "engine",
         "held_out",
         *(name for name in Settings.model_fields if name.startswith("heal_")),

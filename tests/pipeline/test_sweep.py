@@ -240,3 +240,11 @@ def test_an_export_that_cannot_be_is_refused_first(run, tmp_path, options, code,
     found, out, err = run(*options)
     assert found == code and words in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "sweep").exists()
+
+
+def test_several_processes_are_refused(cli, sources, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = []
+    monkeypatch.setattr("os._exit", lambda code: ended.append(code))
+    _, _, err = cli("sweep", sources("llama"), "--kv-ratios", "0.5")
+    assert ended[0] == 2 and "runs in one process" in err

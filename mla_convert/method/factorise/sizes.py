@@ -110,7 +110,7 @@ def cache_format(settings: Settings) -> CacheFormat:
     if kind == "bf16":
         return CacheFormat()
     group = settings.cache_group or (0 if kind == "fp8" else GROUP)
-    return CacheFormat(kind, group, "fp8")
+    return CacheFormat(kind, group, settings.cache_rope or "fp8")
 
 
 @dataclass(frozen=True)
