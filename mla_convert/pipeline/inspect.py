@@ -20,7 +20,7 @@ from mla_convert.core.units import human_bytes
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.pipeline.dry_run import shape_section
-from mla_convert.source.config_file import check_sizes
+from mla_convert.source.config_file import check_sizes, language_model
 from mla_convert.source.place import locate
 from mla_convert.source.source import Source, open_source
 from mla_convert.write.writer import REPORT
@@ -247,8 +247,7 @@ def _rope(config: Any) -> JsonObject:
 
 def _converted(label: str, revision: str | None, config: JsonObject, report: JsonObject) -> ConvertedFindings:
     try:
-        text = config.get("text_config")
-        config = {**config, **text, "model_type": config["model_type"]} if isinstance(text, dict) else config
+        config = {**config, **language_model(config), "model_type": config["model_type"]}
         stated = (config[name] for name in ("num_hidden_layers", "n_layer") if name in config)
         layers = next(stated, None) or len(config["layers_block_type"])
         # where layers differ there is a list beside the largest

@@ -25,9 +25,11 @@ from mla_convert.heal.teacher_student import attentions
 from mla_convert.method.calibrate.latent_channels import channel_moments
 from mla_convert.method.factorise.basis import Latent
 from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan, cache_format
+from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.modeling.quantised_latent_mla import VERSION
 from mla_convert.report.report import cache_section
 from mla_convert.source import mixture, texts
+from mla_convert.source.config_file import language_model
 from mla_convert.source.load_model import (
     find_model,
     find_original,
@@ -109,7 +111,7 @@ def quantise(
         write_weights(writer, folder, sorted(report.checksums), changed)
         with on_disk("the output", target.parent):
             config = json.loads((writer.folder / "config.json").read_text(encoding="utf-8"))
-            config["latent_cache"] = latent_cache
+            language_model(config)["latent_cache"] = latent_cache
             write_file(writer.folder / "config.json", json.dumps(config, indent=2) + "\n")
         section = _cache_section(origin, sizes, cache, model_config(place))
         result = report.model_copy(update={"cache": section})
@@ -130,9 +132,9 @@ def _rows(config: Any, cache: CacheFormat) -> tuple[dict[str, object] | None, li
     Raises:
         InputError: a layer has no row of this format.
     """
-    layers = range(config.num_hidden_layers)
+    layers = config.converted_layers()
     sizes = [LayerSize(config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
-    for layer, size in enumerate(sizes):
+    for layer, size in zip(layers, sizes, strict=True):
         if cache.possible(size.rank) != size.rank:
             raise InputError(
                 f"layer {layer} has rank {size.rank}, and two channels of 4 bits share a byte: give int8 or fp8"
@@ -177,7 +179,8 @@ def _cache_section(origin: SourceLocation, sizes: list[LayerSize], cache: CacheF
     plan = Plan(
         max(size.rank for size in sizes), max(size.rope_dim for size in sizes), source.shape, tuple(sizes), cache
     )
-    return cache_section(plan, (config.dtype or torch.float32).itemsize, source.sliding_windows)
+    dtype = config.dtype or torch.float32
+    return cache_section(plan, dtype.itemsize, source.sliding_windows, fixed_state_bytes(source.config, dtype))
 
 
 def _with_measurement(report: Report, found: Evaluation) -> Report:

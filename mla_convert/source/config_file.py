@@ -63,6 +63,12 @@ def read_config(folder: Path, label: str) -> dict[str, Any]:
     return content
 
 
+def language_model(content: dict[str, Any]) -> dict[str, Any]:
+    """The part of config.json that describes the language model: of a multimodal model, its `text_config`."""
+    text = content.get("text_config")
+    return text if isinstance(text, dict) else content
+
+
 def check_sizes(content: dict[str, Any], label: str) -> None:
     """Refuse implausible sizes in a configuration or in a part of one.
 

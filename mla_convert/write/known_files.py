@@ -12,7 +12,7 @@ from mla_convert.core.report_file import PAGE, REPORT
 from mla_convert.core.runtime import newest_tried
 from mla_convert.modeling.shipped_code import code_files
 from mla_convert.source import carried
-from mla_convert.source.config_file import read_config
+from mla_convert.source.config_file import language_model, read_config
 from mla_convert.source.licence import CARD
 from mla_convert.write.intact import EXPORT, describing_file
 
@@ -42,8 +42,8 @@ def outdated(folder: Path) -> dict[str, bytes]:
         current = {name: content for name, content in current.items() if (folder / name).exists()}
     elif (folder / CONFIG).is_file():
         config = read_config(folder, folder.name)
-        if config.get("mla_transformers") != newest_tried():
-            config["mla_transformers"] = newest_tried()
+        if language_model(config).get("mla_transformers") != newest_tried():
+            language_model(config)["mla_transformers"] = newest_tried()
             current[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     for name in carried.SETTINGS:
         if (folder / name).is_file():

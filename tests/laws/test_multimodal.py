@@ -146,6 +146,8 @@ def test_from_report_to_the_hub(whole, hub, cli, tmp_path):
     assert verify(folder).tensors > 0
     code, out, err = cli("verify", folder, "--run")
     assert code == 0, err
+    code, out, err = cli("refresh", folder)
+    assert code == 0 and "nothing to do" in out, err
     code, out, err = cli("eval", folder, "--against", source, "--eval", text, "--eval-windows", "2", "--json")
     assert code == 0 and json.loads(out)["cache"]["share_saved"] == pytest.approx(report.cache["share_saved"]), err
     code, out, err = cli("push", folder, "me/tiny-whole")
