@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from mla_convert.pipeline.inspect import CONFIG_ONLY, inspect_checkpoint
 from mla_convert.source import source as sources_module
 from mla_convert.source.families import FAMILIES
+from mla_convert.source.shape import kv_heads
 
 WEIGHTS = "model.safetensors"
 # variants whose configuration has a sliding window of 12 tokens and no `layer_types`: all three layers have the window
-WINDOWED = ("mistral-window", "mixtral", "phi3", "starcoder2")
+WINDOWED = ("mistral-window", "ministral3-window", "mixtral", "phi3", "phimoe", "starcoder2")
 ROPE = {"llama": "default", "llama3-rope": "llama3", "llama-yarn": "yarn", "gemma3": "linear", "olmo3": "yarn"}
 KEY_OR_VALUE = ("k_proj", "v_proj", "c_attn", "query_key_value")
 
@@ -31,17 +32,19 @@ def test_every_family(cli, sources, name):
     found, config = json.loads(out), pico.config(name)
     assert code == 0 and not err and found["convertible"] and found["kind"] == "source"
     assert found["model_type"] == config.model_type and found["dtype"] == "float32"
-    shape, groups = found["shape"], getattr(config, "num_key_value_heads", None) or 6
+    shape, groups = found["shape"], kv_heads(config)
     layers = FAMILIES[config.model_type].converted_layers(config) or range(config.num_hidden_layers)
     assert (shape["layers"], shape["attention_layers"]) == (config.num_hidden_layers, len(layers))
-    assert (shape["attention_heads"], shape["key_value_heads"]) == (6, groups)
+    assert (shape["attention_heads"], shape["key_value_heads"]) == (config.num_attention_heads, groups)
     stored = load_file(sources(name) / WEIGHTS)
     assert found["parameters"] == sum(t.numel() for t in stored.values())
     assert found["cache_bytes_per_token"] == len(layers) * 2 * groups * shape["head_dim"] * 4
     assert found["tied_embeddings"] == config.tie_word_embeddings
     windowed = found["sliding_window"]["layers"] if found["sliding_window"] else 0
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 3 * (name in WINDOWED)
-    assert windowed == kinds.count("sliding_attention") and (not windowed or found["sliding_window"]["tokens"] == 12)
+    assert windowed == sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds) and (
+        not windowed or found["sliding_window"]["tokens"] == 12
+    )
     layer = f"{FAMILIES[config.model_type].layers}.{layers[0]}."
     biases = {
         key.removeprefix(layer).removesuffix(".bias") for key in stored if key.startswith(layer) and ".bias" in key

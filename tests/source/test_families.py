@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mla_convert.source.families import FAMILIES, LATENT, REFUSED
+from mla_convert.source.families import FAMILIES, LATENT, REFUSED, WHOLES
 from mla_convert.source.source import open_source
 
 FIGURES = re.compile(r"\d\.\de-\d\d \| \d+% \| \d+%")
@@ -281,7 +281,7 @@ def test_refused_types_hear_why(cli, llama, model_type):
 
 
 def test_every_causal_type_of_transformers_has_a_verdict():
-    known = {*FAMILIES, *REFUSED, *LATENT}
+    known = {*FAMILIES, *REFUSED, *LATENT, *WHOLES}
     assert not [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in known]
     assert not {*FAMILIES} & {*REFUSED} and not {*FAMILIES} & {*LATENT} and not {*REFUSED} & {*LATENT}
 
@@ -292,7 +292,7 @@ def test_multimodal_models_name_their_language_model(cli, llama):
         f"gemma4 is multimodal, and its language model (gemma4_text) is not supported: {REFUSED['gemma4_text']}" in line
     )
     line = refusal(cli, llama, model_type="new", text_config={"model_type": "newer"}, vision_config={})
-    assert "its language model (newer) is not supported: supported are: apertus, " in line
+    assert "its language model (newer) is not supported: supported are: afmoe, " in line
 
 
 @pytest.mark.parametrize(
