@@ -66,6 +66,21 @@ def test_reported_bytes_are_those_of_a_cache(convert_pico, name):
     assert report.cache["layers"] == len(report.layers) == len(loaded(report.out).config.converted_layers())
 
 
+@pytest.mark.parametrize("name", ["lfm2", "falcon-h1"])
+@torch.no_grad()
+def test_a_quantised_cache_beside_fixed_states(convert_pico, name):
+    report, tokens = convert_pico(name, kv_ratio=1.0, cache_dtype="auto", uniform=False), 24
+    model = loaded(report.out)
+    config, converted = model.config, model.config.converted_layers()
+    assert len(config.latent_cache["wide"]) == config.num_hidden_layers
+    assert report.cache["latent_cache"] == config.latent_cache and report.cache["layers"] == len(converted)
+    cache = DynamicCache(config=config)
+    model(torch.randint(3, pico.VOCAB, (1, tokens)), **with_cache(model, cache))
+    assert all(cache.layers[index].keys.dtype == torch.uint8 for index in converted)
+    assert bench_models.held_bytes(CPU, cache) == tokens * report.cache["bytes_per_token"]["after"]
+    assert held_state_bytes(cache) == report.cache["fixed_bytes"] > 0
+
+
 @pytest.mark.parametrize("name", ENDS)
 def test_blocks_and_the_output_pass_through_other_layers(convert_pico, name):
     report = convert_pico(name, **BLOCKS)

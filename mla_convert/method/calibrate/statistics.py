@@ -71,7 +71,7 @@ def gate_size(states: Activations, factors_of: Rows) -> Tensor:
     total = 0.0
     for batch in states.batches():
         total = total + factors_of(states.get(batch)).float().square().sum((0, 1)).double()
-    return (total / (states.windows * states.length)).sqrt()
+    return (states.processes.sum(total) / (states.total * states.length)).sqrt()
 
 
 @torch.no_grad()

@@ -173,7 +173,10 @@ class Plan:
         from mla_convert.modeling.quantised_latent_mla import VERSION  # imports torch
 
         fields = {"version": VERSION, "kind": self.cache.kind, "group": self.cache.group, "rope": self.cache.rope}
-        return fields | ({"wide": [size.wide for size in self.layers]} if self.cache.kind == "mixed" else {})
+        if self.cache.kind != "mixed":
+            return fields
+        wide = dict(zip(self.shape.converted_layers, (size.wide for size in self.layers), strict=True))
+        return fields | {"wide": [wide.get(layer, 0) for layer in range(self.shape.layers)]}
 
     @property
     def full_rank(self) -> int:
