@@ -45,7 +45,11 @@ def serve_check(
     ] = False,
     eager: Annotated[bool, typer.Option("--eager", help="For vLLM: no CUDA graphs and no compilation.")] = False,
     prefix_caching: Annotated[
-        bool, typer.Option(help="For vLLM: ask a second time, so that it starts from cached prefixes.")
+        bool,
+        typer.Option(
+            "--prefix-caching/--no-prefix-caching",
+            help="For vLLM: ask a second time, so that it starts from cached prefixes.",
+        ),
     ] = True,
     chunk: Annotated[
         int,
