@@ -16,6 +16,7 @@ from mla_convert.method.refine.schedule import CARD_BYTES
 from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.pipeline.budget import within_budget
 from mla_convert.pipeline.dry_run_sections import (
+    Advice,
     CacheSection,
     CardFit,
     CardSection,
@@ -30,6 +31,7 @@ from mla_convert.pipeline.dry_run_sections import (
 )
 from mla_convert.pipeline.estimate import memory as sizing
 from mla_convert.pipeline.estimate import time as timing
+from mla_convert.pipeline.estimate.advice import advice
 from mla_convert.pipeline.estimate.heal import HealEstimate, HealWork
 from mla_convert.pipeline.estimate.heal import estimate as estimate_healing
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
@@ -52,13 +54,14 @@ class DryRun:
     run: RunSection
     gpus: GpusSection | None
     heal: HealSection | None
+    advice: Advice
     warnings: Warnings
 
     @property
     def sections(self) -> list[Section]:
         """The sections that there are, in the order in which they are printed."""
         sections: list[Section | None] = [self.source, self.cache, self.card, self.run, self.gpus, self.heal]
-        return [section for section in (*sections, self.warnings) if section is not None]
+        return [section for section in (*sections, self.advice, self.warnings) if section is not None]
 
     def as_dict(self) -> dict[str, Any]:
         """As `plan --json` prints it."""
@@ -79,6 +82,7 @@ class DryRun:
             "disk_aside_bytes": self.run.scratch_bytes,
             "peak_host_memory": asdict(self.run.memory),
             "time": {place: estimate.as_dict() for place, estimate in self.run.time.items()},
+            "advice": self.advice.lines,
             "warnings": self.warnings.lines,
             **({"budget": self.run.budget} if self.run.budget else {}),
             **({"gpus": [asdict(each) for each in self.gpus.counts]} if self.gpus else {}),
@@ -148,6 +152,7 @@ def plan_conversion(
         ),
         gpus=None if gpus is None else _several(resolved["h100"], before, after, gpus, card_bytes or CARD_BYTES),
         heal=HealSection(_healing(on_cpu, after), torch.get_num_threads()) if on_cpu.healing else None,
+        advice=Advice(advice(plan, healed=on_cpu.healing is not None)),
         warnings=Warnings([*source.notes, *sizing.warnings(plan)]),
     )
 

@@ -231,6 +231,18 @@ class Warnings:
             yield f"warning: {line}"
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What measured conversions say about the plan."""
+
+    lines: list[str]
+
+    def rows(self) -> Parts:
+        """One line each."""
+        for line in self.lines:
+            yield f"advice: {line}"
+
+
 def _places(cores: int | None) -> list[tuple[str, str]]:
     """The devices of the estimates, and how lines name them."""
     return [("cpu", f"on {cores} of these cores"), ("h100", "on an H100")]

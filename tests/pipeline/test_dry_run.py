@@ -363,3 +363,13 @@ def test_estimates_of_healing_fit_what_was_measured():
         estimate = cost.estimate(work, 10**7, train, 2048, 1).places["h100"]
         assert estimate.seconds[0] < 1e7 / speed < estimate.seconds[1]
         assert memory / 1.5 < estimate.memory_bytes < memory * 1.5
+
+
+def test_advice_follows_the_share_that_is_kept(sources):
+    def advice(name="llama", **settings):
+        return " ".join(plan(sources(name), **settings)["advice"])
+
+    assert "INT8" in advice(kv_ratio=0.5) and "serious" not in advice(kv_ratio=0.5)
+    assert "serious" in advice(kv_ratio=0.25) and "INT8" not in advice(kv_ratio=0.25)
+    assert "serious" not in advice(kv_ratio=0.25, heal_tokens=1000) and not advice(kv_ratio=1)
+    assert "has 6 KV heads" in advice("llama-mha-tied", kv_ratio=0.25) and "KV heads;" not in advice(kv_ratio=0.25)
