@@ -36,6 +36,7 @@ def inspect(
     try:
         findings = inspect_checkpoint(config.source, config.revision)
     except InputError as error:
+        # A program that reads JSON gets the reason there; the exit code is the same.
         if json_:
             say(json.dumps({"name": path, "convertible": False, "reason": str(error)}, indent=2))
         raise

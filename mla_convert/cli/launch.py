@@ -51,6 +51,7 @@ def settle_signals() -> None:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent passes it on
     if not follows():
+        # `_interrupt` sends SIGTERM, because SIGINT is ignored above.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -88,6 +89,7 @@ def launch(count: int) -> Said:
     common = {
         # else a process whose first one has ended prints a trace of C++ beside that one's line
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        # The environment comes behind the number of threads, so that a user's own number counts.
         "OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STARTED: str(os.getpid()),
     }  # fmt: skip
@@ -95,6 +97,7 @@ def launch(count: int) -> Said:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     processes: list[subprocess.Popen] = []
     try:
+        # One by one inside of the `try`, so that an interruption also ends those that are started already.
         for rank in map(str, range(count)):
             processes.append(subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}))
         return Said(_wait(processes))

@@ -37,10 +37,12 @@ def report(
     file = html or place / PAGE
     if file.is_dir():
         raise InputError(f"--html {file} is a folder: give a file")
+    # A page in the model's own folder is listed in SHA256SUMS, where its line has to change with it.
     if file.name == PAGE and os.path.realpath(file.parent) == os.path.realpath(place):
         replace_files(place, {PAGE: page_text(content)})
     elif file.exists() and not file.is_file():  # /dev/stdout, say
         file.write_text(page_text(content), encoding="utf-8")
     else:
+        # A link is written through, not replaced.
         write_page(content, Path(os.path.realpath(file)))
     say(content.text().rstrip() if json_ else str(file))

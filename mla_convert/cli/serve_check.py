@@ -82,6 +82,7 @@ def serve_check(
         engine, python, dtype, model_impl, trust_remote_code, gguf, server, limit, eager, prefix_caching, chunk
     )
     verdict = check(folder, request, against)
+    # The verdict is printed before the gate fails, because a failed gate leaves as an exception.
     if json_:
         say(json.dumps(verdict.as_dict(), indent=2))
     elif not quiet:

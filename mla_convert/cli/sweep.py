@@ -97,6 +97,7 @@ def sweep(
         raise UsageError("--out writes the conversion that --max-ppl-ratio chooses: give both, or --keep")
     if max_ppl_ratio is not None and not max_ppl_ratio > 0:
         raise UsageError(f"--max-ppl-ratio {max_ppl_ratio} is no ratio: give a number above 0")
+    # A list that cannot be read is refused before seconds of importing torch.
     ratios = _listed(kv_ratios, "--kv-ratios", float)
     rope = _listed(rope_dims, "--rope-dims", rank_or_full) if rope_dims is not None else (None,)
     draws = _listed(seeds, "--seeds", int)

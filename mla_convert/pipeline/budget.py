@@ -42,6 +42,7 @@ def within_budget(
         return config, None
     free = [name for name in ("calib_samples", "refine_steps") if getattr(config, name) is None]
     most = resolve(config, source, device)
+    # Sizes of the model do not depend on what is chosen, so that they are counted once.
     before, after = source_parameters(source), converted_parameters(source, most.plan, most.dtype)
 
     def seconds(resolved: ResolvedConversion) -> float:
@@ -50,6 +51,7 @@ def within_budget(
         return resolved.plan.shape.layers * operations / rate
 
     takes = math.inf
+    # The fractions fall, so that the first choice that fits is the largest.
     for fraction in FRACTIONS:
         part = math.sqrt(fraction)
         sizes = {"calib_samples": max(WINDOWS, int(most.calibration[0] * part)),

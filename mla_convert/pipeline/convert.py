@@ -105,11 +105,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Report |
             source = open_source(config.source, config.revision)
             config, budget = within_budget(config, source, device, processes.count)
             resolved = resolve(config, source, device)
+            # Only the first process writes the output, so that it alone looks at the place.
             if processes.first:
                 check_target(resolved, out)
         layerwise, tokenizer = LayerwiseModel(source, device), source.tokenizer()
     with phases.phase("text"):
+        # The first process reads the texts for all, so that they share out the same windows.
         text = processes.told(lambda: prepare_text(resolved, tokenizer))
+    # A short text fills fewer windows than were planned, and the steps of blocks follow their number.
     resolved = resolved.for_texts(*text.windows.calib.shape)
     check_shares(processes, resolved.calibration[0])
     notes = collect_notes(source, text, progress, budget)
@@ -128,6 +131,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Report |
             write_recipe(writer.folder, resolved, text.windows, result)
             finish(source, tokenizer, converted, writer, result, device)
     processes.wait()  # until the folder has its name
+    # Healing starts from the finished folder: if it fails, the conversion stays.
     if resolved.healing:
         return heal_conversion(resolved.settings, result, progress)
     return result if processes.first else None
@@ -332,6 +336,8 @@ def finish(
             write_config(whole_config(source.whole, converted.mla_config), source.whole.stock_class, writer.folder)
         else:
             write_config(converted.mla_config, converted.stock_class, writer.folder)
+        # The self-check loads the folder as a user would, with tokenizer, configuration and index; the report, card and
+        # page state its result, so that they come last.
         writer.write_index()
         report.self_check = self_check(writer.folder, device)
         write_card(report, writer.folder)

@@ -109,6 +109,7 @@ def plan_conversion(
     source = open_source(config.source, config.revision, weights=False)
     chosen = {place: _within_budget(config, source, device) for place, device in PLACES.items()}
     resolved = {place: resolve(chosen[place][0], source, device) for place, device in PLACES.items()}
+    # Windows and steps depend on the device, the sizes of the model do not.
     on_cpu = resolved["cpu"]
     plan, dtype, windows = on_cpu.plan, on_cpu.dtype, source.sliding_windows
     before = source_parameters(source)
@@ -119,6 +120,7 @@ def plan_conversion(
     caches = {
         "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows), fixed),
         "after": sizing.CacheSize(
+            # A quantised row is counted in bytes, one to an element.
             *((plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)),
             tuple(windows),
             fixed,
@@ -257,13 +259,16 @@ def _healing(resolved: ResolvedConversion, after: dict[str, int]) -> HealEstimat
     work = HealWork(
         weights=sum(after.values()),
         attention=_counts(source, after)["attention"],
+        # An embedding table of its own is only looked up; a tied one is multiplied as the head.
         looked_up=0 if getattr(config, "tie_word_embeddings", False) else shape.hidden_size * config.vocab_size,
         layers=shape.layers,
         hidden=shape.hidden_size,
+        # GPT-2 states no width where it is four times the hidden size.
         intermediate=experts * (inner or 4 * shape.hidden_size),
         mixing_before=mixing_before,
         mixing_after=mixing_after,
     )
+    # The longest windows have the most attention for a token.
     length = max(each for each, _ in healing.mix(limit))
     written = healing.written_tokens(limit)
     return estimate_healing(work, healing.tokens, healing.train, length, torch.get_num_threads(), written)

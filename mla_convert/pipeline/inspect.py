@@ -182,6 +182,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> Findings:
     """
     place = locate(name, revision, ["config.json", REPORT])
     content = {} if place.gguf else _json(place.folder / "config.json")
+    # A converted folder is described by its own files: it is no source that could be opened.
     if str(content.get("model_type", "")).startswith("mla_"):
         check_sizes(content, place.label)
         return _converted(place.label, place.revision, content, _json(place.folder / REPORT))
@@ -253,6 +254,7 @@ def _converted(label: str, revision: str | None, config: JsonObject, report: Jso
         # where layers differ there is a list beside the largest
         converted = config.get("mla_converted_layers") or range(layers)
         sizes = [config.get(f"{name}s") or [config[name]] * layers for name in ("kv_lora_rank", "qk_rope_head_dim")]
+        # By `type`, because isinstance would take true and false of a damaged file for integers.
         if not (layers == len(sizes[0]) == len(sizes[1])) or not all(
             type(size) is int for each in sizes for size in each
         ):

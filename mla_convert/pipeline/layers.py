@@ -99,6 +99,7 @@ class LayerConverter:
             InputError: a hidden state or a result is not finite.
         """
         lengths = {states.length for states in streams.original}
+        # Masks and position embeddings depend on the length alone: they are made once, not in every layer.
         kwargs = {length: self.layerwise.layer_kwargs(length) for length in lengths}
         eager = attention_kwargs(self.layerwise, streams.calib_original.length)
         entries = []
@@ -114,6 +115,7 @@ class LayerConverter:
                     for block in group
                 ]
                 layers = list(itertools.chain(*blocks))
+                # A group is taken over only as a whole, because its last steps train all of its layers.
                 if all(self.shard(layer.index + 1) in self.writer.finished for layer in layers):
                     students = sum(layer.student is not None for layer in layers)
                     self.progress.skip(students * self.refine.steps_per_layer)
@@ -122,6 +124,7 @@ class LayerConverter:
                         self._advance(layer, streams.original)
                 else:
                     self._convert_group(blocks, streams)
+                # The converted model's states pass the group only now, by the weights as they were written.
                 for layer in layers:
                     self._advance(layer, (streams.calib_converted, *streams.measured_converted), converted=True)
             return_freed_memory()
@@ -169,6 +172,7 @@ class LayerConverter:
         joint = self.refine.output_steps > 0 and trained and layers[-1].index == self.plan.shape.layers - 1
         entry, entries = streams.calib_converted, []
         if len(blocks) > 1:
+            # The joint steps start from the states before the group; the blocks advance a copy.
             streams.calib_converted = entry.clone()
         for block in blocks:
             entries += self._drafted(block, streams) or self._convert_block(block, streams)
@@ -182,11 +186,13 @@ class LayerConverter:
             entries = [layer_entry and layer_entry | refined for layer_entry in entries]
         for layer, layer_entry in zip(layers, entries, strict=True):
             if layer.student is not None:
+                # Rounding may differ between cards, and all processes go on with what the first one writes.
                 self.processes.make_equal(layer.student.state_dict().values())
             written = self._written_tensors(layer)
             check_finite(written, self._overflow_hint(layer) or FAILED)
             self.writer.write_shard(self.shard(layer.index + 1), self._named(written), layer_entry)
             self._load_written(layer, written)
+        # Not before every layer of the group is written: an interruption until here needs the drafts.
         self.writer.drop_drafts()
 
     def _write_draft(self, block: list[LayerPair], entries: list[dict[str, Any]]) -> None:
@@ -229,6 +235,7 @@ class LayerConverter:
 
         The source's states are carried past the block; the converted model's stay before it.
         """
+        # Joint steps start from the states before the block; its single layers advance a copy.
         entry = streams.calib_converted if len(layers) == 1 else streams.calib_converted.clone()
         entries = []
         for layer in layers:
@@ -257,6 +264,7 @@ class LayerConverter:
             attention_forward(attention, norm, kwargs, self.layerwise.autocast, after)
             for attention in (layer.attention, layer.student)
         )
+        # Before refinement, which changes the student in place.
         closed_form = optimise.output_error(student, teacher, original)
         own_error, refined = self.refine_alone(layer, student, teacher, states, original)
         clock.record("refine")
@@ -337,6 +345,7 @@ class LayerConverter:
     def _refine_output(self, layers: list[LayerPair], streams: Streams) -> dict[str, Any]:
         """Refine the last layers towards the source's next-token distribution; its part of their report entries."""
         clock = StepClock(self.layerwise.device)
+        # The whole head is in memory for these steps alone.
         with StreamedHead(self.layerwise).divergence() as divergence:
             rate = output_lr(self.refine, len(layers))
             stage = Stage("output", self.refine.output_steps, rate, divergence, OUTPUT_EVALUATIONS)
@@ -394,6 +403,7 @@ class LayerConverter:
         if layer.student is None:
             return None
         finite = all(tensor.isfinite().all() for tensor in layer.student.state_dict().values())
+        # bfloat16 has the range of float32: all that is finite in one is so in the other.
         if not finite or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
             return None
         return f"{str(dtype).removeprefix('torch.')} has no room for it; give --dtype bfloat16 or float32"
@@ -427,6 +437,7 @@ class StepClock:
     def record(self, name: str) -> None:
         """Record the time since the last record as that of `name`."""
         if self.device.type == "cuda":
+            # CUDA work is only queued when a call returns.
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name] = round(now - self._since, 3)

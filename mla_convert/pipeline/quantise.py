@@ -106,10 +106,12 @@ def quantise(
     output.check_space(target, sum((folder / shard).stat().st_size for shard in report.checksums))
     cache = cache_format(settings)
     latent_cache, sizes = _rows(model_config(place), cache)
+    # The error of FP8 is relative to each number, so that no basis is better than another (`in_basis`).
     changed = {} if cache.kind in ("bf16", "fp8") else _changed(place, sizes, cache, where, progress)
     with output.Writer(target, {"quantise": report.checksums, "cache": latent_cache}) as writer:
         write_weights(writer, folder, sorted(report.checksums), changed)
         with on_disk("the output", target.parent):
+            # As JSON, so that all other entries stay as they were written.
             config = json.loads((writer.folder / "config.json").read_text(encoding="utf-8"))
             language_model(config)["latent_cache"] = latent_cache
             write_file(writer.folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -160,12 +162,14 @@ def _changed(
         row = cache.row(size)
         assert row is not None
         rank, down, up = size.rank, attention.kv_a_proj_with_mqa, attention.kv_b_proj
+        # In float64, so that the change of basis adds no rounding of its own.
         weight, bias = (None if part is None else part.detach().double().cpu() for part in (down.weight, down.bias))
         latent = Latent(
             weight[:rank], None if bias is None else bias[:rank], up.weight.detach().double().cpu(), variance, cost
         )
         latent = latent.ordered().turned(row.groups, "hadamard")
         path = names[id(attention)]
+        # Only the latent gets a new basis: RoPE turns the rotary rows, plane by plane.
         changed[f"{path}.kv_a_proj_with_mqa.weight"] = torch.cat([latent.down, weight[rank:]]).float()
         changed[f"{path}.kv_b_proj.weight"] = latent.up.float().contiguous()
         if bias is not None:
@@ -188,6 +192,7 @@ def _with_measurement(report: Report, found: Evaluation) -> Report:
     content = found.as_dict()
     measured = Measurement.model_validate({key: content[key] for key in ("evaluation", "probes", "dtype", "device")})
     values = {key: value for key, value in measured.evaluation.entries().items() if key not in ("kl", "agreement")}
+    # Once, however often the format is changed.
     notes = [note for note in report.notes or [] if note != NOTE]
     return report.model_copy(
         update={"evaluation": EvaluationSection(**values), "probes": measured.probes, "notes": [*notes, NOTE]}

@@ -68,6 +68,7 @@ def _settings(
     settings |= {
         "calib_samples": resolved.calibration[0],
         "calib_length": windows.calib.shape[1],
+        # Without an evaluation, `windows.evaluation` is a window of the calibration text.
         "eval_length": windows.evaluation.shape[1] if windows.evaluated else config.eval_length,
         "suite_windows": report.measured.suite.windows if report.measured and report.measured.suite else 0,
     }

@@ -54,10 +54,12 @@ def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
         ResourceError: the disk does not suffice.
         SelfCheckFailed: the model fails with the new files; the folder is not changed.
     """
+    # A killed run may have left the folder under another name; it is restored before anything is read.
     tidy(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder of a converted model")
     accept = check_accepted(folder, accept)
+    # Checked first, because new checksums would make a damaged file valid.
     intact = check_intact(folder, accept)
     check_unknown(folder, intact.checksums)
     weight_files(folder)  # refuses a missing or damaged index, which has no checksum in older folders
@@ -77,6 +79,7 @@ def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
         for name, content in changed.items():
             write_file(staging / name, content)
         _describe(staging, kind, intact.report, accept)
+        # The weights were hashed by `check_intact` and stay as they are, so that they are not read again.
         kept = {name: digest for name, digest in intact.digests.items() if name in intact.checksums}
         sums.seal(staging, kept)
         before, after = _digests(folder, intact.digests), sums.read(staging)
@@ -108,6 +111,7 @@ def _digests(folder: Path, known: dict[str, str]) -> dict[str, str]:
 def _describe(staging: Path, kind: str, report: JsonObject, accept: tuple[str, ...]) -> None:
     """Write report, page and card of the staged folder, after its self-check."""
     content = {**report, "refreshed": versions()}
+    # transformers would misread that profile.
     if report.get("profile") != "engine":
         content["self_check"] = self_check(staging)
     if kind == REPORT:

@@ -62,6 +62,7 @@ class ResolvedConversion:
     def cast(self) -> torch.dtype | None:
         """Dtype that tensors are converted to as they are written; None writes them as they are stored."""
         if self.settings.dtype == "auto":
+            # Dequantised tensors are float32 in memory, which is not the dtype to write.
             return self.source.dtype if self.source.gguf else None
         return getattr(torch, self.settings.dtype)
 
@@ -103,6 +104,7 @@ class ResolvedConversion:
     @cached_property
     def self_generated(self) -> float:
         """Fraction of the calibration windows that the original generates."""
+        # Once the texts are read, the fraction follows from the windows that there are.
         if self.generated:
             return self.generated / self.calibration[0]
         return self_generated.generated_fraction(self.settings, self.source, self.device)
@@ -146,6 +148,7 @@ def resolve(config: ConvertConfig, source: Source, device: torch.device | None =
         ResourceError: There is no such device.
     """
     device = pick_device(config.device) if device is None else device
+    # First, because the plan follows from the sizes that the engine has kernels for.
     settings = target_engine.apply_constraints(config, source)
     model = reach(source.config, learned=not source.family.rotary)
     return ResolvedConversion(

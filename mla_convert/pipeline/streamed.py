@@ -38,11 +38,13 @@ class _Readout:
     def add(self, part: tuple[int, slice], logits: Tensor, targets: Tensor, first: int) -> None:
         """Add logits (T, rows) of the tokens `part`, for the vocabulary from token `first` on."""
         self.total[part] = torch.logaddexp(self.total[part], logits.logsumexp(-1))
+        # A target lies in one slice only. In the others its index is clamped, and the value found there is dropped.
         local = targets[part] - first
         inside = (local >= 0) & (local < logits.shape[-1])
         target_logits = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
         self.picked[part] = torch.where(inside, target_logits, self.picked[part])
         value, index = logits.max(-1)
+        # Strictly larger, so that of equal logits the first token stays.
         self.token[part] = torch.where(value > self.best[part], index + first, self.token[part])
         self.best[part] = torch.maximum(self.best[part], value)
 
@@ -68,6 +70,7 @@ def shared_scores(layerwise: LayerwiseModel, windows: Tensor, original: Activati
     parts = processes.gathered([getattr(own, field.name) for field in fields(own)])
     whole = []
     for columns in zip(*parts, strict=True):
+        # Processes take windows by turns (`Processes.share`).
         joined = columns[0].new_empty(len(windows), *columns[0].shape[1:])
         for index, column in enumerate(columns):
             joined[index :: processes.count] = column
@@ -97,10 +100,12 @@ def scores(layerwise: LayerwiseModel, windows: Tensor, original: Tensor, convert
     ]
     divergence = torch.zeros(targets.shape, device=layerwise.device)
     chunks = list(itertools.product(range(len(targets)), range(0, targets.shape[1], LOGIT_TOKENS)))
+    # Slices in the outer loop, so that each is loaded once.
     for first in head.slices():
         for window, start in chunks:
             part = (window, slice(start, min(start + LOGIT_TOKENS, targets.shape[1])))
             logits = [head.logits(_states(readout.hidden, part, layerwise.device)) for readout in readouts]
+            # A copy, because `add` changes it in place, and the sum so far is relative to it.
             before = readouts[0].total[part].clone()
             for readout, slice_logits in zip(readouts, logits, strict=True):
                 readout.add(part, slice_logits, targets, first)

@@ -165,6 +165,7 @@ def plan_points(configs: list[ConvertConfig], source: Source, progress: Progress
                 f"{config.out.name} is left out: for {config.engine} its sizes are those of {points[size].out.name}"
             )
             continue
+        # Without an engine every point counts, also two of one size.
         key = size if config.engine else (len(points), 0, 0)
         points[key] = PlannedPoint(config, resolved, _identity(resolved))
     if not points:
@@ -209,6 +210,7 @@ class SweepRun:
         planned = self._planned[number]
         exported = self._file.folder / f"{planned.out.name}-{self._profile}"
         converted = self._converted(number)
+        # With --keep a point is done only if its folder is there; else its entry in sweep.json suffices.
         measured = converted == planned.out if self._keep else self._points[number] is not None
         to_export = self._profile is not None and not (measured and exported.exists())
         if measured and (converted or not to_export):
@@ -219,6 +221,7 @@ class SweepRun:
         if self._profile and converted and to_export:
             export_folder(converted, exported, self._profile, overwrite=True, progress=self._progress)
         if not self._keep:
+            # Only the candidate so far is kept, so that the disk holds two conversions at most.
             for other in range(len(self._planned)):
                 if other != self._best():
                     shutil.rmtree(self._planned[other].out, ignore_errors=True)
@@ -258,14 +261,17 @@ class SweepRun:
         point, out = self._points[number], self._planned[number].out
         if point is None:
             return None
+        # Conversions lie in different folders with --keep and without it.
         for folder in (out, self._file.folder / out.name):
             checksums = find_content(folder).get("checksums")
+            # A folder of that name may hold another run's conversion; its weights tell.
             if checksums and digest(checksums) == point.weights:
                 return folder
         return None
 
     def _best(self) -> int | None:
         """Of the points within the limit on the held-out text the smallest; of equally small ones the best."""
+        # Without a limit there is no choice, and no conversion to keep.
         limit = -math.inf if self._file.limit is None else self._file.limit
         good = [(p.numbers, p.held_out_ratio, i) for i, p in enumerate(self._points) if p and p.held_out_ratio <= limit]
         return min(good)[2] if good else None

@@ -86,6 +86,7 @@ class SweepPoint:
     def read(cls, entry: Any) -> SweepPoint | None:
         """The point of an entry of sweep.json; None if the entry is not whole."""
         names = {field.name for field in fields(cls)}
+        # Fields of later versions are ignored, and an entry of an earlier one that lacks a field is converted again.
         whole = isinstance(entry, dict) and names <= entry.keys()
         return cls(**{name: entry[name] for name in names}) if whole else None
 
@@ -118,6 +119,7 @@ class SweepFile:
         """Replace sweep.json and its page."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content = self.content(points, chosen)
+        # A kill leaves the old file or the new one, never a part of one.
         draft = self.folder / f".{SWEEP}.partial"
         draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(draft, self.folder / SWEEP)

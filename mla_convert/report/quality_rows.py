@@ -189,6 +189,7 @@ def heal_table(before: Measurement, after: Measurement, title: str = "") -> Tabl
         parts = (side.probes and side.probes.next_token for side in sides)
         rows.append((words, *(format.with_error(getattr(part, name) if part else None, digits) for part in parts)))
     lengths = [(side.probes and side.probes.passkey and side.probes.passkey.lengths) or [] for side in sides]
+    # A side on which pass keys were not measured has no lengths, and then there is no row.
     for entries in zip(*lengths, strict=False):
         for words, name in PASSKEY:
             cells = (format.with_error(_mean(entry.after, name), 2) for entry in entries)

@@ -125,6 +125,7 @@ def write_plot(result: BenchResult, path: Path) -> None:
     if chart is None:
         return
     text = str(chart)
+    # The style belongs inside the picture, behind its opening tag.
     cut = text.index(">") + 1
     try:
         path.write_text(text[:cut] + STYLE + text[cut:] + "\n", encoding="utf-8")

@@ -68,6 +68,7 @@ def check_inside(path: Path) -> Path:
     Raises:
         InputError: it is elsewhere, or no regular file.
     """
+    # The folder itself may be reached by a link; only the file must not lead out of it.
     folder = Path(os.path.realpath(path.parent))
     real = Path(os.path.realpath(path))
     if not any(root in real.parents for root in (folder, *_cache_roots(folder))):
@@ -124,8 +125,10 @@ def without_code(name: str, content: bytes) -> bytes:
         kept = _stripped(settings)
     except (ValueError, RecursionError):
         return content  # its reader reports the damage
+    # Settings that name no code keep their bytes; written again, they would differ in spacing and escapes.
     if kept == settings:
         return content
+    # A JSON string may hold half of a surrogate pair, which plain UTF-8 refuses.
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 

@@ -24,6 +24,7 @@ def turns(tokenizer: Any, first: int) -> Turns | None:
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
+    # A template must leave these words as they are, and must not contain them itself.
     marks = [f"zq{index}zq" for index in range(3)]
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -38,6 +39,7 @@ def turns(tokenizer: Any, first: int) -> Turns | None:
             return None
         pieces.append(tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"])
     head, after_user, after_assistant = pieces
+    # Without tokens between turns, nothing would tell where one ends.
     if not (after_user and after_assistant):
         return None
     return Turns(head[1:] if head[:1] == [first] else head, after_user, after_assistant)

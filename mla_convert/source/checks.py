@@ -90,6 +90,7 @@ def check_derived(source: Any) -> None:
         if window is not None and (not isinstance(window, int) or window < 1):
             raise InputError(f"configuration of {source.name} is not valid: sliding_window {window!r}")
     if not source.gguf:
+        # Read for its errors alone, before the conversion; a GGUF file's settings are read where it is opened.
         source.generation_config()
 
 
@@ -126,6 +127,7 @@ def check_classes(content: dict[str, Any], stock: str, label: str, part: bool) -
     for name in names:
         if OTHER_HEAD.fullmatch(name) and not part:
             raise InputError(f"{label} is a {name}, no language model: its head would be lost; give a language model")
+    # Early Llama checkpoints name LLaMAForCausalLM.
     others = [name for name in names if name.lower() != stock.lower()]
     foreign = others if others == names and not part else []
     if foreign and code:
@@ -156,6 +158,7 @@ def check_tensors(reader: ModelReader, wanted: Iterable[str], label: str, part: 
     Raises:
         InputError: a tensor is missing, has an unsupported dtype, or belongs to another kind of model.
     """
+    # First, because an adapter renames the tensors under it, which would be reported as missing.
     for name in reader.unused:
         if ADAPTER_TENSOR.search(name):
             raise InputError(

@@ -91,6 +91,7 @@ def check_sizes(content: dict[str, Any], label: str) -> None:
 
 def _check(key: str, value: float, label: str) -> None:
     most = SIZES[KEYS[key]]
+    # NaN is above no limit, and negative infinity is below every one.
     if value > most or value != value or value == -math.inf:
         raise InputError(
             f"config.json of {label} has {key} = {_shown(value)}, and at most {most} are believed: it is damaged; fetch it again"
@@ -99,6 +100,7 @@ def _check(key: str, value: float, label: str) -> None:
 
 def _shown(value: float) -> str:
     """A number of any size, in a few digits."""
+    # str() refuses integers of more than 4300 digits, and float() those beyond its range.
     return str(value) if abs(value) < 1e15 else f"{float(max(min(value, 10**300), -(10**300))):.3g}"
 
 

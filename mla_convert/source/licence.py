@@ -51,5 +51,6 @@ def _is_name(value: Any) -> bool:
         isinstance(value, str)
         and 0 < len(value) <= MOST_CHARACTERS
         and value.isprintable()
+        # These would break out of the Markdown that the card puts a value into.
         and not set(value) & set("`|<>[]")
     )

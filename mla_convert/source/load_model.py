@@ -37,6 +37,7 @@ def find_model(name: str, revision: str | None = None) -> SourceLocation:
         InputError: there is no model of that name, or the folder is no checkpoint.
         ResourceError: the Hub cannot be reached.
     """
+    # A folder or file of a recipe's name goes before the recipe.
     recipe = None if expanded(name).exists() else find_recipe(name)
     place = locate(recipe.source, recipe.revision) if recipe else locate(name, revision)
     refuse_adapter(place.folder, place.label)
@@ -150,6 +151,7 @@ def _readable(label: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError,
             struct.error) as error:  # fmt: skip
+        # torch's error for too little memory is a RuntimeError too, and no fault of the file.
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(f"{label} cannot be loaded: {one_line(error)}") from error

@@ -68,6 +68,7 @@ def quotas(weights: list[float], total: int) -> list[int]:
     """Integers with the sum `total` in proportion to the weights, by the largest-remainder method."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [math.floor(value) for value in exact]
+    # Shares that are rounded one by one would not keep the sum.
     by_remainder = sorted(range(len(exact)), key=lambda index: shares[index] - exact[index])
     for index in by_remainder[: total - sum(shares)]:
         shares[index] += 1

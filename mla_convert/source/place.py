@@ -21,6 +21,7 @@ from mla_convert.core.settings import PACKAGE, packaged
 from mla_convert.core.words import check_name, expanded, plain
 from mla_convert.source.checkpoint.gguf_file import is_gguf
 
+# Neither Python files nor pickles are fetched, because neither is read.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "ATTRIBUTION*",
              "COPYING*", "USE_POLICY*"]  # fmt: skip
 
@@ -59,9 +60,11 @@ def locate(name: str, revision: str | None = None, files: list[str] = HUB_FILES)
         return SourceLocation(path, plain(path.resolve().name))
     if path.exists():
         raise InputError(f"{path} is neither a folder nor a .gguf file: give the folder that holds the checkpoint")
+    # The Hub is asked for OWNER/NAME alone, so that a mistyped path or recipe gets its hint without a request.
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise unknown_source(name)
     folder = _download(name, revision, files)
+    # A snapshot's folder is named after its commit, so that a branch or a tag becomes a fixed revision.
     return SourceLocation(folder, name, folder.name)
 
 

@@ -14,6 +14,7 @@ def quietly() -> Iterator[None]:
     """Hide transformers' progress bars and warnings."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    # A caller's level that hides even more stays.
     logging.set_verbosity(max(level, logging.ERROR))
     try:
         with warnings.catch_warnings():

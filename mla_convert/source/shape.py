@@ -54,6 +54,7 @@ class AttentionShape:
     def full_rank(self, rope_dim: int) -> int:
         """Rank of an exact factorisation: the number of features without RoPE, or of their inputs if that is smaller."""
         features = self.cache_width - rope_dim
+        # Features are linear in the layer's input, and a bias adds one direction. Behind a norm they are not.
         return features if self.normed else min(features, self.hidden_size + self.has_kv_bias)
 
 

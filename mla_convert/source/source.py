@@ -242,6 +242,7 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
         config = _read_config(folder, label, part)
         quantization = take_quantization(config, label)
         family.check(config, label)
+        # Of a Hub id only config.json was fetched, unless its weights are wanted.
         here = weights or (revision is None and any((folder / name).is_file() for name in (SINGLE, INDEX)))
         stored = SafetensorsReader(folder) if here else None
         if stored:
@@ -250,6 +251,7 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
             config, label
         )  # refuses a configuration that describes no model, before any weight is read
         notes += check_classes(content, expected.model, label, part)
+        # `check_derived` takes a source. Until stored tensors are compared, its reader gives the required ones.
         source = Source(
             label, revision, folder, None, config, family, expected, tuple(notes), expected.rotary, expected.normed
         )
@@ -260,6 +262,7 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
             with makes_sense(label):
                 whole = load_config(folder, label)
                 take_quantization(whole, label)
+                # The weights may have shown that the head is not tied.
                 whole.tie_word_embeddings = source.config.tie_word_embeddings
                 numbers: Reader = DequantisedReader(stored, quantization) if quantization else stored
                 complete = replace(complete, whole=open_whole(whole, numbers, family, label))
@@ -281,11 +284,13 @@ def _with_weights(
     """
     notes = [*source.notes, *stored.notes]
     numbers: Reader = DequantisedReader(stored, quantization) if quantization else stored
+    # Tied names as well: the checkpoint may store either of the two.
     reader = ModelReader(numbers, {*expected.names(), *expected.tied}, source.family)
     tied, more = settle_ties(reader, expected.tied, source.name, compare)
     notes += more
     if not tied:
         source.config.tie_word_embeddings = False
+        # An untied head is a tensor of its own, which the first model did not require.
         expected = _expected(source.config, source.name)
     notes += check_tensors(reader, expected.names(), source.name, part)
     return replace(source, reader=reader, notes=tuple(notes))
@@ -309,6 +314,7 @@ class _Expected(MemoryReader):
 
 def _expected(config: PreTrainedConfig, label: str) -> _Expected:
     """The tensors that a configuration requires, in its dtype."""
+    # On the meta device a model of any size is built without memory for its weights.
     with makes_sense(label), init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
         check_scaling(model, label)

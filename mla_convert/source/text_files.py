@@ -57,6 +57,7 @@ def read_documents(path: Path) -> list[str]:
 
 def _suffix(path: Path) -> str:
     lower = path.name.lower()
+    # A compressed Parquet file is not read; as ".gz" it comes to `_bytes`, which refuses it by its signature.
     return Path(lower.removesuffix(".gz")).suffix if not lower.endswith(".parquet.gz") else ".gz"
 
 
@@ -64,6 +65,7 @@ def _bytes(path: Path, name: str) -> bytes:
     raw = path.read_bytes()
     if raw.startswith(GZIP) or path.name.lower().endswith(".gz"):
         raw = gzip.decompress(raw)
+    # After decompression, because a .gz may hold any of them.
     for start, kind in OTHERS.items():
         if raw.startswith(start):
             raise InputError(f"text file {name} is {kind}: {KINDS}")
@@ -80,6 +82,7 @@ def _decoded(raw: bytes, name: str) -> str:
         raise InputError(
             f"text file {name}, line {line}, is not {encoding.upper()} ({error.reason}): save it as UTF-8"
         ) from error
+    # UTF-16 without a mark, like many binary files, is valid UTF-8 with NULs in it.
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise InputError(f"text file {name}, line {line}, has NUL characters, which no text has: {KINDS}")
@@ -101,6 +104,7 @@ def _is_json(text: str) -> bool:
     start = text.lstrip()
     if not start.startswith(("{", "[")):
         return False
+    # The first line alone is JSON Lines, the whole text is one JSON document.
     for part in (start.partition("\n")[0], start):
         try:
             value = json.loads(part)
@@ -119,6 +123,7 @@ def _json_rows(text: str, suffix: str, name: str) -> Iterator[str]:
         for number, row in enumerate(_parsed(text, f"text file {name}"), start=1):
             yield _text_of(row, f"object {number} of {name}")
         return
+    # Not `splitlines`: it also splits at U+2028, which a JSON string may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"line {number} of {name}"
@@ -153,6 +158,7 @@ def _text_of(row: Any, where: str) -> str:
 
 def _valid(text: str, where: str) -> str:
     try:
+        # json.loads takes half of a surrogate pair, such as "\ud800", which UTF-8 cannot hold.
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"

@@ -91,6 +91,7 @@ class Reach:
         """Tokens of a window: the given number or the default, at most the number of positions."""
         if given is None:
             return min(default, self.longest or default)
+        # RoPE goes on beyond the longest window; a learned position that does not exist has no embedding.
         return min(given, self.longest) if self.learned and self.longest else given
 
     def note(self, given: int | None, option: str) -> list[str]:
@@ -163,6 +164,7 @@ def load_windows(
     eval_text, eval_label = load_text(config.eval, "evaluation") if evaluated else ("", NONE)
     held_out, held_out_label = None, None
     if config.held_out == FROM_CALIB:
+        # The texts are cut before windows are drawn, so that no window spans both parts.
         cuts = [int(len(text) * CALIB_SHARE) for text in calib_texts]
         rest = "\n\n".join(text[cut:] for text, cut in zip(calib_texts, cuts, strict=True))
         calib_texts = [text[:cut] for text, cut in zip(calib_texts, cuts, strict=True)]
@@ -250,6 +252,7 @@ def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iter
         try:
             return _load_dataset(f"{DEFAULT_DATASET}@{SPLITS[purpose]}", streaming)
         except ResourceError:
+            # Only an unreachable Hub is replaced: a data set that is there and cannot be read stays an error.
             documents, label = _load(SHIPPED[purpose], purpose)
             return documents, f"{label} (WikiText-2 could not be fetched from the Hub)"
     if spec.startswith(PACKAGE):
@@ -260,6 +263,7 @@ def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iter
     path = expanded(spec)
     if path.is_file():
         return read_documents(path), plain(path.name)
+    # Such a name means a file; as the name of a data set it would be asked for on the Hub.
     if is_text_name(path.name) or spec.startswith((".", "/", "~")):
         raise InputError(f"{purpose} text {spec} not found: give an existing file or a data set name")
     return _load_dataset(spec, streaming)

@@ -42,6 +42,7 @@ def ordinary_tokens(tokenizer: Any, vocabulary: int | None = None) -> Tensor:
         InputError: there is none.
     """
     special = set(tokenizer.all_special_ids)
+    # Tokenizer and embedding may differ in size, and a token without a row cannot be embedded.
     count = min(tokenizer.vocab_size, tokenizer.vocab_size if vocabulary is None else vocabulary)
     ordinary = [token for token in range(count) if token not in special]
     if not ordinary:
@@ -52,6 +53,7 @@ def ordinary_tokens(tokenizer: Any, vocabulary: int | None = None) -> Tensor:
 def first_tokens(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer adds before a text (not those that it adds after one)."""
     bare, whole = (tokenise(tokenizer, "1", special) for special in (False, True))
+    # Found by its tokens, because a count alone would not tell tokens before the text from those after it.
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return whole[:start]

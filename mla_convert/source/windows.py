@@ -34,6 +34,7 @@ def evaluation_windows(
     Raises:
         InputError: the text is shorter than one window.
     """
+    # A long text is tokenised only as far as `count` windows can reach.
     ids = tokenise(tokenizer, text[: count * length * CHARACTERS_PER_TOKEN], special=True)
     windows = min(count, len(ids) // length)
     if not windows:
@@ -72,8 +73,11 @@ def calibration_windows(
     prefix = first_tokens(tokenizer)
     body = length - len(prefix)
     generator = torch.Generator().manual_seed(seed)
-    # distant windows first, if there is enough text: adjacent windows are highly correlated
+    # A piece may give a quarter more than an equal part: with equal parts, one short piece would leave the count
+    # unfilled.
     share = 5 * count // (4 * (1 + len(text) // PIECE))
+    # Distant windows first, if there is enough text, because adjacent ones are highly correlated: one window of each
+    # small piece, then a share of each large one, then all that there are.
     for characters, most in ((body * SPREAD_CHARACTERS, 1), (PIECE, share), (PIECE, None)):
         windows: list[list[int]] = []
         for piece in torch.randperm(-(-len(text) // characters), generator=generator).tolist():
@@ -124,6 +128,7 @@ def mixed_windows(
              for (text, label, _), want in zip(weighted, wanted, strict=True)]  # fmt: skip
     held = [0 if windows is None else len(windows) for windows in found]
     for index, (text, label, _) in enumerate(weighted):
+        # A text that filled its quota may hold more; one that did not has given all that it has.
         if (missing := count - sum(held)) and held[index] == wanted[index]:
             more = calibration_windows(text, tokenizer, held[index] + missing, length, seed, label, 0)
             found[index], held[index] = more, len(more)

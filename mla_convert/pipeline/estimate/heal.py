@@ -42,6 +42,7 @@ class HealWork:
 
     def memory(self, train: str, place: str) -> int:
         """Bytes held on one device; adapters are neglected."""
+        # As heal/run.py holds frozen weights: bfloat16 on a GPU, float32 on a CPU.
         frozen = 2 if place == "h100" else 4
         trained = {"all": self.weights, "attention": self.attention, "lora": self.attention // 10}[train]
         # only trained parameters exist twice: both models share the rest
@@ -55,6 +56,8 @@ class HealWork:
         used = self.weights - self.looked_up
         trained = {"all": used, "attention": self.attention, "lora": self.attention // 10}[train]
         mixing = float(length * self.layers)
+        # Two operations an element of weights for each of: the original, the converted model, its gradients by inputs,
+        # and those by trained weights. Causal mixing costs half of its length forward, and 2.5 times that back.
         return 2.0 * used + mixing * self.mixing_before + 4.0 * used + 2.0 * trained + 3.5 * mixing * self.mixing_after
 
 

@@ -51,6 +51,7 @@ class CacheSize:
 
     def largest_context(self, room: int, batch: int, limit: int) -> int:
         """Longest sequence in tokens, at most `limit`, when `batch` sequences share `room` bytes."""
+        # By bisection, because layers with a window stop growing at it.
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2

@@ -90,6 +90,7 @@ class LayerWork:
         shared += (
             samples * length * (12.0 * self.hidden**2 + 2 * forward(self.attention_before, self.mixing_before, length))
         )
+        # Decompositions are not shared: each process computes them all.
         own = 30.0 * self.hidden**3  # decompositions, in float64
         if run.measured:  # the layer forward, forward again and back; its attention at some fourteen sizes
             own += run.measured * 4 * forward(self.layer_before, self.mixing_before, length)

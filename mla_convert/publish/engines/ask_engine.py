@@ -29,6 +29,7 @@ def ask_transformers(model, asked):
             top = logp.topk(asked["top"])
             entries = [dict(zip(i.tolist(), v.tolist(), strict=True)) for v, i in zip(*top, strict=True)]
             for entry, line, token in zip(entries, logp, ids[1:], strict=True):
+                # The prompt's own next token is compared as well, whether or not it is among the likeliest.
                 entry[token] = float(line[token])
             tokens = net.generate(torch.tensor([ids]), max_new_tokens=asked["tokens"], do_sample=False, pad_token_id=0)
             found.append({"logprobs": entries, "greedy": tokens[0, len(ids) :].tolist()})
@@ -37,6 +38,7 @@ def ask_transformers(model, asked):
 
 def ask_vllm(model, asked):
     """Ask vllm.LLM, all prompts in one batch; with prefix caching a second time, so that the answers start from the cache."""
+    # The engine must live in this process: `vllm_setting` reads its configuration.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import vllm
     from vllm.platforms import current_platform
@@ -55,6 +57,7 @@ def ask_vllm(model, asked):
     if asked.get("memory"):
         options["gpu_memory_utilization"] = asked["memory"]
     if asked.get("chunk"):
+        # A step of vLLM has room for a token of every sequence at least.
         tokens = max(asked["chunk"], len(asked["prompts"]))
         options |= {"enable_chunked_prefill": True, "max_num_batched_tokens": tokens}
     longest = max(map(len, asked["prompts"])) + asked["tokens"] + 1
@@ -67,6 +70,7 @@ def ask_vllm(model, asked):
     prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
     sampling = vllm.SamplingParams(**common, prompt_logprobs=asked["top"])
     answers = engine.generate(prompts, sampling, use_tqdm=False)
+    # Without log-probabilities of the prompt, for which vLLM computes every position and reads no cached prefix.
     again = engine.generate(prompts, vllm.SamplingParams(**common), use_tqdm=False) if prefixes else answers
     found = []
     for answer, second in zip(answers, again, strict=True):
@@ -161,6 +165,8 @@ def _ask_server(port, ids, asked):
     common = {"temperature": 0.0, "cache_prompt": True, "n_probs": asked["top"], "post_sampling_probs": False,
               "return_tokens": True, "ignore_eos": False}  # fmt: skip
     lines = []
+    # llama-server gives probabilities of generated tokens alone, so that each prefix is a prompt of its own; its cache
+    # keeps what two of them share.
     for end in range(1, len(ids)):
         answer = _post(port, {**common, "prompt": ids[:end], "n_predict": 1})
         best = answer["completion_probabilities"][0]["top_logprobs"]

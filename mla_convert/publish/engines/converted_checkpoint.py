@@ -72,12 +72,14 @@ class Converted:
             )
 
     def _traits(self) -> ModelTraits:
+        # Buffers keep their values: RoPE's frequencies are read from them.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         rotary = model.model.rotary_emb
         return ModelTraits(
             theta=float((getattr(self.config, "rope_parameters", None) or {}).get("rope_theta", 1e4)),
             inv_freq=tuple(rotary.inv_freq.tolist()),
+            # The model multiplies both query and key by it, and their product has the square.
             rope_scale=float(rotary.attention_scaling) ** 2,
             softmax_scale=float(model.model.layers[0].self_attn.scaling),
         )

@@ -46,6 +46,7 @@ def served_config(config: Any, form: ServedForm) -> dict[str, Any]:
         "architectures": [CODE_CLASS if form.profile == "hf-code" else STOCK_CLASS],
         "model_type": "deepseek_v3",
         "dtype": form.dtype,
+        # The older name of `dtype`.
         "torch_dtype": form.dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -73,6 +74,7 @@ def served_config(config: Any, form: ServedForm) -> dict[str, Any]:
         "rope_interleave": True,
         "rope_theta": form.theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": form.theta},
+        # Layers before this index are dense: all of them.
         "first_k_dense_replace": layers,
         "moe_layer_freq": 1,
         "moe_intermediate_size": config.intermediate_size,

@@ -126,6 +126,7 @@ def export(
                 file = f"model-{number + 1:05d}-of-{len(model.layers) + 2:05d}.safetensors"
                 check_finite(tensors, most=math.inf)  # a latent norm's weight may be large, as its epsilon is
                 writer.write_shard(file, tensors)
+                # The first shard and the last one are no layers.
                 if 0 < number <= len(model.layers):
                     progress.layer_measured()
         finally:
@@ -140,6 +141,7 @@ def _plan(model: Converted, profile: Profile, dtype: str, pad: Pad, gguf: bool) 
     ranks = [config.layer_rank(index) for index in model.layers]
     widest = max(config.layer_nope_dim(index) for index in model.layers)
     if profile == "hf-code":
+        # The code has a table for each layer, so that planes stay where they are.
         slots, theta, rope_dim = [list(range(len(layer))) for layer in planes], traits.theta, 2 * max(map(len, planes))
     else:
         table = share_table(planes, list(traits.inv_freq), traits.theta, None if pad == "none" else TABLE)
@@ -151,6 +153,7 @@ def _plan(model: Converted, profile: Profile, dtype: str, pad: Pad, gguf: bool) 
     norms = _latent_norms(profile, bounds, eps)
     distortion = max(norm.distortion(bound) for norm, bound in zip(norms, bounds, strict=True))
     content = served_config(config, ServedForm(profile, sizes, dtype, theta, eps, gguf))
+    # Engines divide by the square root of a head's padded width; the queries make up for it.
     q_scale = traits.softmax_scale * math.sqrt(sizes.nope_dim + sizes.rope_dim)
     if profile == "hf-code":
         q_scale = 1.0
@@ -192,6 +195,7 @@ def _latent_norms(profile: Profile, bounds: list[float], eps: float) -> list[Lat
     """
     if profile == "hf-code":
         code_eps = CODE_EPS
+        # One epsilon serves all layers, because config.json has one.
         while max(bounds) / (2 * code_eps) > DISTORTION and code_eps < LARGEST_CODE_EPS:
             code_eps *= 4
         candidates = [LatentNorm.linear(code_eps, bound, 1.0, 1.0) for bound in bounds]
@@ -227,6 +231,7 @@ def _shards(model: Converted, form: _Form) -> Iterator[dict[str, Tensor]]:
     for index in model.layers:
         attention, features, rest = model.layer(index)
         served = served_attention(attention, form.layer(index))
+        # All that is added to the residual stream has the same factor, which the next norm takes out again.
         rest["mlp.down_proj.weight"] = _scaled(rest["mlp.down_proj.weight"], form.residual)
         if features:
             served["q_proj.weight"] = block_diagonal(served["q_proj.weight"], model.config.num_attention_heads)

@@ -46,6 +46,7 @@ class LatentNorm:
     @classmethod
     def linear(cls, eps: float, mean_square: float, largest: float, smallest: float) -> LatentNorm | None:
         """The norm of the largest alpha up to `largest` that distorts no more than DISTORTION; None below `smallest`."""
+        # A layer whose latent is always zero must not divide by zero.
         fits = math.sqrt(DISTORTION * 2 * eps / max(mean_square, 1e-30))
         alpha = min(largest, 2.0 ** math.floor(math.log2(fits)))
         return cls(alpha, eps) if alpha >= smallest else None
@@ -115,6 +116,7 @@ class Attention:
         The input is the output of an RMSNorm: norm_weight * x with |x|^2 <= d.
         """
         rows = self.kv_a[: self.rank] * norm_weight.double()
+        # By the Gram matrix (r, r), which is smaller than the rows (r, d); rounding can make its eigenvalue negative.
         size = (torch.linalg.eigvalsh(rows @ rows.T)[-1].clamp_min(0) * rows.shape[1]).sqrt()
         if self.kv_a_bias is not None:
             size = size + self.kv_a_bias[: self.rank].norm()

@@ -69,6 +69,7 @@ def padded(ranks: list[int], rope_dim: int, nope_dim: int, v_dim: int, pad: Pad)
         )
     if pad == "none":
         return Sizes(largest, max(rope_dim, 2), max(nope_dim, 1), v_dim)
+    # Ascending, as the heads below: the first that fits wastes least.
     rank = next((rank for rank in RANKS if rank >= largest and pad in ("auto", rank)), None)
     if rank is None:
         limit = RANKS[-1] if pad == "auto" else pad

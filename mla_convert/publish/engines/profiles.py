@@ -98,6 +98,7 @@ def _check_decoder(config: Any, label: str, family: str) -> None:
         )
     types = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None)
+    # Mistral's window holds for all layers where its configuration lists no types.
     sliding = "sliding_attention" in types or (family == "mistral" and window and not types)
     if sliding and window and window < config.max_position_embeddings:
         raise InputError(
@@ -130,9 +131,11 @@ def residual_scale(profile: Profile, eps: float, largest: float) -> tuple[float,
         eps: rms_norm_eps of the converted model.
         largest: largest magnitude of the weights that the factor multiplies.
     """
+    # An RMSNorm with epsilon s² eps gives for s x what one with eps gives for x.
     if profile == "portable":
         return math.sqrt(STOCK_EPS / eps), STOCK_EPS
     if profile == "hf-code":
         return 1.0, eps
+    # 32768 is the largest power of two below float16's limit, 65504.
     power = min(18, math.floor(math.log2(32768 / max(largest, 1e-30))))
     return 2.0**power, eps * 4.0**power

@@ -41,6 +41,7 @@ class QKNormFeatures:
             f"{FOLDER}k_norm.weight": self.k_norm,
         }
         if self.biases:
+            # The joint projection has a bias for all three or for none.
             empty = {letter: rows.new_zeros(len(rows)) for letter, rows in self.projections.items()}
             exported[f"{FOLDER}qkv_proj.bias"] = torch.cat([(empty | self.biases)[letter] for letter in "qkv"])
         return exported
@@ -51,6 +52,7 @@ class QKNormFeatures:
         rows = attention.kv_a[: attention.rank].double()
         keys = rows[:, :width] * self.k_norm.double().repeat(width // len(self.k_norm))
         values = rows[:, width:] @ self.projections["v"].double() * norm_weight.double()
+        # Keys and values are bounded by themselves and added, because only the keys are normed.
         size = torch.linalg.matrix_norm(keys, 2) * width**0.5
         size = size + torch.linalg.matrix_norm(values, 2) * len(norm_weight) ** 0.5
         if "v" in self.biases:

@@ -48,6 +48,8 @@ def share_table(layers: list[list[int]], inv_freq: list[float], theta: float, li
                 f"{CURE}"
             )
     used = {f for planes in layers for f in planes}
+    # Every step-th frequency of a source is again a power of one number. The divisor is 0 where only frequency 0 is
+    # kept.
     step = math.gcd(*used) or 1 if used else 1
     needed = max(used, default=0) // step + 1
     if limit is not None and needed > limit:

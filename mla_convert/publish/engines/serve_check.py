@@ -149,6 +149,7 @@ def serve_check(folder: Path, how: EngineRequest, against: Path | None = None) -
     prompts = fixed_prompts(load_tokenizer(original))
     dtype = _dtype(facts, how)
     answers = _ask(folder, how, prompts, facts["dtype"] if dtype == "gguf" else dtype)
+    # The reference is a precision above the tested one, whose own rounding then sets the limit.
     own, higher = (torch.float32, torch.float64) if dtype == "float32" else (torch.bfloat16, torch.float32)
     exact, greedy = _own_answers(original, prompts, higher)
     rounded, _ = _own_answers(original, prompts, own, continued=False)
@@ -157,6 +158,7 @@ def serve_check(folder: Path, how: EngineRequest, against: Path | None = None) -
     same = sum(found["greedy"] == own for found, own in zip(answers["prompts"], greedy, strict=True))
     limit = (EXACT if dtype == "float32" else EXACT + SLACK * rounding) if how.limit is None else how.limit
     again = sum(found["greedy"] == found.get("greedy_from_cache", found["greedy"]) for found in answers["prompts"])
+    # Rounding to bfloat16 alone can change a greedy token, so that there only the mean counts.
     ok = (largest <= limit and same == again == len(prompts)) if dtype == "float32" else mean <= limit
     cached = sum(found.get("cached_tokens", 0) for found in answers["prompts"])
     return Verdict(how.engine, answers["version"], answers["path"], facts["profile"], dtype, sum(map(len, exact)), largest,
@@ -222,6 +224,7 @@ def _dtype(facts: dict[str, Any], how: EngineRequest) -> str:
 def fixed_prompts(tokenizer: Any) -> list[list[int]]:
     """PROMPTS pieces of LENGTH tokens of the packaged evaluation text."""
     text, _ = load_text("package:mla_demo/evaluation.txt.gz", "evaluation")
+    # The text is longer than so many tokens need, and not all of it is tokenised.
     ids = tokenizer(text[: 40 * PROMPTS * LENGTH])["input_ids"]
     if len(ids) < PROMPTS * LENGTH:
         raise InputError(f"the tokenizer makes only {len(ids)} tokens of the packaged text: nothing to ask with")
@@ -253,6 +256,7 @@ def _ask(folder: Path, how: EngineRequest, prompts: list[list[int]], dtype: str)
             raise ResourceError(f"{how.engine} could not be asked: {_last_words(done.stderr) or done.returncode}")
         given = json.loads(answers.read_text(encoding="utf-8"))
     for entry in given["prompts"]:
+        # Keys of JSON are strings.
         entry["logprobs"] = [{int(token): value for token, value in line.items()} for line in entry["logprobs"]]
     return given
 

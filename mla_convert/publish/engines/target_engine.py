@@ -122,6 +122,7 @@ def _rank(config: ConvertConfig, source: Source, rope_dim: int) -> int:
     largest = source.shape.full_rank(rope_dim)
     fitting = [rank for rank in RANKS if rank <= largest and rank + ROPE_DIM <= kept * cache]
     if not fitting and config.kv_ratio is None:
+        # Where no fraction was asked for, the smallest rank will do if it saves anything.
         fitting = [rank for rank in RANKS[:1] if rank <= largest and rank + ROPE_DIM < cache]
     if not fitting:
         smallest = RANKS[0] + ROPE_DIM

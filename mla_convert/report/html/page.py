@@ -74,6 +74,7 @@ def page_text(report: Report) -> str:
 def write_sweep_page(content: JsonObject, file: Path) -> None:
     """Write the page of a sweep, from the content of its sweep.json."""
     sweep = SweepReport.model_validate(content)
+    # A curve has no place for a ratio that is not finite; the table below it says so.
     shown = [point for point in sweep.points if math.isfinite(point.ratio)]
     chosen = next((point for point in shown if point.name == sweep.chosen), None)
     mark = (100 * chosen.share, chosen.ratio) if chosen else None

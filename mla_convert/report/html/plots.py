@@ -41,6 +41,7 @@ def cache(section: CacheSection, heads: tuple[int, int] | None, width: int) -> C
                 "rect", css, f"{part}: {size} numbers", x=left, y=y, width=max(right - left - 1, 0), height=BAR, rx=2
             )
             if size:
+                # The label of a narrow part would cover the next one, which therefore moves to the right.
                 at = max(left, labels_end)
                 chart.text(at, y + BAR + 16, f"{part} {size}", "tick")
                 labels_end = at + 7.2 * len(f"{part} {size}") + 10
@@ -62,6 +63,7 @@ def contexts(section: CacheSection, width: int) -> Chart:
         chart.text(0, y + 20, format.context(context), "label")
         for row, (side, amount) in enumerate((("before", size.before), ("after", size.after))):
             top = y + row * 16
+            # At least a pixel wide: a bar of less could not be seen.
             chart.add("rect", side, f"{side}: {human_bytes(amount)}", x=52, y=top, width=max(x(amount) - 52, 1),
                       height=13, rx=2)  # fmt: skip
             chart.text(x(amount) + 6, top + 11, human_bytes(amount), "tick")
@@ -114,12 +116,14 @@ def energy(layers: Sequence[LayerEntry], width: int) -> Chart | None:
     every = [lost for values in series.values() for lost in values if lost is not None]
     if not every:
         return None
+    # A layer that loses nothing has no place on a logarithmic axis: it is drawn at its end.
     height, floor = 280, 1e-4
     low, high = max(min(every), floor) / 1.6, min(1.0, max(max(every), 2 * floor) * 1.6)
     names = {"rope_kept": "by decoupling RoPE", "rank_kept": "by the low rank"}
     worst = [f"{names[key]}: worst {1 - max(filter(None, lost)):.2%}" for key, lost in series.items() if any(lost)]
     chart = Chart(width, height, "Energy kept per layer", "; ".join(worst))
     x, step = _frame(chart, len(layers), height)
+    # From top to bottom, so that layers that keep more are higher.
     y = logarithmic((low, high), (TOP + 4, height - BOTTOM))
     for lost in decades(low, high):
         chart.line(LEFT, y(lost), width - RIGHT, y(lost), "grid")

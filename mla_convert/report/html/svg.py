@@ -115,6 +115,7 @@ def decades(low: float, high: float) -> list[float]:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5)):
         values = [10.0**exponent * factor for exponent in exponents for factor in factors]
+        # An end that is a power of ten must not be lost to rounding.
         inside = [value for value in values if low * 0.999 <= value <= high * 1.001]
         if len(inside) >= 3:
             break

@@ -40,6 +40,7 @@ def take_quantization(config: PreTrainedConfig, label: str) -> dict[str, Any] | 
         return None
     how = dict(how if isinstance(how, dict) else how.to_dict())
     method = how.get("quant_method")
+    # transformers gives some methods as an enum, others by name.
     how["quant_method"] = getattr(method, "value", method)
     if not can_dequantise(how):
         raise InputError(
@@ -62,6 +63,7 @@ class DequantisedReader:
     def __init__(self, stored: SafetensorsReader, quantization: dict[str, Any]):
         """Read from `stored`; `quantization` is the checkpoint's `quantization_config`."""
         self._stored = stored
+        # Without a statement, the blocks are those of the DeepSeek-V3 report, section 3.3.2.
         self._block = tuple(quantization.get("weight_block_size") or (128, 128))
         names = set(stored.names())
         self._scale_of = {
@@ -106,6 +108,7 @@ class DequantisedReader:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (exclusive) of one dequantised tensor."""
+        # Rows in general do not begin at a block's first row, so that the whole tensor is dequantised.
         if name in self._packed or name in self._scale_of:
             return self._dequantised(name)[start:stop]
         return self._stored.rows(name, start, stop)
@@ -117,6 +120,7 @@ class DequantisedReader:
             if blocks.shape[:-1] != scales.shape or blocks.shape[-1] * PER_BYTE != PER_SCALE:
                 raise InputError(f"{parts[0]} and {parts[1]} do not belong together: fetch the checkpoint again")
             return convert_moe_packed_tensors(blocks, scales, dtype=DTYPE)
+        # In float32, so that only the product is rounded to bfloat16.
         weight = self._stored.read([name])[name].float()
         scale = self._stored.read([self._scale_of[name]])[self._scale_of[name]].float()
         return (weight * self._spread(scale, weight.shape, name)).to(DTYPE)

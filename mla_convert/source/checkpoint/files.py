@@ -48,6 +48,7 @@ def weight_files(folder: Path) -> WeightFiles:
     if (folder / index).is_file():
         promised = _promised(folder, index)
         return WeightFiles(tuple(sorted(set(promised.values()))), promised, index)
+    # Only where there are no safetensors files: transformers prefers these, and ignores pickles beside them.
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         raise InputError(

@@ -78,6 +78,7 @@ def apply_metadata(config: PreTrainedConfig, file: GgufFile) -> list[str]:
     _set_biases(config, file)
     known = {*COUNTS, *NUMBERS, *HEAD, *WINDOW, SCALE, *HARMLESS, *set_rope(config, file, said)}
     for key, value in said.items():
+        # A value of 0, False or none switches its feature off, and so changes nothing.
         if key not in known and value:
             raise InputError(
                 f"{file.name} has {start}{key} = {value!r}, which transformers does not read and this conversion does not know: "
@@ -201,6 +202,7 @@ def _set_scale(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -
 
 def _set_biases(config: PreTrainedConfig, file: GgufFile) -> None:
     """Set the flags for biases: true if the first layer's projections have them."""
+    # A file whose other layers differ from the first one is refused later: its tensors are not the model's.
     for setting, names in (("attention_bias", ("attn_q", "attn_k", "attn_v")), ("mlp_bias", ("ffn_up",))):
         if hasattr(config, setting):
             setattr(config, setting, any(f"blk.0.{name}.bias" in file.tensors for name in names))

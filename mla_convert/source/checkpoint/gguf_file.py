@@ -159,6 +159,7 @@ def _read(path: Path) -> GgufHeader:
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}") from error
     except Exception as error:  # a damaged header can raise anything
         raise InputError(f"{path.name} cannot be read as GGUF: {one_line(error)}; fetch it again") from error
+    # The header keeps only the length of a long vocabulary; a short one is brought into the same form.
     tokens = header.metadata.get(VOCABULARY)
     header.metadata[VOCABULARY] = len(tokens) if isinstance(tokens, list) else tokens
     return header
@@ -196,6 +197,7 @@ def _join(headers: tuple[GgufHeader, ...], path: Path, weights: bool) -> None:
     first = headers[0]
     tensors = [(header, tensor) for header in headers for tensor in header.tensors.values()]
     with path.open("wb") as file, first.path.open("rb") as source:
+        # The pairs begin behind magic, version and two counts, 24 bytes that are written anew.
         spans = [(24, first.pairs_end)] if weights else [*first.pairs.values()]
         file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), first.count if weights else len(spans)))
         for begin, end in spans:

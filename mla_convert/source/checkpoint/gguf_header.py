@@ -123,6 +123,7 @@ class _Cursor:
         elif inner == STRING:
             self._skip_strings(count)
         else:
+            # The size of nested arrays is known only when they have been read.
             for _ in self._values(inner, count):
                 pass
         return count
@@ -131,6 +132,7 @@ class _Cursor:
         place, content, read = self.place, self.content, struct.Struct("<Q").unpack_from  # a vocabulary has 300,000
         for _ in range(count):
             place += 8 + read(content, place)[0]
+        # This checks the end of the file, once for all strings.
         self.skip(place - self.place)
 
     def _values(self, kind: int, count: int) -> Iterator[Any]:
@@ -150,6 +152,7 @@ def read_header(path: Path) -> GgufHeader:
             raise ValueError("GGUF magic invalid")
         cursor.skip(4)
         version = cursor.number("I")
+        # A small number in the other byte order has an empty lower half.
         if version and not version & 0xFFFF:
             raise ValueError("it is for computers of the other byte order")
         if version not in VERSIONS:
@@ -189,6 +192,7 @@ def _read_tensors(cursor: _Cursor, count: int) -> dict[str, tuple[tuple[int, ...
         name = cursor.string()
         if name in tensors:
             raise ValueError(f"tensor {name} stands in it twice")
+        # GGUF states the fastest dimension first, torch last.
         shape = tuple(reversed(cursor.numbers("Q", cursor.number("I"))))
         tensors[name] = (shape, GGMLQuantizationType(cursor.number("I")), cursor.number("Q"))
     return tensors

@@ -127,6 +127,8 @@ def _matched(file: GgufFile, config: PreTrainedConfig) -> GgufReader:
             if stored not in file.tensors:
                 raise InputError(f"tensor {stored} ({name}) is missing from {file.name}: fetch it again")
         sizes = [file.tensors[stored] for stored in names[name]]
+        # Numbers of elements, because the converter may change a tensor's layout; `GgufReader` compares shapes when it
+        # reads.
         if sum(map(prod, sizes)) != prod(shape):
             raise InputError(
                 f"tensor {names[name][0]} of {file.name} has shape {list(sizes[0])}, its metadata says {list(shape)}: they do not "

@@ -104,6 +104,7 @@ class GgufReader:
                 weights=weights, name=stored, tensor_key_mapping=self._names, parsed_parameters=parsed
             )
             if result.name in self._names:
+                # A copy, because unquantised values may be a view of the mapped file, which is read-only.
                 parsed["tensors"][self._names[result.name]] = torch.from_numpy(np.copy(result.weights))
         return parsed["tensors"][name].float()
 

@@ -52,6 +52,7 @@ def set_rope(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -> 
             raise InputError(f"{file.name} has {file.architecture}.{key} = 0: fetch it again")
     by_layer = config.rope_parameters.get("full_attention")
     main = dict(by_layer or config.rope_parameters)
+    # Of what transformers made of the file only base and width stay: scaling is set anew below.
     main = {key: main[key] for key in ("rope_theta", "partial_rotary_factor") if key in main} | {"rope_type": "default"}
     if given.get(BASE):
         main["rope_theta"] = float(given[BASE])
@@ -135,6 +136,7 @@ def _yarn(config: PreTrainedConfig, file: GgufFile, given: dict[str, Any], facto
     settings |= {name: float(given[key]) for key, name in RAMP.items() if given.get(key)}
     attention = float(given.get(ATTENTION) or 1.0) * float(given.get(YARN_ATTENTION) or 1.0)
     if attention != 1.0:
+        # llama.cpp multiplies these by YaRN's own factor, 1 + 0.1 ln(factor); transformers takes the product.
         settings["attention_factor"] = attention * (1 + 0.1 * log(factor))
     return settings
 
@@ -157,10 +159,14 @@ def _by_factors(
     if single and not (long or short):
         if all(factor == 1.0 for factor in single):
             return {}
+        # The file holds the factors alone. The known original context is tried first, then the one that the file
+        # states.
         for context in (LLAMA3_CONTEXT, original):
+            # The slowest frequencies are divided by the whole factor, so that the largest entry is it.
             known = {"factor": max(single), **LLAMA3, "original_max_position_embeddings": context}
             if context and _same(_llama3(theta, len(single), known), single):
                 return {"rope_type": "llama3", **known}
+        # Any other factors are LongRoPE without a difference between long and short text.
         return {"rope_type": "longrope", "short_factor": single, "long_factor": single, "attention_factor": 1.0,
                 "original_max_position_embeddings": config.max_position_embeddings}  # fmt: skip
     if single or not long or not short:

@@ -39,6 +39,7 @@ class ModelReader:
         self._stored = stored
         wanted = set(wanted)
         gate_up_down: tuple[str, ...] = family.experts or ()
+        # Experts without a gate have no part to fuse the up-projection with.
         into = "gate_up_proj" if len(gate_up_down) > 2 else "up_proj"
         prefix = family.layers.partition(".")[0] + "."
         self._plain: dict[str, str] = {}
@@ -51,6 +52,7 @@ class ModelReader:
                 new = new.replace(before, after)
             expert = EXPERT.fullmatch(new)
             inner = PART.sub("", new)
+            # From the least to the most changed name: the first that the model has counts.
             forms = (name, new, prefix + name, prefix + new, inner, prefix + inner)
             in_model = next((form for form in forms if form in wanted), None)
             part = next(

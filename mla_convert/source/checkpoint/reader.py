@@ -94,12 +94,14 @@ class SafetensorsReader:
     def _read_header(self, file: str, weights: WeightFiles) -> list[str]:
         """Register the tensors of one file. Returns the names of those that an earlier file has too."""
         with self._open(file) as shard:
+            # A dictionary serves as a set that keeps the file's order.
             held = dict.fromkeys(shard.keys())
             for name in (name for name, holder in weights.promised.items() if holder == file):
                 if name not in held:
                     raise InputError(
                         f"tensor {name} is missing from {file}, where {weights.index} says it is: fetch it again"
                     )
+            # Before the names are registered below, after which each would count as known.
             twice = [name for name in held if name in self._file_of]
             for name in held:
                 view = shard.get_slice(name)
@@ -181,6 +183,7 @@ def check_finite(
     """
     for name, tensor in tensors.items():
         parts = tensor.flatten().split(FINITE_CHUNK) if tensor.is_floating_point() else ()
+        # One pass finds NaN, infinity and the largest magnitude, without a mask of the tensor's size.
         for low, high in (part.aminmax() for part in parts if part.numel()):
             largest = max(-float(low), float(high))
             if not (math.isfinite(float(low)) and math.isfinite(largest)):

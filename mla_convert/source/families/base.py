@@ -210,6 +210,7 @@ class Family:
                 getattr(config, "rope_parameters", None) or {},
                 getattr(config, "layer_types", None) or (),
             )
+            # A type that is not mentioned has RoPE: only a stated None means none.
             has_rope = tuple(parameters.get(kind, "") is not None for kind in kinds)
         return None if all(has_rope) else has_rope
 
@@ -233,5 +234,6 @@ class Family:
         """
         for key, value in (ALWAYS | dict(self.requires)).items():
             configured = getattr(config, key, value)
+            # None, 0 and False all say that a feature is off.
             if (configured or None) != (value or None):
                 raise InputError(f"{label} has {key} = {configured}, which is not supported: it must be {value}")

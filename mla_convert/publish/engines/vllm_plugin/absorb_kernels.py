@@ -92,8 +92,10 @@ def absorb_and_write(
         query, up_key, latent, k_rope, cos, sin, cache, slots, q_latent, q_rope,
         tokens, heads, nope, rank, rope_dim // 2, query.stride(0), query.stride(1), up_key.stride(0), up_key.stride(1),
         latent.stride(0), k_rope.stride(0), cos.stride(0), sin.stride(0), cache.shape[-1],
+        # Triton's blocks are powers of two, and those of a product at least 16; masks cut them to size.
         TOKENS=TOKENS, NOPE=max(triton.next_power_of_2(nope), 16), RANK=RANK_BLOCK,
         WHOLE=triton.next_power_of_2(rank), PLANES=max(triton.next_power_of_2(rope_dim // 2), 1),
+        # TF32 would round float32 queries to 10 bits.
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     return q_latent, q_rope

@@ -107,6 +107,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.rows = row_format(config, index, self.kv_cache_dtype, self.cached_rank, self.cached_rope)
         self.form = kernel_format(self.rows) if self.rows else None
         self.kv_cache = torch.tensor([])
+        # vLLM allocates a cache for each layer in this table, and its operator finds the layer here.
         vllm_config.compilation_config.static_forward_context[name] = self
 
     def _make_parameters(self, config: Any, stock: nn.Module, prefix: str) -> None:
@@ -256,6 +257,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             cached = rows[group.rows]
             if self.rows:
                 cached = torch.cat(dequantise_rows(self.rows, cached, query.dtype), dim=-1)
+            # So many heads at a time that a long sequence expands to no more than `_occupy` has allocated.
             count = min(max(PREFILL_TOKENS * self.num_heads // len(cached), 1), self.num_heads)
             for head in range(0, self.num_heads, count):
                 chosen = slice(head, min(head + count, self.num_heads))

@@ -128,6 +128,7 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
             return last[1]
         common = common_attn_metadata
         threshold = self.reorder_batch_threshold or 1
+        # The decode kernel takes the same number of queries from every request.
         decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=threshold, require_uniform=threshold > 1
         )
@@ -187,6 +188,7 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
         query_starts = on_device([0, *queries]).cumsum(0)
         key_starts = on_device([0, *keys]).cumsum(0)
         total = sum(keys)
+        # With `output_size` the host need not wait for the device to know it.
         request = torch.repeat_interleave(
             torch.arange(len(members), device=self.device), on_device(keys), output_size=total
         )

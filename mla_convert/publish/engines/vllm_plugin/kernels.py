@@ -200,6 +200,7 @@ def attend(
     out = flash_attn_varlen_func(
         q=query, k=key, v=value, max_seqlen_q=max(query_lens), max_seqlen_k=max(key_lens), cu_seqlens_q=query_starts,
         cu_seqlens_k=key_starts, softmax_scale=scale, causal=True, softcap=softcap,
+        # FlashAttention counts the tokens before a query, our window the query's own as well.
         window_size=None if window is None else [window - 1, 0], fa_version=version,
     )  # fmt: skip
     return out[..., :v_dim]
@@ -230,6 +231,7 @@ def _attend_plain(
     queries, keys, values = query.split(query_lens), key.split(key_lens), value.split(key_lens)
     for q, k, v in zip(queries, keys, values, strict=True):
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        # `is_causal` aligns queries with the first keys, which is right only where there are as many.
         if softcap == 0 and window is None and q.shape[1] == k.shape[1]:
             parts.append(F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0])
             continue

@@ -61,6 +61,7 @@ class LatentModel(nn.Module):
         known = vllm_config.compilation_config.static_forward_context
         inside = {id(module) for module in stock.modules()}
         name = next(name for name, module in known.items() if id(module) in inside)
+        # The stock attention has registered itself; the new one takes its name.
         del known[name]
         path = f"{config.mla_layers}.{index}.{config.mla_attention}"
         attention = LatentAttention(

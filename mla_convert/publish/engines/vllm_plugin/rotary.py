@@ -26,6 +26,7 @@ class Reference:
             ValueError: RoPE that a table of frequencies does not describe.
         """
         kind = _rope_type(config, max_model_len)
+        # vLLM builds models with its device and dtype as defaults, in which the frequencies would be rounded.
         with torch.device("cpu"), init_empty_weights(include_buffers=False):
             before = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
@@ -78,6 +79,7 @@ class LatentRotary(nn.Module):
         self.places = [0] * len(self.planes)
         self.cos = self.sin = torch.empty(0)
         few = len(self.inv_freq)
+        # The planes are known when the weights are loaded; until then they are spread over the table.
         spread = [[plane * few // count * self.stride for plane in range(count)] for count in self.planes]
         self.register_buffer("frequencies", torch.empty(0), persistent=False)
         self.place(spread)

@@ -51,6 +51,7 @@ class AttentionWeights:
         label = f"{self.attention.layer_name}: tensor {name}"
         if name not in self.places:
             raise ValueError(f"{label} has no place in the converted attention, or is there twice")
+        # Taken out, so that a second tensor of that name is refused and the rest are those that are missing.
         shape, place = self.places.pop(name)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{label} has shape {tuple(tensor.shape)}, expected {shape}")
