@@ -30,7 +30,7 @@ from mla_convert.method.factorise.layer import build_attention, factorise_layer,
 from mla_convert.method.factorise.sizes import GROUP, CacheFormat, LayerSize, Plan
 from mla_convert.modeling.quantised_latent_mla import KINDS
 from mla_convert.pipeline import streamed
-from mla_convert.pipeline.layers import open_streams
+from mla_convert.pipeline.streams import open_streams
 from mla_convert.source import texts
 from mla_convert.source.shape import AttentionShape
 from mla_convert.source.source import open_source

@@ -66,7 +66,7 @@ def compress(source: Source, attention: nn.Module, statistics: Statistics, rank:
     key_cost = attention.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, moment)
     costs = [rotated_mean(key_cost, statistics), o_heads.mT @ o_heads]
     blocks = [block for cost in costs for block in cost.unflatten(0, (shape.num_kv_heads, -1)).sum(1)]
-    encode, decode, _ = _latent(rows @ tokens @ rows.T, torch.block_diag(*blocks), rank)
+    encode, decode, *_ = _latent(rows @ tokens @ rows.T, torch.block_diag(*blocks), rank)
     k, v = (decode @ (encode @ rows)).chunk(2)
     # in the order of rows of the stock module
     order = half_split(shape.head_dim, 2 * rotation.num_rotary_freqs, family.interleaved).argsort().to(k.device)

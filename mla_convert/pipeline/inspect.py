@@ -255,6 +255,8 @@ def _converted(label: str, revision: str | None, config: JsonObject, report: Jso
         converted = config.get("mla_converted_layers") or range(layers)
         sizes = [config.get(f"{name}s") or [config[name]] * layers for name in ("kv_lora_rank", "qk_rope_head_dim")]
         # By `type`, because isinstance would take true and false of a damaged file for integers.
+        if not isinstance(config.get("latent_cache") or {}, dict):
+            raise ValueError("latent_cache is no object")
         if not (layers == len(sizes[0]) == len(sizes[1])) or not all(
             type(size) is int for each in sizes for size in each
         ):

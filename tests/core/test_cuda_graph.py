@@ -12,7 +12,7 @@ def recorder(close=None):
     """A stand-in for torch.cuda.graph that raises `close` when it is closed after an error."""
 
     @contextlib.contextmanager
-    def graph(_, pool=None):
+    def graph(_, pool=None, capture_error_mode="global"):
         try:
             yield
         except RuntimeError:

@@ -78,8 +78,9 @@ def test_sizes_that_are_served():
 
 def test_rows_are_copied_whole_where_they_lie_side_by_side():
     """Otherwise each for itself, an odd multiple of 16 bytes apart in shared memory."""
-    for rank, page_size, whole in ((512, 0, True), (512, 64, True), (512, 16, False), (528, 0, False)):
-        problem = small_problem(rank, 64, RowFormat(rank - 512, 0, 128), page_size=page_size)
+    odd, even = RowFormat(0, 0, 128), RowFormat(0, 0, 64, 1)  # rows of 25 and 22 times 16 bytes
+    for form, page_size, whole in ((odd, 0, True), (odd, 64, True), (odd, 16, False), (even, 0, False)):
+        problem = small_problem(512, 64, form, page_size=page_size)
         constants = constants_of(problem, packed_hopper_config(problem))
         assert constants["ROWWISE"] == (not whole) and constants["STRIDE"] // 16 % 2 == 1
 

@@ -52,7 +52,7 @@ def test_norm_gets_the_stock_shape(over, shape):
 def model(implementation):
     config = SimpleNamespace(_attn_implementation=implementation)
     config.get_text_config = lambda: config
-    return SimpleNamespace(config=config)
+    return SimpleNamespace(config=config, _supports_attention_backend=True)
 
 
 def test_backend_is_switched_within_the_context():

@@ -134,9 +134,9 @@ def test_documents_of_one_token_are_healed_on_together(tmp_path):
     from mla_convert.heal.data import cut, make_corpus, open_corpus
 
     rows = "".join(json.dumps({"text": sign}) + "\n" for sign in pico.text(400) if sign.isascii())
-    label = make_corpus(str(write(tmp_path, "signs.jsonl", rows)), pico.tokenizer(), 300, tmp_path / "corpus")
+    labels = make_corpus(str(write(tmp_path, "signs.jsonl", rows)), pico.tokenizer(), 300, tmp_path / "corpus")
     corpus = open_corpus(tmp_path / "corpus")
-    assert label == "signs.jsonl" and len(corpus.ids) == 300
+    assert labels == ["signs.jsonl"] and len(corpus.ids) == 300
     batch = cut(corpus, [0, 32], 32)
     assert (batch.labels >= 0).sum() > 16, "there is something to foretell in every window"
     with pytest.raises(InputError, match="two tokens"):
