@@ -19,35 +19,39 @@ EXAMPLE = "mla-convert llama-8b --rank 512 --out llama-8b-mla"
 OUT_OF_MEMORY = "out of memory: lower --calib-samples, --calib-length or --refine-batch"
 
 
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Convert in N processes, one for each GPU of this host (with --device cpu: on its cores).",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REPO",
+        help="Then push to this repository (owner/name), as `push` does. The token is checked before the conversion.",
+        rich_help_panel=HUB,
+        show_default=False,
+    ),
+]
+
+
 @from_settings(ConvertConfig, skip=("source",))
 def convert(
     *,
     source: Source = None,
     recipe: RecipeName = None,
     settings: dict[str, Any],
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Convert in N processes, one for each GPU of this host (with --device cpu: on its cores).",
-            rich_help_panel=RUN,
-            show_default=False,
-        ),
-    ] = None,
+    gpus: Gpus = None,
     json_: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON on stdout.", rich_help_panel=RUN)
     ] = False,
     export: Export = None,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REPO",
-            help="Then push to this repository (owner/name), as `push` does. The token is checked before the conversion.",
-            rich_help_panel=HUB,
-            show_default=False,
-        ),
-    ] = None,
+    push_to_hub: PushToHub = None,
     private: Private = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
