@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 
 from mla_convert.core.errors import Interrupted, ResourceError, UsageError
+from mla_convert.core.world import world_rank, world_size
 
 STARTED = "MLA_CONVERT_STARTED_BY"
 # Seconds for the first process to clean up when it is interrupted, and for the others when one has failed.
@@ -30,12 +31,12 @@ PR_SET_PDEATHSIG = 1
 
 def launched() -> bool:
     """Whether this process is one of several, by the environment."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return world_size() > 1
 
 
 def follows() -> bool:
     """Whether this is one of several processes, and not the first, which alone prints."""
-    return launched() and os.environ.get("RANK", "0") != "0"
+    return launched() and world_rank() != 0
 
 
 def started() -> bool:
@@ -67,8 +68,8 @@ def check_count(gpus: int | None) -> bool:
     """
     if gpus is None or not launched():
         return gpus is not None and gpus > 1
-    if int(os.environ["WORLD_SIZE"]) != gpus:
-        raise UsageError(f"--gpus {gpus} in {os.environ['WORLD_SIZE']} processes: the launcher has chosen their number")
+    if world_size() != gpus:
+        raise UsageError(f"--gpus {gpus} in {world_size()} processes: the launcher has chosen their number")
     return False
 
 

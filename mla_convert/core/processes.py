@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mla_convert.core.errors import PeerLost, ResourceError, UsageError
 from mla_convert.core.runtime import pick_device
+from mla_convert.core.world import world_rank, world_size
 
 Result = TypeVar("Result")
 
@@ -121,11 +122,6 @@ def alone(device: torch.device) -> Processes:
     return Processes(device)
 
 
-def launched() -> int:
-    """Number of processes that this one was started with, by the environment."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
 def join(device: str) -> Processes:
     """The processes that this one was started with; where it is the only one, on the device of that name.
 
@@ -133,7 +129,7 @@ def join(device: str) -> Processes:
         UsageError: A single device is named for several processes.
         ResourceError: There are fewer GPUs than processes, or the processes do not find each other.
     """
-    picked, count = pick_device(device), launched()
+    picked, count = pick_device(device), world_size()
     if count == 1:
         return alone(picked)
     if picked.index is not None:
@@ -172,10 +168,10 @@ def _reaching_all() -> Iterator[None]:
 
 def first_to_fail() -> bool:
     """Whether no other process of this run has failed before, so that one error is printed once."""
-    if launched() == 1:
+    if world_size() == 1:
         return True
     if not (dist.is_available() and dist.is_initialized()):  # all processes have failed in the same way
-        return os.environ.get("RANK", "0") == "0"
+        return world_rank() == 0
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=STORE_SECONDS))

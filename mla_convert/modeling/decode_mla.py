@@ -116,7 +116,7 @@ def kernel_refusal(
     if rank % 16 or not 16 <= rank <= most or rope_dim % 16 or rope_dim > 128 or heads > 128:
         limits = f"multiples of 16 up to {most} and 128, and up to 128"
         return f"rank {rank}, rope dimension {rope_dim} and {heads} heads are not {limits}"
-    if dtype not in DTYPES or dtype != (dtype if packed_rank else latent.dtype):
+    if dtype not in DTYPES or (not packed_rank and dtype != latent.dtype):
         return f"queries are {dtype} and the cache is {latent.dtype}"
     if torch.is_grad_enabled() and needs_grad:
         return "gradients are required, which the kernels do not compute"

@@ -6,6 +6,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
+from mla_convert.modeling.configuration_mla import MODEL_TYPE
 from mla_convert.modeling.decode_mla import cache_names
 from mla_convert.source.families import DECODER, FAMILIES
 
@@ -20,7 +21,7 @@ def fixed_state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
         config: of a stock or a converted model.
         dtype: of the model.
     """
-    family = FAMILIES.get(config.get_text_config().model_type.removeprefix("mla_"))
+    family = FAMILIES.get(config.get_text_config().model_type.removeprefix(MODEL_TYPE))
     if family is None or family.state_mixer is None:
         return 0
     with init_empty_weights(include_buffers=True):

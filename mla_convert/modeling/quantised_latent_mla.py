@@ -24,8 +24,8 @@ from .decode_mla import cache_layer, rotate_planes, write_static
 
 KINDS = ("fp8", "int8", "int4", "mixed")
 ROPE_KINDS = ("bf16", "fp8", "int8")
-# Version of the rows, in the configuration's `latent_cache`.
-VERSION = 1
+# Version of the rows, in the configuration's `latent_cache`; and the fields that all formats have there.
+VERSION, FIELDS = 1, {"version", "kind", "group", "rope"}
 # Bytes that every section and row is a multiple of: the width of a vector load.
 ALIGN = 16
 # Least and most channels of a group; a group may also be the whole section.
@@ -133,19 +133,22 @@ def layer_format(config: Any, layer_idx: int) -> LatentFormat | None:
     given = getattr(config, "latent_cache", None)
     if given is None:
         return None
-    known = {"version", "kind", "group", "wide", "rope", "basis"}
-    if not isinstance(given, dict) or given.get("version") != VERSION or set(given) - known:
+    if not isinstance(given, dict) or given.get("version") != VERSION or given.keys() - {"wide"} != FIELDS:
         raise ValueError(
             f"config.json has latent_cache {given!r}, and this code knows version {VERSION}: `mla-convert refresh` renews it"
         )
     wide = given.get("wide")
+    if (given["kind"] == "mixed") != isinstance(wide, list) or (wide and len(wide) != config.num_hidden_layers):
+        raise ValueError(
+            f"config.json has latent_cache {given!r}: a mixed cache, and no other, states wide for every layer"
+        )
     return LatentFormat(
         kind=given["kind"],
         rank=config.layer_rank(layer_idx),
         rope_dim=config.layer_rope_dim(layer_idx),
-        group=given.get("group", 0),
-        wide=-1 if wide is None else wide[layer_idx],
-        rope=given.get("rope", "bf16"),
+        group=given["group"],
+        wide=wide[layer_idx] if wide else -1,
+        rope=given["rope"],
     )
 
 

@@ -120,6 +120,15 @@ def test_text_is_escaped(report):
     assert "&lt;b&gt;&amp;model" in html and "<script>" not in html
 
 
+def test_charts_number_the_layers_of_a_hybrid_as_its_model_does(report):
+    hybrid = json.loads(json.dumps(report))
+    for place, layer in enumerate(hybrid["layers"]):
+        layer["layer"] = 4 * place + 3
+    words = [title.text for figure in figures(page(hybrid)) for title in figure.iter() if title.tag.endswith("title")]
+    numbered = {int(found) for text in words for found in re.findall(r"layer (\d+)[,:]", text or "")}
+    assert numbered == {4 * place + 3 for place in range(len(hybrid["layers"]))}
+
+
 def test_layers_that_differ_are_drawn(report):
     layers = [{**layer, "kv_lora_rank": 8 + 2 * index} for index, layer in enumerate(report["layers"])]
     found = labels(page({**report, "layers": layers}))

@@ -15,7 +15,7 @@ from mla_convert.method.calibrate.layerwise import Rotation
 from mla_convert.method.calibrate.statistics import Statistics
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, factorise
-from mla_convert.modeling.configuration_mla import PREFIX, config_class
+from mla_convert.modeling.configuration_mla import MODEL_TYPE, config_class
 from mla_convert.modeling.decode_mla import softmax_scale
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.families import FAMILIES, Family
@@ -260,7 +260,7 @@ def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.de
     module = module.to_empty(device=device).float().eval()
     prefixes = tuple(f"{name}." for name in kept | ({"q_proj", "k_proj", "v_proj"} if module.normed else set()))
     state = {name: t for name, t in stock.state_dict().items() if name in kept or name.startswith(prefixes)}
-    family = FAMILIES[config.model_type.removeprefix(PREFIX.lower() + "_")]
+    family = FAMILIES[config.model_type.removeprefix(MODEL_TYPE)]
     if module.normed and family.fused:
         width, heads, groups = config.v_head_dim, config.num_attention_heads, kv_heads(config)
         whole = attention_parts(

@@ -269,13 +269,13 @@ def _tables(report: Report) -> list[tuple[str, Table]]:
     """The tables under Details."""
     layers = [
         (
-            str(index if layer.layer is None else layer.layer),
+            str(number),
             f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}",
             format.percent(layer.energy.rope_kept if layer.energy else None, 3),
             format.percent(layer.energy.rank_kept if layer.energy else None, 3),
             *map(format.scientific, (layer.output_error_closed_form, layer.output_error, layer.residual_error)),
         )
-        for index, layer in enumerate(report.layers)
+        for number, layer in zip(plots.numbers(report.layers), report.layers, strict=True)
     ]
     tables = [("Every layer in figures", Table(LAYER_COLUMNS, layers, align="r" * len(LAYER_COLUMNS)))]
     entries: tuple[tuple[str, dict[str, Any]], ...] = (

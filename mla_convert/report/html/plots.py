@@ -98,13 +98,18 @@ def perplexity(evaluation: Comparison, width: int) -> Chart | None:
     return chart
 
 
-def _frame(chart: Chart, layers: int, height: int) -> tuple[Callable[[float], float], float]:
-    """Draw the axis of layers below a plot; returns its scale and the width of one layer."""
-    x = linear((-0.5, layers - 0.5), (LEFT, chart.width - RIGHT))
-    for layer in layer_ticks(layers, 7 if chart.width < 500 else 12):
-        chart.text(x(layer), height - BOTTOM + 18, str(layer), "tick", "middle")
+def numbers(layers: Sequence[LayerEntry]) -> list[int]:
+    """The number of each layer in its model: in a hybrid, not all layers are converted."""
+    return [index if layer.layer is None else layer.layer for index, layer in enumerate(layers)]
+
+
+def _frame(chart: Chart, layers: Sequence[LayerEntry], height: int) -> tuple[Callable[[float], float], float]:
+    """Draw the axis of layers below a plot; returns its scale over their places and the width of one layer."""
+    x = linear((-0.5, len(layers) - 0.5), (LEFT, chart.width - RIGHT))
+    for place in layer_ticks(len(layers), 7 if chart.width < 500 else 12):
+        chart.text(x(place), height - BOTTOM + 18, str(numbers(layers)[place]), "tick", "middle")
     chart.text((LEFT + chart.width - RIGHT) / 2, height - 6, "layer", "axis", "middle")
-    return x, (chart.width - LEFT - RIGHT) / layers
+    return x, (chart.width - LEFT - RIGHT) / len(layers)
 
 
 def energy(layers: Sequence[LayerEntry], width: int) -> Chart | None:
@@ -122,7 +127,7 @@ def energy(layers: Sequence[LayerEntry], width: int) -> Chart | None:
     names = {"rope_kept": "by decoupling RoPE", "rank_kept": "by the low rank"}
     worst = [f"{names[key]}: worst {1 - max(filter(None, lost)):.2%}" for key, lost in series.items() if any(lost)]
     chart = Chart(width, height, "Energy kept per layer", "; ".join(worst))
-    x, step = _frame(chart, len(layers), height)
+    x, step = _frame(chart, layers, height)
     # From top to bottom, so that layers that keep more are higher.
     y = logarithmic((low, high), (TOP + 4, height - BOTTOM))
     for lost in decades(low, high):
@@ -132,8 +137,8 @@ def energy(layers: Sequence[LayerEntry], width: int) -> Chart | None:
         points = [(index, lost) for index, lost in enumerate(values) if lost is not None]
         chart.path([(x(index), y(max(lost, low))) for index, lost in points], f"{css} thin")
         for index, lost in points:
-            chart.add("circle", css, f"layer {index}: {1 - lost:.3%} kept {names[key]}", cx=x(index), cy=y(max(lost, low)),
-                       r=min(4, max(1.5, step / 3)))  # fmt: skip
+            words = f"layer {numbers(layers)[index]}: {1 - lost:.3%} kept {names[key]}"
+            chart.add("circle", css, words, cx=x(index), cy=y(max(lost, low)), r=min(4, max(1.5, step / 3)))
     chart.text(11, (TOP + height - BOTTOM) / 2, "energy kept", "axis", "middle", turn=True)
     return chart
 
@@ -166,23 +171,24 @@ def errors(layers: Sequence[LayerEntry], closed_form: str, refined: str, width: 
     low, high = min(every) / 1.5, max(every) * 1.5
     worst = max((pair[1] or pair[0] or 0, index) for index, *pair in rows)
     chart = Chart(width, height, f"{axis.capitalize()} per layer",
-                    f"Largest after refinement: {worst[0]:.2g} in layer {worst[1]}.")  # fmt: skip
-    x, step = _frame(chart, len(layers), height)
+                    f"Largest after refinement: {worst[0]:.2g} in layer {numbers(layers)[worst[1]]}.")  # fmt: skip
+    x, step = _frame(chart, layers, height)
     y = logarithmic((low, high), (height - BOTTOM, TOP))
     for mark in decades(low, high):
         chart.line(LEFT, y(mark), width - RIGHT, y(mark), "grid")
         chart.text(LEFT - 8, y(mark) + 4, _power(mark), "tick", "end")
     radius = min(4.5, max(1.6, step / 3))
     for index, first, last in rows:
+        number = numbers(layers)[index]
         both = first and last and abs(first / last - 1) > 1e-6
         if first and last and both:
             chart.line(x(index), y(first), x(index), y(last), "link")
             chart.add(
-                "circle", "hollow", f"layer {index}, closed form: {first:.2e}", cx=x(index), cy=y(first), r=radius
+                "circle", "hollow", f"layer {number}, closed form: {first:.2e}", cx=x(index), cy=y(first), r=radius
             )
         if value := last or first:
             name = "refined" if both else "closed form"
-            chart.add("circle", "after", f"layer {index}, {name}: {value:.2e}", cx=x(index), cy=y(value), r=radius)
+            chart.add("circle", "after", f"layer {number}, {name}: {value:.2e}", cx=x(index), cy=y(value), r=radius)
     chart.text(11, (TOP + height - BOTTOM) / 2, axis, "axis", "middle", turn=True)
     return chart
 
@@ -213,13 +219,13 @@ def planes(layers: Sequence[LayerEntry], frequencies: int, width: int) -> Chart 
     total = sum(sum(counter.values()) for counter in counts)
     chart = Chart(width, height, "Planes that stayed rotary",
                     f"{total} planes in {len(layers)} layers, at most {most} at one frequency of one layer.")  # fmt: skip
-    x, step = _frame(chart, len(layers), height)
+    x, step = _frame(chart, layers, height)
     gap = 1.0 if min(step, row) > 5 else 0.4
     chart.add("rect", "empty", x=LEFT, y=top, width=width - LEFT - RIGHT, height=row * frequencies)
     for index, counter in enumerate(counts):
         left = x(index - 0.5)
         for frequency, count in sorted(counter.items()):
-            words = f"layer {index}, frequency {frequency}: {count} plane{'s' * (count > 1)}"
+            words = f"layer {numbers(layers)[index]}, frequency {frequency}: {count} plane{'s' * (count > 1)}"
             # thousands of cells: titles would double the page, and on a phone no pointer hovers
             chart.add("rect", "plane", words if width >= 500 else "",
                        x=left + gap / 2, y=top + row * frequency + gap / 2, width=step - gap, height=row - gap,
@@ -249,7 +255,7 @@ def sizes(layers: Sequence[LayerEntry], width: int) -> Chart:
     height, top = 220, max(rank + rope for rank, rope in pairs)
     chart = Chart(width, height, "Cache per layer",
                     f"From {min(map(sum, pairs))} to {top} numbers per token.")  # fmt: skip
-    x, step = _frame(chart, len(layers), height)
+    x, step = _frame(chart, layers, height)
     y = linear((0, top), (height - BOTTOM, TOP))
     for mark in ticks(0, top, 4):
         chart.line(LEFT, y(mark), width - RIGHT, y(mark), "grid")
@@ -257,7 +263,8 @@ def sizes(layers: Sequence[LayerEntry], width: int) -> Chart:
     gap = 1.0 if step > 5 else 0.3
     for index, (rank, rope) in enumerate(pairs):
         for css, start, size, name in (("after", 0, rank, "latent"), ("rotary", rank, rope, "rotary key")):
-            chart.add("rect", css, f"layer {index}, {name}: {size}", x=x(index - 0.5) + gap / 2, y=y(start + size),
+            words = f"layer {numbers(layers)[index]}, {name}: {size}"
+            chart.add("rect", css, words, x=x(index - 0.5) + gap / 2, y=y(start + size),
                        width=step - gap, height=max(y(start) - y(start + size), 0))  # fmt: skip
     chart.text(11, (TOP + height - BOTTOM) / 2, "numbers per token", "axis", "middle", turn=True)
     return chart

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from mla_convert.modeling.configuration_mla import PREFIX
+from mla_convert.modeling.configuration_mla import MODEL_TYPE, PREFIX
 from mla_convert.publish.engines.vllm_plugin.attention import FP8, LatentAttention, padded_planes
 from mla_convert.publish.engines.vllm_plugin.entry import foreign_fields, refusal, serves
 from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary, Reference
@@ -47,7 +47,7 @@ class LatentModel(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         reference = Reference(config, vllm_config.model_config.max_model_len)
         planes = [padded_planes(config.layer_rope_dim(index)) for index in range(config.num_hidden_layers)]
-        self.latent_rotary = LatentRotary(reference, config.model_type.removeprefix("mla_"), planes)
+        self.latent_rotary = LatentRotary(reference, config.model_type.removeprefix(MODEL_TYPE), planes)
         self.latent_layers: dict[int, str] = {}
         layers: Any = self.get_submodule(config.mla_layers)
         for index, layer in enumerate(layers):
@@ -116,7 +116,7 @@ def check_deployment(config: Any, vllm_config: Any) -> None:
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    kind = config.model_type.removeprefix("mla_")
+    kind = config.model_type.removeprefix(MODEL_TYPE)
     foreign = foreign_fields(config)
     reasons = [
         (not serves(vllm.__version__), refusal(vllm.__version__)),
