@@ -233,7 +233,7 @@ class Warnings:
 
 @dataclass(frozen=True)
 class Advice:
-    """What measured conversions say about the plan."""
+    """Advice from measured conversions of other models."""
 
     lines: list[str]
 

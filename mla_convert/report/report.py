@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 from mla_convert.core.report_file import mean
 from mla_convert.core.report_schema import CacheSection, Report, Sides, SourceSection
+from mla_convert.core.units import human_bytes
 from mla_convert.method.factorise.sizes import Plan
+from mla_convert.report import format
 from mla_convert.source.shape import AttentionShape
 
-__all__ = ["CONTEXTS", "Report", "cache_section", "source_section"]
+__all__ = ["CONTEXTS", "Report", "cache_section", "fixed_state_rows", "source_section"]
 
 CONTEXTS = (4096, 32768, 131072)
 
@@ -86,3 +88,15 @@ def cache_section(plan: Plan, itemsize: int, windows: list[int | None], fixed_by
         **({"latent_cache": plan.latent_cache} if quantised else {}),
         **hybrid,
     )
+
+
+def fixed_state_rows(cache: CacheSection) -> list[tuple[str, str, str, str]]:
+    """Of a hybrid model: the states that do not grow with the context, and the share of the whole cache that does."""
+    if cache.fixed_bytes is None or not cache.growing_share_at_context:
+        return []
+    context, share = next(iter(cache.growing_share_at_context.items()))
+    fixed = human_bytes(cache.fixed_bytes)
+    return [
+        ("states that do not grow, a sequence", fixed, fixed, ""),
+        (f"share of the whole that grows, {format.context(context)}", f"{share.before:.1%}", f"{share.after:.1%}", ""),
+    ]

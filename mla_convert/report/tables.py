@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mla_convert.core.report_schema import CacheSection, Comparison, Measurement, Report
+from mla_convert.core.report_schema import Comparison, Measurement, Report
 from mla_convert.core.units import human_bytes, human_tokens
 from mla_convert.evaluate.quality.evaluation import Evaluation
 from mla_convert.report import format
@@ -19,6 +19,7 @@ from mla_convert.report.quality_rows import (
     suite_conditions,
     suite_rows,
 )
+from mla_convert.report.report import fixed_state_rows
 from mla_convert.report.table import Table, print_lines
 
 COLUMNS = ("", "before", "after", "change")
@@ -49,18 +50,6 @@ def report_table(report: Report, title: str = "") -> Table:
     if evaluation.held_out:
         rows.append(_perplexity_row("perplexity, held-out text", evaluation.held_out))
     return Table(COLUMNS, [*rows, *suite_rows(evaluation.suite)], title)
-
-
-def fixed_state_rows(cache: CacheSection) -> list[Row]:
-    """Of a hybrid model: the states that do not grow with the context, and the share of the whole cache that does."""
-    if cache.fixed_bytes is None or not cache.growing_share_at_context:
-        return []
-    context, share = next(iter(cache.growing_share_at_context.items()))
-    fixed = human_bytes(cache.fixed_bytes)
-    return [
-        ("states that do not grow, a sequence", fixed, fixed, ""),
-        (f"share of the whole that grows, {format.context(context)}", f"{share.before:.1%}", f"{share.after:.1%}", ""),
-    ]
 
 
 def _perplexity_row(name: str, measured: Comparison) -> Row:

@@ -66,9 +66,8 @@ class Windows:
                 "heal_data": config.heal_data and ", ".join(map(str, healed))}  # fmt: skip
 
     def calib_protocol(self, generated: int = 0) -> str:
-        """The calibration windows in words; `generated`: those that the model generates beside them."""
-        more = f", and {generated} that the original generates" if generated else ""
-        return f"{self.calib_text}, {self.calib.shape[0]} windows of {self.calib.shape[1]} tokens{more}"
+        """All calibration windows in words; `generated`: those among them that the model generates itself."""
+        return f"{self.calib_text}, {len(self.calib) + generated} windows of {self.calib.shape[1]} tokens"
 
     @property
     def eval_protocol(self) -> str:

@@ -129,6 +129,26 @@ def test_charts_number_the_layers_of_a_hybrid_as_its_model_does(report):
     assert numbered == {4 * place + 3 for place in range(len(hybrid["layers"]))}
 
 
+def test_the_cache_in_words(report):
+    plain = page(report)
+    assert "in the cache of every layer, and now leaves 16, of 4 bytes each." in plain
+    packed = json.loads(json.dumps(report))
+    packed["cache"] |= {
+        "bytes_per_number": 3.0,
+        "latent_cache": {"version": 1, "kind": "int4", "group": 0, "rope": "fp8"},
+    }
+    assert "now leaves 16 in int4, packed in 48 bytes with their scales." in page(packed)
+    hybrid = json.loads(json.dumps(report))
+    hybrid["cache"] |= {
+        "layers": 2,
+        "fixed_bytes": 3000,
+        "growing_share_at_context": {"4096": {"before": 0.9, "after": 0.8}},
+    }
+    words = page(hybrid)
+    assert "in the cache of every layer with attention" in words and "The states of the other layers, 3.0 kB" in words
+    assert "share of the whole that grows, 4k: 90.0% before, 80.0% after." in words
+
+
 def test_layers_that_differ_are_drawn(report):
     layers = [{**layer, "kv_lora_rank": 8 + 2 * index} for index, layer in enumerate(report["layers"])]
     found = labels(page({**report, "layers": layers}))

@@ -15,6 +15,7 @@ from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.files import write_file
 from mla_convert.core.report_file import read_report
 from mla_convert.core.report_schema import (
+    CacheSection,
     HealSection,
     JsonObject,
     LayerEntry,
@@ -35,6 +36,7 @@ from mla_convert.report.quality_rows import (
     probe_rows,
     suite_conditions,
 )
+from mla_convert.report.report import fixed_state_rows
 from mla_convert.report.table import Table
 
 WIDE, NARROW = 768, 343  # CSS pixels of a column on a desktop and on a phone of 375
@@ -117,6 +119,28 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+def _cache_words(cache: CacheSection) -> str:
+    """What a token leaves in the cache, before and after."""
+    numbers, place = (
+        cache.numbers_per_token_per_layer,
+        "every layer" if cache.layers is None else "every layer with attention",
+    )
+    words = (
+        f"A token used to leave {numbers.before:g} numbers in the cache of {place}, and now leaves {numbers.after:g}"
+    )
+    if cache.latent_cache:
+        size = cache.bytes_per_number * numbers.after
+        words += f"{format.latent_words(cache.latent_cache)}, packed in {size:g} bytes with their scales."
+    else:
+        words += f", of {cache.bytes_per_number:g} bytes each."
+    if rows := fixed_state_rows(cache):
+        (_, fixed, *_), (name, before, after, _) = rows
+        words += (
+            f" The states of the other layers, {fixed} a sequence, do not grow; {name}: {before} before, {after} after."
+        )
+    return words
+
+
 def _context(report: Report) -> dict[str, object]:
     """The names that the template uses."""
     evaluation = report.measured
@@ -124,6 +148,7 @@ def _context(report: Report) -> dict[str, object]:
     probes = report.probes
     return {
         "report": report,
+        "cache_words": _cache_words(report.cache),
         "evaluation": evaluation,
         "headline": _headline(report),
         "uneven": _is_uneven(report.layers),
