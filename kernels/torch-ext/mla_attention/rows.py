@@ -31,7 +31,7 @@ def aligned(size: int) -> int:
 
 
 class RowFormat(NamedTuple):
-    """What a row holds beside the rank and the width of the rotary key, as numbers that an operator takes.
+    """Layout of a row beside the rank and the width of the rotary key, as numbers that an operator takes.
 
     Attributes:
         wide: channels with 8 bits, the first ones; the others, an even number, have 4.

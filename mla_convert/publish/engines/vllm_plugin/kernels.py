@@ -23,7 +23,7 @@ NATIVE_VALUES = ((128, 192, 96, 128), (0, 64, 0, 512))
 
 
 class Shape(NamedTuple):
-    """What the decode kernels are compiled for."""
+    """Sizes and options that the decode kernels are compiled for."""
 
     nope_dim: int
     rank: int
@@ -50,7 +50,7 @@ def has_kernel(rank: int, rope_dim: int, heads: int) -> bool:
 
 
 def absorbs(tokens: int, shape: Shape, device: torch.device) -> bool:
-    """Whether `absorb_and_write` serves so many tokens of decodes."""
+    """Whether `absorb_and_write` serves decodes of `tokens` tokens in all."""
     few = shape.form is None and tokens <= MOST_ABSORBED and shape.nope_dim <= MOST_ABSORBED_NOPE
     return few and device.type == "cuda" and has_kernel(shape.rank, shape.rope_dim, shape.heads)
 

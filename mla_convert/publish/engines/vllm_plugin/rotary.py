@@ -64,7 +64,7 @@ class LatentRotary(nn.Module):
     frequencies: Tensor
 
     def __init__(self, reference: Reference, model_type: str, planes: Sequence[int]):
-        """Make room for layers with so many planes.
+        """Make room for the planes of all layers.
 
         Args:
             reference: facts of the original.
