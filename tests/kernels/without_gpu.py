@@ -1,6 +1,6 @@
-"""Run as a program: compile the Triton kernels for sm_90a and launch all kernels on a driver that does not execute them.
+"""Run as a program: compile the Triton kernels for sm_90a, and launch all kernels on a driver that does not execute them.
 
-Finds errors that only a launch shows: arguments that Triton's launcher refuses, and code that the assembler refuses. The
+The kernels of the vLLM plugin are among them. Finds errors that only a launch shows: arguments that Triton's launcher refuses, and code that the assembler refuses. The
 generator of Triton's C launcher runs here. PYTHONPATH has the package and cases.py.
 """
 
@@ -8,13 +8,15 @@ import ctypes
 
 import torch
 import triton.backends.nvidia.driver as nvidia
-from cases import as_problem, make_case
+from cases import as_problem, make_case, pack_case
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from mla_attention import RowFormat, hopper, nvrtc
 from mla_attention import decode as launcher
-from mla_attention import hopper, nvrtc
 from mla_attention.tuning import DecodeConfig
+from mla_attention.write import write_triton
+from mla_convert.publish.engines.vllm_plugin.absorb_kernels import absorb_and_write
 
 launched = []
 
@@ -73,6 +75,38 @@ def launch(config, rank, rope_dim, heads=32, tokens=1, page_size=0, num_splits=0
     launcher.launch_decode(as_problem(case, out, lse, num_splits), config)
 
 
+def launch_packed(rank, rope_dim, form, page_size=0):
+    case = pack_case(make_case(3, 1, 8, rank, rope_dim, [400, 64, 5], torch.bfloat16, page_size), form)
+    out, lse = torch.empty_like(case["q_latent"]), torch.empty(3, 8, 1)
+    launcher.launch_decode(as_problem(case, out, lse))
+    latent, key, query = (
+        torch.zeros(*size).bfloat16() for size in ((3, 1, rank), (3, 1, rope_dim), (3, 1, 8, rope_dim))
+    )
+    tables, positions = torch.zeros(2, 3, 1, rope_dim // 2), torch.zeros(3, 1, dtype=torch.int64)
+    write_triton(
+        latent,
+        key,
+        query,
+        *tables,
+        case["latent_cache"],
+        None,
+        positions,
+        case.get("block_table"),
+        torch.empty_like(query),
+        form,
+    )
+
+
+def absorb(tokens, heads, nope, rank, rope_dim, dtype=torch.bfloat16):
+    def zeros(*size):
+        return torch.zeros(*size, dtype=dtype)
+
+    absorb_and_write(
+        zeros(tokens, heads, nope + rope_dim), zeros(heads, nope, rank), zeros(tokens, rank), zeros(tokens, rope_dim),
+        *torch.zeros(2, tokens, rope_dim // 2), zeros(2, 16, rank + rope_dim), torch.zeros(tokens, dtype=torch.int64),
+    )  # fmt: skip
+
+
 class Kernel:
     def __init__(self, name):
         self.name = name
@@ -91,6 +125,10 @@ def main():
     launcher.device_limits = lambda device: (132, 232448, "")
     launch(None, 512, 64)
     launch(None, 96, 32, heads=9, tokens=3, page_size=16)
+    launch_packed(96, 32, RowFormat(96, 1, 0, 1))
+    launch_packed(80, 16, RowFormat(16, 0, 32, 0), page_size=16)
+    absorb(1, 4, 64, 272, 32)
+    absorb(16, 2, 128, 512, 64, torch.float32)
     launcher.hopper_possible = lambda *_: True
     launch(None, 512, 64)
     launch(None, 576, 128, heads=128, page_size=64, num_splits=4)

@@ -36,14 +36,15 @@ def absorb_and_write_kernel(
     head, part = tl.program_id(0), tl.program_id(1)
     parts = tl.cdiv(rank, RANK)
     if part < parts:
-        token, content, column = tl.arange(0, TOKENS), tl.arange(0, NOPE), part * RANK + tl.arange(0, RANK)
-        q_at = token[:, None].to(tl.int64) * stride_qt + head * stride_qh + content[None, :]
-        q = tl.load(q_ptr + q_at, mask=(token < tokens)[:, None] & (content < nope)[None, :], other=0.0)
-        map_at = head.to(tl.int64) * stride_mh + content[:, None] * stride_md + column[None, :]
-        up = tl.load(map_ptr + map_at, mask=(content < nope)[:, None] & (column < rank)[None, :], other=0.0)
+        # A name has one type in both branches, so these differ from those below.
+        every, content, columns = tl.arange(0, TOKENS), tl.arange(0, NOPE), part * RANK + tl.arange(0, RANK)
+        q_at = every[:, None].to(tl.int64) * stride_qt + head * stride_qh + content[None, :]
+        q = tl.load(q_ptr + q_at, mask=(every < tokens)[:, None] & (content < nope)[None, :], other=0.0)
+        map_at = head.to(tl.int64) * stride_mh + content[:, None] * stride_md + columns[None, :]
+        up = tl.load(map_ptr + map_at, mask=(content < nope)[:, None] & (columns < rank)[None, :], other=0.0)
         found = tl.dot(q, up, input_precision=PRECISION).to(q_latent_ptr.dtype.element_ty)
-        out_at = (token[:, None].to(tl.int64) * heads + head) * rank + column[None, :]
-        tl.store(q_latent_ptr + out_at, found, mask=(token < tokens)[:, None] & (column < rank)[None, :])
+        out_at = (every[:, None].to(tl.int64) * heads + head) * rank + columns[None, :]
+        tl.store(q_latent_ptr + out_at, found, mask=(every < tokens)[:, None] & (columns < rank)[None, :])
     else:
         token = part - parts
         at = token.to(tl.int64)

@@ -119,7 +119,8 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context.values()
         shapes = frozenset(layer.shape for layer in layers if hasattr(layer, "latent_rotary"))
-        kernels.compile_decodes(shapes, self.block_size, kv_cache_spec.dtype, device)
+        # The dtype of queries: that of the cache is bytes where rows are quantised.
+        kernels.compile_decodes(shapes, self.block_size, vllm_config.model_config.dtype, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Metadata of one step; the prefix that requests share is not treated apart."""
