@@ -93,6 +93,13 @@ class Settings(BaseModel):
         unset="a third of the rank, at most 64",
         metavar="DIM",
     )
+    nope_dim: int | Full | None = option(
+        "Width of a head's content key, the part without rotation (qk_nope_head_dim). With 64 + 64 instead of 128 + 64, heads "
+        "are as wide as those of an original with 128, so that prompts take less time. Layers without RoPE keep their heads.",
+        panel=SIZE,
+        unset="full, the original's head_dim",
+        metavar="DIM",
+    )
     kv_ratio: float | None = option(
         "Fraction of the original KV cache to keep, in bytes; chooses rank and rope-dim.",
         panel=SIZE,
