@@ -34,10 +34,9 @@ Rank = Annotated[int | None, typer.Option(help="Rank of the conversion.", show_d
 RopeDim = Annotated[int, typer.Option(help="Rotary dimensions of the conversion.", rich_help_panel=SHAPE)]
 NopeDim = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Content dimensions of a head of the conversion.", show_default="all", rich_help_panel=SHAPE
-    ),
-]
+    typer.Option(min=1, help="Content dimensions of a head of the conversion, all if not given.", show_default=False,
+                 rich_help_panel=SHAPE),
+]  # fmt: skip
 CacheDtype = Annotated[
     str,
     typer.Option(help="Cached latent of the conversion: bf16, fp8, int8 or int4, packed as by convert.", metavar="DTYPE",
