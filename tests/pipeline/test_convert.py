@@ -399,6 +399,8 @@ def test_heads_with_fewer_content_dims(convert_pico, name, settings):
     assert all(layer.qk_nope_head_dim == 3 and 0 < layer.energy.nope_kept <= 1 for layer in report.layers)
     assert any(layer.energy.nope_kept < 1 for layer in report.layers)
     assert report.self_check.passed and "nope_dim: 3\n" in (report.out / "recipe.yaml").read_text()
+    assert "heads of 3 content dims, which keep" in (report.out / "README.md").read_text()
+    assert "kept by narrower heads" in (report.out / "report.html").read_text()
 
 
 def test_whole_content_is_the_default(convert_pico):
