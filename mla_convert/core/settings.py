@@ -94,10 +94,10 @@ class Settings(BaseModel):
         metavar="DIM",
     )
     nope_dim: int | Full | None = option(
-        "Width of a head's content key, the part without rotation (qk_nope_head_dim). With 64 + 64 instead of 128 + 64, heads "
-        "are as wide as those of an original with 128, so that prompts take less time. Layers without RoPE keep their heads.",
+        "Content dimensions kept in each head (qk_nope_head_dim), or 'full'. Fewer make prompts faster: 64 beside 64 rotary "
+        "ones are as wide as an original's head of 128. Layers without RoPE keep all.",
         panel=SIZE,
-        unset="full, the original's head_dim",
+        unset="full: the original's head_dim",
         metavar="DIM",
     )
     kv_ratio: float | None = option(
