@@ -3,9 +3,10 @@
     python benchmarks/cache_formats.py MODEL --calib train.txt.gz --eval test.txt.gz 160+32 224+96:int4 256+128:mixed:wide=160
 
 A format is RANK+ROPE, the same in every layer, then words after colons: a kind (fp8, int8, int4 or mixed; none is bfloat16),
-group=N (0: one scale; default 64, fp8: 0), rope=bf16|fp8|int8 (default fp8), wide=N for mixed, and a basis (hadamard, scaled
-or pca). No gradient step is taken: the table compares formats, and refinement lowers every one of its figures. Statistics are
-those of the source's hidden states. Shares count bytes of packed rows against the source's cache in bfloat16.
+group=N (0: one scale; default 64, fp8: 0), rope=bf16|fp8|int8 (default fp8), wide=N for mixed, a basis (hadamard, scaled
+or pca), and nope=N for heads with N content dims. No gradient step is taken: the table compares formats, and refinement
+lowers every one of its figures. Statistics are those of the source's hidden states. Shares count bytes of packed rows
+against the source's cache in bfloat16.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ class Candidate:
         options = dict(word.split("=") for word in words if word not in (kind, basis))
         group = int(options.pop("group", 0 if kind in ("fp8", "bf16") else GROUP))
         cache = CacheFormat(kind, group, options.pop("rope", "bf16" if kind == "bf16" else "fp8"))
-        wide = int(options.pop("wide", 0))
+        wide, nope_dim = int(options.pop("wide", 0)), int(options.pop("nope", 0)) or None
         if options:
             raise ValueError(f"{name}: unknown {', '.join(options)}")
         each = LayerSize(min(rank, cache.possible(shape.full_rank(rope_dim))), rope_dim, wide)
-        return cls(name, Plan(each.rank, rope_dim, shape, (each,) * shape.layers, cache, wide), basis)
+        plan = Plan(each.rank, rope_dim, shape, (each,) * shape.layers, cache, wide, nope_dim=nope_dim)
+        return cls(name, plan, basis)
 
 
 class Formats:
@@ -85,6 +87,8 @@ class Formats:
         self.streams = open_streams(self.layerwise, self.windows.calib, self.windows.measured, None)
         self.candidates = [Candidate.parse(name, self.source.shape) for name in dict.fromkeys(args.formats)]
         self.states = {each.name: self.streams.eval_original.clone() for each in self.candidates}
+        # Of each layer, the share of the content logits' energy that narrower heads keep.
+        self.kept: dict[str, list[float]] = {each.name: [] for each in self.candidates}
 
     @torch.no_grad()
     def run(self) -> None:
@@ -111,9 +115,13 @@ class Formats:
             )
             if statistics is None:
                 statistics = layer_statistics(self.layerwise, layer, self.streams.calib_original, eager, student)
-            key = size.rank, size.rope_dim
+            key = size.rank, size.rope_dim, each.plan.most_nope_dim(index)
             if key not in factorised:
-                factorised[key] = factorise_layer(self.source, attention, statistics, *key, "by_loss", rotation)
+                *sizes, nope_dim = key
+                factorised[key] = factorise_layer(
+                    self.source, attention, statistics, *sizes, "by_loss", rotation, nope_dim
+                )
+            self.kept[each.name].append(factorised[key].energy.get("nope_kept", 1.0))
             fill_attention(student, in_basis(factorised[key], each.plan.cache.row(size), each.basis), stride)
             setattr(layer, name, student)
             self._advance(self.states[each.name], layer, kwargs)
@@ -133,6 +141,7 @@ class Formats:
             rows.append({
                 "format": each.name, "share": each.plan.cache_ratio, "ratio": found.ratio, "kl": found.kl.value,
                 "kl_error": found.kl.error, "agreement": found.agreement.value,
+                "nope_kept": self.kept[each.name],
             })  # fmt: skip
         return rows
 

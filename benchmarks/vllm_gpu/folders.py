@@ -12,7 +12,7 @@ from mla_convert.evaluate.speed.shapes import SHAPES
 FORMS = ("original", "portable", "plugin")
 
 
-def portable(fields: dict, rank: int, rope_dim: int) -> dict:
+def portable(fields: dict, rank: int, rope_dim: int, nope_dim: int | None = None) -> dict:
     """config.json of a `portable` export, as mla_convert/publish/engines/deepseek_config.py writes it."""
     layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
     width = fields["hidden_size"] // heads
@@ -22,8 +22,8 @@ def portable(fields: dict, rank: int, rope_dim: int) -> dict:
         **{key: fields[key] for key in kept}, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
         "dtype": "bfloat16", "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
         "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-        "q_lora_rank": None, "kv_lora_rank": rank, "qk_rope_head_dim": rope_dim, "qk_nope_head_dim": width,
-        "v_head_dim": 128, "rope_interleave": True, "rope_theta": theta,
+        "q_lora_rank": None, "kv_lora_rank": rank, "qk_rope_head_dim": rope_dim, "v_head_dim": 128,
+        "qk_nope_head_dim": nope_dim or width, "rope_interleave": True, "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "first_k_dense_replace": layers,
         "moe_layer_freq": 1, "moe_intermediate_size": fields["intermediate_size"], "n_routed_experts": 8,
         "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
@@ -31,17 +31,18 @@ def portable(fields: dict, rank: int, rope_dim: int) -> dict:
     }  # fmt: skip
 
 
-def write(out: Path, shape: str, form: str, rank: int, rope_dim: int) -> Path:
-    """Write the folder of one form of a shape; returns it."""
-    folder = out / f"{shape}-{form}" if form == "original" else out / f"{shape}-{form}-{rank}-{rope_dim}"
+def write(out: Path, shape: str, form: str, rank: int, rope_dim: int, nope_dim: int | None = None) -> Path:
+    """Write the folder of one form of a shape; returns it. Heads of conversions have `nope_dim` content dims (None: all)."""
+    sizes = "" if form == "original" else f"-{rank}-{rope_dim}" + (f"-nope-{nope_dim}" if nope_dim else "")
+    folder = out / f"{shape}-{form}{sizes}"
     folder.mkdir(parents=True, exist_ok=True)
     if form == "portable":
-        content = portable(SHAPES[shape], rank, rope_dim)
+        content = portable(SHAPES[shape], rank, rope_dim, nope_dim)
     else:
         config = shape_config(SHAPES[shape])
         config.architectures = ["LlamaForCausalLM"]
         if form == "plugin":
-            config = converted_config(config, rank, rope_dim)
+            config = converted_config(config, rank, rope_dim, nope_dim=nope_dim)
             config.architectures = ["MlaLlamaForCausalLM"]
         content = config.to_dict() | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(content, indent=1))

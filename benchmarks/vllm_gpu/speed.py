@@ -45,13 +45,14 @@ def speed(arguments: argparse.Namespace) -> bool:
     """Time every run, and print each row at once; returns whether one failed."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     first, failed = None, False
-    for form, cache in arguments.runs:
-        folder = write(arguments.out, arguments.shape, form, arguments.rank, arguments.rope_dim)
+    for form, cache, nope_dim in arguments.runs:
+        folder = write(arguments.out, arguments.shape, form, arguments.rank, arguments.rope_dim, nope_dim)
         asked = {"folder": str(folder), "cache": cache, "points": arguments.at, "steps": arguments.steps,
                  "compile": arguments.compile, "kernels": arguments.kernels}  # fmt: skip
         row = run(asked, arguments.out / f"{folder.name}-{cache}.log", arguments.timeout)
         failed |= bool(row["code"])
         first = first or row
+        form += f", {nope_dim} content dims" if nope_dim else ""
         print(f"{form}, cache {cache}: {_facts(row)}", flush=True)
         for at, point in row["points"].items():
             rates = _rates(point, first["points"].get(at))
@@ -92,8 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         nargs="+",
         type=_run,
-        default=[(form, cache) for cache in ("auto", "fp8") for form in FORMS],
-        help="FORM:CACHE, of original, portable and plugin, with vLLM's --kv-cache-dtype; ratios are to the first",
+        default=[(form, cache, None) for cache in ("auto", "fp8") for form in FORMS],
+        help="FORM:CACHE or FORM:CACHE:NOPE_DIM, of original, portable and plugin, with vLLM's --kv-cache-dtype and content dims "
+        "of a head; ratios are to the first",
     )
     parser.add_argument("--at", nargs="+", type=_point, default=[(1, 16384), (32, 16384)], help="BATCHxCONTEXT")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
@@ -102,11 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one engine")
 
 
-def _run(text: str) -> tuple[str, str]:
-    form, _, cache = text.partition(":")
-    if form not in FORMS:
+def _run(text: str) -> tuple[str, str, int | None]:
+    form, cache, nope_dim, *more = [*text.split(":"), "", ""][: max(3, text.count(":") + 1)]
+    if form not in FORMS or more:
         raise ValueError(text)
-    return form, cache or "auto"
+    return form, cache or "auto", int(nope_dim) if nope_dim else None
 
 
 def _point(text: str) -> tuple[int, int]:

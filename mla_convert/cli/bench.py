@@ -32,6 +32,11 @@ Shape = Annotated[
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the conversion.", show_default=False, rich_help_panel=SHAPE)]
 RopeDim = Annotated[int, typer.Option(help="Rotary dimensions of the conversion.", rich_help_panel=SHAPE)]
+NopeDim = Annotated[
+    int | None,
+    typer.Option(min=1, help="Content dimensions of a head of the conversion, all if not given.", show_default=False,
+                 rich_help_panel=SHAPE),
+]  # fmt: skip
 CacheDtype = Annotated[
     str,
     typer.Option(help="Cached latent of the conversion: bf16, fp8, int8 or int4, packed as by convert.", metavar="DTYPE",
@@ -81,10 +86,11 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def _sides(model: str | None, against: str | None, shape: str | None, rank: int | None, rope_dim: int, dtype: Any,
-           device: Any, cache_dtype: str = "bf16") -> list[tuple[str, Any]]:  # fmt: skip
+           device: Any, cache_dtype: str = "bf16", nope_dim: int | None = None) -> list[tuple[str, Any]]:  # fmt: skip
     """Names of the models, and a function that builds each."""
     from mla_convert.evaluate.speed.models import CACHE_DTYPES, converted_config, random_model, shape_config
     from mla_convert.source.load_model import find_model, load_model
+    from mla_convert.source.shape import head_width
     from mla_convert.source.source import load_config
 
     if (model is None) == (shape is None):
@@ -93,6 +99,8 @@ def _sides(model: str | None, against: str | None, shape: str | None, rank: int 
         raise UsageError(f"--cache-dtype {cache_dtype!r}: give one of {', '.join(CACHE_DTYPES)}")
     if cache_dtype != "bf16" and rank is None:
         raise UsageError("--cache-dtype goes with --config and --rank: a MODEL has its own")
+    if nope_dim is not None and rank is None:
+        raise UsageError("--nope-dim goes with --config and --rank: a MODEL has its own")
     if shape is None:
         if rank is not None:
             raise UsageError("--rank goes with --config: a MODEL has its own")
@@ -111,8 +119,11 @@ def _sides(model: str | None, against: str | None, shape: str | None, rank: int 
     original = (shape, lambda: random_model(config, dtype, device))
     if rank is None:
         return [original]
-    converted = converted_config(config, rank, rope_dim, cache_dtype)
+    if nope_dim is not None and nope_dim > head_width(config):
+        raise UsageError(f"--nope-dim {nope_dim} is above {head_width(config)}, the width of a head of {shape}")
+    converted = converted_config(config, rank, rope_dim, cache_dtype, nope_dim)
     kind = "" if cache_dtype == "bf16" else f" {cache_dtype}"
+    kind += "" if nope_dim is None else f", heads {nope_dim}+{rope_dim}"
     return [(f"{shape} {rank}+{rope_dim}{kind}", lambda: random_model(converted, dtype, device, config)), original]
 
 
@@ -122,6 +133,7 @@ def bench(
     config: Shape = None,
     rank: Rank = None,
     rope_dim: RopeDim = 64,
+    nope_dim: NopeDim = None,
     cache_dtype: CacheDtype = "bf16",
     context: Context = "8192",
     batch: Batch = "1",
@@ -157,7 +169,7 @@ def bench(
     from mla_convert.report.speed import print_table, write_plot
 
     target = pick_device(device)
-    sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), target, cache_dtype)
+    sides = _sides(model, against, config, rank, rope_dim, getattr(torch, dtype), target, cache_dtype, nope_dim)
     request = measuring.BenchRequest(contexts, batches, prompts, limit, price, steps)
     console = Terminal(stderr=True)
     note = (lambda _: None) if quiet else (lambda words: console.print(words, style="dim", highlight=False))

@@ -93,6 +93,13 @@ class Settings(BaseModel):
         unset="a third of the rank, at most 64",
         metavar="DIM",
     )
+    nope_dim: int | Full | None = option(
+        "Content dimensions kept in each head (qk_nope_head_dim), or 'full'. Fewer make prompts faster: 64 beside 64 rotary "
+        "ones are as wide as an original's head of 128. Layers without RoPE keep all.",
+        panel=SIZE,
+        unset="full: the original's head_dim",
+        metavar="DIM",
+    )
     kv_ratio: float | None = option(
         "Fraction of the original KV cache to keep, in bytes; chooses rank and rope-dim.",
         panel=SIZE,

@@ -72,7 +72,12 @@ class DryRun:
             "dtype": source.dtype,
             "exact": plan.exact,
             "layers": [
-                {"layer": layer, "kv_lora_rank": size.rank, "qk_rope_head_dim": size.rope_dim}
+                {
+                    "layer": layer,
+                    "kv_lora_rank": size.rank,
+                    "qk_rope_head_dim": size.rope_dim,
+                    "qk_nope_head_dim": plan.layer_nope_dim(layer),
+                }
                 for layer, size in zip(plan.shape.converted_layers, plan.layers, strict=True)
             ],
             "uniform": self.cache.uniform,

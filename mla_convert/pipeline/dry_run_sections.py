@@ -75,7 +75,8 @@ class CacheSection:
         rank, rope, exact = self.section["kv_lora_rank"], self.section["qk_rope_head_dim"], self.plan.exact
         cached = latent_words(self.section.get("latent_cache"))
         spread = "in every layer" if self.uniform else "on average: layers that lose more get more"
-        table = _table(f"→ MLA, rank {rank} + {rope} rotary {spread}{cached}{', exact' if exact else ''}")
+        heads = f", heads of {self.plan.nope_dim} content dims" if self.plan.nope_dim else ""
+        table = _table(f"→ MLA, rank {rank} + {rope} rotary {spread}{cached}{heads}{', exact' if exact else ''}")
         _compare(table, "cache numbers per token and layer", self.section["numbers_per_token_per_layer"], str)
         _compare(table, "cache per token", self.section["bytes_per_token"], human_bytes)
         _compare(table, "parameters of attention", self.parameters["attention"], _count)

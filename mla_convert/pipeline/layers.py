@@ -271,6 +271,7 @@ class LayerConverter:
         return {
             "kv_lora_rank": layer.student.kv_lora_rank,
             "qk_rope_head_dim": layer.student.qk_rope_head_dim,
+            "qk_nope_head_dim": layer.student.qk_nope_head_dim,
             "plane_frequencies": weights.freq_index.tolist(),
             "energy": weights.energy,
             "output_error_closed_form": closed_form,
@@ -291,7 +292,14 @@ class LayerConverter:
         source, size = self.layerwise.source, self.plan.layer(layer.index)
         rotation = self.layerwise.rotation(layer.index, layer.eager_kwargs)
         weights = factorise_layer(
-            source, layer.attention, statistics, size.rank, size.rope_dim, self.config.rope_selection, rotation
+            source,
+            layer.attention,
+            statistics,
+            size.rank,
+            size.rope_dim,
+            self.config.rope_selection,
+            rotation,
+            self.plan.most_nope_dim(layer.index),
         )
         weights = in_basis(weights, self.plan.cache.row(size))
         fill_attention(layer.student, weights, source.family.freq_stride)

@@ -77,6 +77,7 @@ def _settings(
         "held_out",
         "cache_group",
         "cache_rope",
+        "nope_dim",
         *(key for key in settings if key.startswith("heal_")),
     }
     settings = {key: value for key, value in settings.items() if key not in optional or value is not None}

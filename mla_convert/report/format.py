@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from mla_convert.core.report_schema import CalibrationSection, Comparison, JsonObject, Mean
+from mla_convert.core.report_schema import CalibrationSection, Comparison, JsonObject, LayerEntry, Mean
 
 NOTHING = "–"
 NOT_FINITE = "not finite"
@@ -80,3 +81,12 @@ def latent_words(latent_cache: JsonObject | None) -> str:
         return ""
     kind = latent_cache.get("kind")
     return " in int8 and int4" if kind == "mixed" else f" in {kind}"
+
+
+def content_words(layers: Sequence[LayerEntry]) -> str:
+    """The content dims of narrower heads and their cost: "heads of 64 content dims, which keep …"; nothing for whole heads."""
+    kept = [layer.energy.nope_kept for layer in layers if layer.energy and math.isfinite(layer.energy.nope_kept)]
+    if not kept:
+        return ""
+    dims = min(layer.qk_nope_head_dim or 0 for layer in layers)
+    return f"heads of {dims} content dims, which keep {percent(min(kept), 3)} of the content logits' energy or more"

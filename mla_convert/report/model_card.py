@@ -103,7 +103,7 @@ def card_text(report: Report) -> str:
         measured=_measured(evaluation),
         yours="The perplexity above is for the text named; measure yours. " if evaluation else "",
         calibration=format.calibration_text(report.calibration),
-        worst=_worst(report.layers),
+        worst=_content(report.layers) + _worst(report.layers),
         probes=_probes(report.probes),
         # `push` replaces it by the repository's name (publish/hub.py).
         folder=".",
@@ -197,6 +197,12 @@ def _worst(layers: list[LayerEntry]) -> str:
         return ""
     error, layer = max(errors)
     return f"The attention output of layer {layer} lost most: a mean square error of {error:.1%}, on held-out windows. "
+
+
+def _content(layers: list[LayerEntry]) -> str:
+    """The content dims of narrower heads, in a sentence."""
+    words = format.content_words(layers)
+    return f"It has {words}. " if words else ""
 
 
 def _kinds(suite: SuiteSection | None) -> str:

@@ -75,6 +75,8 @@ def print_summary(report: Report, console: Console) -> None:
             lines.append(f"held-out text is {held_out.text}: {held_out.protocol}")
         if evaluation.suite:
             lines.append(suite_conditions(evaluation.suite))
+    if content := format.content_words(report.layers):
+        lines.append(f"{content}, by the closed form")
     lines.append(f"took {report.seconds:.0f} s on {report.device}; written to {report.out}")
     print_lines(lines, console)
 

@@ -24,7 +24,15 @@ def test_more_bits_and_more_rank_lose_less(script, sources, tmp_path, monkeypatc
     text = str(source.parent / "text.txt")
     options = ["--calib", text, "--eval", text, "--calib-samples", "8", "--calib-length", "32", "--eval-windows", "4",
                "--eval-length", "32", "--device", "cpu", "--save", str(tmp_path / "rows.json")]  # fmt: skip
-    formats = ["8+8", "24+8", "24+8:int8:rope=int8:group=32", "24+8:int4:group=32", "24+8:mixed:wide=8:pca"]
+    formats = [
+        "8+8",
+        "24+8",
+        "24+8:int8:rope=int8:group=32",
+        "24+8:int4:group=32",
+        "24+8:mixed:wide=8:pca",
+        "24+8:nope=2",
+        "24+8:nope=6",
+    ]
     monkeypatch.setattr(sys, "argv", ["cache_formats.py", str(source), *formats, *options])
     script.main()
     rows = {row["format"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
@@ -32,6 +40,10 @@ def test_more_bits_and_more_rank_lose_less(script, sources, tmp_path, monkeypatc
     whole, eight, four = (rows[name]["kl"] for name in formats[1:4])
     assert eight == pytest.approx(whole, rel=0.1) and whole < four < rows["8+8"]["kl"]
     assert rows[formats[4]]["kl"] != four
+    assert rows["24+8:nope=2"]["kl"] > rows["24+8:nope=6"]["kl"] >= 0.9 * whole
+    assert all(
+        0 < few < more <= 1 for few, more in zip(*(rows[name]["nope_kept"] for name in formats[5:]), strict=True)
+    )
     assert rows["24+8"]["share"] == 1 and rows[formats[3]]["share"] == (16 + 16 + 16) / 64
 
 

@@ -36,7 +36,7 @@ def test_every_option_of_version_0_1_is_there():
     assert before.keys() <= COMMANDS.keys()
     for command, known in before.items():
         assert set(known) <= names(command), command
-    new = {"--rope-selection", "--calib-self-generated", "--cache-dtype", "--cache-group", "--cache-rope"}
+    new = {"--rope-selection", "--calib-self-generated", "--cache-dtype", "--cache-group", "--cache-rope", "--nope-dim"}
     assert names("sweep") - set(before["sweep"]) == new
     assert names("convert") - set(before["convert"]) == {*new, "--gpus", "--budget"}
     assert names("heal") == set(before["heal"])

@@ -116,6 +116,8 @@ def test_heads_in_groups_are_the_same(models, monkeypatch):
         (("--config", "smollm2-135m", "--context", "1k"), 2, "whole numbers"),
         (("--config", "smollm2-135m", "--dtype", "int8"), 2, "give bfloat16, float16 or float32"),
         (("--config", "smollm2-135m", "--against", "x"), 2, "--against goes with MODEL"),
+        (("--config", "smollm2-135m", "--nope-dim", "32"), 2, "--nope-dim goes with --config and --rank"),
+        (("--config", "smollm2-135m", "--rank", "64", "--nope-dim", "65"), 2, "--nope-dim 65 is above 64"),
     ],
 )
 def test_bad_input(cli, arguments, code, words):
@@ -131,5 +133,8 @@ def test_command_line(cli, tmp_path):
                        tmp_path / "p.svg")  # fmt: skip
     assert code == 0 and [model["converted"] for model in json.loads(out)["models"]] == [True, False]
     assert (tmp_path / "p.svg").read_text().startswith("<svg")
+    sizes = ("--rank", "32", "--rope-dim", "8", "--nope-dim", "8", "--prompt", "12")
+    code, out, _ = cli("bench", "--config", config, *sizes, *options, "--json")
+    assert code == 0 and json.loads(out)["models"][0]["name"].endswith("32+8, heads 8+8")
     code, out, _ = cli("bench", "--config", config, *options)
     assert code == 0 and "tokens/s" in out

@@ -358,6 +358,17 @@ def test_pieces_are_from_all_over_a_long_text(monkeypatch):
     assert data._thinned([text], 10**6) == [text]
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_heads_with_fewer_content_dims_are_healed(small, convert_pico, sources, tmp_path, name):
+    converted = convert_pico(name, rank=12, rope_dim=6, nope_dim=2).out
+    settings = small | {"folder": converted, "teacher": str(sources(name)), "tokens": 12 * 512}
+    report = heal(HealConfig(**settings, out=tmp_path / "healed"), QUIET)
+    curve = [entry["kl"] for entry in report["heal"]["curve"]]
+    assert curve[-1] < 0.9 * curve[0]
+    healed = load_model(find_model(str(tmp_path / "healed")), torch.float32, CPU)
+    assert healed.config.qk_nope_head_dim == 2 and verify(tmp_path / "healed").shards
+
+
 def test_healing_on_self_generated_text(small, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_text.self_generated, "TEXT_TOKENS", 64)
     added, add = [], data.add_generated

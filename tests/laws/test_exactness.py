@@ -9,6 +9,7 @@ from pico import VARIANTS, VOCAB, model
 from transformers import AutoModelForCausalLM
 
 import mla_convert  # noqa: F401  (registers the converted classes)
+from mla_convert.source.source import open_source
 
 LENGTH = 40
 TOLERANCE = 1e-4
@@ -128,3 +129,16 @@ def test_eager_equals_sdpa_and_gives_weights(pair, batch):
 def test_report_sees_no_loss(convert_pico, name):
     report = convert_pico(name, rank="full", rope_dim="full")
     assert report.perplexity_ratio == pytest.approx(1.0, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["phi", "glm4"])
+def test_as_many_content_dims_as_rope_leaves_still_are_exact(convert_pico, sources, batch, name):
+    original, shape = model(name), open_source(str(sources(name))).shape
+    still = shape.head_dim - shape.rotary_dim
+    report = convert_pico(name, rank="full", rope_dim="full", nope_dim=still)
+    converted = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
+    assert converted.config.qk_nope_head_dim == still < shape.head_dim
+    ids, mask = batch
+    assert_equal(run(converted, ids, attention_mask=mask).logits, run(original, ids, attention_mask=mask).logits, mask)
+    assert_equal(in_chunks(converted, ids, mask, [20, 5, 8, 7]), in_chunks(original, ids, mask, [20, 5, 8, 7]), mask)

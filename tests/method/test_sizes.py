@@ -100,3 +100,27 @@ def test_a_row_that_does_not_fit_is_refused():
         make_plan(Settings(kv_ratio=0.25, cache_dtype="int4"), PICO)
     with pytest.raises(InputError, match="rank 7 is odd"):
         make_plan(Settings(rank=7, rope_dim=8, cache_dtype="int4"), PICO)
+
+
+def test_content_dims_narrow_the_heads_of_layers_with_rope():
+    assert make_plan(Settings(nope_dim=64), LLAMA_8B).qk_nope_head_dim == 64
+    for whole in (None, "full", 128):
+        assert make_plan(Settings(nope_dim=whole), LLAMA_8B) == make_plan(Settings(), LLAMA_8B)
+    some = AttentionShape(4, 48, 6, 2, 8, rope_layers=(True, True, True, False))
+    plan = make_plan(Settings(nope_dim=4), some)
+    assert [plan.layer_nope_dim(layer) for layer in range(4)] == [4, 4, 4, 8]
+    assert make_plan(Settings(rank="full", rope_dim="full", nope_dim=4), PICO).exact
+    partial = AttentionShape(3, 48, 6, 2, 8, rotary_dim=4)
+    exact = [make_plan(Settings(rank="full", rope_dim="full", nope_dim=n), partial).exact for n in (3, 4)]
+    assert exact == [False, True]
+
+
+@pytest.mark.parametrize("nope_dim", [0, -1, 129])
+def test_content_dims_out_of_range_are_refused(nope_dim):
+    with pytest.raises(InputError, match=f"nope_dim {nope_dim} is not from 1 to 128"):
+        make_plan(Settings(nope_dim=nope_dim), LLAMA_8B)
+
+
+def test_content_dims_are_refused_without_rope():
+    with pytest.raises(InputError, match="this model has no RoPE"):
+        make_plan(Settings(nope_dim=4), AttentionShape(3, 48, 6, 2, 8, rotary_dim=0))

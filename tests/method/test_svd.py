@@ -149,6 +149,56 @@ def test_key_moment_moves_the_error_to_tokens_without_attention():
     assert kept[1] > kept[0] and kept[1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("seen", ["wide", "one direction"])
+@pytest.mark.parametrize("rank", [10, None])
+def test_as_many_content_dims_as_the_content_has_lose_nothing(rank, seen):
+    """With one kv head, every rotary plane empties two of the eight dims."""
+    weights, geometry, stats = make_layer(3, 1, biased=True)
+    if seen == "one direction":
+        one = torch.zeros(HIDDEN + 1, dtype=torch.float64)
+        one[[0, -1]] = 1
+        stats = dataclasses.replace(stats, second_moment=torch.outer(one, one))
+        rank = None
+    whole = factorise(weights, geometry, stats, rank, 2)
+    narrow = factorise(weights, geometry, stats, rank, 2, nope_dim=6)
+    assert narrow.q_proj.shape == (3 * (6 + 2), HIDDEN) and narrow.kv_b.shape[0] == 3 * (6 + HEAD_DIM)
+    assert "nope_kept" not in whole.energy and narrow.energy["nope_kept"] == pytest.approx(1, abs=1e-9)
+    x = 3 * torch.randn(LENGTH, HIDDEN, dtype=torch.float64)
+    rank = whole.kv_b.shape[1]
+    for got, want in zip(*(converted(x, m, geometry, stats, rank, 2) for m in (narrow, whole)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_error_of_fewer_content_dims_is_the_measured_one():
+    weights, geometry, stats = make_layer(6, 2)
+    x = torch.randn(400, HIDDEN, dtype=torch.float64)
+    second = torch.nn.functional.pad(x, (0, 1), value=1.0)
+    stats = dataclasses.replace(stats, second_moment=second.T @ second / 400)
+    whole = factorise(weights, geometry, stats, None, 2)
+
+    def content_logits(m, nope):
+        q = (x @ m.q_proj.T).view(400, 6, -1)[..., :nope]
+        k = (x @ m.kv_a[:-2].T @ m.kv_b.T).view(400, 6, -1)[..., :nope]
+        return torch.einsum("shd,thd->hst", q, k)
+
+    lost = []
+    for nope in (2, 4, 6, 7):
+        narrow = factorise(weights, geometry, stats, None, 2, nope_dim=nope)
+        expected = 1 - narrow.energy["nope_kept"]
+        missed = content_logits(narrow, nope) - content_logits(whole, HEAD_DIM)
+        # heads have different costs: the share of each one is between the best and the worst
+        shares = missed.square().mean((1, 2)) / content_logits(whole, HEAD_DIM).square().mean((1, 2))
+        assert 0.99 * shares.min() <= expected <= 1.01 * shares.max()
+        lost.append(expected)
+    assert lost == sorted(lost, reverse=True) and 0 < lost[-1] < lost[0] < 1
+
+
+def test_a_layer_whose_values_are_zero_can_be_narrowed():
+    weights, geometry, stats = make_layer(6, 2)
+    result = factorise(dataclasses.replace(weights, v=torch.zeros_like(weights.v)), geometry, stats, 8, 4, nope_dim=3)
+    assert all(part.isfinite().all() for part in (result.q_proj, result.kv_a, result.kv_b))
+
+
 def test_statistics_that_are_not_finite_are_refused():
     weights, geometry, statistics = make_layer(4, 2)
     broken = dataclasses.replace(statistics, second_moment=statistics.second_moment * torch.nan)

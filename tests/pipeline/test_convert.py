@@ -385,3 +385,29 @@ def test_held_out_text_is_measured_beside_the_evaluation(convert_pico, sources, 
     assert calib.evaluation["held_out"]["text"] == "the end of text.txt"
     assert calib.evaluation["before"] == plain.evaluation["before"]
     assert "held_out: calib" in (calib.out / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_dtype": "int8"}, {"refine_steps": 3, "refine_batch": 4}])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_heads_with_fewer_content_dims(convert_pico, name, settings):
+    """The self-check compares decoding without a cache, with a dynamic one and with a static one."""
+    report = convert_pico(name, rank=10, rope_dim=6, nope_dim=3, uniform=False, **settings)
+    model = AutoModelForCausalLM.from_pretrained(report.out)
+    attention = model.get_submodule(model.config.mla_layers)[0].self_attn
+    assert attention.qk_nope_head_dim == model.config.qk_nope_head_dim == 3
+    assert attention.qk_head_dim == 3 + attention.qk_rope_head_dim
+    assert all(layer.qk_nope_head_dim == 3 and 0 < layer.energy.nope_kept <= 1 for layer in report.layers)
+    assert any(layer.energy.nope_kept < 1 for layer in report.layers)
+    assert report.self_check.passed and "nope_dim: 3\n" in (report.out / "recipe.yaml").read_text()
+    assert "heads of 3 content dims, which keep" in (report.out / "README.md").read_text()
+    assert "kept by narrower heads" in (report.out / "report.html").read_text()
+
+
+def test_whole_content_is_the_default(convert_pico):
+    reports = [
+        convert_pico("llama", rank=10, rope_dim=6, **given) for given in ({}, {"nope_dim": "full"}, {"nope_dim": 8})
+    ]
+    first, *others = ([path.read_bytes() for path in sorted(r.out.glob("*.safetensors"))] for r in reports)
+    assert all(other == first for other in others)
+    assert all(math.isnan(layer.energy.nope_kept) for layer in reports[0].layers)
+    assert "nope_dim" not in (reports[0].out / "recipe.yaml").read_text()

@@ -136,6 +136,19 @@ def test_code_of_a_model_with_layers_without_rope(convert_pico, tmp_path):
     assert distance(logits(tmp_path / "out", trust_remote_code=True), logits(converted)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "name, profile, planes",
+    [("llama", "portable", "engine_table"), ("qwen3", "hf-code", "by_loss"), ("qwen2", "hf-code", "by_loss")],
+)
+def test_heads_with_fewer_content_dims(convert_pico, tmp_path, name, profile, planes):
+    converted = convert_pico(name, rank=10, rope_dim=6, rope_selection=planes, nope_dim=3).out
+    export(converted, tmp_path / "out", profile, pad="none")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["qk_nope_head_dim"] == 3
+    code = {"trust_remote_code": True} if profile == "hf-code" else {}
+    assert distance(logits(tmp_path / "out", **code), logits(converted)) < 1e-5
+
+
 @torch.no_grad()
 def test_engine_is_right_where_the_latent_norm_reads_the_configuration(tabled, tmp_path):
     """The form for vLLM, SGLang and llama.cpp; transformers' class, which would misread it, refuses to build it."""

@@ -225,6 +225,16 @@ def test_vllm_serves_layers_of_different_sizes(cli, convert_pico, name):
 
 @pytest.mark.engine
 @needs_vllm
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_vllm_serves_heads_with_fewer_content_dims(cli, convert_pico, name):
+    folder = convert_pico(name, kv_ratio=0.6, uniform=False, nope_dim=3).out
+    code, out, err = cli("serve-check", folder, "--engine", "vllm", "--python", VLLM)
+    assert code == 0, out + err
+    assert "the same continuation for 4 of 4" in out
+
+
+@pytest.mark.engine
+@needs_vllm
 @pytest.mark.parametrize(
     ("name", "words"),
     [

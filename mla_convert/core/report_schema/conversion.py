@@ -106,6 +106,8 @@ class Energy(Section):
     """Shares that the closed form expects to keep, and its expected relative errors."""
 
     rope_kept: Measured = math.nan
+    # Of the content logits, where heads have fewer content dims.
+    nope_kept: Measured = math.nan
     rank_kept: Measured = math.nan
     # Errors of different keys are taken as independent: these compare layers and forecast nothing.
     logit_error: Measured = math.nan
@@ -120,6 +122,7 @@ class LayerEntry(Section):
         layer: index of the layer.
         kv_lora_rank: width of its latent.
         qk_rope_head_dim: width of its rotary key.
+        qk_nope_head_dim: width of each head's content key.
         plane_frequencies: index of the rotary frequency of each plane that stayed rotary.
         energy: what the closed form expects.
         output_error_closed_form: error of the attention output in closed form.
@@ -146,6 +149,7 @@ class LayerEntry(Section):
     layer: Count | None = None
     kv_lora_rank: Count | None = None
     qk_rope_head_dim: Count | None = None
+    qk_nope_head_dim: Count | None = None
     plane_frequencies: list[Count] | None = None
     energy: Energy | None = None
     output_error_closed_form: Measured = math.nan

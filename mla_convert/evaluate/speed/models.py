@@ -135,7 +135,7 @@ def held_bytes(device: torch.device, cache: Cache | None = None) -> int:
 
 
 def converted_config(
-    original: PreTrainedConfig, rank: int, rope_dim: int, cache_dtype: str = "bf16"
+    original: PreTrainedConfig, rank: int, rope_dim: int, cache_dtype: str = "bf16", nope_dim: int | None = None
 ) -> PreTrainedConfig:
     """Configuration of a conversion of the original to one rank and one number of rotary dimensions in all layers.
 
@@ -144,12 +144,14 @@ def converted_config(
         rank: of every layer.
         rope_dim: numbers of a rotary key.
         cache_dtype: of CACHE_DTYPES.
+        nope_dim: content dims of a head; None: all.
     """
     fields = original.to_dict()
     # These name the original's class and origin.
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
     _, width, _ = cache_shapes(original)[0]
+    nope_dim = width if nope_dim is None else nope_dim
     if is_hybrid(original):
         family = FAMILIES[original.model_type]
         fields |= {
@@ -162,8 +164,8 @@ def converted_config(
             "mla_norm_over": family.qk_norm_shape,
         }
     return config_class(type(original))(
-        **fields, kv_lora_rank=rank, qk_rope_head_dim=rope_dim, qk_nope_head_dim=width, v_head_dim=width,
-        qk_head_dim=width + rope_dim, latent_cache=CACHE_DTYPES[cache_dtype],
+        **fields, kv_lora_rank=rank, qk_rope_head_dim=rope_dim, qk_nope_head_dim=nope_dim, v_head_dim=width,
+        qk_head_dim=nope_dim + rope_dim, latent_cache=CACHE_DTYPES[cache_dtype],
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mla_convert.method.factorise.svd import MlaWeights, balance
+from mla_convert.method.factorise.linalg import balance
+from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.modeling.quantised_latent_mla import LatentFormat
 
 # Least cost of a channel, as a fraction of the largest: a channel without cost still has a scale.

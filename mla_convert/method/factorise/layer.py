@@ -212,6 +212,7 @@ def factorise_layer(
     rope_dim: int,
     planes: str,
     rotation: Rotation,
+    nope_dim: int | None = None,
 ) -> MlaWeights:
     """Closed-form MLA weights of a source layer's attention.
 
@@ -223,6 +224,7 @@ def factorise_layer(
         rope_dim: qk_rope_head_dim.
         planes: as in `factorise`.
         rotation: RoPE of the layer.
+        nope_dim: as in `factorise`.
     """
     shape, num_rotary_freqs = source.shape, rotation.num_rotary_freqs
     weights = source_weights(attention, source.family, shape, 2 * num_rotary_freqs)
@@ -236,7 +238,7 @@ def factorise_layer(
     geometry = Geometry(
         heads, kv_heads, shape.head_dim, scaling, rotation.scale, num_rotary_freqs, plane_weights=planes_of_heads
     )
-    return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes)
+    return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes, nope_dim=nope_dim)
 
 
 def _on_meta(part: nn.Module | nn.Parameter) -> nn.Module | nn.Parameter:

@@ -27,8 +27,8 @@ from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.allocate import LayerLoss, allocate, probes, wide_probes
 from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
+from mla_convert.method.factorise.linalg import ridged
 from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan, shares_out, size_unit
-from mla_convert.method.factorise.svd import ridged
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.write.writer import Writer
 
@@ -235,7 +235,7 @@ def _losses(
     family, source = layerwise.source.family, layerwise.source
     attention, norm = getattr(layer, family.attention), family.entry(layer)
     size, rotation = plan.layer(attention.layer_idx), layerwise.rotation(attention.layer_idx, eager)
-    full = plan.shape.full_rank(size.rope_dim)
+    full, nope_dim = plan.shape.full_rank(size.rope_dim), plan.most_nope_dim(attention.layer_idx)
     exact = replace(plan, cache=CacheFormat())
     statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, exact, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
@@ -248,14 +248,16 @@ def _losses(
         return float(((output - expected) @ root).square().sum(-1)[ordinary].mean() / 2)
 
     def build(rank: int | None, rope_dim: int) -> MlaAttention:
-        weights = factorise_layer(source, attention, statistics, rank, rope_dim, "by_loss", rotation)
+        weights = factorise_layer(source, attention, statistics, rank, rope_dim, "by_loss", rotation, nope_dim)
         module = _module(layerwise, exact, attention, LayerSize(weights.kv_b.shape[1], rope_dim))
         fill_attention(module, weights, family.freq_stride)
         return module
 
     def by_bits() -> dict[int, float]:
         """Loss that quantisation adds, by channels with 8 bits."""
-        weights = factorise_layer(source, attention, statistics, size.rank, size.rope_dim, "by_loss", rotation)
+        weights = factorise_layer(
+            source, attention, statistics, size.rank, size.rope_dim, "by_loss", rotation, nope_dim
+        )
         losses = {}
         for wide in wide_probes(plan, plan.cache.units(size_unit(plan))[0]):
             mixed = replace(size, wide=wide)

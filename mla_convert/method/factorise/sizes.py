@@ -127,6 +127,7 @@ class Plan:
         cache: numbers of a cached token.
         wide: channels with 8 bits in a mixed cache, likewise.
         budget: bytes per token and layer that layers share out; None: those of the mean sizes.
+        nope_dim: most content dims of a head in layers with RoPE; None: head_dim.
     """
 
     rank: int
@@ -136,6 +137,7 @@ class Plan:
     cache: CacheFormat = CacheFormat()
     wide: int = 0
     budget: float | None = None
+    nope_dim: int | None = None
 
     def layer(self, index: int) -> LayerSize:
         """Sizes of one converted layer."""
@@ -187,7 +189,9 @@ class Plan:
     def exact(self) -> bool:
         """Whether every plane keeps RoPE, no direction is dropped and no number is rounded."""
         whole = self.rope_dim == self.shape.full_rope_dim and self.rank == self.full_rank
-        return whole and not self.cache.quantised
+        # With every plane rotary, dims that RoPE does not rotate are the only content.
+        still = 0 if self.shape.rotary_dim is None else self.shape.head_dim - self.shape.rotary_dim
+        return whole and not self.cache.quantised and (self.nope_dim is None or self.nope_dim >= still)
 
     @property
     def qk_nope_head_dim(self) -> int:
@@ -197,7 +201,14 @@ class Plan:
     def layer_nope_dim(self, layer: int) -> int:
         """qk_nope_head_dim of one layer: 0 where every dim of every key head stays rotary."""
         all_dims = self.shape.num_kv_heads * self.shape.head_dim
-        return 0 if self.layer(layer).rope_dim == all_dims else self.shape.head_dim
+        return 0 if self.layer(layer).rope_dim == all_dims else self.most_nope_dim(layer)
+
+    def most_nope_dim(self, layer: int) -> int:
+        """Most content dims of a head of one layer.
+
+        Without RoPE it is head_dim, because no rotary dims make these heads wider than the original's.
+        """
+        return self.nope_dim if self.nope_dim and self.shape.has_rope(layer) else self.shape.head_dim
 
 
 def shares_out(settings: Settings, plan: Plan) -> bool:
@@ -217,8 +228,12 @@ def make_plan(settings: Settings, shape: AttentionShape) -> Plan:
     """Choose rank and rotary dims of the converted cache.
 
     Raises:
-        InputError: a rank, rope_dim or kv_ratio that this model cannot have.
+        InputError: a rank, rope_dim, nope_dim or kv_ratio that this model cannot have.
     """
+    return replace(_cache_plan(settings, shape), nope_dim=_nope_dim(settings, shape))
+
+
+def _cache_plan(settings: Settings, shape: AttentionShape) -> Plan:
     if isinstance(settings.rank, int) and settings.rank <= 0:
         raise InputError(f"rank {settings.rank} is not positive: give a rank of at least 1, or 'full'")
     if settings.rank is None:
@@ -316,6 +331,20 @@ def _rope_dim(settings: Settings, shape: AttentionShape, default: int) -> int:
     if rope_dim > full:
         raise InputError(f"rope_dim {rope_dim} is above the {full} rotary dims that this model has; give at most that")
     return rope_dim
+
+
+def _nope_dim(settings: Settings, shape: AttentionShape) -> int | None:
+    """Content dims of a head; None where heads keep all of them."""
+    nope_dim, width = settings.nope_dim, shape.head_dim
+    if nope_dim in (None, "full"):
+        return None
+    if nope_dim < 1 or nope_dim > width:
+        raise InputError(
+            f"nope_dim {nope_dim} is not from 1 to {width}, this model's head_dim: give such a number, or 'full'"
+        )
+    if not shape.full_rope_dim:
+        raise InputError(f"nope_dim {nope_dim} is for heads with rotary dims, and this model has no RoPE: leave it out")
+    return None if nope_dim == width else nope_dim
 
 
 def _round_up(value: float, unit: int) -> int:

@@ -17,14 +17,10 @@ from torch import Tensor
 from mla_convert.core.errors import InputError
 from mla_convert.method.calibrate.statistics import Statistics
 from mla_convert.method.factorise import linalg, rope
+from mla_convert.method.factorise.content import Content, narrowed
+from mla_convert.method.factorise.linalg import COST_RIDGE, RIDGE, balance, ridged
 
 __all__ = ["AttentionWeights", "Geometry", "MlaWeights", "factorise", "full_rank"]
-
-# Ridge as a fraction of the mean diagonal: makes the Cholesky factor of any calibration usable in float64, far below any
-# signal.
-RIDGE = 1e-10
-# The same for costs: keeps full rank exact for inputs that calibration never saw, without measurable loss of energy.
-COST_RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -88,16 +84,6 @@ def _affine(weight: Tensor, bias: Tensor | None) -> Tensor:
     """[weight, bias] (n, d+1) in float64, a missing bias being zero."""
     column = weight.new_zeros(weight.shape[0]) if bias is None else bias
     return torch.cat((weight, column.to(weight)[:, None]), 1).double()
-
-
-def ridged(moment: Tensor, ridge: float) -> Tensor:
-    """Symmetric (..., n, n) matrices plus `ridge` times their mean diagonal on the diagonal.
-
-    To a zero matrix, as from a layer whose weights are zero, `ridge` itself is added.
-    """
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    floor = torch.where(mean > torch.finfo(moment.dtype).tiny / ridge, mean, torch.ones_like(mean)) * ridge
-    return (moment + moment.mT) / 2 + floor[..., None, None] * torch.eye(moment.shape[-1]).to(moment)
 
 
 def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor, query_moment: Tensor) -> Tensor:
@@ -178,15 +164,6 @@ def _rope_rows(planes: rope.Planes, k: Tensor, q: Tensor) -> tuple[Tensor, Tenso
     return torch.cat((key.real, key.imag)), torch.cat((query.real, query.imag), 1)
 
 
-def balance(up: Tensor, down: Tensor) -> Tensor:
-    """Factor that makes two matrices with these mean squares about equal, 1 where either is zero.
-
-    It is a power of two, so that scaling does not round.
-    """
-    ratio = (up / down) ** 0.25
-    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).log2().round().exp2()
-
-
 def _reads(k_maps: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
     """Maps from y = [keys; values] to the content keys (H, nope, n) and the values (H, d_h, n) of every head.
 
@@ -240,12 +217,15 @@ def _latent(cov: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
     return encode, factor @ lead, factor @ vectors[:, rank:], values[:rank].clamp_min(0)
 
 
-def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics: tuple) -> dict[str, float]:
-    """Energy that both steps keep, as fractions, and the relative errors that remain if errors of keys are independent.
+def _energy(
+    planes: rope.Planes, gain: float, content: Content, cov: Tensor, tail: Tensor, metrics: tuple
+) -> dict[str, float]:
+    """Energy that each step keeps, as fractions, and the relative errors that remain if errors of keys are independent.
 
     Args:
         planes: that keep their rotation.
         gain: factor of squared rotary logits.
+        content: of the heads.
         cov: see `_latent`.
         tail: see `_latent`.
         metrics: of keys and of values.
@@ -259,12 +239,15 @@ def _energy(planes: rope.Planes, gain: float, cov: Tensor, tail: Tensor, metrics
     def fraction(lost: float, total: float) -> float:
         return lost / total if total > least else 0.0
 
+    logits_lost = rope_lost + content.lost + key_lost
+    narrow = {} if content.total is None else {"nope_kept": 1 - fraction(content.lost, content.total)}
     return {
         "rope_kept": 1 - fraction(rope_lost, rope_total),
+        **narrow,
         "rank_kept": 1 - fraction(key_lost + value_lost, key_total + value_total),
-        "logit_error": fraction(rope_lost + key_lost, rope_total) ** 0.5,
+        "logit_error": fraction(logits_lost, rope_total) ** 0.5,
         "value_error": fraction(value_lost, value_total) ** 0.5,
-        "output_error": fraction(rope_lost + key_lost + value_lost, value_total) ** 0.5,
+        "output_error": fraction(logits_lost + value_lost, value_total) ** 0.5,
     }
 
 
@@ -338,6 +321,7 @@ def factorise(
     rope_dim: int,
     *,
     planes: str = "by_loss",
+    nope_dim: int | None = None,
 ) -> MlaWeights:
     """Convert one layer to MLA.
 
@@ -352,6 +336,7 @@ def factorise(
         planes: "by_loss" keeps the planes whose de-rotation costs most and damps the rest by the mean rotation;
             "engine_table" does so with at most one plane for each frequency of a table that serving engines can express;
             "evenly_spaced" keeps the best plane of evenly spaced frequencies and damps nothing (as TransMLA does).
+        nope_dim: content dims of a head at most (content.py); None: d_h.
 
     Returns:
         Weights in float64, with the kept energy and the errors of the approximation.
@@ -377,14 +362,17 @@ def factorise(
     if weighted:  # the part of a logit that depends on the distance alone; the rest turns with the sum of the positions
         gain *= geometry.plane_weights.double().mean(0)[:, None]
     k_maps = (rope.content_maps(kept, rho, num_kv) * gain.flatten(0, 1))[:, :nope]
-    costs = (key_cost[:, :nope, :nope], ridged(o_heads.mT @ o_heads, COST_RIDGE))
+    content = Content(q_heads[:, :nope], k_maps, key_cost[:, :nope, :nope])
+    if nope_dim is not None and nope_dim < nope:
+        content = narrowed(content, k, tokens, nope_dim)
+    costs = (content.cost, ridged(o_heads.mT @ o_heads, COST_RIDGE))
     # Without a source bias the result has none, and no column for constants.
     columns = slice(None if weights.k_bias is not None or weights.v_bias is not None else -1)
     rows = torch.cat((k, v))[:, columns]
-    down, up, channels, lost = _content(rows, tokens[columns, columns], _reads(k_maps, num_kv), costs, rank)
+    down, up, channels, lost = _content(rows, tokens[columns, columns], _reads(content.key_maps, num_kv), costs, rank)
     k_rope, q_rope = _rope_rows(kept, k, q)
-    q_rows = torch.cat((q_heads[:, :nope], q_rope), 1).flatten(0, 1)
-    energy = _energy(kept, geometry.rope_scale**4, *lost)
+    q_rows = torch.cat((content.query, q_rope), 1).flatten(0, 1)
+    energy = _energy(kept, geometry.rope_scale**4, content, *lost)
     kv_a = torch.cat((down, k_rope[:, columns]))
     whole = _assemble(weights, q_rows, kv_a, up, kept.freq_index, energy, channels)
     return replace(whole, rope_weight=geometry.plane_weights[:, kept.freq_index].flatten()) if weighted else whole

@@ -104,7 +104,7 @@ def warnings(plan: Plan) -> list[str]:
     full = shape.full_rank(plan.rope_dim)
     if plan.rank >= full:
         lines.append(f"rank {plan.rank} is full rank: the latent loses nothing, and a higher one is not possible")
-    for name, value in (("rank", plan.rank), ("rope-dim", plan.rope_dim)):
+    for name, value in (("rank", plan.rank), ("rope-dim", plan.rope_dim), ("nope-dim", plan.nope_dim or 0)):
         if value % UNIT:
             lower = value // UNIT * UNIT
             near = f"{lower} or {lower + UNIT}" if lower else f"{UNIT}"

@@ -44,8 +44,8 @@ ERRORS = (
     ("Error of the attention output", "output_error_closed_form", "output_error"),
     ("Error of the residual stream", "residual_error_closed_form", "residual_error"),
 )
-LAYER_COLUMNS = ("layer", "rank + rotary", "RoPE kept", "rank kept", "output error, closed form", "output error",
-                 "residual error")  # fmt: skip
+LAYER_COLUMNS = ("layer", "rank + rotary", "output error, closed form", "output error", "residual error")
+ENERGY_COLUMNS = {"rope_kept": "RoPE kept", "nope_kept": "content kept", "rank_kept": "rank kept"}
 TRAINED = {"all": "all weights", "attention": "the attention's weights", "lora": "adapters of the attention"}
 
 
@@ -209,8 +209,8 @@ def _layer_charts(layers: list[LayerEntry]) -> list[tuple[str, str, tuple[tuple[
     if _is_uneven(layers):
         key = (("after", "latent"), ("rotary", "rotary key"))
         charts.append(("Numbers cached", _draw(lambda width: plots.sizes(layers, width)), key))
-    key = (("rotary", "kept by decoupling RoPE"), ("after", "kept by the low rank"))
-    charts.append(("Energy kept", _draw(lambda width: plots.energy(layers, width)), key))
+    steps = tuple((css, f"kept {name}") for css, name in map(plots.ENERGIES.__getitem__, plots.energies(layers)))
+    charts.append(("Energy kept", _draw(lambda width: plots.energy(layers, width)), steps))
     for title, first, last in ERRORS:
         pairs = [(_error(getattr(layer, first)), _error(getattr(layer, last))) for layer in layers]
         refined = any(before and after and before != after for before, after in pairs)
@@ -292,17 +292,18 @@ def _speed(report: Report) -> Table | None:
 
 def _tables(report: Report) -> list[tuple[str, Table]]:
     """The tables under Details."""
+    energies = plots.energies(report.layers)
+    columns = (*LAYER_COLUMNS[:2], *(ENERGY_COLUMNS[key] for key in energies), *LAYER_COLUMNS[2:])
     layers = [
         (
             str(number),
             f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}",
-            format.percent(layer.energy.rope_kept if layer.energy else None, 3),
-            format.percent(layer.energy.rank_kept if layer.energy else None, 3),
+            *(format.percent(getattr(layer.energy, key) if layer.energy else None, 3) for key in energies),
             *map(format.scientific, (layer.output_error_closed_form, layer.output_error, layer.residual_error)),
         )
         for number, layer in zip(plots.numbers(report.layers), report.layers, strict=True)
     ]
-    tables = [("Every layer in figures", Table(LAYER_COLUMNS, layers, align="r" * len(LAYER_COLUMNS)))]
+    tables = [("Every layer in figures", Table(columns, layers, align="r" * len(columns)))]
     entries: tuple[tuple[str, dict[str, Any]], ...] = (
         ("Settings", report.settings), ("Versions", report.versions), ("Checksums", report.checksums),
     )  # fmt: skip

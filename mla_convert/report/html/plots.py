@@ -14,6 +14,13 @@ from mla_convert.report.html.svg import Chart, decades, layer_ticks, linear, log
 LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 46
 BAR = 30
 
+# Steps of the closed form that keep a share of the energy: class of the colour, and words.
+ENERGIES = {
+    "rope_kept": ("rotary", "by decoupling RoPE"),
+    "nope_kept": ("before", "by narrower heads"),
+    "rank_kept": ("after", "by the low rank"),
+}
+
 
 def cache(section: CacheSection, heads: tuple[int, int] | None, width: int) -> Chart:
     """Numbers that a token leaves in a layer's cache, before and after, on one scale.
@@ -112,11 +119,20 @@ def _frame(chart: Chart, layers: Sequence[LayerEntry], height: int) -> tuple[Cal
     return x, (chart.width - LEFT - RIGHT) / len(layers)
 
 
+def energies(layers: Sequence[LayerEntry]) -> list[str]:
+    """The steps of `ENERGIES` that a report has: heads with fewer content dims are an option."""
+    return [
+        key
+        for key in ENERGIES
+        if key != "nope_kept" or any(layer.energy and math.isfinite(layer.energy.nope_kept) for layer in layers)
+    ]
+
+
 def energy(layers: Sequence[LayerEntry], width: int) -> Chart | None:
-    """Shares kept by decoupling RoPE and by the low rank. The share that is lost is on a logarithmic scale."""
+    """Shares kept by each step of `ENERGIES`. The share that is lost is on a logarithmic scale."""
     series = {
-        "rope_kept": [_lost(layer.energy.rope_kept) if layer.energy else None for layer in layers],
-        "rank_kept": [_lost(layer.energy.rank_kept) if layer.energy else None for layer in layers],
+        key: [_lost(getattr(layer.energy, key)) if layer.energy else None for layer in layers]
+        for key in energies(layers)
     }
     every = [lost for values in series.values() for lost in values if lost is not None]
     if not every:
@@ -124,8 +140,9 @@ def energy(layers: Sequence[LayerEntry], width: int) -> Chart | None:
     # A layer that loses nothing has no place on a logarithmic axis: it is drawn at its end.
     height, floor = 280, 1e-4
     low, high = max(min(every), floor) / 1.6, min(1.0, max(max(every), 2 * floor) * 1.6)
-    names = {"rope_kept": "by decoupling RoPE", "rank_kept": "by the low rank"}
-    worst = [f"{names[key]}: worst {1 - max(filter(None, lost)):.2%}" for key, lost in series.items() if any(lost)]
+    worst = [
+        f"{ENERGIES[key][1]}: worst {1 - max(filter(None, lost)):.2%}" for key, lost in series.items() if any(lost)
+    ]
     chart = Chart(width, height, "Energy kept per layer", "; ".join(worst))
     x, step = _frame(chart, layers, height)
     # From top to bottom, so that layers that keep more are higher.
@@ -133,11 +150,12 @@ def energy(layers: Sequence[LayerEntry], width: int) -> Chart | None:
     for lost in decades(low, high):
         chart.line(LEFT, y(lost), width - RIGHT, y(lost), "grid")
         chart.text(LEFT - 8, y(lost) + 4, _kept(lost), "tick", "end")
-    for (key, values), css in zip(series.items(), ("rotary", "after"), strict=True):
+    for key, values in series.items():
+        css, name = ENERGIES[key]
         points = [(index, lost) for index, lost in enumerate(values) if lost is not None]
         chart.path([(x(index), y(max(lost, low))) for index, lost in points], f"{css} thin")
         for index, lost in points:
-            words = f"layer {numbers(layers)[index]}: {1 - lost:.3%} kept {names[key]}"
+            words = f"layer {numbers(layers)[index]}: {1 - lost:.3%} kept {name}"
             chart.add("circle", css, words, cx=x(index), cy=y(max(lost, low)), r=min(4, max(1.5, step / 3)))
     chart.text(11, (TOP + height - BOTTOM) / 2, "energy kept", "axis", "middle", turn=True)
     return chart
