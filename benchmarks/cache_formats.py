@@ -3,7 +3,7 @@
     python benchmarks/cache_formats.py MODEL --calib train.txt.gz --eval test.txt.gz 160+32 224+96:int4 256+128:mixed:wide=160
 
 A format is RANK+ROPE, the same in every layer, then words after colons: a kind (fp8, int8, int4 or mixed; none is bfloat16),
-group=N (0: one scale; default 64, fp8: 0), rope=bf16|fp8|int8 (default fp8), wide=N for mixed, a basis (hadamard, scaled
+group=N (0: one scale; default 64, fp8: 0), rope=bf16|fp8|int8|int4 (default fp8), wide=N for mixed, a basis (spread, scaled
 or pca), and nope=N for heads with N content dims. No gradient step is taken: the table compares formats, and refinement
 lowers every one of its figures. Statistics are those of the source's hidden states. Shares count bytes of packed rows
 against the source's cache in bfloat16.
@@ -36,7 +36,7 @@ from mla_convert.source import texts
 from mla_convert.source.shape import AttentionShape
 from mla_convert.source.source import open_source
 
-BASES = ("hadamard", "scaled", "pca")
+BASES = ("spread", "scaled", "pca")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Candidate:
         size, *words = name.split(":")
         rank, rope_dim = map(int, size.split("+"))
         kind = next((word for word in words if word in KINDS), "bf16")
-        basis = next((word for word in words if word in BASES), "hadamard")
+        basis = next((word for word in words if word in BASES), "spread")
         options = dict(word.split("=") for word in words if word not in (kind, basis))
         group = int(options.pop("group", 0 if kind in ("fp8", "bf16") else GROUP))
         cache = CacheFormat(kind, group, options.pop("rope", "bf16" if kind == "bf16" else "fp8"))

@@ -21,7 +21,7 @@ Full = Literal["full"]
 Trained = Literal["attention", "all", "lora"]
 RopeSelection = Literal["by_loss", "engine_table", "evenly_spaced"]
 Engine = Literal["vllm", "sglang", "llama.cpp"]
-CacheRope = Literal["bf16", "fp8", "int8"]
+CacheRope = Literal["bf16", "fp8", "int8", "int4"]
 CacheDtype = Literal["bf16", "fp8", "int8", "int4", "auto"]
 
 # Panels of `--help`.
@@ -121,10 +121,10 @@ class Settings(BaseModel):
         le=128,
     )
     cache_rope: CacheRope | None = option(
-        "Numbers of the rotary key in a quantised cache: bf16, fp8 (e4m3) or int8, which rounds less in as many bytes "
-        "and decodes without the kernels.",
+        "Numbers of the rotary key in a quantised cache: bf16, fp8 (e4m3), int8, which rounds less in as many bytes and "
+        "decodes without the kernels, or int4, for a latent with channels in int4.",
         panel=SIZE,
-        unset="fp8",
+        unset="fp8; int4 for int4 and auto where --kv-ratio is below 0.35",
         metavar="DTYPE",
     )
     uniform: bool = option(

@@ -241,6 +241,8 @@ class MlaAttention(nn.Module):
         q_rope, latent, k_rope, cos, sin = self._rotate_and_cache(q_rope, latent, k_rope, cos, sin, past_key_values)
         if self.rope_weight is not None:
             q_rope = q_rope * self.rope_weight
+        if self.latent_format is not None:
+            q_rope = self.latent_format.mixed(q_rope)  # as the cached keys
 
         # With several queries, only an explicit mask defines which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
@@ -350,9 +352,15 @@ class MlaAttention(nn.Module):
                     f'mla_kernel "kernels" cannot decode rows with a rotary key in {self.latent_format.rope}'
                 )
             if form and kernel != "sdpa" and not need_weights:
-                attended = kernel_attention(
-                    query, q_rope, latent, None, mask, self.scaling, kernel, row_format=form, **options
+                joint = self.latent_format.joint.rope_dim  # of the rows as the kernels see them
+                parts = (
+                    (query, q_rope) if joint == q_rope.shape[-1] else (torch.cat([query, q_rope], -1), q_rope[..., :0])
                 )
+                attended = kernel_attention(
+                    *parts, latent, None, mask, self.scaling, kernel, row_format=form, **options
+                )
+                if attended is not None:
+                    attended = attended[..., : self.kv_lora_rank]
             latent, k_rope = (
                 (None, None) if attended is not None else dequantise_rows(self.latent_format, latent, query.dtype)
             )

@@ -8,11 +8,15 @@ Sections of a row (one token of one layer), each from a multiple of ALIGN bytes 
     rope     the rotated key: 2m numbers as bfloat16 (2 bytes each), e4m3 or int8
     scales   float16, little-endian: one for each group of channels, then one for the rotary key unless that is bfloat16
 
+A rotary key in 4 bits has no section of its own: its numbers, mixed by `mixing`, are the last channels of codes4, so that the row
+is that of a latent of r + 2m channels without a rotary key.
+
 A dequantised number is its code times its group's scale. Groups have `group` channels, the last of a section maybe fewer, and
 none holds channels of both widths. Needs only torch and transformers, like the modeling code beside it.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ from transformers.cache_utils import Cache
 from .decode_mla import cache_layer, rotate_planes, write_static
 
 KINDS = ("fp8", "int8", "int4", "mixed")
-ROPE_KINDS = ("bf16", "fp8", "int8")
+ROPE_KINDS = ("bf16", "fp8", "int8", "int4")
 # Version of the rows, in the configuration's `latent_cache`; and the fields that all formats have there.
 VERSION, FIELDS = 1, {"version", "kind", "group", "rope"}
 # Bytes that every section and row is a multiple of: the width of a vector load.
@@ -40,6 +44,26 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
+@functools.cache
+def mixing(size: int) -> Tensor:
+    """An orthonormal matrix (size, size) whose every row mixes numbers of all magnitudes, float64 on the CPU.
+
+    It has a Hadamard matrix of Sylvester's construction for each power of two in `size`. Numbers are dealt out to these blocks
+    in turn, so that each block gets a like part of numbers that are in the order of their magnitudes.
+    """
+    blocks: list[Tensor] = []
+    for bit in reversed(range(size.bit_length())):
+        if size >> bit & 1:
+            block = torch.ones(1, 1, dtype=torch.float64)
+            for _ in range(bit):
+                block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)]) * 0.5**0.5
+            blocks.append(block)
+    if not blocks:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    places = torch.cat([(torch.arange(len(block), dtype=torch.float64) + 0.5) / len(block) for block in blocks])
+    return torch.block_diag(*blocks)[:, places.argsort(stable=True)]
+
+
 @dataclass(frozen=True)
 class LatentFormat:
     """Layout of a packed row.
@@ -50,7 +74,7 @@ class LatentFormat:
         rope_dim: numbers 2m of the rotary key.
         group: channels that share a scale; 0: all channels of a section.
         wide: channels n8 with 8 bits, the first ones; follows from the kind except for "mixed".
-        rope: "bf16", "fp8" (e4m3) or "int8".
+        rope: "bf16", "fp8" (e4m3), "int8", or "int4" for kinds with codes of 4 bits.
     """
 
     kind: str
@@ -70,6 +94,8 @@ class LatentFormat:
             raise ValueError(
                 f"latent cache of kind {self.kind!r} with rotary key {self.rope!r}: expected {KINDS}, {ROPE_KINDS}"
             )
+        if self.rope == "int4" and self.kind not in ("int4", "mixed"):
+            raise ValueError(f"latent cache of kind {self.kind!r}: it has no codes of 4 bits for a rotary key in int4")
         if self.group and not LEAST_GROUP <= self.group <= MOST_GROUP:
             raise ValueError(f"latent cache: group {self.group} is not 0 or {LEAST_GROUP} to {MOST_GROUP}")
         follows = {"int4": 0, "mixed": self.wide}.get(self.kind, self.rank)
@@ -80,9 +106,23 @@ class LatentFormat:
         object.__setattr__(self, "wide", follows)
 
     @property
+    def joint(self) -> "LatentFormat":
+        """The format of the same row without a rotary key: where that has 4 bits, its numbers are channels of the latent."""
+        if self.rope != "int4":
+            return self
+        wide = self.wide if self.kind == "mixed" else -1
+        return replace(self, rank=self.rank + self.rope_dim, rope_dim=0, wide=wide, rope="bf16")
+
+    def mixed(self, rope: Tensor) -> Tensor:
+        """Rotated keys or queries (..., 2m) in the basis in which keys are cached."""
+        if self.rope != "int4" or not self.rope_dim:
+            return rope
+        return rope @ _mixing_on(self.rope_dim, rope.device, rope.dtype)
+
+    @property
     def narrow(self) -> int:
-        """Channels with 4 bits."""
-        return self.rank - self.wide
+        """Channels with 4 bits, those of a rotary key included."""
+        return self.rank - self.wide + (self.rope_dim if self.rope == "int4" else 0)
 
     @property
     def codes4_at(self) -> int:
@@ -97,7 +137,7 @@ class LatentFormat:
     @property
     def rope_bytes(self) -> int:
         """Bytes of the rotary key without padding."""
-        return self.rope_dim * (2 if self.rope == "bf16" else 1)
+        return self.rope_dim * {"bf16": 2, "int4": 0}.get(self.rope, 1)
 
     @property
     def scales_at(self) -> int:
@@ -116,7 +156,7 @@ class LatentFormat:
     @property
     def scales(self) -> int:
         """Number of scales."""
-        return len(self.groups) + (self.rope != "bf16" and self.rope_dim > 0)
+        return len(self.groups) + (self.rope in CODES and self.rope_dim > 0)
 
     @property
     def row_bytes(self) -> int:
@@ -150,6 +190,11 @@ def layer_format(config: Any, layer_idx: int) -> LatentFormat | None:
         wide=wide[layer_idx] if wide else -1,
         rope=given["rope"],
     )
+
+
+@functools.cache
+def _mixing_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return mixing(size).mT.to(device, dtype)
 
 
 def _quantised(values: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -211,6 +256,8 @@ def quantise_rows(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> Tensor:
     Returns:
         (..., row_bytes), uint8.
     """
+    if fmt.joint is not fmt:
+        return quantise_rows(fmt.joint, torch.cat([latent, fmt.mixed(rope)], -1), rope[..., :0])
     sections = _sections(fmt, latent)
     parts = []
     if fmt.wide:
@@ -226,13 +273,16 @@ def quantise_rows(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> Tensor:
 
 
 def dequantise_rows(fmt: LatentFormat, rows: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Latents (..., r) and rotary keys (..., 2m) of packed tokens (..., row_bytes).
+    """Latents (..., r) and rotary keys (..., 2m) of packed tokens (..., row_bytes); the keys as from `LatentFormat.mixed`.
 
     Args:
         fmt: layout of a row.
         rows: uint8.
         dtype: of the result; products are rounded to it from float32.
     """
+    if fmt.joint is not fmt:
+        both, _ = dequantise_rows(fmt.joint, rows, dtype)
+        return both[..., : fmt.rank], both[..., fmt.rank :]
     scales = rows[..., fmt.scales_at : fmt.scales_at + 2 * fmt.scales].contiguous().view(torch.float16).float()
     codes = []
     if fmt.wide:
@@ -280,6 +330,9 @@ def pass_through(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> tuple[Tenso
     Returns:
         Both in the dtype of `latent`, equal to `dequantise_rows` of `quantise_rows`.
     """
+    if fmt.joint is not fmt:
+        both, _ = pass_through(fmt.joint, torch.cat([latent, fmt.mixed(rope)], -1), rope[..., :0])
+        return both[..., : fmt.rank], both[..., fmt.rank :]
     with torch.no_grad():
         parts = [codes * _expand(scales, group, codes.shape[-1]) for codes, scales, group in _sections(fmt, latent)]
         cached = torch.cat(parts, -1).to(latent.dtype)
@@ -331,7 +384,7 @@ def update_packed(cache: Cache, layer_idx: int, rows: Tensor) -> Tensor:
 
 
 def kernel_format(fmt: LatentFormat) -> tuple[int, ...] | None:
-    """The numbers of the `mla_attention.RowFormat` of a row; None where the kernels have no such row."""
+    """The numbers of the `mla_attention.RowFormat` of a row, of its `joint` form; None where the kernels have no such row."""
     if fmt.rope == "int8" and fmt.rope_dim:
         return None
     return fmt.wide, int(fmt.kind == "fp8"), fmt.group, int(fmt.rope == "fp8")
@@ -357,7 +410,7 @@ def write_packed(
     Returns:
         The rotated queries, the rows of all cached tokens, and None in the place of the keys.
     """
-    form = kernel_format(fmt)
+    form = kernel_format(fmt) if fmt.joint is fmt else None  # the kernel that writes does not mix
     written = kernels and form and write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes)
     if written:
         rows, _, q_rope = written

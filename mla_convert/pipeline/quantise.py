@@ -23,10 +23,11 @@ from mla_convert.heal.checks import open_converted
 from mla_convert.heal.output import write_report, write_weights
 from mla_convert.heal.teacher_student import attentions
 from mla_convert.method.calibrate.latent_channels import channel_moments
-from mla_convert.method.factorise.basis import Latent
+from mla_convert.method.factorise.basis import Latent, query_factors, rope_factors
 from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan, cache_format
 from mla_convert.modeling.fixed_states import fixed_state_bytes
-from mla_convert.modeling.quantised_latent_mla import VERSION
+from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat
 from mla_convert.report.report import cache_section
 from mla_convert.source import mixture, texts
 from mla_convert.source.config_file import language_model
@@ -161,20 +162,45 @@ def _changed(
     for attention, size, (variance, cost) in zip(attentions(model), sizes, moments, strict=True):
         row = cache.row(size)
         assert row is not None
-        rank, down, up = size.rank, attention.kv_a_proj_with_mqa, attention.kv_b_proj
-        # In float64, so that the change of basis adds no rounding of its own.
-        weight, bias = (None if part is None else part.detach().double().cpu() for part in (down.weight, down.bias))
-        latent = Latent(
-            weight[:rank], None if bias is None else bias[:rank], up.weight.detach().double().cpu(), variance, cost
-        )
-        latent = latent.ordered().turned(row.groups, "hadamard")
         path = names[id(attention)]
-        # Only the latent gets a new basis: RoPE turns the rotary rows, plane by plane.
-        changed[f"{path}.kv_a_proj_with_mqa.weight"] = torch.cat([latent.down, weight[rank:]]).float()
-        changed[f"{path}.kv_b_proj.weight"] = latent.up.float().contiguous()
-        if bias is not None:
-            changed[f"{path}.kv_a_proj_with_mqa.bias"] = torch.cat([latent.bias, bias[rank:]]).float()
+        changed |= {f"{path}.{name}": tensor for name, tensor in _in_basis(attention, row, variance, cost).items()}
     return changed
+
+
+def _in_basis(attention: MlaAttention, row: LatentFormat, variance: Tensor, cost: Tensor) -> dict[str, Tensor]:
+    """The projections of an attention in the basis in which `row` rounds least, by name, in float32.
+
+    Args:
+        attention: of a converted model.
+        row: format of its cached rows.
+        variance: from `channel_moments`.
+        cost: likewise.
+    """
+    rank, down, up = row.rank, attention.kv_a_proj_with_mqa, attention.kv_b_proj
+    # In float64, so that the change of basis adds no rounding of its own.
+    weight, bias = (None if part is None else part.detach().double().cpu() for part in (down.weight, down.bias))
+    latent = Latent(
+        weight[:rank],
+        None if bias is None else bias[:rank],
+        up.weight.detach().double().cpu(),
+        variance[:rank],
+        cost[:rank],
+    )
+    latent = latent.ordered().turned((row.wide, rank - row.wide))
+    factors, found = torch.ones(len(weight) - rank, dtype=torch.float64), {}
+    if row.rope == "int4" and row.rope_dim:
+        factors = rope_factors(variance[rank:], cost[rank:], latent)
+        name = "q_b_proj" if attention.normed else "q_proj"
+        query = getattr(attention, name)
+        undone = query_factors(factors, attention.num_heads, len(query.weight))
+        found[f"{name}.weight"] = (query.weight.detach().double().cpu() * undone[:, None]).float()
+        if query.bias is not None:
+            found[f"{name}.bias"] = (query.bias.detach().double().cpu() * undone).float()
+    found["kv_a_proj_with_mqa.weight"] = torch.cat([latent.down, weight[rank:] * factors[:, None]]).float()
+    found["kv_b_proj.weight"] = latent.up.float().contiguous()
+    if bias is not None:
+        found["kv_a_proj_with_mqa.bias"] = torch.cat([latent.bias, bias[rank:] * factors]).float()
+    return found
 
 
 def _cache_section(origin: SourceLocation, sizes: list[LayerSize], cache: CacheFormat, config: Any) -> CacheSection:

@@ -10,13 +10,14 @@ from uses import FEATURES, IDS, K, cached_error, load
 from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.quantised_latent_mla import layer_format
 
-KINDS = ["fp8", "int8", "int4", "auto"]
+KINDS = ["fp8", "int8", "int4", "auto", "auto, rope in int4"]
 
 
 @pytest.fixture(params=KINDS)
 def folder(request, convert_pico):
-    rope = {"cache_rope": "int8"} if request.param == "int8" else {}
-    return convert_pico("llama", rank=16, rope_dim=8, cache_dtype=request.param, **rope).out
+    kind, _, four_bits = request.param.partition(", ")
+    rope = {"cache_rope": "int4" if four_bits else "int8"} if four_bits or kind == "int8" else {}
+    return convert_pico("llama", rank=16, rope_dim=8, cache_dtype=kind, **rope).out
 
 
 @torch.no_grad()

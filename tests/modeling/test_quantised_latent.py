@@ -9,8 +9,9 @@ FORMATS = [
     LatentFormat(kind, rank, rope_dim, group, wide if kind == "mixed" else -1, rope)
     for kind in ("fp8", "int8", "int4", "mixed")
     for rank, wide in ((64, 32), (80, 16), (512, 128), (6, 2))
-    for rope_dim, rope in ((0, "bf16"), (16, "bf16"), (16, "fp8"), (64, "int8"))
+    for rope_dim, rope in ((0, "bf16"), (16, "bf16"), (16, "fp8"), (64, "int8"), (48, "int4"))
     for group in (0, 32, 128)
+    if rope != "int4" or kind in ("int4", "mixed")
 ]
 
 
@@ -31,7 +32,8 @@ def test_rows_have_the_stated_bytes_and_equal_the_straight_through_form(fmt):
     assert all(torch.equal(a, b) for a, b in zip(restored, through, strict=True))
     most = {"fp8": 0.002, "int8": 0.001, "int4": 0.03, "mixed": 0.03}[fmt.kind]
     assert (restored[0] - latent).square().mean() < most and not restored[0][0, 0, 0].any()
-    assert (restored[1] - rope).square().sum() < 0.002 * max(rope.square().sum(), 1)
+    most = 0.03 if fmt.rope == "int4" else 0.002
+    assert (restored[1] - fmt.mixed(rope)).square().sum() < most * max(rope.square().sum(), 1)
 
 
 def test_bytes_of_a_mixed_row():
@@ -49,6 +51,17 @@ def test_bytes_of_a_mixed_row():
     scales = torch.tensor(row[64:72], dtype=torch.uint8).view(torch.float16)
     assert scales.tolist() == [1.0, 1.0, -2.0, 1.0]
     assert row[48:50] == torch.tensor([448.0, -1.0]).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+
+
+def test_a_rotary_key_in_4_bits_is_part_of_the_latent():
+    """Scores of mixed queries with mixed keys are those of both as they were."""
+    fmt = LatentFormat("mixed", 48, 12, 32, 16, "int4")
+    assert fmt.joint == LatentFormat("mixed", 60, 0, 32, 16) and fmt.row_bytes == fmt.joint.row_bytes == 64
+    latent, key, query = torch.randn(7, 48), torch.randn(7, 12), torch.randn(3, 12)
+    rows = quantise_rows(fmt, latent, key)
+    torch.testing.assert_close(rows, quantise_rows(fmt.joint, torch.cat([latent, fmt.mixed(key)], 1), key[:, :0]))
+    torch.testing.assert_close(fmt.mixed(query) @ fmt.mixed(key).T, query @ key.T, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(fmt.mixed(key), key)
 
 
 def test_a_rotary_key_in_int8_is_rounded_less_than_in_e4m3():
@@ -89,7 +102,8 @@ def test_numbers_beyond_float16_scales_stay_finite():
     "fields",
     [
         {"kind": "int3"},
-        {"kind": "int4", "rope": "int4"},
+        {"kind": "int8", "rope": "int4"},
+        {"kind": "int4", "rope": "int3"},
         {"kind": "int4", "group": 16},
         {"kind": "int4", "wide": 8},
         {"kind": "mixed"},

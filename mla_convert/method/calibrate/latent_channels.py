@@ -1,4 +1,4 @@
-"""Second moments of a converted model's latents, and what an error in each channel costs, by one pass over some text."""
+"""Second moments of what a converted model caches, and what an error in each number costs, by one pass over some text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from mla_convert.modeling.modeling_mla import MlaAttention
 def channel_moments(
     model: nn.Module, windows: Tensor, seed: int, tick: Callable[[], None] = lambda: None
 ) -> list[tuple[Tensor, Tensor]]:
-    """E[c^2] and E[g^2] (r,) of every layer's latent c, with g the gradient of the NLL of tokens that the model samples.
+    """E[c^2] and E[g^2] (r + 2m,) of every layer's latent and rotary key c, with g the gradient of a loss in them.
 
-    E[g^2] is the diagonal of the Fisher information in the latent: an error e_i of channel i raises the divergence by about
-    E[g_i^2] e_i^2 / 2 nats per token.
+    The loss is the NLL of tokens that the model samples. E[g^2] is then the diagonal of the Fisher information: an error e_i of
+    number i raises the divergence by about E[g_i^2] e_i^2 / 2 nats per token. The rotary key is taken before RoPE, and both
+    figures are means over the two dims of a plane, which RoPE turns.
 
     Args:
         model: a converted model; its cache format is left out meanwhile.
@@ -35,7 +36,7 @@ def channel_moments(
         )
         for index, layer in enumerate(layers)
     ]
-    sums = [torch.zeros(2, layer.kv_lora_rank, dtype=torch.float64) for layer in layers]
+    sums = [torch.zeros(2, layer.kv_lora_rank + layer.qk_rope_head_dim, dtype=torch.float64) for layer in layers]
     generator = torch.Generator(windows.device if windows.is_cuda else "cpu").manual_seed(seed)
     try:
         for layer in layers:
@@ -46,7 +47,7 @@ def channel_moments(
             sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
             (-logits.log_softmax(-1).gather(1, sampled)).sum().backward()
             for index, total in enumerate(sums):
-                rows = kept[index][0, :, : total.shape[1]].detach(), kept[index].grad[0, :, : total.shape[1]]
+                rows = kept[index][0].detach(), kept[index].grad[0]
                 total += torch.stack([part.double().square().sum(0) for part in rows]).cpu()
             kept.clear()
             tick()
@@ -55,6 +56,9 @@ def channel_moments(
             hook.remove()
         for layer, row in zip(layers, formats, strict=True):
             layer.latent_format = row
+    for layer, total in zip(layers, sums, strict=True):
+        planes = total[:, layer.kv_lora_rank :].unflatten(1, (2, -1))
+        planes.copy_(planes.mean(1, keepdim=True).expand_as(planes))
     return [tuple(total / windows.numel()) for total in sums]
 
 

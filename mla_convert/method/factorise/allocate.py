@@ -115,7 +115,7 @@ class _Budget:
         self.units = (self.rank_unit, self.rope_unit, self.rank_unit)
         # bytes of a unit, without the padding of rows
         code = {"bf16": 2.0, "int4": 0.5, "mixed": 0.5}.get(plan.cache.kind, 1.0)
-        key = 2.0 if plan.cache.rope == "bf16" else 1.0
+        key = {"bf16": 2.0, "int4": 0.5}.get(plan.cache.rope, 1.0)
         self.costs = (self.rank_unit * code, self.rope_unit * key, self.rank_unit / 2)
         self.limits = [self._limits(loss) for loss in losses]
         self.curves = [

@@ -1,9 +1,13 @@
-"""The basis in which a latent is quantised: an invertible map that kv_a and kv_b absorb, so that it costs nothing.
+"""The basis in which a token is quantised: an invertible map that the projections absorb, so that it costs nothing.
 
-The closed form gives channels in the order of their cost: channel i has variance s_i and an error e_i of it costs w_i e_i^2.
-A group of channels with one scale has about the same error q s in each channel if these have equal variance s, so that the
-group costs q * sum(w_i s_i) at best: that of channels scaled by sqrt(w_i) and rotated by a Hadamard matrix, which makes their
-variances equal, their errors equally expensive and their distributions nearly normal (QuaRot, arXiv 2404.00456).
+Channel i of a latent has variance s_i, and a squared error of it costs w_i. Numbers that are mixed by an orthonormal matrix of
+equal magnitudes have one variance, the mean of theirs, and their errors in 4 bits are a fraction q of it (QuaRot, arXiv
+2404.00456). Channels scaled by f_i first have a mean variance of mean(f_i^2 s_i), and their errors cost mean(w_i / f_i^2) each:
+in n channels n q mean(f_i^2 s_i) mean(w_i / f_i^2), which is least, n q mean(sqrt(w_i s_i))^2, for f_i^4 = w_i / s_i (by Cauchy
+and Schwarz). Channels that are not mixed cost n q mean(w_i s_i), the more, the more their costs differ.
+
+The numbers of a rotary key are scaled plane by plane, as RoPE turns a plane; they are mixed behind RoPE, when the model runs
+(`LatentFormat.mixed`).
 """
 
 from __future__ import annotations
@@ -15,25 +19,16 @@ from torch import Tensor
 
 from mla_convert.method.factorise.linalg import balance
 from mla_convert.method.factorise.svd import MlaWeights
-from mla_convert.modeling.quantised_latent_mla import LatentFormat
+from mla_convert.modeling.quantised_latent_mla import LatentFormat, mixing
 
-# Least cost of a channel, as a fraction of the largest: a channel without cost still has a scale.
+# Least variance and cost of a channel, as a fraction of the largest: a channel without them still has a scale.
 FLOOR = 1e-9
 
 
-def hadamard(size: int) -> Tensor:
-    """An orthonormal matrix (size, size) with entries of equal magnitude within blocks, float64.
-
-    Blocks are Hadamard matrices of Sylvester's construction: one for each power of two in `size`.
-    """
-    blocks, left = [], size
-    while left:
-        block = torch.ones(1, 1, dtype=torch.float64)
-        while 2 * len(block) <= left:
-            block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-        blocks.append(block / len(block) ** 0.5)
-        left -= len(block)
-    return torch.block_diag(*blocks) if blocks else torch.empty(0, 0, dtype=torch.float64)
+def _even(variance: Tensor, cost: Tensor) -> Tensor:
+    """Factors f (n,) with f^4 = cost / variance."""
+    floor = [part.clamp_min(FLOOR * part.max()).clamp_min(torch.finfo(part.dtype).tiny) for part in (cost, variance)]
+    return (floor[0] / floor[1]) ** 0.25
 
 
 @dataclass(frozen=True)
@@ -65,51 +60,96 @@ class Latent:
             self.cost[order],
         )
 
-    def turned(self, groups: tuple[int, ...], basis: str) -> Latent:
-        """The same with each group of channels in a basis in which it is quantised; the channels' figures are dropped.
+    def turned(self, sections: tuple[int, ...], basis: str = "spread") -> Latent:
+        """The same in a basis in which it is quantised; each channel's variance is then its section's mean, its cost dropped.
 
         Args:
-            groups: channels of each group.
-            basis: "hadamard"; "scaled" leaves out the rotation and makes all variances equal.
+            sections: channels of each section of a row.
+            basis: "spread"; "scaled" makes all variances equal and mixes nothing.
         """
-        rank = len(self.variance)
         if basis == "scaled":
             size = self.variance.clamp_min(FLOOR * self.variance.max()).rsqrt()
-            turn = torch.eye(rank).to(self.variance)
+            turn = torch.eye(len(size)).to(self.variance)
         else:
-            size = self.cost.clamp_min(FLOOR * self.cost.max()).sqrt()
-            turn = torch.block_diag(*(hadamard(group) for group in groups)).to(self.variance)
+            size = _even(self.variance, self.cost)
+            turn = torch.block_diag(*map(mixing, sections)).to(self.variance)
         down, up = turn @ (self.down * size[:, None]), self.up / size @ turn.mT
         bias = None if self.bias is None else turn @ (self.bias * size)
-        # one factor for each group, as the closed form has for each channel: both projections of about equal size
+        parts = torch.arange(len(size), device=down.device).split(list(sections))
+        # one factor for each section, as the closed form has for each channel: both projections of about equal size
         each = torch.cat([
-            balance(up[:, part].square().mean(), down[part].square().mean()).expand(len(part))
-            for part in torch.arange(rank, device=down.device).split(list(groups))
+            balance(up[:, part].square().mean(), down[part].square().mean()).expand(len(part)) for part in parts
         ])  # fmt: skip
-        return replace(self, down=down * each[:, None], bias=None if bias is None else bias * each, up=up / each)
+        spread = self.variance * size.square()
+        mean = torch.cat([spread[part].mean().expand(len(part)) for part in parts])
+        return Latent(
+            down * each[:, None],
+            None if bias is None else bias * each,
+            up / each,
+            mean * each.square(),
+            torch.zeros_like(self.cost),
+        )
 
 
-def in_basis(weights: MlaWeights, row: LatentFormat | None, basis: str = "hadamard") -> MlaWeights:
-    """Weights of the same function, with the latent in the basis in which it is quantised best.
+def rope_factors(variance: Tensor, cost: Tensor, latent: Latent | None) -> Tensor:
+    """Factors (2m,) of the numbers of a rotary key in 4 bits; queries are divided by them.
+
+    Args:
+        variance: second moment of each number (2m,), equal in the dims of a plane.
+        cost: of a squared error of one in each number, likewise.
+        latent: in its basis; the rotary key gets the variance of its last channels, which may share a scale with it.
+    """
+    size = _even(variance, cost)
+    level = 1.0 if latent is None or not len(latent.variance) else latent.variance[-1]
+    spread = (variance * size.square()).mean()
+    return size * (level / spread).sqrt() if spread > 0 and level > 0 else size
+
+
+def in_basis(weights: MlaWeights, row: LatentFormat | None, basis: str = "spread") -> MlaWeights:
+    """Weights of the same function, with token rows in the basis in which they are quantised best.
 
     Args:
         weights: in closed form, their channels ordered by cost.
         row: format of the cached rows; None and "fp8", whose error is relative to every number, change nothing.
         basis: as in `Latent.turned`; "pca" changes nothing.
     """
-    if row is None or row.kind == "fp8" or basis == "pca" or not row.rank:
+    if row is None or row.kind == "fp8" or basis == "pca":
         return weights
-    rank, bias = row.rank, weights.kv_a_bias
-    latent = Latent(
-        weights.kv_a[:rank],
-        None if bias is None else bias[:rank],
-        weights.kv_b,
-        weights.channel_variance,
-        weights.channel_cost,
-    ).turned(row.groups, basis)
+    rank, bias, latent = row.rank, weights.kv_a_bias, None
+    if rank:
+        latent = Latent(
+            weights.kv_a[:rank],
+            None if bias is None else bias[:rank],
+            weights.kv_b,
+            weights.channel_variance,
+            weights.channel_cost,
+        ).turned((row.wide, rank - row.wide), basis)
+        weights = replace(
+            weights,
+            kv_a=torch.cat([latent.down, weights.kv_a[rank:]]),
+            kv_b=latent.up,
+            kv_a_bias=None if bias is None else torch.cat([latent.bias, bias[rank:]]),
+        )
+    if row.rope != "int4" or not row.rope_dim:
+        return weights
+    return _with_rope_factors(weights, rank, rope_factors(weights.rope_variance, weights.rope_cost, latent))
+
+
+def query_factors(factors: Tensor, heads: int, rows: int) -> Tensor:
+    """Factors of all rows of the query projection (rows,) that undo those of the rotary key (2m,)."""
+    undone = torch.ones(heads, rows // heads).to(factors)
+    undone[:, -len(factors) :] /= factors
+    return undone.flatten()
+
+
+def _with_rope_factors(weights: MlaWeights, rank: int, factors: Tensor) -> MlaWeights:
+    """Multiply the rows of the rotary key by factors (2m,), and divide those of the queries."""
+    undone = query_factors(factors, weights.num_heads, len(weights.q_proj))
+    bias, q_bias = weights.kv_a_bias, weights.q_bias
     return replace(
         weights,
-        kv_a=torch.cat([latent.down, weights.kv_a[rank:]]),
-        kv_b=latent.up,
-        kv_a_bias=None if bias is None else torch.cat([latent.bias, bias[rank:]]),
+        q_proj=weights.q_proj * undone[:, None],
+        q_bias=None if q_bias is None else q_bias * undone,
+        kv_a=torch.cat([weights.kv_a[:rank], weights.kv_a[rank:] * factors[:, None]]),
+        kv_a_bias=None if bias is None else torch.cat([bias[:rank], bias[rank:] * factors]),
     )

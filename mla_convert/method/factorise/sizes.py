@@ -27,6 +27,9 @@ UNIT_INT4 = 32
 # "auto" keeps one in WIDE_SHARE channels in 8 bits where layers do not choose, at least one unit of them: the first 32 of 224
 # removed nearly all of the loss of 4 bits (docs/results/quality.md).
 WIDE_SHARE = 8
+# With codes of 4 bits and less than this share of the original's bytes, the rotary key has 4 bits, too. That leaves bytes for more
+# rank and more rotary dims, up to half of the rank (docs/results/quality.md).
+SMALL_SHARE, MAX_SMALL_ROPE = 0.35, 128
 
 
 def table_frequencies(num_rotary_freqs: int) -> range:
@@ -110,7 +113,13 @@ def cache_format(settings: Settings) -> CacheFormat:
     if kind == "bf16":
         return CacheFormat()
     group = settings.cache_group or (0 if kind == "fp8" else GROUP)
-    return CacheFormat(kind, group, settings.cache_rope or "fp8")
+    small = settings.kv_ratio is not None and settings.kv_ratio < SMALL_SHARE
+    rope = settings.cache_rope or ("int4" if small and kind in ("int4", "mixed") else "fp8")
+    if rope == "int4" and kind not in ("int4", "mixed"):
+        raise InputError(
+            f"cache_rope int4 needs codes of 4 bits: give --cache-dtype int4 or auto, not {settings.cache_dtype}"
+        )
+    return CacheFormat(kind, group, rope)
 
 
 @dataclass(frozen=True)
@@ -278,6 +287,8 @@ def _with_format(plan: Plan, settings: Settings) -> Plan:
         raise InputError(f"rank {plan.rank} is odd, and two channels of 4 bits share a byte: give an even rank")
     unit = cache.units(size_unit(plan))[0]
     wide = min(max(plan.rank // WIDE_SHARE // unit, 1) * unit, plan.rank) if cache.kind == "mixed" else 0
+    if cache.rope == "int4":  # here the bytes keep more as rank
+        wide = 0
     return replace(plan, cache=cache, wide=wide)
 
 
@@ -287,13 +298,14 @@ def _quantised_from_ratio(settings: Settings, shape: AttentionShape, ratio: floa
     Raises:
         InputError: none does.
     """
-    room, plan = ratio * shape.cache_width * NUMBER, None
+    room, plan, cache = ratio * shape.cache_width * NUMBER, None, cache_format(settings)
+    part, most = (2, MAX_SMALL_ROPE) if cache.rope == "int4" else (3, MAX_DEFAULT_ROPE)
     for step in (UNIT, 2):
-        unit = cache_format(settings).units(step)[0]
+        unit = cache.units(step)[0]
         rank = unit
         while plan is None or rank <= plan.full_rank:
-            rope_dim = _rope_dim(settings, shape, min(_round_up(rank / 3, step), MAX_DEFAULT_ROPE, shape.full_rope_dim))
-            possible = cache_format(settings).possible(min(rank, shape.full_rank(rope_dim)))
+            rope_dim = _rope_dim(settings, shape, min(_round_up(rank / part, step), most, shape.full_rope_dim))
+            possible = cache.possible(min(rank, shape.full_rank(rope_dim)))
             larger = _with_format(Plan(possible, rope_dim, shape), settings)
             if larger.row_bytes > room or (plan and larger == plan):
                 break

@@ -71,6 +71,9 @@ class MlaWeights:
     energy: dict[str, float]  # kept energy and errors of the approximation, see `_energy`
     channel_variance: Tensor  # (r,) second moment of each channel of the latent, on tokens weighted by attention
     channel_cost: Tensor  # (r,) cost of a squared error of one in each channel
+    rope_variance: Tensor  # (2m,) as channel_variance, of the rotary key, mean of the two dims of a plane
+    rope_cost: Tensor  # (2m,) as channel_cost, likewise
+    num_heads: int
     rope_weight: Tensor | None = None  # (2m,) `Geometry.plane_weights` of the planes that are kept
 
 
@@ -86,24 +89,38 @@ def _affine(weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat((weight, column.to(weight)[:, None]), 1).double()
 
 
-def _key_cost(q: Tensor, v: Tensor, o_heads: Tensor, moment: Tensor, query_moment: Tensor) -> Tensor:
-    """(H, d_h, d_h) output error caused by an error of each head's key, at a softmax scale of one.
+def _logit_cost(v: Tensor, o_heads: Tensor, moment: Tensor) -> Tensor:
+    """(H,) output error caused by a squared error of one in each head's logits.
 
-    A logit error of head h changes the output by about W_o,h (v - E v): the cost is the energy of that, times
-    E[q_h q_h^T].
+    A logit error of head h changes the output by about W_o,h (v - E v): the cost is the energy of that.
 
     Args:
-        q: (H, d_h, d+1).
         v: (G, d_h, d+1).
         o_heads: (H, d, d_h).
         moment: (d+1, d+1) second moment of the input of v.
-        query_moment: the same of the input of q, or one for each head.
     """
     mean = moment[:, -1]
     spread = v @ (moment - torch.outer(mean, mean)) @ v.mT
     spread = spread.repeat_interleave(len(o_heads) // len(v), 0)
-    weight = ((o_heads @ spread) * o_heads).sum((1, 2))
-    return ridged(q @ query_moment @ q.mT, COST_RIDGE) * weight[:, None, None]
+    return ((o_heads @ spread) * o_heads).sum((1, 2))
+
+
+def _rope_moments(
+    k_rope: Tensor, q_rope: Tensor, tokens: Tensor, query_moment: Tensor, cost: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Second moment of each number of the rotary key (2m,), and the cost of its errors; RoPE turns the two dims of a plane.
+
+    Args:
+        k_rope: (2m, d+1).
+        q_rope: (H, 2m, d+1).
+        tokens: (d+1, d+1) second moment of the input of keys.
+        query_moment: the same of that of queries, or one for each head.
+        cost: of errors of logits (H,).
+    """
+    variance = ((k_rope @ tokens) * k_rope).sum(-1)
+    costs = (((q_rope @ query_moment) * q_rope).sum(-1) * cost[:, None]).sum(0)
+    variance, costs = (part.view(2, -1).mean(0).repeat(2) for part in (variance, costs))
+    return variance, costs
 
 
 def _choose(
@@ -287,7 +304,7 @@ def _content(
 
 def _assemble(
     weights: AttentionWeights, q_rows: Tensor, kv_a: Tensor, kv_b: Tensor, freq_index: Tensor, energy: dict[str, float],
-    channels: tuple[Tensor, Tensor],
+    channels: tuple[Tensor, ...], heads: int,
 ) -> MlaWeights:  # fmt: skip
     """MlaWeights from affine q rows (*, d+1) and kv_a rows (*, d), or (*, d+1) where k or v has a bias."""
     hidden, query_size = weights.k.shape[1], weights.q.shape[1]
@@ -303,6 +320,9 @@ def _assemble(
         energy=energy,
         channel_variance=channels[0],
         channel_cost=channels[1],
+        rope_variance=channels[2],
+        rope_cost=channels[3],
+        num_heads=heads,
     )
 
 
@@ -353,7 +373,9 @@ def factorise(
     num_rotary_freqs = rho.shape[1] if geometry.num_rotary_freqs is None else geometry.num_rotary_freqs
     if planes == "evenly_spaced":
         rho = torch.ones_like(rho)
-    key_cost = geometry.scaling**2 * _key_cost(q_heads, v_heads, o_heads, moment, query_moment)
+    logit_cost = geometry.scaling**2 * _logit_cost(v_heads, o_heads, moment)
+    # of an error of each head's key: that of the logits, times E[q_h q_h^T]
+    key_cost = ridged(q_heads @ query_moment @ q_heads.mT, COST_RIDGE) * logit_cost[:, None, None]
     weighted = geometry.plane_weights is not None
     kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, num_rotary_freqs, real=weighted)
     nope = head_dim if rope_dim < num_kv * head_dim else 0
@@ -374,5 +396,6 @@ def factorise(
     q_rows = torch.cat((content.query, q_rope), 1).flatten(0, 1)
     energy = _energy(kept, geometry.rope_scale**4, content, *lost)
     kv_a = torch.cat((down, k_rope[:, columns]))
-    whole = _assemble(weights, q_rows, kv_a, up, kept.freq_index, energy, channels)
+    channels += _rope_moments(k_rope, q_rope, tokens, query_moment, logit_cost)
+    whole = _assemble(weights, q_rows, kv_a, up, kept.freq_index, energy, channels, heads)
     return replace(whole, rope_weight=geometry.plane_weights[:, kept.freq_index].flatten()) if weighted else whole
