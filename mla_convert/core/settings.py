@@ -267,7 +267,7 @@ class Settings(BaseModel):
     heal_lr: float | None = option(
         "Peak learning rate of healing, relative to each parameter's magnitude.",
         panel=HEAL,
-        unset="follows from --heal-train",
+        unset="follows from --heal-train and the model's width",
         gt=0,
         le=1,
     )

@@ -61,7 +61,7 @@ class HealSettings(BaseModel):
     lr: float | None = option(
         "Peak learning rate, relative to each parameter's magnitude (lora: absolute).",
         panel=TRAINING,
-        unset="follows from --train",
+        unset="follows from --train and the model's width",
         gt=0,
         le=1,
     )

@@ -793,3 +793,9 @@ def test_demo_heals_in_a_minute(cli, tmp_path):
     before, after = report["heal"]["before"]["evaluation"]["ratio"], report["evaluation"]["ratio"]
     assert after - 1 < 0.9 * (before - 1)
     assert Path(tmp_path / "out" / "report.html").read_text().count("Healing")
+
+
+def test_the_default_rate_falls_with_the_width():
+    rates = {train: [loop.peak_rate(HealSettings(train=train), width) for width in (64, 576, 1152)] for train in loop.RATES}
+    assert rates == {"attention": [0.004, 0.004, 0.002], "all": [0.001, 0.001, 0.0005], "lora": [0.001] * 3}
+    assert loop.peak_rate(HealSettings(lr=0.01), 4096) == 0.01

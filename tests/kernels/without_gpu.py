@@ -1,7 +1,7 @@
 """Run as a program: compile the Triton kernels for sm_90a, and launch all kernels on a driver that does not execute them.
 
-The kernels of the vLLM plugin are among them. Finds errors that only a launch shows: arguments that Triton's launcher refuses, and code that the assembler refuses. The
-generator of Triton's C launcher runs here. PYTHONPATH has the package and cases.py.
+The kernels of the vLLM plugin are among them. Finds errors that only a launch shows: arguments that Triton's launcher refuses,
+and code that the assembler refuses. The generator of Triton's C launcher runs here. PYTHONPATH has both packages and cases.py.
 """
 
 import ctypes
