@@ -796,6 +796,8 @@ def test_demo_heals_in_a_minute(cli, tmp_path):
 
 
 def test_the_default_rate_falls_with_the_width():
-    rates = {train: [loop.peak_rate(HealSettings(train=train), width) for width in (64, 576, 1152)] for train in loop.RATES}
+    rates = {
+        train: [loop.peak_rate(HealSettings(train=train), width) for width in (64, 576, 1152)] for train in loop.RATES
+    }
     assert rates == {"attention": [0.004, 0.004, 0.002], "all": [0.001, 0.001, 0.0005], "lora": [0.001] * 3}
     assert loop.peak_rate(HealSettings(lr=0.01), 4096) == 0.01
