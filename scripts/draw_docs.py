@@ -38,7 +38,7 @@ PALETTES = {
                  value="#565e65", latent="#56b4e9", rotary="#e69f00", healed="#2fc79a"),
 }  # fmt: skip
 TERMINAL_WIDTH = 100
-TRADE_SOURCES = ("quality-quantised-cache-smollm2.csv", "speed-vllm.csv")
+TRADE_SOURCES = ("quality-rank-and-bits.csv", "speed-vllm.csv", "quality-quantised-cache-smollm2.csv")
 
 
 def digest(*names: str) -> str:
@@ -110,41 +110,36 @@ def plain(axes: Axes, palette: dict[str, str]) -> None:
 
 
 def draw_quality(axes: Axes, palette: dict[str, str]) -> None:
-    """Perplexity ratio against bytes of the cache, for conversions and for the original with a quantised cache."""
-    _, _, rows = read_results(RESULTS / TRADE_SOURCES[0])
+    """KL against bytes of the cache: less rank, fewer bits, and both."""
+    _, _, closed = read_results(RESULTS / TRADE_SOURCES[0])
+    _, _, trained = read_results(RESULTS / TRADE_SOURCES[2])
     series = {
-        "mla_convert, calibrated on one text": ("latent", "o", lambda cache: cache == "mla_convert"),
-        "the same on several kinds (default)": ("latent", "^", lambda cache: cache.endswith("present defaults")),
-        "the first, healed": ("healed", "s", lambda cache: cache.endswith("healed")),
-        "the original, quantised cache": ("rotary", "D", lambda cache: not cache.startswith("mla")),
+        "bits alone: the original, quantised cache": (closed, "bits alone", "rotary", "D", "none"),
+        "rank alone: bfloat16, closed form": (closed, "rank alone", "latent", "o", ":"),
+        "rank alone: bfloat16, refined and healed": (trained, "mla_convert, healed", "latent", "s", "-"),
+        "rank and bits, closed form": (closed, "both", "healed", "^", "-"),
     }
-    for label, (colour, marker, chosen) in series.items():
-        points = [
-            (float(row["bytes"].rstrip("%")), float(row["perplexity ratio"])) for row in rows if chosen(row["cache"])
-        ]
-        line = "none" if len(points) == 1 or colour == "rotary" else "-"
+    for label, (rows, begin, colour, marker, line) in series.items():
+        points = [(float(row["bytes"].rstrip("%")), float(row["KL"])) for row in rows if row["cache"].startswith(begin)]
         axes.plot(
             *zip(*sorted(points), strict=True), color=palette[colour], marker=marker, ls=line, lw=2, ms=6, label=label
         )
-    for row in rows:
-        if not row["cache"].startswith("mla"):
-            name = (
-                row["cache"]
-                .replace(", groups of 32", "")
-                .replace(" e4m3, one scale a tensor", "")
-                .replace(", ", " +\n")
+    for row in closed:
+        if row["cache"].startswith("bits alone"):
+            name = row["cache"].partition(" in ")[2].partition(",")[0] + (
+                " +\nHadamard" if "Hadamard" in row["cache"] else ""
             )
-            place = (float(row["bytes"].rstrip("%")), float(row["perplexity ratio"]))
-            shift = (7, 6) if name == "INT4" else (7, -4)
-            axes.annotate(name, place, shift, textcoords="offset points", color=palette["soft"], size=9.5)
-    axes.set(xlim=(65, 15), ylim=(0.98, 1.34), xlabel="bytes of the KV cache, % of bfloat16 (smaller →)")
+            place = (float(row["bytes"].rstrip("%")), float(row["KL"]))
+            shift = {"INT4": (-16, 7), "INT4 +\nHadamard": (-14, -24), "FP8": (-26, -4)}.get(name, (7, -4))
+            axes.annotate(name, place, shift, textcoords="offset points", color=palette["soft"], size=9)
+    axes.set(xlim=(60, 8), ylim=(1e-3, 60), yscale="log", xlabel="bytes of the KV cache, % of bfloat16 (smaller →)")
     axes.set_title(
-        "Quality: perplexity ÷ the original's", loc="left", color=palette["ink"], size=12, weight="bold", pad=22
+        "Quality: KL(original ‖ model), nats a token", loc="left", color=palette["ink"], size=12, weight="bold", pad=22
     )
     axes.text(0, 1.03, "SmolLM2-135M-Instruct, WikiText-2; lower is better", transform=axes.transAxes, color=palette["soft"],
               size=9.5)  # fmt: skip
     axes.grid(axis="y", color=palette["grid"])
-    axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=10, loc="upper left")
+    axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=9.5, loc="upper left")
     plain(axes, palette)
 
 
