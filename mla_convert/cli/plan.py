@@ -14,8 +14,8 @@ from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert plan llama-8b --rank 512 --gpu h100"
 SETTINGS = (
-    "rank", "rope_dim", "nope_dim", "kv_ratio", "uniform", "engine", "budget", "heal_tokens", "heal_length", "heal_train",
-    "revision",
+    "rank", "rope_dim", "nope_dim", "kv_ratio", "cache_dtype", "cache_group", "cache_rope", "uniform", "engine", "budget",
+    "heal_tokens", "heal_length", "heal_train", "revision",
 )  # fmt: skip
 
 
