@@ -107,7 +107,8 @@ def warnings(plan: Plan) -> list[str]:
     still = sum(not shape.has_rope(layer) for layer in shape.converted_layers)
     if plan.nope_dim and still:
         lines.append(
-            f"{still} of {len(shape.converted_layers)} layers have no RoPE and keep heads of {shape.head_dim} content dims, as all layers of an export do"
+            f"{still} of {len(shape.converted_layers)} layers have no RoPE and keep heads of {shape.head_dim} content dims, as "
+            f"all layers of an export do"
         )
     for name, value in (("rank", plan.rank), ("rope-dim", plan.rope_dim), ("nope-dim", plan.nope_dim or 0)):
         if value % UNIT:
