@@ -79,7 +79,7 @@ class Formats:
             source=args.source, calib=args.calib, calib_samples=args.calib_samples, calib_length=args.calib_length,
             calib_noise=0, eval=args.eval, eval_windows=args.eval_windows, eval_length=args.eval_length,
         )  # fmt: skip
-        self.source = open_source(config.source)
+        self.source, self.selection = open_source(config.source), args.rope_selection
         self.layerwise = LayerwiseModel(self.source, device)
         reach = texts.reach(self.source.config, learned=not self.source.family.rotary)
         tokenizer, hidden = self.source.tokenizer(), self.source.shape.hidden_size
@@ -119,7 +119,7 @@ class Formats:
             if key not in factorised:
                 *sizes, nope_dim = key
                 factorised[key] = factorise_layer(
-                    self.source, attention, statistics, *sizes, "by_loss", rotation, nope_dim
+                    self.source, attention, statistics, *sizes, self.selection, rotation, nope_dim
                 )
             self.kept[each.name].append(factorised[key].energy.get("nope_kept", 1.0))
             fill_attention(student, in_basis(factorised[key], each.plan.cache.row(size), each.basis), stride)
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--calib-length", type=int, default=1024)
     parser.add_argument("--eval-windows", type=int, default=12)
     parser.add_argument("--eval-length", type=int, default=2048)
+    parser.add_argument("--rope-selection", default="by_loss", help="as for convert")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--save", type=Path, help="write the rows to this JSON file")
     args = parser.parse_args()

@@ -291,15 +291,9 @@ class LayerConverter:
         """Fill a layer's student with the closed-form weights."""
         source, size = self.layerwise.source, self.plan.layer(layer.index)
         rotation = self.layerwise.rotation(layer.index, layer.eager_kwargs)
+        nope_dim, planes = self.plan.most_nope_dim(layer.index), self.config.rope_selection
         weights = factorise_layer(
-            source,
-            layer.attention,
-            statistics,
-            size.rank,
-            size.rope_dim,
-            self.config.rope_selection,
-            rotation,
-            self.plan.most_nope_dim(layer.index),
+            source, layer.attention, statistics, size.rank, size.rope_dim, planes, rotation, nope_dim
         )
         weights = in_basis(weights, self.plan.cache.row(size))
         fill_attention(layer.student, weights, source.family.freq_stride)

@@ -121,6 +121,7 @@ def test_content_dims_out_of_range_are_refused(nope_dim):
         make_plan(Settings(nope_dim=nope_dim), LLAMA_8B)
 
 
-def test_content_dims_are_refused_without_rope():
+@pytest.mark.parametrize("without", [{"rotary_dim": 0}, {"rope_layers": (False, False, False)}])
+def test_content_dims_are_refused_without_rope(without):
     with pytest.raises(InputError, match="this model has no RoPE"):
-        make_plan(Settings(nope_dim=4), AttentionShape(3, 48, 6, 2, 8, rotary_dim=0))
+        make_plan(Settings(nope_dim=4), AttentionShape(3, 48, 6, 2, 8, **without))

@@ -202,6 +202,14 @@ def test_warnings(rank, rope_dim, words):
     assert len(found) == len(words) and all(word in line for word, line in zip(words, found, strict=True))
 
 
+def test_narrow_heads_are_doubted():
+    shape = AttentionShape(3, 576, 9, 3, 64, rope_layers=(True, True, False))
+    found = sizing.warnings(Plan(144, 48, shape, nope_dim=40))
+    assert (
+        len(found) == 2 and "1 of 3 layers have no RoPE and keep heads of 64" in found[0] and "nope-dim 40" in found[1]
+    )
+
+
 # ---- the command
 
 
@@ -214,6 +222,8 @@ def test_table(cli, published):
         assert words in out
     assert "warning" not in out
     assert "rank 512 + 64 rotary in every layer" in cli("plan", folder, "--rank", 512, "--uniform")[1]
+    narrow = cli("plan", folder, "--rank", 512, "--nope-dim", 64)[1]
+    assert "heads of 64 content dims" in narrow and "7.94 B" in narrow
 
 
 # Measured conversions: shape (hidden, MLP, heads, kv heads, head width), rank, rotary dims, layers; calibration and evaluation
@@ -305,6 +315,7 @@ def test_json(cli, sources, name):
         (["--rank", "many"], 2, "many"),
         (["--rank", "99"], 4, "above full rank"),
         (["--rope-dim", "3"], 4, "even"),
+        (["--nope-dim", "9"], 4, "head_dim"),
     ],
 )
 def test_refusals(cli, sources, options, code, culprit):

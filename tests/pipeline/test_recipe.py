@@ -279,6 +279,7 @@ def test_written_recipe_holds_every_setting_and_no_path(convert_pico, sources):
         "cache_rope",
         "engine",
         "held_out",
+        "nope_dim",
         *(name for name in Settings.model_fields if name.startswith("heal_")),
     }
     assert recipe.settings.model_fields_set == {*Settings.model_fields} - absent

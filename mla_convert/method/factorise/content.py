@@ -37,15 +37,17 @@ class Content:
     total: float | None = None
 
 
-def narrowed(whole: Content, keys: Tensor, tokens: Tensor, count: int) -> Content:
-    """The best content of `count` dims in each head.
+def narrowed(whole: Content, keys: Tensor, tokens: Tensor, count: int | None) -> Content:
+    """The best content of at most `count` dims in each head.
 
     Args:
         whole: content in all dims.
         keys: (G*d_h, d+1) rows of the keys.
         tokens: (d+1, d+1) second moment of their input.
-        count: N, below the dims of `whole`.
+        count: N; None, or one that is not below the dims of `whole`, keeps them as they are.
     """
+    if count is None or count >= whole.cost.shape[-1]:
+        return whole
     rows = whole.key_maps @ keys
     # Ridges: a head without values has no costs, and directions that calibration never saw must not count as empty.
     values, vectors = eigh(ridged(whole.cost, COST_RIDGE))

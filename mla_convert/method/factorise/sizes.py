@@ -354,7 +354,7 @@ def _nope_dim(settings: Settings, shape: AttentionShape) -> int | None:
         raise InputError(
             f"nope_dim {nope_dim} is not from 1 to {width}, this model's head_dim: give such a number, or 'full'"
         )
-    if not shape.full_rope_dim:
+    if not shape.full_rope_dim or not any(map(shape.has_rope, shape.converted_layers)):
         raise InputError(f"nope_dim {nope_dim} is for heads with rotary dims, and this model has no RoPE: leave it out")
     return None if nope_dim == width else nope_dim
 

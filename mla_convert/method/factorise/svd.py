@@ -384,9 +384,7 @@ def factorise(
     if weighted:  # the part of a logit that depends on the distance alone; the rest turns with the sum of the positions
         gain *= geometry.plane_weights.double().mean(0)[:, None]
     k_maps = (rope.content_maps(kept, rho, num_kv) * gain.flatten(0, 1))[:, :nope]
-    content = Content(q_heads[:, :nope], k_maps, key_cost[:, :nope, :nope])
-    if nope_dim is not None and nope_dim < nope:
-        content = narrowed(content, k, tokens, nope_dim)
+    content = narrowed(Content(q_heads[:, :nope], k_maps, key_cost[:, :nope, :nope]), k, tokens, nope_dim)
     costs = (content.cost, ridged(o_heads.mT @ o_heads, COST_RIDGE))
     # Without a source bias the result has none, and no column for constants.
     columns = slice(None if weights.k_bias is not None or weights.v_bias is not None else -1)

@@ -104,6 +104,12 @@ def warnings(plan: Plan) -> list[str]:
     full = shape.full_rank(plan.rope_dim)
     if plan.rank >= full:
         lines.append(f"rank {plan.rank} is full rank: the latent loses nothing, and a higher one is not possible")
+    still = sum(not shape.has_rope(layer) for layer in shape.converted_layers)
+    if plan.nope_dim and still:
+        lines.append(
+            f"{still} of {len(shape.converted_layers)} layers have no RoPE and keep heads of {shape.head_dim} content dims, as "
+            f"all layers of an export do"
+        )
     for name, value in (("rank", plan.rank), ("rope-dim", plan.rope_dim), ("nope-dim", plan.nope_dim or 0)):
         if value % UNIT:
             lower = value // UNIT * UNIT
