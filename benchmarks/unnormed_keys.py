@@ -225,6 +225,7 @@ class Scheme:
     calib: Activations
     measured: Activations
     spread: list[float]  # standard deviation of the factors' binary logarithm, layer by layer
+    errors: list[tuple[float, float]]  # of each layer's residual stream, before and after refinement
 
 
 def convert(
@@ -283,7 +284,7 @@ def channel_costs(layerwise: LayerwiseModel, states: Activations, plan: Plan, se
 def refine(
     student: MlaAttention, scheme: Scheme, layerwise: LayerwiseModel, layer: nn.Module, original: Activations,
     kwargs: LayerKwargs, curvature: Tensor, settings: RefineSettings,
-) -> None:  # fmt: skip
+) -> optimise.RefineResult:  # fmt: skip
     """Train one layer's attention towards the original's residual stream, as a conversion does with a layer alone.
 
     Args:
@@ -307,7 +308,7 @@ def refine(
     error = optimise.residual_error(own, scheme.calib, optimise.held_out_streams(teacher, scheme.calib), distance)
     with torch.enable_grad():
         settings = replace(settings, lr=optimise.step_size(settings.lr, error))
-        optimise.refine(student, own, scheme.calib, targets, settings, distance=distance)
+        return optimise.refine(student, own, scheme.calib, targets, settings, distance=distance)
 
 
 def plans(config: ConvertConfig, source: Source, forms: list[str]) -> dict[str, Plan]:
@@ -331,7 +332,7 @@ def evaluate(config: ConvertConfig, forms: list[str]) -> dict:
     with environment.deterministic(config.seed):
         streams = open_streams(layerwise, windows.calib, windows.measured)
         own = {form: (streams.calib_original.clone(), streams.eval_original.clone()) for form in forms}
-        schemes = [Scheme(form, plan, *own[form], []) for form, plan in plans(config, source, forms).items()]
+        schemes = [Scheme(form, plan, *own[form], [], []) for form, plan in plans(config, source, forms).items()]
         kwargs = {s.length: layerwise.layer_kwargs(s.length) for s in (streams.calib_original, streams.eval_original)}
         eager = attention_kwargs(layerwise, streams.calib_original.length)
         calib = streams.calib_original
@@ -345,14 +346,16 @@ def evaluate(config: ConvertConfig, forms: list[str]) -> dict:
                     student = convert(scheme, source, layerwise, layer, eager[index])
                     if costs:
                         own = kwargs[calib.length][index]
-                        refine(student, scheme, layerwise, layer, calib, own, costs[index], settings)
+                        errors = refine(student, scheme, layerwise, layer, calib, own, costs[index], settings)
+                        scheme.errors.append((errors.error_before, errors.error_after))
                     setattr(layer, source.family.attention, student)
                     advance(scheme.calib)
                     advance(scheme.measured)
                     setattr(layer, source.family.attention, stock)
                 advance(streams.eval_original)
                 advance(calib)
-            print(f"layer {index}", file=sys.stderr, flush=True)
+            errors = {scheme.form: scheme.errors[-1] for scheme in schemes if scheme.errors}
+            print(f"layer {index} {errors or ''}", file=sys.stderr, flush=True)
         last = streams.eval_original.data
         losses = [scores(layerwise, windows.measured, last, scheme.measured.data) for scheme in schemes]
         sections = [measure.perplexity_section(windows, each) for each in losses]
@@ -371,7 +374,8 @@ def _result(scheme: Scheme, evaluation: EvaluationSection | NotEvaluated, own: S
     """Figures of a scheme; its perplexity over the first scheme's, and the difference of their KL, are of equal windows."""
     return {
         "rank": scheme.plan.rank, "rope_dim": scheme.plan.rope_dim,
-        "octaves": sum(scheme.spread) / len(scheme.spread) if scheme.spread else None, "evaluation": evaluation,
+        "octaves": sum(scheme.spread) / len(scheme.spread) if scheme.spread else None,
+        "residual_errors": scheme.errors, "evaluation": evaluation,
         "perplexity_against_first": measure.ratio(own.losses, first.losses),
         "kl_less_first": measure.mean(own.kl - first.kl),
     }  # fmt: skip

@@ -45,6 +45,14 @@ def test_the_bytes_of_factors_are_taken_from_the_rank(program, monkeypatch, caps
     assert ranks == {form: ranks["normed"] - less for form, less in zip(ranks, (0, 0, 0, 1, 2), strict=True)}
 
 
+def test_refinement_lowers_errors(program, monkeypatch, capsys, sources):
+    options = ("--kv-ratio", "0.5", "--refine-steps", "4", "--refine-batch", "4", "--forms", "normed", "fitted8")
+    found = schemes(program, monkeypatch, capsys, sources("qwen3"), *options)
+    for entry in found.values():
+        gains = [before - after for before, after in entry["residual_errors"]]
+        assert len(gains) == 3 and min(gains) >= 0 and max(gains) > 0
+
+
 def test_a_model_without_a_norm_on_keys_is_refused(program, monkeypatch, capsys, sources):
     with pytest.raises(SystemExit, match="has no norm on its keys before RoPE"):
         schemes(program, monkeypatch, capsys, sources("llama"))
