@@ -5,9 +5,8 @@ input. The alternative caches a latent of [un-normed key; value], which is one, 
 that the norm would have divided each KV head's key by: each logit of the head is multiplied by it, the rotary part included.
 `FORMS` are the forms of that factor; its bytes are taken from the rank, at two bytes an element. Both latents are found in
 closed form on their own calibration states, from layer to layer, as in a conversion without refinement. Errors of un-normed
-keys count equally for all tokens there; "weighed" alternates least squares in which they count times the squared factor,
-which is the exact objective. With --refine-steps, each layer is refined alone behind it, as in a conversion on a CPU.
-Options of a conversion that do not apply are ignored.
+keys count equally for all tokens there, whatever their factor. With --refine-steps, each layer is refined alone behind it, as
+in a conversion on a CPU. Options of a conversion that do not apply are ignored.
 """
 
 from __future__ import annotations
@@ -33,17 +32,10 @@ from mla_convert.evaluate.quality.perplexity import Scores
 from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
-from mla_convert.method.calibrate.statistics import Statistics, attention_moments, layer_statistics
-from mla_convert.method.factorise.layer import (
-    build_attention,
-    factorise_layer,
-    fill_attention,
-    mla_config,
-    source_weights,
-)
+from mla_convert.method.calibrate.statistics import layer_statistics
+from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
 from mla_convert.method.factorise.sensitivity import TOKENS, WINDOW, sensitivities
 from mla_convert.method.factorise.sizes import Plan, make_plan
-from mla_convert.method.factorise.svd import MlaWeights, _affine, _cholesky, _key_cost, _moments
 from mla_convert.method.refine import optimise
 from mla_convert.method.refine.optimise import RefineSettings
 from mla_convert.method.refine.schedule import refine_settings
@@ -53,9 +45,9 @@ from mla_convert.pipeline.streams import open_streams
 from mla_convert.source import texts
 from mla_convert.source.source import Source, open_source
 
-NORMED, WEIGHED = "normed", "weighed"
-# Form of a head's factor -> its bytes. "float32" and "weighed", which has it too, count as none: they show the latent's loss.
-FORMS = {"float32": 0, WEIGHED: 0, "bf16": 2, "e4m3": 1, "log8": 1, "fitted8": 1}
+NORMED = "normed"
+# Form of a head's factor -> its bytes. "float32" counts as none: it shows the latent's loss alone.
+FORMS = {"float32": 0, "bf16": 2, "e4m3": 1, "log8": 1, "fitted8": 1}
 # Steps an octave of "log8", whose byte covers 16 octaves around the mean.
 STEPS = 16
 ELEMENT = 2
@@ -111,10 +103,6 @@ class UnnormedKeys(MlaAttention):
         self.factor = rounded(self.raw_factor(hidden_states) / self.mean, self.form, self.bounds)
         return torch.cat([rows.flatten(-2), self.v_proj(hidden_states)], dim=-1)
 
-    def scaled_key_value(self, group: int, hidden_states: Tensor) -> Tensor:
-        """`normed_key_value` times the factor of one group."""
-        return self.normed_key_value(hidden_states) * self.factor[..., group : group + 1]
-
     def join(self, q_nope, q_rope, k_nope, k_rope, cos=None, sin=None) -> tuple[Tensor, Tensor]:
         """Queries and keys, the keys multiplied by their factor: each logit is, its rotary part included."""
         query, key = MlaAttention.join(q_nope, q_rope, k_nope, k_rope, cos, sin)
@@ -131,89 +119,6 @@ def prepare(student: MlaAttention, form: str, states: Activations, norm: nn.Modu
     student.mean = factors.log().mean(0).exp()
     relative = (factors / student.mean).log2()
     student.bounds = torch.stack([relative.amin(0), relative.amax(0)])
-
-
-def decoders(latent: Tensor, targets: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
-    """Least-squares maps from the latent to each target (a, n), under its moment (n, n)."""
-    return [
-        target @ moment @ latent.mT @ torch.linalg.pinv(latent @ moment @ latent.mT, hermitian=True)
-        for target, moment in zip(targets, moments, strict=True)
-    ]
-
-
-def conjugate_gradients(start: Tensor, goal: Tensor, apply, steps: int = 20) -> Tensor:
-    """Solution of `apply`(x) = goal, for a symmetric positive map of matrices."""
-    x, left = start, goal - apply(start)
-    direction, size = left, left.square().sum()
-    for _ in range(steps):
-        if size <= 1e-24 * goal.square().sum():
-            break
-        image = apply(direction)
-        length = size / (direction * image).sum()
-        x, left = x + length * direction, left - length * image
-        direction, size = left + left.square().sum() / size * direction, left.square().sum()
-    return x
-
-
-def weighed(
-    encode: Tensor, targets: list[Tensor], costs: list[Tensor], moments: list[Tensor], rounds: int = 6
-) -> tuple[Tensor, list[Tensor]]:
-    """Latent rows A (r, n) and maps D_i that lower sum_i tr(C_i (T_i - D_i A) M_i (T_i - D_i A)^T), from those of `encode`.
-
-    Args:
-        encode: (r, n) to start from.
-        targets: T_i (a, n).
-        costs: C_i (a, a).
-        moments: M_i (n, n).
-        rounds: of maps, then latent.
-    """
-    # in a basis where the moments are near one, and the latent's rows count alike
-    base = _cholesky(sum(moments) / len(moments))
-    turn = partial(torch.linalg.solve_triangular, base, upper=False)
-    moments, targets = [turn(turn(each).mT) for each in moments], [each @ base for each in targets]
-    latent = encode @ base
-    for _ in range(rounds):
-        latent = torch.linalg.qr(latent.mT)[0].mT
-        maps = decoders(latent, targets, moments)
-        root = _cholesky(sum(d.mT @ c @ d for d, c in zip(maps, costs, strict=True))).mT
-        maps = [torch.linalg.solve_triangular(root, each, upper=True, left=False) for each in maps]
-        parts = [(d.mT @ c @ d, m) for d, c, m in zip(maps, costs, moments, strict=True)]
-        goal = sum(d.mT @ c @ t @ m for d, c, t, m in zip(maps, costs, targets, moments, strict=True))
-        latent = conjugate_gradients(root @ latent, goal, lambda rows, parts=parts: sum(p @ rows @ m for p, m in parts))
-    return turn(latent, left=False), decoders(latent, targets, moments)
-
-
-def weigh(
-    student: UnnormedKeys, source: Source, stock: nn.Module, statistics: Statistics, whole: MlaWeights, found: MlaWeights,
-    moments: list[Tensor],
-) -> MlaWeights:  # fmt: skip
-    """The closed form with errors of keys weighed by their squared factors.
-
-    Args:
-        student: the attention.
-        source: of the conversion.
-        stock: the layer's own attention.
-        statistics: of un-normed keys and values.
-        whole: the layer's weights with a whole latent.
-        found: the same with the latent to improve.
-        moments: (n, n) of un-normed keys and values on tokens weighted by attention and by each group's squared factor.
-    """
-    shape, nope, rank = source.shape, student.qk_nope_head_dim, student.kv_lora_rank
-    weights = source_weights(stock, source.family, shape, shape.rotary_dim)
-    heads, width = shape.num_heads, whole.kv_b.shape[1]
-    moment, tokens = _moments(statistics)
-    q, v = (_affine(rows, None).unflatten(0, (-1, shape.head_dim)) for rows in (weights.q, weights.v))
-    o_heads = weights.o.double().view(-1, heads, shape.head_dim).transpose(0, 1)
-    key_costs = student.scaling**2 * _key_cost(q, v, o_heads, moment, statistics.query_moment.double())
-    targets = (whole.kv_b @ whole.kv_a[:width]).unflatten(0, (heads, -1))
-    keys, values = targets[:, :nope], targets[:, nope:]
-    of_head = [moments[h * len(moments) // heads] for h in range(heads)]
-    plain = tokens[:-1, :-1]
-    latent, maps = weighed(
-        found.kv_a[:rank], [*keys, *values], [*key_costs, *(o_heads.mT @ o_heads)], [*of_head, *[plain] * heads]
-    )
-    up = torch.cat([torch.cat(pair) for pair in zip(maps[:heads], maps[heads:], strict=True)])
-    return replace(found, kv_a=torch.cat([latent, found.kv_a[rank:]]), kv_b=up)
 
 
 @dataclass
@@ -244,17 +149,7 @@ def convert(
         scheme.spread.append(float(logs.std(0).mean()))
     statistics = layer_statistics(layerwise, layer, scheme.calib, eager, student)
     rotation = layerwise.rotation(stock.layer_idx, eager)
-    at_rank = partial(factorise_layer, source, stock, statistics, rope_dim=scheme.plan.rope_dim, planes="by_loss",
-                      rotation=rotation)  # fmt: skip
-    weights = at_rank(rank=scheme.plan.rank)
-    if scheme.form == WEIGHED and student.qk_nope_head_dim:  # else the latent holds values alone
-        with layerwise.attention("eager"):
-            moments = [
-                attention_moments(scheme.calib, layer, family, eager, partial(student.scaled_key_value, group))[1]
-                for group in range(len(student.mean))
-            ]
-        moments = [(each / each[-1, -1]).double()[:-1, :-1] for each in moments]
-        weights = weigh(student, source, stock, statistics, at_rank(rank=None), weights, moments)
+    weights = factorise_layer(source, stock, statistics, scheme.plan.rank, scheme.plan.rope_dim, "by_loss", rotation)
     fill_attention(student, weights, family.freq_stride)
     return student
 

@@ -32,17 +32,17 @@ def schemes(program, monkeypatch, capsys, source, *options):
 def test_exact_at_full_rank_but_for_rounded_factors(program, monkeypatch, capsys, sources, variant):
     found = schemes(program, monkeypatch, capsys, sources(variant), "--kv-ratio", "1", "--rope-dim", "full")
     divergence = {form: entry["evaluation"]["kl"]["value"] for form, entry in found.items()}
-    assert max(divergence[form] for form in ("normed", "float32", "weighed")) < 1e-6
+    assert max(divergence[form] for form in ("normed", "float32")) < 1e-6
     assert divergence["bf16"] < divergence["log8"] < divergence["e4m3"]
 
 
 def test_the_bytes_of_factors_are_taken_from_the_rank(program, monkeypatch, capsys, sources):
-    options = ("--kv-ratio", "0.5", "--forms", "normed", "float32", "weighed", "fitted8", "bf16")
+    options = ("--kv-ratio", "0.5", "--forms", "normed", "float32", "fitted8", "bf16")
     ranks = {
         form: entry["rank"] for form, entry in schemes(program, monkeypatch, capsys, sources("qwen3"), *options).items()
     }
     # two KV heads, and two bytes an element
-    assert ranks == {form: ranks["normed"] - less for form, less in zip(ranks, (0, 0, 0, 1, 2), strict=True)}
+    assert ranks == {form: ranks["normed"] - less for form, less in zip(ranks, (0, 0, 1, 2), strict=True)}
 
 
 def test_refinement_lowers_errors(program, monkeypatch, capsys, sources):
