@@ -76,7 +76,8 @@ def part_type(content: dict[str, Any]) -> str:
     if isinstance(text, dict) and "model_type" in text:
         return str(text["model_type"])
     if model_type in WHOLES and "vision_config" in content:
-        return str(CONFIG_MAPPING[str(model_type)].sub_configs["text_config"].model_type)
+        # AutoConfig, where the type has no language model of its own
+        return getattr(CONFIG_MAPPING[str(model_type)].sub_configs["text_config"], "model_type", "")
     return ""
 
 

@@ -223,3 +223,12 @@ def test_a_missing_part_is_refused(whole, tmp_path):
     write(folder, tensors, config)
     with pytest.raises(InputError, match=r"^tensor .* is missing, or stored in a form"):
         open_source(str(folder))
+
+
+def test_a_language_model_without_a_type_is_refused(tmp_path):
+    _, _, folder, _ = make("llava", tmp_path / "source")
+    tensors, config = read(folder)
+    del config["text_config"]["model_type"]
+    write(folder, tensors, config)
+    with pytest.raises(InputError, match=r"^llava is multimodal, and its language model is not supported"):
+        open_source(str(folder))
