@@ -21,6 +21,7 @@ from mla_convert.source.checkpoint.gguf_file import gguf_parts, read_gguf
 from mla_convert.source.checkpoint.gguf_model import open_gguf
 from mla_convert.source.checkpoint.layout import ModelReader
 from mla_convert.source.checkpoint.reader import MemoryReader, Reader, SafetensorsReader
+from mla_convert.source.checkpoint.transposed import in_models_shape
 from mla_convert.source.checks import (
     MOST_LAYERS,
     check_classes,
@@ -38,12 +39,12 @@ from mla_convert.source.checks import (
     settle_ties,
 )
 from mla_convert.source.config_file import read_config
-from mla_convert.source.families import FAMILIES, WHOLES, Family, find_family, is_installed
+from mla_convert.source.families import FAMILIES, WHOLES, Family, family_of_part, find_family, is_installed
 from mla_convert.source.licence import read_licence
 from mla_convert.source.place import HUB_FILES, locate
 from mla_convert.source.shape import AttentionShape, converted_layers, head_width, kv_heads
 from mla_convert.source.tokenizer import read_tokenizer
-from mla_convert.source.whole import Whole, open_whole
+from mla_convert.source.whole import Whole, open_whole, part_config, part_type
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,12 @@ def open_source(name: str, revision: str | None = None, weights: bool = True) ->
 def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) -> Source:
     refuse_adapter(folder, label)
     content = read_config(folder, label)
-    model_type, text = content.get("model_type", "none given"), content.get("text_config")
+    model_type = str(content.get("model_type", "none given"))
     # of a multimodal checkpoint, the language model is read if its family is supported
-    inner = str(text.get("model_type")) if isinstance(text, dict) else ""
-    part = inner in FAMILIES and is_installed(inner)
-    family = FAMILIES[inner] if part else find_family(str(model_type), content.keys(), inner)
+    inner = part_type(content)
+    read_as = family_of_part(model_type, inner)
+    part = read_as in FAMILIES and is_installed(read_as)
+    family = FAMILIES[read_as] if part else find_family(model_type, content.keys(), inner)
     refuse_audio(content, label)
     in_place = part and model_type in WHOLES and not (family.softcap or family.sinks)
     notes = (
@@ -259,6 +261,7 @@ def _open_folder(folder: Path, label: str, revision: str | None, weights: bool) 
     if stored:
         complete = _with_weights(source, stored, expected, quantization, part, weights)
         if in_place:
+            complete = replace(complete, reader=in_models_shape(complete.reader, expected, inner))
             with makes_sense(label):
                 whole = load_config(folder, label)
                 take_quantization(whole, label)
@@ -383,7 +386,7 @@ def load_config(folder: Path, label: str) -> PreTrainedConfig:
 def _read_config(folder: Path, label: str, part: bool) -> PreTrainedConfig:
     """The configuration in a folder, or the `part` of it that describes the language model."""
     whole = load_config(folder, label)
-    config = whole.text_config if part else whole
+    config = part_config(whole) if part else whole
     if part:
         # settings of the whole model apply to its part
         for key in ("quantization_config", "tie_word_embeddings", "dtype"):

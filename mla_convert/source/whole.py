@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mla_convert.core.errors import InputError
 from mla_convert.source.checkpoint.reader import Reader, check_finite
-from mla_convert.source.families import DECODER, Family
+from mla_convert.source.families import DECODER, READ_AS, WHOLES, Family
+from mla_convert.source.families.read_as import AXES
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,34 @@ class Whole:
         tensors = {name: read[stored] for name, stored in self.stored.items()}
         check_finite(tensors)
         return tensors
+
+
+def part_type(content: dict[str, Any]) -> str:
+    """The `model_type` of the language model in a multimodal config.json; empty if it has none.
+
+    Older checkpoints of some types (Qwen2-VL, Qwen2.5-VL) have the language model's settings beside those of the whole.
+    """
+    text, model_type = content.get("text_config"), content.get("model_type")
+    if isinstance(text, dict) and "model_type" in text:
+        return str(text["model_type"])
+    if model_type in WHOLES and "vision_config" in content:
+        # AutoConfig, where the type has no language model of its own
+        return getattr(CONFIG_MAPPING[str(model_type)].sub_configs["text_config"], "model_type", "")
+    return ""
+
+
+def part_config(whole: PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of the language model in a multimodal one, of the class that it is read as."""
+    own = whole.text_config
+    if whole.model_type not in WHOLES or own.model_type not in READ_AS:
+        return own
+    read_as = READ_AS[own.model_type]
+    fields = {**own.to_dict(), **read_as.settings}
+    for key in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+        fields.pop(key, None)
+    rope = fields.get("rope_parameters") or {}
+    fields["rope_parameters"] = {key: value for key, value in rope.items() if key not in (*AXES, "type")}
+    return CONFIG_MAPPING[read_as.family](**fields)
 
 
 def open_whole(config: PreTrainedConfig, reader: Reader, family: Family, label: str) -> Whole:

@@ -18,7 +18,7 @@ from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.report_file import REPORT
 from mla_convert.core.sums import CorruptCheckpoint
 from mla_convert.source.checkpoint.reader import DTYPES, INDEX, check_finite, is_plain_name
-from mla_convert.source.families import find_family
+from mla_convert.source.families import family_of_part, find_family
 from mla_convert.source.load_model import PREFIX, is_converted
 from mla_convert.source.source import load_config
 from mla_convert.source.tokenizer import read_tokenizer
@@ -134,7 +134,8 @@ def _check_model(folder: Path, weight_map: dict[str, str], shapes: dict[str, tup
                 f"{weight_map[name]}: tensor {name} is no part of the model", weight_map[name], name
             )
     # `inv_freq` has one entry for `step` columns of the cos and sin tables, which the indices count.
-    step = find_family(model.config.get_text_config().model_type.removeprefix(PREFIX)).freq_stride
+    types = (config.model_type.removeprefix(PREFIX) for config in (model.config, model.config.get_text_config()))
+    step = find_family(family_of_part(*types)).freq_stride
     own = (getattr(model.config.get_text_config(), "rotary_dim", None) or 0) // 2  # GPT-J and CodeGen look sines up
     return step * max((len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")), default=own)
 

@@ -6,13 +6,18 @@ import shutil
 import pico
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     InternVLConfig,
     LlavaConfig,
     Mistral3Config,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
     Qwen3_5Config,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 
 from mla_convert.core.errors import InputError
@@ -29,10 +34,24 @@ INTERN = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "n
           "patch_size": [7, 7]}  # fmt: skip
 QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2,
         "out_hidden_size": 48, "num_position_embeddings": 16}  # fmt: skip
+QWEN2 = {"depth": 1, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2, "patch_size": 7,
+         "spatial_merge_size": 2}  # fmt: skip
+QWEN2_5 = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2,
+           "out_hidden_size": 48, "fullatt_block_indexes": [1], "window_size": 28}  # fmt: skip
+QWEN3 = {**QWEN, "depth": 3, "deepstack_visual_indexes": [0, 2]}
+TOKENS = {"image_token_id": IMAGE, "vision_start_token_id": 251, "vision_end_token_id": 252, "video_token_id": 253}
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+WINDOWS = {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 def text_config(variant):
     return pico.config(variant).to_dict()
+
+
+def axes(**settings):
+    """Settings of a language model whose positions have three axes."""
+    return {**pico.COMMON, "rope_parameters": SECTIONS, **settings}
 
 
 # name -> configuration of the whole, and the number of tokens that an image takes
@@ -44,29 +63,35 @@ WHOLES = {
     "mistral3": lambda: (Mistral3Config(text_config=text_config("mistral"), vision_config=PIXTRAL, image_token_index=IMAGE,
                                         image_token_id=IMAGE, vision_feature_layer=-1), 4),
     "internvl": lambda: (InternVLConfig(text_config=text_config("qwen3"), vision_config=INTERN, image_token_id=IMAGE), 4),
-    "qwen3_5": lambda: (Qwen3_5Config(text_config=text_config("qwen3.5"), vision_config=QWEN, image_token_id=IMAGE,
-                                      vision_start_token_id=251, vision_end_token_id=252, video_token_id=253), 4),
+    "qwen2_vl": lambda: (Qwen2VLConfig(text_config=axes(**WINDOWS), vision_config=QWEN2, **TOKENS), 4),
+    "qwen2_5_vl": lambda: (Qwen2_5_VLConfig(text_config=axes(), vision_config=QWEN2_5, **TOKENS), 4),
+    "qwen3_5": lambda: (Qwen3_5Config(text_config=text_config("qwen3.5"), vision_config=QWEN, **TOKENS), 4),
+    "qwen3_vl": lambda: (Qwen3VLConfig(text_config=axes(head_dim=8), vision_config=QWEN3, **TOKENS), 4),
+    "qwen3_vl_moe": lambda: (Qwen3VLMoeConfig(text_config=axes(head_dim=8, **EXPERTS), vision_config=QWEN3, **TOKENS), 4),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=sorted(WHOLES))
-def whole(request, tmp_path_factory):
+def make(name, folder):
     """(name, original in float32, folder of its checkpoint, tokens of an image)."""
-    config, tokens = WHOLES[request.param]()
+    config, tokens = WHOLES[name]()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") or "norm" in key:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp(request.param) / "source"
     model.save_pretrained(folder)
     pico.tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"auto_map": {"AutoImageProcessor": "own.Own"}, "size": 28})
     )
     (folder.parent / "text.txt").write_text(pico.text())
-    return request.param, model, folder, tokens
+    return name, model, folder, tokens
+
+
+@pytest.fixture(scope="module", params=sorted(WHOLES))
+def whole(request, tmp_path_factory):
+    return make(request.param, tmp_path_factory.mktemp(request.param) / "source")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +113,7 @@ def prompt(name, tokens):
         given["token_type_ids"] = kinds
     if name == "mistral3":
         given["image_sizes"] = torch.tensor([[28, 28]] * 2)
-    if name == "qwen3_5":
+    if name.startswith("qwen"):
         grid = torch.tensor([[1, 4, 4]] * 2)
         patches = torch.randn(32, 3 * 2 * 7 * 7, generator=draw)
         given |= {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": kinds}
@@ -106,7 +131,9 @@ def test_image_prompts_give_the_originals_text(whole, exact):
     expected, found = original(**given).logits, converted(**given).logits
     seen = given["attention_mask"].bool()
     assert (found - expected).abs()[seen].max() <= 1e-4 * (expected.max() - expected.min())
-    blind = converted(**{key: value for key, value in given.items() if key in ("input_ids", "attention_mask")}).logits
+    words = {key: value for key, value in given.items() if key in ("input_ids", "attention_mask")}
+    blind = converted(**words).logits
+    assert (blind - original(**words).logits).abs()[seen].max() <= 1e-4 * (expected.max() - expected.min())
     assert (blind - found).abs()[seen].max() > 1e-2 * (expected.max() - expected.min())  # the image matters
     for cache in ({"use_cache": True}, {"use_cache": False}):
         text = [model.generate(**given, max_new_tokens=8, do_sample=False, **cache) for model in (original, converted)]
@@ -154,14 +181,54 @@ def test_from_report_to_the_hub(whole, hub, cli, tmp_path):
     assert code == 0 and "pipeline_tag: image-text-to-text" in hub.files("me/tiny-whole")["README.md"].decode(), err
 
 
+def read(folder):
+    """Tensors and configuration of a checkpoint in one file."""
+    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+
+def write(folder, tensors, config):
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe"])
+def test_forms_of_published_checkpoints(name, tmp_path):
+    _, original, folder, tokens = make(name, tmp_path / "source")
+    tensors, config = read(folder)
+    if name == "qwen3_vl_moe":
+        stored = {key: tensor for key, tensor in tensors.items() if ".experts." in key}
+        tensors |= {key: tensor.mT.contiguous() for key, tensor in stored.items()}
+    else:  # the language model's settings stand beside those of the whole
+        text = config.pop("text_config")
+        text.pop("model_type")
+        rope = text.pop("rope_parameters")
+        scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        config = {**text, **config, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    write(folder, tensors, config)
+    given = prompt(name, tokens)
+    expected = original(**given).logits
+    assert torch.equal(loaded(folder)(**given).logits, expected)  # the form is one that transformers reads
+    report = pico.convert(folder, tmp_path / "out", rank="full", rope_dim="full")
+    found = loaded(report.out)(**given).logits
+    assert (found - expected).abs()[given["attention_mask"].bool()].max() <= 1e-4 * (expected.max() - expected.min())
+
+
 def test_a_missing_part_is_refused(whole, tmp_path):
     _, _, source, _ = whole
     folder = shutil.copytree(source, tmp_path / "source")
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
+    tensors, config = read(folder)
     gone = next(name for name in tensors if "vision" in name or "visual" in name)
     tensors.pop(gone)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write(folder, tensors, config)
     with pytest.raises(InputError, match=r"^tensor .* is missing, or stored in a form"):
+        open_source(str(folder))
+
+
+def test_a_language_model_without_a_type_is_refused(tmp_path):
+    _, _, folder, _ = make("llava", tmp_path / "source")
+    tensors, config = read(folder)
+    del config["text_config"]["model_type"]
+    write(folder, tensors, config)
+    with pytest.raises(InputError, match=r"^llava is multimodal, and its language model is not supported"):
         open_source(str(folder))

@@ -15,10 +15,10 @@ from mla_convert.method.calibrate.layerwise import Rotation
 from mla_convert.method.calibrate.statistics import Statistics
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, factorise
-from mla_convert.modeling.configuration_mla import MODEL_TYPE, config_class
+from mla_convert.modeling.configuration_mla import MODEL_TYPE, MlaFields, config_class
 from mla_convert.modeling.decode_mla import softmax_scale
 from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.source.families import FAMILIES, Family
+from mla_convert.source.families import FAMILIES, READ_AS, Family
 from mla_convert.source.shape import AttentionShape, kv_heads
 from mla_convert.source.source import Source
 from mla_convert.source.whole import Whole
@@ -102,6 +102,10 @@ def whole_config(whole: Whole, text: PreTrainedConfig) -> PreTrainedConfig:
     ):
         fields.pop(key, None)
     inner = {**text.to_dict(), "mla_layers": whole.layers}
+    own = whole.config.text_config
+    if own.model_type in READ_AS:  # the other fields are those of the family that it was read as
+        added = ("tie_word_embeddings", "dtype", *MlaFields.__annotations__)
+        inner = {**own.to_dict(), **{name: inner[name] for name in added if name in inner}}
     return config_class(type(whole.config))(**fields, text_config=inner, dtype=text.dtype)
 
 

@@ -9,6 +9,7 @@ from packaging.version import Version
 
 from mla_convert.core.errors import InputError
 from mla_convert.source.families.base import Family
+from mla_convert.source.families.read_as import READ_AS
 from mla_convert.source.families.refused import LATENT, REASONS
 
 
@@ -21,7 +22,8 @@ def _discover() -> dict[str, Family]:
 
 FAMILIES: dict[str, Family] = _discover()
 # Multimodal model types that are converted in place: transformers' class holds the language model's decoder at DECODER.
-WHOLES = ("gemma3", "internvl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe")
+WHOLES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
+          "qwen3_vl_moe")  # fmt: skip
 DECODER = "model.language_model"
 # Types that cannot be converted -> the reason.
 REFUSED = {name: reason for reason, names in REASONS.items() for name in names if name not in (*FAMILIES, *WHOLES)}
@@ -35,6 +37,16 @@ def is_installed(model_type: str) -> bool:
 
     new_enough = Version(version("transformers")) >= Version(FAMILIES[model_type].needs or "0")
     return new_enough and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def family_of_part(model_type: str, part: str) -> str:
+    """The family that the language model in a multimodal checkpoint is read as.
+
+    Args:
+        model_type: of the whole.
+        part: the `model_type` of its language model.
+    """
+    return READ_AS[part].family if model_type in WHOLES and part in READ_AS else part
 
 
 def find_family(model_type: str, keys: Collection[str] = (), part: str = "") -> Family:
@@ -64,4 +76,5 @@ def find_family(model_type: str, keys: Collection[str] = (), part: str = "") -> 
     raise InputError(f"architecture {model_type!r} is not supported: {REFUSED.get(model_type, supported)}")
 
 
-__all__ = ["DECODER", "FAMILIES", "LATENT", "REFUSED", "WHOLES", "Family", "find_family", "is_installed"]
+__all__ = ["DECODER", "FAMILIES", "LATENT", "READ_AS", "REFUSED", "WHOLES", "Family", "family_of_part", "find_family",
+           "is_installed"]  # fmt: skip
