@@ -36,6 +36,9 @@ class MlaFields:
     kv_lora_ranks: list[int] | None = None
     qk_rope_head_dims: list[int] | None = None
     qk_nope_head_dims: list[int] | None = None
+    v_head_dims: list[int] | None = None
+    # The original's KV heads by layer, where layers differ.
+    mla_kv_heads: list[int] | None = None
     # Which projections carry a bias (they do where the original's do).
     mla_q_bias: bool = False
     mla_kv_bias: bool = False
@@ -51,6 +54,10 @@ class MlaFields:
     mla_q_norm: str | None = None
     mla_k_norm: str | None = None
     mla_norm_over: str = "head"
+    # Name of the stock attention's norm of values; indices of the layers whose values are the output of the key projection,
+    # in which normed keys are a linear map of normed values.
+    mla_v_norm: str | None = None
+    mla_one_projection: list[int] | None = None
     # Whether rotated queries are multiplied by a weight for each dim: those of norms that the original applies after RoPE.
     mla_rope_weights: bool = False
     # Form of the stock model's RoPE tables (`rope_tables`), and each layer's growth of queries with their position
@@ -91,6 +98,16 @@ class MlaFields:
     def layer_nope_dim(self, layer_idx: int) -> int:
         """qk_nope_head_dim of one layer."""
         return self.qk_nope_head_dims[layer_idx] if self.qk_nope_head_dims else self.qk_nope_head_dim
+
+    def layer_v_dim(self, layer_idx: int) -> int:
+        """v_head_dim of one layer, also the width of the original's heads."""
+        return self.v_head_dims[layer_idx] if self.v_head_dims else self.v_head_dim
+
+    def layer_kv_heads(self, layer_idx: int) -> int:
+        """KV heads that one layer of the original has."""
+        if self.mla_kv_heads:
+            return self.mla_kv_heads[layer_idx]
+        return getattr(self, "num_key_value_heads", None) or self.num_attention_heads
 
 
 class WholeConfig:

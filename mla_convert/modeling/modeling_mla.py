@@ -116,7 +116,7 @@ class MlaAttention(nn.Module):
         self.kv_lora_rank = config.layer_rank(layer_idx)
         self.qk_rope_head_dim = config.layer_rope_dim(layer_idx)
         self.qk_nope_head_dim = config.layer_nope_dim(layer_idx)
-        self.v_head_dim = config.v_head_dim
+        self.v_head_dim = config.layer_v_dim(layer_idx)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.latent_format = layer_format(config, layer_idx)
         self.kernel = kernel_choice(config)
@@ -133,17 +133,18 @@ class MlaAttention(nn.Module):
         """Create the projections, and take over the stock attention's norms and sinks."""
         hidden, heads, compressed = config.hidden_size, self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
         if self.normed:
-            kv_heads = getattr(config, "num_key_value_heads", None) or heads
+            kv_width = config.layer_kv_heads(self.layer_idx) * self.v_head_dim
+            joined = self.layer_idx in (config.mla_one_projection or ())
             parts = 2 if self.gate == "q_proj" else 1  # of each head's rows
             self.q_proj = nn.Linear(hidden, parts * heads * self.v_head_dim, bias=config.mla_q_bias)
-            self.k_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
-            self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
+            self.k_proj = nn.Linear(hidden, kv_width, bias=config.mla_kv_bias)
+            self.v_proj = None if joined else nn.Linear(hidden, kv_width, bias=config.mla_kv_bias)
             # in Llama 4, layers without RoPE have no norm
-            for name in (config.mla_q_norm, config.mla_k_norm):
-                if hasattr(stock, name):
+            for name in (config.mla_q_norm, None if joined else config.mla_k_norm, config.mla_v_norm):
+                if name and hasattr(stock, name):
                     setattr(self, name, getattr(stock, name))
             self.q_b_proj = nn.Linear(self.v_head_dim, heads * self.qk_head_dim, bias=False)
-            self.kv_a_proj_with_mqa = nn.Linear(2 * kv_heads * self.v_head_dim, compressed, bias=False)
+            self.kv_a_proj_with_mqa = nn.Linear((1 if joined else 2) * kv_width, compressed, bias=False)
         else:
             self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.mla_q_bias)
             self.kv_a_proj_with_mqa = nn.Linear(hidden, compressed, bias=config.mla_kv_bias)
@@ -179,10 +180,15 @@ class MlaAttention(nn.Module):
         return query.flatten(-2), torch.sigmoid(gate.flatten(-2))
 
     def normed_key_value(self, hidden_states: Tensor) -> Tensor:
-        """The original's normed keys, and its values: (B, T, 2 * G * d_h)."""
-        norm = getattr(self, self.config.mla_k_norm, None)
-        key = apply_norm(norm, self.k_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
-        return torch.cat([key, self.v_proj(hidden_states)], dim=-1)
+        """The original's normed keys and its values: (B, T, 2 * G * d_h); its values alone where keys are a map of them."""
+        config, key = self.config, self.k_proj(hidden_states)
+        value = key if self.v_proj is None else self.v_proj(hidden_states)
+        if config.mla_v_norm:
+            value = apply_norm(getattr(self, config.mla_v_norm), value, self.v_head_dim, config.mla_norm_over)
+        if self.v_proj is None:
+            return value
+        key = apply_norm(getattr(self, config.mla_k_norm, None), key, self.v_head_dim, config.mla_norm_over)
+        return torch.cat([key, value], dim=-1)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries (B, H, T, nope + 2m), the cached part (B, T, r + 2m) of hidden states (B, T, hidden), and the gate."""
@@ -215,6 +221,7 @@ class MlaAttention(nn.Module):
         position_embeddings = given.pop("position_embeddings", None)
         attention_mask = given.pop("attention_mask", None)
         past_key_values = take_cache(given, self.cache_names)
+        given.pop("shared_kv_states", None)  # of stock layers that share keys and values
         refuse_unknown(type(self), given)
         return self._attend(hidden_states, position_embeddings, attention_mask, past_key_values, given)
 

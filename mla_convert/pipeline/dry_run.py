@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -117,14 +118,14 @@ def plan_conversion(
     counts = {"before": _counts(source, before), "after": _counts(source, after)}
     weights = {side: count["model"] * dtype.itemsize for side, count in counts.items()}
     fixed = fixed_state_bytes(source.config, dtype)
+    # A quantised row is counted in bytes, one to an element.
+    width, itemsize = (plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)
+    if plan.shape.heads:  # layers with and without windows have other sizes
+        row = plan.cache.row_bytes if plan.cache.quantised else operator.attrgetter("width")
+        width = tuple(map(row, plan.layers))
     caches = {
-        "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows), fixed),
-        "after": sizing.CacheSize(
-            # A quantised row is counted in bytes, one to an element.
-            *((plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)),
-            tuple(windows),
-            fixed,
-        ),
+        "before": sizing.CacheSize(tuple(plan.shape.cache_widths), dtype.itemsize, tuple(windows), fixed),
+        "after": sizing.CacheSize(width, itemsize, tuple(windows), fixed),
     }
     return DryRun(
         source=SourceSection(

@@ -220,7 +220,7 @@ def _source(source: Source, basis: str) -> SourceFindings:
         basis=basis,
         model_type=config.model_type,
         shape=shape_section(source),
-        rope=_rope(config) if shape.full_rope_dim else None,
+        rope=_rope(config) if any(shape.of(layer).full_rope_dim for layer in shape.converted_layers) else None,
         sliding_window={"tokens": windows[0], "layers": len(windows)} if windows else None,
         biases=sorted(name.removeprefix(first).removesuffix(".bias") for name in biases),
         context_limit=getattr(config, "max_position_embeddings", None),
@@ -228,7 +228,7 @@ def _source(source: Source, basis: str) -> SourceFindings:
         dtype=str(source.dtype).removeprefix("torch."),
         tied_embeddings=tied,
         parameters=sum(prod(source.reader.shape(name)) for name in stored),
-        cache_bytes_per_token=len(shape.converted_layers) * shape.cache_width * source.dtype.itemsize,
+        cache_bytes_per_token=sum(shape.cache_widths) * source.dtype.itemsize,
         fixed_cache_bytes=fixed_state_bytes(config, source.dtype),
     )
 

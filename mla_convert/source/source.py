@@ -41,7 +41,7 @@ from mla_convert.source.config_file import read_config
 from mla_convert.source.families import FAMILIES, WHOLES, Family, find_family, is_installed
 from mla_convert.source.licence import read_licence
 from mla_convert.source.place import HUB_FILES, locate
-from mla_convert.source.shape import AttentionShape, converted_layers, head_width, kv_heads
+from mla_convert.source.shape import AttentionShape, converted_layers, head_width, kv_heads, layer_heads
 from mla_convert.source.tokenizer import read_tokenizer
 from mla_convert.source.whole import Whole, open_whole
 
@@ -82,6 +82,7 @@ class Source:
             rope_layers=family.layers_with_rope(config),
             normed=self.normed,
             converted=family.converted_layers(config),
+            heads=layer_heads(config, family),
         )
 
     @property
@@ -320,7 +321,7 @@ def _expected(config: PreTrainedConfig, label: str) -> _Expected:
         check_scaling(model, label)
         check_names(model, FAMILIES[config.model_type])
         check_width(model, label)
-        return _Expected(model, rotary_dims(model, label))
+        return _Expected(model, rotary_dims(model, FAMILIES[config.model_type], label))
 
 
 def parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:

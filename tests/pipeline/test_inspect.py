@@ -38,7 +38,11 @@ def test_every_family(cli, sources, name):
     assert (shape["attention_heads"], shape["key_value_heads"]) == (config.num_attention_heads, groups)
     stored = load_file(sources(name) / WEIGHTS)
     assert found["parameters"] == sum(t.numel() for t in stored.values())
-    assert found["cache_bytes_per_token"] == len(layers) * 2 * groups * shape["head_dim"] * 4
+    by_layer = [
+        config.per_layer_config[layer] if FAMILIES[config.model_type].heads_by_layer else None for layer in layers
+    ]
+    widths = [each.num_key_value_heads * each.head_dim if each else groups * shape["head_dim"] for each in by_layer]
+    assert found["cache_bytes_per_token"] == 2 * sum(widths) * 4
     assert found["tied_embeddings"] == config.tie_word_embeddings
     windowed = found["sliding_window"]["layers"] if found["sliding_window"] else 0
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 3 * (name in WINDOWED)

@@ -15,7 +15,7 @@ from mla_convert.modeling.modeling_mla import model_class
 from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat, layer_format, quantise_rows
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, is_converted
-from mla_convert.source.shape import converted_layers, head_width, kv_heads
+from mla_convert.source.shape import cache_heads, converted_layers
 
 
 class FullLayer(DynamicLayer):
@@ -88,8 +88,7 @@ def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
         if formats[0] is not None:
             return [(1, fmt.row_bytes, 0) for fmt in formats]
         return [(1, config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
-    width = head_width(config)
-    return [(kv_heads(config), width, width) for _ in layers]
+    return [(heads, width, width) for heads, width in cache_heads(config)]
 
 
 def full_cache(config: PreTrainedConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Cache:

@@ -32,6 +32,8 @@ class Rotation:
     inv_freq: Tensor  # (d_h/2,) radians per position; dims without rotation are zeros at the end
     num_rotary_freqs: int  # the first ones of `inv_freq`, those of the stock model's table
     scale: float  # factor on cos and sin, not 1 with YaRN and LongRoPE
+    # dims of a head, the first ones, of which f and f + half are a pair; None: 2 * num_rotary_freqs
+    paired_dims: int | None = None
 
 
 @functools.cache
@@ -138,11 +140,12 @@ class LayerwiseModel:
             index: of the layer.
             kwargs: the layer's keyword arguments, as from `layer_kwargs`.
         """
-        shape, stride = self.source.shape, self.source.family.freq_stride
+        shape, stride = self.source.shape.of(index), self.source.family.freq_stride
+        paired_dims = shape.head_dim if self.source.family.heads_by_layer else None
         inv_freq = torch.zeros(shape.head_dim // 2, dtype=torch.float64, device=self.device)
         num_rotary_freqs = shape.full_rope_dim // shape.num_kv_heads // 2 if shape.has_rope(index) else 0
         if not num_rotary_freqs:
-            return Rotation(inv_freq, 0, 1.0)
+            return Rotation(inv_freq, 0, 1.0, paired_dims)
         # at position 1 the angle is the frequency itself, as none is as large as pi
         tables = rope_tables(
             kwargs.get("position_embeddings"),
@@ -157,7 +160,7 @@ class LayerwiseModel:
             raise InputError(
                 f"RoPE of {self.source.name} multiplies queries and keys by {scale:.3g} before their norm, which is not supported"
             )
-        return Rotation(inv_freq, num_rotary_freqs, scale)
+        return Rotation(inv_freq, num_rotary_freqs, scale, paired_dims)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 autocast on CUDA; a context without effect on the CPU."""

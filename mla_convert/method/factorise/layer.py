@@ -38,6 +38,8 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         fields.pop(key, None)
     ranks, rope_dims = ([getattr(size, name) for size in plan.layers] for name in ("rank", "rope_dim"))
     nope_dims = [plan.layer_nope_dim(layer) for layer in layers]
+    shapes = [plan.shape.of(layer) for layer in layers]
+    joined = [layer for layer, shape in zip(layers, shapes, strict=True) if shape.one_projection]
 
     def of_every_layer(sizes: list[int]) -> list[int]:
         by_layer = dict(zip(layers, sizes, strict=True))
@@ -55,9 +57,11 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
                 ("kv_lora_ranks", ranks),
                 ("qk_rope_head_dims", rope_dims),
                 ("qk_nope_head_dims", nope_dims),
+                ("v_head_dims", [shape.head_dim for shape in shapes]),
+                ("mla_kv_heads", [shape.num_kv_heads for shape in shapes]),
             )
         },
-        v_head_dim=plan.shape.head_dim,
+        v_head_dim=max(heads.head_dim for heads in shapes),
         qk_head_dim=max(nope_dims) + max(rope_dims),
         mla_q_bias=source.has_bias("q"),
         mla_kv_bias=plan.shape.has_kv_bias,
@@ -69,6 +73,8 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_q_norm=family.q_norm if plan.shape.normed else None,
         mla_k_norm=family.k_norm if plan.shape.normed else None,
         mla_norm_over=family.qk_norm_shape,
+        mla_v_norm=family.v_norm,
+        mla_one_projection=joined or None,
         mla_rope_tables=family.rope_tables,
         mla_rope_weights=source.weights_after_rope,
         mla_query_growth=family.growth_of_queries(source.config),
@@ -115,7 +121,8 @@ def attention_parts(attention: nn.Module, family: Family, shape: AttentionShape)
     """Weights "q", "k", "v", "o" and biases "q_bias", … of a stock attention, with heads in its own layout."""
     parts: dict[str, Tensor | None] = {}
     for letter, name in family.projections.items():
-        parts[letter], parts[f"{letter}_bias"] = projection_rows(getattr(attention, name))
+        projection = getattr(attention, name)
+        parts[letter], parts[f"{letter}_bias"] = (None, None) if projection is None else projection_rows(projection)
     if family.key_multiplier:
         factor = getattr(attention, family.key_multiplier)
         parts |= {name: parts[name] * factor for name in ("k", "k_bias") if parts[name] is not None}
@@ -155,7 +162,8 @@ def half_split(head_dim: int, rotary_dim: int, interleaved: bool, backwards: boo
 def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, rotary_dim: int) -> AttentionWeights:
     """The weights of a stock attention in the layout of `factorise`.
 
-    With norms on queries and keys, the rows act on [normed key; value] and on each head's normed query (`MlaAttention`).
+    With norms on queries and keys, the rows act on [normed key; value], or on values alone (`normed_key_value` of
+    `MlaAttention`), and on each head's normed query.
 
     Args:
         attention: stock, loaded.
@@ -170,13 +178,14 @@ def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, 
         pick = torch.eye(shape.head_dim, device=order.device)[order]
         keys = torch.block_diag(*[pick] * shape.num_kv_heads)
         values = torch.eye(width, device=order.device)
-        return AttentionWeights(
-            q=pick.repeat(heads, 1),
-            k=torch.cat([keys, torch.zeros_like(keys)], 1),
-            v=torch.cat([torch.zeros_like(values), values], 1),
-            o=parts["o"],
-            o_bias=parts["o_bias"],
-        )
+        if shape.one_projection:  # both norms divide by one root mean square, so that keys are weighted values
+            k, v = keys * getattr(attention, family.k_norm).weight.repeat(shape.num_kv_heads), values
+        else:
+            k, v = (
+                torch.cat([keys, torch.zeros_like(keys)], 1),
+                torch.cat([torch.zeros_like(values), values], 1),
+            )
+        return AttentionWeights(q=pick.repeat(heads, 1), k=k, v=v, o=parts["o"], o_bias=parts["o_bias"])
     for name in ("q", "k", "q_bias", "k_bias"):
         if parts[name] is not None:
             parts[name] = parts[name].unflatten(0, (-1, shape.head_dim))[:, order].flatten(0, 1)
@@ -224,8 +233,8 @@ def factorise_layer(
         planes: as in `factorise`.
         rotation: RoPE of the layer.
     """
-    shape, num_rotary_freqs = source.shape, rotation.num_rotary_freqs
-    weights = source_weights(attention, source.family, shape, 2 * num_rotary_freqs)
+    shape, num_rotary_freqs = source.shape.of(attention.layer_idx), rotation.num_rotary_freqs
+    weights = source_weights(attention, source.family, shape, rotation.paired_dims or 2 * num_rotary_freqs)
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     scaling = softmax_scale(attention)
     planes_of_heads = None
@@ -252,7 +261,7 @@ def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.de
         device: of the module.
     """
     gate = None if config.mla_gate == "q_proj" else config.mla_gate
-    names = (config.mla_q_norm, config.mla_k_norm, config.mla_sinks, gate)
+    names = (config.mla_q_norm, config.mla_k_norm, config.mla_v_norm, config.mla_sinks, gate)
     kept = {name for name in names if name and hasattr(stock, name)}
     parts = SimpleNamespace(scaling=softmax_scale(stock), **{name: _on_meta(getattr(stock, name)) for name in kept})
     with torch.device("meta"):

@@ -235,7 +235,8 @@ def _losses(
     family, source = layerwise.source.family, layerwise.source
     attention, norm = getattr(layer, family.attention), family.entry(layer)
     size, rotation = plan.layer(attention.layer_idx), layerwise.rotation(attention.layer_idx, eager)
-    full = plan.shape.full_rank(size.rope_dim)
+    own, unit = plan.of(attention.layer_idx), size_unit(plan)
+    full = own.shape.full_rank(size.rope_dim)
     exact = replace(plan, cache=CacheFormat())
     statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, exact, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
@@ -257,7 +258,7 @@ def _losses(
         """Loss that quantisation adds, by channels with 8 bits."""
         weights = factorise_layer(source, attention, statistics, size.rank, size.rope_dim, "by_loss", rotation)
         losses = {}
-        for wide in wide_probes(plan, plan.cache.units(size_unit(plan))[0]):
+        for wide in wide_probes(own, plan.cache.units(unit)[0]):
             mixed = replace(size, wide=wide)
             module = _module(layerwise, plan, attention, mixed)
             fill_attention(module, in_basis(weights, plan.cache.row(mixed)), family.freq_stride)
@@ -265,7 +266,7 @@ def _losses(
         rounded = min(losses.values()) - 1e-12  # the most bits that a cache has: what remains is low rank
         return {wide: loss - rounded for wide, loss in losses.items()}
 
-    ranks, ropes = probes(plan, size_unit(plan))
+    ranks, ropes = probes(own, unit)
     by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in (ropes if rotation.num_rotary_freqs else [0])}
     module, by_rank = build(full, size.rope_dim), {}
     for rank in sorted({full, *(rank for rank in ranks if rank < full)}, reverse=True):

@@ -145,6 +145,14 @@ class Plan:
             return LayerSize(self.rank, self.rope_dim, self.wide)
         return LayerSize(self.cache.possible(min(self.rank + self.rope_dim, self.shape.full_rank(0))), 0, self.wide)
 
+    def of(self, index: int) -> Plan:
+        """The plan of a model whose layers are all like this one, where layers of the source differ; else this plan."""
+        if self.shape.heads is None:
+            return self
+        size = self.layer(index)
+        alone = replace(self, rank=size.rank, rope_dim=size.rope_dim, wide=size.wide, shape=self.shape.of(index))
+        return replace(alone, sizes=None)
+
     @property
     def layers(self) -> list[LayerSize]:
         """Sizes of all converted layers."""
@@ -156,14 +164,17 @@ class Plan:
         return self.rank + self.rope_dim
 
     @property
-    def row_bytes(self) -> int:
+    def row_bytes(self) -> float:
         """Bytes per token and layer that the settings ask for, the mean over layers where they differ."""
+        if self.shape.heads and self.sizes:
+            return sum(map(self.cache.row_bytes, self.sizes)) / len(self.sizes)
         return self.cache.row_bytes(LayerSize(self.rank, self.rope_dim, self.wide))
 
     @property
     def cache_ratio(self) -> float:
         """Bytes of the cache as a fraction of the source's, with NUMBER bytes a number."""
-        return self.row_bytes / (NUMBER * self.shape.cache_width)
+        widths = self.shape.cache_widths
+        return self.row_bytes / (NUMBER * sum(widths) / len(widths))
 
     @property
     def latent_cache(self) -> dict[str, object] | None:
@@ -180,12 +191,17 @@ class Plan:
 
     @property
     def full_rank(self) -> int:
-        """Rank at which only the rotation of the planes that are not kept is lost."""
-        return self.shape.full_rank(self.rope_dim)
+        """Rank at which only the rotation of the planes that are not kept is lost; the mean where heads differ by layer."""
+        if self.shape.heads is None:
+            return self.shape.full_rank(self.rope_dim)
+        alone = [self.of(layer) for layer in self.shape.converted_layers]
+        return _mean([plan.shape.full_rank(plan.rope_dim) for plan in alone])
 
     @property
     def exact(self) -> bool:
         """Whether every plane keeps RoPE, no direction is dropped and no number is rounded."""
+        if self.shape.heads:
+            return all(self.of(layer).exact for layer in self.shape.converted_layers)
         whole = self.rope_dim == self.shape.full_rope_dim and self.rank == self.full_rank
         return whole and not self.cache.quantised
 
@@ -196,8 +212,9 @@ class Plan:
 
     def layer_nope_dim(self, layer: int) -> int:
         """qk_nope_head_dim of one layer: 0 where every dim of every key head stays rotary."""
-        all_dims = self.shape.num_kv_heads * self.shape.head_dim
-        return 0 if self.layer(layer).rope_dim == all_dims else self.shape.head_dim
+        shape = self.shape.of(layer)
+        all_dims = shape.num_kv_heads * shape.head_dim
+        return 0 if self.layer(layer).rope_dim == all_dims else shape.head_dim
 
 
 def shares_out(settings: Settings, plan: Plan) -> bool:
@@ -209,6 +226,8 @@ def shares_out(settings: Settings, plan: Plan) -> bool:
 
 def size_unit(plan: Plan) -> int:
     """Unit of which per-layer sizes are multiples. A model without RoPE has ranks only."""
+    if plan.shape.heads:
+        return min(size_unit(plan.of(layer)) for layer in plan.shape.converted_layers)
     smallest = min(plan.rank, plan.shape.full_rope_dim - 1) if plan.shape.full_rope_dim else plan.rank
     return UNIT if smallest >= UNIT else 2
 
@@ -221,6 +240,8 @@ def make_plan(settings: Settings, shape: AttentionShape) -> Plan:
     """
     if isinstance(settings.rank, int) and settings.rank <= 0:
         raise InputError(f"rank {settings.rank} is not positive: give a rank of at least 1, or 'full'")
+    if shape.heads:
+        return _plan_by_layer(settings, shape)
     if settings.rank is None:
         return _plan_from_ratio(settings, shape)
     rope_dim = _rope_dim(settings, shape, _default_rope(shape, settings.rank))
@@ -232,6 +253,38 @@ def make_plan(settings: Settings, shape: AttentionShape) -> Plan:
             f"give at most that, or 'full'"
         )
     return _with_format(Plan(rank, rope_dim, shape), settings)
+
+
+def _plan_by_layer(settings: Settings, shape: AttentionShape) -> Plan:
+    """The plan of a model whose layers have heads of their own: each layer's sizes are those of a model of such layers.
+
+    A rank or rope_dim that only some layers can have is the most that the others have.
+    """
+    shapes = [shape.of(layer) for layer in shape.converted_layers]
+    _rope_dim(settings, max(shapes, key=lambda each: each.full_rope_dim), 0)  # refuses what no layer can have
+    ranks = settings.rank if isinstance(settings.rank, int) else None
+
+    def plan_of(layer: int, own: AttentionShape) -> Plan:
+        possible: dict[str, int] = {}
+        if isinstance(settings.rope_dim, int):
+            possible["rope_dim"] = min(settings.rope_dim, own.full_rope_dim)
+        if ranks is not None:
+            rope_dim = _rope_dim(settings.model_copy(update=possible), own, _default_rope(own, ranks))
+            possible["rank"] = min(ranks, own.full_rank(rope_dim))
+        return make_plan(settings.model_copy(update=possible), own)
+
+    plans = [plan_of(layer, own) for layer, own in zip(shape.converted_layers, shapes, strict=True)]
+    sizes = tuple(plan.layer(layer) for layer, plan in zip(shape.converted_layers, plans, strict=True))
+    if ranks is not None and ranks > max(size.rank for size in sizes):
+        make_plan(settings, max(shapes, key=lambda each: each.full_rank(0)))  # refuses it
+    budgets = [plan.budget for plan in plans if plan.budget is not None]
+    mean = {name: _mean([getattr(size, name) for size in sizes]) for name in ("rank", "rope_dim", "wide")}
+    budget = sum(budgets) / len(budgets) if budgets else None
+    return Plan(shape=shape, sizes=sizes, cache=plans[0].cache, budget=budget, **mean)
+
+
+def _mean(sizes: list[int]) -> int:
+    return round(sum(sizes) / len(sizes))
 
 
 def _plan_from_ratio(settings: Settings, shape: AttentionShape) -> Plan:

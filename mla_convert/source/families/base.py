@@ -108,6 +108,17 @@ class Family:
     k_norm: str | None = None
     """Names of the norms of query and key, applied before RoPE; a layer without a module of that name has no norm."""
 
+    v_norm: str | None = None
+    """Name of the norm of values, an RMSNorm of each head without weights."""
+
+    heads_by_layer: bool = False
+    """Whether layers may differ in KV heads and head width, by the configuration's `per_layer_config`. Their RoPE pairs dims
+    f and f + half of the head; its type "proportional" leaves the pairs of the highest f still."""
+
+    one_projection: str | None = None
+    """Configuration value: while it is true, full-attention layers have no value projection, and their values are the output
+    of the key projection, before the norm of keys."""
+
     norm_after_rope: bool = False
     """Whether these norms are applied after RoPE, which commutes with a root mean square; a weight for each dim is applied to
     rotated queries. The norm of queries and keys must be an RMSNorm over a head."""
@@ -165,7 +176,7 @@ class Family:
     """Pairs of ends of names: a tensor of the model, and the stored tensors whose rows it holds one after another."""
 
     requires: Mapping[str, Any] = field(default_factory=dict)
-    """Configuration values that the conversion relies on; a checkpoint with another value is refused."""
+    """Configuration values that the conversion relies on; a checkpoint with another value is refused. A tuple: any of them."""
 
     tested: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Variants that the tests convert: name -> settings in which its tiny configuration differs from tests/pico.py's."""
@@ -233,7 +244,9 @@ class Family:
             InputError: names the setting.
         """
         for key, value in (ALWAYS | dict(self.requires)).items():
-            configured = getattr(config, key, value)
+            allowed = value if isinstance(value, tuple) else (value,)
+            configured = getattr(config, key, allowed[0])
             # None, 0 and False all say that a feature is off.
-            if (configured or None) != (value or None):
-                raise InputError(f"{label} has {key} = {configured}, which is not supported: it must be {value}")
+            if (configured or None) not in [each or None for each in allowed]:
+                words = " or ".join(map(str, allowed))
+                raise InputError(f"{label} has {key} = {configured}, which is not supported: it must be {words}")

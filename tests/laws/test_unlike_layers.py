@@ -1,0 +1,89 @@
+"""Models whose layers have unlike heads of keys and values (Gemma 4): sizes by layer, what caches hold, and all commands."""
+
+import json
+
+import pytest
+import torch
+from pico import VOCAB, model
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import mla_convert  # noqa: F401  (registers the converted classes)
+from mla_convert.source.source import open_source
+
+NAMES = ["gemma4", "gemma4-own-values"]
+LENGTH = 10  # below the window: then all layers cache all tokens
+
+
+def held_bytes(built):
+    """Bytes that a model caches for each token, by layer, measured."""
+    cache = DynamicCache(config=built.config)
+    with torch.no_grad():
+        built(torch.arange(3, 3 + LENGTH)[None], past_key_values=cache, use_cache=True)
+    held = [layer for layer in cache.layers if layer.is_initialized]
+    return [sum(part.numel() * part.element_size() for part in (layer.keys, layer.values)) // LENGTH for layer in held]
+
+
+def loaded(report):
+    return AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("settings", [{"rank": "full", "rope_dim": "full"}, {"kv_ratio": 0.5}, {"rank": 20}])
+def test_caches_are_counted_as_they_are(cli, sources, convert_pico, name, settings):
+    report = convert_pico(name, **settings)
+    before, after = held_bytes(model(name)), held_bytes(loaded(report))
+    assert (report.cache.bytes_per_token.before, report.cache.bytes_per_token.after) == (sum(before), sum(after))
+    arguments = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    planned = json.loads(cli("plan", sources(name), *arguments, "--uniform", "--json")[1])
+    assert planned["cache"]["bytes_per_token"] == {"before": sum(before), "after": sum(after)}
+    sizes = [4 * (each["kv_lora_rank"] + each["qk_rope_head_dim"]) for each in planned["layers"]]
+    assert sizes == after
+    found = json.loads(cli("inspect", report.out, "--json")[1])
+    assert found["cache_numbers_per_token_per_layer"] == pytest.approx(sum(after) / 4 / len(after), abs=0.05)
+
+
+def test_half_of_each_layer_where_sizes_are_uniform(convert_pico):
+    report = convert_pico("gemma4", kv_ratio=0.5)
+    before, after = held_bytes(model("gemma4")), held_bytes(loaded(report))
+    assert before == [4 * 48, 4 * 64, 4 * 64] and after == [each // 2 for each in before]
+
+
+def test_values_that_are_keys_are_cached_once_at_full_rank(convert_pico):
+    config = loaded(convert_pico("gemma4", rank="full", rope_dim="full")).config
+    assert config.mla_one_projection == [1, 2] and config.kv_lora_ranks == [24, 32, 32]
+    assert config.qk_rope_head_dims == [24, 16, 16] and config.qk_nope_head_dims == [0, 16, 16]
+    config = loaded(convert_pico("gemma4-own-values", rank="full", rope_dim="full")).config
+    # two projections: the full-attention layers have three KV heads of 16 dims, half of which RoPE turns
+    assert config.mla_one_projection is None and config.kv_lora_ranks == [24, 72, 72]
+
+
+@pytest.mark.parametrize("cache_dtype", ["bf16", "int8"])
+def test_sizes_by_layer_spend_the_budget_and_decode(convert_pico, cache_dtype):
+    report = convert_pico(
+        "gemma4", kv_ratio=0.5, uniform=False, cache_dtype=cache_dtype, refine_steps=2, refine_batch=4
+    )
+    assert report.self_check.passed and report.cache.share_saved > 0
+    if cache_dtype == "bf16":
+        assert report.cache.bytes_per_token.after <= report.cache.bytes_per_token.before / 2
+    converted = loaded(report)
+    ids = torch.randint(3, VOCAB, (2, 30), generator=torch.Generator().manual_seed(2))
+    cache = DynamicCache(config=converted.config)
+    with torch.no_grad():
+        whole = converted(ids).logits
+        parts = [converted(ids[:, i:j], past_key_values=cache, use_cache=True).logits for i, j in ((0, 24), (24, 30))]
+    span = whole.max() - whole.min()
+    assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-4 * span
+
+
+def test_a_size_that_no_layer_can_have_is_refused(cli, sources):
+    code, _, err = cli("plan", sources("gemma4"), "--rank", "100")
+    assert code == 4 and "rank 100 is above full rank" in err
+    code, _, err = cli("plan", sources("gemma4"), "--rope-dim", "40")
+    assert code == 4 and "rope_dim 40 is above the 24 rotary dims" in err
+
+
+def test_shape_of_each_layer(sources):
+    shape = open_source(str(sources("gemma4"))).shape
+    assert [shape.of(layer).head_dim for layer in range(3)] == [8, 16, 16]
+    assert [shape.of(layer).full_rope_dim for layer in range(3)] == [24, 16, 16]
+    assert shape.cache_widths == [48, 64, 64]
