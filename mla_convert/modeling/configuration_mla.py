@@ -48,6 +48,8 @@ class MlaFields:
     mla_attention: str = "self_attn"
     # Indices of the layers with attention, if not all have it; the others are the original's.
     mla_converted_layers: list[int] | None = None
+    # The layer whose latent each layer attends to, where some attend to another's: they cache nothing.
+    mla_latent_of: list[int] | None = None
     # Name of the projection whose sigmoid multiplies the attention's output; "q_proj": the second half of each head's rows.
     mla_gate: str | None = None
     # Names of the stock attention's norms of query and key, and the shape that they take (`apply_norm`).
@@ -86,6 +88,14 @@ class MlaFields:
         """Indices of the layers with latent attention."""
         layers = range(self.num_hidden_layers)
         return [index for index in layers if self.mla_converted_layers is None or index in self.mla_converted_layers]
+
+    def caching_layers(self) -> list[int]:
+        """Indices of the layers that cache a latent."""
+        return [index for index in self.converted_layers() if self.source_of(index) == index]
+
+    def source_of(self, layer_idx: int) -> int:
+        """The layer whose latent a layer attends to."""
+        return self.mla_latent_of[layer_idx] if self.mla_latent_of else layer_idx
 
     def layer_rank(self, layer_idx: int) -> int:
         """kv_lora_rank of one layer."""

@@ -17,6 +17,7 @@ class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
 
     router_logits: tuple[Tensor, ...] | None = None
     cache: object | None = None
+    shared_kv_states: object | None = None
     image_hidden_states: Tensor | None = None
     image_outputs: object | None = None
     video_outputs: object | None = None

@@ -74,7 +74,7 @@ class DryRun:
             "exact": plan.exact,
             "layers": [
                 {"layer": layer, "kv_lora_rank": size.rank, "qk_rope_head_dim": size.rope_dim}
-                for layer, size in zip(plan.shape.converted_layers, plan.layers, strict=True)
+                for layer, size in zip(plan.shape.caching_layers, plan.layers, strict=True)
             ],
             "uniform": self.cache.uniform,
             "cache": {**self.cache.section, "grid": self.cache.grid},

@@ -253,6 +253,8 @@ def _converted(label: str, revision: str | None, config: JsonObject, report: Jso
         layers = next(stated, None) or len(config["layers_block_type"])
         # where layers differ there is a list beside the largest
         converted = config.get("mla_converted_layers") or range(layers)
+        sources = config.get("mla_latent_of") or range(layers)
+        converted = [layer for layer in converted if sources[layer] == layer]  # others cache nothing
         sizes = [config.get(f"{name}s") or [config[name]] * layers for name in ("kv_lora_rank", "qk_rope_head_dim")]
         # By `type`, because isinstance would take true and false of a damaged file for integers.
         if not isinstance(config.get("latent_cache") or {}, dict):

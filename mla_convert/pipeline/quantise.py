@@ -134,7 +134,7 @@ def _rows(config: Any, cache: CacheFormat) -> tuple[dict[str, object] | None, li
     Raises:
         InputError: a layer has no row of this format.
     """
-    layers = config.converted_layers()
+    layers = config.caching_layers()
     sizes = [LayerSize(config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
     for layer, size in zip(layers, sizes, strict=True):
         if cache.possible(size.rank) != size.rank:

@@ -38,6 +38,8 @@ BUFFERS = re.compile(
     r"(rotary_emb\.inv_freq|\.(attn|attention)\.(bias|masked_bias)|position_ids|_extra_state"
     r"|(input|output|k|v|q|kv|prob)_scale)$"
 )
+# Models of text that also take sound in: their language models are the text models of the same names.
+HEARING = ("gemma3n", "gemma4", "gemma4_unified")
 AUDIO = re.compile(r"audio|speech|codec|acoustic|vocoder|asr|voxtral")
 
 
@@ -95,13 +97,15 @@ def check_derived(source: Any) -> None:
 
 
 def refuse_audio(content: dict[str, Any], label: str) -> None:
-    """Refuse an audio model: its language model continues encoded sound, not text.
+    """Refuse an audio model: its language model continues encoded sound, not text. `HEARING` are none.
 
     Raises:
         InputError: it is one.
     """
     model_type = str(content.get("model_type"))
     parts = [key for key, value in content.items() if isinstance(value, dict) and AUDIO.search(key)]
+    if model_type in HEARING:
+        return
     if parts or AUDIO.search(model_type):
         raise InputError(
             f"{label} is an audio model ({', '.join([model_type, *parts])}): only language models of text are converted"

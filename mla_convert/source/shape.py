@@ -29,7 +29,8 @@ class AttentionShape:
     `has_kv_bias`: its key or value projection has a bias; `rotary_dim`: dims of a head that RoPE rotates (None: all);
     `rope_layers`: whether each layer has RoPE (None: all have it); `normed`: there is a norm between the key projection and
     attention; `one_projection`: values are the output of the key projection, so that keys are a linear map of normed values;
-    `heads`: of each layer where layers differ, and the fields above are then those of the configuration itself.
+    `heads`: of each layer where layers differ, and the fields above are then those of the first layer; `latent_of`: the layer
+    whose keys and values each layer attends to (None: its own).
     """
 
     layers: int
@@ -44,6 +45,7 @@ class AttentionShape:
     converted: tuple[int, ...] | None = None
     one_projection: bool = False
     heads: tuple[LayerHeads, ...] | None = None
+    latent_of: tuple[int, ...] | None = None
 
     def of(self, layer: int) -> AttentionShape:
         """The shape of a model whose layers are all like this one."""
@@ -61,8 +63,21 @@ class AttentionShape:
 
     @property
     def cache_widths(self) -> list[int]:
-        """Elements that each converted layer of the source caches per token."""
-        return [self.of(layer).cache_width for layer in self.converted_layers]
+        """Elements that the source caches per token, for each layer that has a cache."""
+        return [self.of(layer).cache_width for layer in self.caching_layers]
+
+    @property
+    def caching_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with attention that have keys and values of their own."""
+        return tuple(layer for layer in self.converted_layers if self.source_of(layer) == layer)
+
+    def source_of(self, layer: int) -> int:
+        """The layer whose keys and values, or latent, a layer attends to."""
+        return layer if self.latent_of is None else self.latent_of[layer]
+
+    def readers_of(self, layer: int) -> tuple[int, ...]:
+        """The layers that attend to the keys and values, or the latent, of a layer: itself and later ones."""
+        return tuple(reader for reader in self.converted_layers if self.source_of(reader) == layer)
 
     @property
     def converted_layers(self) -> tuple[int, ...]:
@@ -112,14 +127,22 @@ def kv_heads(config: PreTrainedConfig) -> int:
     return config.num_attention_heads if groups is None else groups
 
 
-def converted_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Indices of the layers that cache keys and values, or latents, of a stock or a converted model's configuration."""
+def attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Indices of the layers with attention, of a stock or a converted model's configuration."""
     config = config.get_text_config()
     if hasattr(config, "mla_converted_layers"):
         return tuple(config.converted_layers())
     family = FAMILIES.get(config.model_type)
     layers = family.converted_layers(config) if family else None
     return tuple(range(config.num_hidden_layers)) if layers is None else layers
+
+
+def converted_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Indices of the layers that cache keys and values, or latents, of a stock or a converted model's configuration."""
+    config = config.get_text_config()
+    family = FAMILIES.get(config.model_type.removeprefix("mla_"))
+    source = family.latent_of(config) if family else None
+    return tuple(layer for layer in attention_layers(config) if source is None or source[layer] == layer)
 
 
 def layer_heads(config: PreTrainedConfig, family: Family) -> tuple[LayerHeads, ...] | None:

@@ -41,7 +41,14 @@ from mla_convert.source.config_file import read_config
 from mla_convert.source.families import FAMILIES, WHOLES, Family, find_family, is_installed
 from mla_convert.source.licence import read_licence
 from mla_convert.source.place import HUB_FILES, locate
-from mla_convert.source.shape import AttentionShape, converted_layers, head_width, kv_heads, layer_heads
+from mla_convert.source.shape import (
+    AttentionShape,
+    attention_layers,
+    converted_layers,
+    head_width,
+    kv_heads,
+    layer_heads,
+)
 from mla_convert.source.tokenizer import read_tokenizer
 from mla_convert.source.whole import Whole, open_whole
 
@@ -83,6 +90,7 @@ class Source:
             normed=self.normed,
             converted=family.converted_layers(config),
             heads=layer_heads(config, family),
+            latent_of=family.latent_of(config),
         )
 
     @property
@@ -110,7 +118,7 @@ class Source:
 
     @cached_property
     def _replaced(self) -> re.Pattern[str]:
-        layers = "|".join(map(str, converted_layers(self.config)))
+        layers = "|".join(map(str, attention_layers(self.config)))
         return re.compile(rf"{re.escape(self.family.layers)}\.(?:{layers})\.{re.escape(self.family.attention)}\.")
 
     def has_bias(self, letter: str) -> bool:
@@ -132,7 +140,7 @@ class Source:
 
     @property
     def sliding_windows(self) -> list[int | None]:
-        """The attention window of each converted layer in tokens; None for full attention."""
+        """The attention window of each layer that has a cache in tokens; None for full attention."""
         layers, window = self.config.num_hidden_layers, getattr(self.config, "sliding_window", None)
         types = (
             getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers

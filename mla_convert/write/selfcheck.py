@@ -243,7 +243,7 @@ def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:
         raise SelfCheckFailed(_failed(f"keeps {held} tokens in its {kind} cache, where {tokens} were read"))
     if not is_converted(model.config):
         return
-    for index in model.config.converted_layers():
+    for index in model.config.caching_layers():
         layer = cache.layers[index]
         widths = layer.keys.shape[1] * layer.keys.shape[-1], layer.values.shape[1] * layer.values.shape[-1]
         row = layer_format(model.config, index)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import mla_convert  # noqa: F401  (registers the converted classes)
 from mla_convert.source.source import open_source
 
-NAMES = ["gemma4", "gemma4-own-values"]
+NAMES = ["gemma4", "gemma4-own-values", "gemma4-shared"]
 LENGTH = 10  # below the window: then all layers cache all tokens
 
 
@@ -19,7 +19,7 @@ def held_bytes(built):
     cache = DynamicCache(config=built.config)
     with torch.no_grad():
         built(torch.arange(3, 3 + LENGTH)[None], past_key_values=cache, use_cache=True)
-    held = [layer for layer in cache.layers if layer.is_initialized]
+    held = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     return [sum(part.numel() * part.element_size() for part in (layer.keys, layer.values)) // LENGTH for layer in held]
 
 
@@ -57,11 +57,10 @@ def test_values_that_are_keys_are_cached_once_at_full_rank(convert_pico):
     assert config.mla_one_projection is None and config.kv_lora_ranks == [24, 72, 72]
 
 
-@pytest.mark.parametrize("cache_dtype", ["bf16", "int8"])
-def test_sizes_by_layer_spend_the_budget_and_decode(convert_pico, cache_dtype):
-    report = convert_pico(
-        "gemma4", kv_ratio=0.5, uniform=False, cache_dtype=cache_dtype, refine_steps=2, refine_batch=4
-    )
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-shared"])
+@pytest.mark.parametrize("cache_dtype", ["bf16", "int8", "auto"])
+def test_sizes_by_layer_spend_the_budget_and_decode(convert_pico, name, cache_dtype):
+    report = convert_pico(name, kv_ratio=0.5, uniform=False, cache_dtype=cache_dtype, refine_steps=2, refine_batch=4)
     assert report.self_check.passed and report.cache.share_saved > 0
     if cache_dtype == "bf16":
         assert report.cache.bytes_per_token.after <= report.cache.bytes_per_token.before / 2
@@ -72,7 +71,21 @@ def test_sizes_by_layer_spend_the_budget_and_decode(convert_pico, cache_dtype):
         whole = converted(ids).logits
         parts = [converted(ids[:, i:j], past_key_values=cache, use_cache=True).logits for i, j in ((0, 24), (24, 30))]
     span = whole.max() - whole.min()
-    assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-4 * span
+    tolerance = 1e-4 if cache_dtype == "bf16" else 1e-3  # numbers at the border of two codes may get either
+    assert (torch.cat(parts, 1) - whole).abs().max() <= tolerance * span
+
+
+@pytest.mark.parametrize("block", [2, 3])
+def test_shared_latents_in_blocks_and_groups_of_layers(convert_pico, block):
+    """Layers read latents of earlier blocks, of earlier layers of their block, and train these through them."""
+    steps = {"refine_steps": 3, "refine_batch": 4, "block_steps": 3, "output_steps": 3}
+    settings = {"kv_ratio": 0.25, "calib_noise": 0, "refine_block": block, "output_layers": 4}
+    report = convert_pico("gemma4-shared", **settings, **steps)
+    assert report.self_check.passed and [layer.latent_of for layer in report.layers] == [None, None, 0, 1, 1]
+    assert all(layer.block_error <= layer.block_error_before for layer in report.layers if layer.block)
+    assert report.layers[-1].output_kl < report.layers[-1].output_kl_before
+    exact = convert_pico("gemma4-shared", rank="full", rope_dim="full", refine_block=block, output_layers=4, **steps)
+    assert exact.perplexity_ratio == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_size_that_no_layer_can_have_is_refused(cli, sources):

@@ -22,6 +22,7 @@ def attention_forward(
     kwargs: LayerKwargs,
     autocast: Callable[[], AbstractContextManager],
     after: Callable[[Tensor], Tensor] = lambda output: output,
+    read: Callable[[Tensor], tuple[Tensor, dict]] = lambda hidden: (hidden, {}),
 ) -> Forward:
     """The attention branch of a layer as a function of the residual stream.
 
@@ -31,11 +32,13 @@ def attention_forward(
         kwargs: the attention's keyword arguments (positions, mask) for windows of one length.
         autocast: context of the forward pass.
         after: applied to the output, as families with a norm or a scale behind the attention need.
+        read: the hidden states, and keyword arguments that depend on the windows, of hidden states and what is beside them.
     """
 
     def forward(hidden: Tensor) -> Tensor:
+        states, own = read(hidden)
         with autocast():
-            return after(attention(hidden_states=norm(hidden), **kwargs)[0]).float()
+            return after(attention(hidden_states=norm(states), **kwargs | own)[0]).float()
 
     return forward
 

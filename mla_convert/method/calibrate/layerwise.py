@@ -255,6 +255,25 @@ class LayerwiseModel:
         finally:
             setattr(self.decoder, self.source.family.final_norm, norm)
 
+    @property
+    def input_width(self) -> int:
+        """Width of the layers' own inputs for each token; 0: they have none."""
+        name = self.source.family.layer_inputs
+        return (getattr(self.source.config, name) if name else 0) or 0
+
+    @contextlib.contextmanager
+    def inputs_left_out(self) -> Iterator[None]:
+        """The decoder as if its layers had no inputs of their own, whose table may be larger than all layers."""
+        names = {"hidden_size_per_layer_input": 0, "first_kv_shared_layer_idx": -1}
+        before = {name: getattr(self.decoder, name) for name in names if hasattr(self.decoder, name)}
+        try:
+            for name in before if self.input_width else ():
+                setattr(self.decoder, name, names[name])
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self.decoder, name, value)
+
     @contextlib.contextmanager
     def small_modules_filled(self) -> Iterator[None]:
         """The decoder with the weights of its remaining small modules, such as learned position embeddings."""
@@ -263,7 +282,7 @@ class LayerwiseModel:
         with contextlib.ExitStack() as stack:
             for name, child in self.decoder.named_children():
                 parameters = [key for key, _ in child.named_parameters()] if child not in others else []
-                if parameters:
+                if parameters and "per_layer" not in name:
                     tensors = self.source.reader.read(f"{path}.{name}.{key}" for key in parameters)
                     check_finite(tensors)
                     weights = {key.removeprefix(f"{path}.{name}."): tensor for key, tensor in tensors.items()}
@@ -296,6 +315,7 @@ class LayerwiseModel:
             self.small_modules_filled(),
             self._norm_replaced(),
             self.layers_replaced(recorders),
+            self.inputs_left_out(),
         ):
             for ids in windows.split(8):
                 self.decoder(ids.to(self.device), use_cache=False)
@@ -316,9 +336,13 @@ class LayerwiseModel:
             self.small_modules_filled(),
             self._norm_replaced(),
             self.layers_replaced(recorders),
+            self.inputs_left_out(),
             self.attention("eager" if eager else self.implementation),
         ):
             self.decoder(inputs_embeds=hidden, use_cache=False)
+        for recorder in recorders:
+            if "shared_kv_states" in recorder.kwargs:  # else layers that run one by one would share them
+                recorder.kwargs["shared_kv_states"] = {}
         return [recorder.kwargs for recorder in recorders]
 
     @contextlib.contextmanager

@@ -108,7 +108,7 @@ class StreamedHead:
         """
         layerwise = self.layerwise
         layers = [_ConstantLayer(layer, states) for layer in layerwise.layers]
-        with layerwise.layers_replaced(layers), layerwise.autocast():
+        with layerwise.layers_replaced(layers), layerwise.inputs_left_out(), layerwise.autocast():
             return layerwise.model(inputs_embeds=states, use_cache=False).logits[0].float()
 
     def output_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,13 @@ class LayerLoss:
     rope: dict[int, float]  # by rotary dims; a layer without RoPE has one entry, for 0
     wide: dict[int, float] = field(default_factory=dict)  # by channels with 8 bits, where a cache mixes 8 and 4
 
+    def times(self, count: int) -> LayerLoss:
+        """The loss of a latent to which so many layers attend, each of which loses as much."""
+        if count == 1:
+            return self
+        curves = ({size: loss * count for size, loss in each.items()} for each in (self.rank, self.rope, self.wide))
+        return LayerLoss(*curves)
+
 
 def most_rank(plan: Plan, loss: LayerLoss) -> int:
     """Largest rank that a layer may get."""
@@ -117,7 +124,7 @@ class _Budget:
         code = {"bf16": 2.0, "int4": 0.5, "mixed": 0.5}.get(plan.cache.kind, 1.0)
         key = 2.0 if plan.cache.rope == "bf16" else 1.0
         self.costs = (self.rank_unit * code, self.rope_unit * key, self.rank_unit / 2)
-        self.plans = [plan.of(layer) for layer in plan.shape.converted_layers]
+        self.plans = [plan.of(layer) for layer in plan.shape.caching_layers]
         self.limits = [self._limits(own, loss) for own, loss in zip(self.plans, losses, strict=True)]
         self.curves = [
             (

@@ -36,10 +36,10 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
     fields = source.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
-    ranks, rope_dims = ([getattr(size, name) for size in plan.layers] for name in ("rank", "rope_dim"))
+    ranks, rope_dims = ([getattr(plan.layer(layer), name) for layer in layers] for name in ("rank", "rope_dim"))
     nope_dims = [plan.layer_nope_dim(layer) for layer in layers]
     shapes = [plan.shape.of(layer) for layer in layers]
-    joined = [layer for layer, shape in zip(layers, shapes, strict=True) if shape.one_projection]
+    joined = [layer for layer in plan.shape.caching_layers if plan.shape.of(layer).one_projection]
 
     def of_every_layer(sizes: list[int]) -> list[int]:
         by_layer = dict(zip(layers, sizes, strict=True))
@@ -69,6 +69,7 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
         mla_layers=family.layers,
         mla_attention=family.attention,
         mla_converted_layers=None if plan.shape.converted is None else list(layers),
+        mla_latent_of=plan.shape.latent_of and list(plan.shape.latent_of),
         mla_gate=family.gate,
         mla_q_norm=family.q_norm if plan.shape.normed else None,
         mla_k_norm=family.k_norm if plan.shape.normed else None,
@@ -285,6 +286,21 @@ def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.de
         }
     module.load_state_dict(state, strict=False)
     return module
+
+
+@torch.no_grad()
+def fill_from_source(module: MlaAttention, source: dict[str, Tensor], output: nn.Module) -> None:
+    """Give a module that attends to another's latent the maps of that one: both read keys and values of equal heads.
+
+    Args:
+        module: from `build_attention`.
+        source: weights of the module that makes the latent.
+        output: output projection of the attention that `module` replaces, loaded.
+    """
+    module.q_b_proj.weight.copy_(source["q_b_proj.weight"])
+    module.kv_b_proj.weight.copy_(source["kv_b_proj.weight"])
+    module.rope_freq_index.copy_(source["rope_freq_index"])
+    module.o_proj.load_state_dict(output.state_dict())
 
 
 @torch.no_grad()

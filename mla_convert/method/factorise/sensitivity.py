@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from mla_convert.core.processes import Processes, alone
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
+from mla_convert.method.calibrate.beside import Key
+from mla_convert.method.calibrate.exchange import Exchange, exchange_of
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output
 from mla_convert.method.calibrate.statistics import layer_statistics
@@ -94,9 +97,11 @@ def measure(
     shared = shares_out(config, plan)
     length = min(states.length, WINDOW)
     windows = min(states.total, max(1, TOKENS[layerwise.device.type] // length))
+    beside = states.beside and states.beside.first(windows, length)
     # in every process, as one step of the backward pass follows another; the layers' losses are shared out
     first = states.together(torch.arange(windows)) if not states.processes.alone else states.data[:windows]
-    few = Activations(first[:, :length], layerwise.device, states.data.dtype)
+    few = Activations(first[..., :length, : states.hidden_size], layerwise.device, states.data.dtype)
+    few.beside = beside
     progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
         measured = sensitivities(
@@ -140,19 +145,25 @@ def sensitivities(
     for index in range(count):
         writer.spill(_file(index), states.data.cpu())
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer, layerwise.autocast():
-            states.advance(lambda hidden, layer=layer, kw=kwargs[index]: first_output(layer(hidden, **kw)))
+            exchange = exchange_of(layerwise, index)
+            states.look(exchange.layout)
+            states.advance_and_keep(partial(exchange.run_and_keep, layer, kwargs[index]))
         states.check_finite(f"layer {layerwise.layer_prefix(index)[:-1]}")
         tick()
     generator = torch.Generator(layerwise.device).manual_seed(seed)
     gradient = StreamedHead(layerwise).output_gradient(states.data, generator)
+    shared: dict[Key, Tensor] = {}
     for index in reversed(range(count)):
         states.data.copy_(writer.load_spilled(_file(index)))
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
             converted = index in plan.shape.converted_layers
-            metric, squares = _backward(layerwise, layer, converted, states, gradient, kwargs[index])
+            exchange = exchange_of(layerwise, index)
+            states.look(exchange.layout)
+            metric, squares = _backward(layerwise, layer, converted, states, gradient, kwargs[index], exchange, shared)
             channels.append(squares)
-            if by_size and converted and index in processes.share(count):
-                losses[index] = _losses(layerwise, layer, states, metric, plan, kwargs[index], eager[index])
+            if by_size and index in plan.shape.caching_layers and index in processes.share(count):
+                loss = _losses(layerwise, layer, states.plain(), metric, plan, kwargs[index], eager[index])
+                losses[index] = loss.times(len(plan.shape.readers_of(index)))
         tick()
     everyones = {index: loss for part in processes.gathered(losses) for index, loss in part.items()}
     return Sensitivity([everyones[index] for index in sorted(everyones)], channels[::-1])
@@ -169,6 +180,8 @@ def _backward(
     states: Activations,
     gradient: Tensor,
     kwargs: LayerKwargs,
+    exchange: Exchange,
+    shared: dict[Key, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Backpropagate through one layer.
 
@@ -179,6 +192,8 @@ def _backward(
         states: hidden states before the layer.
         gradient: (N, L, d) at the layer's output; at its input afterwards.
         kwargs: the layer's keyword arguments.
+        exchange: the layer's.
+        shared: gradients (N, L, .) of what layers hand over to later ones, to which those of this layer are added.
 
     Returns:
         E[g g^T] (d, d) at the attention's output, and E[g^2] (d,) at the layer's output.
@@ -199,18 +214,24 @@ def _backward(
     with hook:
         for window in range(states.windows):
             part = slice(window, window + 1)
-            hidden = states.get(part).requires_grad_(True)
+            rows = states.get(part).requires_grad_(True)
             with torch.enable_grad(), layerwise.autocast():
-                output = first_output(layer(hidden, **kwargs))
+                output, made = exchange.run_and_keep(layer, kwargs, rows)
             behind = gradient[part].to(output.device, output.dtype)
-            output.backward(behind)
+            read = {key: columns for key, columns in made.items() if key in shared}
+            torch.autograd.backward(
+                [output, *read.values()],
+                [behind, *(shared[key][part].to(columns.device, columns.dtype) for key, columns in read.items())],
+            )
             with torch.no_grad():
+                hidden = rows[..., : states.hidden_size]
                 ordinary = _without_massive(hidden + family.exit(layer)(kept[0]) if converted else output)[0]
+                exchange.add_gradients(shared, part, rows.grad, states.windows)
             if converted:
-                rows = kept[0].grad[0].float()[ordinary]
-                metric += (rows.T @ rows).double()
+                slopes = kept[0].grad[0].float()[ordinary]
+                metric += (slopes.T @ slopes).double()
             squares += behind[0].float()[ordinary].square().sum(0).double()
-            gradient[part] = hidden.grad.to(gradient.device)
+            gradient[part] = rows.grad[..., : states.hidden_size].to(gradient.device)
             tokens += int(ordinary.sum())
             kept.clear()
     if not (torch.isfinite(metric).all() and torch.isfinite(squares).all()):
@@ -279,7 +300,7 @@ def _losses(
 
 def _module(layerwise: LayerwiseModel, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
     """An attention of some size to replace one stock attention, with uninitialised weights."""
-    sized = replace(plan, sizes=(size,) * len(plan.shape.converted_layers))
+    sized = replace(plan, sizes=(size,) * len(plan.shape.caching_layers))
     return build_attention(mla_config(layerwise.source, sized, torch.float32), attention, layerwise.device)
 
 

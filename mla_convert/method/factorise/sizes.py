@@ -123,7 +123,7 @@ class Plan:
         rank: of every layer, or on average where `sizes` are set.
         rope_dim: likewise.
         shape: of the source's attention.
-        sizes: of each converted layer, where they differ.
+        sizes: of each layer with a latent of its own, where they differ.
         cache: numbers of a cached token.
         wide: channels with 8 bits in a mixed cache, likewise.
         budget: bytes per token and layer that layers share out; None: those of the mean sizes.
@@ -138,9 +138,10 @@ class Plan:
     budget: float | None = None
 
     def layer(self, index: int) -> LayerSize:
-        """Sizes of one converted layer."""
+        """Sizes of the latent that one converted layer attends to."""
+        index = self.shape.source_of(index)
         if self.sizes:
-            return self.sizes[self.shape.converted_layers.index(index)]
+            return self.sizes[self.shape.caching_layers.index(index)]
         if self.shape.has_rope(index):
             return LayerSize(self.rank, self.rope_dim, self.wide)
         return LayerSize(self.cache.possible(min(self.rank + self.rope_dim, self.shape.full_rank(0))), 0, self.wide)
@@ -155,8 +156,8 @@ class Plan:
 
     @property
     def layers(self) -> list[LayerSize]:
-        """Sizes of all converted layers."""
-        return [self.layer(index) for index in self.shape.converted_layers]
+        """Sizes of all layers with a latent of their own."""
+        return [self.layer(index) for index in self.shape.caching_layers]
 
     @property
     def cache_width(self) -> int:
@@ -186,7 +187,7 @@ class Plan:
         fields = {"version": VERSION, "kind": self.cache.kind, "group": self.cache.group, "rope": self.cache.rope}
         if self.cache.kind != "mixed":
             return fields
-        wide = dict(zip(self.shape.converted_layers, (size.wide for size in self.layers), strict=True))
+        wide = {layer: self.layer(layer).wide for layer in self.shape.converted_layers}
         return fields | {"wide": [wide.get(layer, 0) for layer in range(self.shape.layers)]}
 
     @property
@@ -194,14 +195,14 @@ class Plan:
         """Rank at which only the rotation of the planes that are not kept is lost; the mean where heads differ by layer."""
         if self.shape.heads is None:
             return self.shape.full_rank(self.rope_dim)
-        alone = [self.of(layer) for layer in self.shape.converted_layers]
+        alone = [self.of(layer) for layer in self.shape.caching_layers]
         return _mean([plan.shape.full_rank(plan.rope_dim) for plan in alone])
 
     @property
     def exact(self) -> bool:
         """Whether every plane keeps RoPE, no direction is dropped and no number is rounded."""
         if self.shape.heads:
-            return all(self.of(layer).exact for layer in self.shape.converted_layers)
+            return all(self.of(layer).exact for layer in self.shape.caching_layers)
         whole = self.rope_dim == self.shape.full_rope_dim and self.rank == self.full_rank
         return whole and not self.cache.quantised
 
@@ -220,14 +221,14 @@ class Plan:
 def shares_out(settings: Settings, plan: Plan) -> bool:
     """Whether the conversion chooses a size for each layer by its sensitivity; the plan then holds their mean."""
     free = not settings.uniform and settings.rope_selection == "by_loss"
-    several = len(plan.shape.converted_layers) > 1
+    several = len(plan.shape.caching_layers) > 1
     return free and several and (plan.rank < plan.full_rank or plan.budget is not None)
 
 
 def size_unit(plan: Plan) -> int:
     """Unit of which per-layer sizes are multiples. A model without RoPE has ranks only."""
     if plan.shape.heads:
-        return min(size_unit(plan.of(layer)) for layer in plan.shape.converted_layers)
+        return min(size_unit(plan.of(layer)) for layer in plan.shape.caching_layers)
     smallest = min(plan.rank, plan.shape.full_rope_dim - 1) if plan.shape.full_rope_dim else plan.rank
     return UNIT if smallest >= UNIT else 2
 
@@ -260,11 +261,12 @@ def _plan_by_layer(settings: Settings, shape: AttentionShape) -> Plan:
 
     A rank or rope_dim that only some layers can have is the most that the others have.
     """
-    shapes = [shape.of(layer) for layer in shape.converted_layers]
+    layers = shape.caching_layers
+    shapes = [shape.of(layer) for layer in layers]
     _rope_dim(settings, max(shapes, key=lambda each: each.full_rope_dim), 0)  # refuses what no layer can have
     ranks = settings.rank if isinstance(settings.rank, int) else None
 
-    def plan_of(layer: int, own: AttentionShape) -> Plan:
+    def plan_of(own: AttentionShape) -> Plan:
         possible: dict[str, int] = {}
         if isinstance(settings.rope_dim, int):
             possible["rope_dim"] = min(settings.rope_dim, own.full_rope_dim)
@@ -273,8 +275,8 @@ def _plan_by_layer(settings: Settings, shape: AttentionShape) -> Plan:
             possible["rank"] = min(ranks, own.full_rank(rope_dim))
         return make_plan(settings.model_copy(update=possible), own)
 
-    plans = [plan_of(layer, own) for layer, own in zip(shape.converted_layers, shapes, strict=True)]
-    sizes = tuple(plan.layer(layer) for layer, plan in zip(shape.converted_layers, plans, strict=True))
+    plans = [plan_of(own) for own in shapes]
+    sizes = tuple(plan.layer(layer) for layer, plan in zip(layers, plans, strict=True))
     if ranks is not None and ranks > max(size.rank for size in sizes):
         make_plan(settings, max(shapes, key=lambda each: each.full_rank(0)))  # refuses it
     budgets = [plan.budget for plan in plans if plan.budget is not None]

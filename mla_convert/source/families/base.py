@@ -82,6 +82,13 @@ class Family:
     state_mixer: str | None = None
     """Name of the module in a layer whose cached state does not grow with the context."""
 
+    shared: str | None = None
+    """Configuration value: how many of the last layers have no keys and values, and attend to those of the last layer before
+    them of their own type."""
+
+    layer_inputs: str | None = None
+    """Configuration value: width of an input that each layer gets for each token, beside the hidden states; 0: none."""
+
     final_norm: str = "norm"
     """Name of the norm after the last layer; it is a sibling of the list of layers."""
 
@@ -207,6 +214,15 @@ class Family:
         kinds = config.layer_types
         converted = tuple(index for index, kind in enumerate(kinds) if kind not in self.other_layers)
         return None if len(converted) == len(kinds) else converted
+
+    def latent_of(self, config: Any) -> tuple[int, ...] | None:
+        """The layer whose keys and values each layer attends to; None if each has its own."""
+        count = getattr(config, self.shared) if self.shared else 0
+        if not count:
+            return None
+        own = config.num_hidden_layers - count
+        last = {kind: index for index, kind in enumerate(config.layer_types[:own])}
+        return (*range(own), *(last[kind] for kind in config.layer_types[own:]))
 
     def layers_with_rope(self, config: Any) -> tuple[bool, ...] | None:
         """Whether each layer has RoPE, by the configuration; None if all have it."""

@@ -21,20 +21,20 @@ PLAIN = {"hidden_size_per_layer_input": 0}
 
 FAMILY = Family(
     model_type="gemma4_text",
-    checkpoints="Gemma 4 26B-A4B and 31B",
-    traits="heads of full-attention layers are wider and fewer, their values are unnormed keys, and RoPE turns a part of them; "
-    "per-head norm of query, key and value; sliding windows in most layers, with their own RoPE base; norm after attention; "
-    "mixture of experts",
+    checkpoints="Gemma 4 E2B, E4B, 26B-A4B and 31B",
+    traits="heads of full-attention layers are wider, in the large models fewer, with unnormed keys as values, and RoPE turns a "
+    "part of them; per-head norm of query, key and value; sliding windows in most layers, with their own RoPE base; the last "
+    "layers of the small models attend to the latents of earlier ones; norm after attention; mixture of experts",
     output_norm="post_attention_layernorm",
     q_norm="q_norm",
     k_norm="k_norm",
     v_norm="v_norm",
     heads_by_layer=True,
     one_projection="attention_k_eq_v",
+    shared="num_kv_shared_layers",
+    layer_inputs="hidden_size_per_layer_input",
     requires={
         "use_bidirectional_attention": (None, "vision"),  # the latter: among the tokens of an image
-        "num_kv_shared_layers": 0,
-        "hidden_size_per_layer_input": 0,
     },
     tested={
         "gemma4": {**WIDE, **PLAIN, "final_logit_softcapping": 5.0},
@@ -48,5 +48,15 @@ FAMILY = Family(
             "attention_bias": True,
         },
         "gemma4-own-values": {**WIDE, **PLAIN, "attention_k_eq_v": False},
+        "gemma4-shared": {
+            **WIDE,
+            "attention_k_eq_v": False,
+            "num_hidden_layers": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            "num_kv_shared_layers": 3,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 264,
+            "use_double_wide_mlp": True,
+        },
     },
 )

@@ -9,5 +9,6 @@ FAMILY = replace(
     GEMMA4,
     model_type="gemma4_unified_text",
     checkpoints="Gemma 4 unified",
+    layer_inputs=None,
     tested={"gemma4-unified": WIDE},
 )
