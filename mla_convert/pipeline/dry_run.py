@@ -146,7 +146,7 @@ def plan_conversion(
         run=RunSection(
             # beside the weights, each layer stores the indices of its rotary planes (int64)
             disk_bytes=weights["after"]
-            + sum(size.rope_dim // 2 for size in plan.layers) * 8
+            + sum(plan.layer(layer).rope_dim // 2 for layer in plan.shape.converted_layers) * 8
             + (source.whole.other_bytes() if source.whole else 0),
             scratch_bytes=on_cpu.scratch_bytes,
             memory=_host_memory(on_cpu, after),

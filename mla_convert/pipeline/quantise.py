@@ -158,20 +158,23 @@ def _changed(
     moments = channel_moments(model, windows.to(device), 0)
     changed: dict[str, Tensor] = {}
     names = {id(module): name for name, module in model.named_modules()}
-    for attention, size, (variance, cost) in zip(attentions(model), sizes, moments, strict=True):
+    makers = [attention for attention in attentions(model) if attention.source_idx == attention.layer_idx]
+    for attention, size, (variance, cost) in zip(makers, sizes, moments, strict=True):
         row = cache.row(size)
         assert row is not None
-        rank, down, up = size.rank, attention.kv_a_proj_with_mqa, attention.kv_b_proj
+        rank, down = size.rank, attention.kv_a_proj_with_mqa
+        readers = [each for each in attentions(model) if each.source_idx == attention.layer_idx]
+        up = torch.cat([each.kv_b_proj.weight.detach() for each in readers]).double().cpu()
         # In float64, so that the change of basis adds no rounding of its own.
         weight, bias = (None if part is None else part.detach().double().cpu() for part in (down.weight, down.bias))
-        latent = Latent(
-            weight[:rank], None if bias is None else bias[:rank], up.weight.detach().double().cpu(), variance, cost
-        )
+        latent = Latent(weight[:rank], None if bias is None else bias[:rank], up, variance, cost)
         latent = latent.ordered().turned(row.groups, "hadamard")
         path = names[id(attention)]
+        parts = latent.up.float().split([len(each.kv_b_proj.weight) for each in readers])
+        for each, part in zip(readers, parts, strict=True):
+            changed[f"{names[id(each)]}.kv_b_proj.weight"] = part.contiguous()
         # Only the latent gets a new basis: RoPE turns the rotary rows, plane by plane.
         changed[f"{path}.kv_a_proj_with_mqa.weight"] = torch.cat([latent.down, weight[rank:]]).float()
-        changed[f"{path}.kv_b_proj.weight"] = latent.up.float().contiguous()
         if bias is not None:
             changed[f"{path}.kv_a_proj_with_mqa.bias"] = torch.cat([latent.bias, bias[rank:]]).float()
     return changed

@@ -105,7 +105,7 @@ def test_absorbed_equals_expanded(halved, batch):
     assert all(torch.isfinite(part).all() for part in parts)
     difference = (torch.cat(parts, 1) - whole).abs()[mask.bool()].max()
     assert difference <= 1e-4 * (whole.max() - whole.min())
-    for index in halved.config.converted_layers():
+    for index in halved.config.caching_layers():
         layer = cache.layers[index]
         sizes = [halved.config.layer_rank(index), halved.config.layer_rope_dim(index)]
         assert [part.shape[1::2] for part in (layer.keys, layer.values)] == [(1, size) for size in sizes]

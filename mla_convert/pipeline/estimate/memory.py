@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.method.factorise.sizes import UNIT, Plan
+from mla_convert.method.factorise.sizes import UNIT, LayerSize, Plan
 
 CONTEXTS = (4096, 32768, 131072)
 BATCHES = (1, 8, 32)
@@ -105,7 +105,9 @@ def warnings(plan: Plan) -> list[str]:
         lines.append(f"the cache is {how} the original's: a smaller rank saves memory")
     if plan.rank >= plan.full_rank:
         lines.append(f"rank {plan.rank} is full rank: the latent loses nothing, and a higher one is not possible")
-    for name, value in (("rank", plan.rank), ("rope-dim", plan.rope_dim)):
+    sizes = plan.layers if plan.shape.heads else [LayerSize(plan.rank, plan.rope_dim)]
+    each = [("rank", {size.rank for size in sizes}), ("rope-dim", {size.rope_dim for size in sizes})]
+    for name, value in ((name, value) for name, values in each for value in sorted(values)):
         if value % UNIT:
             lower = value // UNIT * UNIT
             near = f"{lower} or {lower + UNIT}" if lower else f"{UNIT}"
