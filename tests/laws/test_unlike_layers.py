@@ -1,6 +1,7 @@
 """Models whose layers have unlike heads of keys and values (Gemma 4): sizes by layer, what caches hold, and all commands."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import mla_convert  # noqa: F401  (registers the converted classes)
 from mla_convert.source.source import open_source
+from mla_convert.write import selfcheck
 
 NAMES = ["gemma4", "gemma4-own-values", "gemma4-shared"]
 LENGTH = 10  # below the window: then all layers cache all tokens
@@ -100,3 +102,14 @@ def test_shape_of_each_layer(sources):
     assert [shape.of(layer).head_dim for layer in range(3)] == [8, 16, 16]
     assert [shape.of(layer).full_rope_dim for layer in range(3)] == [24, 16, 16]
     assert shape.cache_widths == [48, 64, 64]
+
+
+@pytest.mark.parametrize("name, layers", [("gemma4", 2), ("gemma4-unified", 1), ("gemma4-shared", 5)])
+def test_first_layers_of_a_model_that_does_not_fit_are_checked(convert_pico, monkeypatch, name, layers):
+    report = convert_pico(name, kv_ratio=0.5)
+    size = sum(file.stat().st_size for file in report.out.glob("*.safetensors"))
+    room = {"available": size * (layers + 0.5) / 5 if name == "gemma4-shared" else size * (layers + 0.5) / 3}
+    monkeypatch.setattr(selfcheck, "SHARE", 1.0)
+    monkeypatch.setattr(selfcheck.psutil, "virtual_memory", lambda: SimpleNamespace(**room))
+    found = selfcheck.self_check(report.out)
+    assert found["passed"] and found["layers"] == layers  # one table holds the inputs of all of the last one's layers
