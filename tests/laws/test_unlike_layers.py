@@ -1,6 +1,7 @@
 """Models whose layers have unlike heads of keys and values (Gemma 4): sizes by layer, what caches hold, and all commands."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from pico import VOCAB, model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import mla_convert  # noqa: F401  (registers the converted classes)
+from mla_convert.method.factorise import layer as factorise_layer
 from mla_convert.source.source import open_source
 from mla_convert.write import selfcheck
 
@@ -113,3 +115,18 @@ def test_first_layers_of_a_model_that_does_not_fit_are_checked(convert_pico, mon
     monkeypatch.setattr(selfcheck.psutil, "virtual_memory", lambda: SimpleNamespace(**room))
     found = selfcheck.self_check(report.out)
     assert found["passed"] and found["layers"] == layers  # one table holds the inputs of all of the last one's layers
+
+
+def test_latents_serve_all_layers_that_attend_to_them(sources, convert_folder, monkeypatch, tmp_path):
+    """The closed form weighs later layers' queries and outputs, at the expense of the layer that makes the latent."""
+
+    def errors(name):
+        shutil.copytree(sources("gemma4-shared").parent, tmp_path / name)
+        report = convert_folder(tmp_path / name / "source", kv_ratio=0.25, calib_noise=0, calib_samples=32)
+        return [layer.output_error_closed_form for layer in report.layers]
+
+    with_readers = errors("with")
+    monkeypatch.setattr(factorise_layer, "readers_of", lambda *_: None)
+    without = errors("without")
+    assert all(a > b for a, b in zip(with_readers[:2], without[:2], strict=True))
+    assert all(a < b for a, b in zip(with_readers[2:], without[2:], strict=True))

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mla_convert.method.calibrate.layerwise import Rotation
 from mla_convert.method.calibrate.statistics import Statistics
+from mla_convert.method.factorise.readers import readers_of
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, factorise
 from mla_convert.modeling.configuration_mla import MODEL_TYPE, config_class
@@ -246,7 +247,13 @@ def factorise_layer(
     geometry = Geometry(
         heads, kv_heads, shape.head_dim, scaling, rotation.scale, num_rotary_freqs, plane_weights=planes_of_heads
     )
-    return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes)
+    readers = readers_of(source, attention.layer_idx, weights.o.device)
+    if readers is None:
+        return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes)
+    all_weights, all_statistics, all_heads = readers.join(weights, statistics)
+    geometry = replace(geometry, num_heads=all_heads)
+    found = factorise(all_weights, geometry, all_statistics, rank, rope_dim, planes=planes)
+    return readers.part(found, weights)
 
 
 def _on_meta(part: nn.Module | nn.Parameter) -> nn.Module | nn.Parameter:
