@@ -79,6 +79,11 @@ def apply_norm(norm: nn.Module | None, rows: Tensor, head_dim: int, over: str) -
     return normed.flatten(2)
 
 
+def shared_key(layer_idx: int) -> str:
+    """The key under which a layer hands its latents over to others, among those of the stock layers."""
+    return f"latent of layer {layer_idx}"
+
+
 class MlaAttention(nn.Module):
     """Multi-head Latent Attention as DeepSeek-V2 defines it (arXiv 2405.04434, section 2.1), without its latent norm.
 
@@ -242,7 +247,7 @@ class MlaAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Project, rotate, cache and attend; absorbed for few queries on a cache, expanded otherwise.
 
-        `shared` holds what `_rotate_and_cache` gave in the layers whose latents others attend to, by layer.
+        `shared` holds what `_rotate_and_cache` gave in the layers whose latents others attend to, by `shared_key`.
         """
         batch, length, _ = hidden_states.shape
         query, gate = self._queries(hidden_states)
@@ -266,12 +271,12 @@ class MlaAttention(nn.Module):
                     None,
                     None,
                 )
-            latent, k_rope = (*shared[self.source_idx], None)[:2]
+            latent, k_rope = (*shared[shared_key(self.source_idx)], None)[:2]
         else:
             rows = self._compress(hidden_states)
             q_rope, latent, k_rope, cos, sin = self._rotate_and_cache(q_rope, *rows, cos, sin, past_key_values)
         if self.is_shared and shared is not None:
-            shared[self.layer_idx] = (latent,) if k_rope is None else (latent, k_rope)
+            shared[shared_key(self.layer_idx)] = (latent,) if k_rope is None else (latent, k_rope)
         if self.rope_weight is not None:
             q_rope = q_rope * self.rope_weight
 

@@ -281,15 +281,19 @@ class LayerConverter:
         found = self._closed_form(layer, states, clock)
         kwargs, family = layer.kwargs[states.length], self.layerwise.source.family
         norm, after = family.entry(layer.layer), family.exit(layer.layer)
-        teacher, student = (
-            attention_forward(attention, norm, kwargs, self.layerwise.autocast, after, layer.exchange.read)
-            for attention in (layer.attention, layer.student)
+        residual = family.residual(layer.layer) if family.streams else None
+        (teacher, student), branches = (
+            [
+                attention_forward(attention, norm, kwargs, self.layerwise.autocast, after, layer.exchange.read, stream)
+                for attention in (layer.attention, layer.student)
+            ]
+            for stream in (None, residual)
         )
         # Latents and keys of one layer for the same inputs are beside the converted model's states alone.
         alike = states if layer.exchange.shares else original
         # Before refinement, which changes the student in place.
         closed_form = optimise.output_error(student, teacher, alike)
-        own_error, refined = self.refine_alone(layer, student, teacher, states, original)
+        own_error, refined = self.refine_alone(layer, *reversed(branches), states, original)
         clock.record("refine")
         self._keep_source(layer)
         return {

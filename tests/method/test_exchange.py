@@ -11,7 +11,7 @@ from mla_convert.method.calibrate.beside import Beside, Layout, Part
 from mla_convert.method.calibrate.exchange import exchange_of, layout_of
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layer_inputs import beside_windows
-from mla_convert.method.calibrate.layerwise import LayerwiseModel
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, fold, unfold
 from mla_convert.method.factorise.sensitivity import _backward
 from mla_convert.source.source import open_source
 
@@ -23,7 +23,9 @@ def layerwise(sources):
     return LayerwiseModel(open_source(str(sources(NAME))), CPU)
 
 
-def test_gradients_of_shared_keys_reach_the_layers_before_them(layerwise):
+@pytest.mark.parametrize("name", [NAME, "gemma3n"])
+def test_gradients_of_shared_keys_reach_the_layers_before_them(sources, name):
+    layerwise = LayerwiseModel(open_source(str(sources(name))), CPU)
     windows = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(4))
     states = Activations(layerwise.embed(windows), CPU, torch.float32, beside=beside_windows(layerwise, windows))
     kwargs, inputs, shared = layerwise.layer_kwargs(40), [], {}
@@ -41,7 +43,7 @@ def test_gradients_of_shared_keys_reach_the_layers_before_them(layerwise):
             exchange = exchange_of(layerwise, index)
             states.look(exchange.layout)
             _backward(layerwise, layer, True, states, gradient, kwargs[index], exchange, shared)
-    whole, seen = model(NAME), {}
+    whole, seen = model(name), {}
 
     def first(_module, args, kwargs):
         seen["before"] = args[0].detach().requires_grad_(True)
@@ -50,8 +52,8 @@ def test_gradients_of_shared_keys_reach_the_layers_before_them(layerwise):
     whole.model.layers[0].register_forward_pre_hook(first, with_kwargs=True)
     whole.model.layers[-1].register_forward_hook(lambda _module, _args, output: seen.update(behind=output))
     whole(windows, use_cache=False)
-    seen["behind"].backward(behind)
-    torch.testing.assert_close(gradient, seen["before"].grad, rtol=1e-4, atol=1e-4)
+    seen["behind"].backward(unfold(behind, layerwise.streams))
+    torch.testing.assert_close(gradient, fold(seen["before"].grad, layerwise.streams), rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_run_together_read_of_earlier_ones_only(layerwise):

@@ -43,7 +43,7 @@ def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
     monkeypatch.setattr(distillation, "CHUNK", 7 * VOCAB)
     layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
     draw = torch.Generator().manual_seed(3)
-    expected = torch.randn(2, 9, layerwise.source.config.hidden_size, generator=draw)
+    expected = torch.randn(2, 9, layerwise.source.config.hidden_size * layerwise.streams, generator=draw)
     found = (expected + 0.3 * torch.randn(expected.shape, generator=draw)).requires_grad_(True)
     head = StreamedHead(layerwise)
     with torch.no_grad():

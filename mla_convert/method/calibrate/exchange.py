@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mla_convert.method.calibrate.beside import Key, Layout, Part
-from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output
+from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output, fold, unfold
+from mla_convert.modeling.modeling_mla import shared_key
 from mla_convert.source.shape import AttentionShape
 
 # Tensors (B, heads, T, width) beside hidden states.
@@ -25,16 +26,18 @@ class Exchange:
     Attributes:
         index: of the layer.
         source: the layer whose keys and values, or latent, it attends to.
-        kind: under which stock attentions share keys and values: the type of the layer; None where none share.
+        kind: key under which stock attentions share keys and values: the type of the layer; None where none share.
         hands_over: keys and values, and latents, that later layers read of it.
         layout: of what the layers read that run together with it.
+        streams: of hidden states, which are side by side in rows.
     """
 
     index: int = -1
     source: int = -1
-    kind: str | None = None
+    kind: str | int | None = None
     hands_over: tuple[Part, ...] = ()
     layout: Layout = field(default_factory=Layout)
+    streams: int = 1
 
     @property
     def shares(self) -> bool:
@@ -45,7 +48,7 @@ class Exchange:
         """Keyword arguments of the attention that depend on the windows, from what is beside them."""
         if self.kind is None:
             return {}
-        names = {("keys", self.source): self.kind, ("latent", self.source): self.source}
+        names = {("keys", self.source): self.kind, ("latent", self.source): shared_key(self.source)}
         return {SHARED: {name: beside[key] for key, name in names.items() if key in beside}}
 
     def read(self, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -58,13 +61,13 @@ class Exchange:
         own = self.for_attention(beside)
         if ("input", self.index) in beside:
             own["per_layer_input"] = beside["input", self.index][0].squeeze(1)
-        output = first_output(layer(hidden, **kwargs | own))
+        output = first_output(layer(unfold(hidden, self.streams), **kwargs | own))
         self.take_over(own, beside)
-        return output
+        return fold(output, self.streams)
 
     def take_over(self, given: Mapping[str, Any], beside: Tensors) -> None:
         """Add to `beside` what an attention of the layer has put into its arguments."""
-        names = {"keys": self.kind, "latent": self.index}
+        names = {"keys": self.kind, "latent": shared_key(self.index)}
         for part in self.hands_over:
             if names[part.key[0]] in given[SHARED]:
                 beside[part.key] = given[SHARED][names[part.key[0]]]
@@ -104,9 +107,13 @@ Size = Callable[[int], tuple[int, int]]
 def exchange_of(layerwise: LayerwiseModel, layer: int, size: Size | None = None) -> Exchange:
     """The exchange of one layer that runs alone; `size` is None where no layer is converted."""
     shape, shares = layerwise.source.shape, layerwise.source.family.shared
+    source = shape.source_of(layer)
     kind = layerwise.source.config.layer_types[layer] if shares else None
+    attention = getattr(layerwise.layers[layer], layerwise.source.family.attention)
+    if hasattr(attention, "kv_shared_layer_index"):  # Gemma 3n in older transformers: by layer
+        kind = source
     handed_over = _handed_over(shape, layer, size)
-    return Exchange(layer, shape.source_of(layer), kind, handed_over, layout_of(layerwise, [layer], size))
+    return Exchange(layer, source, kind, handed_over, layout_of(layerwise, [layer], size), layerwise.streams)
 
 
 def _handed_over(shape: AttentionShape, layer: int, size: Size | None) -> tuple[Part, ...]:
@@ -124,4 +131,4 @@ def layout_of(layerwise: LayerwiseModel, group: Sequence[int], size: Size | None
     shared = [part for source in sources if source < group[0] for part in _handed_over(shape, source, size)]
     inputs = [Part(("input", layer), (width,)) for layer in group if width]
     # Latents come last, as the source's states have none.
-    return Layout(shape.hidden_size, (*inputs, *sorted(shared, key=lambda part: part.key)))
+    return Layout(shape.hidden_size * layerwise.streams, (*inputs, *sorted(shared, key=lambda part: part.key)))

@@ -78,10 +78,12 @@ class Activations:
         if self.beside:
             self.beside.layout = layout
 
-    def empty_like(self) -> Activations:
-        """Uninitialised states of the same shape, in the same memory, with nothing beside them."""
+    def empty_like(self, width: int | None = None) -> Activations:
+        """Uninitialised states of the same shape, or width, in the same memory, with nothing beside them."""
         other = self.plain()
-        other.data = torch.empty_like(self.data, pin_memory=self.data.is_pinned())
+        like = self.data if width is None else self.data[..., :width]
+        other.data = torch.empty_like(like, pin_memory=self.data.is_pinned(), memory_format=torch.contiguous_format)
+        other.hidden_size = other.data.shape[-1]
         return other
 
     def clone(self) -> Activations:

@@ -37,16 +37,19 @@ def layer_inputs(layerwise: LayerwiseModel, ids: Tensor) -> Tensor:
     decoder, reader = layerwise.decoder, layerwise.source.reader
     path = layerwise.path_of(decoder)
     name, module = f"{path}.{TABLE}.weight", getattr(decoder, TABLE)
+    # Tokens of images and sound, which the table does not have, are those of the first row.
+    rows, place = torch.where(ids < module.num_embeddings, ids, 0).unique(return_inverse=True)
     parts = [
-        reader.rows(name, start, min(start + ROWS, module.num_embeddings))[ids[here] - start].float()
+        reader.rows(name, start, min(start + ROWS, module.num_embeddings))[rows[here] - start].float()
         for start in range(0, module.num_embeddings, ROWS)
-        if (here := (ids >= start) & (ids < start + ROWS)).any()
+        if (here := (rows >= start) & (rows < start + ROWS)).any()
     ]
-    table = torch.cat(parts)
+    table = torch.cat(parts)[place]
     check_finite({name: table})
     tensors = reader.read(f"{path}.{part}.weight" for part in PARTS)
     check_finite(tensors)
-    embedded, table, found = layerwise.embed(ids[None])[0], table * float(module.embed_scale), []
+    embedded = layerwise.embed(ids[None])[0, :, : layerwise.source.config.hidden_size]
+    table, found = table * float(module.embed_scale), []
     first, second = (getattr(decoder, part) for part in PARTS)
     weights = [{"weight": tensors[f"{path}.{part}.weight"]} for part in PARTS]
     with layerwise.filled(first, weights[0]), layerwise.filled(second, weights[1]):

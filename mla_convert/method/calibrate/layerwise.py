@@ -80,6 +80,16 @@ def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def fold(hidden: Tensor, streams: int) -> Tensor:
+    """Streams of hidden states (streams, B, T, d) as rows (B, T, streams * d); of one stream, nothing changes."""
+    return hidden if streams == 1 else hidden.movedim(0, -2).flatten(-2)
+
+
+def unfold(rows: Tensor, streams: int) -> Tensor:
+    """Inverse of `fold`."""
+    return rows if streams == 1 else rows.unflatten(-1, (streams, -1)).movedim(-2, 0)
+
+
 class LayerwiseModel:
     """Runs a source model one layer at a time.
 
@@ -261,18 +271,34 @@ class LayerwiseModel:
         name = self.source.family.layer_inputs
         return (getattr(self.source.config, name) if name else 0) or 0
 
+    @property
+    def streams(self) -> int:
+        """Number of streams of hidden states between layers."""
+        name = self.source.family.streams
+        return getattr(self.source.config, name) if name else 1
+
     @contextlib.contextmanager
     def inputs_left_out(self) -> Iterator[None]:
         """The decoder as if its layers had no inputs of their own, whose table may be larger than all layers."""
-        names = {"hidden_size_per_layer_input": 0, "first_kv_shared_layer_idx": -1}
-        before = {name: getattr(self.decoder, name) for name in names if hasattr(self.decoder, name)}
+        if not self.input_width:
+            yield
+            return
+        empty = torch.empty(1, 1, len(self.layers), 0, device=self.device)
+        # Gemma 4 has the first two; Gemma 3n always makes the inputs.
+        names = {
+            "hidden_size_per_layer_input": 0,
+            "first_kv_shared_layer_idx": -1,
+            "get_per_layer_inputs": lambda *_: None,
+            "project_per_layer_inputs": lambda *_: empty,
+        }
+        before = {name: vars(self.decoder)[name] for name in names if name in vars(self.decoder)}
+        vars(self.decoder).update(names)
         try:
-            for name in before if self.input_width else ():
-                setattr(self.decoder, name, names[name])
             yield
         finally:
-            for name, value in before.items():
-                setattr(self.decoder, name, value)
+            for name in names:
+                del vars(self.decoder)[name]
+            vars(self.decoder).update(before)
 
     @contextlib.contextmanager
     def small_modules_filled(self) -> Iterator[None]:
@@ -303,7 +329,7 @@ class LayerwiseModel:
             InputError: the embedding is not finite.
         """
         if not len(windows):  # of few windows, some of several processes have none
-            return torch.empty(*windows.shape, self.source.config.hidden_size)
+            return torch.empty(*windows.shape, self.source.config.hidden_size * self.streams)
         tensors = self.source.reader.read([f"{self.embedding}.weight"])
         check_finite(tensors)
         (table,) = tensors.values()
@@ -319,7 +345,7 @@ class LayerwiseModel:
         ):
             for ids in windows.split(8):
                 self.decoder(ids.to(self.device), use_cache=False)
-                parts.append(recorders[0].hidden_states.float().cpu())
+                parts.append(fold(recorders[0].hidden_states, self.streams).float().cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -341,6 +367,7 @@ class LayerwiseModel:
         ):
             self.decoder(inputs_embeds=hidden, use_cache=False)
         for recorder in recorders:
+            recorder.kwargs.pop("per_layer_input", None)  # left out
             if "shared_kv_states" in recorder.kwargs:  # else layers that run one by one would share them
                 recorder.kwargs["shared_kv_states"] = {}
         return [recorder.kwargs for recorder in recorders]

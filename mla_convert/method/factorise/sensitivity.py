@@ -208,7 +208,8 @@ def _backward(
         kept.append(first_output(output))
         kept[0].retain_grad()
 
-    metric = torch.zeros(states.hidden_size, states.hidden_size, dtype=torch.float64, device=states.device)
+    width = layerwise.source.shape.hidden_size
+    metric = torch.zeros(width, width, dtype=torch.float64, device=states.device)
     squares = torch.zeros(states.hidden_size, dtype=torch.float64, device=states.device)
     tokens, hook = 0, attention.register_forward_hook(keep) if converted else contextlib.nullcontext()
     with hook:
@@ -224,8 +225,8 @@ def _backward(
                 [behind, *(shared[key][part].to(columns.device, columns.dtype) for key, columns in read.items())],
             )
             with torch.no_grad():
-                hidden = rows[..., : states.hidden_size]
-                ordinary = _without_massive(hidden + family.exit(layer)(kept[0]) if converted else output)[0]
+                residual = family.residual(layer)(rows[..., : states.hidden_size])
+                ordinary = _without_massive(residual + family.exit(layer)(kept[0]) if converted else output)[0]
                 exchange.add_gradients(shared, part, rows.grad, states.windows)
             if converted:
                 slopes = kept[0].grad[0].float()[ordinary]
@@ -262,7 +263,7 @@ def _losses(
     statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, exact, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
     expected = attention_forward(attention, norm, kwargs, layerwise.autocast)(hidden)
-    ordinary = _without_massive(hidden + family.exit(layer)(expected))
+    ordinary = _without_massive(family.residual(layer)(hidden) + family.exit(layer)(expected))
     root = torch.linalg.cholesky(ridged(metric, SHRINKAGE)).float()
 
     def error(module: MlaAttention) -> float:

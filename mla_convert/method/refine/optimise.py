@@ -108,7 +108,11 @@ def channel_weights(curvature: Tensor, targets: Activations) -> Tensor:
     Returns:
         (d,), float32.
     """
-    squares, targets = torch.zeros_like(curvature), targets.plain()
+    curvature, targets = (
+        curvature[: targets.hidden_size],
+        targets.plain(),
+    )  # of the first stream, where there are several
+    squares = torch.zeros_like(curvature)
     for batch in targets.batches():
         stream = targets.get(batch).double()
         squares += (stream.square() / stream.square().mean(-1, keepdim=True).clamp_min(1e-12)).mean((0, 1)) * len(
@@ -122,10 +126,12 @@ def channel_weights(curvature: Tensor, targets: Activations) -> Tensor:
 @torch.no_grad()
 def residual_targets(original: Forward, states: Activations) -> Activations:
     """The source's residual stream behind its attention, for all windows."""
-    targets = states.empty_like()
+    targets = None
     for batch in states.batches():
-        targets.put(batch, behind(original, states.get(batch)))
-    return targets
+        stream = behind(original, states.get(batch))
+        targets = states.empty_like(stream.shape[-1]) if targets is None else targets
+        targets.put(batch, stream)
+    return states.empty_like() if targets is None else targets
 
 
 def behind(branch: Forward, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mla_convert.core.errors import InputError
 
@@ -88,6 +88,10 @@ class Family:
 
     layer_inputs: str | None = None
     """Configuration value: width of an input that each layer gets for each token, beside the hidden states; 0: none."""
+
+    streams: str | None = None
+    """Configuration value: number of streams of hidden states (streams, B, T, d) between layers, which a layer's module
+    `altup` mixes (AltUp, arXiv 2301.13310). Attention reads the first stream. Steps here have them as (B, T, streams * d)."""
 
     final_norm: str = "norm"
     """Name of the norm after the last layer; it is a sibling of the list of layers."""
@@ -192,8 +196,17 @@ class Family:
         """The norm before a layer's attention; the identity if there is none."""
         names = (self.input_norm,) if isinstance(self.input_norm, str) else self.input_norm or ()
         norm = next((getattr(layer, name) for name in names if hasattr(layer, name)), lambda hidden: hidden)
+        if self.streams:
+            return lambda hidden: norm(self.residual(layer)(hidden))
         factor = getattr(layer, self.input_multiplier) if self.input_multiplier else 1.0
         return norm if factor == 1.0 else lambda hidden: norm(hidden) * factor
+
+    def residual(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The map from a layer's hidden states to the residual stream (B, T, d) that its attention reads and adds to."""
+        if not self.streams:
+            return lambda hidden: hidden
+        count, mixer = getattr(layer.config, self.streams), cast(Any, layer.altup)
+        return lambda hidden: mixer.predict(hidden.unflatten(-1, (count, -1)).movedim(-2, 0))[0]
 
     def exit(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The map from the output of a layer's attention to its contribution to the residual stream."""

@@ -17,6 +17,13 @@ WIDE = {
     "rope_parameters": ROPE,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }
+# The last three layers attend to the keys and values of the first two.
+SHARED = {
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    "num_kv_shared_layers": 3,
+}
+INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 264}
 PLAIN = {"hidden_size_per_layer_input": 0}
 
 FAMILY = Family(
@@ -50,12 +57,9 @@ FAMILY = Family(
         "gemma4-own-values": {**WIDE, **PLAIN, "attention_k_eq_v": False},
         "gemma4-shared": {
             **WIDE,
+            **SHARED,
+            **INPUTS,
             "attention_k_eq_v": False,
-            "num_hidden_layers": 5,
-            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
-            "num_kv_shared_layers": 3,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 264,
             "use_double_wide_mlp": True,
         },
     },
