@@ -143,7 +143,10 @@ class WholeConfig:
         text = vars(self).get("text_config")
         if name.startswith("_") or not isinstance(text, MlaFields):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        return getattr(text, name)
+        try:
+            return getattr(text, name)
+        except RuntimeError as error:  # its layers differ in it
+            raise AttributeError(str(error)) from error
 
 
 def is_whole(base: type) -> bool:

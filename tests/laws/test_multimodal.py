@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma4Config,
     InternVLConfig,
     LlavaConfig,
     Mistral3Config,
@@ -29,6 +30,9 @@ INTERN = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "n
           "patch_size": [7, 7]}  # fmt: skip
 QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2,
         "out_hidden_size": 48, "num_position_embeddings": 16}  # fmt: skip
+GEMMA4 = {"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
+          "position_embedding_size": 16}  # fmt: skip
 
 
 def text_config(variant):
@@ -39,6 +43,8 @@ def text_config(variant):
 WHOLES = {
     "gemma3": lambda: (Gemma3Config(text_config=text_config("gemma3"), vision_config=SIGLIP, mm_tokens_per_image=4,
                                     image_token_index=IMAGE, image_token_id=IMAGE), 4),
+    "gemma4": lambda: (Gemma4Config(text_config={**text_config("gemma4-shared"), "use_bidirectional_attention": "vision"},
+                                    vision_config=GEMMA4, image_token_id=IMAGE), 4),
     "llava": lambda: (LlavaConfig(text_config=text_config("llama"), vision_config=CLIP, image_token_index=IMAGE,
                                   image_token_id=IMAGE, vision_feature_layer=-1), 16),
     "mistral3": lambda: (Mistral3Config(text_config=text_config("mistral"), vision_config=PIXTRAL, image_token_index=IMAGE,
@@ -86,6 +92,10 @@ def prompt(name, tokens):
     kinds = (ids == IMAGE).long()
     if name == "gemma3":
         given["token_type_ids"] = kinds
+    if name == "gemma4":
+        patches = torch.randn(2, 16, 3 * 4 * 4, generator=draw)
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(2, -1, -1)
+        given |= {"pixel_values": patches, "image_position_ids": places, "mm_token_type_ids": kinds}
     if name == "mistral3":
         given["image_sizes"] = torch.tensor([[28, 28]] * 2)
     if name == "qwen3_5":
