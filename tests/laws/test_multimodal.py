@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma4Config,
+    Gemma4UnifiedConfig,
     InternVLConfig,
     LlavaConfig,
     Mistral3Config,
@@ -33,6 +34,10 @@ QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, 
 GEMMA4 = {"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
           "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
           "position_embedding_size": 16}  # fmt: skip
+SOUND = {"model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "subsampling_conv_channels": [8, 4], "output_proj_dims": 32}  # fmt: skip
+PATCHES = {"model_type": "gemma4_unified_vision", "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 48,
+           "mm_posemb_size": 16, "output_proj_dims": 48}  # fmt: skip
 
 
 def text_config(variant):
@@ -44,7 +49,9 @@ WHOLES = {
     "gemma3": lambda: (Gemma3Config(text_config=text_config("gemma3"), vision_config=SIGLIP, mm_tokens_per_image=4,
                                     image_token_index=IMAGE, image_token_id=IMAGE), 4),
     "gemma4": lambda: (Gemma4Config(text_config={**text_config("gemma4-shared"), "use_bidirectional_attention": "vision"},
-                                    vision_config=GEMMA4, image_token_id=IMAGE), 4),
+                                    vision_config=GEMMA4, audio_config=SOUND, image_token_id=IMAGE), 4),
+    "gemma4_unified": lambda: (Gemma4UnifiedConfig(text_config=text_config("gemma4-unified"), vision_config=PATCHES,
+                                                   audio_config=None, image_token_id=IMAGE), 4),
     "llava": lambda: (LlavaConfig(text_config=text_config("llama"), vision_config=CLIP, image_token_index=IMAGE,
                                   image_token_id=IMAGE, vision_feature_layer=-1), 16),
     "mistral3": lambda: (Mistral3Config(text_config=text_config("mistral"), vision_config=PIXTRAL, image_token_index=IMAGE,
@@ -65,6 +72,9 @@ def whole(request, tmp_path_factory):
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():  # Gemma 4's bounds, which a checkpoint states
+            if name.endswith(("put_min", "put_max")):
+                buffer.fill_(-9.0 if name.endswith("min") else 9.0)
     folder = tmp_path_factory.mktemp(request.param) / "source"
     model.save_pretrained(folder)
     pico.tokenizer().save_pretrained(folder)
@@ -92,9 +102,10 @@ def prompt(name, tokens):
     kinds = (ids == IMAGE).long()
     if name == "gemma3":
         given["token_type_ids"] = kinds
-    if name == "gemma4":
-        patches = torch.randn(2, 16, 3 * 4 * 4, generator=draw)
-        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(2, -1, -1)
+    if name.startswith("gemma4"):
+        side = 4 if name == "gemma4" else 2  # before and after 2 x 2 patches are one token
+        patches = torch.randn(2, side * side, 3 * 4 * 4, generator=draw)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(2, -1, -1)
         given |= {"pixel_values": patches, "image_position_ids": places, "mm_token_type_ids": kinds}
     if name == "mistral3":
         given["image_sizes"] = torch.tensor([[28, 28]] * 2)
