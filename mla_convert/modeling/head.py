@@ -19,6 +19,7 @@ class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
     cache: object | None = None
     shared_kv_states: object | None = None
     image_hidden_states: Tensor | None = None
+    audio_hidden_states: Tensor | None = None
     image_outputs: object | None = None
     video_outputs: object | None = None
     rope_deltas: Tensor | None = None
