@@ -24,7 +24,13 @@ from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.basis import in_basis
-from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, fill_from_source
+from mla_convert.method.factorise.layer import (
+    TAKEN_OVER,
+    build_attention,
+    factorise_layer,
+    fill_attention,
+    fill_from_source,
+)
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
@@ -182,7 +188,8 @@ class LayerConverter:
     def _keep_source(self, layer: LayerPair) -> None:
         """Keep the weights from which the layers that attend to a layer's latent start."""
         if layer.exchange.hands_over and layer.student is not None:
-            self.sources[layer.index] = {name: t.detach().cpu() for name, t in layer.student.state_dict().items()}
+            state = layer.student.state_dict()
+            self.sources[layer.index] = {name: state[name].detach().cpu().clone() for name in TAKEN_OVER}
 
     def _convert_group(self, blocks: list[list[LayerPair]], streams: Streams) -> None:
         """Factorise and refine blocks of layers, together too if they are the last ones, and write them.
@@ -279,21 +286,12 @@ class LayerConverter:
         clock = StepClock(self.layerwise.device)
         self._look([layer], states, original)
         found = self._closed_form(layer, states, clock)
-        kwargs, family = layer.kwargs[states.length], self.layerwise.source.family
-        norm, after = family.entry(layer.layer), family.exit(layer.layer)
-        residual = family.residual(layer.layer) if family.streams else None
-        (teacher, student), branches = (
-            [
-                attention_forward(attention, norm, kwargs, self.layerwise.autocast, after, layer.exchange.read, stream)
-                for attention in (layer.attention, layer.student)
-            ]
-            for stream in (None, residual)
-        )
+        teacher, student = self._branches(layer, states.length)
         # Latents and keys of one layer for the same inputs are beside the converted model's states alone.
         alike = states if layer.exchange.shares else original
         # Before refinement, which changes the student in place.
         closed_form = optimise.output_error(student, teacher, alike)
-        own_error, refined = self.refine_alone(layer, *reversed(branches), states, original)
+        own_error, refined = self.refine_alone(layer, *self._branches(layer, states.length, True), states, original)
         clock.record("refine")
         self._keep_source(layer)
         return {
@@ -308,6 +306,20 @@ class LayerConverter:
             "refine_steps": refined.steps,
             "seconds": clock.seconds,
         }
+
+    def _branches(self, layer: LayerPair, length: int, to_stream: bool = False) -> tuple[Forward, Forward]:
+        """The outputs of a layer's attention, the source's and the converted one, for windows of `length` tokens.
+
+        With `to_stream` they lead from the hidden states to the residual stream, also where there are several streams.
+        """
+        family, layerwise = self.layerwise.source.family, self.layerwise
+        parts = (family.entry(layer.layer), layer.kwargs[length], layerwise.autocast, family.exit(layer.layer))
+        residual = family.residual(layer.layer) if family.streams and to_stream else None
+        teacher, student = (
+            attention_forward(attention, *parts, layer.exchange.read, residual)
+            for attention in (layer.attention, layer.student)
+        )
+        return teacher, student
 
     def _closed_form(self, layer: LayerPair, states: Activations, clock: StepClock) -> dict[str, Any]:
         """Fill a layer's student before its refinement; what the report's entry says about that."""
@@ -342,14 +354,14 @@ class LayerConverter:
         return weights
 
     def refine_alone(
-        self, layer: LayerPair, student: Forward, teacher: Forward, states: Activations, original: Activations
+        self, layer: LayerPair, teacher: Forward, student: Forward, states: Activations, original: Activations
     ) -> tuple[float, optimise.RefineResult]:
         """Refine one layer's student.
 
         Args:
             layer: its student is trained in place.
-            student: runs it.
             teacher: runs the source's attention.
+            student: runs the converted one.
             states: the converted model's hidden states before the layer.
             original: the source's hidden states before the layer.
 

@@ -88,11 +88,6 @@ class Beside:
         other.kept = dict(self.kept)
         return other
 
-    def first(self, windows: int, length: int) -> Beside:
-        """The layers' own inputs for the first tokens of the first windows."""
-        tokens = None if self.tokens is None else self.tokens[:windows, :length]
-        return Beside(self.device, tokens, self.inputs)
-
     def rows(self, index: slice | Tensor) -> Tensor | None:
         """Columns (B, L, .) for some windows, float32, on the device; None if there are none."""
         index = index.cpu() if isinstance(index, Tensor) else index

@@ -295,18 +295,20 @@ def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.de
     return module
 
 
+# Weights of a converted attention from which those that attend to its latent start.
+TAKEN_OVER = ("q_b_proj.weight", "kv_b_proj.weight", "rope_freq_index")
+
+
 @torch.no_grad()
 def fill_from_source(module: MlaAttention, source: dict[str, Tensor], output: nn.Module) -> None:
     """Give a module that attends to another's latent the maps of that one: both read keys and values of equal heads.
 
     Args:
         module: from `build_attention`.
-        source: weights of the module that makes the latent.
+        source: TAKEN_OVER of the module that makes the latent.
         output: output projection of the attention that `module` replaces, loaded.
     """
-    module.q_b_proj.weight.copy_(source["q_b_proj.weight"])
-    module.kv_b_proj.weight.copy_(source["kv_b_proj.weight"])
-    module.rope_freq_index.copy_(source["rope_freq_index"])
+    module.load_state_dict(source, strict=False)
     module.o_proj.load_state_dict(output.state_dict())
 
 

@@ -21,7 +21,7 @@ from mla_convert.core.processes import Processes, alone
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
-from mla_convert.method.calibrate.beside import Key
+from mla_convert.method.calibrate.beside import Beside, Key, Layout, Part
 from mla_convert.method.calibrate.exchange import Exchange, exchange_of
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output
@@ -97,11 +97,7 @@ def measure(
     shared = shares_out(config, plan)
     length = min(states.length, WINDOW)
     windows = min(states.total, max(1, TOKENS[layerwise.device.type] // length))
-    beside = states.beside and states.beside.first(windows, length)
-    # in every process, as one step of the backward pass follows another; the layers' losses are shared out
-    first = states.together(torch.arange(windows)) if not states.processes.alone else states.data[:windows]
-    few = Activations(first[..., :length, : states.hidden_size], layerwise.device, states.data.dtype)
-    few.beside = beside
+    few = _first(layerwise, states, windows, length)
     progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
         measured = sensitivities(
@@ -113,6 +109,24 @@ def measure(
         plan = replace(plan, sizes=allocate(plan, measured.losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
     states.processes.make_equal(measured.channels)
     return states.processes.told(lambda: plan), measured.channels
+
+
+def _first(layerwise: LayerwiseModel, states: Activations, windows: int, length: int) -> Activations:
+    """The first tokens of the first windows of all processes, and the layers' own inputs for them.
+
+    They are in every process, as one step of the backward pass follows another; the layers' losses are shared out.
+    """
+    layers, width = len(layerwise.layers), layerwise.input_width
+    states.look(
+        Layout(states.hidden_size, tuple(Part(("input", layer), (width,)) for layer in range(layers if width else 0)))
+    )
+    whole = states.processes.alone and states.beside is None
+    rows = (states.data[:windows] if whole else states.together(torch.arange(windows)))[:, :length]
+    few = Activations(rows[..., : states.hidden_size], layerwise.device, states.data.dtype)
+    if states.beside is not None:
+        inputs = rows[..., states.hidden_size :].flatten(0, 1).unflatten(-1, (layers, -1)).cpu() if width else None
+        few.beside = Beside(layerwise.device, torch.arange(windows * length).view(windows, length), inputs)
+    return few
 
 
 def sensitivities(
@@ -162,8 +176,8 @@ def sensitivities(
             metric, squares = _backward(layerwise, layer, converted, states, gradient, kwargs[index], exchange, shared)
             channels.append(squares)
             if by_size and index in plan.shape.caching_layers and index in processes.share(count):
-                loss = _losses(layerwise, layer, states.plain(), metric, plan, kwargs[index], eager[index])
-                losses[index] = loss.times(len(plan.shape.readers_of(index)))
+                own = states.plain()
+                losses[index] = _losses(layerwise, layer, own, metric, plan, kwargs[index], eager[index])
         tick()
     everyones = {index: loss for part in processes.gathered(losses) for index, loss in part.items()}
     return Sensitivity([everyones[index] for index in sorted(everyones)], channels[::-1])
@@ -296,7 +310,8 @@ def _losses(
         for parameter in module.kv_a_proj_with_mqa.parameters():
             parameter.data[rank:full] = 0
         by_rank[rank] = error(module)
-    return LayerLoss(by_rank, by_rope, by_bits() if plan.cache.kind == "mixed" else {})
+    loss = LayerLoss(by_rank, by_rope, by_bits() if plan.cache.kind == "mixed" else {})
+    return loss.times(len(plan.shape.readers_of(attention.layer_idx)))
 
 
 def _module(layerwise: LayerwiseModel, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
