@@ -25,6 +25,30 @@ from mla_convert.source.source import Source
 from mla_convert.source.whole import Whole
 
 
+def _sizes(plan: Plan) -> dict[str, int | list[int] | None]:
+    """The fields of a converted model's configuration that layers may differ in: the largest, and by layer if they do."""
+    layers = plan.shape.converted_layers
+    shapes = [plan.shape.of(layer) for layer in layers]
+    sizes = {
+        "kv_lora_rank": [plan.layer(layer).rank for layer in layers],
+        "qk_rope_head_dim": [plan.layer(layer).rope_dim for layer in layers],
+        "qk_nope_head_dim": [plan.layer_nope_dim(layer) for layer in layers],
+        "v_head_dim": [shape.head_dim for shape in shapes],
+    }
+
+    def by_layer(each: list[int]) -> list[int] | None:
+        found = dict(zip(layers, each, strict=True))
+        return [found.get(layer, 0) for layer in range(plan.shape.layers)] if len(set(each)) > 1 else None
+
+    largest = {name: max(each) for name, each in sizes.items()}
+    return {
+        **largest,
+        **{f"{name}s": by_layer(each) for name, each in sizes.items()},
+        "mla_kv_heads": by_layer([shape.num_kv_heads for shape in shapes]),
+        "qk_head_dim": largest["qk_nope_head_dim"] + largest["qk_rope_head_dim"],
+    }
+
+
 def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConfig:
     """Configuration of the converted model: the source's, and the sizes of its latent attention.
 
@@ -37,33 +61,11 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
     fields = source.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
-    ranks, rope_dims = ([getattr(plan.layer(layer), name) for layer in layers] for name in ("rank", "rope_dim"))
-    nope_dims = [plan.layer_nope_dim(layer) for layer in layers]
-    shapes = [plan.shape.of(layer) for layer in layers]
     joined = [layer for layer in plan.shape.caching_layers if plan.shape.of(layer).one_projection]
-
-    def of_every_layer(sizes: list[int]) -> list[int]:
-        by_layer = dict(zip(layers, sizes, strict=True))
-        return [by_layer.get(layer, 0) for layer in range(plan.shape.layers)]
-
     config = config_class(type(source.config))(
         **fields,
         dtype=dtype,
-        kv_lora_rank=max(ranks),
-        qk_rope_head_dim=max(rope_dims),
-        qk_nope_head_dim=max(nope_dims),
-        **{
-            name: of_every_layer(sizes) if len(set(sizes)) > 1 else None
-            for name, sizes in (
-                ("kv_lora_ranks", ranks),
-                ("qk_rope_head_dims", rope_dims),
-                ("qk_nope_head_dims", nope_dims),
-                ("v_head_dims", [shape.head_dim for shape in shapes]),
-                ("mla_kv_heads", [shape.num_kv_heads for shape in shapes]),
-            )
-        },
-        v_head_dim=max(heads.head_dim for heads in shapes),
-        qk_head_dim=max(nope_dims) + max(rope_dims),
+        **_sizes(plan),
         mla_q_bias=source.has_bias("q"),
         mla_kv_bias=plan.shape.has_kv_bias,
         mla_o_bias=source.has_bias("o"),

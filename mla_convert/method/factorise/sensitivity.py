@@ -233,11 +233,8 @@ def _backward(
             with torch.enable_grad(), layerwise.autocast():
                 output, made = exchange.run_and_keep(layer, kwargs, rows)
             behind = gradient[part].to(output.device, output.dtype)
-            read = {key: columns for key, columns in made.items() if key in shared}
-            torch.autograd.backward(
-                [output, *read.values()],
-                [behind, *(shared[key][part].to(columns.device, columns.dtype) for key, columns in read.items())],
-            )
+            read = [(columns, shared[key][part].to(columns)) for key, columns in made.items() if key in shared]
+            torch.autograd.backward(*zip((output, behind), *read, strict=True))
             with torch.no_grad():
                 residual = family.residual(layer)(rows[..., : states.hidden_size])
                 ordinary = _without_massive(residual + family.exit(layer)(kept[0]) if converted else output)[0]
@@ -249,12 +246,16 @@ def _backward(
             gradient[part] = rows.grad[..., : states.hidden_size].to(gradient.device)
             tokens += int(ordinary.sum())
             kept.clear()
-    if not (torch.isfinite(metric).all() and torch.isfinite(squares).all()):
-        raise InputError(
-            f"the model's loss has no finite gradient at layer {layerwise.path_of(layer)}: weights behind it are too large to "
-            f"compute with, so the checkpoint is damaged; fetch it again"
-        )
+    _check_gradient(layerwise.path_of(layer), metric, squares)
     return metric / tokens, squares / tokens
+
+
+def _check_gradient(path: str, *moments: Tensor) -> None:
+    if not all(torch.isfinite(moment).all() for moment in moments):
+        raise InputError(
+            f"the model's loss has no finite gradient at layer {path}: weights behind it are too large to compute with, so the "
+            f"checkpoint is damaged; fetch it again"
+        )
 
 
 @torch.no_grad()
