@@ -171,7 +171,8 @@ class LayerConverter:
         if index in self.plan.shape.converted_layers:
             student = build_attention(self.mla_config, getattr(layer, name), self.layerwise.device)
         exchange = exchange_of(self.layerwise, index, self._latent_size)
-        return LayerPair(index, tensors, layer, name, student, kwargs, eager, exchange, family.entry(layer))
+        norm = () if student is None else (family.entry(layer),)
+        return LayerPair(index, tensors, layer, name, student, kwargs, eager, exchange, *norm)
 
     def _look(self, layers: Sequence[LayerPair], *streams: Activations) -> None:
         """Let layers that are about to run together find what they read beside the hidden states of some streams."""

@@ -109,7 +109,7 @@ def exchange_of(layerwise: LayerwiseModel, layer: int, size: Size | None = None)
     shape, shares = layerwise.source.shape, layerwise.source.family.shared
     source = shape.source_of(layer)
     kind = layerwise.source.config.layer_types[layer] if shares else None
-    attention = getattr(layerwise.layers[layer], layerwise.source.family.attention)
+    attention = getattr(layerwise.layers[layer], layerwise.source.family.attention, None)
     if hasattr(attention, "kv_shared_layer_index"):  # Gemma 3n in older transformers: by layer
         kind = source
     handed_over = _handed_over(shape, layer, size)
