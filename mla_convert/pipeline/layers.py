@@ -280,6 +280,8 @@ class LayerConverter:
             del entry  # no longer needed: free it before the targets are allocated
             refined = self._refine_block(layers, streams)
             entries = [layer_entry and layer_entry | refined for layer_entry in entries]
+            for layer in layers:
+                self._keep_source(layer)
         return entries
 
     def _convert_layer(self, layer: LayerPair, states: Activations, original: Activations) -> dict[str, Any]:

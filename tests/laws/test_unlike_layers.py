@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import pico
 import pytest
 import torch
 from pico import VOCAB, model
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import mla_convert  # noqa: F401  (registers the converted classes)
 from mla_convert.method.factorise import layer as factorise_layer
+from mla_convert.pipeline.layers import LayerConverter
 from mla_convert.source.source import open_source
 from mla_convert.write import selfcheck
 
@@ -132,3 +134,23 @@ def test_latents_serve_all_layers_that_attend_to_them(sources, convert_folder, m
     without = errors("without")
     assert all(a > b for a, b in zip(with_readers[:2], without[:2], strict=True))
     assert all(a < b for a, b in zip(with_readers[2:], without[2:], strict=True))
+
+
+def test_an_interrupted_run_takes_over_latents_of_layers_that_it_wrote(sources, tmp_path, monkeypatch):
+    source = shutil.copytree(sources("gemma4-shared").parent, tmp_path / "folder") / "source"
+    settings = {"kv_ratio": 0.5, "refine_steps": 2, "refine_batch": 4, "refine_block": 2, "block_steps": 2,
+                "output_steps": 2, "output_layers": 4}  # fmt: skip
+    whole = pico.convert(source, tmp_path / "whole", **settings).out
+    convert_layer = LayerConverter._convert_layer
+
+    def stop(self, layer, *states):
+        if layer.index == 3:
+            raise KeyboardInterrupt
+        return convert_layer(self, layer, *states)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(LayerConverter, "_convert_layer", stop)
+        pico.convert(source, tmp_path / "parts", **settings)
+    parts = pico.convert(source, tmp_path / "parts", **settings).out
+    files = sorted(file.name for file in whole.glob("*.safetensors"))
+    assert len(files) == 7 and all((whole / file).read_bytes() == (parts / file).read_bytes() for file in files)
