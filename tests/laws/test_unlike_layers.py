@@ -154,3 +154,8 @@ def test_an_interrupted_run_takes_over_latents_of_layers_that_it_wrote(sources, 
     parts = pico.convert(source, tmp_path / "parts", **settings).out
     files = sorted(file.name for file in whole.glob("*.safetensors"))
     assert len(files) == 7 and all((whole / file).read_bytes() == (parts / file).read_bytes() for file in files)
+
+
+def test_random_weights_of_unlike_layers_are_refused(cli, sources):
+    code, _, err = cli("bench", "--config", sources("gemma4") / "config.json", "--rank", "16", "--device", "cpu")
+    assert code == 4 and "bench a converted folder" in err

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
+from mla_convert.core.errors import InputError
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import model_class
 from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat, layer_format, quantise_rows
@@ -143,7 +144,15 @@ def converted_config(
         rank: of every layer.
         rope_dim: numbers of a rotary key.
         cache_dtype: of CACHE_DTYPES.
+
+    Raises:
+        InputError: its layers cannot have one size.
     """
+    family = FAMILIES.get(original.model_type)
+    if family is not None and (family.heads_by_layer or family.shared):
+        raise InputError(
+            f"layers of {original.model_type} have unlike sizes: bench a converted folder instead of random weights"
+        )
     fields = original.to_dict()
     # These name the original's class and origin.
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
