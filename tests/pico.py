@@ -84,6 +84,9 @@ def model(name: str) -> torch.nn.Module:
         for key, parameter in built.named_parameters():
             if key.endswith("bias") or "norm" in key:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for key, buffer in built.named_buffers():
+            if key.endswith("layer_scalar"):  # Gemma 4's factor of a layer's output
+                buffer.fill_(0.8)
     return built
 
 

@@ -36,6 +36,9 @@ class MlaFields:
     kv_lora_ranks: list[int] | None = None
     qk_rope_head_dims: list[int] | None = None
     qk_nope_head_dims: list[int] | None = None
+    v_head_dims: list[int] | None = None
+    # The original's KV heads by layer, where layers differ.
+    mla_kv_heads: list[int] | None = None
     # Which projections carry a bias (they do where the original's do).
     mla_q_bias: bool = False
     mla_kv_bias: bool = False
@@ -45,12 +48,18 @@ class MlaFields:
     mla_attention: str = "self_attn"
     # Indices of the layers with attention, if not all have it; the others are the original's.
     mla_converted_layers: list[int] | None = None
+    # The layer whose latent each layer attends to, where some attend to another's: they cache nothing.
+    mla_latent_of: list[int] | None = None
     # Name of the projection whose sigmoid multiplies the attention's output; "q_proj": the second half of each head's rows.
     mla_gate: str | None = None
     # Names of the stock attention's norms of query and key, and the shape that they take (`apply_norm`).
     mla_q_norm: str | None = None
     mla_k_norm: str | None = None
     mla_norm_over: str = "head"
+    # Name of the stock attention's norm of values; indices of the layers whose values are the output of the key projection,
+    # in which normed keys are a linear map of normed values.
+    mla_v_norm: str | None = None
+    mla_one_projection: list[int] | None = None
     # Whether rotated queries are multiplied by a weight for each dim: those of norms that the original applies after RoPE.
     mla_rope_weights: bool = False
     # Form of the stock model's RoPE tables (`rope_tables`), and each layer's growth of queries with their position
@@ -80,6 +89,14 @@ class MlaFields:
         layers = range(self.num_hidden_layers)
         return [index for index in layers if self.mla_converted_layers is None or index in self.mla_converted_layers]
 
+    def caching_layers(self) -> list[int]:
+        """Indices of the layers that cache a latent."""
+        return [index for index in self.converted_layers() if self.source_of(index) == index]
+
+    def source_of(self, layer_idx: int) -> int:
+        """The layer whose latent a layer attends to."""
+        return self.mla_latent_of[layer_idx] if self.mla_latent_of else layer_idx
+
     def layer_rank(self, layer_idx: int) -> int:
         """kv_lora_rank of one layer."""
         return self.kv_lora_ranks[layer_idx] if self.kv_lora_ranks else self.kv_lora_rank
@@ -91,6 +108,16 @@ class MlaFields:
     def layer_nope_dim(self, layer_idx: int) -> int:
         """qk_nope_head_dim of one layer."""
         return self.qk_nope_head_dims[layer_idx] if self.qk_nope_head_dims else self.qk_nope_head_dim
+
+    def layer_v_dim(self, layer_idx: int) -> int:
+        """v_head_dim of one layer, also the width of the original's heads."""
+        return self.v_head_dims[layer_idx] if self.v_head_dims else self.v_head_dim
+
+    def layer_kv_heads(self, layer_idx: int) -> int:
+        """KV heads that one layer of the original has."""
+        if self.mla_kv_heads:
+            return self.mla_kv_heads[layer_idx]
+        return getattr(self, "num_key_value_heads", None) or self.num_attention_heads
 
 
 class WholeConfig:
@@ -116,7 +143,10 @@ class WholeConfig:
         text = vars(self).get("text_config")
         if name.startswith("_") or not isinstance(text, MlaFields):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        return getattr(text, name)
+        try:
+            return getattr(text, name)
+        except RuntimeError as error:  # its layers differ in it
+            raise AttributeError(str(error)) from error
 
 
 def is_whole(base: type) -> bool:

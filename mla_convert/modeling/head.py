@@ -17,7 +17,9 @@ class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
 
     router_logits: tuple[Tensor, ...] | None = None
     cache: object | None = None
+    shared_kv_states: object | None = None
     image_hidden_states: Tensor | None = None
+    audio_hidden_states: Tensor | None = None
     image_outputs: object | None = None
     video_outputs: object | None = None
     rope_deltas: Tensor | None = None

@@ -79,6 +79,11 @@ def apply_norm(norm: nn.Module | None, rows: Tensor, head_dim: int, over: str) -
     return normed.flatten(2)
 
 
+def shared_key(layer_idx: int) -> str:
+    """The key under which a layer hands its latents over to others, among those of the stock layers."""
+    return f"latent of layer {layer_idx}"
+
+
 class MlaAttention(nn.Module):
     """Multi-head Latent Attention as DeepSeek-V2 defines it (arXiv 2405.04434, section 2.1), without its latent norm.
 
@@ -113,10 +118,13 @@ class MlaAttention(nn.Module):
         self.output_dropout = getattr(config, "residual_dropout", getattr(config, "resid_pdrop", 0.0))
         self.num_heads = config.num_attention_heads
         self.num_key_value_groups = 1
+        # Layers may attend to the latent of an earlier one, which hands it over in `shared_kv_states` of the stock layers.
+        self.source_idx = config.source_of(layer_idx)
+        self.is_shared = self.source_idx == layer_idx and (config.mla_latent_of or []).count(layer_idx) > 1
         self.kv_lora_rank = config.layer_rank(layer_idx)
         self.qk_rope_head_dim = config.layer_rope_dim(layer_idx)
         self.qk_nope_head_dim = config.layer_nope_dim(layer_idx)
-        self.v_head_dim = config.v_head_dim
+        self.v_head_dim = config.layer_v_dim(layer_idx)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.latent_format = layer_format(config, layer_idx)
         self.kernel = kernel_choice(config)
@@ -133,18 +141,22 @@ class MlaAttention(nn.Module):
         """Create the projections, and take over the stock attention's norms and sinks."""
         hidden, heads, compressed = config.hidden_size, self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
         if self.normed:
-            kv_heads = getattr(config, "num_key_value_heads", None) or heads
+            kv_width = config.layer_kv_heads(self.layer_idx) * self.v_head_dim
+            joined = self.layer_idx in (config.mla_one_projection or ())
             parts = 2 if self.gate == "q_proj" else 1  # of each head's rows
             self.q_proj = nn.Linear(hidden, parts * heads * self.v_head_dim, bias=config.mla_q_bias)
-            self.k_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
-            self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.mla_kv_bias)
-            # in Llama 4, layers without RoPE have no norm
-            for name in (config.mla_q_norm, config.mla_k_norm):
-                if hasattr(stock, name):
-                    setattr(self, name, getattr(stock, name))
             self.q_b_proj = nn.Linear(self.v_head_dim, heads * self.qk_head_dim, bias=False)
-            self.kv_a_proj_with_mqa = nn.Linear(2 * kv_heads * self.v_head_dim, compressed, bias=False)
-        else:
+            if hasattr(stock, config.mla_q_norm):
+                setattr(self, config.mla_q_norm, getattr(stock, config.mla_q_norm))
+        if self.normed and self.source_idx == self.layer_idx:
+            self.k_proj = nn.Linear(hidden, kv_width, bias=config.mla_kv_bias)
+            self.v_proj = None if joined else nn.Linear(hidden, kv_width, bias=config.mla_kv_bias)
+            # in Llama 4, layers without RoPE have no norm
+            for name in (None if joined else config.mla_k_norm, config.mla_v_norm):
+                if name and hasattr(stock, name):
+                    setattr(self, name, getattr(stock, name))
+            self.kv_a_proj_with_mqa = nn.Linear((1 if joined else 2) * kv_width, compressed, bias=False)
+        elif not self.normed:
             self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.mla_q_bias)
             self.kv_a_proj_with_mqa = nn.Linear(hidden, compressed, bias=config.mla_kv_bias)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
@@ -179,23 +191,33 @@ class MlaAttention(nn.Module):
         return query.flatten(-2), torch.sigmoid(gate.flatten(-2))
 
     def normed_key_value(self, hidden_states: Tensor) -> Tensor:
-        """The original's normed keys, and its values: (B, T, 2 * G * d_h)."""
-        norm = getattr(self, self.config.mla_k_norm, None)
-        key = apply_norm(norm, self.k_proj(hidden_states), self.v_head_dim, self.config.mla_norm_over)
-        return torch.cat([key, self.v_proj(hidden_states)], dim=-1)
+        """The original's normed keys and its values: (B, T, 2 * G * d_h); its values alone where keys are a map of them."""
+        config, key = self.config, self.k_proj(hidden_states)
+        value = key if self.v_proj is None else self.v_proj(hidden_states)
+        if config.mla_v_norm:
+            value = apply_norm(getattr(self, config.mla_v_norm), value, self.v_head_dim, config.mla_norm_over)
+        if self.v_proj is None:
+            return value
+        key = apply_norm(getattr(self, config.mla_k_norm, None), key, self.v_head_dim, config.mla_norm_over)
+        return torch.cat([key, value], dim=-1)
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries (B, H, T, nope + 2m), the cached part (B, T, r + 2m) of hidden states (B, T, hidden), and the gate."""
+    def _compress(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The cached part of hidden states (B, T, hidden): latents (B, 1, T, r) and rotary keys (B, 1, T, 2m), not rotated."""
+        rows = self.normed_key_value(hidden_states) if self.normed else hidden_states
+        compressed = self.kv_a_proj_with_mqa(rows).unsqueeze(1)
+        return compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+
+    def _queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries (B, H, T, nope + 2m) of hidden states (B, T, hidden), and the gate."""
         query, gate = self.query_and_gate(hidden_states)
         if not self.normed:
-            query = query.unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
-            return query, self.kv_a_proj_with_mqa(hidden_states), gate
+            return query.unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2), gate
         heads = self._normed(query).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
         maps = linear_map(self.q_b_proj)
         if maps is None:
             raise TypeError("q_b_proj of a converted model has a bias (from an adapter?), which its heads cannot use")
         maps = maps.view(self.num_heads, self.qk_head_dim, self.v_head_dim)
-        return heads @ maps.transpose(1, 2), self.kv_a_proj_with_mqa(self.normed_key_value(hidden_states)), gate
+        return heads @ maps.transpose(1, 2), gate
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention of hidden states (B, T, hidden).
@@ -215,22 +237,25 @@ class MlaAttention(nn.Module):
         position_embeddings = given.pop("position_embeddings", None)
         attention_mask = given.pop("attention_mask", None)
         past_key_values = take_cache(given, self.cache_names)
+        shared = given.pop("shared_kv_states", None)
         refuse_unknown(type(self), given)
-        return self._attend(hidden_states, position_embeddings, attention_mask, past_key_values, given)
+        return self._attend(hidden_states, position_embeddings, attention_mask, past_key_values, shared, given)
 
     def _attend(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
-        past_key_values: Cache | None, kwargs: dict,
+        past_key_values: Cache | None, shared: dict | None, kwargs: dict,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Project, rotate, cache and attend; absorbed for few queries on a cache, expanded otherwise."""
+        """Project, rotate, cache and attend; absorbed for few queries on a cache, expanded otherwise.
+
+        `shared` holds what `_rotate_and_cache` gave in the layers whose latents others attend to, by `shared_key`.
+        """
         batch, length, _ = hidden_states.shape
-        query, compressed, gate = self._project(hidden_states)
+        query, gate = self._queries(hidden_states)
         if self.growth is not None:
             cached = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
             factors = query_growth(self.growth, kwargs.get("position_ids"), cached, length, query.device)
             query = query * factors.to(query)
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        latent, k_rope = compressed.unsqueeze(1).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
         cos = sin = None
         if self.qk_rope_head_dim:
@@ -238,7 +263,20 @@ class MlaAttention(nn.Module):
                 position_embeddings, kwargs.get("position_ids"), self.config.mla_rope_tables, self.rotary_dim
             )
             cos, sin = (table[..., self.rope_freq_index] for table in tables)
-        q_rope, latent, k_rope, cos, sin = self._rotate_and_cache(q_rope, latent, k_rope, cos, sin, past_key_values)
+        if self.source_idx != self.layer_idx:
+            # It may have fewer queries than its source has keys, so that its own positions are not those of the keys.
+            if cos is not None:
+                q_rope, cos, sin = (
+                    rotate_planes(q_rope, cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)),
+                    None,
+                    None,
+                )
+            latent, k_rope = (*shared[shared_key(self.source_idx)], None)[:2]
+        else:
+            rows = self._compress(hidden_states)
+            q_rope, latent, k_rope, cos, sin = self._rotate_and_cache(q_rope, *rows, cos, sin, past_key_values)
+        if self.is_shared and shared is not None:
+            shared[shared_key(self.layer_idx)] = (latent,) if k_rope is None else (latent, k_rope)
         if self.rope_weight is not None:
             q_rope = q_rope * self.rope_weight
         if self.latent_format is not None:
@@ -281,7 +319,8 @@ class MlaAttention(nn.Module):
                 return q_rope, latent, k_rope, None, None
         if cos is not None:
             cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
-            if cache is not None or not torch.is_grad_enabled() or self.rope_weight is not None:
+            at_once = cache is not None or not torch.is_grad_enabled()
+            if at_once or self.rope_weight is not None or self.is_shared:
                 q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
                 cos = sin = None
         if cache is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -78,7 +79,7 @@ class DryRun:
                     "qk_rope_head_dim": size.rope_dim,
                     "qk_nope_head_dim": plan.layer_nope_dim(layer),
                 }
-                for layer, size in zip(plan.shape.converted_layers, plan.layers, strict=True)
+                for layer, size in zip(plan.shape.caching_layers, plan.layers, strict=True)
             ],
             "uniform": self.cache.uniform,
             "cache": {**self.cache.section, "grid": self.cache.grid},
@@ -122,14 +123,14 @@ def plan_conversion(
     counts = {"before": _counts(source, before), "after": _counts(source, after)}
     weights = {side: count["model"] * dtype.itemsize for side, count in counts.items()}
     fixed = fixed_state_bytes(source.config, dtype)
+    # A quantised row is counted in bytes, one to an element.
+    width, itemsize = (plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)
+    if plan.shape.heads:  # layers with and without windows have other sizes
+        row = plan.cache.row_bytes if plan.cache.quantised else operator.attrgetter("width")
+        width = tuple(map(row, plan.layers))
     caches = {
-        "before": sizing.CacheSize(plan.shape.cache_width, dtype.itemsize, tuple(windows), fixed),
-        "after": sizing.CacheSize(
-            # A quantised row is counted in bytes, one to an element.
-            *((plan.row_bytes, 1) if plan.cache.quantised else (plan.cache_width, dtype.itemsize)),
-            tuple(windows),
-            fixed,
-        ),
+        "before": sizing.CacheSize(tuple(plan.shape.cache_widths), dtype.itemsize, tuple(windows), fixed),
+        "after": sizing.CacheSize(width, itemsize, tuple(windows), fixed),
     }
     return DryRun(
         source=SourceSection(
@@ -150,7 +151,7 @@ def plan_conversion(
         run=RunSection(
             # beside the weights, each layer stores the indices of its rotary planes (int64)
             disk_bytes=weights["after"]
-            + sum(size.rope_dim // 2 for size in plan.layers) * 8
+            + sum(plan.layer(layer).rope_dim // 2 for layer in plan.shape.converted_layers) * 8
             + (source.whole.other_bytes() if source.whole else 0),
             scratch_bytes=on_cpu.scratch_bytes,
             memory=_host_memory(on_cpu, after),

@@ -220,7 +220,7 @@ def _source(source: Source, basis: str) -> SourceFindings:
         basis=basis,
         model_type=config.model_type,
         shape=shape_section(source),
-        rope=_rope(config) if shape.full_rope_dim else None,
+        rope=_rope(config) if any(shape.of(layer).full_rope_dim for layer in shape.converted_layers) else None,
         sliding_window={"tokens": windows[0], "layers": len(windows)} if windows else None,
         biases=sorted(name.removeprefix(first).removesuffix(".bias") for name in biases),
         context_limit=getattr(config, "max_position_embeddings", None),
@@ -228,7 +228,7 @@ def _source(source: Source, basis: str) -> SourceFindings:
         dtype=str(source.dtype).removeprefix("torch."),
         tied_embeddings=tied,
         parameters=sum(prod(source.reader.shape(name)) for name in stored),
-        cache_bytes_per_token=len(shape.converted_layers) * shape.cache_width * source.dtype.itemsize,
+        cache_bytes_per_token=sum(shape.cache_widths) * source.dtype.itemsize,
         fixed_cache_bytes=fixed_state_bytes(config, source.dtype),
     )
 
@@ -253,6 +253,8 @@ def _converted(label: str, revision: str | None, config: JsonObject, report: Jso
         layers = next(stated, None) or len(config["layers_block_type"])
         # where layers differ there is a list beside the largest
         converted = config.get("mla_converted_layers") or range(layers)
+        sources = config.get("mla_latent_of") or range(layers)
+        converted = [layer for layer in converted if sources[layer] == layer]  # others cache nothing
         sizes = [config.get(f"{name}s") or [config[name]] * layers for name in ("kv_lora_rank", "qk_rope_head_dim")]
         # By `type`, because isinstance would take true and false of a damaged file for integers.
         if not isinstance(config.get("latent_cache") or {}, dict):

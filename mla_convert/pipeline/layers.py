@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,19 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.runtime import return_freed_memory
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.attention_forward import Forward, attention_forward, attention_kwargs
+from mla_convert.method.calibrate.exchange import exchange_of, layout_of
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.method.factorise.basis import in_basis
-from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention
+from mla_convert.method.factorise.layer import (
+    TAKEN_OVER,
+    build_attention,
+    factorise_layer,
+    fill_attention,
+    fill_from_source,
+)
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
@@ -62,6 +69,8 @@ class LayerConverter:
     progress: Progress
     refine: optimise.RefineSettings
     channels: list[Tensor] | None = None
+    # weights of the converted attentions whose latents later layers attend to, by layer
+    sources: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def processes(self) -> Processes:
@@ -126,7 +135,8 @@ class LayerConverter:
                     self._convert_group(blocks, streams)
                 # The converted model's states pass the group only now, by the weights as they were written.
                 for layer in layers:
-                    self._advance(layer, (streams.calib_converted, *streams.measured_converted), converted=True)
+                    self._advance(layer, streams.converted, converted=True)
+                    self._keep_source(layer)
             return_freed_memory()
             for layer in layers:
                 if layer.student is None:
@@ -156,11 +166,31 @@ class LayerConverter:
         """Load one layer until `stack` closes, and build the attention that replaces its own, if it has any."""
         tensors = self.layerwise.layer_tensors(index)
         layer = stack.enter_context(self.layerwise.layer(index, tensors))
-        name = self.layerwise.source.family.attention
-        student = None
+        family = self.layerwise.source.family
+        name, student = family.attention, None
         if index in self.plan.shape.converted_layers:
             student = build_attention(self.mla_config, getattr(layer, name), self.layerwise.device)
-        return LayerPair(index, tensors, layer, name, student, kwargs, eager)
+        exchange = exchange_of(self.layerwise, index, self._latent_size)
+        norm = () if student is None else (family.entry(layer),)
+        return LayerPair(index, tensors, layer, name, student, kwargs, eager, exchange, *norm)
+
+    def _look(self, layers: Sequence[LayerPair], *streams: Activations) -> None:
+        """Let layers that are about to run together find what they read beside the hidden states of some streams."""
+        layout = layout_of(self.layerwise, [layer.index for layer in layers], self._latent_size)
+        for layer in layers:
+            layer.exchange = replace(layer.exchange, layout=layout)
+        for states in streams:
+            states.look(layout)
+
+    def _latent_size(self, layer: int) -> tuple[int, int]:
+        size = self.plan.layer(layer)
+        return size.rank, size.rope_dim
+
+    def _keep_source(self, layer: LayerPair) -> None:
+        """Keep the weights from which the layers that attend to a layer's latent start."""
+        if layer.exchange.hands_over and layer.student is not None:
+            state = layer.student.state_dict()
+            self.sources[layer.index] = {name: state[name].detach().cpu().clone() for name in TAKEN_OVER}
 
     def _convert_group(self, blocks: list[list[LayerPair]], streams: Streams) -> None:
         """Factorise and refine blocks of layers, together too if they are the last ones, and write them.
@@ -222,6 +252,7 @@ class LayerConverter:
                 layer.student.load_state_dict(
                     {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
                 )
+            self._keep_source(layer)
             self._advance(layer, streams.original)
         self.progress.skip(sum(layer.student is not None for layer in block) * self.refine.steps_per_layer)
         return self.writer.drafts[file]["note"]
@@ -249,33 +280,30 @@ class LayerConverter:
             del entry  # no longer needed: free it before the targets are allocated
             refined = self._refine_block(layers, streams)
             entries = [layer_entry and layer_entry | refined for layer_entry in entries]
+            for layer in layers:
+                self._keep_source(layer)
         return entries
 
     def _convert_layer(self, layer: LayerPair, states: Activations, original: Activations) -> dict[str, Any]:
         """Convert one layer from the hidden states before it, the converted model's and the source's; its report entry."""
         clock = StepClock(self.layerwise.device)
-        statistics = self.calibrate(layer, states)
-        clock.record("calibrate")
-        weights = self.factorise(layer, statistics)
-        clock.record("factorise")
-        kwargs, family = layer.kwargs[states.length], self.layerwise.source.family
-        norm, after = family.entry(layer.layer), family.exit(layer.layer)
-        teacher, student = (
-            attention_forward(attention, norm, kwargs, self.layerwise.autocast, after)
-            for attention in (layer.attention, layer.student)
-        )
+        self._look([layer], states, original)
+        found = self._closed_form(layer, states, clock)
+        teacher, student = self._branches(layer, states.length)
+        # Latents and keys of one layer for the same inputs are beside the converted model's states alone.
+        alike = states if layer.exchange.shares else original
         # Before refinement, which changes the student in place.
-        closed_form = optimise.output_error(student, teacher, original)
-        own_error, refined = self.refine_alone(layer, student, teacher, states, original)
+        closed_form = optimise.output_error(student, teacher, alike)
+        own_error, refined = self.refine_alone(layer, *self._branches(layer, states.length, True), states, original)
         clock.record("refine")
+        self._keep_source(layer)
         return {
             "kv_lora_rank": layer.student.kv_lora_rank,
             "qk_rope_head_dim": layer.student.qk_rope_head_dim,
             "qk_nope_head_dim": layer.student.qk_nope_head_dim,
-            "plane_frequencies": weights.freq_index.tolist(),
-            "energy": weights.energy,
+            **found,
             "output_error_closed_form": closed_form,
-            "output_error": optimise.output_error(student, teacher, original),
+            "output_error": optimise.output_error(student, teacher, alike),
             "own_error_closed_form": own_error,
             "residual_error_closed_form": refined.error_before,
             "residual_error": refined.error_after,
@@ -283,9 +311,39 @@ class LayerConverter:
             "seconds": clock.seconds,
         }
 
+    def _branches(self, layer: LayerPair, length: int, to_stream: bool = False) -> tuple[Forward, Forward]:
+        """The outputs of a layer's attention, the source's and the converted one, for windows of `length` tokens.
+
+        With `to_stream` they lead from the hidden states to the residual stream, also where there are several streams.
+        """
+        family, layerwise = self.layerwise.source.family, self.layerwise
+        parts = (family.entry(layer.layer), layer.kwargs[length], layerwise.autocast, family.exit(layer.layer))
+        residual = family.residual(layer.layer) if family.streams and to_stream else None
+        teacher, student = (
+            attention_forward(attention, *parts, layer.exchange.read, residual)
+            for attention in (layer.attention, layer.student)
+        )
+        return teacher, student
+
+    def _closed_form(self, layer: LayerPair, states: Activations, clock: StepClock) -> dict[str, Any]:
+        """Fill a layer's student before its refinement; what the report's entry says about that."""
+        source = layer.exchange.source
+        if layer.exchange.shares:
+            family = self.layerwise.source.family
+            fill_from_source(layer.student, self.sources[source], getattr(layer.stock, family.output))
+            return {
+                "plane_frequencies": (layer.student.rope_freq_index // family.freq_stride).tolist(),
+                "latent_of": source,
+            }
+        statistics = self.calibrate(layer, states)
+        clock.record("calibrate")
+        weights = self.factorise(layer, statistics)
+        clock.record("factorise")
+        return {"plane_frequencies": weights.freq_index.tolist(), "energy": weights.energy}
+
     def calibrate(self, layer: LayerPair, states: Activations) -> Statistics:
         """Statistics of a layer's attention on the converted model's hidden states before it."""
-        return layer_statistics(self.layerwise, layer.layer, states, layer.eager_kwargs, layer.student)
+        return layer_statistics(self.layerwise, layer.layer, states.plain(), layer.eager_kwargs, layer.student)
 
     def factorise(self, layer: LayerPair, statistics: Statistics) -> MlaWeights:
         """Fill a layer's student with the closed-form weights."""
@@ -301,14 +359,14 @@ class LayerConverter:
         return weights
 
     def refine_alone(
-        self, layer: LayerPair, student: Forward, teacher: Forward, states: Activations, original: Activations
+        self, layer: LayerPair, teacher: Forward, student: Forward, states: Activations, original: Activations
     ) -> tuple[float, optimise.RefineResult]:
         """Refine one layer's student.
 
         Args:
             layer: its student is trained in place.
-            student: runs it.
             teacher: runs the source's attention.
+            student: runs the converted one.
             states: the converted model's hidden states before the layer.
             original: the source's hidden states before the layer.
 
@@ -365,6 +423,7 @@ class LayerConverter:
     def _refine_jointly(
         self, stage: Stage, layers: Sequence[LayerPair], streams: Streams, relative: optimise.Distance
     ) -> StageResult:
+        self._look(layers, streams.calib_converted)
         on_step = partial(self.progress.step, sum(layer.student is not None for layer in layers))
         return refine_jointly(
             stage,
@@ -421,10 +480,11 @@ class LayerConverter:
     @torch.no_grad()
     def _advance(self, layer: LayerPair, streams: tuple[Activations, ...], converted: bool = False) -> None:
         """Carry hidden states through a layer, the source's or the converted one."""
+        self._look([layer], *streams)
         with layer.converted() if converted else contextlib.nullcontext():
             for states in streams:
                 with self.layerwise.autocast():
-                    states.advance(layer.forward)
+                    states.advance_and_keep(layer.run_and_keep)
                 name = self.layerwise.layer_prefix(layer.index)[:-1]
                 states.check_finite(f"layer {name}{', converted,' if converted else ''}")
 

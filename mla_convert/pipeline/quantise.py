@@ -135,7 +135,7 @@ def _rows(config: Any, cache: CacheFormat) -> tuple[dict[str, object] | None, li
     Raises:
         InputError: a layer has no row of this format.
     """
-    layers = config.converted_layers()
+    layers = config.caching_layers()
     sizes = [LayerSize(config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
     for layer, size in zip(layers, sizes, strict=True):
         if cache.possible(size.rank) != size.rank:
@@ -159,47 +159,52 @@ def _changed(
     moments = channel_moments(model, windows.to(device), 0)
     changed: dict[str, Tensor] = {}
     names = {id(module): name for name, module in model.named_modules()}
-    for attention, size, (variance, cost) in zip(attentions(model), sizes, moments, strict=True):
+    makers = [attention for attention in attentions(model) if attention.source_idx == attention.layer_idx]
+    for attention, size, (variance, cost) in zip(makers, sizes, moments, strict=True):
         row = cache.row(size)
         assert row is not None
-        path = names[id(attention)]
-        changed |= {f"{path}.{name}": tensor for name, tensor in _in_basis(attention, row, variance, cost).items()}
+        readers = [each for each in attentions(model) if each.source_idx == attention.layer_idx]
+        found = _in_basis(readers, row, variance, cost)
+        changed |= {f"{names[id(each)]}.{name}": tensor for each, name, tensor in found}
     return changed
 
 
-def _in_basis(attention: MlaAttention, row: LatentFormat, variance: Tensor, cost: Tensor) -> dict[str, Tensor]:
-    """The projections of an attention in the basis in which `row` rounds least, by name, in float32.
+def _in_basis(
+    readers: list[MlaAttention], row: LatentFormat, variance: Tensor, cost: Tensor
+) -> list[tuple[MlaAttention, str, Tensor]]:
+    """The projections of attentions in the basis in which their latent rounds least: attention, name and tensor in float32.
 
     Args:
-        attention: of a converted model.
+        readers: attentions that attend to one latent; the first makes it.
         row: format of its cached rows.
         variance: from `channel_moments`.
         cost: likewise.
     """
-    rank, down, up = row.rank, attention.kv_a_proj_with_mqa, attention.kv_b_proj
+    first, rank, ups = readers[0], row.rank, [each.kv_b_proj.weight.detach() for each in readers]
+    down = first.kv_a_proj_with_mqa
     # In float64, so that the change of basis adds no rounding of its own.
     weight, bias = (None if part is None else part.detach().double().cpu() for part in (down.weight, down.bias))
-    latent = Latent(
-        weight[:rank],
-        None if bias is None else bias[:rank],
-        up.weight.detach().double().cpu(),
-        variance[:rank],
-        cost[:rank],
-    )
+    up = torch.cat(ups).double().cpu()
+    latent = Latent(weight[:rank], None if bias is None else bias[:rank], up, variance[:rank], cost[:rank])
     latent = latent.ordered().turned((row.wide, rank - row.wide))
-    factors, found = torch.ones(len(weight) - rank, dtype=torch.float64), {}
+    factors = torch.ones(len(weight) - rank, dtype=torch.float64)
+    found: list[tuple[MlaAttention, str, Tensor]] = []
     if row.rope == "int4" and row.rope_dim:
         factors = rope_factors(variance[rank:], cost[rank:], latent)
-        name = "q_b_proj" if attention.normed else "q_proj"
-        query = getattr(attention, name)
-        undone = query_factors(factors, attention.num_heads, len(query.weight))
-        found[f"{name}.weight"] = (query.weight.detach().double().cpu() * undone[:, None]).float()
-        if query.bias is not None:
-            found[f"{name}.bias"] = (query.bias.detach().double().cpu() * undone).float()
-    found["kv_a_proj_with_mqa.weight"] = torch.cat([latent.down, weight[rank:] * factors[:, None]]).float()
-    found["kv_b_proj.weight"] = latent.up.float().contiguous()
+        for each in readers:
+            name = "q_b_proj" if each.normed else "q_proj"
+            query = getattr(each, name)
+            undone = query_factors(factors, each.num_heads, len(query.weight))
+            found.append((each, f"{name}.weight", (query.weight.detach().double().cpu() * undone[:, None]).float()))
+            if query.bias is not None:
+                found.append((each, f"{name}.bias", (query.bias.detach().double().cpu() * undone).float()))
+    found.append(
+        (first, "kv_a_proj_with_mqa.weight", torch.cat([latent.down, weight[rank:] * factors[:, None]]).float())
+    )
     if bias is not None:
-        found["kv_a_proj_with_mqa.bias"] = torch.cat([latent.bias, bias[rank:] * factors]).float()
+        found.append((first, "kv_a_proj_with_mqa.bias", torch.cat([latent.bias, bias[rank:] * factors]).float()))
+    for each, part in zip(readers, latent.up.float().split([len(part) for part in ups]), strict=True):
+        found.append((each, "kv_b_proj.weight", part.contiguous()))
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mla_convert.core.processes import Processes, alone
 from mla_convert.method.calibrate.hidden_states import Activations
+from mla_convert.method.calibrate.layer_inputs import beside_windows
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 
 
@@ -36,6 +37,11 @@ class Streams:
         return tuple(states for states in (self.eval_converted, self.suite_converted) if states)
 
     @property
+    def converted(self) -> tuple[Activations, ...]:
+        """All states of the converted model."""
+        return (self.calib_converted, *self.measured_converted)
+
+    @property
     def original(self) -> tuple[Activations, ...]:
         """All states of the source."""
         return (self.calib_original, *self.measured_original)
@@ -60,8 +66,12 @@ def open_streams(
     processes = processes or alone(layerwise.device)
 
     def pair(windows: Tensor, dtype: torch.dtype, on_host: bool = False) -> list[Activations]:
-        embedded = layerwise.embed(windows[processes.share(len(windows))])
-        return [Activations(embedded, layerwise.device, dtype, on_host, processes, len(windows)) for _ in range(2)]
+        own = windows[processes.share(len(windows))]
+        embedded, beside = layerwise.embed(own), beside_windows(layerwise, own)
+        return [
+            Activations(embedded, layerwise.device, dtype, on_host, processes, len(windows), beside and beside.clone())
+            for _ in range(2)
+        ]
 
     # bfloat16 halves the states that have to fit a card. Reported figures are measured in float32.
     calib_dtype = torch.bfloat16 if layerwise.device.type == "cuda" else torch.float32

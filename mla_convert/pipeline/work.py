@@ -36,8 +36,11 @@ def prefixed(numbers: dict[str, int], prefix: str) -> int:
 
 
 def mixing(plan: Plan) -> tuple[int, int]:
-    """Query heads times the widths of a key and a value, before and after."""
-    shape = plan.shape
+    """Query heads times the widths of a key and a value, before and after; the mean where heads differ by layer."""
+    shape, layers = plan.shape, plan.shape.converted_layers
+    if shape.heads:
+        both = [mixing(plan.of(layer)) for layer in layers]
+        return sum(before for before, _ in both) // len(layers), sum(after for _, after in both) // len(layers)
     after = shape.num_heads * (plan.qk_nope_head_dim + plan.rope_dim + shape.head_dim)
     return shape.num_heads * 2 * shape.head_dim, after
 

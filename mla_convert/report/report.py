@@ -52,7 +52,7 @@ def cache_section(plan: Plan, itemsize: int, windows: list[int | None], fixed_by
         windows: these layers' sliding windows in tokens (None: none). A layer caches at most as many tokens as its window.
         fixed_bytes: of the other layers' states.
     """
-    widths = {"before": [plan.shape.cache_width] * len(windows), "after": [size.width for size in plan.layers]}
+    widths = {"before": plan.shape.cache_widths, "after": [size.width for size in plan.layers]}
     rows = {side: [width * itemsize for width in each] for side, each in widths.items()}
     quantised = plan.cache.quantised
     if quantised:

@@ -38,6 +38,8 @@ BUFFERS = re.compile(
     r"(rotary_emb\.inv_freq|\.(attn|attention)\.(bias|masked_bias)|position_ids|_extra_state"
     r"|(input|output|k|v|q|kv|prob)_scale)$"
 )
+# Models of text that also take sound in: their language models are the text models of the same names.
+HEARING = ("gemma3n", "gemma4", "gemma4_unified")
 AUDIO = re.compile(r"audio|speech|codec|acoustic|vocoder|asr|voxtral")
 
 
@@ -73,7 +75,7 @@ def check_derived(source: Any) -> None:
     if not converted_layers(config):
         raise InputError(f"{source.name} has no layer with attention: there is nothing to convert")
     shape = source.shape
-    if shape.rotary_dim not in (0, shape.head_dim) and not source.family.partial_rotary:
+    if not shape.heads and shape.rotary_dim not in (0, shape.head_dim) and not source.family.partial_rotary:
         raise InputError(
             f"configuration of {source.name} does not make a model: RoPE would turn {shape.rotary_dim} of {shape.head_dim} dims "
             f"of a head, and {config.model_type} turns all: take partial_rotary_factor out of it (new family: set partial_rotary)"
@@ -95,13 +97,15 @@ def check_derived(source: Any) -> None:
 
 
 def refuse_audio(content: dict[str, Any], label: str) -> None:
-    """Refuse an audio model: its language model continues encoded sound, not text.
+    """Refuse an audio model: its language model continues encoded sound, not text. `HEARING` are none.
 
     Raises:
         InputError: it is one.
     """
     model_type = str(content.get("model_type"))
     parts = [key for key, value in content.items() if isinstance(value, dict) and AUDIO.search(key)]
+    if model_type in HEARING:
+        return
     if parts or AUDIO.search(model_type):
         raise InputError(
             f"{label} is an audio model ({', '.join([model_type, *parts])}): only language models of text are converted"
@@ -291,12 +295,16 @@ def check_width(model: PreTrainedModel, label: str) -> None:
         raise InputError(f"{label} has embeddings of {width} numbers and layers of {hidden}, which is not supported")
 
 
-def rotary_dims(model: PreTrainedModel, label: str) -> int:
+def rotary_dims(model: PreTrainedModel, family: Family, label: str) -> int:
     """Dims of a head that RoPE rotates, by the model's own tables: some classes ignore `partial_rotary_factor`.
+
+    Where layers have heads of their own, `shape.layer_heads` has that number for each.
 
     Raises:
         InputError: layers differ in that number.
     """
+    if family.heads_by_layer:
+        return 0
     dims = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
     if len(dims) > 1:
         raise InputError(f"{label} has layers with different numbers of rotary dims {sorted(dims)}: not supported")
@@ -335,7 +343,9 @@ def check_names(model: PreTrainedModel, family: Family) -> None:
         look(layer, norms[0], "input_norm", "its layer")
     look(layer, family.output_norm, "output_norm", "its layer")
     look(layer, family.residual_multiplier, "residual_multiplier", "its layer")
-    for field in ("fused", "output") if family.fused else ("query", "key", "value", "output"):
+    # the first layer may be one without a value projection
+    separate = ("query", "key", "output") if family.one_projection else ("query", "key", "value", "output")
+    for field in ("fused", "output") if family.fused else separate:
         look(attention, getattr(family, field), field, "its attention")
     look(attention, family.sinks, "sinks", "its attention")
 

@@ -42,7 +42,14 @@ from mla_convert.source.config_file import read_config
 from mla_convert.source.families import FAMILIES, WHOLES, Family, family_of_part, find_family, is_installed
 from mla_convert.source.licence import read_licence
 from mla_convert.source.place import HUB_FILES, locate
-from mla_convert.source.shape import AttentionShape, converted_layers, head_width, kv_heads
+from mla_convert.source.shape import (
+    AttentionShape,
+    attention_layers,
+    converted_layers,
+    head_width,
+    kv_heads,
+    layer_heads,
+)
 from mla_convert.source.tokenizer import read_tokenizer
 from mla_convert.source.whole import Whole, open_whole, part_config, part_type
 
@@ -83,6 +90,8 @@ class Source:
             rope_layers=family.layers_with_rope(config),
             normed=self.normed,
             converted=family.converted_layers(config),
+            heads=layer_heads(config, family),
+            latent_of=family.latent_of(config),
         )
 
     @property
@@ -110,7 +119,7 @@ class Source:
 
     @cached_property
     def _replaced(self) -> re.Pattern[str]:
-        layers = "|".join(map(str, converted_layers(self.config)))
+        layers = "|".join(map(str, attention_layers(self.config)))
         return re.compile(rf"{re.escape(self.family.layers)}\.(?:{layers})\.{re.escape(self.family.attention)}\.")
 
     def has_bias(self, letter: str) -> bool:
@@ -132,7 +141,7 @@ class Source:
 
     @property
     def sliding_windows(self) -> list[int | None]:
-        """The attention window of each converted layer in tokens; None for full attention."""
+        """The attention window of each layer that has a cache in tokens; None for full attention."""
         layers, window = self.config.num_hidden_layers, getattr(self.config, "sliding_window", None)
         types = (
             getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
@@ -323,7 +332,7 @@ def _expected(config: PreTrainedConfig, label: str) -> _Expected:
         check_scaling(model, label)
         check_names(model, FAMILIES[config.model_type])
         check_width(model, label)
-        return _Expected(model, rotary_dims(model, label))
+        return _Expected(model, rotary_dims(model, FAMILIES[config.model_type], label))
 
 
 def parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:

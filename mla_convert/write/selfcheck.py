@@ -108,6 +108,8 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, int, int]:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     total = config.num_hidden_layers
     layers = total if needed <= free * SHARE else int(total * free * SHARE / needed)
+    if getattr(config.get_text_config(), "hidden_size_per_layer_input", None):
+        layers = total  # one table has a part for each layer
     if layers < 1 + min(converted_layers(config)):
         raise ResourceError(f"self-check: {free / 1e9:.1f} GB are free on {device}, and a layer needs more")
     if layers < total:
@@ -160,6 +162,8 @@ def _shorten(config: PreTrainedConfig, layers: int) -> None:
     config = config.get_text_config()
     total = config.num_hidden_layers
     config.num_hidden_layers = layers
+    if shared := getattr(config, "num_kv_shared_layers", 0):  # the last ones
+        config.num_kv_shared_layers = max(0, layers - (total - shared))
     for key, value in list(vars(config).items()):
         # Ranks, kinds of attention and the like have an entry for every layer.
         if isinstance(value, list) and len(value) == total:
@@ -243,7 +247,7 @@ def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:
         raise SelfCheckFailed(_failed(f"keeps {held} tokens in its {kind} cache, where {tokens} were read"))
     if not is_converted(model.config):
         return
-    for index in model.config.converted_layers():
+    for index in model.config.caching_layers():
         layer = cache.layers[index]
         widths = layer.keys.shape[1] * layer.keys.shape[-1], layer.values.shape[1] * layer.values.shape[-1]
         row = layer_format(model.config, index)

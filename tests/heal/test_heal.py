@@ -123,7 +123,9 @@ def test_kernel_is_the_loss(mix, dtype):
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2", "opt", "falcon", "nanochat"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2", "opt", "falcon", "nanochat", "gemma4"]
+)
 def test_head_gives_the_logits_of_the_model(name):
     model = pico.model(name)
     ids = torch.randint(4, pico.VOCAB, (1, 9))
@@ -137,7 +139,19 @@ def test_head_gives_the_logits_of_the_model(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen3", "gemma2", "pythia", "gpt2", "mixtral", "gpt-oss", "falcon", "hunyuan_v1_dense", "ministral3"],
+    [
+        "llama",
+        "qwen3",
+        "gemma2",
+        "pythia",
+        "gpt2",
+        "mixtral",
+        "gpt-oss",
+        "falcon",
+        "hunyuan_v1_dense",
+        "ministral3",
+        "gemma4-shared",
+    ],
 )
 def test_pair_is_the_converted_model_and_its_original(convert_pico, sources, name):
     converted = convert_pico(name, kv_ratio=0.5).out

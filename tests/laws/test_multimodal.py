@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma4Config,
+    Gemma4UnifiedConfig,
     InternVLConfig,
     LlavaConfig,
     Mistral3Config,
@@ -43,6 +45,13 @@ TOKENS = {"image_token_id": IMAGE, "vision_start_token_id": 251, "vision_end_tok
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 WINDOWS = {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GEMMA4 = {"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
+          "position_embedding_size": 16}  # fmt: skip
+SOUND = {"model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "subsampling_conv_channels": [8, 4], "output_proj_dims": 32}  # fmt: skip
+PATCHES = {"model_type": "gemma4_unified_vision", "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 48,
+           "mm_posemb_size": 16, "output_proj_dims": 48}  # fmt: skip
 
 
 def text_config(variant):
@@ -58,6 +67,10 @@ def axes(**settings):
 WHOLES = {
     "gemma3": lambda: (Gemma3Config(text_config=text_config("gemma3"), vision_config=SIGLIP, mm_tokens_per_image=4,
                                     image_token_index=IMAGE, image_token_id=IMAGE), 4),
+    "gemma4": lambda: (Gemma4Config(text_config={**text_config("gemma4-shared"), "use_bidirectional_attention": "vision"},
+                                    vision_config=GEMMA4, audio_config=SOUND, image_token_id=IMAGE), 4),
+    "gemma4_unified": lambda: (Gemma4UnifiedConfig(text_config=text_config("gemma4-unified"), vision_config=PATCHES,
+                                                   audio_config=None, image_token_id=IMAGE), 4),
     "llava": lambda: (LlavaConfig(text_config=text_config("llama"), vision_config=CLIP, image_token_index=IMAGE,
                                   image_token_id=IMAGE, vision_feature_layer=-1), 16),
     "mistral3": lambda: (Mistral3Config(text_config=text_config("mistral"), vision_config=PIXTRAL, image_token_index=IMAGE,
@@ -80,6 +93,9 @@ def make(name, folder):
         for key, parameter in model.named_parameters():
             if key.endswith("bias") or "norm" in key:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():  # Gemma 4's bounds, which a checkpoint states
+            if key.endswith(("put_min", "put_max")):
+                buffer.fill_(-9.0 if key.endswith("min") else 9.0)
     model.save_pretrained(folder)
     pico.tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
@@ -111,6 +127,11 @@ def prompt(name, tokens):
     kinds = (ids == IMAGE).long()
     if name == "gemma3":
         given["token_type_ids"] = kinds
+    if name.startswith("gemma4"):
+        side = 4 if name == "gemma4" else 2  # before and after 2 x 2 patches are one token
+        patches = torch.randn(2, side * side, 3 * 4 * 4, generator=draw)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(2, -1, -1)
+        given |= {"pixel_values": patches, "image_position_ids": places, "mm_token_type_ids": kinds}
     if name == "mistral3":
         given["image_sizes"] = torch.tensor([[28, 28]] * 2)
     if name.startswith("qwen"):

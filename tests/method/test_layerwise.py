@@ -1,13 +1,17 @@
 """A model that runs one layer at a time computes the same as the whole model."""
 
+from functools import partial
+
 import pico
 import pytest
 import torch
 from pico import VARIANTS, VOCAB, model
 
 from mla_convert.method.calibrate import streamed_head
+from mla_convert.method.calibrate.exchange import exchange_of
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
+from mla_convert.method.calibrate.layer_inputs import beside_windows
+from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.calibrate.streamed_head import StreamedHead
 from mla_convert.modeling import distillation
 from mla_convert.pipeline import streamed
@@ -21,11 +25,14 @@ def test_streamed_losses_equal_the_whole_models(sources, name, monkeypatch):
     monkeypatch.setattr(streamed_head, "LOGIT_TOKENS", 13)
     windows = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(2))
     layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
-    states = Activations(layerwise.embed(windows), torch.device("cpu"), torch.float32)
+    beside = beside_windows(layerwise, windows)
+    states = Activations(layerwise.embed(windows), torch.device("cpu"), torch.float32, beside=beside)
     kwargs = layerwise.layer_kwargs(40)
     for index in range(len(layerwise.layers)):
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
-            states.advance(lambda hidden, layer=layer, own=kwargs[index]: first_output(layer(hidden, **own)))
+            exchange = exchange_of(layerwise, index)
+            states.look(exchange.layout)
+            states.advance_and_keep(partial(exchange.run_and_keep, layer, kwargs[index]))
     losses = streamed.scores(layerwise, windows, states.data).losses
     torch.testing.assert_close(losses, pico.losses(model(name), windows), rtol=1e-4, atol=1e-4)
 
@@ -36,7 +43,7 @@ def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
     monkeypatch.setattr(distillation, "CHUNK", 7 * VOCAB)
     layerwise = LayerwiseModel(open_source(str(sources(name))), torch.device("cpu"))
     draw = torch.Generator().manual_seed(3)
-    expected = torch.randn(2, 9, layerwise.source.config.hidden_size, generator=draw)
+    expected = torch.randn(2, 9, layerwise.source.config.hidden_size * layerwise.streams, generator=draw)
     found = (expected + 0.3 * torch.randn(expected.shape, generator=draw)).requires_grad_(True)
     head = StreamedHead(layerwise)
     with torch.no_grad():

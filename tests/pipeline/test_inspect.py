@@ -38,10 +38,16 @@ def test_every_family(cli, sources, name):
     assert (shape["attention_heads"], shape["key_value_heads"]) == (config.num_attention_heads, groups)
     stored = load_file(sources(name) / WEIGHTS)
     assert found["parameters"] == sum(t.numel() for t in stored.values())
-    assert found["cache_bytes_per_token"] == len(layers) * 2 * groups * shape["head_dim"] * 4
+    family = FAMILIES[config.model_type]
+    caching = range(len(layers) - (getattr(config, family.shared) if family.shared else 0))
+    by_layer = [config.per_layer_config[layer] if family.heads_by_layer else None for layer in caching]
+    widths = [each.num_key_value_heads * each.head_dim if each else groups * shape["head_dim"] for each in by_layer]
+    assert found["cache_bytes_per_token"] == 2 * sum(widths) * 4
     assert found["tied_embeddings"] == config.tie_word_embeddings
     windowed = found["sliding_window"]["layers"] if found["sliding_window"] else 0
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 3 * (name in WINDOWED)
+    if family.shared:
+        kinds = kinds[: len(caching)]
     assert windowed == sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds) and (
         not windowed or found["sliding_window"]["tokens"] == 12
     )

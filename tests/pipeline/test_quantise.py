@@ -34,7 +34,7 @@ def logits(folder, **changes):
     return model(IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("folder", ["llama", "qwen2", "qwen3"], indirect=True)
+@pytest.mark.parametrize("folder", ["llama", "qwen2", "qwen3", "gemma4-shared"], indirect=True)
 def test_weights_stay_the_same_function(folder, sources, tmp_path, request):
     source = sources(request.node.callspec.params["folder"])
     before = logits(folder)

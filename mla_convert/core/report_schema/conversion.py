@@ -120,6 +120,7 @@ class LayerEntry(Section):
 
     Attributes:
         layer: index of the layer.
+        latent_of: the layer whose latent it attends to, if it has none of its own.
         kv_lora_rank: width of its latent.
         qk_rope_head_dim: width of its rotary key.
         qk_nope_head_dim: width of each head's content key.
@@ -147,6 +148,7 @@ class LayerEntry(Section):
 
     # All entries may be absent: which ones there are depends on the version and on the steps of the run.
     layer: Count | None = None
+    latent_of: Count | None = None
     kv_lora_rank: Count | None = None
     qk_rope_head_dim: Count | None = None
     qk_nope_head_dim: Count | None = None

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
+from mla_convert.core.errors import InputError
 from mla_convert.modeling.configuration_mla import config_class
 from mla_convert.modeling.modeling_mla import model_class
 from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat, layer_format, quantise_rows
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, is_converted
-from mla_convert.source.shape import converted_layers, head_width, kv_heads
+from mla_convert.source.shape import cache_heads, converted_layers
 
 
 class FullLayer(DynamicLayer):
@@ -88,8 +89,7 @@ def cache_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
         if formats[0] is not None:
             return [(1, fmt.row_bytes, 0) for fmt in formats]
         return [(1, config.layer_rank(layer), config.layer_rope_dim(layer)) for layer in layers]
-    width = head_width(config)
-    return [(kv_heads(config), width, width) for _ in layers]
+    return [(heads, width, width) for heads, width in cache_heads(config)]
 
 
 def full_cache(config: PreTrainedConfig, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Cache:
@@ -145,7 +145,15 @@ def converted_config(
         rope_dim: numbers of a rotary key.
         cache_dtype: of CACHE_DTYPES.
         nope_dim: content dims of a head; None: all.
+
+    Raises:
+        InputError: its layers cannot have one size.
     """
+    family = FAMILIES.get(original.model_type)
+    if family is not None and (family.heads_by_layer or family.shared):
+        raise InputError(
+            f"layers of {original.model_type} have unlike sizes: bench a converted folder instead of random weights"
+        )
     fields = original.to_dict()
     # These name the original's class and origin.
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):

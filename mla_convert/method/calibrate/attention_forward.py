@@ -22,6 +22,8 @@ def attention_forward(
     kwargs: LayerKwargs,
     autocast: Callable[[], AbstractContextManager],
     after: Callable[[Tensor], Tensor] = lambda output: output,
+    read: Callable[[Tensor], tuple[Tensor, dict]] = lambda hidden: (hidden, {}),
+    residual: Callable[[Tensor], Tensor] | None = None,
 ) -> Forward:
     """The attention branch of a layer as a function of the residual stream.
 
@@ -31,11 +33,18 @@ def attention_forward(
         kwargs: the attention's keyword arguments (positions, mask) for windows of one length.
         autocast: context of the forward pass.
         after: applied to the output, as families with a norm or a scale behind the attention need.
+        residual: the stream to which the attention adds, where that is not the hidden states: their difference from it is
+            added to the output.
+        read: the hidden states, and keyword arguments that depend on the windows, of hidden states and what is beside them.
     """
 
     def forward(hidden: Tensor) -> Tensor:
+        states, own = read(hidden)
         with autocast():
-            return after(attention(hidden_states=norm(hidden), **kwargs)[0]).float()
+            output = after(attention(hidden_states=norm(states), **kwargs | own)[0]).float()
+            if residual is not None:
+                output = output + residual(states).float() - states[..., : output.shape[-1]]
+            return output
 
     return forward
 

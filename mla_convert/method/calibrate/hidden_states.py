@@ -6,7 +6,7 @@ With several processes each holds its share of the windows (`Processes.share`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.processes import Processes, alone
+from mla_convert.method.calibrate.beside import Beside, Key, Layout
 from mla_convert.source.checkpoint.reader import LARGEST
 
 # A set of states larger than DEVICE_BYTES, and than DEVICE_FRACTION of the device's memory, is kept in pinned host memory and
@@ -30,7 +31,8 @@ def device_limit(device: torch.device) -> int:
 class Activations:
     """Hidden states (N, L, hidden) of N windows, changed in place from layer to layer.
 
-    `windows`: number of this process's windows; `total`: of the windows of all processes.
+    `windows`: number of this process's windows; `total`: of the windows of all processes; `beside`: what layers read beside
+    the states, whose columns `get`, `together` and `part` append.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Activations:
         on_host: bool = False,
         processes: Processes | None = None,
         total: int | None = None,
+        beside: Beside | None = None,
     ):
         """Copy hidden states.
 
@@ -51,6 +54,7 @@ class Activations:
             on_host: keep them in host memory, whatever their size.
             processes: that share the windows; None: this one has all.
             total: number of the windows of all processes; None: those in `data`.
+            beside: of the same windows.
         """
         self.device = device
         self.processes = processes or alone(device)
@@ -61,17 +65,32 @@ class Activations:
         else:
             self.data = data.to(device, dtype, copy=True)
         self.windows, self.length, self.hidden_size = data.shape
+        self.beside = beside
 
-    def empty_like(self) -> Activations:
-        """Uninitialised states of the same shape, in the same memory."""
+    def plain(self) -> Activations:
+        """The same states with nothing beside them."""
         other = copy(self)
-        other.data = torch.empty_like(self.data, pin_memory=self.data.is_pinned())
+        other.beside = None
+        return other
+
+    def look(self, layout: Layout) -> None:
+        """State what the layers to come read beside the states."""
+        if self.beside:
+            self.beside.layout = layout
+
+    def empty_like(self, width: int | None = None) -> Activations:
+        """Uninitialised states of the same shape, or width, in the same memory, with nothing beside them."""
+        other = self.plain()
+        like = self.data if width is None else self.data[..., :width]
+        other.data = torch.empty_like(like, pin_memory=self.data.is_pinned(), memory_format=torch.contiguous_format)
+        other.hidden_size = other.data.shape[-1]
         return other
 
     def clone(self) -> Activations:
         """A copy, in the same memory."""
         other = self.empty_like()
         other.data.copy_(self.data)
+        other.beside = self.beside.clone() if self.beside else None
         return other
 
     def batches(self) -> Iterator[slice]:
@@ -81,8 +100,9 @@ class Activations:
             yield slice(start, min(start + size, self.windows))
 
     def get(self, index: slice | Tensor) -> Tensor:
-        """Some of this process's windows (B, L, hidden) on the device, float32."""
-        return self._stored(index).float()
+        """Some of this process's windows (B, L, hidden, and what is beside) on the device, float32."""
+        states, columns = self._stored(index).float(), self.beside.rows(index) if self.beside else None
+        return states if columns is None else torch.cat([states, columns], dim=-1)
 
     def _stored(self, index: slice | Tensor) -> Tensor:
         if isinstance(index, Tensor) and self.data.is_pinned():
@@ -93,13 +113,14 @@ class Activations:
 
     def together(self, index: Tensor) -> Tensor:
         """Windows (B, L, hidden) of any processes by their numbers among all, in all processes, in their stored dtype."""
+        get = self.get if self.beside else self._stored
         if self.processes.alone:
-            return self._stored(index)
-        count = self.processes.count
-        rows = torch.zeros(len(index), self.length, self.hidden_size, dtype=self.data.dtype, device=self.device)
+            return get(index)
+        count, like = self.processes.count, get(slice(0, 0))
+        rows = torch.zeros(len(index), self.length, like.shape[-1], dtype=like.dtype, device=self.device)
         mine = (index % count == self.processes.index).nonzero()[:, 0]
         if len(mine):
-            rows[mine.to(self.device)] = self._stored(index[mine] // count)
+            rows[mine.to(self.device)] = get(index[mine] // count)
         return self.processes.sum(rows)  # all but one process add zeros
 
     def part(self, index: Tensor) -> Tensor:
@@ -120,6 +141,15 @@ class Activations:
         """Replace every state by the layer's output for it."""
         for batch in self.batches():
             self.put(batch, layer(self.get(batch)))
+
+    @torch.no_grad()
+    def advance_and_keep(self, layer: Callable[..., tuple[Tensor, Mapping[Key, Tensor]]]) -> None:
+        """`advance` with a layer that also makes what later layers read beside the states."""
+        for batch in self.batches():
+            states, made = layer(self.get(batch))
+            self.put(batch, states)
+            if self.beside:
+                self.beside.put(batch, made, self.windows, self.data.dtype)
 
     def check_finite(self, where: str) -> None:
         """Refuse states that cannot be computed with.

@@ -26,9 +26,10 @@ def channel_moments(
         tick: called after every window.
 
     Returns:
-        For each layer, both in float64 on the CPU.
+        For each layer with a latent of its own, both in float64 on the CPU.
     """
-    layers = [module for module in model.modules() if isinstance(module, MlaAttention)]
+    attentions = (module for module in model.modules() if isinstance(module, MlaAttention))
+    layers = [module for module in attentions if module.source_idx == module.layer_idx]
     formats, kept = [layer.latent_format for layer in layers], {}
     hooks = [
         layer.kv_a_proj_with_mqa.register_forward_hook(
@@ -36,14 +37,14 @@ def channel_moments(
         )
         for index, layer in enumerate(layers)
     ]
+    hooks.append(model.get_input_embeddings().register_forward_hook(_leaf))
     sums = [torch.zeros(2, layer.kv_lora_rank + layer.qk_rope_head_dim, dtype=torch.float64) for layer in layers]
     generator = torch.Generator(windows.device if windows.is_cuda else "cpu").manual_seed(seed)
     try:
         for layer in layers:
             layer.latent_format = None
         for ids in windows:
-            embedded = model.get_input_embeddings()(ids[None]).detach().requires_grad_(True)
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+            logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
             sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
             (-logits.log_softmax(-1).gather(1, sampled)).sum().backward()
             for index, total in enumerate(sums):
@@ -60,6 +61,10 @@ def channel_moments(
         planes = total[:, layer.kv_lora_rank :].unflatten(1, (2, -1))
         planes.copy_(planes.mean(1, keepdim=True).expand_as(planes))
     return [tuple(total / windows.numel()) for total in sums]
+
+
+def _leaf(_module, _inputs, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_(True)
 
 
 def _watched(output: Tensor) -> Tensor:

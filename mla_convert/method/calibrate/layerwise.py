@@ -32,6 +32,8 @@ class Rotation:
     inv_freq: Tensor  # (d_h/2,) radians per position; dims without rotation are zeros at the end
     num_rotary_freqs: int  # the first ones of `inv_freq`, those of the stock model's table
     scale: float  # factor on cos and sin, not 1 with YaRN and LongRoPE
+    # dims of a head, the first ones, of which f and f + half are a pair; None: 2 * num_rotary_freqs
+    paired_dims: int | None = None
 
 
 @functools.cache
@@ -76,6 +78,16 @@ class _Recorder(StandIn):
 def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Hidden states that a layer or an attention returned, alone or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def fold(hidden: Tensor, streams: int) -> Tensor:
+    """Streams of hidden states (streams, B, T, d) as rows (B, T, streams * d); of one stream, nothing changes."""
+    return hidden if streams == 1 else hidden.movedim(0, -2).flatten(-2)
+
+
+def unfold(rows: Tensor, streams: int) -> Tensor:
+    """Inverse of `fold`."""
+    return rows if streams == 1 else rows.unflatten(-1, (streams, -1)).movedim(-2, 0)
 
 
 class LayerwiseModel:
@@ -138,11 +150,12 @@ class LayerwiseModel:
             index: of the layer.
             kwargs: the layer's keyword arguments, as from `layer_kwargs`.
         """
-        shape, stride = self.source.shape, self.source.family.freq_stride
+        shape, stride = self.source.shape.of(index), self.source.family.freq_stride
+        paired_dims = shape.head_dim if self.source.family.heads_by_layer else None
         inv_freq = torch.zeros(shape.head_dim // 2, dtype=torch.float64, device=self.device)
         num_rotary_freqs = shape.full_rope_dim // shape.num_kv_heads // 2 if shape.has_rope(index) else 0
         if not num_rotary_freqs:
-            return Rotation(inv_freq, 0, 1.0)
+            return Rotation(inv_freq, 0, 1.0, paired_dims)
         # at position 1 the angle is the frequency itself, as none is as large as pi
         tables = rope_tables(
             kwargs.get("position_embeddings"),
@@ -157,7 +170,7 @@ class LayerwiseModel:
             raise InputError(
                 f"RoPE of {self.source.name} multiplies queries and keys by {scale:.3g} before their norm, which is not supported"
             )
-        return Rotation(inv_freq, num_rotary_freqs, scale)
+        return Rotation(inv_freq, num_rotary_freqs, scale, paired_dims)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 autocast on CUDA; a context without effect on the CPU."""
@@ -252,6 +265,41 @@ class LayerwiseModel:
         finally:
             setattr(self.decoder, self.source.family.final_norm, norm)
 
+    @property
+    def input_width(self) -> int:
+        """Width of the layers' own inputs for each token; 0: they have none."""
+        name = self.source.family.layer_inputs
+        return (getattr(self.source.config, name) if name else 0) or 0
+
+    @property
+    def streams(self) -> int:
+        """Number of streams of hidden states between layers."""
+        name = self.source.family.streams
+        return getattr(self.source.config, name) if name else 1
+
+    @contextlib.contextmanager
+    def inputs_left_out(self) -> Iterator[None]:
+        """The decoder as if its layers had no inputs of their own, whose table may be larger than all layers."""
+        if not self.input_width:
+            yield
+            return
+        empty = torch.empty(1, 1, len(self.layers), 0, device=self.device)
+        # Gemma 4 has the first two; Gemma 3n always makes the inputs.
+        names = {
+            "hidden_size_per_layer_input": 0,
+            "first_kv_shared_layer_idx": -1,
+            "get_per_layer_inputs": lambda *_: None,
+            "project_per_layer_inputs": lambda *_: empty,
+        }
+        before = {name: vars(self.decoder)[name] for name in names if name in vars(self.decoder)}
+        vars(self.decoder).update(names)
+        try:
+            yield
+        finally:
+            for name in names:
+                del vars(self.decoder)[name]
+            vars(self.decoder).update(before)
+
     @contextlib.contextmanager
     def small_modules_filled(self) -> Iterator[None]:
         """The decoder with the weights of its remaining small modules, such as learned position embeddings."""
@@ -260,7 +308,7 @@ class LayerwiseModel:
         with contextlib.ExitStack() as stack:
             for name, child in self.decoder.named_children():
                 parameters = [key for key, _ in child.named_parameters()] if child not in others else []
-                if parameters:
+                if parameters and "per_layer" not in name:
                     tensors = self.source.reader.read(f"{path}.{name}.{key}" for key in parameters)
                     check_finite(tensors)
                     weights = {key.removeprefix(f"{path}.{name}."): tensor for key, tensor in tensors.items()}
@@ -281,7 +329,7 @@ class LayerwiseModel:
             InputError: the embedding is not finite.
         """
         if not len(windows):  # of few windows, some of several processes have none
-            return torch.empty(*windows.shape, self.source.config.hidden_size)
+            return torch.empty(*windows.shape, self.source.config.hidden_size * self.streams)
         tensors = self.source.reader.read([f"{self.embedding}.weight"])
         check_finite(tensors)
         (table,) = tensors.values()
@@ -293,10 +341,11 @@ class LayerwiseModel:
             self.small_modules_filled(),
             self._norm_replaced(),
             self.layers_replaced(recorders),
+            self.inputs_left_out(),
         ):
             for ids in windows.split(8):
                 self.decoder(ids.to(self.device), use_cache=False)
-                parts.append(recorders[0].hidden_states.float().cpu())
+                parts.append(fold(recorders[0].hidden_states, self.streams).float().cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -313,9 +362,14 @@ class LayerwiseModel:
             self.small_modules_filled(),
             self._norm_replaced(),
             self.layers_replaced(recorders),
+            self.inputs_left_out(),
             self.attention("eager" if eager else self.implementation),
         ):
             self.decoder(inputs_embeds=hidden, use_cache=False)
+        for recorder in recorders:
+            recorder.kwargs.pop("per_layer_input", None)  # left out
+            if "shared_kv_states" in recorder.kwargs:  # else layers that run one by one would share them
+                recorder.kwargs["shared_kv_states"] = {}
         return [recorder.kwargs for recorder in recorders]
 
     @contextlib.contextmanager

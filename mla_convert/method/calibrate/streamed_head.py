@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from mla_convert.method.calibrate.layerwise import LayerwiseModel, StandIn
+from mla_convert.method.calibrate.layerwise import LayerwiseModel, StandIn, unfold
 from mla_convert.modeling.distillation import distillation_loss, distillation_loss_fn
 from mla_convert.modeling.head import Head
 from mla_convert.modeling.loss_terms import IGNORED, LossWeights
@@ -64,17 +64,22 @@ class StreamedHead:
         tensors = reader.read(names.values())
         check_finite(tensors)
         with (
+            contextlib.ExitStack() as stack,
             self._final_norm() as norm,
             layerwise.filled(head, {parameter: tensors[name] for parameter, name in names.items()}, dtype),
         ):
             del tensors
             output = Head(layerwise.model)
+            stack.enter_context(layerwise.small_modules_filled())
+
+            def normed(states: Tensor) -> Tensor:
+                return norm(states) if layerwise.streams == 1 else self._decoded(states)
 
             def distance(converted: Tensor, expected: Tensor) -> Tensor:
                 labels = torch.full(converted.shape[:2], IGNORED, device=converted.device)
                 with layerwise.autocast():
                     loss, _ = distillation_loss(
-                        norm(converted), norm(expected), labels, output, output, LossWeights(), compare
+                        normed(converted), normed(expected), labels, output, output, LossWeights(), compare
                     )
                 return loss
 
@@ -106,10 +111,21 @@ class StreamedHead:
         Returns:
             (L, rows of the slice), float32.
         """
-        layerwise = self.layerwise
-        layers = [_ConstantLayer(layer, states) for layer in layerwise.layers]
-        with layerwise.layers_replaced(layers), layerwise.autocast():
-            return layerwise.model(inputs_embeds=states, use_cache=False).logits[0].float()
+        with self._constant(states) as embedded, self.layerwise.autocast():
+            return self.layerwise.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+
+    def _decoded(self, states: Tensor) -> Tensor:
+        """Output of the decoder (B, L, d), for outputs of its last layer."""
+        with self._constant(states) as embedded:
+            return self.layerwise.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+    @contextlib.contextmanager
+    def _constant(self, states: Tensor) -> Iterator[Tensor]:
+        """The model with layers that return `states`; embeddings (B, L, d) of the same shape to call it with."""
+        layerwise, streams = self.layerwise, unfold(states, self.layerwise.streams)
+        layers = [_ConstantLayer(layer, streams) for layer in layerwise.layers]
+        with layerwise.layers_replaced(layers), layerwise.inputs_left_out():
+            yield states[..., : layerwise.source.config.hidden_size]
 
     def output_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient of the NLL of tokens sampled from the model's own prediction, summed over tokens.

@@ -22,6 +22,13 @@ class LayerLoss:
     rope: dict[int, float]  # by rotary dims; a layer without RoPE has one entry, for 0
     wide: dict[int, float] = field(default_factory=dict)  # by channels with 8 bits, where a cache mixes 8 and 4
 
+    def times(self, count: int) -> LayerLoss:
+        """The loss of a latent to which so many layers attend, each of which loses as much."""
+        if count == 1:
+            return self
+        curves = ({size: loss * count for size, loss in each.items()} for each in (self.rank, self.rope, self.wide))
+        return LayerLoss(*curves)
+
 
 def most_rank(plan: Plan, loss: LayerLoss) -> int:
     """Largest rank that a layer may get."""
@@ -117,7 +124,8 @@ class _Budget:
         code = {"bf16": 2.0, "int4": 0.5, "mixed": 0.5}.get(plan.cache.kind, 1.0)
         key = {"bf16": 2.0, "int4": 0.5}.get(plan.cache.rope, 1.0)
         self.costs = (self.rank_unit * code, self.rope_unit * key, self.rank_unit / 2)
-        self.limits = [self._limits(loss) for loss in losses]
+        self.plans = [plan.of(layer) for layer in plan.shape.caching_layers]
+        self.limits = [self._limits(own, loss) for own, loss in zip(self.plans, losses, strict=True)]
         self.curves = [
             (
                 # the loss at full rank is that of the plan's rotary dims
@@ -133,9 +141,9 @@ class _Budget:
         self.left = len(losses) * mean - sum(map(self._bytes, self.sizes))
         self.queue: list[tuple[float, int, int]] = []
 
-    def _limits(self, loss: LayerLoss) -> tuple[int, int, int]:
-        most = most_rank(self.plan, loss)
-        return most, min(most_rope(self.plan, self.rope_unit), max(loss.rope)), most if loss.wide else 0
+    def _limits(self, plan: Plan, loss: LayerLoss) -> tuple[int, int, int]:
+        most = most_rank(plan, loss)
+        return most, min(most_rope(plan, self.rope_unit), max(loss.rope)), most if loss.wide else 0
 
     def _bytes(self, size: list[int]) -> int:
         return self.plan.cache.row_bytes(LayerSize(*size))
@@ -165,7 +173,10 @@ class _Budget:
             self._offer(layer, kind)
             if kind == 0 and size[2] == size[0] - self.rank_unit:
                 self._offer(layer, 2)
-        full = [self.plan.cache.possible(self.plan.shape.full_rank(rope)) for _, rope, _ in self.sizes]
+        full = [
+            own.cache.possible(own.shape.full_rank(rope))
+            for own, (_, rope, _) in zip(self.plans, self.sizes, strict=True)
+        ]
         return tuple(
             LayerSize(min(rank, most), rope, min(wide, most))
             for (rank, rope, wide), most in zip(self.sizes, full, strict=True)

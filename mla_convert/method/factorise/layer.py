@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mla_convert.method.calibrate.layerwise import Rotation
 from mla_convert.method.calibrate.statistics import Statistics
+from mla_convert.method.factorise.readers import readers_of
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, factorise
 from mla_convert.modeling.configuration_mla import MODEL_TYPE, MlaFields, config_class
@@ -22,6 +23,30 @@ from mla_convert.source.families import FAMILIES, READ_AS, Family
 from mla_convert.source.shape import AttentionShape, kv_heads
 from mla_convert.source.source import Source
 from mla_convert.source.whole import Whole
+
+
+def _sizes(plan: Plan) -> dict[str, int | list[int] | None]:
+    """The fields of a converted model's configuration that layers may differ in: the largest, and by layer if they do."""
+    layers = plan.shape.converted_layers
+    shapes = [plan.shape.of(layer) for layer in layers]
+    sizes = {
+        "kv_lora_rank": [plan.layer(layer).rank for layer in layers],
+        "qk_rope_head_dim": [plan.layer(layer).rope_dim for layer in layers],
+        "qk_nope_head_dim": [plan.layer_nope_dim(layer) for layer in layers],
+        "v_head_dim": [shape.head_dim for shape in shapes],
+    }
+
+    def by_layer(each: list[int]) -> list[int] | None:
+        found = dict(zip(layers, each, strict=True))
+        return [found.get(layer, 0) for layer in range(plan.shape.layers)] if len(set(each)) > 1 else None
+
+    largest = {name: max(each) for name, each in sizes.items()}
+    return {
+        **largest,
+        **{f"{name}s": by_layer(each) for name, each in sizes.items()},
+        "mla_kv_heads": by_layer([shape.num_kv_heads for shape in shapes]),
+        "qk_head_dim": largest["qk_nope_head_dim"] + largest["qk_rope_head_dim"],
+    }
 
 
 def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConfig:
@@ -36,39 +61,24 @@ def mla_config(source: Source, plan: Plan, dtype: torch.dtype) -> PreTrainedConf
     fields = source.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype"):
         fields.pop(key, None)
-    ranks, rope_dims = ([getattr(size, name) for size in plan.layers] for name in ("rank", "rope_dim"))
-    nope_dims = [plan.layer_nope_dim(layer) for layer in layers]
-
-    def of_every_layer(sizes: list[int]) -> list[int]:
-        by_layer = dict(zip(layers, sizes, strict=True))
-        return [by_layer.get(layer, 0) for layer in range(plan.shape.layers)]
-
+    joined = [layer for layer in plan.shape.caching_layers if plan.shape.of(layer).one_projection]
     config = config_class(type(source.config))(
         **fields,
         dtype=dtype,
-        kv_lora_rank=max(ranks),
-        qk_rope_head_dim=max(rope_dims),
-        qk_nope_head_dim=max(nope_dims),
-        **{
-            name: of_every_layer(sizes) if len(set(sizes)) > 1 else None
-            for name, sizes in (
-                ("kv_lora_ranks", ranks),
-                ("qk_rope_head_dims", rope_dims),
-                ("qk_nope_head_dims", nope_dims),
-            )
-        },
-        v_head_dim=plan.shape.head_dim,
-        qk_head_dim=max(nope_dims) + max(rope_dims),
+        **_sizes(plan),
         mla_q_bias=source.has_bias("q"),
         mla_kv_bias=plan.shape.has_kv_bias,
         mla_o_bias=source.has_bias("o"),
         mla_layers=family.layers,
         mla_attention=family.attention,
         mla_converted_layers=None if plan.shape.converted is None else list(layers),
+        mla_latent_of=plan.shape.latent_of and list(plan.shape.latent_of),
         mla_gate=family.gate,
         mla_q_norm=family.q_norm if plan.shape.normed else None,
         mla_k_norm=family.k_norm if plan.shape.normed else None,
         mla_norm_over=family.qk_norm_shape,
+        mla_v_norm=family.v_norm,
+        mla_one_projection=joined or None,
         mla_rope_tables=family.rope_tables,
         mla_rope_weights=source.weights_after_rope,
         mla_query_growth=family.growth_of_queries(source.config),
@@ -119,7 +129,8 @@ def attention_parts(attention: nn.Module, family: Family, shape: AttentionShape)
     """Weights "q", "k", "v", "o" and biases "q_bias", … of a stock attention, with heads in its own layout."""
     parts: dict[str, Tensor | None] = {}
     for letter, name in family.projections.items():
-        parts[letter], parts[f"{letter}_bias"] = projection_rows(getattr(attention, name))
+        projection = getattr(attention, name)
+        parts[letter], parts[f"{letter}_bias"] = (None, None) if projection is None else projection_rows(projection)
     if family.key_multiplier:
         factor = getattr(attention, family.key_multiplier)
         parts |= {name: parts[name] * factor for name in ("k", "k_bias") if parts[name] is not None}
@@ -159,7 +170,8 @@ def half_split(head_dim: int, rotary_dim: int, interleaved: bool, backwards: boo
 def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, rotary_dim: int) -> AttentionWeights:
     """The weights of a stock attention in the layout of `factorise`.
 
-    With norms on queries and keys, the rows act on [normed key; value] and on each head's normed query (`MlaAttention`).
+    With norms on queries and keys, the rows act on [normed key; value], or on values alone (`normed_key_value` of
+    `MlaAttention`), and on each head's normed query.
 
     Args:
         attention: stock, loaded.
@@ -174,13 +186,14 @@ def source_weights(attention: nn.Module, family: Family, shape: AttentionShape, 
         pick = torch.eye(shape.head_dim, device=order.device)[order]
         keys = torch.block_diag(*[pick] * shape.num_kv_heads)
         values = torch.eye(width, device=order.device)
-        return AttentionWeights(
-            q=pick.repeat(heads, 1),
-            k=torch.cat([keys, torch.zeros_like(keys)], 1),
-            v=torch.cat([torch.zeros_like(values), values], 1),
-            o=parts["o"],
-            o_bias=parts["o_bias"],
-        )
+        if shape.one_projection:  # both norms divide by one root mean square, so that keys are weighted values
+            k, v = keys * getattr(attention, family.k_norm).weight.repeat(shape.num_kv_heads), values
+        else:
+            k, v = (
+                torch.cat([keys, torch.zeros_like(keys)], 1),
+                torch.cat([torch.zeros_like(values), values], 1),
+            )
+        return AttentionWeights(q=pick.repeat(heads, 1), k=k, v=v, o=parts["o"], o_bias=parts["o_bias"])
     for name in ("q", "k", "q_bias", "k_bias"):
         if parts[name] is not None:
             parts[name] = parts[name].unflatten(0, (-1, shape.head_dim))[:, order].flatten(0, 1)
@@ -230,8 +243,8 @@ def factorise_layer(
         rotation: RoPE of the layer.
         nope_dim: as in `factorise`.
     """
-    shape, num_rotary_freqs = source.shape, rotation.num_rotary_freqs
-    weights = source_weights(attention, source.family, shape, 2 * num_rotary_freqs)
+    shape, num_rotary_freqs = source.shape.of(attention.layer_idx), rotation.num_rotary_freqs
+    weights = source_weights(attention, source.family, shape, rotation.paired_dims or 2 * num_rotary_freqs)
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     scaling = softmax_scale(attention)
     planes_of_heads = None
@@ -242,7 +255,13 @@ def factorise_layer(
     geometry = Geometry(
         heads, kv_heads, shape.head_dim, scaling, rotation.scale, num_rotary_freqs, plane_weights=planes_of_heads
     )
-    return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes, nope_dim=nope_dim)
+    readers = readers_of(source, attention.layer_idx, weights.o.device)
+    if readers is None:
+        return factorise(weights, geometry, statistics, rank, rope_dim, planes=planes, nope_dim=nope_dim)
+    all_weights, all_statistics, all_heads = readers.join(weights, statistics)
+    geometry = replace(geometry, num_heads=all_heads)
+    found = factorise(all_weights, geometry, all_statistics, rank, rope_dim, planes=planes, nope_dim=nope_dim)
+    return readers.part(found, weights)
 
 
 def _on_meta(part: nn.Module | nn.Parameter) -> nn.Module | nn.Parameter:
@@ -258,7 +277,7 @@ def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.de
         device: of the module.
     """
     gate = None if config.mla_gate == "q_proj" else config.mla_gate
-    names = (config.mla_q_norm, config.mla_k_norm, config.mla_sinks, gate)
+    names = (config.mla_q_norm, config.mla_k_norm, config.mla_v_norm, config.mla_sinks, gate)
     kept = {name for name in names if name and hasattr(stock, name)}
     parts = SimpleNamespace(scaling=softmax_scale(stock), **{name: _on_meta(getattr(stock, name)) for name in kept})
     with torch.device("meta"):
@@ -282,6 +301,23 @@ def build_attention(config: PreTrainedConfig, stock: nn.Module, device: torch.de
         }
     module.load_state_dict(state, strict=False)
     return module
+
+
+# Weights of a converted attention from which those that attend to its latent start.
+TAKEN_OVER = ("q_b_proj.weight", "kv_b_proj.weight", "rope_freq_index")
+
+
+@torch.no_grad()
+def fill_from_source(module: MlaAttention, source: dict[str, Tensor], output: nn.Module) -> None:
+    """Give a module that attends to another's latent the maps of that one: both read keys and values of equal heads.
+
+    Args:
+        module: from `build_attention`.
+        source: TAKEN_OVER of the module that makes the latent.
+        output: output projection of the attention that `module` replaces, loaded.
+    """
+    module.load_state_dict(source, strict=False)
+    module.o_proj.load_state_dict(output.state_dict())
 
 
 @torch.no_grad()

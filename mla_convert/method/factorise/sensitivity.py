@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from mla_convert.core.processes import Processes, alone
 from mla_convert.core.progress import Progress
 from mla_convert.core.settings import Settings
 from mla_convert.method.calibrate.attention_forward import attention_forward, attention_kwargs
+from mla_convert.method.calibrate.beside import Beside, Key, Layout, Part
+from mla_convert.method.calibrate.exchange import Exchange, exchange_of
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output
 from mla_convert.method.calibrate.statistics import layer_statistics
@@ -94,9 +97,7 @@ def measure(
     shared = shares_out(config, plan)
     length = min(states.length, WINDOW)
     windows = min(states.total, max(1, TOKENS[layerwise.device.type] // length))
-    # in every process, as one step of the backward pass follows another; the layers' losses are shared out
-    first = states.together(torch.arange(windows)) if not states.processes.alone else states.data[:windows]
-    few = Activations(first[:, :length], layerwise.device, states.data.dtype)
+    few = _first(layerwise, states, windows, length)
     progress.start(2 * plan.shape.layers, 0, "measuring step")
     try:
         measured = sensitivities(
@@ -108,6 +109,24 @@ def measure(
         plan = replace(plan, sizes=allocate(plan, measured.losses, size_unit(plan), 1 / (1 + steps / REGAIN_STEPS)))
     states.processes.make_equal(measured.channels)
     return states.processes.told(lambda: plan), measured.channels
+
+
+def _first(layerwise: LayerwiseModel, states: Activations, windows: int, length: int) -> Activations:
+    """The first tokens of the first windows of all processes, and the layers' own inputs for them.
+
+    They are in every process, as one step of the backward pass follows another; the layers' losses are shared out.
+    """
+    layers, width = len(layerwise.layers), layerwise.input_width
+    states.look(
+        Layout(states.hidden_size, tuple(Part(("input", layer), (width,)) for layer in range(layers if width else 0)))
+    )
+    whole = states.processes.alone and states.beside is None
+    rows = (states.data[:windows] if whole else states.together(torch.arange(windows)))[:, :length]
+    few = Activations(rows[..., : states.hidden_size], layerwise.device, states.data.dtype)
+    if states.beside is not None:
+        inputs = rows[..., states.hidden_size :].flatten(0, 1).unflatten(-1, (layers, -1)).cpu() if width else None
+        few.beside = Beside(layerwise.device, torch.arange(windows * length).view(windows, length), inputs)
+    return few
 
 
 def sensitivities(
@@ -140,19 +159,25 @@ def sensitivities(
     for index in range(count):
         writer.spill(_file(index), states.data.cpu())
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer, layerwise.autocast():
-            states.advance(lambda hidden, layer=layer, kw=kwargs[index]: first_output(layer(hidden, **kw)))
+            exchange = exchange_of(layerwise, index)
+            states.look(exchange.layout)
+            states.advance_and_keep(partial(exchange.run_and_keep, layer, kwargs[index]))
         states.check_finite(f"layer {layerwise.layer_prefix(index)[:-1]}")
         tick()
     generator = torch.Generator(layerwise.device).manual_seed(seed)
     gradient = StreamedHead(layerwise).output_gradient(states.data, generator)
+    shared: dict[Key, Tensor] = {}
     for index in reversed(range(count)):
         states.data.copy_(writer.load_spilled(_file(index)))
         with layerwise.layer(index, layerwise.layer_tensors(index)) as layer:
             converted = index in plan.shape.converted_layers
-            metric, squares = _backward(layerwise, layer, converted, states, gradient, kwargs[index])
+            exchange = exchange_of(layerwise, index)
+            states.look(exchange.layout)
+            metric, squares = _backward(layerwise, layer, converted, states, gradient, kwargs[index], exchange, shared)
             channels.append(squares)
-            if by_size and converted and index in processes.share(count):
-                losses[index] = _losses(layerwise, layer, states, metric, plan, kwargs[index], eager[index])
+            if by_size and index in plan.shape.caching_layers and index in processes.share(count):
+                own = states.plain()
+                losses[index] = _losses(layerwise, layer, own, metric, plan, kwargs[index], eager[index])
         tick()
     everyones = {index: loss for part in processes.gathered(losses) for index, loss in part.items()}
     return Sensitivity([everyones[index] for index in sorted(everyones)], channels[::-1])
@@ -169,6 +194,8 @@ def _backward(
     states: Activations,
     gradient: Tensor,
     kwargs: LayerKwargs,
+    exchange: Exchange,
+    shared: dict[Key, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Backpropagate through one layer.
 
@@ -179,6 +206,8 @@ def _backward(
         states: hidden states before the layer.
         gradient: (N, L, d) at the layer's output; at its input afterwards.
         kwargs: the layer's keyword arguments.
+        exchange: the layer's.
+        shared: gradients (N, L, .) of what layers hand over to later ones, to which those of this layer are added.
 
     Returns:
         E[g g^T] (d, d) at the attention's output, and E[g^2] (d,) at the layer's output.
@@ -193,32 +222,40 @@ def _backward(
         kept.append(first_output(output))
         kept[0].retain_grad()
 
-    metric = torch.zeros(states.hidden_size, states.hidden_size, dtype=torch.float64, device=states.device)
+    width = layerwise.source.shape.hidden_size
+    metric = torch.zeros(width, width, dtype=torch.float64, device=states.device)
     squares = torch.zeros(states.hidden_size, dtype=torch.float64, device=states.device)
     tokens, hook = 0, attention.register_forward_hook(keep) if converted else contextlib.nullcontext()
     with hook:
         for window in range(states.windows):
             part = slice(window, window + 1)
-            hidden = states.get(part).requires_grad_(True)
+            rows = states.get(part).requires_grad_(True)
             with torch.enable_grad(), layerwise.autocast():
-                output = first_output(layer(hidden, **kwargs))
+                output, made = exchange.run_and_keep(layer, kwargs, rows)
             behind = gradient[part].to(output.device, output.dtype)
-            output.backward(behind)
+            read = [(columns, shared[key][part].to(columns)) for key, columns in made.items() if key in shared]
+            torch.autograd.backward(*zip((output, behind), *read, strict=True))
             with torch.no_grad():
-                ordinary = _without_massive(hidden + family.exit(layer)(kept[0]) if converted else output)[0]
+                residual = family.residual(layer)(rows[..., : states.hidden_size])
+                ordinary = _without_massive(residual + family.exit(layer)(kept[0]) if converted else output)[0]
+                exchange.add_gradients(shared, part, rows.grad, states.windows)
             if converted:
-                rows = kept[0].grad[0].float()[ordinary]
-                metric += (rows.T @ rows).double()
+                slopes = kept[0].grad[0].float()[ordinary]
+                metric += (slopes.T @ slopes).double()
             squares += behind[0].float()[ordinary].square().sum(0).double()
-            gradient[part] = hidden.grad.to(gradient.device)
+            gradient[part] = rows.grad[..., : states.hidden_size].to(gradient.device)
             tokens += int(ordinary.sum())
             kept.clear()
-    if not (torch.isfinite(metric).all() and torch.isfinite(squares).all()):
-        raise InputError(
-            f"the model's loss has no finite gradient at layer {layerwise.path_of(layer)}: weights behind it are too large to "
-            f"compute with, so the checkpoint is damaged; fetch it again"
-        )
+    _check_gradient(layerwise.path_of(layer), metric, squares)
     return metric / tokens, squares / tokens
+
+
+def _check_gradient(path: str, *moments: Tensor) -> None:
+    if not all(torch.isfinite(moment).all() for moment in moments):
+        raise InputError(
+            f"the model's loss has no finite gradient at layer {path}: weights behind it are too large to compute with, so the "
+            f"checkpoint is damaged; fetch it again"
+        )
 
 
 @torch.no_grad()
@@ -235,12 +272,14 @@ def _losses(
     family, source = layerwise.source.family, layerwise.source
     attention, norm = getattr(layer, family.attention), family.entry(layer)
     size, rotation = plan.layer(attention.layer_idx), layerwise.rotation(attention.layer_idx, eager)
-    full, nope_dim = plan.shape.full_rank(size.rope_dim), plan.most_nope_dim(attention.layer_idx)
+    own, unit = plan.of(attention.layer_idx), size_unit(plan)
+    full = own.shape.full_rank(size.rope_dim)
+    nope_dim = plan.most_nope_dim(attention.layer_idx)
     exact = replace(plan, cache=CacheFormat())
     statistics = layer_statistics(layerwise, layer, states, eager, _module(layerwise, exact, attention, size))
     hidden = states.get(slice(0, max(1, ERROR_TOKENS // states.length)))
     expected = attention_forward(attention, norm, kwargs, layerwise.autocast)(hidden)
-    ordinary = _without_massive(hidden + family.exit(layer)(expected))
+    ordinary = _without_massive(family.residual(layer)(hidden) + family.exit(layer)(expected))
     root = torch.linalg.cholesky(ridged(metric, SHRINKAGE)).float()
 
     def error(module: MlaAttention) -> float:
@@ -259,7 +298,7 @@ def _losses(
             source, attention, statistics, size.rank, size.rope_dim, "by_loss", rotation, nope_dim
         )
         losses = {}
-        for wide in wide_probes(plan, plan.cache.units(size_unit(plan))[0]):
+        for wide in wide_probes(own, plan.cache.units(unit)[0]):
             mixed = replace(size, wide=wide)
             module = _module(layerwise, plan, attention, mixed)
             fill_attention(module, in_basis(weights, plan.cache.row(mixed)), family.freq_stride)
@@ -267,7 +306,7 @@ def _losses(
         rounded = min(losses.values()) - 1e-12  # the most bits that a cache has: what remains is low rank
         return {wide: loss - rounded for wide, loss in losses.items()}
 
-    ranks, ropes = probes(plan, size_unit(plan))
+    ranks, ropes = probes(own, unit)
     by_rope = {rope_dim: error(build(None, rope_dim)) for rope_dim in (ropes if rotation.num_rotary_freqs else [0])}
     module, by_rank = build(full, size.rope_dim), {}
     for rank in sorted({full, *(rank for rank in ranks if rank < full)}, reverse=True):
@@ -275,12 +314,13 @@ def _losses(
         for parameter in module.kv_a_proj_with_mqa.parameters():
             parameter.data[rank:full] = 0
         by_rank[rank] = error(module)
-    return LayerLoss(by_rank, by_rope, by_bits() if plan.cache.kind == "mixed" else {})
+    loss = LayerLoss(by_rank, by_rope, by_bits() if plan.cache.kind == "mixed" else {})
+    return loss.times(len(plan.shape.readers_of(attention.layer_idx)))
 
 
 def _module(layerwise: LayerwiseModel, plan: Plan, attention: nn.Module, size: LayerSize) -> MlaAttention:
     """An attention of some size to replace one stock attention, with uninitialised weights."""
-    sized = replace(plan, sizes=(size,) * len(plan.shape.converted_layers))
+    sized = replace(plan, sizes=(size,) * len(plan.shape.caching_layers))
     return build_attention(mla_config(layerwise.source, sized, torch.float32), attention, layerwise.device)
 
 

@@ -132,7 +132,7 @@ class Plan:
         rank: of every layer, or on average where `sizes` are set.
         rope_dim: likewise.
         shape: of the source's attention.
-        sizes: of each converted layer, where they differ.
+        sizes: of each layer with a latent of its own, where they differ.
         cache: numbers of a cached token.
         wide: channels with 8 bits in a mixed cache, likewise.
         budget: bytes per token and layer that layers share out; None: those of the mean sizes.
@@ -149,17 +149,26 @@ class Plan:
     nope_dim: int | None = None
 
     def layer(self, index: int) -> LayerSize:
-        """Sizes of one converted layer."""
+        """Sizes of the latent that one converted layer attends to."""
+        index = self.shape.source_of(index)
         if self.sizes:
-            return self.sizes[self.shape.converted_layers.index(index)]
+            return self.sizes[self.shape.caching_layers.index(index)]
         if self.shape.has_rope(index):
             return LayerSize(self.rank, self.rope_dim, self.wide)
         return LayerSize(self.cache.possible(min(self.rank + self.rope_dim, self.shape.full_rank(0))), 0, self.wide)
 
+    def of(self, index: int) -> Plan:
+        """The plan of a model whose layers are all like this one, where layers of the source differ; else this plan."""
+        if self.shape.heads is None:
+            return self
+        size = self.layer(index)
+        alone = replace(self, rank=size.rank, rope_dim=size.rope_dim, wide=size.wide, shape=self.shape.of(index))
+        return replace(alone, sizes=None)
+
     @property
     def layers(self) -> list[LayerSize]:
-        """Sizes of all converted layers."""
-        return [self.layer(index) for index in self.shape.converted_layers]
+        """Sizes of all layers with a latent of their own."""
+        return [self.layer(index) for index in self.shape.caching_layers]
 
     @property
     def cache_width(self) -> int:
@@ -167,14 +176,17 @@ class Plan:
         return self.rank + self.rope_dim
 
     @property
-    def row_bytes(self) -> int:
+    def row_bytes(self) -> float:
         """Bytes per token and layer that the settings ask for, the mean over layers where they differ."""
+        if self.shape.heads and self.sizes:
+            return sum(map(self.cache.row_bytes, self.sizes)) / len(self.sizes)
         return self.cache.row_bytes(LayerSize(self.rank, self.rope_dim, self.wide))
 
     @property
     def cache_ratio(self) -> float:
         """Bytes of the cache as a fraction of the source's, with NUMBER bytes a number."""
-        return self.row_bytes / (NUMBER * self.shape.cache_width)
+        widths = self.shape.cache_widths
+        return self.row_bytes / (NUMBER * sum(widths) / len(widths))
 
     @property
     def latent_cache(self) -> dict[str, object] | None:
@@ -186,17 +198,22 @@ class Plan:
         fields = {"version": VERSION, "kind": self.cache.kind, "group": self.cache.group, "rope": self.cache.rope}
         if self.cache.kind != "mixed":
             return fields
-        wide = dict(zip(self.shape.converted_layers, (size.wide for size in self.layers), strict=True))
+        wide = {layer: self.layer(layer).wide for layer in self.shape.converted_layers}
         return fields | {"wide": [wide.get(layer, 0) for layer in range(self.shape.layers)]}
 
     @property
     def full_rank(self) -> int:
-        """Rank at which only the rotation of the planes that are not kept is lost."""
-        return self.shape.full_rank(self.rope_dim)
+        """Rank at which only the rotation of the planes that are not kept is lost; the mean where heads differ by layer."""
+        if self.shape.heads is None:
+            return self.shape.full_rank(self.rope_dim)
+        alone = [self.of(layer) for layer in self.shape.caching_layers]
+        return _mean([plan.shape.full_rank(plan.rope_dim) for plan in alone])
 
     @property
     def exact(self) -> bool:
         """Whether every plane keeps RoPE, no direction is dropped and no number is rounded."""
+        if self.shape.heads:
+            return all(self.of(layer).exact for layer in self.shape.caching_layers)
         whole = self.rope_dim == self.shape.full_rope_dim and self.rank == self.full_rank
         # With every plane rotary, dims that RoPE does not rotate are the only content.
         still = 0 if self.shape.rotary_dim is None else self.shape.head_dim - self.shape.rotary_dim
@@ -209,7 +226,8 @@ class Plan:
 
     def layer_nope_dim(self, layer: int) -> int:
         """qk_nope_head_dim of one layer: 0 where every dim of every key head stays rotary."""
-        all_dims = self.shape.num_kv_heads * self.shape.head_dim
+        shape = self.shape.of(layer)
+        all_dims = shape.num_kv_heads * shape.head_dim
         return 0 if self.layer(layer).rope_dim == all_dims else self.most_nope_dim(layer)
 
     def most_nope_dim(self, layer: int) -> int:
@@ -217,18 +235,21 @@ class Plan:
 
         Without RoPE it is head_dim, because no rotary dims make these heads wider than the original's.
         """
-        return self.nope_dim if self.nope_dim and self.shape.has_rope(layer) else self.shape.head_dim
+        width = self.shape.of(layer).head_dim
+        return min(self.nope_dim, width) if self.nope_dim and self.shape.has_rope(layer) else width
 
 
 def shares_out(settings: Settings, plan: Plan) -> bool:
     """Whether the conversion chooses a size for each layer by its sensitivity; the plan then holds their mean."""
     free = not settings.uniform and settings.rope_selection == "by_loss"
-    several = len(plan.shape.converted_layers) > 1
+    several = len(plan.shape.caching_layers) > 1
     return free and several and (plan.rank < plan.full_rank or plan.budget is not None)
 
 
 def size_unit(plan: Plan) -> int:
     """Unit of which per-layer sizes are multiples. A model without RoPE has ranks only."""
+    if plan.shape.heads:
+        return min(size_unit(plan.of(layer)) for layer in plan.shape.caching_layers)
     smallest = min(plan.rank, plan.shape.full_rope_dim - 1) if plan.shape.full_rope_dim else plan.rank
     return UNIT if smallest >= UNIT else 2
 
@@ -245,6 +266,8 @@ def make_plan(settings: Settings, shape: AttentionShape) -> Plan:
 def _cache_plan(settings: Settings, shape: AttentionShape) -> Plan:
     if isinstance(settings.rank, int) and settings.rank <= 0:
         raise InputError(f"rank {settings.rank} is not positive: give a rank of at least 1, or 'full'")
+    if shape.heads:
+        return _plan_by_layer(settings, shape)
     if settings.rank is None:
         return _plan_from_ratio(settings, shape)
     rope_dim = _rope_dim(settings, shape, _default_rope(shape, settings.rank))
@@ -256,6 +279,39 @@ def _cache_plan(settings: Settings, shape: AttentionShape) -> Plan:
             f"give at most that, or 'full'"
         )
     return _with_format(Plan(rank, rope_dim, shape), settings)
+
+
+def _plan_by_layer(settings: Settings, shape: AttentionShape) -> Plan:
+    """The plan of a model whose layers have heads of their own: each layer's sizes are those of a model of such layers.
+
+    A rank or rope_dim that only some layers can have is the most that the others have.
+    """
+    layers = shape.caching_layers
+    shapes = [shape.of(layer) for layer in layers]
+    _rope_dim(settings, max(shapes, key=lambda each: each.full_rope_dim), 0)  # refuses what no layer can have
+    ranks = settings.rank if isinstance(settings.rank, int) else None
+
+    def plan_of(own: AttentionShape) -> Plan:
+        possible: dict[str, int | None] = {"nope_dim": None}  # that of the plan holds for all layers
+        if isinstance(settings.rope_dim, int):
+            possible["rope_dim"] = min(settings.rope_dim, own.full_rope_dim)
+        if ranks is not None:
+            rope_dim = _rope_dim(settings.model_copy(update=possible), own, _default_rope(own, ranks))
+            possible["rank"] = min(ranks, own.full_rank(rope_dim))
+        return make_plan(settings.model_copy(update=possible), own)
+
+    plans = [plan_of(own) for own in shapes]
+    sizes = tuple(plan.layer(layer) for layer, plan in zip(layers, plans, strict=True))
+    if ranks is not None and ranks > max(size.rank for size in sizes):
+        make_plan(settings, max(shapes, key=lambda each: each.full_rank(0)))  # refuses it
+    budgets = [plan.budget for plan in plans if plan.budget is not None]
+    mean = {name: _mean([getattr(size, name) for size in sizes]) for name in ("rank", "rope_dim", "wide")}
+    budget = sum(budgets) / len(budgets) if budgets else None
+    return Plan(shape=shape, sizes=sizes, cache=plans[0].cache, budget=budget, **mean)
+
+
+def _mean(sizes: list[int]) -> int:
+    return round(sum(sizes) / len(sizes))
 
 
 def _plan_from_ratio(settings: Settings, shape: AttentionShape) -> Plan:
@@ -347,7 +403,8 @@ def _rope_dim(settings: Settings, shape: AttentionShape, default: int) -> int:
 
 def _nope_dim(settings: Settings, shape: AttentionShape) -> int | None:
     """Content dims of a head; None where heads keep all of them."""
-    nope_dim, width = settings.nope_dim, shape.head_dim
+    nope_dim = settings.nope_dim
+    width = max(heads.head_dim for heads in shape.heads) if shape.heads else shape.head_dim
     if nope_dim in (None, "full"):
         return None
     if nope_dim < 1 or nope_dim > width:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from mla_convert.method.calibrate.beside import Key
+from mla_convert.method.calibrate.exchange import SHARED, Exchange
 from mla_convert.method.calibrate.hidden_states import Activations
-from mla_convert.method.calibrate.layerwise import LayerKwargs, first_output
+from mla_convert.method.calibrate.layerwise import LayerKwargs
 from mla_convert.method.refine.optimise import (
     EVALUATIONS,
     Distance,
@@ -35,6 +37,13 @@ class LayerPair:
     student: MlaAttention | None
     kwargs: dict[int, LayerKwargs]  # keyword arguments of the layer, by window length
     eager_kwargs: LayerKwargs  # the same under eager attention, for calibration windows
+    exchange: Exchange = field(default_factory=Exchange)  # with the other layers
+    norm: Callable[[Tensor], Tensor] = lambda hidden: hidden  # before its attention
+    stock: nn.Module | None = field(init=False)  # its own attention, which `converted` replaces for a while
+
+    def __post_init__(self):
+        """Remember the layer's own attention."""
+        self.stock = getattr(self.layer, self.attention_name, None)
 
     @property
     def attention(self) -> nn.Module:
@@ -55,8 +64,25 @@ class LayerPair:
             setattr(self.layer, self.attention_name, original)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, L, d) behind the layer."""
-        return first_output(self.layer(hidden, **self.kwargs[hidden.shape[1]]))
+        """Hidden states (B, L, d) behind the layer, from those before it and what is beside them."""
+        return self.run(*self.exchange.layout.take(hidden))
+
+    def run(self, hidden: Tensor, beside: dict[Key, tuple[Tensor, ...]]) -> Tensor:
+        """`forward` of hidden states alone; what the layer hands over to later ones is added to what is `beside` them."""
+        return self.exchange.run(self.layer, self.kwargs[hidden.shape[1]], hidden, beside)
+
+    def run_and_keep(self, rows: Tensor) -> tuple[Tensor, dict[Key, Tensor]]:
+        """`forward`, and the columns of what the layer hands over.
+
+        A converted layer hands over its own keys and values too, for the stock attentions that later ones are compared with.
+        """
+        hidden, beside = self.exchange.layout.take(rows)
+        output = self.run(hidden, beside)
+        if self.exchange.hands_over and self.attention is not self.stock:
+            given = self.kwargs[hidden.shape[1]] | {SHARED: {}}
+            self.stock(hidden_states=self.norm(hidden), **given)
+            self.exchange.take_over(given, beside)
+        return output, self.exchange.made(beside)
 
 
 @dataclass(frozen=True)
@@ -101,12 +127,13 @@ def refine_jointly(
         on_step: called after every step.
     """
 
-    def forward(hidden: Tensor) -> Tensor:
-        states = hidden
+    def forward(rows: Tensor) -> Tensor:
+        before, beside = layers[0].exchange.layout.take(rows)
+        states = before
         with autocast():
             for layer in layers:
-                states = layer.forward(states)
-        return states.float() - hidden
+                states = layer.run(states, beside)
+        return states.float() - before
 
     expected = held_out_streams(forward, inputs)
     with contextlib.ExitStack() as stack:

@@ -108,6 +108,10 @@ def channel_weights(curvature: Tensor, targets: Activations) -> Tensor:
     Returns:
         (d,), float32.
     """
+    curvature, targets = (
+        curvature[: targets.hidden_size],
+        targets.plain(),
+    )  # of the first stream, where there are several
     squares = torch.zeros_like(curvature)
     for batch in targets.batches():
         stream = targets.get(batch).double()
@@ -122,11 +126,18 @@ def channel_weights(curvature: Tensor, targets: Activations) -> Tensor:
 @torch.no_grad()
 def residual_targets(original: Forward, states: Activations) -> Activations:
     """The source's residual stream behind its attention, for all windows."""
-    targets = states.empty_like()
+    targets = None
     for batch in states.batches():
-        hidden = states.get(batch)
-        targets.put(batch, hidden + original(hidden))
-    return targets
+        stream = behind(original, states.get(batch))
+        targets = states.empty_like(stream.shape[-1]) if targets is None else targets
+        targets.put(batch, stream)
+    return states.empty_like() if targets is None else targets
+
+
+def behind(branch: Forward, hidden: Tensor) -> Tensor:
+    """The residual stream (B, L, d) behind a branch, from that before it; columns beside the stream are left out."""
+    added = branch(hidden)
+    return hidden[..., : added.shape[-1]] + added
 
 
 def _held_out(windows: int) -> range:
@@ -154,7 +165,7 @@ def output_error(student: Forward, original: Forward, states: Activations) -> fl
 @torch.no_grad()
 def held_out_streams(forward: Forward, inputs: Activations) -> list[Tensor]:
     """The residual stream (1, L, d) behind `forward`, for each held-out window."""
-    return [hidden + forward(hidden) for hidden in held_out_states(inputs)]
+    return [behind(forward, hidden) for hidden in held_out_states(inputs)]
 
 
 @torch.no_grad()
@@ -173,7 +184,7 @@ def residual_error(
         distance: between the two.
     """
     pairs = zip(held_out_states(inputs), expected, strict=True)
-    errors = [float(distance(hidden + student(hidden), target)) for hidden, target in pairs]
+    errors = [float(distance(behind(student, hidden), target)) for hidden, target in pairs]
     return inputs.processes.mean(errors)
 
 
@@ -215,12 +226,12 @@ class TrainingStep:
         self._captured_update: Callable[..., None] | None = None
 
     def _compute(self, hidden: Tensor, target: Tensor) -> None:
-        self.distance(hidden + self.student(hidden), target).backward()
+        self.distance(behind(self.student, hidden), target).backward()
         self._update()
 
     def _compute_part(self, hidden: Tensor, target: Tensor) -> None:
         """Gradients of this process's part of a step, times its fraction of the windows."""
-        loss = self.distance(hidden + self.student(hidden), target)
+        loss = self.distance(behind(self.student, hidden), target)
         (loss * (len(hidden) / self.settings.batch)).backward()
 
     def _update(self) -> None:
@@ -303,6 +314,7 @@ def refine(
         distance: minimised between the residual stream and its target.
         evaluations: on held-out windows during the run.
     """
+    targets = targets.plain()
     before = residual_error(student, inputs, held_out_states(targets), distance)
     if not settings.steps:
         return RefineResult(before, before, 0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from dataclasses import dataclass
 
 from mla_convert.core.errors import InputError, UsageError
-from mla_convert.method.factorise.sizes import UNIT, Plan
+from mla_convert.method.factorise.sizes import UNIT, LayerSize, Plan
 
 CONTEXTS = (4096, 32768, 131072)
 BATCHES = (1, 8, 32)
@@ -23,12 +24,12 @@ UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib":
 
 @dataclass(frozen=True)
 class CacheSize:
-    """A KV cache of `width` numbers per token and layer, `itemsize` bytes each.
+    """A KV cache of `width` numbers per token and layer, or by layer, `itemsize` bytes each.
 
     `windows`: the layers' sliding windows or None; `fixed`: bytes of a sequence's states that do not grow with the context.
     """
 
-    width: int
+    width: float | tuple[float, ...]
     itemsize: int
     windows: tuple[int | None, ...]
     fixed: int = 0
@@ -38,8 +39,9 @@ class CacheSize:
 
         A layer with a sliding window holds at most as many tokens as its window.
         """
-        held = sum(min(context, window) if window else context for window in self.windows)
-        return batch * held * self.width * self.itemsize
+        held = [min(context, window) if window else context for window in self.windows]
+        widths = self.width if isinstance(self.width, tuple) else (self.width,) * len(held)
+        return int(batch * sum(map(operator.mul, held, widths)) * self.itemsize)
 
     def bytes(self, context: int, batch: int = 1) -> int:
         """Bytes for `batch` sequences of `context` tokens, with their fixed states."""
@@ -97,20 +99,23 @@ def fit(room: int, cache: CacheSize, limit: int) -> dict[str, dict[str, int]]:
 
 def warnings(plan: Plan) -> list[str]:
     """Properties of a plan that its user may not have meant, one sentence each."""
-    lines, shape = [], plan.shape
+    lines = []
     if plan.cache_ratio >= 1:
         how = "larger than" if plan.cache_ratio > 1 else "as large as"
         lines.append(f"the cache is {how} the original's: a smaller rank saves memory")
-    full = shape.full_rank(plan.rope_dim)
-    if plan.rank >= full:
+    if plan.rank >= plan.full_rank:
         lines.append(f"rank {plan.rank} is full rank: the latent loses nothing, and a higher one is not possible")
-    still = sum(not shape.has_rope(layer) for layer in shape.converted_layers)
+    layers = plan.shape.converted_layers
+    still = sum(not plan.shape.has_rope(layer) for layer in layers)
     if plan.nope_dim and still:
         lines.append(
-            f"{still} of {len(shape.converted_layers)} layers have no RoPE and keep heads of {shape.head_dim} content dims, as "
-            f"all layers of an export do"
+            f"{still} of {len(layers)} layers have no RoPE and keep heads of {plan.shape.head_dim} content dims, as all layers "
+            f"of an export do"
         )
-    for name, value in (("rank", plan.rank), ("rope-dim", plan.rope_dim), ("nope-dim", plan.nope_dim or 0)):
+    sizes = plan.layers if plan.shape.heads else [LayerSize(plan.rank, plan.rope_dim)]
+    each = [("rank", {size.rank for size in sizes}), ("rope-dim", {size.rope_dim for size in sizes})]
+    each.append(("nope-dim", {plan.nope_dim or 0}))
+    for name, value in ((name, value) for name, values in each for value in sorted(values)):
         if value % UNIT:
             lower = value // UNIT * UNIT
             near = f"{lower} or {lower + UNIT}" if lower else f"{UNIT}"

@@ -22,8 +22,8 @@ def _discover() -> dict[str, Family]:
 
 FAMILIES: dict[str, Family] = _discover()
 # Multimodal model types that are converted in place: transformers' class holds the language model's decoder at DECODER.
-WHOLES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
-          "qwen3_vl_moe")  # fmt: skip
+WHOLES = ("gemma3", "gemma4", "gemma4_unified", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
+          "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")  # fmt: skip
 DECODER = "model.language_model"
 # Types that cannot be converted -> the reason.
 REFUSED = {name: reason for reason, names in REASONS.items() for name in names if name not in (*FAMILIES, *WHOLES)}

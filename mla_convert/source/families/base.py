@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mla_convert.core.errors import InputError
 
@@ -82,6 +82,17 @@ class Family:
     state_mixer: str | None = None
     """Name of the module in a layer whose cached state does not grow with the context."""
 
+    shared: str | None = None
+    """Configuration value: how many of the last layers have no keys and values, and attend to those of the last layer before
+    them of their own type."""
+
+    layer_inputs: str | None = None
+    """Configuration value: width of an input that each layer gets for each token, beside the hidden states; 0: none."""
+
+    streams: str | None = None
+    """Configuration value: number of streams of hidden states (streams, B, T, d) between layers, which a layer's module
+    `altup` mixes (AltUp, arXiv 2301.13310). Attention reads the first stream. Steps here have them as (B, T, streams * d)."""
+
     final_norm: str = "norm"
     """Name of the norm after the last layer; it is a sibling of the list of layers."""
 
@@ -107,6 +118,17 @@ class Family:
     q_norm: str | None = None
     k_norm: str | None = None
     """Names of the norms of query and key, applied before RoPE; a layer without a module of that name has no norm."""
+
+    v_norm: str | None = None
+    """Name of the norm of values, an RMSNorm of each head without weights."""
+
+    heads_by_layer: bool = False
+    """Whether layers may differ in KV heads and head width, by the configuration's `per_layer_config`. Their RoPE pairs dims
+    f and f + half of the head; its type "proportional" leaves the pairs of the highest f still."""
+
+    one_projection: str | None = None
+    """Configuration value: while it is true, full-attention layers have no value projection, and their values are the output
+    of the key projection, before the norm of keys."""
 
     norm_after_rope: bool = False
     """Whether these norms are applied after RoPE, which commutes with a root mean square; a weight for each dim is applied to
@@ -165,7 +187,7 @@ class Family:
     """Pairs of ends of names: a tensor of the model, and the stored tensors whose rows it holds one after another."""
 
     requires: Mapping[str, Any] = field(default_factory=dict)
-    """Configuration values that the conversion relies on; a checkpoint with another value is refused."""
+    """Configuration values that the conversion relies on; a checkpoint with another value is refused. A tuple: any of them."""
 
     tested: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Variants that the tests convert: name -> settings in which its tiny configuration differs from tests/pico.py's."""
@@ -174,8 +196,17 @@ class Family:
         """The norm before a layer's attention; the identity if there is none."""
         names = (self.input_norm,) if isinstance(self.input_norm, str) else self.input_norm or ()
         norm = next((getattr(layer, name) for name in names if hasattr(layer, name)), lambda hidden: hidden)
+        if self.streams:
+            return lambda hidden: norm(self.residual(layer)(hidden))
         factor = getattr(layer, self.input_multiplier) if self.input_multiplier else 1.0
         return norm if factor == 1.0 else lambda hidden: norm(hidden) * factor
+
+    def residual(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The map from a layer's hidden states to the residual stream (B, T, d) that its attention reads and adds to."""
+        if not self.streams:
+            return lambda hidden: hidden
+        count, mixer = getattr(layer.config, self.streams), cast(Any, layer.altup)
+        return lambda hidden: mixer.predict(hidden.unflatten(-1, (count, -1)).movedim(-2, 0))[0]
 
     def exit(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The map from the output of a layer's attention to its contribution to the residual stream."""
@@ -196,6 +227,15 @@ class Family:
         kinds = config.layer_types
         converted = tuple(index for index, kind in enumerate(kinds) if kind not in self.other_layers)
         return None if len(converted) == len(kinds) else converted
+
+    def latent_of(self, config: Any) -> tuple[int, ...] | None:
+        """The layer whose keys and values each layer attends to; None if each has its own."""
+        count = getattr(config, self.shared) if self.shared else 0
+        if not count:
+            return None
+        own = config.num_hidden_layers - count
+        last = {kind: index for index, kind in enumerate(config.layer_types[:own])}
+        return (*range(own), *(last[kind] for kind in config.layer_types[own:]))
 
     def layers_with_rope(self, config: Any) -> tuple[bool, ...] | None:
         """Whether each layer has RoPE, by the configuration; None if all have it."""
@@ -233,7 +273,9 @@ class Family:
             InputError: names the setting.
         """
         for key, value in (ALWAYS | dict(self.requires)).items():
-            configured = getattr(config, key, value)
+            allowed = value if isinstance(value, tuple) else (value,)
+            configured = getattr(config, key, allowed[0])
             # None, 0 and False all say that a feature is off.
-            if (configured or None) != (value or None):
-                raise InputError(f"{label} has {key} = {configured}, which is not supported: it must be {value}")
+            if (configured or None) not in [each or None for each in allowed]:
+                words = " or ".join(map(str, allowed))
+                raise InputError(f"{label} has {key} = {configured}, which is not supported: it must be {words}")

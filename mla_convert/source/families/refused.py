@@ -8,9 +8,7 @@ LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "
 # Reason -> types.
 REASONS = {
     "its attention has a bias by distance (ALiBi) instead of RoPE or learned positions": ("bloom", "mpt"),
-    "layers attend to the keys and values of other layers, and heads of full-attention layers are wider than others": (
-        "gemma4_text", "gemma4_unified_text"),
-    "layers attend to the keys and values of other layers": ("gemma3n_text", "gemma4_assistant", "gemma4_unified_assistant"),
+    "layers attend to the keys and values of other layers": ("gemma4_assistant", "gemma4_unified_assistant"),
     "it subtracts two attentions with one key for two heads of values": ("diffllama",),
     "its projections quantise their inputs and weights (1.58 bits), and a norm stands between them and the output projection": (
         "bitnet",),
