@@ -280,7 +280,7 @@ class MlaAttention(nn.Module):
         if self.rope_weight is not None:
             q_rope = q_rope * self.rope_weight
         if self.latent_format is not None:
-            q_rope = self.latent_format.mixed(q_rope)  # as the cached keys
+            q_rope = self.latent_format.spread(q_rope)  # as the cached keys
 
         # With several queries, only an explicit mask defines which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)

@@ -8,8 +8,8 @@ Sections of a row (one token of one layer), each from a multiple of ALIGN bytes 
     rope     the rotated key: 2m numbers as bfloat16 (2 bytes each), e4m3 or int8
     scales   float16, little-endian: one for each group of channels, then one for the rotary key unless that is bfloat16
 
-A rotary key in 4 bits has no section of its own: its numbers, mixed by `mixing`, are the last channels of codes4, so that the row
-is that of a latent of r + 2m channels without a rotary key.
+A rotary key in 4 bits has no section of its own: its numbers, multiplied by `spreading`, are the last channels of codes4. The row
+is then that of a latent of r + 2m channels without a rotary key.
 
 A dequantised number is its code times its group's scale. Groups have `group` channels, the last of a section maybe fewer, and
 none holds channels of both widths. Needs only torch and transformers, like the modeling code beside it.
@@ -45,8 +45,8 @@ def _aligned(size: int) -> int:
 
 
 @functools.cache
-def mixing(size: int) -> Tensor:
-    """An orthonormal matrix (size, size) whose every row mixes numbers of all magnitudes, float64 on the CPU.
+def spreading(size: int) -> Tensor:
+    """An orthonormal matrix (size, size) that spreads each number over many, float64 on the CPU.
 
     It has a Hadamard matrix of Sylvester's construction for each power of two in `size`. Numbers are dealt out to these blocks
     in turn, so that each block gets a like part of numbers that are in the order of their magnitudes.
@@ -113,11 +113,11 @@ class LatentFormat:
         wide = self.wide if self.kind == "mixed" else -1
         return replace(self, rank=self.rank + self.rope_dim, rope_dim=0, wide=wide, rope="bf16")
 
-    def mixed(self, rope: Tensor) -> Tensor:
+    def spread(self, rope: Tensor) -> Tensor:
         """Rotated keys or queries (..., 2m) in the basis in which keys are cached."""
         if self.rope != "int4" or not self.rope_dim:
             return rope
-        return rope @ _mixing_on(self.rope_dim, rope.device, rope.dtype)
+        return rope @ _constant_spreading(self.rope_dim, rope.device, rope.dtype)
 
     @property
     def narrow(self) -> int:
@@ -193,8 +193,15 @@ def layer_format(config: Any, layer_idx: int) -> LatentFormat | None:
 
 
 @functools.cache
-def _mixing_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return mixing(size).mT.to(device, dtype)
+def _spreading_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return spreading(size).mT.to(device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _constant_spreading(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _spreading_on(
+        size, device, dtype
+    )  # a compiler would trace through the cache, and make the matrix at every step
 
 
 def _quantised(values: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -257,7 +264,7 @@ def quantise_rows(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> Tensor:
         (..., row_bytes), uint8.
     """
     if fmt.joint is not fmt:
-        return quantise_rows(fmt.joint, torch.cat([latent, fmt.mixed(rope)], -1), rope[..., :0])
+        return quantise_rows(fmt.joint, torch.cat([latent, fmt.spread(rope)], -1), rope[..., :0])
     sections = _sections(fmt, latent)
     parts = []
     if fmt.wide:
@@ -273,7 +280,7 @@ def quantise_rows(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> Tensor:
 
 
 def dequantise_rows(fmt: LatentFormat, rows: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Latents (..., r) and rotary keys (..., 2m) of packed tokens (..., row_bytes); the keys as from `LatentFormat.mixed`.
+    """Latents (..., r) and rotary keys (..., 2m) of packed tokens (..., row_bytes); the keys as from `LatentFormat.spread`.
 
     Args:
         fmt: layout of a row.
@@ -331,7 +338,7 @@ def pass_through(fmt: LatentFormat, latent: Tensor, rope: Tensor) -> tuple[Tenso
         Both in the dtype of `latent`, equal to `dequantise_rows` of `quantise_rows`.
     """
     if fmt.joint is not fmt:
-        both, _ = pass_through(fmt.joint, torch.cat([latent, fmt.mixed(rope)], -1), rope[..., :0])
+        both, _ = pass_through(fmt.joint, torch.cat([latent, fmt.spread(rope)], -1), rope[..., :0])
         return both[..., : fmt.rank], both[..., fmt.rank :]
     with torch.no_grad():
         parts = [codes * _expand(scales, group, codes.shape[-1]) for codes, scales, group in _sections(fmt, latent)]
@@ -410,7 +417,7 @@ def write_packed(
     Returns:
         The rotated queries, the rows of all cached tokens, and None in the place of the keys.
     """
-    form = kernel_format(fmt) if fmt.joint is fmt else None  # the kernel that writes does not mix
+    form = kernel_format(fmt) if fmt.joint is fmt else None  # the kernel that writes does not spread
     written = kernels and form and write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes)
     if written:
         rows, _, q_rope = written

@@ -83,6 +83,15 @@ def test_padding_on_the_left_changes_nothing(folder, kind):
     assert torch.equal(found[:, 4:], model.generate(IDS[:1], use_cache=False, **K))
 
 
+@torch.no_grad()
+def test_compiled_by_torch(folder):
+    model = load(folder)
+    expected = model(IDS, use_cache=False).logits
+    found = torch.compile(model, backend="aot_eager")(IDS, use_cache=False).logits
+    # Fused operations round otherwise, and a code may be its neighbour then.
+    assert (found - expected).square().mean() < 1e-3 * expected.var()
+
+
 def test_gradients_pass_through_the_rounding(folder):
     model = load(folder).train()
     model(IDS, labels=IDS).loss.backward()

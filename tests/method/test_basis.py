@@ -7,7 +7,7 @@ import torch
 
 from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.svd import MlaWeights
-from mla_convert.modeling.quantised_latent_mla import LatentFormat, mixing
+from mla_convert.modeling.quantised_latent_mla import LatentFormat, spreading
 
 
 def weights(rank, rope_dim=4, hidden=96, bias=True):
@@ -40,8 +40,8 @@ def weights(rank, rope_dim=4, hidden=96, bias=True):
 
 
 @pytest.mark.parametrize("size", [1, 2, 6, 16, 64, 80, 96])
-def test_mixing_is_orthonormal_and_spreads(size):
-    matrix = mixing(size)
+def test_spreading_is_orthonormal(size):
+    matrix = spreading(size)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
     block = 1 << (size.bit_length() - 1)
     used = matrix[:block].abs().amax(0) > 0

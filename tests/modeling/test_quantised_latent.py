@@ -33,7 +33,7 @@ def test_rows_have_the_stated_bytes_and_equal_the_straight_through_form(fmt):
     most = {"fp8": 0.002, "int8": 0.001, "int4": 0.03, "mixed": 0.03}[fmt.kind]
     assert (restored[0] - latent).square().mean() < most and not restored[0][0, 0, 0].any()
     most = 0.03 if fmt.rope == "int4" else 0.002
-    assert (restored[1] - fmt.mixed(rope)).square().sum() < most * max(rope.square().sum(), 1)
+    assert (restored[1] - fmt.spread(rope)).square().sum() < most * max(rope.square().sum(), 1)
 
 
 def test_bytes_of_a_mixed_row():
@@ -59,9 +59,9 @@ def test_a_rotary_key_in_4_bits_is_part_of_the_latent():
     assert fmt.joint == LatentFormat("mixed", 60, 0, 32, 16) and fmt.row_bytes == fmt.joint.row_bytes == 64
     latent, key, query = torch.randn(7, 48), torch.randn(7, 12), torch.randn(3, 12)
     rows = quantise_rows(fmt, latent, key)
-    torch.testing.assert_close(rows, quantise_rows(fmt.joint, torch.cat([latent, fmt.mixed(key)], 1), key[:, :0]))
-    torch.testing.assert_close(fmt.mixed(query) @ fmt.mixed(key).T, query @ key.T, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(fmt.mixed(key), key)
+    torch.testing.assert_close(rows, quantise_rows(fmt.joint, torch.cat([latent, fmt.spread(key)], 1), key[:, :0]))
+    torch.testing.assert_close(fmt.spread(query) @ fmt.spread(key).T, query @ key.T, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(fmt.spread(key), key)
 
 
 def test_a_rotary_key_in_int8_is_rounded_less_than_in_e4m3():

@@ -1,13 +1,14 @@
 """The basis in which a token is quantised: an invertible map that the projections absorb, so that it costs nothing.
 
-Channel i of a latent has variance s_i, and a squared error of it costs w_i. Numbers that are mixed by an orthonormal matrix of
-equal magnitudes have one variance, the mean of theirs, and their errors in 4 bits are a fraction q of it (QuaRot, arXiv
-2404.00456). Channels scaled by f_i first have a mean variance of mean(f_i^2 s_i), and their errors cost mean(w_i / f_i^2) each:
-in n channels n q mean(f_i^2 s_i) mean(w_i / f_i^2), which is least, n q mean(sqrt(w_i s_i))^2, for f_i^4 = w_i / s_i (by Cauchy
-and Schwarz). Channels that are not mixed cost n q mean(w_i s_i), the more, the more their costs differ.
+Channel i of a latent has variance s_i, and a squared error of it costs w_i. Numbers that an orthonormal matrix of equal
+magnitudes spreads over each other have one variance, the mean of theirs, and their errors in 4 bits are a fraction q of it
+(QuaRot, arXiv 2404.00456). Channels scaled by f_i first have a mean variance of mean(f_i^2 s_i), and their errors cost
+mean(w_i / f_i^2) each: in n channels n q mean(f_i^2 s_i) mean(w_i / f_i^2), which is least, n q mean(sqrt(w_i s_i))^2, for
+f_i^4 = w_i / s_i (by Cauchy and Schwarz). Channels that are not spread cost n q mean(w_i s_i), the more, the more their
+costs differ.
 
-The numbers of a rotary key are scaled plane by plane, as RoPE turns a plane; they are mixed behind RoPE, when the model runs
-(`LatentFormat.mixed`).
+The numbers of a rotary key are scaled plane by plane, as RoPE turns a plane; they are spread behind RoPE, when the model runs
+(`LatentFormat.spread`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from mla_convert.method.factorise.linalg import balance
 from mla_convert.method.factorise.svd import MlaWeights
-from mla_convert.modeling.quantised_latent_mla import LatentFormat, mixing
+from mla_convert.modeling.quantised_latent_mla import LatentFormat, spreading
 
 # Least variance and cost of a channel, as a fraction of the largest: a channel without them still has a scale.
 FLOOR = 1e-9
@@ -65,14 +66,14 @@ class Latent:
 
         Args:
             sections: channels of each section of a row.
-            basis: "spread"; "scaled" makes all variances equal and mixes nothing.
+            basis: "spread"; "scaled" makes all variances equal and spreads nothing.
         """
         if basis == "scaled":
             size = self.variance.clamp_min(FLOOR * self.variance.max()).rsqrt()
             turn = torch.eye(len(size)).to(self.variance)
         else:
             size = _even(self.variance, self.cost)
-            turn = torch.block_diag(*map(mixing, sections)).to(self.variance)
+            turn = torch.block_diag(*map(spreading, sections)).to(self.variance)
         down, up = turn @ (self.down * size[:, None]), self.up / size @ turn.mT
         bias = None if self.bias is None else turn @ (self.bias * size)
         parts = torch.arange(len(size), device=down.device).split(list(sections))
