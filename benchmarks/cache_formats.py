@@ -3,10 +3,10 @@
     python benchmarks/cache_formats.py MODEL --calib train.txt.gz --eval test.txt.gz 160+32 224+96:int4 256+128:mixed:wide=160
 
 A format is RANK+ROPE, the same in every layer, then words after colons: a kind (fp8, int8, int4 or mixed; none is bfloat16),
-group=N (0: one scale; default 64, fp8: 0), rope=bf16|fp8|int8|int4 (default fp8), wide=N for mixed, a basis (spread, scaled
-or pca), and nope=N for heads with N content dims. No gradient step is taken: the table compares formats, and refinement
-lowers every one of its figures. Statistics are those of the source's hidden states. Shares count bytes of packed rows
-against the source's cache in bfloat16.
+group=N (0: one scale; default 64, fp8: 0, rope=int4: 48), rope=bf16|fp8|int8|int4 (default fp8), wide=N for mixed, a basis
+(spread, scaled or pca), and nope=N for heads with N content dims. No gradient step is taken: the table compares formats, and
+refinement lowers every one of its figures. Statistics are those of the source's hidden states. Shares count bytes of packed
+rows against the source's cache in bfloat16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
 from mla_convert.method.calibrate.statistics import layer_statistics
 from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
-from mla_convert.method.factorise.sizes import GROUP, CacheFormat, LayerSize, Plan
+from mla_convert.method.factorise.sizes import GROUP, JOINT_GROUP, CacheFormat, LayerSize, Plan
 from mla_convert.modeling.quantised_latent_mla import KINDS
 from mla_convert.pipeline import streamed
 from mla_convert.pipeline.streams import open_streams
@@ -59,8 +59,9 @@ class Candidate:
         kind = next((word for word in words if word in KINDS), "bf16")
         basis = next((word for word in words if word in BASES), "spread")
         options = dict(word.split("=") for word in words if word not in (kind, basis))
-        group = int(options.pop("group", 0 if kind in ("fp8", "bf16") else GROUP))
-        cache = CacheFormat(kind, group, options.pop("rope", "bf16" if kind == "bf16" else "fp8"))
+        rope = options.pop("rope", "bf16" if kind == "bf16" else "fp8")
+        default = 0 if kind in ("fp8", "bf16") else JOINT_GROUP if rope == "int4" else GROUP
+        cache = CacheFormat(kind, int(options.pop("group", default)), rope)
         wide, nope_dim = int(options.pop("wide", 0)), int(options.pop("nope", 0)) or None
         if options:
             raise ValueError(f"{name}: unknown {', '.join(options)}")

@@ -115,7 +115,7 @@ class Settings(BaseModel):
     cache_group: int | None = option(
         "Channels of a quantised latent that share a scale, 32 to 128.",
         panel=SIZE,
-        unset="64 (fp8: all)",
+        unset="64 (fp8: all; 48 with rotary keys in int4)",
         metavar="CHANNELS",
         ge=32,
         le=128,

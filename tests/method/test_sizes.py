@@ -84,15 +84,23 @@ def test_quantised_rows_fill_their_share_of_the_bytes(shape, kind, ratio):
         assert plan.row_bytes > plan.budget - 64
     row = plan.cache.row(plan.layer(0))
     assert (row.kind, row.row_bytes) == ({"auto": "mixed"}.get(kind, kind), plan.row_bytes)
-    assert plan.latent_cache["kind"] == row.kind and row.group == (0 if kind == "fp8" else 64)
+    rope = "int4" if ratio < 0.35 and kind in ("int4", "auto") else "fp8"
+    assert plan.latent_cache["kind"] == row.kind and plan.latent_cache["rope"] == row.rope == rope
+    assert row.group == (0 if kind == "fp8" else 48 if rope == "int4" else 64)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_rotary_key_in_4_bits_needs_codes_of_4_bits(kind):
+    with pytest.raises(InputError, match=f"give --cache-dtype int4 or auto, not {kind}"):
+        make_plan(Settings(kv_ratio=0.5, cache_dtype=kind, cache_rope="int4"), SMOLLM)
 
 
 def test_a_rotary_key_in_bfloat16_takes_twice_the_bytes():
     rows = {
         rope: make_plan(Settings(rank=224, rope_dim=96, cache_dtype="int4", cache_rope=rope), SMOLLM).row_bytes
-        for rope in ("bf16", "fp8", "int8")
+        for rope in ("bf16", "fp8", "int8", "int4")
     }
-    assert rows == {"fp8": 112 + 96 + 16, "int8": 112 + 96 + 16, "bf16": 112 + 192 + 16}
+    assert rows == {"fp8": 112 + 96 + 16, "int8": 112 + 96 + 16, "bf16": 112 + 192 + 16, "int4": 112 + 48 + 16}
 
 
 def test_a_row_that_does_not_fit_is_refused():
