@@ -50,7 +50,12 @@ def row_format(config: Any, index: int, cache_dtype: str, rank: int, rope_dim: i
         rows = LatentFormat("fp8", rank, rope_dim)
     if rows is None:
         return None
-    form = kernel_format(rows) if rows.joint is rows else None
+    if rows.joint is not rows:
+        raise ValueError(
+            "converted model: vLLM does not serve rows with rotary keys in 4 bits; `mla-convert quantize DIR --cache-dtype int4 "
+            "--cache-rope fp8` makes others"
+        )
+    form = kernel_format(rows)
     if form is None or (rows.rank, rows.rope_dim) != (rank, rope_dim) or rows.wide % 16 or rows.narrow % 32:
         raise ValueError(
             f"converted model: layer {index} has rows of {rows.wide} + {rows.narrow} + {rows.rope_dim} numbers in {rows.kind} "
