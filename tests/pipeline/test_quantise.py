@@ -34,16 +34,18 @@ def logits(folder, **changes):
     return model(IDS, use_cache=False).logits
 
 
+@pytest.mark.parametrize("rope", ["fp8", "int4"])
 @pytest.mark.parametrize("folder", ["llama", "qwen2", "qwen3", "gemma4-shared"], indirect=True)
-def test_weights_stay_the_same_function(folder, sources, tmp_path, request):
+def test_weights_stay_the_same_function(folder, sources, tmp_path, request, rope):
     source = sources(request.node.callspec.params["folder"])
     before = logits(folder)
-    report = run(folder, "int4", source, out=tmp_path / "new")
+    report = run(folder, "int4", source, out=tmp_path / "new", cache_rope=rope)
     after = logits(tmp_path / "new", latent_format=None)
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     served = logits(tmp_path / "new")
     assert 0 < (served - before).square().mean() < 0.25 * before.var()
-    assert report.cache.latent_cache == {"version": 1, "kind": "int4", "group": 64, "rope": "fp8"}
+    group = {"fp8": 64, "int4": 48}[rope]
+    assert report.cache.latent_cache == {"version": 1, "kind": "int4", "group": group, "rope": rope}
     assert module.NOTE in report.notes
     verify(tmp_path / "new")
 
