@@ -150,7 +150,8 @@ def names_of(package: str, module: str) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if not name.startswith("__"):
             value = getattr(importlib.import_module(module), name, None)
-            if value is not None:
+            # A module there is what that module imports, and perhaps a part of the package that is about to be imported.
+            if value is not None and not isinstance(value, ModuleType):
                 _warn(f"{package}.{name}", f"{module}.{name}")
                 return value
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

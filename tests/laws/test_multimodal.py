@@ -172,6 +172,13 @@ def test_other_parts_are_untouched(whole, exact):
     assert processor == {"size": 28}  # settings, without the name of code
 
 
+# The way is the same for all, and takes ten seconds each.
+@pytest.mark.parametrize(
+    "whole",
+    [pytest.param(name, marks=() if name in ("gemma4", "qwen3_vl") else pytest.mark.slow) for name in sorted(WHOLES)],
+    indirect=True,
+    scope="module",
+)
 def test_from_report_to_the_hub(whole, hub, cli, tmp_path):
     name, _, source, tokens = whole
     report = pico.convert(source, tmp_path / "tiny", kv_ratio=0.25, uniform=False, calib_noise=0)

@@ -138,7 +138,7 @@ def _choose(
     Args:
         k: affine key rows (G*d_h, d+1).
         tokens: (d+1, d+1) second moment of the input, weighted by attention.
-        key_cost: (H, d_h, d_h) from `_key_cost`.
+        key_cost: (H, d_h, d_h) cost of an error of each head's key.
         rho: (H, n_f) mean rotations.
         count: planes to keep.
         planes: see `factorise`.
