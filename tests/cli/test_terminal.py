@@ -49,12 +49,8 @@ def text(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("command", "encoding"),
-    [
-        (command, encoding)
-        for command in ("recipes", "--help", "plan")
-        for encoding in ("ascii", "cp1252", "utf-16", "latin-1")
-    ]
-    + [("inspect", "ascii")],
+    [(command, encoding) for command in ("recipes", "--help") for encoding in ("ascii", "cp1252", "utf-16", "latin-1")]
+    + [("plan", "cp1252"), ("inspect", "ascii")],
 )
 def test_any_encoding_of_the_console(encoding, command, sources):
     arguments = (command, sources("llama")) if command in ("inspect", "plan") else (command,)

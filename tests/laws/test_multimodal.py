@@ -175,7 +175,7 @@ def test_other_parts_are_untouched(whole, exact):
 # The way is the same for all, and takes ten seconds each.
 @pytest.mark.parametrize(
     "whole",
-    [pytest.param(name, marks=() if name in ("gemma4", "qwen3_vl") else pytest.mark.slow) for name in sorted(WHOLES)],
+    [pytest.param(name, marks=() if name == "gemma4" else pytest.mark.slow) for name in sorted(WHOLES)],
     indirect=True,
     scope="module",
 )

@@ -39,7 +39,9 @@ def test_joint_refinement_lowers_the_error_of_a_block(convert_pico, name):
         assert layer["block_error"] < layer["block_error_before"] and layer["block_steps"] == 20
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "cohere"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "cohere"))]
+)
 def test_output_steps_lower_the_divergence(convert_pico, name):
     settings = {"kv_ratio": 0.3, "refine_steps": 0, "block_steps": 10, "block_lr": 0.02, "calib_samples": 64}
     without, report = (convert_pico(name, refine_block=3, **settings, output_steps=steps) for steps in (0, 60))

@@ -297,6 +297,7 @@ def test_default_texts_offline(cli, sources, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["notes"] == notes
 
 
+@pytest.mark.slow
 def test_demo(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = cli("demo", "--refine-steps", 4, "--calib-samples", 8, "--eval-windows", 2, "--device", "cpu")
