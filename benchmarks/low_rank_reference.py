@@ -27,9 +27,8 @@ from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel, Rotation
 from mla_convert.method.calibrate.statistics import Statistics, layer_statistics
 from mla_convert.method.factorise.layer import half_split, source_weights
-from mla_convert.method.factorise.linalg import COST_RIDGE, ridged
 from mla_convert.method.factorise.sizes import Plan, make_plan
-from mla_convert.method.factorise.svd import _affine, _latent, _logit_cost, _moments
+from mla_convert.method.factorise.svd import _affine, _key_cost, _latent, _logit_cost, _moments
 from mla_convert.pipeline import streamed
 from mla_convert.pipeline.streams import open_streams
 from mla_convert.report.report import cache_section
@@ -64,8 +63,7 @@ def compress(source: Source, attention: nn.Module, statistics: Statistics, rank:
     # The constant column, last, has no place in a projection without a bias.
     columns = slice(None if shape.has_kv_bias else -1)
     rows, tokens = torch.cat([k, v])[:, columns], tokens[columns, columns]
-    logit_cost = attention.scaling**2 * _logit_cost(v_heads, o_heads, moment)
-    key_cost = ridged(q_heads @ moment @ q_heads.mT, COST_RIDGE) * logit_cost[:, None, None]
+    key_cost = _key_cost(q_heads, moment, attention.scaling**2 * _logit_cost(v_heads, o_heads, moment))
     costs = [rotated_mean(key_cost, statistics), o_heads.mT @ o_heads]
     blocks = [block for cost in costs for block in cost.unflatten(0, (shape.num_kv_heads, -1)).sum(1)]
     encode, decode, *_ = _latent(rows @ tokens @ rows.T, torch.block_diag(*blocks), rank)

@@ -28,6 +28,7 @@ from mla_convert.core.settings import ConvertConfig
 from mla_convert.evaluate.quality import perplexity as measure
 from mla_convert.evaluate.quality import suite
 from mla_convert.method.calibrate.layerwise import LayerwiseModel, first_output
+from mla_convert.modeling.quantised_latent_mla import spreading
 from mla_convert.pipeline import streamed
 from mla_convert.pipeline.streams import open_streams
 from mla_convert.source import texts
@@ -57,21 +58,13 @@ def quantised(values: Tensor, bits: int, group: int) -> Tensor:
     return (steps * scale + low).flatten(-2).to(values.dtype)
 
 
-def hadamard(size: int, device: torch.device) -> Tensor:
-    """An orthonormal, symmetric Hadamard matrix (size, size); `size` is a power of two."""
-    matrix = torch.ones(1, 1, device=device)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
-
-
 def attention(bits: int, group: int, turned: bool, stock: str):
     """An attention function as transformers calls it: the one named `stock`, on quantised keys and values."""
 
     def restored(values: Tensor) -> Tensor:
         if not turned:
             return quantised(values, bits, group)
-        turn = hadamard(values.shape[-1], values.device).to(values.dtype)
+        turn = spreading(values.shape[-1]).to(values)  # of a power of two: a Hadamard matrix, which is symmetric
         return quantised(values @ turn, bits, group) @ turn
 
     def forward(module, query, key, value, attention_mask, **kwargs):

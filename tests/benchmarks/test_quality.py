@@ -92,7 +92,7 @@ def test_quantised_numbers_are_near_by_a_step(quantised):
         error = (quantised.quantised(values, bits, 32) - values).abs().unflatten(-1, (-1, 32)).amax(-1)
         assert float((error / step).max()) < 0.6 and float(error.max()) > 0
     assert float((quantised.quantised(values, 8, 0) / values - 1).abs().median()) < 0.04  # three bits of mantissa
-    turn = quantised.hadamard(64, torch.device("cpu"))
+    turn = quantised.spreading(64).float()
     assert torch.allclose(turn @ turn, torch.eye(64), atol=1e-5)
     assert quantised.bytes_share(4, 32) == 0.3125 and quantised.bytes_share(8, 0) == 0.5
 

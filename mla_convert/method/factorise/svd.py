@@ -105,6 +105,17 @@ def _logit_cost(v: Tensor, o_heads: Tensor, moment: Tensor) -> Tensor:
     return ((o_heads @ spread) * o_heads).sum((1, 2))
 
 
+def _key_cost(q: Tensor, query_moment: Tensor, logit_cost: Tensor) -> Tensor:
+    """(H, d_h, d_h) output error caused by an error of each head's key: that of its logits, times E[q_h q_h^T].
+
+    Args:
+        q: (H, d_h, d+1).
+        query_moment: (d+1, d+1) second moment of the input of q, or one for each head.
+        logit_cost: (H,), from `_logit_cost`.
+    """
+    return ridged(q @ query_moment @ q.mT, COST_RIDGE) * logit_cost[:, None, None]
+
+
 def _rope_moments(
     k_rope: Tensor, q_rope: Tensor, tokens: Tensor, query_moment: Tensor, cost: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -138,7 +149,7 @@ def _choose(
     Args:
         k: affine key rows (G*d_h, d+1).
         tokens: (d+1, d+1) second moment of the input, weighted by attention.
-        key_cost: (H, d_h, d_h) cost of an error of each head's key.
+        key_cost: (H, d_h, d_h) from `_key_cost`.
         rho: (H, n_f) mean rotations.
         count: planes to keep.
         planes: see `factorise`.
@@ -374,8 +385,7 @@ def factorise(
     if planes == "evenly_spaced":
         rho = torch.ones_like(rho)
     logit_cost = geometry.scaling**2 * _logit_cost(v_heads, o_heads, moment)
-    # of an error of each head's key: that of the logits, times E[q_h q_h^T]
-    key_cost = ridged(q_heads @ query_moment @ q_heads.mT, COST_RIDGE) * logit_cost[:, None, None]
+    key_cost = _key_cost(q_heads, query_moment, logit_cost)
     weighted = geometry.plane_weights is not None
     kept = _choose(k, tokens, key_cost, rho, rope_dim // 2, planes, num_rotary_freqs, real=weighted)
     nope = head_dim if rope_dim < num_kv * head_dim else 0
