@@ -94,8 +94,8 @@ class Settings(BaseModel):
         metavar="DIM",
     )
     nope_dim: int | Full | None = option(
-        "Content dimensions kept in each head (qk_nope_head_dim), or 'full'. Fewer make prompts faster: 64 beside 64 rotary "
-        "ones are as wide as an original's head of 128. Layers without RoPE keep all.",
+        "Content dimensions kept in each head (qk_nope_head_dim), or 'full'. Fewer make queries and keys narrower: 64 beside "
+        "64 rotary ones are as wide as an original's head of 128. Layers without RoPE keep all.",
         panel=SIZE,
         unset="full: the original's head_dim",
         metavar="DIM",
