@@ -56,6 +56,8 @@ def ask_vllm(model, asked):
         options["compilation_config"] = asked["compilation"]
     if asked.get("memory"):
         options["gpu_memory_utilization"] = asked["memory"]
+    if asked.get("cache_bytes"):
+        options["kv_cache_memory_bytes"] = asked["cache_bytes"]
     if asked.get("chunk"):
         # A step of vLLM has room for a token of every sequence at least.
         tokens = max(asked["chunk"], len(asked["prompts"]))
