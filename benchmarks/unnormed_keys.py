@@ -109,6 +109,12 @@ class UnnormedKeys(MlaAttention):
         factor = self.factor.transpose(1, 2).repeat_interleave(self.num_heads // self.factor.shape[-1], 1)
         return query, key * factor[..., None]
 
+    def _expanded(self, *arguments, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Attention; the factors' graph does not outlive it, because a later step could then not be recorded on CUDA."""
+        result = super()._expanded(*arguments, **kwargs)
+        self.factor = None
+        return result
+
 
 @torch.no_grad()
 def prepare(student: MlaAttention, form: str, states: Activations, norm: nn.Module) -> None:
