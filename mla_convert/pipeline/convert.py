@@ -22,6 +22,7 @@ from mla_convert.core.report_schema import (
     CalibrationSection,
     EvaluationSection,
     NotEvaluated,
+    OriginalCacheSection,
     Report,
 )
 from mla_convert.core.settings import ConvertConfig
@@ -38,7 +39,7 @@ from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine import schedule
 from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.moved import callable_as_before
-from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline import layers, original_cache, streamed
 from mla_convert.pipeline.budget import within_budget
 from mla_convert.pipeline.recipe import write_recipe
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
@@ -72,6 +73,7 @@ class ConvertedLayers:
     stock_class: str
     entries: list[dict[str, Any]]
     evaluation: EvaluationSection | NotEvaluated
+    original_cache: OriginalCacheSection | None = None
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> Report | None:
@@ -109,6 +111,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Report |
             if processes.first:
                 check_target(resolved, out)
         layerwise, tokenizer = LayerwiseModel(source, device), source.tokenizer()
+        if config.original_cache:
+            original_cache.check_attention(layerwise)
     with phases.phase("text"):
         # The first process reads the texts for all, so that they share out the same windows.
         text = processes.told(lambda: prepare_text(resolved, tokenizer))
@@ -246,7 +250,26 @@ def run_layers(
         progress.stop()
     with phases.phase("evaluate"):
         evaluation = evaluate(layerwise, streams, text)
-    return ConvertedLayers(plan, new_config, type(layerwise.model).__name__, entries, evaluation)
+    found = None
+    if settings.original_cache:
+        with phases.phase("original"):
+            found = quantised_originals(resolved, text, layerwise, streams)
+    return ConvertedLayers(plan, new_config, type(layerwise.model).__name__, entries, evaluation, found)
+
+
+def quantised_originals(
+    resolved: ResolvedConversion, text: PreparedText, layerwise: LayerwiseModel, streams: Streams
+) -> OriginalCacheSection:
+    """The report's section on the original with quantised caches, on the windows of the evaluation."""
+    windows, names = text.windows, resolved.settings.original_cache or []
+    states = streams.measured_original
+    return OriginalCacheSection(
+        text=windows.eval_text,
+        protocol=windows.eval_protocol,
+        dtype=str(resolved.dtype).removeprefix("torch."),
+        device=environment.device_name(resolved.device),
+        formats=original_cache.measure(names, layerwise, windows, text.suite, states, resolved.dtype.itemsize),
+    )
 
 
 def evaluate(layerwise: LayerwiseModel, streams: Streams, text: PreparedText) -> EvaluationSection | NotEvaluated:
@@ -292,6 +315,7 @@ def make_report(
         phases={},
         seconds=0.0,
         checksums={},
+        **({"original_cache": converted.original_cache} if converted.original_cache else {}),
     )  # fmt: skip
 
 
