@@ -151,6 +151,8 @@ def plan_points(configs: list[ConvertConfig], source: Source, progress: Progress
     notes, refused = [], []
     for config in configs:
         assert config.out is not None
+        if points:  # the original is the same at every size: the first point measures its quantised caches for all
+            config = config.model_copy(update={"original_cache": None})
         try:
             resolved = resolve(config, source)
         except InputError as error:
@@ -318,7 +320,9 @@ def _publish(folder: Path, out: Path, points: list[SweepPoint]) -> None:
         shutil.copytree(folder, draft)
         report = read_report(draft)
         report.sweep = [
-            SweepEntry(numbers=point.numbers, share=point.share, ratio=point.ratio, stderr=point.stderr)
+            SweepEntry(numbers=point.numbers, share=point.share, ratio=point.ratio, stderr=point.stderr,
+                       kl=point.evaluation.get("kl"), latent_cache=point.latent_cache)
             for point in points
-        ]
+        ]  # fmt: skip
+        report.original_cache = next((point.original_cache for point in points if point.original_cache), None)
         replace_files(draft, {REPORT: report.text(), PAGE: page_text(report)})

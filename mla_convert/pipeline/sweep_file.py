@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class SweepPoint:
     settings: JsonObject
     weights: str
     identity: str
+    latent_cache: JsonObject | None = None
+    original_cache: JsonObject | None = None
 
     @classmethod
     def from_report(cls, name: str, config: ConvertConfig, report: Report, identity: str) -> SweepPoint:
@@ -80,15 +82,18 @@ class SweepPoint:
             settings=content["settings"],
             weights=digest(report.checksums),
             identity=identity,
+            latent_cache=cache.latent_cache,
+            original_cache=content.get("original_cache"),
         )
 
     @classmethod
     def read(cls, entry: Any) -> SweepPoint | None:
         """The point of an entry of sweep.json; None if the entry is not whole."""
         names = {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
         # Fields of later versions are ignored, and an entry of an earlier one that lacks a field is converted again.
-        whole = isinstance(entry, dict) and names <= entry.keys()
-        return cls(**{name: entry[name] for name in names}) if whole else None
+        whole = isinstance(entry, dict) and needed <= entry.keys()
+        return cls(**{name: entry[name] for name in names & entry.keys()}) if whole else None
 
     @property
     def held_out_ratio(self) -> float:
