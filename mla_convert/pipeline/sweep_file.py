@@ -15,9 +15,9 @@ from rich.table import Table
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.report_file import find_content
-from mla_convert.core.report_schema import Comparison, JsonObject, Report, to_json
+from mla_convert.core.report_schema import Comparison, JsonObject, Report, SweepReport, to_json
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.report import format
+from mla_convert.report import format, frontier
 from mla_convert.report.html.page import write_sweep_page
 
 SWEEP = "sweep.json"
@@ -161,6 +161,9 @@ def print_sweep(content: JsonObject, console: Console) -> None:
         row += ["–" if after is None else f"{after:.3f}", _words(entry["evaluation"]), _words(entry["held_out"])]
         table.add_row(*row, f"{entry['seconds']:.0f}", style="bold" if entry["name"] == content["chosen"] else None)
     console.print(table)
+    found = frontier.points_of_sweep(SweepReport.model_validate(content))
+    if any(point.series == "original" for point in found):
+        console.print(frontier.table(found, "quality at equal bytes").rich())
     evaluation, held_out = points[0]["evaluation"], points[0]["held_out"]
     lines = [
         f"perplexity and ratio to the original's on {evaluation['text']}: {evaluation['protocol']}",

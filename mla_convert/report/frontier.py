@@ -37,7 +37,7 @@ class Point:
     """One cache and its distance from the original.
 
     Attributes:
-        name: in tables and beside its mark; empty for a size of a sweep.
+        name: in tables and beside its mark; empty where only its size is known.
         series: that it belongs to.
         share: bytes of its cache over those of the original's.
         kl: KL(original ‖ model) of the next token in nats.
@@ -46,6 +46,7 @@ class Point:
         ratio_error: its standard error.
         suite_kl: mean KL over the packaged suite's kinds of text.
         current: whether this is the model that the report is about.
+        size: whether this is one of the sizes of a sweep, which a line joins and whose names a chart leaves out.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Point:
     ratio_error: float = math.nan
     suite_kl: Mean | None = None
     current: bool = False
+    size: bool = False
 
     @property
     def short(self) -> str:
@@ -83,7 +85,7 @@ def points(report: Report) -> list[Point]:
                            evaluation.ratio, evaluation.ratio_error, _suite_kl(evaluation.suite), True))  # fmt: skip
     for entry in report.sweep or []:
         if entry.kl:
-            found.append(Point("", _series(entry.latent_cache), entry.share, entry.kl, ratio=entry.ratio))
+            found.append(Point("", _series(entry.latent_cache), entry.share, entry.kl, ratio=entry.ratio, size=True))
     return [*_drawn(found), *originals(report.original_cache, where)]
 
 
@@ -101,8 +103,9 @@ def points_of_evaluation(evaluation: Evaluation) -> list[Point]:
 def points_of_sweep(sweep: SweepReport) -> list[Point]:
     """The sizes of a sweep, and the original's quantised caches where they were measured."""
     found = [
-        Point("", _series(point.latent_cache), point.share, point.evaluation.kl, point.evaluation.agreement,
-              point.ratio, point.stderr, current=point.name == sweep.chosen)
+        Point(_named(f"{point.rank:g} + {point.rope_dim:g}", point.latent_cache), _series(point.latent_cache), point.share,
+              point.evaluation.kl, point.evaluation.agreement, point.ratio, point.stderr,
+              _suite_kl(point.evaluation.suite), current=point.name == sweep.chosen, size=True)
         for point in sweep.points if point.evaluation.kl
     ]  # fmt: skip
     section = next((point.original_cache for point in sweep.points if point.original_cache), None)

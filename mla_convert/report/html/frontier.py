@@ -46,8 +46,8 @@ def frontier(points: Sequence[Point], width: int) -> Chart | None:
     for mark in ticks(0, 100 * right, 4 if width < 500 else 8):
         chart.text(x(mark), HEIGHT - BOTTOM + 18, f"{mark:g}", "tick", "middle")
     for name, (css, _) in SERIES.items():
-        sizes = sorted((p.share, p.kl.value) for p in points if p.series == name and not p.name)
-        if len(sizes) > 1:  # the sizes of a sweep
+        sizes = sorted((p.share, p.kl.value) for p in points if p.series == name and p.size)
+        if len(sizes) > 1:
             chart.path([(x(100 * share), y(max(kl, FLOOR))) for share, kl in sizes], f"{css} thin")
     for point in points:
         _mark(chart, point, x, y)
@@ -103,7 +103,7 @@ def _labels(chart: Chart, points: Sequence[Point], x: Scale, y: Scale) -> None:
         middle = (px - wide / 2, px, "middle")
         beside, above, below = (product(places, [up]) for places, up in
                                 (((right, left), 0), ((middle, right, left), -18), ((middle, right, left), 18)))  # fmt: skip
-        for (start, at, anchor), up in (*beside, *above, *below) if point.name else ():
+        for (start, at, anchor), up in (*beside, *above, *below) if point.name and not point.size else ():
             box = (start, py + up - LINE / 2, start + wide, py + up + LINE / 2)
             inside = box[0] > LEFT and box[2] < chart.width and box[1] > TOP - 8 and box[3] < HEIGHT - BOTTOM
             if inside and not any(_meet(box, other) for other in taken):
