@@ -121,9 +121,7 @@ def evaluate(
     names = tuple(name for name in (part.strip() for part in (tasks or "").split(",")) if name)
     if (tasks is not None or task_limit is not None) and not names:
         raise UsageError("--tasks names no task: give names or .yaml files, with commas between")
-    formats = _formats(original_cache)
-    if formats and not against:
-        raise UsageError("--original-cache quantises the cache of an original: give --against")
+    formats = _formats(original_cache, against)
     # The default is set below, so that None still tells that the option was not given.
     if greedy_tokens is not None and not greedy:
         raise UsageError("--greedy-tokens means nothing without --greedy")
@@ -158,9 +156,13 @@ def evaluate(
         print_location(model, evaluation.model, console)
 
 
-def _formats(given: list[str] | None) -> list[str]:
+def _formats(given: list[str] | None, against: str | None) -> list[str]:
     """The formats of `--original-cache`, checked before seconds of importing torch."""
+    if not given:
+        return []
+    if not against:
+        raise UsageError("--original-cache quantises the cache of an original: give --against")
     try:
-        return format_names(given) if given else []
+        return format_names(given)
     except ValueError as error:
         raise UsageError(f"--original-cache: {error}") from error

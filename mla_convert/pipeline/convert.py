@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mla_convert.evaluate.quality.suite import Suite, suite_of, suite_section
 from mla_convert.heal.checks import check_conversion
 from mla_convert.heal.run import heal_conversion
 from mla_convert.method.calibrate import self_generated
+from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.layer import mla_config, whole_config
@@ -233,8 +235,11 @@ def run_layers(
         streams = open_streams(layerwise, calib, windows.measured, suite_windows, writer.processes)
     refine = resolved.refinement
     with phases.phase("allocate"):
-        states = streams.calib_original
-        plan, channels = sensitivity.measure(resolved.plan, settings, refine.steps, layerwise, states, writer, progress)
+        calibration = streams.calib_original
+        plan, channels = sensitivity.measure(
+            resolved.plan, settings, refine.steps, layerwise, calibration, writer, progress
+        )
+        del calibration
     new_config = mla_config(source, plan, resolved.dtype)
     converter = layers.LayerConverter(
         settings, plan, layerwise, new_config, resolved.cast, writer, progress, refine, channels
@@ -250,19 +255,26 @@ def run_layers(
         progress.stop()
     with phases.phase("evaluate"):
         evaluation = evaluate(layerwise, streams, text)
-    found = None
+    states, found = streams.measured_original, None
+    del streams  # the states of the converted model and of calibration: those of the original's caches take their place
     if settings.original_cache:
         with phases.phase("original"):
-            found = quantised_originals(resolved, text, layerwise, streams)
+            found = quantised_originals(resolved, text, layerwise, states)
     return ConvertedLayers(plan, new_config, type(layerwise.model).__name__, entries, evaluation, found)
 
 
 def quantised_originals(
-    resolved: ResolvedConversion, text: PreparedText, layerwise: LayerwiseModel, streams: Streams
+    resolved: ResolvedConversion, text: PreparedText, layerwise: LayerwiseModel, states: Sequence[Activations]
 ) -> OriginalCacheSection:
-    """The report's section on the original with quantised caches, on the windows of the evaluation."""
+    """The report's section on the original with quantised caches, on the windows of the evaluation.
+
+    Args:
+        resolved: The conversion.
+        text: Its texts.
+        layerwise: The source.
+        states: Its outputs for the evaluation windows, then for the suite's.
+    """
     windows, names = text.windows, resolved.settings.original_cache or []
-    states = streams.measured_original
     return OriginalCacheSection(
         text=windows.eval_text,
         protocol=windows.eval_protocol,

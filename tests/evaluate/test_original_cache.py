@@ -1,5 +1,6 @@
 """The original with its own keys and values quantised in its cache: formats, numbers, families, and the option."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import read_report
 from mla_convert.evaluate.quality import original_cache
 from mla_convert.evaluate.quality.evaluation import evaluate_model
-from mla_convert.evaluate.quality.original_cache import QuantisedCache, check_loaded, quantised, restored
+from mla_convert.evaluate.quality.original_cache import (
+    QuantisedCache,
+    check_loaded,
+    quantised,
+    replaced,
+    restored,
+    stock_attention,
+)
 from mla_convert.evaluate.quality.perplexity import cached_layers
 from mla_convert.modeling.quantised_latent_mla import spreading
 
@@ -60,14 +68,10 @@ def test_formats_have_names_groups_and_bits():
             format_names(wrong)
 
 
+@torch.no_grad()
 def logits(built, ids, cache=None):
-    stock = built.config._attn_implementation
-    built.set_attn_implementation(cache.registered() if cache else stock)
-    try:
-        with torch.no_grad():
-            return built(ids, use_cache=False).logits
-    finally:
-        built.set_attn_implementation(stock)
+    with replaced(built, cache) if cache else contextlib.nullcontext():
+        return built(ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
@@ -80,12 +84,14 @@ def test_every_family_is_intercepted_or_refused(name, monkeypatch):
         return
     check_loaded(built, ids[0], "it")
     expected, seen = logits(built, ids), []
-    cache = QuantisedCache(OriginalCacheFormat.named("int2"), built.config._attn_implementation)
+    cache = QuantisedCache(OriginalCacheFormat.named("int2"), stock_attention(built))
     rough = logits(built, ids, cache)
     assert len(cache.layers) == cached_layers(built, ids[0]) and 0 < cache.share(2) < 1
     assert (rough - expected).abs().max() > 1e-3
     monkeypatch.setattr(original_cache, "restored", lambda values, cache: seen.append(values) or values)
     assert torch.equal(logits(built, ids, cache), expected) and seen
+    seen.clear()
+    assert torch.equal(logits(built, ids), expected) and not seen
 
 
 def test_logits_are_those_of_quantised_keys_and_values():

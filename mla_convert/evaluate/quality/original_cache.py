@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,6 +22,7 @@ from mla_convert.core.original_cache import OriginalCacheFormat
 from mla_convert.core.report_schema import OriginalCacheEntry
 from mla_convert.evaluate.quality.perplexity import Readout, Scores, cached_layers, mean, perplexity, ratio, score
 from mla_convert.evaluate.quality.suite import Suite, suite_section
+from mla_convert.modeling.head import decoder_name
 from mla_convert.modeling.quantised_latent_mla import spreading
 
 # Of the attention function, as transformers looks it up.
@@ -116,20 +117,34 @@ def check_loaded(model: PreTrainedModel, ids: Tensor, label: str) -> None:
     Raises:
         InputError: its attention is written out in its own code.
     """
-    cache = QuantisedCache(OriginalCacheFormat.named("fp8"), model.config._attn_implementation)
-    with _replaced(model, cache):
+    cache = QuantisedCache(OriginalCacheFormat.named("fp8"), stock_attention(model))
+    with replaced(model, cache):
         layers = cached_layers(model, ids)
     cache.check(layers, label)
 
 
 @contextlib.contextmanager
-def _replaced(model: PreTrainedModel, cache: QuantisedCache) -> Iterator[None]:
-    """The model with attention on a quantised cache."""
-    model.set_attn_implementation(cache.registered())
+def replaced(model: PreTrainedModel, cache: QuantisedCache) -> Iterator[None]:
+    """The model with attention on a quantised cache in its decoder; other parts, such as those of images, keep theirs."""
+    # Set in the configurations, for the model's own method refuses parts that have no such attention.
+    modules = model.get_submodule(decoder_name(model)).modules()
+    found = (getattr(module, "config", None) for module in modules)
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    name = cache.registered()
+    for config, _ in before:
+        config._attn_implementation = name
     try:
         yield
     finally:
-        model.set_attn_implementation(cache.stock)
+        # The outermost first, because it sets the ones inside it.
+        for config, stock in before:
+            config._attn_implementation = stock
+
+
+def stock_attention(model: PreTrainedModel) -> str:
+    """Name of the attention function that the model's decoder calls."""
+    return str(model.get_submodule(decoder_name(model)).config._attn_implementation)
 
 
 @torch.no_grad()
@@ -151,11 +166,11 @@ def measure_loaded(
         suite: the packaged suite, if it is measured.
         tick: called after each window with the number done and the number of windows.
     """
-    stock, every = model.config._attn_implementation, [*windows, *(suite.windows if suite else [])]
+    stock, every = stock_attention(model), [*windows, *(suite.windows if suite else [])]
     entries = []
     for name in names:
         cache = QuantisedCache(OriginalCacheFormat.named(name), stock)
-        with _replaced(model, cache):
+        with replaced(model, cache):
             readout = original.of_other_states(model, every, tick)
         scores = score(readout, windows, original)
         more = score(readout, suite.windows, original, first=len(windows)) if suite else None
