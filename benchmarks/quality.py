@@ -63,7 +63,7 @@ SCRIPTS = {
     "rope kept": "low_rank_reference.py",
     **dict.fromkeys(("fp8 cache", "int8 cache", "int4 cache", "int4 hadamard"), "quantised_cache.py"),
 }
-# Bits over 16; with groups, also a scale and a zero point of 16 bits for each (`quantised_cache.bytes_share`).
+# Bits over 16; with groups, also a scale and a zero point of 16 bits for each (`OriginalCacheFormat.bits_of`).
 BUDGETS = {"fp8 cache": 0.5, "int8 cache": 0.5625, "int4 cache": 0.3125, "int4 hadamard": 0.28125}
 COLUMNS = (
     "budget",

@@ -14,6 +14,7 @@ from mla_convert.cli.options import (
     Dtype,
     Length,
     Model,
+    OriginalCache,
     Quiet,
     SuiteWindows,
     Text,
@@ -23,6 +24,7 @@ from mla_convert.cli.options import (
 from mla_convert.cli.terminal import is_verbose, print_location, run_guarded, silence_libraries
 from mla_convert.cli.verdict import OUT_OF_MEMORY
 from mla_convert.core.errors import UsageError
+from mla_convert.core.original_cache import format_names
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert eval llama-8b-mla --against meta-llama/Llama-3.1-8B"
@@ -83,7 +85,8 @@ IntoReport = Annotated[
     bool,
     typer.Option(
         "--into-report",
-        help="Add the quality probes to MODEL's report.json, and make report.html and README.md again.",
+        help="Add the quality probes, and the original's quantised caches, to MODEL's report.json, and make report.html and "
+        "README.md again.",
         rich_help_panel=PROBES,
     ),
 ]
@@ -96,6 +99,7 @@ def evaluate(
     eval_windows: Windows = None,
     eval_length: Length = None,
     suite_windows: SuiteWindows = None,
+    original_cache: OriginalCache = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     passkey: Passkey = False,
@@ -117,6 +121,7 @@ def evaluate(
     names = tuple(name for name in (part.strip() for part in (tasks or "").split(",")) if name)
     if (tasks is not None or task_limit is not None) and not names:
         raise UsageError("--tasks names no task: give names or .yaml files, with commas between")
+    formats = _formats(original_cache, against)
     # The default is set below, so that None still tells that the option was not given.
     if greedy_tokens is not None and not greedy:
         raise UsageError("--greedy-tokens means nothing without --greedy")
@@ -137,14 +142,27 @@ def evaluate(
     progress = Progress(quiet=quiet, verbose=is_verbose())
     evaluation = run_guarded(
         lambda: evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length,
-                               suite_windows=suite_windows, dtype=dtype, device=device, probes=probes, progress=progress),
+                               suite_windows=suite_windows, dtype=dtype, device=device, probes=probes,
+                               original_cache=formats, progress=progress),
         OUT_OF_MEMORY,
     )  # fmt: skip
     if folder:
-        write_into_report(folder, evaluation.probes)
+        write_into_report(folder, evaluation.probes, evaluation.original_cache)
     if json_:
         say(json.dumps(evaluation.as_dict(), indent=2))
     else:
         console = Terminal()
         print_evaluation(evaluation, console)
         print_location(model, evaluation.model, console)
+
+
+def _formats(given: list[str] | None, against: str | None) -> list[str]:
+    """The formats of `--original-cache`, checked before seconds of importing torch."""
+    if not given:
+        return []
+    if not against:
+        raise UsageError("--original-cache quantises the cache of an original: give --against")
+    try:
+        return format_names(given)
+    except ValueError as error:
+        raise UsageError(f"--original-cache: {error}") from error

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from mla_convert.cli.terminal import set_verbose
+from mla_convert.core.original_cache import NAMES
 from mla_convert.core.settings import OLD_NAMES, RUN
 
 HUB, MEASURE, PROBES, LIMITS, OUTPUT = "Hub", "Measurement", "Beyond perplexity", "Limits", "Output"
@@ -216,6 +217,16 @@ SuiteWindows = Annotated[
     typer.Option(
         min=0,
         help="Windows of each kind of text in the packaged suite; 0 leaves it out. Default: the conversion's, else 4 (CPU: 2).",
+        show_default=False,
+        rich_help_panel=MEASURE,
+    ),
+]
+OriginalCache = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FORMAT",
+        help=f"Also measure the original with its own cache quantised, on the same windows: {', '.join(NAMES)}. Give several, "
+        "or commas between them.",
         show_default=False,
         rich_help_panel=MEASURE,
     ),

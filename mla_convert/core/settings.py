@@ -11,9 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mla_convert.core.errors import InputError, one_line
+from mla_convert.core.original_cache import format_names
 from mla_convert.core.units import Duration, Lengths, Tokens
 
 PACKAGE = "package:"
@@ -192,6 +193,12 @@ class Settings(BaseModel):
         unset="4 of 1024 tokens (CPU: 2 of 512)",
         ge=0,
     )
+    original_cache: list[str] | None = option(
+        "Also measure the original with its own cache quantised, on the same windows: fp8, int8, int4, int3, int2, or with "
+        "-hadamard behind the last three. Give several, or commas between them.",
+        panel=TEXT,
+        metavar="FORMAT",
+    )
     held_out: str | None = option(
         "Also report perplexity on this text, to choose settings by. 'calib' takes the last tenth of the calibration text, "
         "which calibration then does not use.",
@@ -285,6 +292,11 @@ class Settings(BaseModel):
     def _read_old_names(cls, data: Any) -> Any:
         return with_new_names(data) if isinstance(data, Mapping) else data
 
+    @field_validator("original_cache", mode="before")
+    @classmethod
+    def _read_formats(cls, value: Any) -> list[str] | None:
+        return None if value is None else format_names(value)
+
     @model_validator(mode="after")
     def _check_rank_or_ratio(self) -> Settings:
         if self.rank is not None and self.kv_ratio is not None:
@@ -307,7 +319,9 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _check_evaluation(self) -> Settings:
         # Healing measures on the windows of the evaluation, and held-out text is scored together with them.
-        measured = next((key for key in ("held_out", "heal_tokens") if getattr(self, key) is not None), None)
+        measured = next(
+            (key for key in ("held_out", "heal_tokens", "original_cache") if getattr(self, key) is not None), None
+        )
         if self.eval == "none" and measured:
             raise ValueError(f"{measured} needs an evaluation, and eval is none: leave out one of them")
         return self

@@ -15,6 +15,7 @@ from mla_convert.core.report_schema import (
 )
 from mla_convert.heal.loop import Run, step_sizes
 from mla_convert.heal.settings import HealSettings
+from mla_convert.report.frontier import state_of
 from mla_convert.source import mixture
 from mla_convert.source.place import SourceLocation
 
@@ -79,5 +80,6 @@ def healed_report(
             # A model that is healed again already has these notes.
             "notes": [*(note for note in report.notes or [] if note not in notes), *notes],
             "heal": record,
+            "earlier_states": state_of(report),
         }
     )

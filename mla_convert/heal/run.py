@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -111,10 +112,12 @@ def heal(config: HealConfig, progress: Progress | None = None) -> Report | None:
             with output.Writer(real_out, {"heal": job.report.checksums}) as writer:
                 write_weights(writer, job.folder, job.shards, best)
                 job.report.write(writer.folder)  # names the evaluation's text and windows
-                after = _measurement(_measure(job, writer.folder, labels))
+                measured = _measure(job, writer.folder, labels, config.original_cache or ())
                 label = text_label(job.settings, labels)
                 record = run_record(job.settings, job.origin, label, run, accelerator)
-                result = healed_report(job.report, record, Measurement.model_validate(before), after, phases)
+                start, after = Measurement.model_validate(before), _measurement(measured)
+                result = healed_report(job.report, record, start, after, phases)
+                result.original_cache = measured.original_cache or result.original_cache
                 _finish(result, writer, accelerator.device)
         accelerator.wait_for_everyone()
         state.remove()
@@ -189,8 +192,15 @@ def _open(config: HealConfig, accelerator: Accelerator, progress: Progress) -> _
     return _Job(config, settings, accelerator, progress, folder, report, origin, out)
 
 
-def _measure(job: _Job, folder: Path, labels: list[str]) -> Evaluation:
-    """Evaluate a model against the original; `labels` are those of the texts that are trained on."""
+def _measure(job: _Job, folder: Path, labels: list[str], original_cache: Sequence[str] = ()) -> Evaluation:
+    """Evaluate a model against the original.
+
+    Args:
+        job: the run.
+        folder: of the model.
+        labels: of the texts that are trained on.
+        original_cache: formats in which the original's own cache is quantised and measured too.
+    """
     config = job.config
     probes = ProbeSettings(
         passkey=config.passkey or config.passkey_length is not None, passkey_length=config.passkey_length
@@ -198,7 +208,7 @@ def _measure(job: _Job, folder: Path, labels: list[str]) -> Evaluation:
     device = "cpu" if job.accelerator.device.type == "cpu" else str(job.accelerator.device)
     measured = evaluate_model(
         str(folder), job.origin, text=config.eval, windows=config.eval_windows, length=config.eval_length,
-        device=device, probes=probes, progress=Progress(quiet=True),
+        device=device, probes=probes, original_cache=original_cache, progress=Progress(quiet=True),
     )  # fmt: skip
     if measured.text in labels:
         raise UsageError(f"{measured.text} is a text to train on: give another text as --eval, or to train on")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from mla_convert.core.original_cache import format_names
 from mla_convert.core.settings import RUN, ConvertConfig, Trained, option
 from mla_convert.core.units import Lengths, Tokens, parse_lengths
 
@@ -133,6 +134,9 @@ class HealConfig(HealSettings):
     eval: str | None = option("Evaluation text, as for `eval`.", panel=TEXT, unset="the conversion's", metavar="TEXT")
     eval_windows: int | None = option("Evaluation windows at most.", panel=TEXT, unset="the conversion's", ge=1)
     eval_length: int | None = option("Tokens in an evaluation window.", panel=TEXT, unset="the conversion's", ge=16)
+    original_cache: list[str] | None = option(
+        "Also measure the original with its own cache quantised, as for `eval`.", panel=TEXT, metavar="FORMAT"
+    )
     passkey: bool = option("Run the passkey test before and after.", False, panel=TEXT)
     passkey_length: int | None = option(
         "Tokens of the longest passkey text; turns the test on.", panel=TEXT, unset="the model's context", ge=1
@@ -142,6 +146,11 @@ class HealConfig(HealSettings):
     )
     overwrite: bool = option("Replace an --out that is not a converted model.", False, panel=RUN)
     device: str = option("auto (CUDA if there is a GPU), cpu, cuda or cuda:N.", "auto", panel=RUN, metavar="DEVICE")
+
+    @field_validator("original_cache", mode="before")
+    @classmethod
+    def _read_formats(cls, value: Any) -> list[str] | None:
+        return None if value is None else format_names(value)
 
 
 def conversion_healing(config: ConvertConfig) -> HealSettings | None:

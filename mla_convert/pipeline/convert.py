@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mla_convert.core.report_schema import (
     CalibrationSection,
     EvaluationSection,
     NotEvaluated,
+    OriginalCacheSection,
     Report,
 )
 from mla_convert.core.settings import ConvertConfig
@@ -31,6 +33,7 @@ from mla_convert.evaluate.quality.suite import Suite, suite_of, suite_section
 from mla_convert.heal.checks import check_conversion
 from mla_convert.heal.run import heal_conversion
 from mla_convert.method.calibrate import self_generated
+from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.factorise import sensitivity
 from mla_convert.method.factorise.layer import mla_config, whole_config
@@ -38,7 +41,7 @@ from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.refine import schedule
 from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.moved import callable_as_before
-from mla_convert.pipeline import layers, streamed
+from mla_convert.pipeline import layers, original_cache, streamed
 from mla_convert.pipeline.budget import within_budget
 from mla_convert.pipeline.recipe import write_recipe
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
@@ -72,6 +75,7 @@ class ConvertedLayers:
     stock_class: str
     entries: list[dict[str, Any]]
     evaluation: EvaluationSection | NotEvaluated
+    original_cache: OriginalCacheSection | None = None
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> Report | None:
@@ -109,6 +113,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Report |
             if processes.first:
                 check_target(resolved, out)
         layerwise, tokenizer = LayerwiseModel(source, device), source.tokenizer()
+        if config.original_cache:
+            original_cache.check_attention(layerwise)
     with phases.phase("text"):
         # The first process reads the texts for all, so that they share out the same windows.
         text = processes.told(lambda: prepare_text(resolved, tokenizer))
@@ -229,8 +235,11 @@ def run_layers(
         streams = open_streams(layerwise, calib, windows.measured, suite_windows, writer.processes)
     refine = resolved.refinement
     with phases.phase("allocate"):
-        states = streams.calib_original
-        plan, channels = sensitivity.measure(resolved.plan, settings, refine.steps, layerwise, states, writer, progress)
+        calibration = streams.calib_original
+        plan, channels = sensitivity.measure(
+            resolved.plan, settings, refine.steps, layerwise, calibration, writer, progress
+        )
+        del calibration
     new_config = mla_config(source, plan, resolved.dtype)
     converter = layers.LayerConverter(
         settings, plan, layerwise, new_config, resolved.cast, writer, progress, refine, channels
@@ -246,7 +255,33 @@ def run_layers(
         progress.stop()
     with phases.phase("evaluate"):
         evaluation = evaluate(layerwise, streams, text)
-    return ConvertedLayers(plan, new_config, type(layerwise.model).__name__, entries, evaluation)
+    states, found = streams.measured_original, None
+    del streams  # the states of the converted model and of calibration: those of the original's caches take their place
+    if settings.original_cache:
+        with phases.phase("original"):
+            found = quantised_originals(resolved, text, layerwise, states)
+    return ConvertedLayers(plan, new_config, type(layerwise.model).__name__, entries, evaluation, found)
+
+
+def quantised_originals(
+    resolved: ResolvedConversion, text: PreparedText, layerwise: LayerwiseModel, states: Sequence[Activations]
+) -> OriginalCacheSection:
+    """The report's section on the original with quantised caches, on the windows of the evaluation.
+
+    Args:
+        resolved: The conversion.
+        text: Its texts.
+        layerwise: The source.
+        states: Its outputs for the evaluation windows, then for the suite's.
+    """
+    windows, names = text.windows, resolved.settings.original_cache or []
+    return OriginalCacheSection(
+        text=windows.eval_text,
+        protocol=windows.eval_protocol,
+        dtype=str(resolved.dtype).removeprefix("torch."),
+        device=environment.device_name(resolved.device),
+        formats=original_cache.measure(names, layerwise, windows, text.suite, states, resolved.dtype.itemsize),
+    )
 
 
 def evaluate(layerwise: LayerwiseModel, streams: Streams, text: PreparedText) -> EvaluationSection | NotEvaluated:
@@ -292,6 +327,7 @@ def make_report(
         phases={},
         seconds=0.0,
         checksums={},
+        **({"original_cache": converted.original_cache} if converted.original_cache else {}),
     )  # fmt: skip
 
 

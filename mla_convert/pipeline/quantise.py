@@ -28,6 +28,7 @@ from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan, cac
 from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat
+from mla_convert.report.frontier import state_of
 from mla_convert.report.report import cache_section
 from mla_convert.source import mixture, texts
 from mla_convert.source.config_file import language_model
@@ -120,7 +121,7 @@ def quantise(
         result = report.model_copy(update={"cache": section})
         result.write(writer.folder)  # names the evaluation's text and windows
         found = evaluate_model(str(writer.folder), origin, device=str(where), progress=Progress(quiet=True))
-        result = _with_measurement(result, found)
+        result = _with_measurement(result, found).model_copy(update={"earlier_states": state_of(report)})
         result.checksums = writer.checksums()
         result.self_check = SelfCheckSection(**self_check(writer.folder, where))
         result.out = target

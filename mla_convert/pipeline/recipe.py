@@ -75,6 +75,7 @@ def _settings(
     optional = {
         "engine",
         "held_out",
+        "original_cache",
         "cache_group",
         "cache_rope",
         "nope_dim",

@@ -67,9 +67,9 @@ def open_streams(
 
     def pair(windows: Tensor, dtype: torch.dtype, on_host: bool = False) -> list[Activations]:
         own = windows[processes.share(len(windows))]
-        embedded, beside = layerwise.embed(own), beside_windows(layerwise, own)
+        start, beside = layerwise.embed(own), beside_windows(layerwise, own)
         return [
-            Activations(embedded, layerwise.device, dtype, on_host, processes, len(windows), beside and beside.clone())
+            Activations(start, layerwise.device, dtype, on_host, processes, len(windows), beside and beside.clone())
             for _ in range(2)
         ]
 
@@ -82,3 +82,10 @@ def open_streams(
             # read once a layer, in order, for which host memory is fast enough
             pairs.append(pair(windows, torch.float32, on_host=True))
     return Streams(*itertools.chain(*pairs))
+
+
+def embedded(layerwise: LayerwiseModel, windows: Tensor, processes: Processes) -> Activations:
+    """Hidden states of this process's share of windows (N, L) that are measured, at the input of the first layer."""
+    own = windows[processes.share(len(windows))]
+    start, beside = layerwise.embed(own), beside_windows(layerwise, own)
+    return Activations(start, layerwise.device, torch.float32, True, processes, len(windows), beside)

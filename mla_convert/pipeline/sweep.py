@@ -18,7 +18,7 @@ from mla_convert.core.errors import GateFailed, InputError, MlaConvertError, Usa
 from mla_convert.core.files import staged
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_file import PAGE, REPORT, find_content, read_report
-from mla_convert.core.report_schema import JsonObject, SweepEntry
+from mla_convert.core.report_schema import JsonObject, OriginalCacheSection, SweepEntry
 from mla_convert.core.settings import ConvertConfig
 from mla_convert.core.words import expanded
 from mla_convert.pipeline.convert import convert
@@ -151,6 +151,8 @@ def plan_points(configs: list[ConvertConfig], source: Source, progress: Progress
     notes, refused = [], []
     for config in configs:
         assert config.out is not None
+        if points:  # the original is the same at every size: the first point measures its quantised caches for all
+            config = config.model_copy(update={"original_cache": None})
         try:
             resolved = resolve(config, source)
         except InputError as error:
@@ -317,8 +319,14 @@ def _publish(folder: Path, out: Path, points: list[SweepPoint]) -> None:
     with staged(draft, out):
         shutil.copytree(folder, draft)
         report = read_report(draft)
-        report.sweep = [
-            SweepEntry(numbers=point.numbers, share=point.share, ratio=point.ratio, stderr=point.stderr)
-            for point in points
-        ]
+        report.sweep = [_entry(point) for point in points]
+        if caches := next((point.original_cache for point in points if point.original_cache), None):
+            report.original_cache = OriginalCacheSection.model_validate(caches)
         replace_files(draft, {REPORT: report.text(), PAGE: page_text(report)})
+
+
+def _entry(point: SweepPoint) -> SweepEntry:
+    """A point in the report of the chosen conversion."""
+    more = {"kl": point.evaluation.get("kl"), "latent_cache": point.latent_cache}
+    return SweepEntry(numbers=point.numbers, share=point.share, ratio=point.ratio, stderr=point.stderr,
+                      **{name: value for name, value in more.items() if value})  # fmt: skip

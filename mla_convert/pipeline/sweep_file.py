@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from rich.table import Table
 
 from mla_convert.core import runtime as environment
 from mla_convert.core.report_file import find_content
-from mla_convert.core.report_schema import Comparison, JsonObject, Report, to_json
+from mla_convert.core.report_schema import Comparison, JsonObject, Report, SweepReport, to_json
 from mla_convert.core.settings import ConvertConfig
-from mla_convert.report import format
+from mla_convert.report import format, frontier
 from mla_convert.report.html.page import write_sweep_page
 
 SWEEP = "sweep.json"
@@ -47,6 +47,8 @@ class SweepPoint:
     settings: JsonObject
     weights: str
     identity: str
+    latent_cache: JsonObject | None = None
+    original_cache: JsonObject | None = None
 
     @classmethod
     def from_report(cls, name: str, config: ConvertConfig, report: Report, identity: str) -> SweepPoint:
@@ -80,15 +82,18 @@ class SweepPoint:
             settings=content["settings"],
             weights=digest(report.checksums),
             identity=identity,
+            latent_cache=cache.latent_cache,
+            original_cache=content.get("original_cache"),
         )
 
     @classmethod
     def read(cls, entry: Any) -> SweepPoint | None:
         """The point of an entry of sweep.json; None if the entry is not whole."""
         names = {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
         # Fields of later versions are ignored, and an entry of an earlier one that lacks a field is converted again.
-        whole = isinstance(entry, dict) and names <= entry.keys()
-        return cls(**{name: entry[name] for name in names}) if whole else None
+        whole = isinstance(entry, dict) and needed <= entry.keys()
+        return cls(**{name: entry[name] for name in names & entry.keys()}) if whole else None
 
     @property
     def held_out_ratio(self) -> float:
@@ -156,6 +161,9 @@ def print_sweep(content: JsonObject, console: Console) -> None:
         row += ["–" if after is None else f"{after:.3f}", _words(entry["evaluation"]), _words(entry["held_out"])]
         table.add_row(*row, f"{entry['seconds']:.0f}", style="bold" if entry["name"] == content["chosen"] else None)
     console.print(table)
+    found = frontier.points_of_sweep(SweepReport.model_validate(content))
+    if any(point.series == "original" for point in found):
+        console.print(frontier.table(found, "quality at equal bytes").rich())
     evaluation, held_out = points[0]["evaluation"], points[0]["held_out"]
     lines = [
         f"perplexity and ratio to the original's on {evaluation['text']}: {evaluation['protocol']}",

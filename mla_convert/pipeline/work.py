@@ -87,4 +87,5 @@ def layer_run(conversion: ResolvedConversion) -> timing.LayerRun:
         measured=TOKENS[conversion.device.type] * conversion.is_measured,
         block_steps=refine.block_steps + last,
         output_steps=refine.output_steps / layers,
+        originals=len(conversion.settings.original_cache or ()),
     )

@@ -20,7 +20,7 @@ from mla_convert.core.report_schema import (
     SourceSection,
     SuiteSection,
 )
-from mla_convert.report import format
+from mla_convert.report import format, frontier
 from mla_convert.report.quality_rows import (
     compared,
     kinds_table,
@@ -44,7 +44,7 @@ BODY = """
 
 {measured} Calibrated on {calibration}. {worst}`report.json` has every
 figure, `report.html` shows them, and `recipe.yaml` repeats the run.
-{kinds}{probes}
+{kinds}{caches}{probes}
 ## Load
 
 ```python
@@ -97,6 +97,7 @@ def card_text(report: Report) -> str:
         ratio=f"**{format.times(evaluation.ratio, 4)}**" if evaluation else "not evaluated",
         headline=f", **{suite_headline(suite)}**" if suite and compared(suite) else "",
         kinds=_kinds(suite),
+        caches=_caches(report),
         version=report.versions.get("mla_convert", ""),
         untouched=_untouched(report.heal),
         table=report_table(report).markdown(),
@@ -213,6 +214,15 @@ def _kinds(suite: SuiteSection | None) -> str:
     # The section's heading names the column already.
     named = Table(["", *table.columns[1:]], table.rows)
     return f"\n## Kinds of text\n\n{named.markdown()}\n\n{suite_conditions(suite)}\n"
+
+
+def _caches(report: Report) -> str:
+    """A section on the original with quantised caches beside this model, where these were measured."""
+    found = frontier.points(report)
+    if not (sentence := frontier.verdict(found)):
+        return ""
+    words = "KL(original ‖ model) of the next token and perplexity over the original's, on the text above; bytes with their scales"
+    return f"\n## Quality at equal bytes\n\n{frontier.table(found).markdown()}\n\n{sentence} {words}.\n"
 
 
 def _probes(probes: ProbesSection | None) -> str:

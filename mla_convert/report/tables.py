@@ -9,7 +9,7 @@ from rich.console import Console
 from mla_convert.core.report_schema import Comparison, Measurement, Report
 from mla_convert.core.units import human_bytes, human_tokens
 from mla_convert.evaluate.quality.evaluation import Evaluation
-from mla_convert.report import format
+from mla_convert.report import format, frontier
 from mla_convert.report.quality_rows import (
     Row,
     heal_table,
@@ -63,6 +63,7 @@ def print_summary(report: Report, console: Console) -> None:
     cached = format.latent_words(report.cache.latent_cache)
     console.print(report_table(report, f"{report.source.name} → MLA, rank {rank} + {rope} rotary{cached}").rich())
     evaluation = report.measured
+    print_caches(frontier.points(report), console)
     if evaluation is None:
         lines = ["perplexity was not evaluated, as --eval none asked: `mla-convert eval` does it later"]
     else:
@@ -79,6 +80,13 @@ def print_summary(report: Report, console: Console) -> None:
         lines.append(f"{content}, by the closed form")
     lines.append(f"took {report.seconds:.0f} s on {report.device}; written to {report.out}")
     print_lines(lines, console)
+
+
+def print_caches(found: list[frontier.Point], console: Console) -> None:
+    """The model beside the original with quantised caches, where these were measured, and which of them is nearer."""
+    if sentence := frontier.verdict(found):
+        console.print(frontier.table(found, "quality at equal bytes").rich())
+        print_lines([sentence], console)
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
@@ -114,6 +122,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         if suite.worst is None:  # without an original, only the model's perplexity has values
             table = Table([table.columns[index] for index in (0, 2)], [(row[0], row[2]) for row in table.rows])
         console.print(table.rich())
+    print_caches(frontier.points_of_evaluation(evaluation), console)
     if rows := probe_rows(evaluation.probes, next_token=False):
         console.print(Table(("quality probes", "original", "model"), rows).rich())
     lines = [f"on {evaluation.text}: {evaluation.protocol}; ± is one standard error over windows"]
@@ -136,6 +145,7 @@ def print_healing(report: Report, folder: Path, console: Console) -> None:
     tokens, best = record.tokens or 0, record.best_tokens or 0
     healed = Measurement(evaluation=evaluation, probes=report.probes)
     console.print(heal_table(record.before, healed, f"{report.source.name} → MLA, healed").rich())
+    print_caches(frontier.points(report), console)
     stopped = f"; stopped early: {record.stopped}" if record.stopped else ""
     speed = f"({human_tokens(record.tokens_per_second)} tokens/s)" if record.tokens_per_second else ""
     lines = (

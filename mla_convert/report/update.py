@@ -1,4 +1,4 @@
-"""Adds quality probes to the report of a finished conversion. Imports no torch."""
+"""Adds quality probes and quantised caches of the original to the report of a finished conversion. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.report_file import PAGE, REPORT, read_content, read_report
-from mla_convert.core.report_schema import ProbesSection
+from mla_convert.core.report_schema import OriginalCacheSection, ProbesSection
 from mla_convert.core.words import expanded
 from mla_convert.write.intact import check_intact
 
@@ -27,10 +27,11 @@ def check_target(model: str) -> Path:
     return folder
 
 
-def write_into_report(folder: Path, probes: ProbesSection) -> None:
-    """Add probes to report.json, and make the page and the model card again.
+def write_into_report(folder: Path, probes: ProbesSection, original_cache: OriginalCacheSection | None = None) -> None:
+    """Add probes and the original's quantised caches to report.json, and make the page and the model card again.
 
-    A probe of the same kind is replaced; others stay, and so do entries of the report that somebody added.
+    A probe of the same kind is replaced, and so are the quantised caches where any was measured; others stay, and so do entries
+    of the report that somebody added.
 
     Raises:
         InputError: the report cannot be read, or is not that of a conversion.
@@ -41,4 +42,6 @@ def write_into_report(folder: Path, probes: ProbesSection) -> None:
 
     report = read_report(folder)
     report.probes = (report.probes or ProbesSection()).updated(probes)
+    if original_cache:
+        report.original_cache = original_cache
     replace_files(folder, {PAGE: page_text(report), CARD: card_text(report), REPORT: report.text()})

@@ -12,6 +12,7 @@ import torch
 
 from mla_convert import ConvertConfig
 from mla_convert.core.errors import InputError
+from mla_convert.core.original_cache import OriginalCacheFormat
 from mla_convert.method.calibrate.statistics import Statistics
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -85,18 +86,6 @@ def quantised(sources):
     return script
 
 
-def test_quantised_numbers_are_near_by_a_step(quantised):
-    values = torch.randn(1, 2, 5, 64, generator=torch.Generator().manual_seed(0))
-    for bits in (8, 4):
-        step = (values.unflatten(-1, (-1, 32)).amax(-1) - values.unflatten(-1, (-1, 32)).amin(-1)) / (2**bits - 1)
-        error = (quantised.quantised(values, bits, 32) - values).abs().unflatten(-1, (-1, 32)).amax(-1)
-        assert float((error / step).max()) < 0.6 and float(error.max()) > 0
-    assert float((quantised.quantised(values, 8, 0) / values - 1).abs().median()) < 0.04  # three bits of mantissa
-    turn = quantised.spreading(64).float()
-    assert torch.allclose(turn @ turn, torch.eye(64), atol=1e-5)
-    assert quantised.bytes_share(4, 32) == 0.3125 and quantised.bytes_share(8, 0) == 0.5
-
-
 def test_a_quantised_cache_is_measured_as_a_conversion_is(quantised, sources):
     text = str(sources("llama").parent / "text.txt")
     settings = {
@@ -108,12 +97,12 @@ def test_a_quantised_cache_is_measured_as_a_conversion_is(quantised, sources):
         "eval_length": 32,
     }
     config = ConvertConfig(source=str(sources("llama")), device="cpu", suite_windows=1, **settings)
-    fine, rough = (quantised.evaluate(config, bits, 8, False) for bits in (8, 2))
+    fine, rough = (quantised.evaluate(config, OriginalCacheFormat(bits, 8)) for bits in (8, 2))
     divergence = [found["evaluation"]["kl"]["value"] for found in (fine, rough)]
     assert divergence[0] < 5e-3 and divergence[1] > 20 * divergence[0]
     assert fine["evaluation"]["suite"]["worst"]["ratio"] and fine["cache"]["share_saved"] == 1 - 12 / 16
     with pytest.raises(InputError, match="do not come in groups of 5"):
-        quantised.evaluate(config, 4, 5, False)
+        quantised.evaluate(config, OriginalCacheFormat(4, 5))
 
 
 def test_rotated_mean_is_the_mean_over_distances(rope_kept):

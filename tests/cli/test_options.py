@@ -36,10 +36,11 @@ def test_every_option_of_version_0_1_is_there():
     assert before.keys() <= COMMANDS.keys()
     for command, known in before.items():
         assert set(known) <= names(command), command
-    new = {"--rope-selection", "--calib-self-generated", "--cache-dtype", "--cache-group", "--cache-rope", "--nope-dim"}
+    new = {"--rope-selection", "--calib-self-generated", "--cache-dtype", "--cache-group", "--cache-rope", "--nope-dim",
+           "--original-cache"}  # fmt: skip
     assert names("sweep") - set(before["sweep"]) == new
     assert names("convert") - set(before["convert"]) == {*new, "--gpus", "--budget"}
-    assert names("heal") == set(before["heal"])
+    assert names("heal") - set(before["heal"]) == {"--original-cache"}
 
 
 def test_old_names_are_hidden():

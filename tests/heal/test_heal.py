@@ -482,7 +482,11 @@ def test_the_best_state_is_that_of_the_worst_kind(small, tmp_path):
 
 def test_heals(small, tmp_path):
     before = json.loads((small["folder"] / "report.json").read_text())
-    report = heal(HealConfig(**small, out=tmp_path / "healed"), QUIET)
+    report = heal(HealConfig(**small, original_cache="int8,int4", out=tmp_path / "healed"), QUIET)
+    assert [entry["format"] for entry in report["original_cache"]["formats"]] == ["int8", "int4"]
+    assert report["original_cache"]["text"] == report["evaluation"]["text"]
+    (state,) = report["earlier_states"]
+    assert state.name == "converted" and state.ratio == before["evaluation"]["ratio"]
     assert ERRORS_NOTE in report["notes"] and ADAPTED_NOTE not in report["notes"]
     record = report["heal"]
     assert [entry["tokens"] for entry in record["curve"]] == [0, *(6 * 512 * n for n in range(1, 5))]

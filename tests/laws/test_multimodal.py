@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.progress import Progress
+from mla_convert.evaluate.quality.evaluation import evaluate_model
 from mla_convert.source.source import open_source
 from mla_convert.write.verify import verify
 
@@ -159,6 +161,20 @@ def test_image_prompts_give_the_originals_text(whole, exact):
     for cache in ({"use_cache": True}, {"use_cache": False}):
         text = [model.generate(**given, max_new_tokens=8, do_sample=False, **cache) for model in (original, converted)]
         assert torch.equal(*text)
+
+
+def test_quantised_caches_of_the_original_are_measured(whole, tmp_path):
+    """Its language model layer by layer, and the whole in memory."""
+    name, _, folder, _ = whole
+    if name not in ("gemma4", "llava", "qwen3_5"):
+        pytest.skip("the same code")
+    report = pico.convert(folder, tmp_path / "out", original_cache="int4")
+    text = str(folder.parent / "text.txt")
+    found = evaluate_model(
+        str(tmp_path / "out"), str(folder), text=text, original_cache=["int4"], progress=Progress(quiet=True)
+    )
+    (one,), (other,) = found.original_cache.formats, report.original_cache.formats
+    assert one.share == pytest.approx(other.share) and one.kl.value == pytest.approx(other.kl.value, rel=1e-3)
 
 
 def test_other_parts_are_untouched(whole, exact):

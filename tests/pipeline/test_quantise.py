@@ -12,6 +12,7 @@ from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.pipeline import quantise as module
 from mla_convert.pipeline.quantise import quantise
+from mla_convert.report import frontier
 from mla_convert.write.verify import verify
 
 
@@ -61,6 +62,12 @@ def test_there_and_back_in_place(folder, sources, cli):
     assert report["evaluation"]["after"]["value"] != before["evaluation"]["after"]["value"]
     assert report["evaluation"]["ratio"] == pytest.approx(before["evaluation"]["ratio"], rel=0.02)
     back = run(folder, "bf16", sources("llama"))
+    assert [(state.name, bool(state.latent_cache)) for state in back.earlier_states] == [
+        ("converted", False),
+        ("converted", True),
+    ]
+    # the conversion was measured on another text, whose path no report holds
+    assert [point.series for point in frontier.points(back)] == ["quantised", "rank"]
     assert back.cache.as_dict() == before["cache"]
     assert back.evaluation.ratio == pytest.approx(before["evaluation"]["ratio"], rel=1e-3)
     assert "latent_cache" not in {k for k, v in json.loads((folder / "config.json").read_text()).items() if v}

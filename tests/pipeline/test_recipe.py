@@ -280,6 +280,7 @@ def test_written_recipe_holds_every_setting_and_no_path(convert_pico, sources):
         "engine",
         "held_out",
         "nope_dim",
+        "original_cache",
         *(name for name in Settings.model_fields if name.startswith("heal_")),
     }
     assert recipe.settings.model_fields_set == {*Settings.model_fields} - absent

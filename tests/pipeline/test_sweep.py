@@ -65,7 +65,8 @@ def test_frontier(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.html", "sweep.json"]
     assert str(tmp_path) not in (tmp_path / "sweep" / "sweep.json").read_text()
     html = (tmp_path / "sweep" / "sweep.html").read_text()
-    assert html.count("<svg") == 2 and html.count("<tr>") == 4 and not re.search(r'(?:src|href)="(?!data:)', html)
+    # perplexity ratio and KL, each for a desktop and for a phone
+    assert html.count("<svg") == 4 and html.count("<tr>") == 4 and not re.search(r'(?:src|href)="(?!data:)', html)
 
 
 def test_choice_is_by_the_held_out_text_and_written_whole(run, conversions, tmp_path):
@@ -82,11 +83,34 @@ def test_choice_is_by_the_held_out_text_and_written_whole(run, conversions, tmp_
     verify(out)
     report = json.loads((out / "report.json").read_text())
     assert report["evaluation"]["ratio"] == smallest["ratio"]
-    assert report["sweep"] == [{key: e[key] for key in ("numbers", "share", "ratio", "stderr")} for e in points]
+    assert report["sweep"] == [
+        {**{key: e[key] for key in ("numbers", "share", "ratio", "stderr")}, "kl": e["evaluation"]["kl"]}
+        for e in points
+    ]
     assert (
         "The frontier" in (out / "report.html").read_text() and "this conversion" in (out / "report.html").read_text()
     )
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_the_original_is_measured_once_and_drawn_beside_all_sizes(run, conversions, tmp_path):
+    options, out = ("--original-cache", "int8,int4", "--max-ppl-ratio", 100), tmp_path / "out"
+    code, said, err = run(*options, "--out", out)
+    assert code == 0, err
+    points = content(tmp_path / "sweep")["points"]
+    assert [bool(point["original_cache"]) for point in points] == [True, False, False]
+    report = json.loads((out / "report.json").read_text())
+    assert report["original_cache"] == points[0]["original_cache"] and len(report["sweep"]) == 3
+    for html in ((tmp_path / "sweep" / "sweep.html").read_text(), (out / "report.html").read_text()):
+        assert "Quality at equal bytes" in html and "original, INT4 cache" in html and "latents, not quantised" in html
+        assert html.count("<polygon") == 2 * 2
+    assert "original, INT8 cache" in said
+    conversions.clear()
+    assert run(*options, "--out", out)[0] == 0 and conversions == [report_name(points, report)]  # chosen, not kept
+
+
+def report_name(points, report):
+    return next(point["name"] for point in points if point["ratio"] == report["evaluation"]["ratio"])
 
 
 def test_a_choice_that_no_point_meets(run, tmp_path):

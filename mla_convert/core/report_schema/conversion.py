@@ -8,7 +8,12 @@ from typing import Annotated
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
 from mla_convert.core.report_schema.base import Amount, Count, JsonObject, Measured, Number, Section
-from mla_convert.core.report_schema.evaluation import Comparison
+from mla_convert.core.report_schema.evaluation import (
+    Comparison,
+    EvaluationSection,
+    Mean,
+    OriginalCacheSection,
+)
 
 
 def _licence(value: object) -> str | list[str]:
@@ -214,12 +219,17 @@ class SelfCheckSection(Section):
 
 
 class SweepEntry(Section):
-    """One point of a sweep: numbers per token and layer, share of the original's cache, perplexity ratio."""
+    """One point of a sweep: numbers per token and layer, share of the original's cache, perplexity ratio, KL divergence.
+
+    `latent_cache` is the format of a quantised cache, as config.json holds it.
+    """
 
     numbers: Number | None = None
     share: Number
     ratio: Measured = math.nan
     stderr: Measured = math.nan
+    kl: Mean | None = None
+    latent_cache: JsonObject | None = None
 
 
 class SweepPoint(Section):
@@ -233,10 +243,12 @@ class SweepPoint(Section):
     share: Number
     ratio: Measured = math.nan
     stderr: Measured = math.nan
-    evaluation: Comparison
+    evaluation: EvaluationSection
     held_out: Comparison
     calibration: CalibrationSection
     seconds: Amount
+    latent_cache: JsonObject | None = None
+    original_cache: OriginalCacheSection | None = None
 
 
 class SweepReport(Section):

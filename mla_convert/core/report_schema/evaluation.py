@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, PlainValidator, Tag, WithJsonSchema
 
-from mla_convert.core.report_schema.base import Count, Measured, Section
+from mla_convert.core.original_cache import NAMES
+from mla_convert.core.report_schema.base import Amount, Count, JsonObject, Measured, Section
 
 LONGEST_NAME = 32
 
@@ -24,6 +25,16 @@ KindName = Annotated[
     PlainValidator(_kind_name),
     WithJsonSchema({"type": "string", "pattern": "^[a-z]+$", "maxLength": LONGEST_NAME}),
 ]
+
+
+def _format_name(value: object) -> str:
+    """The name of a cache's format. Pages and cards show it, so that it is one that this version knows."""
+    if value in NAMES:
+        return str(value)
+    raise ValueError(f"should be one of {', '.join(NAMES)}")
+
+
+FormatLabel = Annotated[str, PlainValidator(_format_name), WithJsonSchema({"enum": list(NAMES)})]
 
 
 class Perplexity(Section):
@@ -117,6 +128,76 @@ class EvaluationSection(Comparison):
     agreement: Mean | None = None
     held_out: Comparison | None = None
     suite: SuiteSection | None = None
+
+
+class OriginalCacheEntry(Section):
+    """The original with its own keys and values quantised in its cache, against itself without that.
+
+    Attributes:
+        format: of the cache, as `--original-cache` takes it.
+        share: bytes over those of the original's own cache, with scales and zero points.
+        after: perplexity with this cache.
+        ratio: `after` over the original's perplexity.
+        ratio_log_error: standard error of the ratio's logarithm over windows, paired.
+        kl: KL(original ‖ original with this cache) of the next token in nats.
+        agreement: share of tokens with the same most likely next token.
+        suite: the packaged suite.
+    """
+
+    format: FormatLabel
+    share: Amount
+    after: Perplexity | None = None
+    ratio: Measured = math.nan
+    ratio_log_error: Measured = math.nan
+    kl: Mean
+    agreement: Mean | None = None
+    suite: SuiteSection | None = None
+
+
+class OriginalCacheSection(Section):
+    """Quantised caches of the original, measured as the converted model was.
+
+    Attributes:
+        text: label of the evaluation text.
+        protocol: the windows in words.
+        dtype: dtype of the original's weights.
+        device: name of the device.
+        formats: one entry a format.
+    """
+
+    text: str
+    protocol: str
+    dtype: str | None = None
+    device: str | None = None
+    formats: list[OriginalCacheEntry]
+
+
+class EarlierState(Section):
+    """A state of the model that `heal` or `quantize` has replaced.
+
+    Attributes:
+        name: of the state: converted or healed.
+        share: bytes of its cache over those of the original's.
+        latent_cache: format of its cache, as config.json held it; null for a cache of numbers.
+        text: label of the evaluation text.
+        protocol: the windows in words.
+        ratio: perplexity over the original's.
+        ratio_log_error: standard error of the ratio's logarithm over windows, paired.
+        kl: KL(original ‖ model) of the next token in nats.
+        agreement: share of tokens with the same most likely next token.
+        suite_kl: mean KL over the packaged suite's kinds of text.
+    """
+
+    name: Literal["converted", "healed"]
+    share: Amount
+    latent_cache: JsonObject | None = None
+    text: str
+    protocol: str
+    ratio: Measured = math.nan
+    ratio_log_error: Measured = math.nan
+    kl: Mean
+    agreement: Mean | None = None
+    suite_kl: Mean | None = None
 
 
 class NotEvaluated(Section):

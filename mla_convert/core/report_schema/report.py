@@ -23,7 +23,12 @@ from mla_convert.core.report_schema.conversion import (
     SweepEntry,
     Versions,
 )
-from mla_convert.core.report_schema.evaluation import Evaluation, EvaluationSection
+from mla_convert.core.report_schema.evaluation import (
+    EarlierState,
+    Evaluation,
+    EvaluationSection,
+    OriginalCacheSection,
+)
 from mla_convert.core.report_schema.heal import HealSection
 from mla_convert.core.report_schema.probes import ProbesSection
 
@@ -52,6 +57,8 @@ class Report(Section):
         checksums: sha256 by shard.
         schema_version: `schema` in the file.
         notes: what a reader should know.
+        original_cache: the original with quantised caches of its own, with `--original-cache`.
+        earlier_states: what `heal` and `quantize` replaced, oldest first.
         probes: added by `eval --into-report`.
         heal: added by `heal`.
         self_check: the trial of the folder.
@@ -78,6 +85,8 @@ class Report(Section):
     probes: ProbesSection | None = Field(
         None, validation_alias=AliasChoices("probes", "beyond"), serialization_alias="probes"
     )
+    original_cache: OriginalCacheSection | None = None
+    earlier_states: list[EarlierState] | None = None
     heal: HealSection | None = None
     self_check: SelfCheckSection | None = None
     sweep: list[SweepEntry] | None = None

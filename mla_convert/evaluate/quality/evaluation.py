@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,12 +20,15 @@ from mla_convert.core.report_schema import (
     JsonObject,
     Mean,
     NextToken,
+    OriginalCacheEntry,
+    OriginalCacheSection,
     Perplexity,
     ProbesSection,
     SuiteSection,
     to_json,
 )
 from mla_convert.core.settings import PACKAGE, Settings
+from mla_convert.evaluate.quality.original_cache import check_loaded, measure_loaded
 from mla_convert.evaluate.quality.perplexity import Readout, cache_bytes, mean, perplexity, ratio, score
 from mla_convert.evaluate.quality.probes import ProbeOutputs, ProbeRunner, ProbeSettings
 from mla_convert.evaluate.quality.suite import Suite, suite_of, suite_section
@@ -58,6 +61,7 @@ class Evaluation:
         kl: KL(original ‖ model) of the next token in nats.
         agreement: share of tokens with the same most likely next token.
         suite: results on the packaged suite.
+        original_cache: the original with quantised caches of its own.
         dtype: dtype of both models.
         device: name of the device.
         seconds: time of the evaluation.
@@ -79,6 +83,7 @@ class Evaluation:
     kl: Mean | None = None
     agreement: Mean | None = None
     suite: SuiteSection | None = None
+    original_cache: OriginalCacheSection | None = None
     dtype: str = ""
     device: str = ""
     seconds: float = 0.0
@@ -113,6 +118,7 @@ class Evaluation:
                     "agreement": self.agreement,
                     **({"suite": self.suite} if self.suite else {}),
                 },
+                **({"original_cache": self.original_cache} if self.original_cache else {}),
                 "probes": self.probes,
                 "dtype": self.dtype,
                 "device": self.device,
@@ -218,6 +224,7 @@ class _Reading:
     cache_bytes: float
     probes: ProbeOutputs
     dtype: torch.dtype
+    original_cache: list[OriginalCacheEntry]
 
 
 def evaluate_model(
@@ -231,6 +238,7 @@ def evaluate_model(
     dtype: str = "auto",
     device: str = "auto",
     probes: ProbeSettings | None = None,
+    original_cache: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a model, and its distance from an original. One model is in memory at a time.
@@ -245,16 +253,19 @@ def evaluate_model(
         dtype: of both models; "auto": the one that `model` is stored in.
         device: where both run.
         probes: quality probes to run on both.
+        original_cache: formats in which the original's own cache is quantised and measured too (core/original_cache.py).
         progress: takes notes.
 
     Raises:
-        UsageError: no such dtype or device, windows out of range, or a probe that lacks the original or its extra.
+        UsageError: no such dtype or device, windows out of range, or a probe or format that lacks the original or its extra.
         InputError: a model or text that cannot be used, or two models that do not share a tokenizer.
         ResourceError: the Hub or the device is not there.
     """
     began, progress = time.perf_counter(), progress or Progress()
     probes = probes or ProbeSettings()
     _check_request(dtype, windows, length, probes, against)
+    if original_cache and against is None:
+        raise UsageError("original_cache quantises the cache of an original: give against")
     where = runtime.pick_device(device)
     place = find_model(model)
     origin = find_model(against) if isinstance(against, str) else against
@@ -263,7 +274,7 @@ def evaluate_model(
     material = _load_material(place, origin, request, where, progress)
     reading = _read(place, dtype if dtype == "auto" else getattr(torch, dtype), where, material, progress)
     # In the dtype of the converted model, or the ratio would contain the rounding of another one.
-    reference = _read(origin, reading.dtype, where, material, progress) if origin else None
+    reference = _read(origin, reading.dtype, where, material, progress, original_cache) if origin else None
     config = model_config(place)
     converted = is_converted(config)
     computed = original_cache_bytes(config, reading.dtype.itemsize) if converted else None
@@ -279,6 +290,7 @@ def evaluate_model(
         bytes_after=reading.cache_bytes,
         bytes_before=reference.cache_bytes if reference else computed,
         before_is_measured=reference is not None,
+        original_cache=_section(reference, {**material.where, **ran_on}),
         probes=_probes(material, reading, reference, scores, {"against": origin and origin.label, **ran_on}),
         seconds=round(time.perf_counter() - began, 2),
         notes=material.notes,
@@ -318,19 +330,35 @@ def _load_material(
 
 
 def _read(
-    place: SourceLocation, dtype: str | torch.dtype, device: torch.device, material: _Material, progress: Progress
+    place: SourceLocation,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    material: _Material,
+    progress: Progress,
+    original_cache: Sequence[str] = (),
 ) -> _Reading:
-    """Load a model, run it on everything, and free it on return."""
+    """Load a model, run it on everything, and free it on return; an original also with quantised caches."""
     progress.note(f"loading {place.label}")
-    model = load_model(place, dtype, device)
-    # Cache first (arguments are evaluated in this order): a model that keeps none is refused before it reads all
-    # windows.
+    model, tick = load_model(place, dtype, device), _ticker(progress, place.label)
+    # First, because a model that keeps no cache is refused before it reads all windows.
+    size = cache_bytes(model, material.windows[0])
+    if original_cache:
+        check_loaded(model, material.windows[0], place.label)
+    readout = Readout(model, material.every, tick)
     return _Reading(
-        cache_bytes=cache_bytes(model, material.windows[0]),
-        readout=Readout(model, material.every, _ticker(progress, place.label)),
+        cache_bytes=size,
+        readout=readout,
         probes=material.prober.run(model, partial(_ticker, progress, place.label)),
         dtype=model.dtype,
+        original_cache=measure_loaded(model, original_cache, readout, material.windows, material.suite, tick),
     )
+
+
+def _section(reference: _Reading | None, conditions: JsonObject) -> OriginalCacheSection | None:
+    """The original's quantised caches with the conditions of their measurement; None where none was measured."""
+    if reference is None or not reference.original_cache:
+        return None
+    return OriginalCacheSection(**conditions, formats=reference.original_cache)
 
 
 def _scores(material: _Material, reading: _Reading, reference: _Reading | None) -> JsonObject:

@@ -126,14 +126,8 @@ class Readout:
         if head is None or not name:
             raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and a head")
         self._device, self.vocabulary = head.weight.device, head.weight.shape[0]
-        self._hidden: list[Tensor] = []
         decoder = model.get_submodule(name)
-        for index, ids in enumerate(windows):
-            states = decoder(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state
-            # On the host, because the device has to hold the other model next.
-            self._hidden.append(states[0, :-1].cpu())
-            if tick:
-                tick(index + 1, len(windows))
+        self._hidden = self._states(decoder, windows, tick)
         self._stub = HiddenStatesStub(decoder)
         # The stock forward with a stub for its decoder, so that logits are scaled and capped as the model does it.
         self._head = copy.copy(model)
@@ -143,6 +137,27 @@ class Readout:
         # A copy, because the head's weight may be that of the embedding, which keeps its dtype.
         if head.weight.dtype != torch.float32:
             self._head.set_output_embeddings(copy.deepcopy(head).float())
+
+    @torch.no_grad()
+    def of_other_states(
+        self, model: nn.Module, windows: Tensor | list[Tensor], tick: Callable[[int, int], None] | None = None
+    ) -> Readout:
+        """A readout with the same head, of the states that the model's decoder makes of these windows now."""
+        other = copy.copy(self)
+        other._hidden = self._states(model.get_submodule(decoder_name(model)), windows, tick)
+        return other
+
+    def _states(
+        self, decoder: nn.Module, windows: Tensor | list[Tensor], tick: Callable[[int, int], None] | None
+    ) -> list[Tensor]:
+        hidden = []
+        for index, ids in enumerate(windows):
+            states = decoder(input_ids=ids[None].to(self._device), use_cache=False).last_hidden_state
+            # On the host, because the device has to hold the other model next.
+            hidden.append(states[0, :-1].cpu())
+            if tick:
+                tick(index + 1, len(windows))
+        return hidden
 
     def logits(self, window: int, start: int, stop: int) -> Tensor:
         """Logits (stop - start, vocabulary), float32, that predict tokens start+1 to stop of a window.
@@ -218,18 +233,28 @@ def cache_bytes(model: nn.Module, ids: Tensor) -> float:
     Raises:
         InputError: the model keeps no keys and values.
     """
+    layers, tokens = _filled_cache(model, ids)
+    # By storage, so that views of one tensor count once.
+    held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for parts in layers for part in parts}
+    if not sum(held.values()):
+        raise InputError(f"{type(model).__name__} keeps no KV cache: it cannot be measured here")
+    return sum(held.values()) / tokens
+
+
+def cached_layers(model: nn.Module, ids: Tensor) -> int:
+    """Number of layers that keep keys and values of the tokens `ids` (L,) in a DynamicCache."""
+    return sum(any(part.numel() for part in parts) for parts in _filled_cache(model, ids)[0])
+
+
+@torch.no_grad()
+def _filled_cache(model: nn.Module, ids: Tensor) -> tuple[list[list[Tensor]], int]:
+    """Keys and values of each layer after a forward pass over the first of `ids` (L,), and how many tokens these are."""
     window = getattr(model.config, "sliding_window", None) or CACHE_TOKENS + 1
     # Fewer than the smallest sliding window holds, which would drop the others.
     tokens = max(1, min(len(ids), CACHE_TOKENS, window - 1))
     cache = DynamicCache(config=model.config)
-    held, start = {}, ids[None, :tokens].to(model.device)
+    start = ids[None, :tokens].to(model.device)
     with contextlib.suppress(TypeError):  # state-space models take no such cache
         model(input_ids=start, **with_cache(model, cache))
-    for layer in cache.layers:
-        for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if part is not None:
-                # By storage, so that views of one tensor count once.
-                held[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-    if not sum(held.values()):
-        raise InputError(f"{type(model).__name__} keeps no KV cache: it cannot be measured here")
-    return sum(held.values()) / tokens
+    parts = [[getattr(layer, "keys", None), getattr(layer, "values", None)] for layer in cache.layers]
+    return [[part for part in layer if part is not None] for layer in parts], tokens

@@ -34,6 +34,7 @@ class LayerRun:
         measured: Tokens at which the loss of smaller caches is measured, before sizes are allocated; 0 measures none.
         block_steps: Further steps per layer, through the whole layer.
         output_steps: Those of the further steps that also go through the head.
+        originals: Quantised caches of the original, with each of which it reads the evaluation windows again.
     """
 
     calib: tuple[int, int]
@@ -43,6 +44,7 @@ class LayerRun:
     measured: int = 0
     block_steps: float = 0
     output_steps: float = 0
+    originals: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class LayerWork:
         ):  # both models' states go through the layer
             shared += samples * length * forward(weights, mixing, length)
             shared += windows * eval_length * forward(weights, mixing, eval_length)
+        shared += run.originals * windows * eval_length * forward(self.layer_before, self.mixing_before, eval_length)
         # second moments of the tokens in six weightings, the targets, and held-out errors
         shared += (
             samples * length * (12.0 * self.hidden**2 + 2 * forward(self.attention_before, self.mixing_before, length))

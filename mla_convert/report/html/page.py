@@ -24,8 +24,10 @@ from mla_convert.core.report_schema import (
     SweepReport,
 )
 from mla_convert.core.units import human_bytes
-from mla_convert.report import format
+from mla_convert.report import format, frontier
 from mla_convert.report.html import plots
+from mla_convert.report.html.frontier import frontier as frontier_chart
+from mla_convert.report.html.frontier import legend
 from mla_convert.report.html.svg import Chart
 from mla_convert.report.quality_rows import (
     compared,
@@ -81,6 +83,7 @@ def write_sweep_page(content: JsonObject, file: Path) -> None:
     chosen = next((point for point in shown if point.name == sweep.chosen), None)
     mark = (100 * chosen.share, chosen.ratio) if chosen else None
     curve = [(100 * point.share, point.ratio, _error(point.stderr)) for point in shown]
+    found = frontier.points_of_sweep(sweep)
     columns = ("share", "numbers", "rank + rotary", "seed", "perplexity", "ratio", "held out", "took")
     rows = [
         (f"{point.share:.1%}", f"{point.numbers:g}", f"{point.rank} + {point.rope_dim}", str(point.seed),
@@ -98,6 +101,9 @@ def write_sweep_page(content: JsonObject, file: Path) -> None:
                 lambda width: plots.curve(curve, width, "cache, % of the original's", "perplexity ratio", mark)
             ),
             points=Table(columns, rows, align="r" * len(columns)),
+            distance=_draw(lambda width: frontier_chart(found, width)),
+            legend=legend(found),
+            caches=_caches(found),
         )
     )
     write_file(file, text)
@@ -141,13 +147,22 @@ def _cache_words(cache: CacheSection) -> str:
     return words
 
 
+def _caches(found: list[frontier.Point]) -> Table | None:
+    """The points of a chart with names, where the original's quantised caches are among them."""
+    return frontier.table(found) if any(point.series == "original" for point in found) else None
+
+
 def _context(report: Report) -> dict[str, object]:
     """The names that the template uses."""
     evaluation = report.measured
     suite = evaluation.suite if evaluation else None
-    probes = report.probes
+    probes, found = report.probes, frontier.points(report)
     return {
         "report": report,
+        "distance": _draw(lambda width: frontier_chart(found, width)),
+        "legend": legend(found),
+        "caches": _caches(found),
+        "verdict": frontier.verdict(found),
         "cache_words": _cache_words(report.cache),
         "evaluation": evaluation,
         "headline": _headline(report),

@@ -194,7 +194,7 @@ def errors(layers: Sequence[LayerEntry], closed_form: str, refined: str, width: 
     y = logarithmic((low, high), (height - BOTTOM, TOP))
     for mark in decades(low, high):
         chart.line(LEFT, y(mark), width - RIGHT, y(mark), "grid")
-        chart.text(LEFT - 8, y(mark) + 4, _power(mark), "tick", "end")
+        chart.text(LEFT - 8, y(mark) + 4, power(mark), "tick", "end")
     radius = min(4.5, max(1.6, step / 3))
     for index, first, last in rows:
         number = numbers(layers)[index]
@@ -215,7 +215,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _power(value: float) -> str:
+def power(value: float) -> str:
+    """A mark of a logarithmic axis: 0.01, 1e-5."""
     return f"{value:g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
