@@ -194,7 +194,7 @@ def layer_format(config: Any, layer_idx: int) -> LatentFormat | None:
 
 @functools.cache
 def _spreading_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return spreading(size).mT.to(device, dtype)
+    return spreading(size).mT.to(device, dtype).contiguous()
 
 
 @torch.compiler.assume_constant_result
@@ -397,9 +397,16 @@ def kernel_format(fmt: LatentFormat) -> tuple[int, ...] | None:
     return fmt.wide, int(fmt.kind == "fp8"), fmt.group, int(fmt.rope == "fp8")
 
 
+def key_basis(fmt: LatentFormat, like: Tensor) -> Tensor | None:
+    """The matrix of `LatentFormat.spread` beside a tensor, in its dtype; None where keys are cached as they are."""
+    if fmt.joint is fmt or not fmt.rope_dim:
+        return None
+    return _constant_spreading(fmt.rope_dim, like.device, like.dtype)
+
+
 def write_packed(
     fmt: LatentFormat, cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None,
-    sin: Tensor | None, kernels: bool,
+    sin: Tensor | None, weight: Tensor | None, kernels: bool,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
     """Apply RoPE to queries and new keys, quantise, and append: in one launch for a static cache where the kernels serve.
 
@@ -412,17 +419,27 @@ def write_packed(
         q_rope: (B, H, T, 2m), before RoPE.
         cos: (., T, m); None without RoPE.
         sin: the same.
+        weight: (2m,), factors of rotated queries; None for none.
         kernels: whether the kernels may serve.
 
     Returns:
-        The rotated queries, the rows of all cached tokens, and None in the place of the keys.
+        The queries as `finish_queries` gives them, the rows of all cached tokens, and None in the place of the keys.
     """
-    form = kernel_format(fmt) if fmt.joint is fmt else None  # the kernel that writes does not spread
-    written = kernels and form and write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes)
-    if written:
-        rows, _, q_rope = written
-        return q_rope, rows, None
+    form, basis = kernel_format(fmt), key_basis(fmt, q_rope)
+    # the launch that spreads has no factors in between
+    if kernels and form and (basis is None or weight is None):
+        written = write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes, key_basis=basis)
+        if written:
+            rows, _, q_rope = written
+            return q_rope if basis is not None else finish_queries(fmt, q_rope, weight), rows, None
     if cos is not None:
         cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
         q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
-    return q_rope, update_packed(cache, layer_idx, quantise_rows(fmt, latent, k_rope)), None
+    rows = update_packed(cache, layer_idx, quantise_rows(fmt, latent, k_rope))
+    return finish_queries(fmt, q_rope, weight), rows, None
+
+
+def finish_queries(fmt: LatentFormat | None, q_rope: Tensor, weight: Tensor | None) -> Tensor:
+    """Rotated queries (..., 2m) times their factors, in the basis in which keys are cached; no format: as numbers."""
+    q_rope = q_rope if weight is None else q_rope * weight
+    return q_rope if fmt is None else fmt.spread(q_rope)
