@@ -51,16 +51,17 @@ def spreading(size: int) -> Tensor:
     It has a Hadamard matrix of Sylvester's construction for each power of two in `size`. Numbers are dealt out to these blocks
     in turn, so that each block gets a like part of numbers that are in the order of their magnitudes.
     """
+    place: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # engines build models with defaults of their own
     blocks: list[Tensor] = []
     for bit in reversed(range(size.bit_length())):
         if size >> bit & 1:
-            block = torch.ones(1, 1, dtype=torch.float64)
+            block = torch.ones(1, 1, **place)
             for _ in range(bit):
                 block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)]) * 0.5**0.5
             blocks.append(block)
     if not blocks:
-        return torch.zeros(0, 0, dtype=torch.float64)
-    places = torch.cat([(torch.arange(len(block), dtype=torch.float64) + 0.5) / len(block) for block in blocks])
+        return torch.zeros(0, 0, **place)
+    places = torch.cat([(torch.arange(len(block), **place) + 0.5) / len(block) for block in blocks])
     return torch.block_diag(*blocks)[:, places.argsort(stable=True)]
 
 
@@ -113,9 +114,14 @@ class LatentFormat:
         wide = self.wide if self.kind == "mixed" else -1
         return replace(self, rank=self.rank + self.rope_dim, rope_dim=0, wide=wide, rope="bf16")
 
+    @property
+    def spreads(self) -> bool:
+        """Whether the rotary key's numbers are channels of the latent, in another basis."""
+        return self.rope == "int4" and self.rope_dim > 0
+
     def spread(self, rope: Tensor) -> Tensor:
         """Rotated keys or queries (..., 2m) in the basis in which keys are cached."""
-        if self.rope != "int4" or not self.rope_dim:
+        if not self.spreads:
             return rope
         return rope @ _constant_spreading(self.rope_dim, rope.device, rope.dtype)
 
@@ -399,7 +405,7 @@ def kernel_format(fmt: LatentFormat) -> tuple[int, ...] | None:
 
 def key_basis(fmt: LatentFormat, like: Tensor) -> Tensor | None:
     """The matrix of `LatentFormat.spread` beside a tensor, in its dtype; None where keys are cached as they are."""
-    if fmt.joint is fmt or not fmt.rope_dim:
+    if not fmt.spreads:
         return None
     return _constant_spreading(fmt.rope_dim, like.device, like.dtype)
 

@@ -24,6 +24,7 @@ FORMATS = {
     "int4 groups": (96, 16, RowFormat(0, 0, 32)),
     "int4 across": (80, 16, RowFormat(0, 0, 32, 1)),
     "mixed": (112, 16, RowFormat(16, 0, 64)),
+    "mixed at 8": (64, 16, RowFormat(8, 0, 32)),
 }
 formats = pytest.mark.parametrize(("rank", "rope_dim", "form"), FORMATS.values(), ids=FORMATS)
 

@@ -142,6 +142,7 @@ def main():
     launch(None, 96, 32, heads=9, tokens=3, page_size=16)
     launch_packed(96, 32, RowFormat(96, 1, 0, 1))
     launch_packed(80, 16, RowFormat(16, 0, 32, 0), page_size=16)
+    launch_packed(352, 0, RowFormat(0, 0, 48), page_size=64)
     write_joint(224, 128, RowFormat(0, 0, 48))
     write_joint(72, 24, RowFormat(16, 0, 0), page_size=16)
     write_joint(512, 128, RowFormat(64, 0, 48), dtype=torch.float32)
