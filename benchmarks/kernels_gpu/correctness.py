@@ -217,8 +217,8 @@ def joint_writes(device: str) -> str | None:
             rows = torch.full((3, 16, size), 77, dtype=torch.uint8, device=device)
             table = torch.tensor([[2], [0], [1]], dtype=torch.int32, device=device) if page_size else None
             reference = rows.clone()
-            query = mla_write(**new, latent_cache=rows, block_table=table)[..., rank:]
-            expected = naive_write(**new, latent_cache=reference, block_table=table)[..., rank:]
+            query = mla_write(**new, latent_cache=rows, block_table=table, query_room=rank)[..., rank:]
+            expected = naive_write(**new, latent_cache=reference, block_table=table)
             found, right = (naive_unpack(x, rank + rope_dim, 0, form, torch.float32)[0] for x in (rows, reference))
             differ = (found != right).float().mean().item()
             if differ > 0.02 or not torch.allclose(found, right, rtol=0.02, atol=1.0, equal_nan=True):

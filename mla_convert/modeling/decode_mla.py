@@ -361,7 +361,7 @@ def write_static(
     )
     if static:
         written.add_(tokens)
-    return layer.keys, layer.values, q_rope[..., -rope_dim:].transpose(1, 2)
+    return layer.keys, layer.values, q_rope.transpose(1, 2)
 
 
 def weigh(logits: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:

@@ -168,9 +168,9 @@ def joint_write(rank, rope_dim, wide, group, page_size, dtype, launch=True):
     rows = torch.full((7, page_size, size) if page_size else (2, 20, size), 77, dtype=torch.uint8)
     arguments |= {"latent_cache": rows, "rope_cache": None, "row_format": form}
     if not launch:
-        return rows, mla_write(**arguments)
+        return rows, mla_write(**arguments, query_room=rank)
     query = torch.full((2, 3, 5, rank + rope_dim), torch.nan, dtype=dtype)
-    write_triton(**arguments, query=query)
+    write_triton(**arguments, query=query[..., rank:])
     return rows, query
 
 
@@ -279,7 +279,7 @@ def test_operators_pass_opcheck_and_compile():
         ops.write, (*arguments.values(), rows, None, positions.remainder(9), table, tuple(case["row_format"]))
     )
     joint = torch.zeros(2, 9, RowFormat(0, 0, 32).layout(80, 0).row_bytes, dtype=torch.uint8)
-    arguments = (*arguments.values(), joint, None, positions.remainder(9), table, (0, 0, 32, 0), torch.eye(16))
+    arguments = (*arguments.values(), joint, None, positions.remainder(9), table, (0, 0, 32, 0), torch.eye(16), 64)
     torch.library.opcheck(ops.write, arguments)
     scale, form = case.pop("softmax_scale"), case.pop("row_format")
     compiled = torch.compile(

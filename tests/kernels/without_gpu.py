@@ -108,7 +108,7 @@ def write_joint(rank, rope_dim, form, page_size=0, heads=20, dtype=torch.bfloat1
     rows, table = torch.zeros(3, page_size or 9, size, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.int32)
     basis = torch.eye(rope_dim, dtype=dtype)
     write_triton(
-        latent, key, query, *tables, rows, None, positions, table if page_size else None, out, form, basis
+        latent, key, query, *tables, rows, None, positions, table if page_size else None, out[..., rank:], form, basis
     )  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def test_rows_with_the_key_in_the_latent_decode_as_they_prefill(rank, rope, wide
     q_nope, angles = torch.randn(length, 3, 8), torch.rand(length, rope // 2) * 6
     latent, key, q_rope = torch.randn(length, rank), torch.randn(length, rope), torch.randn(length, 3, rope)
     basis = key_basis(fmt, latent)
-    query = write(latent, key, q_rope, angles.cos(), angles.sin(), cache, slots, shape.form, basis)
+    query = write(latent, key, q_rope, angles.cos(), angles.sin(), cache, slots, shape.form, basis, rank)
     rows = cache.view(-1, shape.row)[slots]
     turned = rotate_planes(key, angles.cos(), angles.sin())
     assert torch.equal(rows, quantise_rows(fmt, latent, turned))
@@ -266,9 +266,18 @@ def test_vllm_serves_layers_of_different_sizes(cli, convert_pico, name):
 
 @pytest.mark.engine
 @needs_vllm
-@pytest.mark.parametrize(("name", "kind"), [("llama", "auto"), ("qwen3", "int4"), ("gemma2", "int4")])
-def test_vllm_serves_rows_with_the_rotary_key_in_4_bits(cli, convert_pico, name, kind):
-    folder = convert_pico(name, rank=24, rope_dim=8, cache_dtype=kind, cache_rope="int4").out
+@pytest.mark.parametrize(
+    ("name", "kind", "rope", "sizes"),
+    [
+        ("llama", "auto", "int4", (24, 8)),
+        ("qwen3", "int4", "int4", (24, 8)),
+        ("gemma2", "int4", "int4", (24, 8)),
+        ("llama", "auto", "fp8", (16, 16)),
+    ],
+)
+def test_vllm_serves_packed_rows(cli, convert_pico, name, kind, rope, sizes):
+    """Of a rotary key in 4 bits, which is part of the latent, and of one beside it."""
+    folder = convert_pico(name, rank=sizes[0], rope_dim=sizes[1], cache_dtype=kind, cache_rope=rope).out
     code, out, err = cli("serve-check", folder, "--engine", "vllm", "--python", VLLM)
     assert code == 0, out + err
     assert "backend MLA_CONVERT" in out and "the same continuation for 4 of 4" in out

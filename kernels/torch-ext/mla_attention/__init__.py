@@ -122,6 +122,7 @@ def mla_write(
     block_table: Tensor | None = None,
     row_format: RowFormat | None = None,
     key_basis: Tensor | None = None,
+    query_room: int = 0,
 ) -> Tensor:
     """Append T new tokens per sequence to the caches, in place, with rotated keys; return the rotated queries.
 
@@ -139,12 +140,13 @@ def mla_write(
         block_table: as in `mla_decode`.
         row_format: as in `mla_decode`. The rotated key is rounded to its dtype before it is quantised.
         key_basis: (p, p), contiguous, in the queries' dtype: rows are those of a latent of r + p channels without a rotary key,
-            of which the last p, with 4 bits, are the rotated key times this matrix. `mla_decode` then has queries of r + p
-            numbers. r + p is a multiple of 16, p even, 2 to 128.
+            of which the last p, with 4 bits, are the rotated key times this matrix. Rotated queries are multiplied by it, too.
+            `mla_decode` then has queries of r + p numbers. r + p is a multiple of 16, p even, 2 to 128.
+        query_room: numbers before each rotated query that are left to the caller: r of them for the absorbed query make the two
+            one query of `mla_decode`.
 
     Returns:
-        Rotated queries (B, T, H, p), contiguous. With `key_basis`, (B, T, H, r + p): rotated queries times the matrix, after r
-        numbers that the caller sets, to the absorbed queries.
+        Rotated queries (B, T, H, query_room + p), contiguous.
 
     Raises:
         ValueError: a shape, dtype, stride or device is not as above.
@@ -181,5 +183,16 @@ def mla_write(
     if block_table is not None:
         check_block_table(block_table, latent.device, batch)
     return ops.write(
-        latent, k_rope, q_rope, cos, sin, latent_cache, rope_cache, positions, block_table, row_format, key_basis
+        latent,
+        k_rope,
+        q_rope,
+        cos,
+        sin,
+        latent_cache,
+        rope_cache,
+        positions,
+        block_table,
+        row_format,
+        key_basis,
+        query_room,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .rows import RowFormat, naive_pack, naive_unpack
 
@@ -113,6 +114,7 @@ def naive_write(
     block_table: Tensor | None = None,
     row_format: RowFormat | None = None,
     key_basis: Tensor | None = None,
+    query_room: int = 0,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Append latents and rotated keys to the caches, in place; return the rotated queries.
@@ -120,7 +122,7 @@ def naive_write(
     Arguments are those of `mla_write`; keys and queries are rotated in `compute_dtype`.
 
     Returns:
-        Rotated queries (B, T, H, p), or (B, T, H, r + p) as from `mla_write`, the first r zero.
+        Rotated queries (B, T, H, query_room + p), the first `query_room` numbers zero.
     """
     cos, sin = cos.to(compute_dtype), sin.to(compute_dtype)
     key = rotate(k_rope.to(compute_dtype), cos, sin)
@@ -130,7 +132,7 @@ def naive_write(
             (x.to(q_rope.dtype).to(compute_dtype) @ key_basis.to(compute_dtype)).to(q_rope.dtype) for x in (key, query)
         )
         latent, key = torch.cat([latent, key], -1), key[..., :0]
-        query = torch.nn.functional.pad(query, (latent.shape[-1] - query.shape[-1], 0))
+    query = pad(query, (query_room, 0)) if query_room else query
     kept = positions >= 0
     where = positions.clamp(min=0).long()
     if block_table is None:

@@ -24,7 +24,7 @@ DECODE_SCHEMA = (
 )
 WRITE_SCHEMA = (
     "(Tensor latent, Tensor k_rope, Tensor q_rope, Tensor cos, Tensor sin, Tensor(a5!) latent_cache, Tensor(a6!)? rope_cache, "
-    "Tensor positions, Tensor? block_table, int[]? row_format=None, Tensor? key_basis=None) -> Tensor"
+    "Tensor positions, Tensor? block_table, int[]? row_format=None, Tensor? key_basis=None, SymInt query_room=0) -> Tensor"
 )
 
 
@@ -77,7 +77,7 @@ def write(*arguments: Any) -> Tensor:
     from .write import write_triton
 
     query = _queries_for(arguments)
-    write_triton(*arguments[:9], query, _row_format(arguments), _key_basis(arguments))
+    write_triton(*arguments[:9], query[..., _room(arguments) :], _row_format(arguments), _key_basis(arguments))
     return query
 
 
@@ -91,18 +91,22 @@ def _key_basis(arguments: tuple[Any, ...]) -> Tensor | None:
     return arguments[10] if len(arguments) > 10 else None
 
 
+def _room(arguments: tuple[Any, ...]) -> int:
+    """Numbers before each rotated query that a write call leaves to its caller, likewise."""
+    return arguments[11] if len(arguments) > 11 else 0
+
+
 def _queries_for(arguments: tuple[Any, ...]) -> Tensor:
-    """Memory for the rotated queries of a write call: with a basis, after room for as many absorbed ones."""
-    latent, q_rope = arguments[0], arguments[2]
-    room = 0 if _key_basis(arguments) is None else latent.shape[-1]
-    return q_rope.new_empty(*q_rope.shape[:-1], room + q_rope.shape[-1])
+    """Memory for the rotated queries of a write call, and the room before them."""
+    q_rope = arguments[2]
+    return q_rope.new_empty(*q_rope.shape[:-1], _room(arguments) + q_rope.shape[-1])
 
 
 @write.register_kernel("cpu")
 def _(*arguments: Any) -> Tensor:
     return naive_write(
         *arguments[:8], block_table=arguments[8], row_format=_row_format(arguments), key_basis=_key_basis(arguments),
-        compute_dtype=_cpu_precision(arguments[0]),
+        query_room=_room(arguments), compute_dtype=_cpu_precision(arguments[0]),
     )  # fmt: skip
 
 

@@ -29,10 +29,7 @@ def write_triton(
     row_format: RowFormat | None = None,
     key_basis: Tensor | None = None,
 ) -> None:
-    """Write one row per new token into the caches, in place, and the rotated queries into `query`.
-
-    `query` is (B, T, H, p), or (B, T, H, r + p) with `key_basis`: the last p numbers are written.
-    """
+    """Write one row per new token into the caches, in place, and the rotated queries into `query` (B, T, H, p)."""
     from .write_kernels import mla_write_fwd_kernel
 
     batch, tokens, heads, rope_dim = q_rope.shape

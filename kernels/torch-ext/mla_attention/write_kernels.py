@@ -290,7 +290,7 @@ def mla_write_joint_kernel(
     GROUP4_P: tl.constexpr, GROUPS4_P: tl.constexpr, BYTES: tl.constexpr, PLANES: tl.constexpr, KEYS: tl.constexpr,
     HEADS: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`mla_write_packed_kernel` for rows whose last channels are the key times `basis`; queries (., r + p) get such keys' p."""
+    """`mla_write_packed_kernel` for rows whose last channels are the rotated key times `basis`, as are the queries."""
     b = (tl.program_id(0) // tokens).to(tl.int64)
     t = tl.program_id(0) % tokens
     block = tl.program_id(1)
@@ -313,6 +313,6 @@ def mla_write_joint_kernel(
             )  # fmt: skip
     else:
         _spread_queries(
-            q_rope + b * stride_qb + t * stride_qt, query + b * stride_yb + t * stride_yt + rank, basis, block, c, s, heads,
+            q_rope + b * stride_qb + t * stride_qt, query + b * stride_yb + t * stride_yt, basis, block, c, s, heads,
             planes, m, n, stride_qh, stride_yh, HEADS, PRECISION,
         )  # fmt: skip

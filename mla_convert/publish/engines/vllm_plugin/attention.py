@@ -246,20 +246,22 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         if tokens == done and kernels.absorbs(tokens, self.shape, query.device):
             self._attend(*kernels.absorb_and_write(query, self.up_key, *new, kv_cache, slots), kv_cache, step, out)
             return output
+        room = self.cached_rank if done and self.key_basis is not None else 0  # for absorbed queries
         q_rope = kernels.write(
-            *new[:2], query[..., self.nope_dim :], *new[2:], kv_cache, slots, self.form, self.key_basis
+            *new[:2], query[..., self.nope_dim :], *new[2:], kv_cache, slots, self.form, self.key_basis, room
         )
         if done:
             self._attend(*self._absorb(query[:done], q_rope[:done]), kv_cache, step, out[:done])
         if step.prefill:
-            query[done:, :, self.nope_dim :] = q_rope[done:, :, -self.cached_rope :]  # q is this operator's alone
+            query[done:, :, self.nope_dim :] = q_rope[done:, :, room:]  # q is this operator's alone
+            del q_rope  # its memory serves the expansion
             self._prefill(query[done:], kv_cache, step.prefill, out[done:])
         return output
 
     def _absorb(self, query: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (T, H, .) of the latents, and of the rotary keys where those are not among the latents' channels.
 
-        One product per head over all tokens, written where the kernel reads it: before the rotated queries, if these have room.
+        One product per head over all tokens, written where the kernel reads it: in the room before rotated queries.
         """
         joint = self.key_basis is not None
         queries = q_rope if joint else query.new_empty(*query.shape[:2], self.cached_rank)

@@ -74,10 +74,9 @@ def absorb_and_write(*arguments: Tensor) -> tuple[Tensor, Tensor]:
 def write(
     latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor,
     form: tuple[int, ...] | None = None, basis: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Store new rows in a paged cache, with rotated keys; return the rotated queries (T, H, p).
-
-    With a basis these are the last p numbers of queries (T, H, r + p), whose first r the caller sets.
+    """Store new rows in a paged cache, with rotated keys; return the rotated queries (T, H, room + p).
 
     Args:
         latent: (T, r).
@@ -89,12 +88,13 @@ def write(
         slots: (T,), row of each token; negative for none.
         form: the numbers of a `RowFormat` where rows are quantised.
         basis: (p, p), matrix that rotated keys and queries are multiplied by, where the keys are channels of the latent.
+        room: numbers before each rotated query that the caller sets; packed rows alone.
     """
     rank, heads = latent.shape[-1], q_rope.shape[1]
     rows = cache.view(1, -1, cache.shape[-1])
     if form is not None:
         tables = (cos[None], sin[None], rows, None, slots[None])
-        options = {"row_format": mla_attention.RowFormat(*form), "key_basis": basis}
+        options = {"row_format": mla_attention.RowFormat(*form), "key_basis": basis, "query_room": room}
         return mla_attention.mla_write(latent[None], k_rope[None], q_rope[None], *tables, **options)[0]
     call = mla_attention.mla_write if has_kernel(rank, k_rope.shape[-1], heads) else mla_attention.naive_write
     return call(
