@@ -198,6 +198,36 @@ def packed_writes(device: str) -> str | None:
     return None
 
 
+def joint_writes(device: str) -> str | None:
+    """The same for rows whose last channels are the rotary key times a matrix, in both kinds of cache."""
+    for rank, rope_dim, form in (
+        (224, 128, RowFormat(0, 0, 48)), (40, 24, RowFormat(0, 0, 32)), (160, 64, RowFormat(32, 0, 48)),
+        (512, 128, RowFormat(0, 0)),
+    ):  # fmt: skip
+        angles = torch.rand(3, 5, rope_dim // 2, device=device) * 6
+        latent, k_rope, q_rope = (
+            torch.randn(3, 5, *size, device=device).to(half(device)) for size in ((rank,), (rope_dim,), (19, rope_dim))
+        )
+        basis = torch.linalg.qr(torch.randn(rope_dim, rope_dim, device=device))[0].to(half(device)).contiguous()
+        new = {"latent": latent, "k_rope": k_rope, "q_rope": q_rope, "cos": angles.cos(), "sin": angles.sin(),
+               "positions": torch.arange(15, device=device).view(3, 5), "row_format": form, "rope_cache": None,
+               "key_basis": basis}  # fmt: skip
+        size = form.layout(rank + rope_dim, 0).row_bytes
+        for page_size in (0, 16):
+            rows = torch.full((3, 16, size), 77, dtype=torch.uint8, device=device)
+            table = torch.tensor([[2], [0], [1]], dtype=torch.int32, device=device) if page_size else None
+            reference = rows.clone()
+            query = mla_write(**new, latent_cache=rows, block_table=table, query_room=rank)[..., rank:]
+            expected = naive_write(**new, latent_cache=reference, block_table=table)
+            found, right = (naive_unpack(x, rank + rope_dim, 0, form, torch.float32)[0] for x in (rows, reference))
+            differ = (found != right).float().mean().item()
+            if differ > 0.02 or not torch.allclose(found, right, rtol=0.02, atol=1.0, equal_nan=True):
+                return f"{rank} + {rope_dim}, pages of {page_size}: {differ:.1e} of the numbers differ"
+            if not torch.allclose(query.float(), expected.float(), atol=2e-2, rtol=1e-2):
+                return f"{rank} + {rope_dim}, pages of {page_size}: queries differ"
+    return None
+
+
 # Shapes with many tiles for every program, at full speed.
 REPEATED = [
     (96, 32, 32, 32, 8192, 0, False, None), (128, 64, 32, 128, 8192, 0, False, None),
@@ -205,6 +235,7 @@ REPEATED = [
     (512, 64, 128, 32, 8192, 64, True, None), (512, 64, 32, 8, 32768, 0, False, None),
     (512, 64, 32, 32, 8192, 0, False, RowFormat(512, 1)), (512, 64, 32, 32, 8192, 64, True, RowFormat(0, 0, 128)),
     (96, 32, 32, 128, 8192, 0, False, RowFormat(96, 1)), (256, 64, 32, 8, 32768, 0, False, RowFormat(0, 0, 32, 1)),
+    (352, 0, 9, 32, 8192, 64, True, RowFormat(0, 0, 48)),
 ]  # fmt: skip
 
 
@@ -244,7 +275,9 @@ def grid(arguments: argparse.Namespace) -> bool:
     log = Log(arguments.out, "grid")
     counts, kernels = Counter(), Counter()
     passed = failed = 0
-    checks = [(check.__name__, once, check, device) for check in (operators, packed_writes, large_offsets)]
+    checks = [
+        (check.__name__, once, check, device) for check in (operators, packed_writes, joint_writes, large_offsets)
+    ]
     checks += [(f"repeated {shape}", once, repeated, shape, device) for shape in REPEATED]
     groups = grid_groups(arguments.seed, 0.6 if "bf16" in arguments.format else 1.0)
     pool = Pool(arguments.processes, seconds_per_job=60)

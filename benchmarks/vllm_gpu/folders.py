@@ -10,6 +10,11 @@ from mla_convert.evaluate.speed.shapes import SHAPES
 
 # Forms that are compared: the original, its `portable` export, the converted folder with the plugin.
 FORMS = ("original", "portable", "plugin")
+# Packed rows of a converted folder, in the place of a --kv-cache-dtype of vLLM.
+ROWS = {
+    "int4": {"version": 1, "kind": "int4", "group": 64, "rope": "fp8"},
+    "int4-keys": {"version": 1, "kind": "int4", "group": 48, "rope": "int4"},
+}
 
 
 def portable(fields: dict, rank: int, rope_dim: int, nope_dim: int | None = None) -> dict:
@@ -31,10 +36,22 @@ def portable(fields: dict, rank: int, rope_dim: int, nope_dim: int | None = None
     }  # fmt: skip
 
 
-def write(out: Path, shape: str, form: str, rank: int, rope_dim: int, nope_dim: int | None = None) -> Path:
-    """Write the folder of one form of a shape; returns it. Heads of conversions have `nope_dim` content dims (None: all)."""
+def write(
+    out: Path, shape: str, form: str, rank: int, rope_dim: int, nope_dim: int | None = None, rows: str = ""
+) -> Path:
+    """Write the folder of one form of a shape; returns it.
+
+    Args:
+        out: holds the folders.
+        shape: of SHAPES.
+        form: of FORMS.
+        rank: of conversions.
+        rope_dim: likewise.
+        nope_dim: content dims of their heads; None: all.
+        rows: of ROWS, for the plugin; empty: numbers.
+    """
     sizes = "" if form == "original" else f"-{rank}-{rope_dim}" + (f"-nope-{nope_dim}" if nope_dim else "")
-    folder = out / f"{shape}-{form}{sizes}"
+    folder = out / f"{shape}-{form}{sizes}{rows and '-' + rows}"
     folder.mkdir(parents=True, exist_ok=True)
     if form == "portable":
         content = portable(SHAPES[shape], rank, rope_dim, nope_dim)
@@ -44,6 +61,7 @@ def write(out: Path, shape: str, form: str, rank: int, rope_dim: int, nope_dim: 
         if form == "plugin":
             config = converted_config(config, rank, rope_dim, nope_dim=nope_dim)
             config.architectures = ["MlaLlamaForCausalLM"]
+            config.latent_cache = ROWS.get(rows)
         content = config.to_dict() | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(content, indent=1))
     return folder

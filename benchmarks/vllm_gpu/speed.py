@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from folders import FORMS, write
+from folders import FORMS, ROWS, write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,8 +46,9 @@ def speed(arguments: argparse.Namespace) -> bool:
     arguments.out.mkdir(parents=True, exist_ok=True)
     first, failed = None, False
     for form, cache, nope_dim in arguments.runs:
-        folder = write(arguments.out, arguments.shape, form, arguments.rank, arguments.rope_dim, nope_dim)
-        asked = {"folder": str(folder), "cache": cache, "points": arguments.at, "steps": arguments.steps,
+        rows = cache if cache in ROWS else ""
+        folder = write(arguments.out, arguments.shape, form, arguments.rank, arguments.rope_dim, nope_dim, rows)
+        asked = {"folder": str(folder), "cache": "auto" if rows else cache, "points": arguments.at, "steps": arguments.steps,
                  "compile": arguments.compile, "kernels": arguments.kernels}  # fmt: skip
         row = run(asked, arguments.out / f"{folder.name}-{cache}.log", arguments.timeout)
         failed |= bool(row["code"])
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_run,
         default=[(form, cache, None) for cache in ("auto", "fp8") for form in FORMS],
         help="FORM:CACHE or FORM:CACHE:NOPE_DIM, of original, portable and plugin, with vLLM's --kv-cache-dtype and content dims "
-        "of a head; ratios are to the first",
+        f"of a head; ratios are to the first. Of the plugin's packed rows: {', '.join(ROWS)}",
     )
     parser.add_argument("--at", nargs="+", type=_point, default=[(1, 16384), (32, 16384)], help="BATCHxCONTEXT")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")

@@ -3,8 +3,10 @@
 Needs only torch and transformers, like the modeling code beside it.
 """
 
+import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -281,6 +283,12 @@ def update_cache(cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor) -
     return tuple(rows[..., : new.shape[-1]] for rows, new in zip(cached, (latent, k_rope), strict=True))
 
 
+@functools.cache
+def _takes_basis(write: Callable) -> bool:
+    """Whether the installed `mla_write` knows rows whose last channels are the rotary key."""
+    return "key_basis" in inspect.signature(write).parameters
+
+
 def write_static(
     cache: Cache,
     layer_idx: int,
@@ -291,6 +299,7 @@ def write_static(
     sin: Tensor | None,
     row_format: tuple[int, ...] | None = None,
     row_bytes: int = 0,
+    key_basis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Apply RoPE to queries and new keys and append to a static cache, in one launch.
 
@@ -308,6 +317,7 @@ def write_static(
         row_format: numbers of an `mla_attention.RowFormat`, for a cache of packed rows in the place of the latents; the place
             of the keys is then empty.
         row_bytes: bytes of such a row.
+        key_basis: (2m, 2m), matrix that rotated keys and queries are multiplied by, where the keys are channels of the latent.
 
     Returns:
         The whole cache, latents (B, 1, S, r) and rotary keys (B, 1, S, 2m), and the rotated queries; None where the kernel
@@ -319,9 +329,11 @@ def write_static(
     if not (static or hasattr(layer, "tokens_written")) or cos is None or torch.compiler.is_compiling():
         return None
     needs_grad = latent.requires_grad or q_rope.requires_grad
-    if kernel_refusal(
-        latent, q_rope.shape[3], q_rope.shape[1], q_rope.dtype, needs_grad, latent.shape[3] if row_format else 0
-    ):
+    rank, rope_dim = latent.shape[3], q_rope.shape[3]
+    sizes = (rank, rope_dim) if key_basis is None else (rank + rope_dim, 0)  # as the kernels see them
+    if kernel_refusal(latent, sizes[1], q_rope.shape[1], q_rope.dtype, needs_grad, sizes[0] if row_format else 0):
+        return None
+    if key_basis is not None and not _takes_basis(mla_attention.mla_write):
         return None
     if row_format:  # nothing but shapes and dtypes
         stored = [latent.new_empty((len(latent), 1, 0, size), dtype=torch.uint8) for size in (row_bytes, 0)]
@@ -345,6 +357,7 @@ def write_static(
         None if row_format else layer.values.squeeze(1),
         positions,
         **({"row_format": mla_attention.RowFormat(*row_format)} if row_format else {}),
+        **({} if key_basis is None else {"key_basis": key_basis}),
     )
     if static:
         written.add_(tokens)

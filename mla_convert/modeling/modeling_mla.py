@@ -42,6 +42,7 @@ from .decode_mla import (
 )
 from .quantised_latent_mla import (
     dequantise_rows,
+    finish_queries,
     kernel_format,
     layer_format,
     pass_through,
@@ -271,16 +272,13 @@ class MlaAttention(nn.Module):
                     None,
                     None,
                 )
+            q_rope = finish_queries(self.latent_format, q_rope, self.rope_weight)
             latent, k_rope = (*shared[shared_key(self.source_idx)], None)[:2]
         else:
             rows = self._compress(hidden_states)
             q_rope, latent, k_rope, cos, sin = self._rotate_and_cache(q_rope, *rows, cos, sin, past_key_values)
         if self.is_shared and shared is not None:
             shared[shared_key(self.layer_idx)] = (latent,) if k_rope is None else (latent, k_rope)
-        if self.rope_weight is not None:
-            q_rope = q_rope * self.rope_weight
-        if self.latent_format is not None:
-            q_rope = self.latent_format.spread(q_rope)  # as the cached keys
 
         # With several queries, only an explicit mask defines which keys each one sees.
         few = length == 1 or (length <= MAX_ABSORBED_QUERIES and attention_mask is not None)
@@ -306,9 +304,9 @@ class MlaAttention(nn.Module):
         """Apply RoPE and append the new tokens to the cache.
 
         Returns:
-            Queries, then latents and rotary keys of all cached tokens, and the tables `cos` and `sin` (B or 1, 1, T, m) if
-            RoPE is still to be applied: training rotates in `join`. Packed rows and None instead of latents and keys where
-            the cache is quantised.
+            Queries as from `finish_queries`, then latents and rotary keys of all cached tokens, and the tables `cos` and `sin`
+            (B or 1, 1, T, m) if RoPE is still to be applied: training rotates in `join`. Packed rows and None instead of
+            latents and keys where the cache is quantised.
         """
         if self.latent_format is not None:
             return *self._rotate_and_quantise(q_rope, latent, k_rope, cos, sin, cache), None, None
@@ -316,7 +314,7 @@ class MlaAttention(nn.Module):
             written = write_static(cache, self.layer_idx, latent, k_rope, q_rope, cos, sin)
             if written is not None:
                 latent, k_rope, q_rope = written
-                return q_rope, latent, k_rope, None, None
+                return finish_queries(None, q_rope, self.rope_weight), latent, k_rope, None, None
         if cos is not None:
             cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
             at_once = cache is not None or not torch.is_grad_enabled()
@@ -325,7 +323,7 @@ class MlaAttention(nn.Module):
                 cos = sin = None
         if cache is not None:
             latent, k_rope = update_cache(cache, self.layer_idx, latent, k_rope)
-        return q_rope, latent, k_rope, cos, sin
+        return finish_queries(None, q_rope, self.rope_weight), latent, k_rope, cos, sin
 
     def _rotate_and_quantise(
         self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor | None, sin: Tensor | None,
@@ -336,11 +334,13 @@ class MlaAttention(nn.Module):
         if cache is not None and not differentiable:
             with torch.no_grad():
                 return write_packed(
-                    self.latent_format, cache, self.layer_idx, latent, k_rope, q_rope, cos, sin, self.kernel != "sdpa"
-                )
+                    self.latent_format, cache, self.layer_idx, latent, k_rope, q_rope, cos, sin, self.rope_weight,
+                    self.kernel != "sdpa",
+                )  # fmt: skip
         if cos is not None:
             cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
             q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
+        q_rope = finish_queries(self.latent_format, q_rope, self.rope_weight)
         through = pass_through(self.latent_format, latent, k_rope)
         if cache is None:
             return q_rope, *through

@@ -51,16 +51,17 @@ def spreading(size: int) -> Tensor:
     It has a Hadamard matrix of Sylvester's construction for each power of two in `size`. Numbers are dealt out to these blocks
     in turn, so that each block gets a like part of numbers that are in the order of their magnitudes.
     """
+    place: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # engines build models with defaults of their own
     blocks: list[Tensor] = []
     for bit in reversed(range(size.bit_length())):
         if size >> bit & 1:
-            block = torch.ones(1, 1, dtype=torch.float64)
+            block = torch.ones(1, 1, **place)
             for _ in range(bit):
                 block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)]) * 0.5**0.5
             blocks.append(block)
     if not blocks:
-        return torch.zeros(0, 0, dtype=torch.float64)
-    places = torch.cat([(torch.arange(len(block), dtype=torch.float64) + 0.5) / len(block) for block in blocks])
+        return torch.zeros(0, 0, **place)
+    places = torch.cat([(torch.arange(len(block), **place) + 0.5) / len(block) for block in blocks])
     return torch.block_diag(*blocks)[:, places.argsort(stable=True)]
 
 
@@ -113,9 +114,14 @@ class LatentFormat:
         wide = self.wide if self.kind == "mixed" else -1
         return replace(self, rank=self.rank + self.rope_dim, rope_dim=0, wide=wide, rope="bf16")
 
+    @property
+    def spreads(self) -> bool:
+        """Whether the rotary key's numbers are channels of the latent, in another basis."""
+        return self.rope == "int4" and self.rope_dim > 0
+
     def spread(self, rope: Tensor) -> Tensor:
         """Rotated keys or queries (..., 2m) in the basis in which keys are cached."""
-        if self.rope != "int4" or not self.rope_dim:
+        if not self.spreads:
             return rope
         return rope @ _constant_spreading(self.rope_dim, rope.device, rope.dtype)
 
@@ -194,7 +200,7 @@ def layer_format(config: Any, layer_idx: int) -> LatentFormat | None:
 
 @functools.cache
 def _spreading_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return spreading(size).mT.to(device, dtype)
+    return spreading(size).mT.to(device, dtype).contiguous()
 
 
 @torch.compiler.assume_constant_result
@@ -397,9 +403,16 @@ def kernel_format(fmt: LatentFormat) -> tuple[int, ...] | None:
     return fmt.wide, int(fmt.kind == "fp8"), fmt.group, int(fmt.rope == "fp8")
 
 
+def key_basis(fmt: LatentFormat, like: Tensor) -> Tensor | None:
+    """The matrix of `LatentFormat.spread` beside a tensor, in its dtype; None where keys are cached as they are."""
+    if not fmt.spreads:
+        return None
+    return _constant_spreading(fmt.rope_dim, like.device, like.dtype)
+
+
 def write_packed(
     fmt: LatentFormat, cache: Cache, layer_idx: int, latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor | None,
-    sin: Tensor | None, kernels: bool,
+    sin: Tensor | None, weight: Tensor | None, kernels: bool,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
     """Apply RoPE to queries and new keys, quantise, and append: in one launch for a static cache where the kernels serve.
 
@@ -412,17 +425,27 @@ def write_packed(
         q_rope: (B, H, T, 2m), before RoPE.
         cos: (., T, m); None without RoPE.
         sin: the same.
+        weight: (2m,), factors of rotated queries; None for none.
         kernels: whether the kernels may serve.
 
     Returns:
-        The rotated queries, the rows of all cached tokens, and None in the place of the keys.
+        The queries as `finish_queries` gives them, the rows of all cached tokens, and None in the place of the keys.
     """
-    form = kernel_format(fmt) if fmt.joint is fmt else None  # the kernel that writes does not spread
-    written = kernels and form and write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes)
-    if written:
-        rows, _, q_rope = written
-        return q_rope, rows, None
+    form, basis = kernel_format(fmt), key_basis(fmt, q_rope)
+    # the launch that spreads has no factors in between
+    if kernels and form and (basis is None or weight is None):
+        written = write_static(cache, layer_idx, latent, k_rope, q_rope, cos, sin, form, fmt.row_bytes, key_basis=basis)
+        if written:
+            rows, _, q_rope = written
+            return q_rope if basis is not None else finish_queries(fmt, q_rope, weight), rows, None
     if cos is not None:
         cos, sin = cos.unsqueeze(1).to(q_rope), sin.unsqueeze(1).to(q_rope)
         q_rope, k_rope = rotate_planes(q_rope, cos, sin), rotate_planes(k_rope, cos, sin)
-    return q_rope, update_packed(cache, layer_idx, quantise_rows(fmt, latent, k_rope)), None
+    rows = update_packed(cache, layer_idx, quantise_rows(fmt, latent, k_rope))
+    return finish_queries(fmt, q_rope, weight), rows, None
+
+
+def finish_queries(fmt: LatentFormat | None, q_rope: Tensor, weight: Tensor | None) -> Tensor:
+    """Rotated queries (..., 2m) times their factors, in the basis in which keys are cached; no format: as numbers."""
+    q_rope = q_rope if weight is None else q_rope * weight
+    return q_rope if fmt is None else fmt.spread(q_rope)

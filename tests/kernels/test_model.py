@@ -1,12 +1,16 @@
 """The choice between the kernels and the library's attention. On the CPU the operators compute their reference."""
 
+from functools import wraps
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, StaticCache
 
 import mla_attention
 from mla_convert.modeling import configuration_mla, decode_mla, modeling_mla
+from mla_convert.modeling.decode_mla import rotate_planes
+from mla_convert.modeling.quantised_latent_mla import LatentFormat, dequantise_rows, write_packed
 
 
 @pytest.fixture
@@ -136,7 +140,7 @@ def test_environment_overrides_configuration(monkeypatch):
 PACKED = {"version": 1, "kind": "int4", "group": 32, "rope": "fp8"}
 
 
-JOINT = PACKED | {"rope": "int4"}  # the kernels see one latent of 48 channels, and do not write it
+JOINT = PACKED | {"rope": "int4"}  # the kernels see one latent of 48 channels
 
 
 @pytest.mark.parametrize("latent_cache", [None, PACKED, JOINT], ids=["numbers", "packed", "rotary key in the latent"])
@@ -154,7 +158,7 @@ def test_generation_is_the_same(on_any_device, monkeypatch, cache, latent_cache)
     monkeypatch.setattr(mla_attention, "mla_decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
     writes = []
     write = mla_attention.mla_write
-    monkeypatch.setattr(mla_attention, "mla_write", lambda *a, **k: writes.append(a) or write(*a, **k))
+    monkeypatch.setattr(mla_attention, "mla_write", wraps(write)(lambda *a, **k: writes.append(a) or write(*a, **k)))
     outputs = []
     for choice in ("sdpa", "kernels"):
         for layer in model.model.layers:
@@ -165,7 +169,48 @@ def test_generation_is_the_same(on_any_device, monkeypatch, cache, latent_cache)
             options |= {"cache_implementation": "static", "disable_compile": True}
         outputs.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options))
         assert len(calls) == (0 if choice == "sdpa" else 2 * 5)
-        written = choice == "kernels" and cache == "static" and latent_cache is not JOINT
+        written = choice == "kernels" and cache == "static"
         assert len(writes) == (2 * 6 if written else 0)  # the prompt as well
     torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+
+
+@pytest.mark.parametrize(("rank", "rope_dim"), [(32, 16), (40, 24)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_with_the_key_in_the_latent_are_written_in_one_launch(
+    on_any_device, monkeypatch, rank, rope_dim, weighted
+):
+    """The launch leaves the rows and the queries of PyTorch's operations; factors of queries come before the spreading."""
+    fmt = LatentFormat("int4", rank, rope_dim, 48, rope="int4")
+    generator = torch.Generator().manual_seed(1)
+    latent, key, query, angles = (
+        torch.randn(2, *shape, generator=generator)
+        for shape in ((1, 3, rank), (1, 3, rope_dim), (4, 3, rope_dim), (3, rope_dim // 2))
+    )
+    weight = torch.rand(rope_dim, generator=generator) if weighted else None
+    calls = []
+    write = mla_attention.mla_write
+    monkeypatch.setattr(mla_attention, "mla_write", wraps(write)(lambda *a, **k: calls.append(a) or write(*a, **k)))
+    found = []
+    for kernels in (False, True):
+        cache = StaticCache(config=LlamaConfig(num_hidden_layers=1), max_cache_len=9)
+        arguments = (fmt, cache, 0, latent, key, query, angles.cos(), angles.sin(), weight, kernels)
+        q_rope, rows, _ = write_packed(*arguments)
+        found.append((q_rope, rows.clone(), dequantise_rows(fmt, rows)[0]))
+    assert len(calls) == (0 if weighted else 1)
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    expected = rotate_planes(query, angles.cos()[:, None], angles.sin()[:, None]) * (1 if weight is None else weight)
+    torch.testing.assert_close(found[1][0], fmt.spread(expected))
+
+
+def test_an_older_mla_attention_does_not_write_the_key_into_the_latent(on_any_device, monkeypatch):
+    """Its `mla_write` has no basis: PyTorch packs the rows."""
+    fmt = LatentFormat("int4", 32, 16, 48, rope="int4")
+    monkeypatch.setattr(mla_attention, "mla_write", lambda latent, k_rope, row_format=None: pytest.fail("was called"))
+    cache = StaticCache(config=LlamaConfig(num_hidden_layers=1), max_cache_len=9)
+    tables = torch.rand(2, 1, 3, 8)
+    _, rows, _ = write_packed(
+        fmt, cache, 0, torch.ones(1, 1, 3, 32), torch.ones(1, 1, 3, 16), torch.ones(1, 2, 3, 16), *tables, None, True
+    )  # fmt: skip
+    assert rows[:, :, :3].any() and not rows[:, :, 3:].any()

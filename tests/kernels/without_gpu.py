@@ -97,6 +97,21 @@ def launch_packed(rank, rope_dim, form, page_size=0):
     )
 
 
+def write_joint(rank, rope_dim, form, page_size=0, heads=20, dtype=torch.bfloat16):
+    """Rows whose last channels are the rotary key."""
+    size = form.layout(rank + rope_dim, 0).row_bytes
+    latent, key, query, out = (
+        torch.zeros(*size, dtype=dtype)
+        for size in ((3, 1, rank), (3, 1, rope_dim), (3, 1, heads, rope_dim), (3, 1, heads, rank + rope_dim))
+    )
+    tables, positions = torch.zeros(2, 3, 1, rope_dim // 2), torch.zeros(3, 1, dtype=torch.int64)
+    rows, table = torch.zeros(3, page_size or 9, size, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.int32)
+    basis = torch.eye(rope_dim, dtype=dtype)
+    write_triton(
+        latent, key, query, *tables, rows, None, positions, table if page_size else None, out[..., rank:], form, basis
+    )  # fmt: skip
+
+
 def absorb(tokens, heads, nope, rank, rope_dim, dtype=torch.bfloat16):
     def zeros(*size):
         return torch.zeros(*size, dtype=dtype)
@@ -127,6 +142,10 @@ def main():
     launch(None, 96, 32, heads=9, tokens=3, page_size=16)
     launch_packed(96, 32, RowFormat(96, 1, 0, 1))
     launch_packed(80, 16, RowFormat(16, 0, 32, 0), page_size=16)
+    launch_packed(352, 0, RowFormat(0, 0, 48), page_size=64)
+    write_joint(224, 128, RowFormat(0, 0, 48))
+    write_joint(72, 24, RowFormat(16, 0, 0), page_size=16)
+    write_joint(512, 128, RowFormat(64, 0, 48), dtype=torch.float32)
     absorb(1, 4, 64, 272, 32)
     absorb(16, 2, 128, 512, 64, torch.float32)
     launcher.hopper_possible = lambda *_: True

@@ -12,8 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from mla_convert.modeling.decode_mla import rotate_planes
+from mla_convert.modeling.quantised_latent_mla import (
+    LatentFormat,
+    dequantise_rows,
+    kernel_format,
+    key_basis,
+    quantise_rows,
+)
 from mla_convert.publish.engines.vllm_plugin import entry
-from mla_convert.publish.engines.vllm_plugin.kernels import attend, decode, has_kernel, write
+from mla_convert.publish.engines.vllm_plugin.kernels import Shape, attend, decode, has_kernel, write
 from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary, Reference
 from mla_convert.source.families import FAMILIES, is_installed
 
@@ -134,6 +142,39 @@ def test_decode_and_prefill_agree(rank, softcap, window):
     assert has_kernel(rank, rope, heads) == (rank == 32)
 
 
+@pytest.mark.parametrize(("rank", "rope", "wide"), [(40, 24, 0), (48, 16, 16)])
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_rows_with_the_key_in_the_latent_decode_as_they_prefill(rank, rope, wide, drafts):
+    """Queries are one buffer that the launch and the product of absorption fill; a prefill reads keys as they are cached."""
+    torch.manual_seed(0)
+    fmt = LatentFormat("mixed", rank, rope, 32, wide, "int4")
+    shape = Shape(8, rank, rope, 3, 0.3, 0.0, None, kernel_format(fmt), fmt.spreads)
+    assert shape.row == fmt.row_bytes and shape.decoded == (64, 0)
+    up_key, up_value, length = torch.randn(3, 8, rank), torch.randn(3, 6, rank), 21
+    cache = torch.full((4, 16, shape.row), 255, dtype=torch.uint8)
+    table = torch.tensor([[3, 1]], dtype=torch.int32)
+    slots = table[0, torch.arange(length) // 16].long() * 16 + torch.arange(length) % 16
+    q_nope, angles = torch.randn(length, 3, 8), torch.rand(length, rope // 2) * 6
+    latent, key, q_rope = torch.randn(length, rank), torch.randn(length, rope), torch.randn(length, 3, rope)
+    basis = key_basis(fmt, latent)
+    query = write(latent, key, q_rope, angles.cos(), angles.sin(), cache, slots, shape.form, basis, rank)
+    rows = cache.view(-1, shape.row)[slots]
+    turned = rotate_planes(key, angles.cos(), angles.sin())
+    assert torch.equal(rows, quantise_rows(fmt, latent, turned))
+    torch.bmm(q_nope.transpose(0, 1), up_key, out=query[..., :rank].transpose(0, 1))
+    cached, keys = dequantise_rows(fmt, rows)
+    expanded = torch.cat([torch.einsum("sr,hdr->shd", cached, up_key), keys[:, None].expand(-1, 3, -1)], -1)
+    value = torch.einsum("sr,hvr->shv", cached, up_value)
+    whole = torch.cat([q_nope, query[..., rank:]], -1)
+    prefill = attend(whole, expanded, value, None, None, [length], [length], 0.3, 0.0, None)
+    last = query[length - drafts :][None]
+    seen = torch.tensor([length], dtype=torch.int32)
+    found = decode(last, last[..., :0], cache, seen, table, 0.3, 0.0, None, shape.form)[0, ..., :rank]
+    torch.testing.assert_close(
+        torch.einsum("thr,hvr->thv", found, up_value), prefill[length - drafts :], rtol=2e-4, atol=2e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("tokens", "heads", "nope", "rank", "rope"), [(1, 4, 24, 48, 16), (16, 2, 16, 128, 0), (7, 9, 20, 272, 16)]
 )
@@ -225,6 +266,25 @@ def test_vllm_serves_layers_of_different_sizes(cli, convert_pico, name):
 
 @pytest.mark.engine
 @needs_vllm
+@pytest.mark.parametrize(
+    ("name", "kind", "rope", "sizes"),
+    [
+        ("llama", "auto", "int4", (24, 8)),
+        ("qwen3", "int4", "int4", (24, 8)),
+        ("gemma2", "int4", "int4", (24, 8)),
+        ("llama", "auto", "fp8", (16, 16)),
+    ],
+)
+def test_vllm_serves_packed_rows(cli, convert_pico, name, kind, rope, sizes):
+    """Of a rotary key in 4 bits, which is part of the latent, and of one beside it."""
+    folder = convert_pico(name, rank=sizes[0], rope_dim=sizes[1], cache_dtype=kind, cache_rope=rope).out
+    code, out, err = cli("serve-check", folder, "--engine", "vllm", "--python", VLLM)
+    assert code == 0, out + err
+    assert "backend MLA_CONVERT" in out and "the same continuation for 4 of 4" in out
+
+
+@pytest.mark.engine
+@needs_vllm
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_vllm_serves_heads_with_fewer_content_dims(cli, convert_pico, name):
     folder = convert_pico(name, kv_ratio=0.6, uniform=False, nope_dim=3).out
@@ -247,6 +307,14 @@ def test_vllm_refuses_in_one_line(cli, convert_pico, name, words):
     folder = convert_pico(name, rank=10, rope_dim=8).out
     code, _, err = cli("serve-check", folder, "--engine", "vllm", "--python", VLLM)
     assert code == 5 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.engine
+@needs_vllm
+def test_vllm_refuses_rows_without_a_kernel_in_one_line(cli, convert_pico):
+    folder = convert_pico("llama", rank=22, rope_dim=8, cache_dtype="int4", cache_rope="int4").out
+    code, _, err = cli("serve-check", folder, "--engine", "vllm", "--python", VLLM)
+    assert code == 5 and "rows of 22 + 8 numbers in int4 and int4" in err and err.count("\n") == 1
 
 
 @pytest.mark.engine

@@ -10,6 +10,7 @@ from .problem import (
     DecodeProblem,
     check_block_table,
     check_cache,
+    check_key_basis,
     check_options,
     check_queries,
     check_rows,
@@ -120,6 +121,8 @@ def mla_write(
     *,
     block_table: Tensor | None = None,
     row_format: RowFormat | None = None,
+    key_basis: Tensor | None = None,
+    query_room: int = 0,
 ) -> Tensor:
     """Append T new tokens per sequence to the caches, in place, with rotated keys; return the rotated queries.
 
@@ -136,9 +139,14 @@ def mla_write(
         positions: (B, T), int32 or int64, index of the token in its sequence; a token of negative position is not stored.
         block_table: as in `mla_decode`.
         row_format: as in `mla_decode`. The rotated key is rounded to its dtype before it is quantised.
+        key_basis: (p, p), contiguous, in the queries' dtype: rows are those of a latent of r + p channels without a rotary key,
+            of which the last p, with 4 bits, are the rotated key times this matrix. Rotated queries are multiplied by it, too.
+            `mla_decode` then has queries of r + p numbers. r + p is a multiple of 16, p even, 2 to 128.
+        query_room: numbers before each rotated query that are left to the caller: r of them for the absorbed query make the two
+            one query of `mla_decode`.
 
     Returns:
-        Rotated queries (B, T, H, p), contiguous.
+        Rotated queries (B, T, H, query_room + p), contiguous.
 
     Raises:
         ValueError: a shape, dtype, stride or device is not as above.
@@ -147,7 +155,10 @@ def mla_write(
     expect(q_rope.dim() == 4, lambda: f"q_rope has {q_rope.dim()} dimensions, expected (B, T, H, p)")
     batch, tokens, rank = latent.shape
     heads, rope_dim = q_rope.shape[2:]
-    check_widths(rank, rope_dim, heads)
+    if key_basis is None:
+        check_widths(rank, rope_dim, heads)
+    else:
+        check_key_basis(key_basis, row_format, latent, rope_dim, heads)
     check_shape("k_rope", k_rope, batch, tokens, rope_dim)
     check_shape("q_rope", q_rope, batch, tokens, heads, rope_dim)
     check_shape("cos", cos, batch, tokens, rope_dim // 2)
@@ -157,8 +168,8 @@ def mla_write(
         latent_cache,
         rope_cache,
         row_format,
-        rank,
-        rope_dim,
+        rank if key_basis is None else rank + rope_dim,
+        rope_dim if key_basis is None else 0,
         batch if block_table is None else None,
         latent.dtype,
         latent.device,
@@ -171,4 +182,17 @@ def mla_write(
     )
     if block_table is not None:
         check_block_table(block_table, latent.device, batch)
-    return ops.write(latent, k_rope, q_rope, cos, sin, latent_cache, rope_cache, positions, block_table, row_format)
+    return ops.write(
+        latent,
+        k_rope,
+        q_rope,
+        cos,
+        sin,
+        latent_cache,
+        rope_cache,
+        positions,
+        block_table,
+        row_format,
+        key_basis,
+        query_room,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .rows import RowFormat, naive_pack, naive_unpack
 
@@ -112,6 +113,8 @@ def naive_write(
     *,
     block_table: Tensor | None = None,
     row_format: RowFormat | None = None,
+    key_basis: Tensor | None = None,
+    query_room: int = 0,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Append latents and rotated keys to the caches, in place; return the rotated queries.
@@ -119,11 +122,17 @@ def naive_write(
     Arguments are those of `mla_write`; keys and queries are rotated in `compute_dtype`.
 
     Returns:
-        Rotated queries (B, T, H, p).
+        Rotated queries (B, T, H, query_room + p), the first `query_room` numbers zero.
     """
     cos, sin = cos.to(compute_dtype), sin.to(compute_dtype)
     key = rotate(k_rope.to(compute_dtype), cos, sin)
     query = rotate(q_rope.to(compute_dtype), cos[:, :, None], sin[:, :, None]).to(q_rope.dtype)
+    if key_basis is not None:
+        key, query = (
+            (x.to(q_rope.dtype).to(compute_dtype) @ key_basis.to(compute_dtype)).to(q_rope.dtype) for x in (key, query)
+        )
+        latent, key = torch.cat([latent, key], -1), key[..., :0]
+    query = pad(query, (query_room, 0)) if query_room else query
     kept = positions >= 0
     where = positions.clamp(min=0).long()
     if block_table is None:
@@ -134,7 +143,7 @@ def naive_write(
         outer = block_table.long().gather(1, where // page_size)
         inner = where % page_size
     if row_format is not None:
-        latent_cache[outer[kept], inner[kept]] = naive_pack(latent[kept], key[kept].to(k_rope.dtype), row_format)
+        latent_cache[outer[kept], inner[kept]] = naive_pack(latent[kept], key[kept].to(q_rope.dtype), row_format)
         return query
     latent_cache[outer[kept], inner[kept]] = latent[kept].to(latent_cache.dtype)
     rope_cache[outer[kept], inner[kept]] = key[kept].to(rope_cache.dtype)

@@ -24,7 +24,7 @@ DECODE_SCHEMA = (
 )
 WRITE_SCHEMA = (
     "(Tensor latent, Tensor k_rope, Tensor q_rope, Tensor cos, Tensor sin, Tensor(a5!) latent_cache, Tensor(a6!)? rope_cache, "
-    "Tensor positions, Tensor? block_table, int[]? row_format=None) -> Tensor"
+    "Tensor positions, Tensor? block_table, int[]? row_format=None, Tensor? key_basis=None, SymInt query_room=0) -> Tensor"
 )
 
 
@@ -76,8 +76,8 @@ def write(*arguments: Any) -> Tensor:
     """Launch the kernel of a write call, the arguments of `mla_write`; return the rotated queries."""
     from .write import write_triton
 
-    query = torch.empty_like(arguments[2], memory_format=torch.contiguous_format)
-    write_triton(*arguments[:9], query, _row_format(arguments))
+    query = _queries_for(arguments)
+    write_triton(*arguments[:9], query[..., _room(arguments) :], _row_format(arguments), _key_basis(arguments))
     return query
 
 
@@ -86,14 +86,30 @@ def _row_format(arguments: tuple[Any, ...]) -> RowFormat | None:
     return RowFormat(*arguments[9]) if len(arguments) > 9 and arguments[9] is not None else None
 
 
+def _key_basis(arguments: tuple[Any, ...]) -> Tensor | None:
+    """The basis of the keys among the arguments of a write call, likewise."""
+    return arguments[10] if len(arguments) > 10 else None
+
+
+def _room(arguments: tuple[Any, ...]) -> int:
+    """Numbers before each rotated query that a write call leaves to its caller, likewise."""
+    return arguments[11] if len(arguments) > 11 else 0
+
+
+def _queries_for(arguments: tuple[Any, ...]) -> Tensor:
+    """Memory for the rotated queries of a write call, and the room before them."""
+    q_rope = arguments[2]
+    return q_rope.new_empty(*q_rope.shape[:-1], _room(arguments) + q_rope.shape[-1])
+
+
 @write.register_kernel("cpu")
 def _(*arguments: Any) -> Tensor:
     return naive_write(
-        *arguments[:8], block_table=arguments[8], row_format=_row_format(arguments),
-        compute_dtype=_cpu_precision(arguments[0]),
+        *arguments[:8], block_table=arguments[8], row_format=_row_format(arguments), key_basis=_key_basis(arguments),
+        query_room=_room(arguments), compute_dtype=_cpu_precision(arguments[0]),
     )  # fmt: skip
 
 
 @write.register_fake
 def _(*arguments: Any) -> Tensor:
-    return torch.empty_like(arguments[2], memory_format=torch.contiguous_format)
+    return _queries_for(arguments)

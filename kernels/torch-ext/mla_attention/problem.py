@@ -218,6 +218,23 @@ def check_widths(rank: int, rope_dim: int, heads: int) -> None:
     expect(1 <= heads <= MAX_HEADS, lambda: f"{heads} heads: 1 to {MAX_HEADS} are served")
 
 
+def check_key_basis(key_basis: Tensor, row_format: RowFormat | None, latent: Tensor, rope_dim: int, heads: int) -> None:
+    """Raise ValueError unless rows of this format can hold the rotary key as channels of 4 bits, and the basis is one."""
+    rank = latent.shape[-1]
+    check_widths(rank + rope_dim, 0, heads)
+    expect(
+        rope_dim % 2 == 0 and 2 <= rope_dim <= MAX_ROPE,
+        lambda: f"rope dimension is {rope_dim}: an even number from 2 to {MAX_ROPE} is served",
+    )
+    expect(
+        row_format is not None and row_format.wide <= rank and not (row_format.float8 or row_format.rope_float8),
+        lambda: f"key_basis: rows of {row_format} with rank {rank} have no channels of 4 bits for a rotary key",
+    )
+    check_shape("key_basis", key_basis, rope_dim, rope_dim)
+    check_rows(latent.dtype, latent.device, key_basis=key_basis)
+    expect(key_basis.is_contiguous(), lambda: "key_basis must be contiguous")
+
+
 def check_integers(name: str, tensor: Tensor, device: torch.device, *shape: int | None) -> None:
     """Raise ValueError unless `tensor` is int32, on the device and of this shape."""
     check_shape(name, tensor, *shape)

@@ -104,6 +104,41 @@ def _float8_code(x):
 
 
 @triton.jit
+def _row_offset(table, position, b, stride_cb, stride_cn, PAGE: tl.constexpr):
+    """Offset of a token's row in the cache; `table` points to its sequence's pages."""
+    if PAGE == 0:
+        outer = b
+        inner = position.to(tl.int64)
+    else:
+        outer = tl.load(table + position // PAGE).to(tl.int64)
+        inner = (position % PAGE).to(tl.int64)
+    return outer * stride_cb + inner * stride_cn
+
+
+@triton.jit
+def _store_wide(
+    x, codes, scales, WIDE: tl.constexpr, FLOAT8: tl.constexpr, GROUP: tl.constexpr, GROUPS8: tl.constexpr,
+    GROUP8_P: tl.constexpr, GROUPS8_P: tl.constexpr,
+):  # fmt: skip
+    """Quantise the channels with 8 bits, the first WIDE of a latent."""
+    size: tl.constexpr = GROUP if GROUP > 0 else WIDE
+    g = tl.arange(0, GROUPS8_P)
+    j = tl.arange(0, GROUP8_P)
+    channel = g[:, None] * size + j[None, :]
+    there = (j < size)[None, :] & (channel < WIDE)
+    value = tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
+    # zeros past the end do not change the largest magnitude
+    scale = _scale(value, 448.0 if FLOAT8 else 127.0, 1)
+    steps = _steps(value, scale[:, None])
+    if FLOAT8:
+        code = _float8_code(steps)
+    else:
+        code = tl.minimum(tl.maximum(_round(steps), -127.0), 127.0).to(tl.int8).to(tl.uint8, bitcast=True)
+    tl.store(codes + channel, code, mask=there)
+    tl.store(scales + g, scale, mask=g < GROUPS8)
+
+
+@triton.jit
 def mla_write_packed_kernel(
     latent, k_rope, q_rope, cos, sin, rows, halves, keys, positions, block_table, query,
     tokens, heads, planes,
@@ -125,31 +160,11 @@ def mla_write_packed_kernel(
     if block == 0:
         position = tl.load(positions + b * stride_pb + t * stride_pt)
         if position >= 0:
-            if PAGE == 0:
-                outer = b
-                inner = position.to(tl.int64)
-            else:
-                outer = tl.load(block_table + b * stride_tb + position // PAGE).to(tl.int64)
-                inner = (position % PAGE).to(tl.int64)
-            row = outer * stride_cb + inner * stride_cn
+            row = _row_offset(block_table + b * stride_tb, position, b, stride_cb, stride_cn, PAGE)
             to_scales = halves + row // 2 + SCALES // 2
             x = latent + b * stride_lb + t * stride_lt
             if WIDE > 0:
-                size: tl.constexpr = GROUP if GROUP > 0 else WIDE
-                g = tl.arange(0, GROUPS8_P)
-                j = tl.arange(0, GROUP8_P)
-                channel = g[:, None] * size + j[None, :]
-                there = (j < size)[None, :] & (channel < WIDE)
-                value = tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
-                # zeros past the end do not change the largest magnitude
-                scale = _scale(value, 448.0 if FLOAT8 else 127.0, 1)
-                steps = _steps(value, scale[:, None])
-                if FLOAT8:
-                    code = _float8_code(steps)
-                else:
-                    code = tl.minimum(tl.maximum(_round(steps), -127.0), 127.0).to(tl.int8).to(tl.uint8, bitcast=True)
-                tl.store(rows + row + channel, code, mask=there)
-                tl.store(to_scales + g, scale, mask=g < GROUPS8)
+                _store_wide(x, rows + row, to_scales, WIDE, FLOAT8, GROUP, GROUPS8, GROUP8_P, GROUPS8_P)
             if rank > WIDE:
                 narrow: tl.constexpr = rank - WIDE
                 half: tl.constexpr = narrow // 2
@@ -192,4 +207,112 @@ def mla_write_packed_kernel(
         _rotate_queries(
             q_rope, query, b, t, block, c, s, heads, planes, m, stride_qb, stride_qt, stride_qh, stride_yb, stride_yt,
             stride_yh, HEADS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _basis(basis, first, planes, m, n):
+    """Rows first .. first + planes of the matrix (2 planes, 2 planes) that rotated keys and queries are multiplied by."""
+    there = (m < planes)[:, None] & (n < 2 * planes)[None, :]
+    return tl.load(basis + (first + m)[:, None] * (2 * planes) + n[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def _spread_queries(
+    q_rope, query, basis, block, c, s, heads, planes, m, n, stride_qh, stride_yh, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rotate the queries of HEADS heads of one token, and bring them to the basis of the keys; block 0 is not of heads."""
+    h = (block - 1) * HEADS + tl.arange(0, HEADS)
+    in_range = (h < heads)[:, None] & (m < planes)[None, :]
+    x = q_rope + h[:, None] * stride_qh + m[None, :]
+    real = tl.load(x, mask=in_range, other=0.0).to(tl.float32)
+    imag = tl.load(x + planes, mask=in_range, other=0.0).to(tl.float32)
+    kind = query.dtype.element_ty
+    rotated = (real * c[None, :] - imag * s[None, :]).to(kind)
+    spread = tl.dot(rotated, _basis(basis, 0, planes, m, n), input_precision=PRECISION)
+    rotated = (imag * c[None, :] + real * s[None, :]).to(kind)
+    spread = tl.dot(rotated, _basis(basis, planes, planes, m, n), spread, input_precision=PRECISION)
+    y = query + h[:, None] * stride_yh + n[None, :]
+    tl.store(y, spread.to(kind), mask=(h < heads)[:, None] & (n < 2 * planes)[None, :])
+
+
+@triton.jit
+def _spread_key(k, basis, c, s, planes, m, n):
+    """The rotated key in the basis of the keys, as float32 with the key's own rounding after either step."""
+    there = m < planes
+    kind = k.dtype.element_ty
+    real = tl.load(k + m, mask=there, other=0.0).to(tl.float32)
+    imag = tl.load(k + planes + m, mask=there, other=0.0).to(tl.float32)
+    rotated = (real * c - imag * s).to(kind).to(tl.float32)
+    spread = tl.sum(rotated[:, None] * _basis(basis, 0, planes, m, n).to(tl.float32), 0)
+    rotated = (imag * c + real * s).to(kind).to(tl.float32)
+    spread += tl.sum(rotated[:, None] * _basis(basis, planes, planes, m, n).to(tl.float32), 0)
+    return spread.to(kind).to(tl.float32)
+
+
+@triton.jit
+def _store_narrow(
+    x, key, codes, scales, OWN: tl.constexpr, NARROW: tl.constexpr, GROUP: tl.constexpr, GROUPS4: tl.constexpr,
+    GROUP4_P: tl.constexpr, GROUPS4_P: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """Quantise a section of NARROW channels with 4 bits: OWN of the latent, then those of `key`."""
+    half: tl.constexpr = NARROW // 2
+    size: tl.constexpr = GROUP if GROUP > 0 else NARROW
+    g = tl.arange(0, GROUPS4_P)
+    j = tl.arange(0, GROUP4_P)
+    channel = g[:, None] * size + j[None, :]
+    there = (j < size)[None, :] & (channel < NARROW)
+    of_latent = tl.load(x + channel, mask=there & (channel < OWN), other=0.0).to(tl.float32)
+    place = tl.where(there & (channel >= OWN), channel - OWN, 0)
+    of_key = tl.gather(key, place.reshape(GROUPS4_P * GROUP4_P), 0).reshape(GROUPS4_P, GROUP4_P)
+    value = tl.where(there & (channel >= OWN), of_key, of_latent)
+    scale = _scale(value, -8.0, 1)
+    tl.store(scales + g, scale, mask=g < GROUPS4)
+    code = tl.minimum(tl.maximum(_round(_steps(value, scale[:, None])), -8.0), 7.0).to(tl.int32) + 8
+    code = code.reshape(GROUPS4_P * GROUP4_P)
+    i = tl.arange(0, BYTES)
+    first = tl.minimum(i, half - 1)
+    second = first + half
+    low = tl.gather(code, first // size * GROUP4_P + first % size, 0)
+    high = tl.gather(code, second // size * GROUP4_P + second % size, 0)
+    tl.store(codes + i, (low | (high << 4)).to(tl.uint8), mask=i < half)
+
+
+@triton.jit
+def mla_write_joint_kernel(
+    latent, k_rope, q_rope, cos, sin, rows, halves, basis, positions, block_table, query,
+    tokens, heads, planes,
+    stride_lb, stride_lt, stride_kb, stride_kt, stride_qb, stride_qt, stride_qh, stride_ab, stride_at, stride_zb,
+    stride_zt, stride_cb, stride_cn, stride_tb, stride_pb, stride_pt, stride_yb, stride_yt, stride_yh,
+    rank: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, CODES4: tl.constexpr,
+    SCALES: tl.constexpr, GROUPS8: tl.constexpr, GROUPS: tl.constexpr, GROUP8_P: tl.constexpr, GROUPS8_P: tl.constexpr,
+    GROUP4_P: tl.constexpr, GROUPS4_P: tl.constexpr, BYTES: tl.constexpr, PLANES: tl.constexpr, KEYS: tl.constexpr,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`mla_write_packed_kernel` for rows whose last channels are the rotated key times `basis`, as are the queries."""
+    b = (tl.program_id(0) // tokens).to(tl.int64)
+    t = tl.program_id(0) % tokens
+    block = tl.program_id(1)
+    m = tl.arange(0, PLANES)
+    n = tl.arange(0, KEYS)
+    c = tl.load(cos + b * stride_ab + t * stride_at + m, mask=m < planes, other=0.0).to(tl.float32)
+    s = tl.load(sin + b * stride_zb + t * stride_zt + m, mask=m < planes, other=0.0).to(tl.float32)
+    if block == 0:
+        position = tl.load(positions + b * stride_pb + t * stride_pt)
+        if position >= 0:
+            row = _row_offset(block_table + b * stride_tb, position, b, stride_cb, stride_cn, PAGE)
+            to_scales = halves + row // 2 + SCALES // 2
+            x = latent + b * stride_lb + t * stride_lt
+            if WIDE > 0:
+                _store_wide(x, rows + row, to_scales, WIDE, False, GROUP, GROUPS8, GROUP8_P, GROUPS8_P)
+            key = _spread_key(k_rope + b * stride_kb + t * stride_kt, basis, c, s, planes, m, n)
+            _store_narrow(
+                x + WIDE, key, rows + row + CODES4, to_scales + GROUPS8, rank - WIDE, NARROW, GROUP, GROUPS - GROUPS8,
+                GROUP4_P, GROUPS4_P, BYTES,
+            )  # fmt: skip
+    else:
+        _spread_queries(
+            q_rope + b * stride_qb + t * stride_qt, query + b * stride_yb + t * stride_yt, basis, block, c, s, heads,
+            planes, m, n, stride_qh, stride_yh, HEADS, PRECISION,
         )  # fmt: skip

@@ -14,7 +14,13 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 
-from mla_convert.modeling.quantised_latent_mla import LatentFormat, dequantise_rows, kernel_format, layer_format
+from mla_convert.modeling.quantised_latent_mla import (
+    LatentFormat,
+    dequantise_rows,
+    kernel_format,
+    key_basis,
+    layer_format,
+)
 from mla_convert.publish.engines.vllm_plugin import kernels
 from mla_convert.publish.engines.vllm_plugin.backend import (
     PREFILL_TOKENS,
@@ -39,26 +45,33 @@ def padded_planes(rope_dim: int) -> int:
     return -(-rope_dim // 16) * 8
 
 
-def row_format(config: Any, index: int, cache_dtype: str, rank: int, rope_dim: int) -> LatentFormat | None:
+def cached_sizes(config: Any, index: int) -> tuple[int, int]:
+    """Rank and rotary dims of a layer's rows: padded, unless both are channels of one latent, whose sum counts."""
+    rows, rank, rope_dim = layer_format(config, index), config.layer_rank(index), config.layer_rope_dim(index)
+    if rows is not None and rows.spreads:
+        return rank, rope_dim
+    return padded_rank(rank), 2 * padded_planes(rope_dim)
+
+
+def row_format(config: Any, index: int, cache_dtype: str, heads: int) -> LatentFormat | None:
     """Format of a layer's quantised rows: the folder's own, or e4m3 with a scale a token for vLLM's "fp8"; None for numbers.
 
     Raises:
         ValueError: the kernels have no such row.
     """
-    rows = layer_format(config, index)
+    rows, sizes = layer_format(config, index), cached_sizes(config, index)
     if rows is None and cache_dtype in FP8:
-        rows = LatentFormat("fp8", rank, rope_dim)
+        rows = LatentFormat("fp8", *sizes)
     if rows is None:
         return None
-    if rows.joint is not rows:
+    seen = rows.joint  # as the decode kernels see it
+    if (
+        kernel_format(rows) is None
+        or (rows.rank, rows.rope_dim) != sizes
+        or not kernels.has_kernel(seen.rank, seen.rope_dim, heads)
+    ):
         raise ValueError(
-            "converted model: vLLM does not serve rows with rotary keys in 4 bits; `mla-convert quantize DIR --cache-dtype int4 "
-            "--cache-rope fp8` makes others"
-        )
-    form = kernel_format(rows)
-    if form is None or (rows.rank, rows.rope_dim) != (rank, rope_dim) or rows.wide % 16 or rows.narrow % 32:
-        raise ValueError(
-            f"converted model: layer {index} has rows of {rows.wide} + {rows.narrow} + {rows.rope_dim} numbers in {rows.kind} "
+            f"converted model: layer {index} has {heads} heads and rows of {rows.rank} + {rows.rope_dim} numbers in {rows.kind} "
             f"and {rows.rope}, for which there is no kernel: serve it with transformers"
         )
     return rows
@@ -75,6 +88,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     Query and compressed projections are one matrix, so that a decode has one product before the kernels. Under tensor
     parallelism heads are split, and each device holds the whole latent.
     """
+
+    key_basis: Tensor | None
 
     def __init__(
         self, config: Any, index: int, stock: nn.Module, name: str, softmax_scale: float, window: int | None,
@@ -102,15 +117,17 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.first_head = rank * self.num_heads
         self.rank, self.rope_dim = config.layer_rank(index), config.layer_rope_dim(index)
         self.nope_dim, self.v_dim = config.layer_nope_dim(index), config.v_head_dim
-        self.cached_rank, self.cached_rope = padded_rank(self.rank), 2 * padded_planes(self.rope_dim)
+        self.cached_rank, self.cached_rope = cached_sizes(config, index)
         self.head_size = self.cached_rank + self.cached_rope
         self.qk_dim = self.nope_dim + self.cached_rope
         self.normed = config.mla_q_norm is not None
         self.norm_over = config.mla_norm_over
         self._make_parameters(config, stock, prefix)
         self.kv_cache_dtype = vllm_config.cache_config.cache_dtype
-        self.rows = row_format(config, index, self.kv_cache_dtype, self.cached_rank, self.cached_rope)
+        self.rows = row_format(config, index, self.kv_cache_dtype, self.num_heads)
         self.form = kernel_format(self.rows) if self.rows else None
+        basis = key_basis(self.rows, self.fused) if self.rows else None
+        self.register_buffer("key_basis", basis, persistent=False)
         self.kv_cache = torch.tensor([])
         # vLLM allocates a cache for each layer in this table, and its operator finds the layer here.
         vllm_config.compilation_config.static_forward_context[name] = self
@@ -153,6 +170,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             self.softcap,
             self.window,
             self.form,
+            self.key_basis is not None,
         )
 
     @property
@@ -228,19 +246,28 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         if tokens == done and kernels.absorbs(tokens, self.shape, query.device):
             self._attend(*kernels.absorb_and_write(query, self.up_key, *new, kv_cache, slots), kv_cache, step, out)
             return output
-        q_rope = kernels.write(*new[:2], query[..., self.nope_dim :], *new[2:], kv_cache, slots, self.form)
+        room = self.cached_rank if done and self.key_basis is not None else 0  # for absorbed queries
+        q_rope = kernels.write(
+            *new[:2], query[..., self.nope_dim :], *new[2:], kv_cache, slots, self.form, self.key_basis, room
+        )
         if done:
-            self._attend(self._absorb(query[:done]), q_rope[:done], kv_cache, step, out[:done])
+            self._attend(*self._absorb(query[:done], q_rope[:done]), kv_cache, step, out[:done])
         if step.prefill:
-            query[done:, :, self.nope_dim :] = q_rope[done:]  # q is this operator's alone
+            query[done:, :, self.nope_dim :] = q_rope[done:, :, room:]  # q is this operator's alone
+            del q_rope  # its memory serves the expansion
             self._prefill(query[done:], kv_cache, step.prefill, out[done:])
         return output
 
-    def _absorb(self, query: Tensor) -> Tensor:
-        """Queries (T, H, r) of the latents: one product per head over all tokens, written where the kernel reads it."""
-        q_latent = query.new_empty(*query.shape[:2], self.cached_rank)
-        torch.bmm(query[..., : self.nope_dim].transpose(0, 1), self.up_key, out=q_latent.transpose(0, 1))
-        return q_latent
+    def _absorb(self, query: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (T, H, .) of the latents, and of the rotary keys where those are not among the latents' channels.
+
+        One product per head over all tokens, written where the kernel reads it: in the room before rotated queries.
+        """
+        joint = self.key_basis is not None
+        queries = q_rope if joint else query.new_empty(*query.shape[:2], self.cached_rank)
+        absorbed = queries[..., : self.cached_rank]
+        torch.bmm(query[..., : self.nope_dim].transpose(0, 1), self.up_key, out=absorbed.transpose(0, 1))
+        return queries, q_rope[..., :0] if joint else q_rope
 
     def _attend(self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, step: LatentMetadata, out: Tensor) -> None:
         """Attend on latents, into out (T, H, v)."""
@@ -248,11 +275,10 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         each = step.decode_query_len
         requests = tokens // each
         attended = kernels.decode(
-            q_latent.view(requests, each, heads, self.cached_rank),
-            q_rope.reshape(requests, each, heads, self.cached_rope), cache, step.seq_lens[:requests],
-            step.block_table[:requests], self.softmax_scale, self.softcap, self.window, self.form,
+            q_latent.view(requests, each, heads, -1), q_rope.unflatten(0, (requests, each)), cache,
+            step.seq_lens[:requests], step.block_table[:requests], self.softmax_scale, self.softcap, self.window, self.form,
         )  # fmt: skip
-        attended = attended.view(tokens, heads, self.cached_rank).transpose(0, 1)
+        attended = attended.view(tokens, heads, -1)[..., : self.cached_rank].transpose(0, 1)
         torch.bmm(attended, self.up_value.transpose(1, 2), out=out.transpose(0, 1))
 
     def _prefill(self, query: Tensor, cache: Tensor, prefill: Prefill, out: Tensor) -> None:

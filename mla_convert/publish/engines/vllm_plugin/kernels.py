@@ -23,7 +23,10 @@ NATIVE_VALUES = ((128, 192, 96, 128), (0, 64, 0, 512))
 
 
 class Shape(NamedTuple):
-    """Sizes and options that the decode kernels are compiled for."""
+    """Sizes and options that the decode kernels are compiled for.
+
+    `joint`: rows of the `form` have their rotary key as channels of the latent.
+    """
 
     nope_dim: int
     rank: int
@@ -33,13 +36,19 @@ class Shape(NamedTuple):
     softcap: float
     window: int | None
     form: tuple[int, ...] | None = None
+    joint: bool = False
+
+    @property
+    def decoded(self) -> tuple[int, int]:
+        """Rank and rotary dims of the rows as the decode kernels see them."""
+        return (self.rank + self.rope_dim, 0) if self.joint else (self.rank, self.rope_dim)
 
     @property
     def row(self) -> int:
         """Elements of a cached row: numbers, or bytes of a quantised one."""
         if self.form is None:
             return self.rank + self.rope_dim
-        return mla_attention.RowFormat(*self.form).layout(self.rank, self.rope_dim).row_bytes
+        return mla_attention.RowFormat(*self.form).layout(*self.decoded).row_bytes
 
 
 def has_kernel(rank: int, rope_dim: int, heads: int) -> bool:
@@ -64,9 +73,10 @@ def absorb_and_write(*arguments: Tensor) -> tuple[Tensor, Tensor]:
 
 def write(
     latent: Tensor, k_rope: Tensor, q_rope: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor,
-    form: tuple[int, ...] | None = None,
+    form: tuple[int, ...] | None = None, basis: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Store new rows in a paged cache, with rotated keys; return the rotated queries (T, H, p).
+    """Store new rows in a paged cache, with rotated keys; return the rotated queries (T, H, room + p).
 
     Args:
         latent: (T, r).
@@ -77,13 +87,15 @@ def write(
         cache: (pages, page size, row), contiguous: r + p numbers, or the bytes of `form`.
         slots: (T,), row of each token; negative for none.
         form: the numbers of a `RowFormat` where rows are quantised.
+        basis: (p, p), matrix that rotated keys and queries are multiplied by, where the keys are channels of the latent.
+        room: numbers before each rotated query that the caller sets; packed rows alone.
     """
     rank, heads = latent.shape[-1], q_rope.shape[1]
     rows = cache.view(1, -1, cache.shape[-1])
     if form is not None:
         tables = (cos[None], sin[None], rows, None, slots[None])
-        form = mla_attention.RowFormat(*form)
-        return mla_attention.mla_write(latent[None], k_rope[None], q_rope[None], *tables, row_format=form)[0]
+        options = {"row_format": mla_attention.RowFormat(*form), "key_basis": basis, "query_room": room}
+        return mla_attention.mla_write(latent[None], k_rope[None], q_rope[None], *tables, **options)[0]
     call = mla_attention.mla_write if has_kernel(rank, k_rope.shape[-1], heads) else mla_attention.naive_write
     return call(
         latent[None], k_rope[None], q_rope[None], cos[None], sin[None], rows[..., :rank], rows[..., rank:], slots[None]
@@ -128,7 +140,7 @@ def decode(
 @functools.cache
 def compile_decodes(shapes: frozenset[Shape], block_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile the kernels of all layers' shapes side by side, before CUDA graphs need one after another."""
-    known = [s for s in shapes if device.type == "cuda" and has_kernel(s.rank, s.rope_dim, s.heads)]
+    known = [s for s in shapes if device.type == "cuda" and has_kernel(*s.decoded, s.heads)]
     if not known:
         return
 
@@ -137,10 +149,10 @@ def compile_decodes(shapes: frozenset[Shape], block_size: int, dtype: torch.dtyp
 
     def attend_once(s: Shape) -> None:
         with torch.inference_mode(), torch.cuda.device(device):
-            queries = zeros(1, 1, s.heads, s.rank), zeros(1, 1, s.heads, s.rope_dim)
+            q_latent, q_rope = (zeros(1, 1, s.heads, size) for size in s.decoded)
             table = zeros(1, 1, dtype=torch.int32)
             cache = zeros(1, block_size, s.row, dtype=dtype if s.form is None else torch.uint8)
-            decode(*queries, cache, table[0] + 1, table, s.scale, s.softcap, s.window, s.form)
+            decode(q_latent, q_rope, cache, table[0] + 1, table, s.scale, s.softcap, s.window, s.form)
 
     with ThreadPoolExecutor(min(len(known), 16)) as pool:
         list(pool.map(attend_once, known))

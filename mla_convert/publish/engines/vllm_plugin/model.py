@@ -12,7 +12,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from mla_convert.modeling.configuration_mla import MODEL_TYPE, PREFIX
-from mla_convert.publish.engines.vllm_plugin.attention import FP8, LatentAttention, padded_planes
+from mla_convert.publish.engines.vllm_plugin.attention import FP8, LatentAttention, cached_sizes
 from mla_convert.publish.engines.vllm_plugin.entry import foreign_fields, refusal, serves
 from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary, Reference
 from mla_convert.publish.engines.vllm_plugin.weights import AttentionWeights
@@ -46,7 +46,7 @@ class LatentModel(nn.Module):
         check_deployment(config, vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         reference = Reference(config, vllm_config.model_config.max_model_len)
-        planes = [padded_planes(config.layer_rope_dim(index)) for index in range(config.num_hidden_layers)]
+        planes = [cached_sizes(config, index)[1] // 2 for index in range(config.num_hidden_layers)]
         self.latent_rotary = LatentRotary(reference, config.model_type.removeprefix(MODEL_TYPE), planes)
         self.latent_layers: dict[int, str] = {}
         layers: Any = self.get_submodule(config.mla_layers)
