@@ -12,6 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The kernel tests interpret Triton, which asks for it when it is first imported, by whichever test that may be.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import functools
+import gc
 import hashlib
 import importlib.util
 import pickle
@@ -27,6 +29,12 @@ def pytest_configure(config):
     """Give each worker of `-n` a contiguous half of the tests, so that it loads a parametrised fixture's model once."""
     if getattr(config.option, "dist", None) == "load":
         config.option.dist = "worksteal"
+
+
+def pytest_collection_finish():
+    """Leave a million objects of torch and transformers out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():
@@ -67,6 +75,13 @@ def sources(shared_folder):
         return place / "source"
 
     return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def suite_tokens():
+    """Tokenise the packaged suite once a worker for each tokenizer."""
+    with pico.suite_tokens_kept():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -114,10 +129,22 @@ def hub(monkeypatch):
         yield server
 
 
+@functools.cache
+def _command():
+    """The command line, which typer would build again for every call."""
+    from typer.main import get_command
+
+    from mla_convert.cli.main import app
+
+    return get_command(app)
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """Run the command line in this process: arguments -> (exit code, stdout, stderr)."""
     from mla_convert.cli.main import main
+
+    monkeypatch.setattr("mla_convert.cli.main.app", _command())
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["mla-convert", *map(str, arguments)])
