@@ -13,7 +13,7 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from pico import HALF, QUARTER, VARIANTS
+from pico import FIRST, HALF, QUARTER, VARIANTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -24,7 +24,6 @@ from mla_convert.source.source import open_source
 FIGURES = re.compile(r"\d\.\de-\d\d \| \d+% \| \d+%")
 LENGTH = 40
 # The first variant of every family; the others of the longer tests run with -m slow.
-FIRST = {model_type: name for name, (model_type, _) in reversed(VARIANTS.items())}
 MOST = [name if name in FIRST.values() else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
