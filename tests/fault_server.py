@@ -5,6 +5,7 @@ A line of JSON in: `argv`, `below` (the folder whose changes count), `at`, `kind
 """
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -45,6 +46,7 @@ def child(asked, out, err):
 kept = pico.suite_tokens_kept()
 kept.__enter__()
 load_suite(pico.tokenizer(), 1, 16)  # every fork has its tokens
+gc.freeze()  # else a collection in a fork copies every page
 
 for line in sys.stdin:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
