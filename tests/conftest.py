@@ -12,6 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The kernel tests interpret Triton, which asks for it when it is first imported, by whichever test that may be.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import functools
+import gc
 import hashlib
 import importlib.util
 import pickle
@@ -24,9 +26,21 @@ from filelock import FileLock
 
 
 def pytest_configure(config):
-    """Give each worker of `-n` a contiguous half of the tests, so that it loads a parametrised fixture's model once."""
+    """Give each worker of `-n` a contiguous half of the tests, so that it loads a parametrised fixture's model once.
+
+    The process that starts the workers runs no test, and leaves out what imports torch and transformers.
+    """
     if getattr(config.option, "dist", None) == "load":
         config.option.dist = "worksteal"
+    if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        for name in ("pico", "fake_hub", "mutate", "uses"):
+            _load(name)
+
+
+def pytest_collection_finish():
+    """Leave a million objects of torch and transformers out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():
@@ -34,15 +48,11 @@ def pytest_report_header():
     return [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
 
 
-def _load(name: str):
+def _load(name: str) -> None:
     # importlib import mode leaves sys.path alone, so the shared helpers are loaded by their files
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
-
-
-pico, fake_hub, mutate, uses = (_load(name) for name in ("pico", "fake_hub", "mutate", "uses"))
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +67,7 @@ def shared_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sources(shared_folder):
     """name -> folder of that pico checkpoint, made once a run. Tests copy it before they change it."""
+    import pico
 
     def get(name: str) -> Path:
         place = shared_folder / name
@@ -69,9 +80,19 @@ def sources(shared_folder):
     return get
 
 
+@pytest.fixture(scope="session", autouse=True)
+def suite_tokens():
+    """Tokenise the packaged suite once a worker for each tokenizer."""
+    import pico
+
+    with pico.suite_tokens_kept():
+        yield
+
+
 @pytest.fixture(scope="session")
 def convert_folder(tmp_path_factory):
     """Convert the checkpoint in a folder that `pico.save` wrote, with its small text."""
+    import pico
 
     def run(folder: Path, **settings):
         out = settings.pop("out", None) or tmp_path_factory.mktemp("out") / folder.name
@@ -83,6 +104,7 @@ def convert_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def convert_pico(sources, shared_folder):
     """Convert a pico checkpoint; a conversion with equal settings is made once a run. Tests copy it before they change it."""
+    import pico
 
     def run(name: str, **settings):
         key = hashlib.sha256(repr((name, sorted(settings.items()))).encode()).hexdigest()[:16]
@@ -99,6 +121,7 @@ def convert_pico(sources, shared_folder):
 @pytest.fixture
 def hub(monkeypatch):
     """A fake Hub that huggingface_hub's own client in this process talks to, logged in."""
+    import fake_hub
     from huggingface_hub import constants
 
     import mla_convert.publish.hub_errors
@@ -114,10 +137,22 @@ def hub(monkeypatch):
         yield server
 
 
+@functools.cache
+def _command():
+    """The command line, which typer would build again for every call."""
+    from typer.main import get_command
+
+    from mla_convert.cli.main import app
+
+    return get_command(app)
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """Run the command line in this process: arguments -> (exit code, stdout, stderr)."""
     from mla_convert.cli.main import main
+
+    monkeypatch.setattr("mla_convert.cli.main.app", _command())
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["mla-convert", *map(str, arguments)])

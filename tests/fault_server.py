@@ -5,6 +5,7 @@ A line of JSON in: `argv`, `below` (the folder whose changes count), `at`, `kind
 """
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -14,11 +15,14 @@ layer = ctypes.CDLL(os.environ["LD_PRELOAD"])
 layer.fault_counted.restype = ctypes.c_long
 layer.fault_share()
 
+import pico  # noqa: E402
+
 import mla_convert.cli.main  # noqa: E402
 import mla_convert.heal.run  # noqa: E402
 import mla_convert.pipeline.convert  # noqa: E402
 import mla_convert.pipeline.refresh  # noqa: E402
 import mla_convert.publish.engines.export  # noqa: E402
+from mla_convert.evaluate.quality.suite import load_suite  # noqa: E402
 
 
 def child(asked, out, err):
@@ -38,6 +42,11 @@ def child(asked, out, err):
         sys.stderr.flush()
         os._exit(code)
 
+
+kept = pico.suite_tokens_kept()
+kept.__enter__()
+load_suite(pico.tokenizer(), 1, 16)  # every fork has its tokens
+gc.freeze()  # else a collection in a fork copies every page
 
 for line in sys.stdin:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,8 @@ VARIANTS = {
     if is_installed(family.model_type)
     for name, settings in family.tested.items()
 }
+# The first variant of every family.
+FIRST = {model_type: name for name, (model_type, _) in reversed(VARIANTS.items())}
 # Conversions at half and at a quarter of the cache, without noise: half of the few calibration windows would be noise.
 HALF = {"kv_ratio": 0.5, "calib_noise": 0, "calib_samples": 32}
 QUARTER = {"kv_ratio": 0.25, "calib_noise": 0, "calib_samples": 32, "refine_steps": 4, "refine_batch": 4}
@@ -118,6 +122,25 @@ def convert(folder: Path, out: Path, **settings: Any) -> Report:
     }  # fmt: skip
     with mock.patch("os.fsync"):  # a tenth of the time, and no test depends on it
         return convert(ConvertConfig(source=str(folder), **{**defaults, **settings}), Progress(quiet=True))
+
+
+@contextlib.contextmanager
+def suite_tokens_kept() -> Iterator[None]:
+    """Tokenise the packaged suite once for each tokenizer: it takes a second, which is most of an evaluation."""
+    from mla_convert.evaluate.quality import suite
+
+    tokenise, known = suite.tokenise, {}
+
+    def once(tokenizer: Any, text: str, special: bool) -> list[int]:
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            return tokenise(tokenizer, text, special)
+        key = (tokenizer.backend_tokenizer.to_str(), text, special)
+        if key not in known:
+            known[key] = tokenise(tokenizer, text, special)
+        return known[key]
+
+    with mock.patch.object(suite, "tokenise", once):
+        yield
 
 
 GGUF_NAMES = {

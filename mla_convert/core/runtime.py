@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import platform
 import threading
@@ -19,14 +20,19 @@ from mla_convert.core.errors import ResourceError, UsageError
 from mla_convert.version import TRIED_TRANSFORMERS, __version__
 
 
+@functools.cache
+def _versions_of_packages() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that affect the result, by name."""
-    packages = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
     # our own version comes from the code that runs: the metadata of an editable install may be older
-    installed = {"python": platform.python_version(), "mla_convert": __version__}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
+    installed = {"python": platform.python_version(), "mla_convert": __version__, **_versions_of_packages()}
     if torch.version.cuda:
         installed["cuda"] = torch.version.cuda
     return installed

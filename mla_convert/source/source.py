@@ -111,7 +111,8 @@ class Source:
 
     def _has(self, start: str) -> bool:
         """Whether the first converted layer's attention has a tensor whose name begins with `start`."""
-        return any(name.startswith(f"{self.first_layer}{self.family.attention}.{start}") for name in self.names)
+        start = f"{self.first_layer}{self.family.attention}.{start}"
+        return any(name.startswith(start) for name in self.names)
 
     def is_replaced(self, name: str) -> bool:
         """Whether a tensor belongs to an attention that the conversion replaces."""

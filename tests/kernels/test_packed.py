@@ -74,8 +74,7 @@ def test_decode_on_the_cpu(rank, rope_dim, form):
 
 
 @formats
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("page_size", [0, 8])
+@pytest.mark.parametrize(("dtype", "page_size"), [(torch.float16, 0), (torch.float32, 8)], ids=str)
 def test_kernel(triton, rank, rope_dim, form, dtype, page_size):
     """Several query tokens, ragged lengths, several parts; rows of no token have all bits set."""
     case = pack_case(make_case(4, 2, 3, rank, rope_dim, [37, 0, 1, 50], dtype, page_size), form)

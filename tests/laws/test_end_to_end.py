@@ -51,18 +51,8 @@ def test_from_plan_to_the_hub_and_back(mla, hub, tmp_path):
     assert code == 0, err
     assert plan["cache"]["share_saved"] == 0.5 and plan["time"]["cpu"]["seconds"][0] > 0
 
-    settings = (
-        "--kv-ratio",
-        "0.5",
-        "--calib-samples",
-        "8",
-        "--refine-steps",
-        "4",
-        "--eval-windows",
-        "2",
-        "--device",
-        "cpu",
-    )
+    settings = ("--kv-ratio", "0.5", "--calib-samples", "8", "--calib-length", "64", "--refine-steps", "4",
+                "--eval-windows", "2", "--eval-length", "128", "--device", "cpu")  # fmt: skip
     code, out, err = mla("demo", *settings)
     assert code == 0 and "perplexity" in out, err
     folder = tmp_path / "work" / "demo-mla"

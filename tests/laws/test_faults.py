@@ -189,7 +189,7 @@ def small_text(text, work):
     return path
 
 
-JOBS = {"convert": 2, "convert over": 1, "export": 1, "refresh": 2, "heal": 0}
+JOBS = {"convert": 2, "convert over": 0, "export": 0, "refresh": 1, "heal": 0}
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -1,4 +1,4 @@
-"""Thousands of damaged inputs: each is read correctly, or refused in one line that a user can act on."""
+"""Hundreds of damaged inputs (-m slow: thousands): each is read correctly, or refused in one line that a user can act on."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from mla_convert.source.text_files import read_documents
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE_FAILED = 3
 FAMILIES = ("llama", "gpt2", "gemma3", "mixtral")
-# Kinds of input, and the number of each in a run of size 1.
+# Kinds of input, and the number of each for one seed; by default a third of the first seed's.
 COUNTS = {"config": 400, "index": 150, "header": 200, "tokenizer": 150, "tokenizer_config": 100, "gguf": 100, "recipe": 350,
           "report": 400, "converted config": 250}  # fmt: skip
 RECIPE = """description: A test's recipe.
@@ -212,20 +212,16 @@ def wrong_ones(kind, inputs, seed, count):
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_every_mutation_is_taken_rightly_or_refused_in_a_line(kind, inputs):
-    wrong = wrong_ones(kind, inputs, 0, COUNTS[kind])
+    wrong = wrong_ones(kind, inputs, 0, COUNTS[kind] // 3)
     assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong[:20])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("seed", range(11))
 @pytest.mark.parametrize("kind", MAKERS)
 def test_many_more_mutations(kind, seed, inputs):
     wrong = wrong_ones(kind, inputs, seed, COUNTS[kind])
     assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong[:20])
-
-
-def test_there_are_enough():
-    assert sum(COUNTS.values()) >= 2000
 
 
 def test_mutated_texts_are_read_or_refused(tmp_path):

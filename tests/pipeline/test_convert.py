@@ -95,6 +95,8 @@ def python(code, *arguments, **env):
     return run.stdout
 
 
+# A process each; tests/source/test_families.py loads every family's code so, in one process.
+@pytest.mark.parametrize("report", ["llama3-rope"], indirect=True, scope="module")
 def test_loads_where_mla_convert_is_not_installed(folder, model, tmp_path):
     out = python(FOREIGN, folder, tmp_path / "copy", PROMPT, HF_MODULES_CACHE=str(tmp_path / "modules"))
     first, again = json.loads(out)

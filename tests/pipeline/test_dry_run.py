@@ -67,7 +67,7 @@ def test_configuration_says_what_the_tensors_say(sources, name):
 
 @pytest.mark.parametrize("name", pico.VARIANTS)
 def test_plan_is_what_is_written(sources, convert_pico, name):
-    planned, report = plan(sources(name), kv_ratio=0.4), convert_pico(name, kv_ratio=0.4)
+    planned, report = plan(sources(name), kv_ratio=0.5), convert_pico(name, **pico.HALF)
     replaced = open_source(str(sources(name))).is_replaced
     assert report.cache.as_dict().items() <= planned["cache"].items()
     index = json.loads((report.out / "model.safetensors.index.json").read_text())

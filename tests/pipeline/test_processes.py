@@ -92,7 +92,7 @@ def test_two_processes_make_the_model_of_one(start, convert_folder, sources, tmp
 
 
 def test_a_killed_process_ends_the_run(start, tmp_path):
-    process = start(**{**SETTINGS, "refine_block": 1, "output_layers": 1, "block_steps": 0, "refine_steps": 400})
+    process = start(**{**SETTINGS, "refine_block": 1, "output_layers": 1, "block_steps": 0, "refine_steps": 100})
     until_written(tmp_path / "two", process)
     follower(process).send_signal(signal.SIGKILL)
     out, err = process.communicate(timeout=TIMEOUT)
