@@ -14,12 +14,14 @@ from mla_attention import RowFormat
 from mla_attention import decode as launcher
 from mla_attention.hopper_packed import (
     PackedArguments,
+    blocks,
     constants_of,
     packed_hopper_config,
     shared_memory,
     source,
 )
 from mla_attention.problem import DecodeProblem
+from mla_attention.tuning import DecodeConfig
 
 
 def small_problem(rank, rope_dim, form, heads=32, page_size=0) -> DecodeProblem:
@@ -36,7 +38,7 @@ def small_problem(rank, rope_dim, form, heads=32, page_size=0) -> DecodeProblem:
 SIZES = [(512, 64, RowFormat(512, 1), {}), (512, 64, RowFormat(0, 0, 128), {})]
 RARE = [
     (96, 32, RowFormat(96, 0, 32, 1), {"MASK": 1, "QUERIES": 16}),
-    (112, 16, RowFormat(16, 0, 0, 1), {"SOFTCAP": 1, "PAGE": 16, "ROWWISE": 1}),
+    (112, 16, RowFormat(16, 0, 0, 1), {"SOFTCAP": 1, "PAGE": 16, "PIECE": 16}),
     (256, 0, RowFormat(256, 1), {"QUERIES": 64, "WINDOW": 1}),
 ]
 
@@ -56,7 +58,7 @@ def test_compiles(tmp_path, rank, rope_dim, form, changed):
     assert done.returncode == 0, done.stderr
     assert "serialized" not in done.stderr  # the assembler's warning about products that wait for each other
     if not changed:
-        assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", done.stderr)) < 100
+        assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", done.stderr)) < 256
     assert max(int(count) for count in re.findall(r"Used (\d+) registers", done.stderr)) <= 65536 // 384
 
 
@@ -68,7 +70,8 @@ def test_sizes_that_are_served():
                 problem = small_problem(rank, 64, form, rows)
                 config = packed_hopper_config(problem)
                 if config is None:
-                    assert rank > 384 or form.group or (rank - form.wide) % 32
+                    rests = any(4 < n < 8 for n in (blocks(form.wide, False), blocks(rank - form.wide, True)))
+                    assert rank > 384 or form.group or (rank - form.wide) % 32 or rests
                     continue
                 assert config.stages in (2, 4, 6, 8) and config.block_m in (16, 32, 64)
                 assert shared_memory(constants_of(problem, config)) <= 227 * 1024
@@ -76,13 +79,16 @@ def test_sizes_that_are_served():
     assert packed_hopper_config(small_problem(576, 64, RowFormat(576, 1))) is None
 
 
-def test_rows_are_copied_whole_where_they_lie_side_by_side():
-    """Otherwise each for itself, an odd multiple of 16 bytes apart in shared memory."""
-    odd, even = RowFormat(0, 0, 128), RowFormat(0, 0, 64, 1)  # rows of 25 and 22 times 16 bytes
-    for form, page_size, whole in ((odd, 0, True), (odd, 64, True), (odd, 16, False), (even, 0, False)):
+def test_rows_that_lie_side_by_side_are_copied_at_once():
+    """Rows of a multiple of 64 bytes are padded, as their reads would meet in a bank of shared memory, and copied one by one."""
+    odd, even, padded = RowFormat(0, 0, 128), RowFormat(0, 0, 64, 1), RowFormat(512, 0, 16)  # 400, 352 and 704 bytes
+    for form, page_size, piece in (
+        (odd, 0, 64), (odd, 64, 64), (odd, 128, 64), (odd, 16, 16), (odd, 48, 1), (even, 0, 64), (even, 32, 32), (padded, 0, 1),
+    ):  # fmt: skip
         problem = small_problem(512, 64, form, page_size=page_size)
-        constants = constants_of(problem, packed_hopper_config(problem))
-        assert constants["ROWWISE"] == (not whole) and constants["STRIDE"] // 16 % 2 == 1
+        constants = constants_of(problem, DecodeConfig(32, 64, stages=2, hopper=True))
+        assert constants["PIECE"] == piece
+        assert constants["STRIDE"] - constants["ROW_BYTES"] == (16 if form == padded else 0)
 
 
 def test_arguments_are_laid_out_as_the_compiler_does():

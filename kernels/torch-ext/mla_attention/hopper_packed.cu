@@ -4,10 +4,10 @@
 // registers, and QUERIES query rows are the columns of both: S^T = C Q^T, O^T = C^T P^T. No dequantised number is written to
 // shared memory. A thread may read any channels as its share of a product's depth, as long as the queries are stored in that
 // order: 16 bytes at a time here. Which token is which row of the first product is as free (TOKEN_OF): with rows an odd
-// multiple of 16 bytes apart, neither product's reads have bank conflicts.
+// multiple of 16 or of 32 bytes apart, neither product's reads have bank conflicts.
 //
-// A weight's reference is not the largest score so far but one within a factor of 2^LAG of it: most tiles need no maximum, and
-// one barrier.
+// A row's single scale (FOLD) multiplies scores and weights instead of codes. A weight's reference is not the largest score so far
+// but one that keeps weights times scales below MOST: most tiles need no maximum, and one barrier.
 typedef unsigned short u16;
 typedef unsigned char u8;
 
@@ -16,14 +16,15 @@ constexpr int STEPS = RANK / 16 + ROPE / 16;                    // of 16 channel
 constexpr int Q_CHUNK = QUERIES * 128, Q_CHUNKS = (STEPS + 3) / 4;
 constexpr int STAGE = 64 * STRIDE;
 constexpr int P_BYTES = QUERIES * 128;                          // weights of a tile
-constexpr int AT_Q = 0, AT_P = Q_CHUNKS * Q_CHUNK, AT_TILES = AT_P + 4 * P_BYTES, AT_STATE = (AT_TILES + STAGES * STAGE + 15) / 16 * 16,
-              AT_BARRIERS = AT_STATE + (8 + 8 + 1 + 2) * QUERIES * 4;
-constexpr int PER = QUERIES / 4;                                // columns of a thread
 __device__ constexpr int rest(int blocks) { return blocks % 4 == 3 ? 4 : blocks % 4; }
 constexpr int BLOCKS8 = (WIDE + 63) / 64, UNITS8 = BLOCKS8 / 4, REST8 = rest(BLOCKS8), ALL8 = UNITS8 * 4 + REST8;
 constexpr int BLOCKS4 = (HALF4 + 31) / 32, UNITS4 = BLOCKS4 / 4, REST4 = rest(BLOCKS4), ALL4 = UNITS4 * 4 + REST4;
+constexpr int AT_Q = 0, AT_P = Q_CHUNKS * Q_CHUNK, LARGEST = ALL8 + ALL4 < 4 ? ALL8 + ALL4 : 4;
+constexpr int AT_TILES = AT_P + 4 * P_BYTES > LARGEST * QUERIES * 256 ? AT_P + 4 * P_BYTES : LARGEST * QUERIES * 256, AT_STATE = (AT_TILES + STAGES * STAGE + 15) / 16 * 16,
+              AT_BARRIERS = AT_STATE + (8 + 8 + 1 + 2) * QUERIES * 4;
+constexpr int PER = QUERIES / 4;                                // columns of a thread
 constexpr int ACC = (ALL8 + ALL4) * (QUERIES / 2);
-constexpr float LAG = 6.0f;
+constexpr float MOST = 64.0f, LOWEST = -1e30f;  // of a weight; reference before the first token
 
 struct Packed {
     const u8 *rows;
@@ -40,6 +41,7 @@ __device__ __forceinline__ u32 load16(u32 at) { u16 x; asm volatile("ld.shared.u
 __device__ __forceinline__ u32 load8(u32 at) { u32 x; asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(at)); return x; }
 __device__ __forceinline__ u32 load32(u32 at) { u32 x; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at)); return x; }
 __device__ __forceinline__ float loadf(u32 at) { float x; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at)); return x; }
+__device__ __forceinline__ void load_floats(float &x, float &y, u32 at) { asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at)); }
 __device__ __forceinline__ void storef(u32 at, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory"); }
 // N words from shared memory, in the widest loads that N allows.
 template <int N> __device__ __forceinline__ void load_words(u32 (&x)[N], u32 at) {
@@ -49,46 +51,43 @@ template <int N> __device__ __forceinline__ void load_words(u32 (&x)[N], u32 at)
 #pragma unroll
         for (int i = 0; i < N; ++i) x[i] = load32(at + 4 * i);
 }
-// Two 8-bit codes in the lower or upper half of a word, as float16.
-__device__ __forceinline__ u32 codes8(u32 x, int upper) {
-#if FLOAT8
-    u32 y;
-    if (upper) asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.rn.f16x2.e4m3x2 %0, h;\n}" : "=r"(y) : "r"(x));
-    else asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.rn.f16x2.e4m3x2 %0, l;\n}" : "=r"(y) : "r"(x));
-    return y;
-#else
-    return sub2(prmt(x ^ 0x80808080, 0x64646464, upper ? 0x4342 : 0x4140), 0x64806480);  // 1024 + 128 + code
-#endif
-}
+// Two e4m3 numbers in the lower or upper half of a word, as float16.
 __device__ __forceinline__ u32 floats8(u32 x, int upper) {
     u32 y;
     if (upper) asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.rn.f16x2.e4m3x2 %0, h;\n}" : "=r"(y) : "r"(x));
     else asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.rn.f16x2.e4m3x2 %0, l;\n}" : "=r"(y) : "r"(x));
     return y;
 }
-// Nibbles of bytes 0 and 2 of a word, minus 8, as float16: 1024 + nibble, or 1024 + 16 nibble, has them in the mantissa.
-__device__ __forceinline__ u32 low_codes(u32 x) { return sub2((x & 0x000f000f) | 0x64006400, 0x64086408); }
-__device__ __forceinline__ u32 high_codes(u32 x) { return fma2((x & 0x00f000f0) | 0x64006400, 0x2c002c00, 0xd480d480); }
+// Integer codes are read from bytes 0 and 2 of a word: with the exponent of 1024 above it, an integer is a float16's mantissa.
+// `magic`, 0x64006400, is in a register, or the compiler would need two instructions to mask and to set bits.
+__device__ __forceinline__ u32 masked(u32 x, u32 mask, u32 magic) { u32 y; asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(magic)); return y; }
+__device__ __forceinline__ u32 low_codes(u32 x, u32 magic) { return sub2(masked(x, 0x000f000f, magic), 0x64086408); }
+__device__ __forceinline__ u32 high_codes(u32 x, u32 magic) { return fma2(masked(x, 0x00f000f0, magic), 0x2c002c00, 0xd480d480); }
+__device__ __forceinline__ u32 byte_codes(u32 x, u32 magic) { return sub2(masked(x ^ 0x00800080, 0x00ff00ff, magic), 0x64806480); }
 
 // The token, of 16, that is row or depth k of a product.
-__device__ __forceinline__ int token_of(int k) { return k & 1 ? 8 + (((k & 7) - 1 + 4 + (k >> 3)) & 7) : (k & 7) + (k >> 3); }
+__device__ __forceinline__ int token_of(int k) {
+    if (STRIDE % 32) return k & 1 ? 8 + (((k & 7) - 1 + 4 + (k >> 3)) & 7) : (k & 7) + (k >> 3);
+    return (k & 8) | (k & 1) << 2 | ((k >> 1 & 3) ^ (k & 1) << 1);
+}
 
-// Where the pair of channels `x`, x + 1 of a section of `size` is in the first product's depth: byte of a row of queries.
+// Where channel `x` of a section of `size` is in the first product's depth: byte of a row of queries. Of 4 bytes that a lane reads,
+// e4m3 numbers are taken as pairs 0, 1 and 2, 3, and integers as pairs 0, 2 and 1, 3 (`spread`).
 __device__ __forceinline__ int place(int step, int half, int c, int row) { return (step >> 2) * Q_CHUNK + row * 128 + ((((step & 3) * 2 + half) ^ (row & 7)) << 4) + c * 4; }
-__device__ __forceinline__ int place_in(int size, int before, int x, int row) {
+__device__ __forceinline__ int place_in(int size, int before, int x, int row, bool spread) {
     const int full = size / 64 * 64, w = size % 64 ? size % 64 / 4 : 1, rest = x < full ? x % 16 : (x - full) % w;
     const int c = x < full ? x % 64 / 16 : (x - full) / w, step = before + (x < full ? x / 64 * 4 : full / 16) + rest / 4;
-    return place(step, rest % 4 / 2, c, row);
+    return place(step, spread ? rest & 1 : rest >> 1 & 1, c, row) + (spread ? rest & 2 : rest % 2 * 2);
 }
 __device__ __forceinline__ int place_of(int x, int row) {
-    if (x < WIDE) return place_in(WIDE, 0, x, row);
-    if (x < WIDE + HALF4) return place_in(HALF4, WIDE / 16, x - WIDE, row);
-    if (x < RANK) return place_in(HALF4, (WIDE + HALF4) / 16, x - WIDE - HALF4, row);
+    if (x < WIDE) return place_in(WIDE, 0, x, row, !FLOAT8);
+    if (x < WIDE + HALF4) return place_in(HALF4, WIDE / 16, x - WIDE, row, true);
+    if (x < RANK) return place_in(HALF4, (WIDE + HALF4) / 16, x - WIDE - HALF4, row, true);
     x -= RANK;
-    if (ROPE8) return place_in(ROPE, RANK / 16, x, row);
+    if (ROPE8) return place_in(ROPE, RANK / 16, x, row, false);
     constexpr int FULL = ROPE / 32 * 32;
     const int rest = x < FULL ? x % 8 : (x - FULL) % 4, c = x < FULL ? x % 32 / 8 : (x - FULL) / 4;
-    return place(RANK / 16 + (x < FULL ? x / 32 * 2 : FULL / 16) + rest / 4, rest % 4 / 2, c, row);
+    return place(RANK / 16 + (x < FULL ? x / 32 * 2 : FULL / 16) + rest / 4, rest % 4 / 2, c, row) + rest % 2 * 2;
 }
 
 // The queries of a stretch's sequence as the right operand of the first product, in float16 (in bfloat16 where they meet rotary
@@ -118,21 +117,29 @@ __device__ __forceinline__ void stage_queries(const Arguments &a, const Packed &
             for (int i = 0; i < EACH; ++i) peak = max(peak, max(x[k][i] & 0x7fff, x[k][i] >> 16 & 0x7fff));
             const u32 exponent = min(max(__reduce_max_sync(~0u, peak) >> 7, 27u), 227u);
             const float factor = __uint_as_float((257 - exponent) << 23), inverse = __uint_as_float((exponent - 3) << 23);
-            if (lane == 0) storef(base + AT_STATE + (16 * QUERIES + row) * 4, blockIdx.x * QUERIES + row < rows ? a.scale_log2 * inverse : 0.0f);
+            if (lane == 0) storef(base + AT_STATE + (16 * QUERIES + row) * 4, a.scale_log2 * inverse);
 #pragma unroll
             for (int i = 0; i < EACH; ++i) {
                 const int at = i * 64 + lane * 2;
                 const float low = __uint_as_float(x[k][i] << 16) * factor, high = __uint_as_float(x[k][i] & 0xffff0000) * factor;
                 const u32 y = ROPE8 || at < RANK ? pack_half(low, high) : pack(low, high);
-                if (at < RANK + ROPE) asm volatile("st.shared.u32 [%0], %1;" ::"r"(base + AT_Q + place_of(at, row)), "r"(y) : "memory");
+                const bool spread = at < RANK && (at >= WIDE || !FLOAT8);
+                const u32 to = base + AT_Q + place_of(at, row);
+                if (at < RANK + ROPE && !spread) asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(y) : "memory");
+                if (at < RANK + ROPE && spread) {
+                    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"((u16)y) : "memory");
+                    asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + AT_Q + place_of(at + 1, row)), "h"((u16)(y >> 16)) : "memory");
+                }
             }
         }
     }
+    if (threadIdx.x < 2 * QUERIES) storef(base + AT_STATE + (17 * QUERIES + threadIdx.x) * 4, LOWEST);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     threads_sync(3, 256);
 }
 
-// One warp loads tiles, row by row or whole.
+// One warp loads tiles, in pieces of rows that lie side by side.
+constexpr int PIECES = 64 / PIECE;
 __device__ __forceinline__ void load_rows(const Arguments &a, const Packed &p, Share share, u32 base, u32 full, u32 empty) {
     const int lane = threadIdx.x & 31;
     const u64 policy = gridDim.x > 1 ? 0x1000000000000000ull : 0x12F0000000000000ull;  // row blocks read it again, or nobody does
@@ -143,226 +150,253 @@ __device__ __forceinline__ void load_rows(const Arguments &a, const Packed &p, S
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(policy) : "memory");
     };
     while (next_stretch(a, share, t, b))
+#pragma unroll 1
         for (int tile = t.begin; tile < t.stop; ++tile, ++count) {
             const int n0 = tile * BLOCK_N, stage = count % STAGES, some = min(BLOCK_N, t.length - n0);
             const u32 bar = full + 8 * stage, to = base + AT_TILES + stage * STAGE;
-            i64 at[2] = {0, 0};
+            i64 at[PIECES > 32 ? 2 : 1];
+            constexpr int MANY = PIECES > 32 ? 2 : 1;
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int n = n0 + lane + 32 * i;
-                if (lane + 32 * i < some) at[i] = PAGE ? __ldg(a.block_table + b * a.stride_tb + n / max(PAGE, 1)) * p.stride_cb + n % max(PAGE, 1) * p.stride_cn : b * p.stride_cb + n * p.stride_cn;
+            for (int i = 0; i < MANY; ++i) {
+                const int n = n0 + (lane + 32 * i) * PIECE;
+                at[i] = 0;
+                if ((lane + 32 * i) * PIECE < some) at[i] = PAGE ? __ldg(a.block_table + b * a.stride_tb + n / max(PAGE, 1)) * p.stride_cb + n % max(PAGE, 1) * p.stride_cn : b * p.stride_cb + n * p.stride_cn;
             }
             barrier_wait(empty + 8 * stage, ((count / STAGES) & 1) ^ 1);
             if (lane == 0) barrier_expect(bar, some * ROW_BYTES);
             __syncwarp();
-#if ROWWISE
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                if (lane + 32 * i < some) copy(to + (lane + 32 * i) * STRIDE, p.rows + at[i], ROW_BYTES, bar);
-#else
-            if (lane == 0) copy(to, p.rows + at[0], some * ROW_BYTES, bar);
-#endif
+            for (int i = 0; i < MANY; ++i) {
+                const int row = (lane + 32 * i) * PIECE;
+                if (row < some) copy(to + row * STRIDE, p.rows + at[i], min(PIECE, some - row) * ROW_BYTES, bar);
+            }
         }
 }
 
 // A scale twice, of the first product's token; `index` of the row's scales.
 __device__ __forceinline__ u32 scale_twice(u32 row, int index) { return load16(row + SCALES + 2 * index) * 0x10001u; }
-__device__ __forceinline__ u32 scale_pair(u32 row0, u32 row1, int index) { return load16(row0 + SCALES + 2 * index) | load16(row1 + SCALES + 2 * index) << 16; }
 constexpr int SHARE = GROUP ? GROUP : 1 << 20;
+constexpr bool FOLD = GROUP == 0 && (WIDE == 0 || HALF4 == 0) && (QUERIES < 64 || ALL8 + ALL4 < 4);  // registers
+__device__ __forceinline__ u32 scaled(u32 codes, u32 scale) { return FOLD ? codes : mul2(codes, scale); }
 
-// Scores of a tile, under way: a step's left operand is read from the rows of the tokens ra and rb.
+// Products are committed in twos. So many pairs may be on their way, each with its left operands in 8 registers: a product takes
+// long to begin and to end, and few of them at a time would leave the tensor cores idle.
+constexpr int IN_FLIGHT = QUERIES == 64 || ALL8 + ALL4 == 1 ? 1 : 3;
+
+// Scores of a tile, under way: a step's left operand is read from the rows of the tokens ra and rb. With FOLD, `part` has the
+// latent's share, which is still to be multiplied by the rows' scales.
 struct Scores {
-    float s[QUERIES / 2];
+    float s[QUERIES / 2], part[FOLD ? QUERIES / 2 : 1];
     u32 ra, rb;
     u64 queries;
-    int done;
+    int done, part_done;
+    u32 magic;
 };
-template <bool KEYS> __device__ __forceinline__ void score_step(Scores &x, const u32 (&f)[4], int step) {
+template <bool KEYS, bool LATENT> __device__ __forceinline__ void score_step(Scores &x, const u32 *f, int step) {
     const u64 at = further(x.queries, (step >> 2) * Q_CHUNK + (step & 3) * 32);
+    if constexpr (FOLD && LATENT) {
+        mma_f16(x.part, 0, f[0], f[1], f[2], f[3], at, x.part_done);
+        x.part_done = 1;
+        return;
+    }
     if constexpr (KEYS) mma_bf16(x.s, 0, f[0], f[1], f[2], f[3], at, x.done);
     else mma_f16(x.s, 0, f[0], f[1], f[2], f[3], at, x.done);
     x.done = 1;
 }
-// Steps of W * 4 channels from W bytes of a lane at `at` of a row: 8-bit codes.
-template <int WORDS, bool KEYS> __device__ __forceinline__ void score8(Scores &x, int at, int step, u32 sa, u32 sb) {
-    u32 a[WORDS], b[WORDS], f[WORDS][4];
-    const int mine = at + (threadIdx.x & 3) * WORDS * 4;
-    load_words<WORDS>(a, x.ra + mine);
-    load_words<WORDS>(b, x.rb + mine);
+// Units of the first product: what a lane reads at once of its two rows, at most 16 bytes of each.
+constexpr int S8 = (WIDE + 63) / 64, S4 = (HALF4 + 63) / 64, SK = ROPE8 ? (ROPE + 63) / 64 : (ROPE + 31) / 32, S_UNITS = S8 + S4 + SK;
+__device__ constexpr int words_of(int size, int unit) { return 64 * (unit + 1) <= size ? 4 : size % 64 / 16; }
+template <int U> struct Unit {
+    static constexpr bool EIGHT = U < S8, FOUR = !EIGHT && U < S8 + S4, KEY8 = U >= S8 + S4 && ROPE8, KEY = U >= S8 + S4 && !ROPE8;
+    static constexpr int I = EIGHT ? U : FOUR ? U - S8 : U - S8 - S4;
+    static constexpr int WORDS = KEY ? (32 * (I + 1) <= ROPE ? 4 : 2) : words_of(EIGHT ? WIDE : FOUR ? HALF4 : ROPE, I);
+    static constexpr int AT = (EIGHT ? 0 : FOUR ? CODES4 : ROPE_AT) + 64 * I;
+    static constexpr int STEP = EIGHT ? 4 * I : FOUR ? WIDE / 16 + 4 * I : RANK / 16 + (KEY8 ? 4 : 2) * I, HIGH = (WIDE + HALF4) / 16 + 4 * I;
+};
+struct Words { u32 a[4], b[4], s[4]; };
+template <int U> __device__ __forceinline__ void read_unit(Words &w, const Scores &x) {
+    if constexpr (U < S_UNITS) {
+        using Me = Unit<U>;
+        const int c = threadIdx.x & 3, mine = Me::AT + c * Me::WORDS * 4;
+        u32 a[Me::WORDS], b[Me::WORDS];
+        load_words<Me::WORDS>(a, x.ra + mine);
+        load_words<Me::WORDS>(b, x.rb + mine);
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-        f[i][0] = mul2(KEYS ? floats8(a[i], 0) : codes8(a[i], 0), sa); f[i][1] = mul2(KEYS ? floats8(b[i], 0) : codes8(b[i], 0), sb);
-        f[i][2] = mul2(KEYS ? floats8(a[i], 1) : codes8(a[i], 1), sa); f[i][3] = mul2(KEYS ? floats8(b[i], 1) : codes8(b[i], 1), sb);
-    }
-    mma_begin();
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) score_step<false>(x, f[i], step + i);
-    mma_commit();
-    mma_wait<1>();
-}
-template <int WORDS> __device__ __forceinline__ void score4(Scores &x, int at, int low_step, int high_step, u32 la, u32 lb, u32 ha, u32 hb) {
-    u32 a[WORDS], b[WORDS];
-    const int mine = at + (threadIdx.x & 3) * WORDS * 4;
-    load_words<WORDS>(a, x.ra + mine);
-    load_words<WORDS>(b, x.rb + mine);
-#pragma unroll
-    for (int first = 0; first < WORDS; first += 2) {  // two words at a time, for registers
-        u32 f[2][4], g[2][4];
-#pragma unroll
-        for (int i = 0; i < 2 && first + i < WORDS; ++i) {
-            const u32 y = a[first + i], z = b[first + i];
-            const u32 a0 = prmt(y, 0, 0x4140), a1 = prmt(y, 0, 0x4342), b0 = prmt(z, 0, 0x4140), b1 = prmt(z, 0, 0x4342);
-            f[i][0] = mul2(low_codes(a0), la); f[i][1] = mul2(low_codes(b0), lb); f[i][2] = mul2(low_codes(a1), la); f[i][3] = mul2(low_codes(b1), lb);
-            g[i][0] = mul2(high_codes(a0), ha); g[i][1] = mul2(high_codes(b0), hb); g[i][2] = mul2(high_codes(a1), ha); g[i][3] = mul2(high_codes(b1), hb);
+        for (int i = 0; i < Me::WORDS; ++i) { w.a[i] = a[i]; w.b[i] = b[i]; }
+        if constexpr (Me::KEY8) {
+            w.s[0] = scale_twice(x.ra, ALL_GROUPS); w.s[1] = scale_twice(x.rb, ALL_GROUPS);
+        } else if constexpr (!FOLD && !Me::KEY) {
+            const int at = 64 * Me::I + c * Me::WORDS * 4, low = (Me::FOUR ? GROUPS8 : 0) + at / SHARE;
+            if (GROUP || Me::I == 0) { w.s[0] = scale_twice(x.ra, low); w.s[1] = scale_twice(x.rb, low); }
+            if constexpr (Me::FOUR) {
+                if (GROUP) { w.s[2] = scale_twice(x.ra, GROUPS8 + (HALF4 + at) / SHARE); w.s[3] = scale_twice(x.rb, GROUPS8 + (HALF4 + at) / SHARE); }
+                else { w.s[2] = w.s[0]; w.s[3] = w.s[1]; }
+            }
         }
-        mma_begin();
-#pragma unroll
-        for (int i = 0; i < 2 && first + i < WORDS; ++i) { score_step<false>(x, f[i], low_step + first + i); score_step<false>(x, g[i], high_step + first + i); }
-        mma_commit();
-        mma_wait<1>();
     }
 }
-template <int WORDS> __device__ __forceinline__ void score_keys(Scores &x, int at, int step) {
-    u32 a[WORDS], b[WORDS];
-    const int mine = at + (threadIdx.x & 3) * WORDS * 4;
-    load_words<WORDS>(a, x.ra + mine);
-    load_words<WORDS>(b, x.rb + mine);
-    mma_begin();
+// Products of a unit, while the next unit's words are on their way.
+template <int U> __device__ __forceinline__ void score_unit(Scores &x, Words &w) {
+    using Me = Unit<U>;
+    if constexpr (U < S_UNITS) {
+        if constexpr (Me::EIGHT || Me::KEY8) {
 #pragma unroll
-    for (int i = 0; i < WORDS / 2; ++i) {
-        const u32 f[4] = {a[2 * i], b[2 * i], a[2 * i + 1], b[2 * i + 1]};
-        score_step<true>(x, f, step + i);
+            for (int first = 0; first < Me::WORDS; first += 2) {
+                u32 f[2][4];
+#pragma unroll
+                for (int i = 0; i < 2 && first + i < Me::WORDS; ++i)
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        const u32 y = k & 1 ? w.b[first + i] : w.a[first + i];
+                        if (Me::KEY8) f[i][k] = mul2(floats8(y, k >> 1), w.s[k & 1]);
+                        else f[i][k] = scaled(FLOAT8 ? floats8(y, k >> 1) : byte_codes(k >> 1 ? y >> 8 : y, x.magic), w.s[k & 1]);
+                    }
+                if (first + 2 >= Me::WORDS) read_unit<U + 1>(w, x);
+                mma_begin();
+#pragma unroll
+                for (int i = 0; i < 2 && first + i < Me::WORDS; ++i) score_step<false, !Me::KEY8>(x, f[i], Me::STEP + first + i);
+                mma_commit();
+                mma_wait<IN_FLIGHT>();
+            }
+        } else if constexpr (Me::FOUR) {
+#pragma unroll
+            for (int i = 0; i < Me::WORDS; ++i) {
+                u32 f[4], g[4];
+                const u32 y = w.a[i], z = w.b[i], p[4] = {y, z, y >> 8, z >> 8};
+#pragma unroll
+                for (int k = 0; k < 4; ++k) { f[k] = scaled(low_codes(p[k], x.magic), w.s[k & 1]); g[k] = scaled(high_codes(p[k], x.magic), w.s[2 + (k & 1)]); }
+                if (i + 1 == Me::WORDS) read_unit<U + 1>(w, x);
+                mma_begin();
+                score_step<false, true>(x, f, Me::STEP + i);
+                score_step<false, true>(x, g, Me::HIGH + i);
+                mma_commit();
+                mma_wait<IN_FLIGHT>();
+            }
+        } else {
+            u32 f[Me::WORDS / 2][4];
+#pragma unroll
+            for (int i = 0; i < Me::WORDS / 2; ++i) { f[i][0] = w.a[2 * i]; f[i][1] = w.b[2 * i]; f[i][2] = w.a[2 * i + 1]; f[i][3] = w.b[2 * i + 1]; }
+            Words next;
+            read_unit<U + 1>(next, x);
+            mma_begin();
+#pragma unroll
+            for (int i = 0; i < Me::WORDS / 2; ++i) score_step<true, false>(x, f[i], Me::STEP + i);
+            mma_commit();
+            mma_wait<IN_FLIGHT>();
+            w = next;
+        }
+        score_unit<U + 1>(x, w);
     }
-    mma_commit();
-    mma_wait<1>();
 }
-__device__ __forceinline__ void score_tile(Scores &x) {
-    const int c = threadIdx.x & 3;
-    u32 sa = 0, sb = 0, ha = 0, hb = 0;
-    x.done = 0;
-    if (!GROUP && WIDE) { sa = scale_twice(x.ra, 0); sb = scale_twice(x.rb, 0); }
+// sa and sb: the scales of the rows, where each has one.
+__device__ __forceinline__ void score_tile(Scores &x, float sa, float sb) {
+    Words w;
+    x.done = x.part_done = 0;
+    if (FOLD && !ROPE)
 #pragma unroll
-    for (int i = 0; i < WIDE / 64; ++i) {
-        if (GROUP) { sa = scale_twice(x.ra, (64 * i + 16 * c) / SHARE); sb = scale_twice(x.rb, (64 * i + 16 * c) / SHARE); }
-        score8<4, false>(x, 64 * i, 4 * i, sa, sb);
-    }
-    if constexpr (WIDE % 64 > 0) {
-        constexpr int AT = WIDE / 64 * 64, W = WIDE % 64 / 16;
-        if (GROUP) { sa = scale_twice(x.ra, (AT + 4 * W * c) / SHARE); sb = scale_twice(x.rb, (AT + 4 * W * c) / SHARE); }
-        score8<W, false>(x, AT, AT / 16, sa, sb);
-    }
-    if (!GROUP && HALF4) { sa = ha = scale_twice(x.ra, GROUPS8); sb = hb = scale_twice(x.rb, GROUPS8); }
-    constexpr int LOW = WIDE / 16, HIGH = (WIDE + HALF4) / 16;
-#pragma unroll
-    for (int i = 0; i < HALF4 / 64; ++i) {
-        const int at = 64 * i + 16 * c;
-        if (GROUP) {
-            sa = scale_twice(x.ra, GROUPS8 + at / SHARE); sb = scale_twice(x.rb, GROUPS8 + at / SHARE);
-            ha = scale_twice(x.ra, GROUPS8 + (HALF4 + at) / SHARE); hb = scale_twice(x.rb, GROUPS8 + (HALF4 + at) / SHARE);
-        }
-        score4<4>(x, CODES4 + 64 * i, LOW + 4 * i, HIGH + 4 * i, sa, sb, ha, hb);
-    }
-    if constexpr (HALF4 % 64 > 0) {
-        constexpr int AT = HALF4 / 64 * 64, W = HALF4 % 64 / 16;
-        const int at = AT + 4 * W * c;
-        if (GROUP) {
-            sa = scale_twice(x.ra, GROUPS8 + at / SHARE); sb = scale_twice(x.rb, GROUPS8 + at / SHARE);
-            ha = scale_twice(x.ra, GROUPS8 + (HALF4 + at) / SHARE); hb = scale_twice(x.rb, GROUPS8 + (HALF4 + at) / SHARE);
-        }
-        score4<W>(x, CODES4 + AT, LOW + AT / 16, HIGH + AT / 16, sa, sb, ha, hb);
-    }
-    if constexpr (ROPE8 && ROPE > 0) {
-        sa = scale_twice(x.ra, ALL_GROUPS); sb = scale_twice(x.rb, ALL_GROUPS);
-#pragma unroll
-        for (int i = 0; i < ROPE / 64; ++i) score8<4, true>(x, ROPE_AT + 64 * i, RANK / 16 + 4 * i, sa, sb);
-        if constexpr (ROPE % 64 > 0) score8<ROPE % 64 / 16, true>(x, ROPE_AT + ROPE / 64 * 64, RANK / 16 + ROPE / 64 * 4, sa, sb);
-    } else {
-#pragma unroll
-        for (int i = 0; i < ROPE / 32; ++i) score_keys<4>(x, ROPE_AT + 64 * i, RANK / 16 + 2 * i);
-        if constexpr (ROPE % 32 > 0) score_keys<2>(x, ROPE_AT + ROPE / 32 * 64, RANK / 16 + ROPE / 32 * 2);
-    }
+        for (int i = 0; i < QUERIES / 2; ++i) x.s[i] = 0;
+    read_unit<0>(w, x);
+    score_unit<0>(x, w);
     mma_wait<0>();
     keep(x.s);
+    if (FOLD) {
+        keep(x.part);
+#pragma unroll
+        for (int i = 0; i < QUERIES / 2; ++i) x.s[i] += x.part[FOLD ? i : 0] * (i & 2 ? sb : sa);
+    }
 }
 
-// BLOCKS blocks of 64 channels of 16 tokens as left operands: a lane holds 2 * BLOCKS channels of 8 bits at `at`, of 4 tokens.
-template <int BLOCKS> __device__ __forceinline__ void values8(u32 (&f)[16], const u32 (&rows)[4], int at, u32 s01, u32 s23) {
-    constexpr int WORDS = (BLOCKS + 1) / 2;
-    u32 x[4][WORDS];
-    const int warp = threadIdx.x >> 5 & 3, g = threadIdx.x >> 2 & 7, mine = at + (warp * 8 + g) * 2 * BLOCKS;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if constexpr (BLOCKS == 1) x[i][0] = load16(rows[i] + mine);
-        else load_words<WORDS>(x[i], rows[i] + mine);
-#pragma unroll
-    for (int i = 0; i < BLOCKS; ++i) {
-        const u32 sel = i & 1 ? 0x7362 : 0x5140, y = prmt(x[0][i / 2], x[1][i / 2], sel), z = prmt(x[2][i / 2], x[3][i / 2], sel);
-        f[4 * i] = mul2(codes8(y, 0), s01); f[4 * i + 1] = mul2(codes8(y, 1), s01);
-        f[4 * i + 2] = mul2(codes8(z, 0), s23); f[4 * i + 3] = mul2(codes8(z, 1), s23);
-    }
-}
-// The same of BLOCKS bytes of two nibbles: low ones are rows 0 .. 7 of a warp's block, high ones rows 8 .. 15.
-template <int BLOCKS> __device__ __forceinline__ void values4(u32 (&f)[16], const u32 (&rows)[4], int at, u32 l01, u32 l23, u32 h01, u32 h23) {
-    u32 x[4];
-    const int warp = threadIdx.x >> 5 & 3, g = threadIdx.x >> 2 & 7, mine = at + (warp * 8 + g) * BLOCKS;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = BLOCKS == 1 ? load8(rows[i] + mine) : BLOCKS == 2 ? load16(rows[i] + mine) : load32(rows[i] + mine);
-#pragma unroll
-    for (int i = 0; i < BLOCKS; ++i) {
-        const u32 sel = (4 + i) << 8 | i, y = prmt(x[0], x[1], sel), z = prmt(x[2], x[3], sel);
-        f[4 * i] = mul2(low_codes(y), l01); f[4 * i + 1] = mul2(high_codes(y), h01);
-        f[4 * i + 2] = mul2(low_codes(z), l23); f[4 * i + 3] = mul2(high_codes(z), h23);
-    }
-}
-template <int BLOCKS> __device__ __forceinline__ void attend_blocks(float (&acc)[ACC], const u32 (&f)[16], int first, u64 weights) {
-    mma_begin();
-#pragma unroll
-    for (int i = 0; i < BLOCKS; ++i) mma_f16(acc, (first + i) * (QUERIES / 2), f[4 * i], f[4 * i + 1], f[4 * i + 2], f[4 * i + 3], weights, 1);
-    mma_commit();
-    mma_wait<1>();
-}
+// The second product: 4 steps of 16 tokens, each in units of BLOCKS blocks of 64 channels as left operands.
+constexpr int UNITS = UNITS8 + (REST8 > 0) + UNITS4 + (REST4 > 0);
+template <int K> struct Part {  // the K-th unit
+    static constexpr int STEP = K / UNITS, U = K % UNITS, I = U < UNITS8 + (REST8 > 0) ? U : U - UNITS8 - (REST8 > 0);
+    static constexpr bool NIBBLES = U >= UNITS8 + (REST8 > 0);
+    static constexpr int BLOCKS = NIBBLES ? (I < UNITS4 ? 4 : REST4) : I < UNITS8 ? 4 : REST8;
+    static constexpr int FIRST = (NIBBLES ? ALL8 : 0) + 4 * I, BYTES = NIBBLES ? BLOCKS : 2 * BLOCKS, WORDS = NIBBLES ? 1 : (BLOCKS + 1) / 2;
+    static constexpr int PIECES = (BLOCKS + 1) / 2, PIECE_BYTES = NIBBLES ? 2 : 4;  // two blocks
+};
 // Channel, in its section, of a lane's part of a unit.
 __device__ __forceinline__ int lane_first(int unit_first, int bytes) { return unit_first + ((threadIdx.x >> 5 & 3) * 8 + (threadIdx.x >> 2 & 7)) * bytes; }
-template <int BLOCKS> __device__ __forceinline__ void attend8(float (&acc)[ACC], u32 (&f)[16], const u32 (&rows)[4], int unit, u64 weights, u32 s01, u32 s23) {
-    if (GROUP) {
-        const int index = lane_first(unit * 256, 2 * BLOCKS) / SHARE;
-        s01 = scale_pair(rows[0], rows[1], index); s23 = scale_pair(rows[2], rows[3], index);
+struct Columns { u32 x[4][2], s[8]; };
+__device__ __forceinline__ u32 row_of(u32 tile, int step, int i) { return tile + (step * 16 + token_of(2 * (threadIdx.x & 3) + (i & 1) + (i >> 1) * 8)) * STRIDE; }
+template <int K> __device__ __forceinline__ void read_part(Columns &w, u32 tile) {
+    if constexpr (K < 4 * UNITS) {
+        using Me = Part<K>;
+        const int lane_at = lane_first(Me::I * (Me::NIBBLES ? 128 : 256), Me::BYTES), at = (Me::NIBBLES ? CODES4 : 0) + lane_at;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 from = row_of(tile, Me::STEP, i) + at;
+            if constexpr (Me::BYTES == 8) { u32 x[2]; load_words<2>(x, from); w.x[i][0] = x[0]; w.x[i][1] = x[1]; }
+            else w.x[i][0] = Me::BYTES == 1 ? load8(from) : Me::BYTES == 2 ? load16(from) : load32(from);
+        }
+        if constexpr (!FOLD) {
+            if (GROUP || Me::I == 0) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const u32 scales = row_of(tile, Me::STEP, i) + SCALES + (Me::NIBBLES ? 2 * GROUPS8 : 0);
+                    w.s[i] = load16(scales + lane_at / SHARE * 2);
+                    if (GROUP && Me::NIBBLES) w.s[4 + i] = load16(scales + (HALF4 + lane_at) / SHARE * 2);
+                }
+            }
+        }
     }
-    values8<BLOCKS>(f, rows, unit * 256, s01, s23);
-    attend_blocks<BLOCKS>(acc, f, unit * 4, weights);
 }
-template <int BLOCKS> __device__ __forceinline__ void attend4(float (&acc)[ACC], u32 (&f)[16], const u32 (&rows)[4], int unit, u64 weights, u32 s01, u32 s23) {
-    u32 h01 = s01, h23 = s23;
-    if (GROUP) {
-        const int at = lane_first(unit * 128, BLOCKS), low = GROUPS8 + at / SHARE, high = GROUPS8 + (HALF4 + at) / SHARE;
-        s01 = scale_pair(rows[0], rows[1], low); s23 = scale_pair(rows[2], rows[3], low);
-        h01 = scale_pair(rows[0], rows[1], high); h23 = scale_pair(rows[2], rows[3], high);
+// Blocks 2 H and 2 H + 1 of a unit as left operands.
+template <int K, int H> __device__ __forceinline__ void convert_part(u32 (&f)[8], Columns &w, u32 magic) {
+    using Me = Part<K>;
+    u32 l01 = 0, l23 = 0, h01 = 0, h23 = 0;
+    if (!FOLD) {
+        if (H == 0 && (GROUP || Me::I == 0)) { w.s[0] |= w.s[1] << 16; w.s[2] |= w.s[3] << 16; }
+        if (H == 0 && GROUP && Me::NIBBLES) { w.s[4] |= w.s[5] << 16; w.s[6] |= w.s[7] << 16; }
+        l01 = w.s[0]; l23 = w.s[2];
+        h01 = GROUP ? w.s[4] : l01; h23 = GROUP ? w.s[6] : l23;
     }
-    values4<BLOCKS>(f, rows, CODES4 + unit * 128, s01, s23, h01, h23);
-    attend_blocks<BLOCKS>(acc, f, ALL8 + unit * 4, weights);
+    // Of each byte of a lane's row, two tokens side by side: y of the first two tokens, z of the others.
+#pragma unroll
+    for (int i = Me::PIECE_BYTES * H; i < Me::PIECE_BYTES * (H + 1) && i < Me::BYTES; ++i) {
+        u32 y, z;
+        if (Me::NIBBLES || !FLOAT8) {
+            const u32 sel = i & 2 ? 0x7632 : 0x5410;
+            y = prmt(w.x[0][i / 4], w.x[1][i / 4], sel); z = prmt(w.x[2][i / 4], w.x[3][i / 4], sel);
+            if (i & 1) { y >>= 8; z >>= 8; }
+        } else {
+            const u32 sel = i & 2 ? 0x7362 : 0x5140;
+            y = prmt(w.x[0][i / 4], w.x[1][i / 4], sel); z = prmt(w.x[2][i / 4], w.x[3][i / 4], sel);
+        }
+        if constexpr (!Me::NIBBLES) {  // channels 2 j and 2 j + 1 are rows 0 .. 7 and 8 .. 15 of a warp's block j
+            const int at = i / 2 % 2 * 4 + (i & 1);
+            f[at] = scaled(FLOAT8 ? floats8(y, i & 1) : byte_codes(y, magic), l01);
+            f[at + 2] = scaled(FLOAT8 ? floats8(z, i & 1) : byte_codes(z, magic), l23);
+        } else {  // the same of low nibbles in even blocks and of high ones in odd blocks; of a single byte, they share a block
+            const int low = Me::BLOCKS == 1 ? 0 : i & 1, high = Me::BLOCKS == 1 ? 1 : low + 4;
+            f[low] = scaled(low_codes(y, magic), l01); f[low + 2] = scaled(low_codes(z, magic), l23);
+            f[high] = scaled(high_codes(y, magic), h01); f[high + 2] = scaled(high_codes(z, magic), h23);
+        }
+    }
 }
-__device__ __forceinline__ void attend_tile(float (&acc)[ACC], u32 tile, u32 weights) {
-    const int c = threadIdx.x & 3;
-    const u64 matrix = descriptor(weights, 16);
-    u32 f[2][16];
-    constexpr int UNITS = UNITS8 + (REST8 > 0) + UNITS4 + (REST4 > 0);
+template <int K, int H> __device__ __forceinline__ void attend_part(float (&acc)[ACC], const u32 (&f)[8], Columns &w, u32 tile, u64 matrix, u32 magic) {
+    using Me = Part<K>;
+    constexpr bool LAST = H + 1 == Me::PIECES;
+    if constexpr (LAST) read_part<K + 1>(w, tile);
+    mma_begin();
+#pragma unroll
+    for (int i = 2 * H; i < 2 * H + 2 && i < Me::BLOCKS; ++i) {
+        const u32 *y = f + i % 2 * 4;
+        mma_f16(acc, (Me::FIRST + i) * (QUERIES / 2), y[0], y[1], y[2], y[3], further(matrix, Me::STEP * 32), 1);
+    }
+    mma_commit();
+    if constexpr (!LAST || K + 1 < 4 * UNITS) {
+        mma_wait<IN_FLIGHT>();
+        u32 g[8];
+        constexpr int NEXT = LAST ? K + 1 : K, NEXT_H = LAST ? 0 : H + 1;
+        convert_part<NEXT, NEXT_H>(g, w, magic);
+        attend_part<NEXT, NEXT_H>(acc, g, w, tile, matrix, magic);
+    }
+}
+// `w` has the words of the first unit, `f` its first blocks.
+__device__ __forceinline__ void attend_tile(float (&acc)[ACC], const u32 (&f)[8], Columns &w, u32 tile, u32 weights, u32 magic) {
     keep(acc);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-        const u32 at = tile + step * 16 * STRIDE;
-        const u32 rows[4] = {at + token_of(2 * c) * STRIDE, at + token_of(2 * c + 1) * STRIDE, at + token_of(2 * c + 8) * STRIDE, at + token_of(2 * c + 9) * STRIDE};
-        const u64 w = further(matrix, step * 32);
-        u32 s01 = 0, s23 = 0;
-        if (!GROUP && WIDE) { s01 = scale_pair(rows[0], rows[1], 0); s23 = scale_pair(rows[2], rows[3], 0); }
-#pragma unroll
-        for (int u = 0; u < UNITS8; ++u) attend8<4>(acc, f[(step * UNITS + u) & 1], rows, u, w, s01, s23);
-        if constexpr (REST8 > 0) attend8<REST8>(acc, f[(step * UNITS + UNITS8) & 1], rows, UNITS8, w, s01, s23);
-        if (!GROUP && HALF4) { s01 = scale_pair(rows[0], rows[1], GROUPS8); s23 = scale_pair(rows[2], rows[3], GROUPS8); }
-        constexpr int BEFORE = UNITS8 + (REST8 > 0);
-#pragma unroll
-        for (int u = 0; u < UNITS4; ++u) attend4<4>(acc, f[(step * UNITS + BEFORE + u) & 1], rows, u, w, s01, s23);
-        if constexpr (REST4 > 0) attend4<REST4>(acc, f[(step * UNITS + BEFORE + UNITS4) & 1], rows, UNITS4, w, s01, s23);
-    }
+    attend_part<0, 0>(acc, f, w, tile, descriptor(weights, 16), magic);
     mma_wait<0>();
     keep(acc);
 }
@@ -381,46 +415,62 @@ __device__ __forceinline__ void clear_hidden(const Arguments &a, const Stretch &
     threads_sync(barrier, 128);
 }
 
-// Columns of the accumulators to rows of the output, or of a part.
-template <int BLOCKS, bool NIBBLES>
-__device__ __forceinline__ void store_unit(const Arguments &a, const float (&acc)[ACC], const float (&f)[PER], int first, int unit, int b, bool whole, int slot) {
-    const int rows = a.tokens * a.heads, c = threadIdx.x & 3;
-    const int lane_at = NIBBLES ? lane_first(unit * 128, BLOCKS) : lane_first(unit * 256, 2 * BLOCKS), size = NIBBLES ? HALF4 : WIDE;
+// The end of a stretch, unit by unit of the accumulators: the second warpgroup's numbers pass through the place of queries and
+// weights to the first, which adds its own; then all threads copy rows of the sums to the output, or to a part. Loops keep the
+// code short: it runs once, and the time to fetch it counts.
+template <int U> __device__ __forceinline__ void finish_unit(const Arguments &a, const float (&acc)[ACC], u32 room, int b, bool whole, int slot) {
+    using Me = Part<U>;
+    constexpr int SIDES = Me::NIBBLES ? 2 : 1, COUNT = Me::NIBBLES ? Me::BLOCKS : 2 * Me::BLOCKS;  // channels side by side
+    constexpr int WIDTH = 32 * COUNT, STEP = COUNT >= 4 ? 4 : COUNT, CHUNKS = WIDTH / 4;           // channels of a row and a side
+    const int c = threadIdx.x & 3, mine = lane_first(0, COUNT);
+    auto place = [&](int row, int side, int channel) {
+        return room + ((row * SIDES + side) * CHUNKS + ((channel / 4) ^ (COUNT >= 4 ? row & 6 : 0))) * 16 + channel % 4 * 4;
+    };
+    auto pass = [&](bool add) {
 #pragma unroll
-    for (int i = 0; i < QUERIES / 8; ++i)
+        for (int i = 0; i < QUERIES / 8; ++i)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int r = blockIdx.x * QUERIES + 8 * i + 2 * c + e;
-            if (r >= rows) continue;
-            u16 *to = (u16 *)a.out + b * a.stride_ob + (r / a.heads) * a.stride_ot + (r % a.heads) * a.stride_oh;
-            float *part = a.part + ((i64)slot * rows + r) * RANK;
-            constexpr int COUNT = NIBBLES ? BLOCKS : 2 * BLOCKS;  // channels side by side
+            for (int e = 0; e < 2; ++e)
 #pragma unroll
-            for (int side = 0; side < (NIBBLES ? 2 : 1); ++side) {
-                const int at = (NIBBLES ? WIDE + side * HALF4 : 0) + lane_at;
-                float x[COUNT];
+                for (int side = 0; side < SIDES; ++side)
 #pragma unroll
-                for (int k = 0; k < COUNT; ++k) {
-                    const int block = NIBBLES ? k : k / 2, lower = NIBBLES ? side : k & 1;
-                    x[k] = acc[(first + block) * (QUERIES / 2) + 4 * i + 2 * lower + e] * f[2 * i + e];
-                }
-                constexpr int STEP = COUNT >= 4 ? 4 : COUNT;
+                    for (int k = 0; k < COUNT; k += STEP) {
+                        const u32 at = place(8 * i + 2 * c + e, side, mine + k);
+                        float x[STEP];
 #pragma unroll
-                for (int k = 0; k < COUNT; k += STEP) {
-                    if (lane_at + k >= size) continue;
-                    if constexpr (STEP == 4) {
-                        if (whole) *(uint2 *)(to + at + k) = make_uint2(pack(x[k], x[k + 1]), pack(x[k + 2], x[k + 3]));
-                        else *(float4 *)(part + at + k) = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
-                    } else if constexpr (STEP == 2) {
-                        if (whole) *(u32 *)(to + at + k) = pack(x[k], x[k + 1]);
-                        else *(float2 *)(part + at + k) = make_float2(x[k], x[k + 1]);
-                    } else {
-                        if (whole) to[at + k] = (u16)pack(x[k], 0);
-                        else part[at + k] = x[k];
+                        for (int j = 0; j < STEP; ++j) {
+                            const int block = !Me::NIBBLES ? (k + j) / 2 : Me::BLOCKS == 1 ? 0 : (k + j) / 2 * 2 + side;
+                            const int lower = Me::NIBBLES && Me::BLOCKS == 1 ? side : (k + j) & 1;
+                            x[j] = acc[(Me::FIRST + block) * (QUERIES / 2) + 4 * i + 2 * lower + e];
+                        }
+                        if constexpr (STEP == 4) {
+                            float y[4] = {0, 0, 0, 0};
+                            if (add) asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3]) : "r"(at));
+                            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x[0] + y[0]), "f"(x[1] + y[1]), "f"(x[2] + y[2]), "f"(x[3] + y[3]) : "memory");
+                        } else
+#pragma unroll
+                            for (int j = 0; j < STEP; ++j) storef(at + 4 * j, x[j] + (add ? loadf(at + 4 * j) : 0.0f));
                     }
-                }
-            }
-        }
+    };
+    if (threadIdx.x >= 128) pass(false);
+    threads_sync(3, 256);
+    if (threadIdx.x < 128) pass(true);
+    threads_sync(3, 256);
+    const int rows = a.tokens * a.heads, first = Me::I * (Me::NIBBLES ? 128 : 256), size = Me::NIBBLES ? HALF4 : WIDE;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < QUERIES * SIDES * CHUNKS; i += 256) {
+        const int row = i / (SIDES * CHUNKS), side = i / CHUNKS % SIDES, at = first + i % CHUNKS * 4, r = blockIdx.x * QUERIES + row;
+        if (r >= rows || at >= size) continue;
+        float x[4];
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(place(row, side, i % CHUNKS * 4)));
+        const int channel = (Me::NIBBLES ? WIDE + side * HALF4 : 0) + at, q = a.tokens == 1 ? 0 : r / a.heads;
+        if (whole) *(uint2 *)((u16 *)a.out + b * a.stride_ob + q * a.stride_ot + (r - q * a.heads) * a.stride_oh + channel) = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+        else *(float4 *)(a.part + ((i64)slot * rows + r) * RANK + channel) = make_float4(x[0], x[1], x[2], x[3]);
+    }
+    if constexpr (U + 1 < UNITS) {
+        threads_sync(3, 256);
+        finish_unit<U + 1>(a, acc, room, b, whole, slot);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(const __grid_constant__ Packed p, const __grid_constant__ Arguments a) {
@@ -446,6 +496,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(co
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     u32 count = 0, written = 0;
+    const u32 magic = __shfl_sync(~0u, 0x64006400, 0);
     Stretch t;
     int b;
     if (a.splits && group == 0) {  // a split that gets no token
@@ -456,9 +507,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(co
     float acc[ACC];
     while (next_stretch(a, share, t, b)) {
         stage_queries(a, p, b, base);
-        float m[PER], l[PER];
+        float l[PER];
 #pragma unroll
-        for (int i = 0; i < PER; ++i) { m[i] = minus_infinity(); l[i] = 0; }
+        for (int i = 0; i < PER; ++i) l[i] = 0;
 #pragma unroll
         for (int i = 0; i < ACC; ++i) acc[i] = 0;
         int lowest = MASK ? t.start : 0, bare_lo = lowest;
@@ -473,23 +524,30 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(co
             const int ta = (warp & 3) * 16 + token_of(g), tb = (warp & 3) * 16 + token_of(8 + g);
             x.ra = at + ta * STRIDE; x.rb = at + tb * STRIDE;
             x.queries = descriptor(base + AT_Q, 16);
-            score_tile(x);
+            float sa = 1.0f, sb = 1.0f;
+            if (FOLD) {
+                u32 y = load16(x.ra + SCALES), z = load16(x.rb + SCALES);
+                asm("cvt.f32.f16 %0, %1;" : "=f"(sa) : "h"((u16)y));
+                asm("cvt.f32.f16 %0, %1;" : "=f"(sb) : "h"((u16)z));
+            }
+            x.magic = magic;
+            score_tile(x, sa, sb);
+            Columns words;
+            u32 first[8];
+            read_part<0>(words, at);
             float (&s)[QUERIES / 2] = x.s;
+            float times[PER];  // scores are these times s
 #pragma unroll
-            for (int i = 0; i < QUERIES / 8; ++i)
+            for (int i = 0; i < PER; i += 2) load_floats(times[i], times[i + 1], state + (16 * QUERIES + 4 * i + 2 * c) * 4);
+            if (SOFTCAP) {
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float scale = loadf(state + (16 * QUERIES + 8 * i + 2 * c + e) * 4);
-#pragma unroll
-                    for (int lower = 0; lower < 2; ++lower) {
-                        float &v = s[4 * i + 2 * lower + e];
-                        v *= scale;
-                        if (SOFTCAP) {
-                            const float y = v / (LOG2E * a.softcap), z = exp2_fast(-2.0f * LOG2E * fabsf(y)), w = __fdividef(1.0f - z, 1.0f + z);
-                            v = (y < 0 ? -w : w) * (a.softcap * LOG2E);
-                        }
-                    }
+                for (int i = 0; i < QUERIES / 2; ++i) {
+                    const float y = s[i] * times[i / 4 * 2 + (i & 1)] / (LOG2E * a.softcap), z = exp2_fast(-2.0f * LOG2E * fabsf(y)), w = __fdividef(1.0f - z, 1.0f + z);
+                    s[i] = (y < 0 ? -w : w) * (a.softcap * LOG2E);
                 }
+#pragma unroll
+                for (int i = 0; i < PER; ++i) times[i] = 1.0f;
+            }
             if (n0 + BLOCK_N > t.length - a.tokens + 1 || n0 < bare_lo || holed) {
 #pragma unroll
                 for (int i = 0; i < QUERIES / 8; ++i)
@@ -510,23 +568,32 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(co
                     }
             }
             const u32 weights = base + AT_P + (group * 2 + (written & 1)) * P_BYTES;
-            float sums[PER];
+            float sums[PER], m[PER];
+            const u32 references = state + ((17 + group) * QUERIES + 2 * c) * 4;
+#pragma unroll
+            for (int i = 0; i < PER; i += 2) load_floats(m[i], m[i + 1], references + 4 * i * 4);
+            // What a weight is multiplied by: the reference is that of their products.
+            const float ta_size = FOLD ? fmaxf(fabsf(sa), 0x1p-24f) : 1.0f, tb_size = FOLD ? fmaxf(fabsf(sb), 0x1p-24f) : 1.0f;
+            convert_part<0, 0>(first, words, magic);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(first[i]));
             // Weights by the present reference, to shared memory; whether a score is too far above it.
             auto weigh = [&]() {
-                bool beyond = false;
+                float most[2] = {0, 0};
                 u32 y[2][QUERIES / 8];
 #pragma unroll
                 for (int i = 0; i < QUERIES / 8; ++i) {
                     float w[4];
 #pragma unroll
                     for (int k = 0; k < 4; ++k) {
-                        const float from = m[2 * i + (k & 1)], v = s[4 * i + k];
-                        beyond = beyond || v > from + LAG;
-                        w[k] = exp2_fast(v - (from == minus_infinity() ? 0.0f : from));
+                        w[k] = exp2_fast(fmaf(s[4 * i + k], times[2 * i + (k & 1)], -m[2 * i + (k & 1)]));
+                        most[k >> 1] = fmaxf(most[k >> 1], w[k]);
                     }
                     sums[2 * i] = w[0] + w[2]; sums[2 * i + 1] = w[1] + w[3];
+                    if (FOLD) { w[0] *= sa; w[1] *= sa; w[2] *= sb; w[3] *= sb; }
                     y[0][i] = pack_half(w[0], w[1]); y[1][i] = pack_half(w[2], w[3]);
                 }
+                const bool beyond = fmaxf(most[0] * ta_size, most[1] * tb_size) > MOST;
 #pragma unroll
                 for (int i = 0; i < QUERIES / 8; i += 2) {
                     const int row = 8 * (i + (lane >> 4)) + (lane & 7), chunk = 2 * (warp & 3) + (lane >> 3 & 1);
@@ -541,7 +608,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(co
             if (weigh()) {  // a new reference: the largest score so far
 #pragma unroll
                 for (int i = 0; i < PER; ++i) {
-                    float v = fmaxf(s[4 * (i / 2) + (i & 1)], s[4 * (i / 2) + 2 + (i & 1)]);
+                    float v = s[4 * (i / 2) + (i & 1)] * times[i], z = s[4 * (i / 2) + 2 + (i & 1)] * times[i];
+                    if (FOLD) { v += log2_fast(ta_size); z += log2_fast(tb_size); }
+                    v = fmaxf(v, z);
                     v = fmaxf(v, __shfl_xor_sync(~0u, v, 4)); v = fmaxf(v, __shfl_xor_sync(~0u, v, 8)); v = fmaxf(v, __shfl_xor_sync(~0u, v, 16));
                     if (g == 0) storef(state + (warp * QUERIES + 8 * (i / 2) + 2 * c + (i & 1)) * 4, v);
                 }
@@ -552,8 +621,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(co
                     float v = m[i];
 #pragma unroll
                     for (int k = 0; k < 4; ++k) v = fmaxf(v, loadf(state + ((group * 4 + k) * QUERIES + 8 * (i / 2) + 2 * c + (i & 1)) * 4));
-                    f[i] = exp2_fast(m[i] - (v == minus_infinity() ? 0.0f : v));
+                    f[i] = exp2_fast(m[i] - v);
                     m[i] = v;
+                    if (g == 0 && (warp & 3) == 0) storef(references + (4 * (i & ~1) + (i & 1)) * 4, v);
                     l[i] *= f[i];
                 }
 #pragma unroll
@@ -562,7 +632,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(co
             }
 #pragma unroll
             for (int i = 0; i < PER; ++i) l[i] += sums[i];
-            attend_tile(acc, at, weights);
+            attend_tile(acc, first, words, at, weights, magic);
             warp_arrive(empty + 8 * stage);
         }
         count += t.stop - t.begin;
@@ -572,57 +642,32 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode_packed_hopper(co
             l[i] += __shfl_xor_sync(~0u, l[i], 4); l[i] += __shfl_xor_sync(~0u, l[i], 8); l[i] += __shfl_xor_sync(~0u, l[i], 16);
             const int r = 8 * (i / 2) + 2 * c + (i & 1);
             if (g == 0) storef(state + ((8 + warp) * QUERIES + r) * 4, l[i]);
-            if (g == 0 && (warp & 3) == 0) storef(state + ((17 + group) * QUERIES + r) * 4, m[i]);
         }
         threads_sync(3, 256);
-        float f[PER];
         const bool whole = t.begin == t.first && t.stop == t.last;
         const int slot = slot_of(a, worker, t);
-#pragma unroll
-        for (int i = 0; i < PER; ++i) {
-            const int r = 8 * (i / 2) + 2 * c + (i & 1), row = blockIdx.x * QUERIES + r;
-            const float m0 = loadf(state + (17 * QUERIES + r) * 4), m1 = loadf(state + (18 * QUERIES + r) * 4), peak = fmaxf(m0, m1);
-            const float shift = peak == minus_infinity() ? 0.0f : peak, f0 = exp2_fast(m0 - shift), f1 = exp2_fast(m1 - shift);
+        if (threadIdx.x < QUERIES) {  // one thread for each row
+            const int r = threadIdx.x, row = blockIdx.x * QUERIES + r;
+            const float m0 = loadf(state + (17 * QUERIES + r) * 4), m1 = loadf(state + (18 * QUERIES + r) * 4);
+            const float peak = fmaxf(m0, m1), f0 = exp2_fast(m0 - peak), f1 = exp2_fast(m1 - peak);
             float sum = 0;
 #pragma unroll
             for (int k = 0; k < 4; ++k) sum += loadf(state + ((8 + k) * QUERIES + r) * 4) * f0 + loadf(state + ((12 + k) * QUERIES + r) * 4) * f1;
-            f[i] = (group ? f1 : f0) * (1.0f / (sum > 0 ? sum : 1.0f));
-            if (group == 0 && warp == 0 && g == 0 && row < rows) {
+            const float inverse = __fdividef(1.0f, sum > 0 ? sum : 1.0f);
+            storef(state + r * 4, f0 * inverse);
+            storef(state + (QUERIES + r) * 4, f1 * inverse);
+            if (row < rows) {
                 const float lse = peak + log2_fast(sum);
                 if (whole) a.lse[((i64)b * a.heads + row % a.heads) * a.tokens + row / a.heads] = lse * LN2;
                 else a.part_lse[(i64)slot * rows + row] = lse;
             }
         }
+        threads_sync(3, 256);
+        float f[PER];
+#pragma unroll
+        for (int i = 0; i < PER; i += 2) load_floats(f[i], f[i + 1], state + (group * QUERIES + 4 * i + 2 * c) * 4);
 #pragma unroll
         for (int i = 0; i < ACC; ++i) acc[i] *= f[2 * (i % (QUERIES / 2) / 4) + (i & 1)];
-        // The second warpgroup's numbers pass through the place of the weights, 4 * P_BYTES, slice by slice.
-        constexpr int SLICE = 4 * P_BYTES / 512 < ACC ? 4 * P_BYTES / 512 : ACC;
-#pragma unroll
-        for (int first = 0; first < ACC; first += SLICE) {
-#pragma unroll
-            for (int i = 0; i < SLICE; i += 4)
-                if (group && first + i < ACC) asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(base + AT_P + (i * 128 + (threadIdx.x & 127) * 4) * 4), "f"(acc[first + i]), "f"(acc[first + i + 1]), "f"(acc[first + i + 2]), "f"(acc[first + i + 3]) : "memory");
-            threads_sync(3, 256);
-#pragma unroll
-            for (int i = 0; i < SLICE; i += 4)
-                if (!group && first + i < ACC) {
-                    float y[4];
-                    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3]) : "r"(base + AT_P + (i * 128 + (threadIdx.x & 127) * 4) * 4));
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) acc[first + i + k] += y[k];
-                }
-            threads_sync(3, 256);
-        }
-        if (!group) {
-            float one[PER];
-#pragma unroll
-            for (int i = 0; i < PER; ++i) one[i] = 1.0f;
-#pragma unroll
-            for (int u = 0; u < UNITS8; ++u) store_unit<4, false>(a, acc, one, 4 * u, u, b, whole, slot);
-            if constexpr (REST8 > 0) store_unit<REST8, false>(a, acc, one, 4 * UNITS8, UNITS8, b, whole, slot);
-#pragma unroll
-            for (int u = 0; u < UNITS4; ++u) store_unit<4, true>(a, acc, one, ALL8 + 4 * u, u, b, whole, slot);
-            if constexpr (REST4 > 0) store_unit<REST4, true>(a, acc, one, ALL8 + 4 * UNITS4, UNITS4, b, whole, slot);
-        }
+        finish_unit<0>(a, acc, base + AT_Q, b, whole, slot);
     }
 }
