@@ -71,7 +71,7 @@ def test_sizes_that_are_served():
                 config = packed_hopper_config(problem)
                 if config is None:
                     rests = any(4 < n < 8 for n in (blocks(form.wide, False), blocks(rank - form.wide, True)))
-                    assert rank > 384 or form.group or (rank - form.wide) % 32 or rests
+                    assert rank > 384 or form.group or (rank - form.wide) % 32 or rests or 0 < form.wide < rank
                     continue
                 assert config.stages in (2, 4, 6, 8) and config.block_m in (16, 32, 64)
                 assert shared_memory(constants_of(problem, config)) <= 227 * 1024
