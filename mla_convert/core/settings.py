@@ -108,7 +108,7 @@ class Settings(BaseModel):
     )
     cache_dtype: CacheDtype = option(
         "Numbers of the cached latent: bf16 (the model's own dtype), fp8 (e4m3), int8, int4, or auto, which mixes int8 and "
-        "int4 channels by measured loss. Refinement and healing see the quantised cache.",
+        "int4 channels by measured loss (int4 alone below 35% of the bytes). Refinement and healing see the quantised cache.",
         "bf16",
         panel=SIZE,
         metavar="DTYPE",

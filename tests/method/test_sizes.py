@@ -83,10 +83,15 @@ def test_quantised_rows_fill_their_share_of_the_bytes(shape, kind, ratio):
     if plan.rank < plan.full_rank:
         assert plan.row_bytes > plan.budget - 64
     row = plan.cache.row(plan.layer(0))
-    assert (row.kind, row.row_bytes) == ({"auto": "mixed"}.get(kind, kind), plan.row_bytes)
+    auto = "int4" if ratio < 0.35 else "mixed"
+    assert (row.kind, row.row_bytes) == ({"auto": auto}.get(kind, kind), plan.row_bytes)
     rope = "int4" if ratio < 0.35 and kind in ("int4", "auto") else "fp8"
     assert plan.latent_cache["kind"] == row.kind and plan.latent_cache["rope"] == row.rope == rope
     assert row.group == (0 if kind == "fp8" else 48 if rope == "int4" else 64)
+
+
+def test_auto_mixes_where_the_rotary_key_has_8_bits():
+    assert make_plan(Settings(kv_ratio=0.25, cache_dtype="auto", cache_rope="fp8"), SHAPES[0]).cache.kind == "mixed"
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

@@ -110,10 +110,12 @@ class CacheFormat:
 
 def cache_format(settings: Settings) -> CacheFormat:
     """The format that the settings name."""
-    kind = {"auto": "mixed"}.get(settings.cache_dtype, settings.cache_dtype)
+    small = settings.kv_ratio is not None and settings.kv_ratio < SMALL_SHARE
+    # With few bytes, channels of 8 bits are worth less than the rotary dims and the rank that they take the place of.
+    auto = "int4" if small and settings.cache_rope in (None, "int4") else "mixed"
+    kind = {"auto": auto}.get(settings.cache_dtype, settings.cache_dtype)
     if kind == "bf16":
         return CacheFormat()
-    small = settings.kv_ratio is not None and settings.kv_ratio < SMALL_SHARE
     rope = settings.cache_rope or ("int4" if small and kind in ("int4", "mixed") else "fp8")
     if rope == "int4" and kind not in ("int4", "mixed"):
         raise InputError(
