@@ -10,6 +10,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -235,7 +236,7 @@ def _rounding(model: Any, prompt: dict[str, Tensor], alone: list[tuple[Tensor, T
     finally:
         for module, form in zip(quantised, formats, strict=True):
             module.latent_format = form
-    return max(apart for apart in _differences(alone, exact) if apart == apart)
+    return max(filter(math.isfinite, _differences(alone, exact)), default=0.0)
 
 
 def _differences(alone: list[tuple[Tensor, Tensor]], steps: list[tuple[Tensor, Tensor]]) -> Iterator[float]:
