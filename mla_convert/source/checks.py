@@ -247,7 +247,7 @@ def _equal(reader: ModelReader, one: str, other: str, label: str) -> bool:
     return True
 
 
-def first_token_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
+def first_token_notes(path: Path, metadata: dict[str, Any], model_type: str) -> tuple[str, ...]:
     """A warning if a GGUF file requires a first token that its tokenizer, as transformers reads it, does not add.
 
     transformers 5.17 silently reads Gemma's vocabulary from a GGUF file without that token and with half of its merges.
@@ -256,7 +256,7 @@ def first_token_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
     if not wanted or token is None:
         return ()
     try:
-        first = first_tokens(read_tokenizer(path.parent, path.name, gguf_file=path.name))
+        first = first_tokens(read_tokenizer(path.parent, path.name, path.name, model_type))
     except Exception:  # `Source.tokenizer` reports it if a tokenizer is needed
         return ()
     if first == [token]:

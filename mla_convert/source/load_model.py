@@ -92,8 +92,7 @@ def load_tokenizer(place: SourceLocation) -> Any:
     Raises:
         InputError: it has none that transformers can read.
     """
-    gguf = {"gguf_file": place.gguf} if place.gguf else {}
-    return read_tokenizer(place.folder, place.label, **gguf)
+    return read_tokenizer(place.folder, place.label, place.gguf, model_config(place).model_type if place.gguf else "")
 
 
 def load_model(place: SourceLocation, dtype: str | torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -157,7 +157,7 @@ class Source:
         Raises:
             InputError: it has none that transformers can read.
         """
-        return read_tokenizer(self.folder, self.name, **({"gguf_file": self.gguf} if self.gguf else {}))
+        return read_tokenizer(self.folder, self.name, self.gguf, self.config.model_type)
 
     def license(self) -> dict[str, Any]:
         """Licence fields of the source's model card: `license`, and `license_name` and `license_link` if present.
@@ -356,8 +356,8 @@ def _open_gguf(path: Path, weights: bool) -> Source:
 
     opened = open_gguf(path, check)
     config, notes = opened.config, tuple(opened.notes)
-    if weights:  # transformers takes half a minute to read a large vocabulary, which nothing but a conversion needs
-        notes += first_token_notes(path, opened.file.metadata)
+    if weights:  # transformers takes seconds to read a large vocabulary, which nothing but a conversion needs
+        notes += first_token_notes(path, opened.file.metadata, config.model_type)
     with makes_sense(path.name):
         _check_sizes(config, path.name)
         expected = _expected(config, path.name)

@@ -7,7 +7,7 @@ import numpy as np
 import pico
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from mla_convert.core.errors import InputError
 from mla_convert.source.load_model import find_model, load_model, model_config
@@ -389,6 +389,14 @@ def test_experts(tmp_path, model_type, own):
     said = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32,
             "expert_shared_feed_forward_length": own.get("shared_expert_intermediate_size")}  # fmt: skip
     assert_same(model, write(tmp_path / "tiny.gguf", model, model_type.replace("_moe", "moe"), **said))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_the_tokenizer_is_the_one_that_transformers_finds(tmp_path, model_type):
+    path = write(tmp_path / "model.gguf", build(model_type))
+    plain, own = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name), open_source(str(path)).tokenizer()
+    assert type(own) is type(plain) and own.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
+    assert (own.special_tokens_map, own.chat_template) == (plain.special_tokens_map, plain.chat_template)
 
 
 @pytest.mark.parametrize("vocabulary_size", [200, 300])
