@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from mla_convert.core import runtime
-from mla_convert.core.errors import InputError, MlaConvertError, UsageError
+from mla_convert.core.errors import InputError, MlaConvertError, ResourceError, UsageError
 from mla_convert.core.files import write_file
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_schema import Measurement, Report, SelfCheckSection
@@ -223,8 +224,13 @@ def _measurement(evaluation: Evaluation) -> Measurement:
 
 
 def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None]:
-    """Train; returns the run and the best state, None if that is the start."""
+    """Train; returns the run and the best state, None if that is the start.
+
+    Its end is kept, so that what comes after it, such as measuring, can be repeated without it.
+    """
     accelerator, settings = job.accelerator, job.settings
+    if state.trained():
+        return Run(**(state.last() or {})), state.best()
     torch.manual_seed(settings.seed)  # adapters start at random
     on_gpu, host = accelerator.device.type == "cuda", torch.device("cpu")
     frozen = torch.bfloat16 if on_gpu else torch.float32
@@ -240,6 +246,9 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
         run = trainer.train()
     best = trainer.best
     accelerator.free_memory(trainer.model, trainer.optimizer)
+    if best is not None:
+        with contextlib.suppress(ResourceError):  # without the room for it the run goes on
+            state.save(vars(run), best, trained=True)
     return run, best
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mla_convert.core.errors import ResourceError
+from mla_convert.core.errors import MlaConvertError, ResourceError
 from mla_convert.core.files import on_disk, remove, write_file
 from mla_convert.heal.teacher_student import checkpoint_name
 
@@ -136,9 +136,9 @@ class StateFolder:
         last = self.last()
         if last is None:
             self.remove()
-        elif isinstance(error, KeyboardInterrupt):
-            error.args = (f"a checkpoint after {last['step']} steps is in {self.folder}: run the same command to continue, "
-                          f"or delete it",)  # fmt: skip
+        elif isinstance(error, KeyboardInterrupt | MlaConvertError):
+            kept = f"a checkpoint after {last['step']} steps is in {self.folder}: run the same command to continue, or delete it"
+            error.args = ("; ".join([*map(str, error.args), kept]),)
 
     @staticmethod
     def _read(file: Path) -> Any:
@@ -166,27 +166,29 @@ class StateFolder:
         """The `run` of the last complete checkpoint; None if there is none."""
         return self._read(self.folder / CHECKPOINT / RUN)
 
-    def save(self, run: dict[str, Any], best: dict[str, Tensor] | None) -> None:
+    def save(self, run: dict[str, Any], best: dict[str, Tensor] | None, trained: bool = False) -> None:
         """Write a checkpoint, then replace the last one with it. Every process must call this.
 
         Args:
             run: progress of the run, as JSON.
             best: the trained tensors with the least held-out loss, if they are not the start.
+            trained: whether the training is over, so that nothing else of it is needed.
 
         Raises:
             ResourceError: the disk does not suffice; the last checkpoint stays.
         """
         with on_disk("a checkpoint", self.folder.parent):
-            self._save(run, best)
+            self._save(run, best, trained)
 
-    def _save(self, run: dict[str, Any], best: dict[str, Tensor] | None) -> None:
+    def _save(self, run: dict[str, Any], best: dict[str, Tensor] | None, trained: bool) -> None:
         new = self.folder / f"{CHECKPOINT}.new"
         if self._accelerator.is_main_process:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
         self._accelerator.wait_for_everyone()
         # Every process writes its own part, so the folder has to be there before any of them begins.
-        self._accelerator.save_state(str(new / TRAINER))
+        if not trained:
+            self._accelerator.save_state(str(new / TRAINER))
         if self._accelerator.is_main_process:
             if best is not None:
                 save_file(best, new / BEST)
@@ -205,11 +207,19 @@ class StateFolder:
             shutil.rmtree(old, ignore_errors=True)
         self._accelerator.wait_for_everyone()
 
+    def trained(self) -> bool:
+        """Whether the last checkpoint is that of a training that was over."""
+        return self.last() is not None and not (self.folder / CHECKPOINT / TRAINER).exists()
+
     def load(self) -> dict[str, Tensor] | None:
         """Load the last checkpoint into the objects that accelerate prepared; returns its `best`."""
-        current = self.folder / CHECKPOINT
-        self._accelerator.load_state(str(current / TRAINER))
-        return load_file(current / BEST) if (current / BEST).is_file() else None
+        self._accelerator.load_state(str(self.folder / CHECKPOINT / TRAINER))
+        return self.best()
+
+    def best(self) -> dict[str, Tensor] | None:
+        """The `best` of the last checkpoint."""
+        file = self.folder / CHECKPOINT / BEST
+        return load_file(file) if file.is_file() else None
 
     def _recover(self) -> None:
         """Rename the checkpoint of a run that died between two renames."""

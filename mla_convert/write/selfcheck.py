@@ -14,7 +14,9 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -35,6 +37,9 @@ from mla_convert.source.source import load_config
 PROMPT, NEW = modeling_mla.MAX_ABSORBED_QUERIES + 4, 6
 # Largest difference of logits with and without a cache, relative to their range: that of rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+# A model can carry the rounding of half precision to any size at single tokens: of 60 prompts of random tokens, eight differed by
+# 17% to 45% of the range at one of six tokens, by 1.6% in the median, and by at most 0.013% in float32 (Qwen2.5-Coder-1.5B,
+# converted, bfloat16). So the median decides there, and the largest difference is tried again in float32.
 # A quantised cache may differ by this many times what its rounding changes, up to a limit that a wrong mask exceeds. A code at
 # a tie falls either way, later layers carry the difference on, and two roundings of the same numbers are about 1.4 times as
 # far from each other as from these.
@@ -55,11 +60,12 @@ def self_check(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
 
     There are two prompts, one of them padded on the left. With a cache, each step's logits must equal those without it to
     rounding, that of a quantised cache included, and the cache must hold every token once, with the widths of the
-    configuration. Of a model that does not fit the free memory, only the first layers are checked.
+    configuration. In half precision single steps may differ by more, if the same steps are equal in float32. Of a model that
+    does not fit the free memory, only the first layers are checked.
 
     Returns:
         The section of report.json: tokens generated, layers checked and in all, largest difference of a logit relative to their
-        range, dtype, device, seconds, versions.
+        range, the same in float32 where that decided, dtype, device, seconds, versions.
 
     Raises:
         SelfCheckFailed: the model cannot be loaded or run, or a cache changes its logits.
@@ -69,7 +75,10 @@ def self_check(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
     try:
         with quietly(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model, layers, total = _load(folder, device)
-            difference = _compare(model)
+            dtype, found = model.dtype, _compare(model)
+            if found.needs_float32:
+                del model
+                found = replace(found, in_float32=_compare(_load(folder, device, torch.float32)[0]).largest)
     except MlaConvertError:
         raise
     except torch.OutOfMemoryError as error:
@@ -82,8 +91,9 @@ def self_check(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
         "tokens": NEW,
         "layers": layers,
         "of_layers": total,
-        "largest_difference": difference,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "largest_difference": found.largest,
+        **({} if found.in_float32 is None else {"float32_difference": found.in_float32}),
+        "dtype": str(dtype).removeprefix("torch."),
         "device": device_name(device),
         "seconds": round(time.perf_counter() - began, 2),
         "versions": versions(),
@@ -104,13 +114,13 @@ def own_code(folder: Path) -> list[str]:
     return sorted(files) if files in (code_files(), code_files(exported=True)) else []
 
 
-def _load(folder: Path, device: torch.device) -> tuple[Any, int, int]:
+def _load(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Any, int, int]:
     """The model with as many of its layers as fit, the number of these layers, and the number of all layers."""
     config, loader = _classes(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    widen = device.type == "cpu" and size <= WIDENED
-    needed = size * 4 // stored.itemsize if widen else size
+    dtype = dtype or (torch.float32 if device.type == "cpu" and size <= WIDENED else stored)
+    needed = size * max(dtype.itemsize, stored.itemsize) // stored.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     total = config.num_hidden_layers
     layers = total if needed <= free * SHARE else int(total * free * SHARE / needed)
@@ -123,7 +133,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, int, int]:
     model, info = loader.from_pretrained(
         folder,
         config=config,
-        dtype=torch.float32 if widen else stored,
+        dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,  # else transformers asks on stdin whether to run foreign code
@@ -176,9 +186,22 @@ def _shorten(config: PreTrainedConfig, layers: int) -> None:
             setattr(config, key, value[:layers])
 
 
-@torch.no_grad()
-def _compare(model: Any) -> float:
+@dataclass(frozen=True)
+class _Difference:
     """The largest difference of a logit with and without a cache, relative to the logits' range."""
+
+    largest: float
+    needs_float32: bool = False
+    in_float32: float | None = None
+
+
+@torch.no_grad()
+def _compare(model: Any) -> _Difference:
+    """Generate with and without a cache.
+
+    Raises:
+        SelfCheckFailed: rounding does not explain the difference, or the cache does not hold what it has to.
+    """
     config = model.config.get_text_config()
     room = getattr(config, "max_position_embeddings", None) or PROMPT + NEW
     # A model's context has to hold the prompt and the generated tokens.
@@ -192,14 +215,14 @@ def _compare(model: Any) -> float:
         raise SelfCheckFailed(_failed("gives logits that are not finite"))
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     tolerance = max(tolerance, min(ROUNDINGS * _rounding(model, prompt, alone), MOST_ROUNDING))
-    worst = 0.0
+    found = []
     for kind in CACHES:
         steps, cache = _generate(
             model, prompt, use_cache=True, **({} if kind == "dynamic" else {"cache_implementation": kind})
         )
-        worst = max(worst, _checked_difference(kind, alone, steps, tolerance))
+        found.append(_checked_difference(kind, alone, steps, tolerance, model.dtype != torch.float32))
         _check_held(model, cache, kind, length + len(steps) - 1)
-    return worst
+    return max(found, key=lambda each: each.largest)
 
 
 def _generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
@@ -254,25 +277,27 @@ def _differences(alone: list[tuple[Tensor, Tensor]], steps: list[tuple[Tensor, T
 
 
 def _checked_difference(
-    kind: str, alone: list[tuple[Tensor, Tensor]], steps: list[tuple[Tensor, Tensor]], tolerance: float
-) -> float:
-    """The largest of `_differences`.
+    kind: str, alone: list[tuple[Tensor, Tensor]], steps: list[tuple[Tensor, Tensor]], tolerance: float, half: bool
+) -> _Difference:
+    """The largest of `_differences`; in half precision it may be above the tolerance, and their median may not.
 
     Raises:
-        SelfCheckFailed: it is above the tolerance.
+        SelfCheckFailed: a difference is above the tolerance.
     """
-    worst = 0.0
-    for number, apart in enumerate(_differences(alone, steps)):
+    # The first step reads the prompt alone, with a cache as without one.
+    prompt, *later = _differences(alone, steps)
+    typical = median(later) if half and later else math.inf
+    for number, apart in enumerate([prompt, *later]):
         # Negated, so that NaN fails as well: no comparison with it holds.
-        if not apart <= tolerance:
+        if not apart <= tolerance and not (math.isfinite(apart) and typical <= tolerance):
             raise SelfCheckFailed(
                 _failed(
                     f"says something else with its {kind} cache than without one: at token {number + 1} logits differ by "
                     f"{apart:.1%} of their range, where rounding explains {tolerance:.1%}"
                 )
             )
-        worst = max(worst, apart)
-    return worst
+    largest = max([prompt, *later])
+    return _Difference(largest, largest > tolerance)
 
 
 def _check_held(model: Any, cache: Any, kind: str, tokens: int) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from mla_convert.core.errors import InputError, ResourceError
 from mla_convert.core.progress import Progress
 from mla_convert.core.sums import SUMS
-from mla_convert.heal import HealConfig, heal
+from mla_convert.heal import HealConfig, heal, run
 from mla_convert.heal.fingerprint import content_of, text_content
 from mla_convert.heal.state import StateFolder
 from mla_convert.write.verify import verify
@@ -37,8 +37,8 @@ def stopped(convert_pico, sources, tmp_path, monkeypatch):
     }  # fmt: skip
     save = StateFolder.save
 
-    def once(self, run, best):
-        save(self, run, best)
+    def once(self, *content):
+        save(self, *content)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -47,6 +47,19 @@ def stopped(convert_pico, sources, tmp_path, monkeypatch):
             heal(HealConfig(**settings), Progress(quiet=True))
     assert (tmp_path / ".out.heal" / "checkpoint" / "run.json").exists() and not (tmp_path / "out").exists()
     return settings
+
+
+def test_what_follows_the_training_is_repeated_without_it(stopped, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_weights", lambda *_: (_ for _ in ()).throw(ResourceError("no room")))
+        with pytest.raises(ResourceError, match=r"no room; a checkpoint after 6 steps is in .*: run the same command"):
+            heal(HealConfig(**stopped), Progress(quiet=True))
+    kept = tmp_path / ".out.heal" / "checkpoint"
+    assert sorted(path.name for path in kept.iterdir()) == ["best.safetensors", "run.json"]
+    monkeypatch.setattr(run, "Trainer", None)
+    report = heal(HealConfig(**stopped), Progress(quiet=True))
+    assert report["heal"]["steps"] == 6 and report["heal"]["curve"] and (tmp_path / "out" / "config.json").exists()
+    assert not kept.exists()
 
 
 def rewrite(path, change):

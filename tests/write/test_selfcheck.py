@@ -94,6 +94,34 @@ def test_codes_at_a_tie_may_fall_either_way(quantised, folder, tmp_path, monkeyp
     assert settled < selfcheck.TOLERANCE[torch.float32] < found < selfcheck.MOST_ROUNDING
 
 
+@pytest.mark.parametrize(
+    ("steps", "dtypes", "passes"),
+    [
+        ((3,), {torch.bfloat16}, True),
+        ((1, 3, 5), {torch.bfloat16}, False),
+        ((3,), {torch.bfloat16, torch.float32}, False),
+    ],
+)
+def test_half_precision_may_carry_its_rounding_far_at_single_tokens(convert_pico, monkeypatch, steps, dtypes, passes):
+    folder, plain = convert_pico("llama", rank=20, rope_dim=8, dtype="bfloat16").out, selfcheck._generate
+    monkeypatch.setattr(selfcheck, "WIDENED", 0)
+
+    def chaotic(model, prompt, use_cache, **options):
+        found, cache = plain(model, prompt, use_cache=use_cache, **options)
+        if use_cache and model.dtype in dtypes:
+            for step in steps:
+                found[step] = (found[step][0], found[step][1] + found[step][1].std())
+        return found, cache
+
+    monkeypatch.setattr(selfcheck, "_generate", chaotic)
+    if passes:
+        found = self_check(folder)
+        assert found["dtype"] == "bfloat16" and found["float32_difference"] < 1e-3 < 0.05 < found["largest_difference"]
+    else:
+        with pytest.raises(SelfCheckFailed, match="logits differ by"):
+            self_check(folder)
+
+
 def test_a_failure_leaves_nothing_behind(sources, cli, tmp_path, monkeypatch):
     source = sources("llama")
     monkeypatch.setattr(

@@ -200,6 +200,7 @@ class SelfCheckSection(Section):
         layers: layers that were tried.
         of_layers: layers of the model.
         largest_difference: of a logit, as a share of the logits' range.
+        float32_difference: the same in float32, which was tried if half precision differed by more than usual.
         dtype: dtype of the trial.
         device: name of the device.
         seconds: time of the trial.
@@ -212,6 +213,7 @@ class SelfCheckSection(Section):
     layers: Count
     of_layers: Count
     largest_difference: Measured = math.nan
+    float32_difference: Measured | None = None
     dtype: str | None = None
     device: str | None = None
     seconds: Amount | None = None
