@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -64,24 +63,24 @@ def open_streams(
         processes: that share the windows, if there are several.
     """
     processes = processes or alone(layerwise.device)
-
-    def pair(windows: Tensor, dtype: torch.dtype, on_host: bool = False) -> list[Activations]:
-        own = windows[processes.share(len(windows))]
-        start, beside = layerwise.embed(own), beside_windows(layerwise, own)
-        return [
+    groups = [windows for windows in (calib, evaluation, suite) if windows is not None]
+    own = [windows[processes.share(len(windows))] for windows in groups]
+    besides = [beside_windows(layerwise, windows) for windows in own]
+    # bfloat16 halves the states that have to fit a card. Reported figures are measured in float32.
+    calib_dtype = torch.bfloat16 if layerwise.device.type == "cuda" else torch.float32
+    states: list[Activations] = []
+    for windows, beside, start in zip(groups, besides, layerwise.embed_each(own), strict=True):
+        first = not states
+        # what is measured is read once a layer, in order, for which host memory is fast enough
+        dtype, on_host = (calib_dtype, False) if first else (torch.float32, True)
+        states += [
             Activations(start, layerwise.device, dtype, on_host, processes, len(windows), beside and beside.clone())
             for _ in range(2)
         ]
-
-    # bfloat16 halves the states that have to fit a card. Reported figures are measured in float32.
-    calib_dtype = torch.bfloat16 if layerwise.device.type == "cuda" else torch.float32
-    pairs = [pair(calib, calib_dtype)]
-    pairs[0][0].check_finite(f"the embedding {layerwise.embedding}")
-    for windows in (evaluation, suite):
-        if windows is not None:
-            # read once a layer, in order, for which host memory is fast enough
-            pairs.append(pair(windows, torch.float32, on_host=True))
-    return Streams(*itertools.chain(*pairs))
+        del start
+        if first:
+            states[0].check_finite(f"the embedding {layerwise.embedding}")
+    return Streams(*states)
 
 
 def embedded(layerwise: LayerwiseModel, windows: Tensor, processes: Processes) -> Activations:

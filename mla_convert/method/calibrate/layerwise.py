@@ -315,26 +315,33 @@ class LayerwiseModel:
                     stack.enter_context(self.filled(child, weights))
             yield
 
-    @torch.no_grad()
     def embed(self, windows: Tensor) -> Tensor:
-        """Hidden states at the input of the first layer.
+        """`embed_each` of one group of windows."""
+        (states,) = self.embed_each([windows])
+        return states
+
+    @torch.no_grad()
+    def embed_each(self, groups: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Hidden states at the input of the first layer, group by group; the embedding is read once for all.
 
         Args:
-            windows: token ids (N, L).
+            groups: token ids (N, L) of each.
 
-        Returns:
+        Yields:
             (N, L, hidden), float32, on the CPU.
 
         Raises:
             InputError: the embedding is not finite.
         """
-        if not len(windows):  # of few windows, some of several processes have none
-            return torch.empty(*windows.shape, self.source.config.hidden_size * self.streams)
+        # of few windows, some of several processes have none
+        empty = [torch.empty(*windows.shape, self.source.config.hidden_size * self.streams) for windows in groups]
+        if not any(map(len, groups)):
+            yield from empty
+            return
         tensors = self.source.reader.read([f"{self.embedding}.weight"])
         check_finite(tensors)
         (table,) = tensors.values()
         recorders: list[Any] = [_Recorder(layer) for layer in self.layers]
-        parts = []
         # in the stored dtype: the table is the largest tensor of a small model
         with (
             self.filled(self.model.get_submodule(self.embedding), {"weight": table}, table.dtype),
@@ -343,10 +350,13 @@ class LayerwiseModel:
             self.layers_replaced(recorders),
             self.inputs_left_out(),
         ):
-            for ids in windows.split(8):
-                self.decoder(ids.to(self.device), use_cache=False)
-                parts.append(fold(recorders[0].hidden_states, self.streams).float().cpu())
-        return torch.cat(parts)
+            for windows, nothing in zip(groups, empty, strict=True):
+                parts = []
+                for ids in windows.split(8) if len(windows) else ():
+                    self.decoder(ids.to(self.device), use_cache=False)
+                    parts.append(fold(recorders[0].hidden_states, self.streams).float().cpu())
+                parts[:] = [torch.cat(parts) if parts else nothing]
+                yield parts.pop()  # nothing here refers to it while it is used
 
     @torch.no_grad()
     def layer_kwargs(self, length: int, eager: bool = False) -> list[LayerKwargs]:
