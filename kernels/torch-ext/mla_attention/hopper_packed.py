@@ -87,11 +87,6 @@ def packed_hopper_config(problem: DecodeProblem, shared_limit: int = 227 * 1024)
     """Launch parameters of the CUDA kernel, with as many stages as fit; None where it does not serve the sizes."""
     form, rank = problem.row_format, problem.rank
     narrow = rank - form.wide
-    # Rests after a unit of four blocks go to Triton: on a card, their output was stored in wrong places (36 cases, ranks 272, 352
-    # and 384). The correction in `finish_unit` has not run on a card yet, nor have rows of both widths since the output is
-    # written in this way; after such a run these lines can go.
-    if any(4 < count < 8 for count in (blocks(form.wide, False), blocks(narrow, True))) or (form.wide and narrow):
-        return None
     if _padded(problem) > 8 or form.wide % 16 or narrow % 32 or form.group % 16 or 0 < form.group < 32:
         return None
     if form.group and any(
