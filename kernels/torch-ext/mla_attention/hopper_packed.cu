@@ -179,9 +179,9 @@ constexpr int SHARE = GROUP ? GROUP : 1 << 20;
 constexpr bool FOLD = GROUP == 0 && (WIDE == 0 || HALF4 == 0) && (QUERIES < 64 || ALL8 + ALL4 < 4);  // registers
 __device__ __forceinline__ u32 scaled(u32 codes, u32 scale) { return FOLD ? codes : mul2(codes, scale); }
 
-// Products are committed in twos. So many pairs may be on their way, each with its left operands in 8 registers: a product takes
-// long to begin and to end, and few of them at a time would leave the tensor cores idle.
-constexpr int IN_FLIGHT = QUERIES == 64 || ALL8 + ALL4 == 1 ? 1 : 3;
+// Products are committed in twos. So many pairs may be on their way, each with its left operands in 8 registers. With accumulators
+// of more than four blocks, registers for a second pair cost more time than a wait.
+constexpr int IN_FLIGHT = QUERIES == 64 || ALL8 + ALL4 == 1 || ALL8 + ALL4 > 4 ? 1 : 3;
 
 // Scores of a tile, under way: a step's left operand is read from the rows of the tokens ra and rb. With FOLD, `part` has the
 // latent's share, which is still to be multiplied by the rows' scales.
