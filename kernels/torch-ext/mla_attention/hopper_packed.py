@@ -18,7 +18,7 @@ TILE, THREADS = 64, 384
 
 
 class PackedArguments(ctypes.Structure):
-    """The structure `Packed` in hopper_packed.cu: its fields, in its order."""
+    """The structure `Packed` in hopper_packed_rows.cu: its fields, in its order."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("rows", "q", "qr")),
@@ -47,8 +47,9 @@ def source(constants: dict[str, int]) -> str:
     products = "".join(_instruction(f"mma_{kind}", columns, kind) for kind in ("f16", "bf16"))
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     here = Path(__file__).parent
-    common, attend, combine = ((here / f"hopper_{part}.cu").read_text() for part in ("common", "packed", "combine"))
-    return "\n".join((defines, common, products, attend, combine))
+    parts = ("common", "packed_rows", "packed_products", "packed", "combine")
+    common, *others = ((here / f"hopper_{part}.cu").read_text() for part in parts)
+    return "\n".join((defines, common, products, *others))
 
 
 def blocks(channels: int, nibbles: bool) -> int:
