@@ -14,7 +14,6 @@ from mla_attention import RowFormat
 from mla_attention import decode as launcher
 from mla_attention.hopper_packed import (
     PackedArguments,
-    blocks,
     constants_of,
     packed_hopper_config,
     shared_memory,
@@ -70,13 +69,15 @@ def test_sizes_that_are_served():
                 problem = small_problem(rank, 64, form, rows)
                 config = packed_hopper_config(problem)
                 if config is None:
-                    rests = any(4 < n < 8 for n in (blocks(form.wide, False), blocks(rank - form.wide, True)))
-                    assert rank > 384 or form.group or (rank - form.wide) % 32 or rests or 0 < form.wide < rank
+                    assert rank > 384 or form.group or (rank - form.wide) % 32
                     continue
                 assert config.stages in (2, 4, 6, 8) and config.block_m in (16, 32, 64)
                 assert shared_memory(constants_of(problem, config)) <= 227 * 1024
     assert packed_hopper_config(small_problem(512, 64, RowFormat(512, 1))).block_m == 32
     assert packed_hopper_config(small_problem(576, 64, RowFormat(576, 1))) is None
+    for rank in (272, 352, 384):  # a rest of one or two blocks after a unit of four
+        assert packed_hopper_config(small_problem(rank, 64, RowFormat(rank, 1)))
+        assert packed_hopper_config(small_problem(rank, 64, RowFormat(32 - rank % 32, 0)))
 
 
 def test_rows_that_lie_side_by_side_are_copied_at_once():

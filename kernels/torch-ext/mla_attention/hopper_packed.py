@@ -18,7 +18,7 @@ TILE, THREADS = 64, 384
 
 
 class PackedArguments(ctypes.Structure):
-    """The structure `Packed` in hopper_packed.cu: its fields, in its order."""
+    """The structure `Packed` in hopper_packed_rows.cu: its fields, in its order."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("rows", "q", "qr")),
@@ -47,8 +47,9 @@ def source(constants: dict[str, int]) -> str:
     products = "".join(_instruction(f"mma_{kind}", columns, kind) for kind in ("f16", "bf16"))
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     here = Path(__file__).parent
-    common, attend, combine = ((here / f"hopper_{part}.cu").read_text() for part in ("common", "packed", "combine"))
-    return "\n".join((defines, common, products, attend, combine))
+    parts = ("common", "packed_rows", "packed_products", "packed", "combine")
+    common, *others = ((here / f"hopper_{part}.cu").read_text() for part in parts)
+    return "\n".join((defines, common, products, *others))
 
 
 def blocks(channels: int, nibbles: bool) -> int:
@@ -87,11 +88,6 @@ def packed_hopper_config(problem: DecodeProblem, shared_limit: int = 227 * 1024)
     """Launch parameters of the CUDA kernel, with as many stages as fit; None where it does not serve the sizes."""
     form, rank = problem.row_format, problem.rank
     narrow = rank - form.wide
-    # Rests after a unit of four blocks go to Triton: on a card, their output was stored in wrong places (36 cases, ranks 272, 352
-    # and 384). The correction in `finish_unit` has not run on a card yet, nor have rows of both widths since the output is
-    # written in this way; after such a run these lines can go.
-    if any(4 < count < 8 for count in (blocks(form.wide, False), blocks(narrow, True))) or (form.wide and narrow):
-        return None
     if _padded(problem) > 8 or form.wide % 16 or narrow % 32 or form.group % 16 or 0 < form.group < 32:
         return None
     if form.group and any(
