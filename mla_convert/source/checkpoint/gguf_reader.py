@@ -104,8 +104,8 @@ class GgufReader:
                 weights=weights, name=stored, tensor_key_mapping=self._names, parsed_parameters=parsed
             )
             if result.name in self._names:
-                # A copy, because unquantised values may be a view of the mapped file, which is read-only.
-                parsed["tensors"][self._names[result.name]] = torch.from_numpy(np.copy(result.weights))
+                # A copy of unquantised values, which may be a view of the mapped file, which is read-only.
+                parsed["tensors"][self._names[result.name]] = torch.from_numpy(np.require(result.weights, None, "W"))
         return parsed["tensors"][name].float()
 
 
@@ -117,8 +117,15 @@ def _dequantised(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     parts = [data[start : start + step] for start in range(0, len(data), step)]
     if data.ndim < 2 or len(parts) == 1:
         return gguf.dequantize(data, kind)
+    values = np.empty((*data.shape[:-1], width), np.float32)
+
+    def fill(number: int) -> None:
+        values[number * step : (number + 1) * step] = gguf.dequantize(parts[number], kind)
+
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return np.concatenate(list(pool.map(lambda part: gguf.dequantize(part, kind), parts)))
+        for _ in pool.map(fill, range(len(parts))):  # raises what a thread raised
+            pass
+    return values
 
 
 def _check_type(kind: GGMLQuantizationType, file: GgufFile) -> None:
