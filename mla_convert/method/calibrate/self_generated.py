@@ -21,6 +21,7 @@ from mla_convert.core.settings import ConvertConfig
 from mla_convert.method.calibrate.openings import SPARE, Openings, varied
 from mla_convert.modeling.attention_backends import GROUPED, attention_backend
 from mla_convert.modeling.caching import with_cache
+from mla_convert.source.checkpoint.reader import take_weights
 from mla_convert.source.shape import converted_layers, original_cache_bytes
 from mla_convert.source.source import Source
 from mla_convert.source.tokens import first_tokens
@@ -158,13 +159,7 @@ def load_whole(source: Source, device: torch.device) -> nn.Module:
         model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     if source.family.softcap or source.family.sinks:
         model.set_attn_implementation("eager")  # SDPA supports neither
-    stored = set(source.reader.names())
-    for name in [name for name, _ in model.named_parameters()]:
-        if name in stored:
-            (tensor,) = source.reader.read([name]).values()
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-    model.tie_weights()
+    take_weights(model, source.reader, device, dtype)
     return model.to(device).eval()
 
 

@@ -83,37 +83,13 @@ class GgufFile:
         Raises:
             ResourceError: no disk space for it.
         """
-        with self._temporary() as path:
-            with self._writing():
-                _join(self.headers, path, weights=False)
-            yield path
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[Path]:
-        """A single file with the complete model: this one, or a temporary one that joins the parts.
-
-        Raises:
-            ResourceError: no disk space for it.
-        """
-        if len(self.headers) == 1:
-            yield self.path
-            return
-        with self._temporary() as path:
-            with self._writing():
-                _join(self.headers, path, weights=True)
-            yield path
-
-    @contextlib.contextmanager
-    def _temporary(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="mla-convert-") as folder:
-            yield Path(folder) / self.name
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ResourceError(f"{self.name} cannot be put together: {one_line(error)}") from error
+            path = Path(folder) / self.name
+            try:
+                _describe(self.headers, path)
+            except OSError as error:
+                raise ResourceError(f"{self.name} cannot be put together: {one_line(error)}") from error
+            yield path
 
 
 def gguf_parts(path: Path) -> list[Path]:
@@ -192,29 +168,23 @@ def _further(path: Path, metadata: dict[str, Any]) -> list[GgufHeader]:
     return headers
 
 
-def _join(headers: tuple[GgufHeader, ...], path: Path, weights: bool) -> None:
-    """Write all parts as one file; without `weights`, a sparse file without long arrays and without the tensors' values."""
+def _describe(headers: tuple[GgufHeader, ...], path: Path) -> None:
+    """Write all parts as one sparse file, without long arrays and without the tensors' values."""
     first = headers[0]
-    tensors = [(header, tensor) for header in headers for tensor in header.tensors.values()]
+    tensors = [tensor for header in headers for tensor in header.tensors.values()]
     with path.open("wb") as file, first.path.open("rb") as source:
         # The pairs begin behind magic, version and two counts, 24 bytes that are written anew.
-        spans = [(24, first.pairs_end)] if weights else [*first.pairs.values()]
-        file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), first.count if weights else len(spans)))
-        for begin, end in spans:
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(first.pairs)))
+        for begin, end in first.pairs.values():
             source.seek(begin)
             file.write(source.read(end - begin))
         place = 0
-        for _, tensor in tensors:
+        for tensor in tensors:
             name, shape = tensor.name.encode(), tuple(reversed(tensor.shape))
             file.write(struct.pack(f"<Q{len(name)}sI{len(shape)}Q", len(name), name, len(shape), *shape))
             file.write(struct.pack("<IQ", tensor.kind, place))
             place += _aligned(tensor.size, first.alignment)
-        begin = _aligned(file.tell(), first.alignment)
-        file.truncate(begin + place)
-        for header, tensor in tensors if weights else ():
-            file.seek(begin)
-            header.data(tensor.name).tofile(file)
-            begin += _aligned(tensor.size, first.alignment)
+        file.truncate(_aligned(file.tell(), first.alignment) + place)
 
 
 def _aligned(size: int, alignment: int) -> int:

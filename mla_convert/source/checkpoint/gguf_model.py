@@ -1,4 +1,4 @@
-"""The model in a GGUF file, read by transformers, with the metadata that it ignores and without missing tensors."""
+"""The model in a GGUF file: as transformers reads it, with the metadata that it ignores and without missing tensors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mla_convert.source.checkpoint.gguf_config import apply_metadata
 from mla_convert.source.checkpoint.gguf_file import VOCABULARY, GgufFile, read_gguf
 from mla_convert.source.checkpoint.gguf_reader import GgufReader
 from mla_convert.source.checkpoint.gguf_rope import FACTORS
+from mla_convert.source.checkpoint.reader import take_weights
 from mla_convert.source.quiet import quietly
 
 # GGUF stores the experts as one tensor each for gate, up and down; the model has gate and up in one.
@@ -33,35 +34,20 @@ class GgufModel:
     reader: GgufReader
     notes: list[str]
 
-    def load(self, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model with its weights, dequantised as a whole by transformers.
+    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model with its weights, dequantised tensor by tensor, on the CPU.
 
         Raises:
-            InputError: an unsupported quantisation type, or damaged weights.
-            ResourceError: no disk space to join the parts of a split file.
+            InputError: damaged weights.
         """
-        with self.file.whole() as path:
-            model, info = _guarded(
-                self.file,
-                lambda: AutoModelForCausalLM.from_pretrained(
-                    path.parent, gguf_file=path.name, config=self.config, dtype=dtype, output_loading_info=True
-                ),
-            )
-        held = set(self.reader.names())
-        lacking = [*info["missing_keys"], *info["mismatched_keys"]]
-        # older versions of transformers accept any shape
-        lacking += [
-            name
-            for name, parameter in model.named_parameters()
-            if name in held and tuple(parameter.shape) != self.reader.shape(name)
-        ]
-        if lacking:
-            raise InputError(
-                f"tensor {min(map(str, lacking))} is not read by transformers from {self.file.name}: give the checkpoint that it "
-                f"was made from"
-            )
-        forget_packing(model.config)
-        return model
+
+        def build() -> PreTrainedModel:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+            take_weights(model, self.reader, torch.device("cpu"), dtype)
+            return model
+
+        return _guarded(self.file, build)
 
 
 def open_gguf(path: Path, check: Callable[[PreTrainedConfig], Any] = lambda config: None) -> GgufModel:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.source.checkpoint.files import INDEX, WeightFiles, is_plain_name, weight_files
@@ -158,6 +158,16 @@ class SafetensorsReader:
         """Rows `start` to `stop` (exclusive) of one tensor, as a copy."""
         with self._open(self._file_of[name]) as shard:
             return shard.get_slice(name)[start:stop].clone()
+
+
+def take_weights(model: nn.Module, reader: Reader, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace the parameters of a model by those that a reader has, one by one; tied ones follow."""
+    stored = set(reader.names())
+    for name in [name for name, _ in model.named_parameters() if name in stored]:
+        (tensor,) = reader.read([name]).values()
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    model.tie_weights()  # type: ignore[operator]
 
 
 def _twice_note(twice: list[str], file_of: dict[str, str]) -> tuple[str, ...]:
