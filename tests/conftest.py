@@ -33,7 +33,7 @@ def pytest_configure(config):
     if getattr(config.option, "dist", None) == "load":
         config.option.dist = "worksteal"
     if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
-        for name in ("pico", "fake_hub", "mutate", "uses"):
+        for name in ("pico", "fake_hub", "mutate", "refusals", "uses"):
             _load(name)
 
 

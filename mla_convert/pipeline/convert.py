@@ -43,6 +43,7 @@ from mla_convert.modeling.fixed_states import fixed_state_bytes
 from mla_convert.moved import callable_as_before
 from mla_convert.pipeline import layers, original_cache, streamed
 from mla_convert.pipeline.budget import within_budget
+from mla_convert.pipeline.layer_files import LayerFiles
 from mla_convert.pipeline.recipe import write_recipe
 from mla_convert.pipeline.resolve import ResolvedConversion, resolve
 from mla_convert.pipeline.streams import Streams, open_streams
@@ -241,11 +242,12 @@ def run_layers(
         )
         del calibration
     new_config = mla_config(source, plan, resolved.dtype)
-    converter = layers.LayerConverter(
-        settings, plan, layerwise, new_config, resolved.cast, writer, progress, refine, channels
-    )
+    files = LayerFiles(layerwise, plan.shape.layers, resolved.cast, writer)
     with phases.phase("ends"):
-        converter.write_embeddings_and_head()
+        files.write_embeddings_and_head()
+    converter = layers.LayerConverter(
+        settings, plan, layerwise, new_config, files, writer.processes, progress, refine, channels
+    )
     extra_steps = schedule.output_advances(refine, plan.shape)
     progress.start(len(plan.shape.converted_layers), refine.steps_per_layer, "layer", extra_steps)
     try:

@@ -36,12 +36,8 @@ from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
 from mla_convert.method.refine.block import LayerPair, Stage, StageResult, refine_jointly
 from mla_convert.method.refine.schedule import OUTPUT_EVALUATIONS, groups, output_lr
+from mla_convert.pipeline.layer_files import LayerFiles
 from mla_convert.pipeline.streams import Streams
-from mla_convert.source.checkpoint.reader import check_finite
-from mla_convert.write.writer import Writer
-
-# Source tensors were already checked for NaN and infinity, so a result that is not finite comes from the conversion.
-FAILED = "it was finite before its conversion; try another --seed, --calib-samples or --dtype float32, and report it"
 
 
 @dataclass
@@ -53,8 +49,8 @@ class LayerConverter:
         plan: sizes of every layer.
         layerwise: the source model.
         mla_config: configuration of the converted model.
-        dtype: that is written; None for the source's own.
-        writer: of the output folder.
+        files: what is written, and what an interrupted run has written.
+        processes: of the conversion; the first one writes.
         progress: told of every step.
         refine: steps, batch and blocks.
         channels: E[g^2] (d,) at each layer's output, where refinement weighs channels by it.
@@ -64,36 +60,13 @@ class LayerConverter:
     plan: Plan
     layerwise: LayerwiseModel
     mla_config: Any
-    dtype: torch.dtype | None
-    writer: Writer
+    files: LayerFiles
+    processes: Processes
     progress: Progress
     refine: optimise.RefineSettings
     channels: list[Tensor] | None = None
     # weights of the converted attentions whose latents later layers attend to, by layer
     sources: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-
-    @property
-    def processes(self) -> Processes:
-        """The processes of the conversion; the first one writes."""
-        return self.writer.processes
-
-    def write_embeddings_and_head(self) -> None:
-        """Write every tensor outside the layers: embeddings first, then the rest (final norm, head), then other parts."""
-        reader, inside = self.layerwise.source.reader, self.layerwise.source.family.layers + "."
-        # a tied head that is stored too is no parameter of its own
-        parameters = {name for name, _ in self.layerwise.model.named_parameters()}
-        outside = [name for name in reader.names() if not name.startswith(inside) and name in parameters]
-        for index, first in ((0, True), (self.plan.shape.layers + 1, False)):
-            names = [name for name in outside if name.startswith(self.layerwise.embedding) == first]
-            if self.shard(index) not in self.writer.finished:
-                tensors = reader.read(names)
-                check_finite(tensors)
-                self.writer.write_shard(self.shard(index), self._named(self._stored(tensors)))
-                del tensors
-                return_freed_memory()
-        whole = self.layerwise.source.whole
-        if whole and self.shard(self.plan.shape.layers + 2) not in self.writer.finished:
-            self.writer.write_shard(self.shard(self.plan.shape.layers + 2), self._stored(whole.other_tensors()))
 
     def convert(self, streams: Streams) -> list[dict[str, Any]]:
         """Convert every layer, block after block.
@@ -125,11 +98,11 @@ class LayerConverter:
                 ]
                 layers = list(itertools.chain(*blocks))
                 # A group is taken over only as a whole, because its last steps train all of its layers.
-                if all(self.shard(layer.index + 1) in self.writer.finished for layer in layers):
+                if all(self.files.is_written(layer) for layer in layers):
                     students = sum(layer.student is not None for layer in layers)
                     self.progress.skip(students * self.refine.steps_per_layer)
                     for layer in layers:
-                        self._load_written(layer, self._written(layer))
+                        self.files.load(layer)
                         self._advance(layer, streams.original)
                 else:
                     self._convert_group(blocks, streams)
@@ -141,24 +114,9 @@ class LayerConverter:
             for layer in layers:
                 if layer.student is None:
                     continue
-                entries.append({"layer": layer.index, **self.writer.finished[self.shard(layer.index + 1)]["note"]})
+                entries.append({"layer": layer.index, **self.files.entry(layer)})
                 self.progress.layer_done(entries[-1])
         return entries
-
-    def shard(self, index: int) -> str:
-        """File name of the embeddings (0), layer i (i + 1), norm and head (number of layers + 1) or other parts (+ 2)."""
-        count = self.plan.shape.layers + (3 if self.layerwise.source.whole else 2)
-        return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-    def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under their names in the folder: of a multimodal model, those in the whole."""
-        whole = self.layerwise.source.whole
-        return {whole.name(name): tensor for name, tensor in tensors.items()} if whole else tensors
-
-    def _written(self, layer: LayerPair) -> dict[str, Tensor]:
-        """Tensors of a layer that an earlier run has written, by their names in the language model."""
-        tensors, whole = self.writer.load_shard(self.shard(layer.index + 1)), self.layerwise.source.whole
-        return {whole.inner(name): tensor for name, tensor in tensors.items()} if whole else tensors
 
     def _open_layer(
         self, stack: contextlib.ExitStack, index: int, kwargs: dict[int, LayerKwargs], eager: LayerKwargs
@@ -207,7 +165,7 @@ class LayerConverter:
         for block in blocks:
             entries += self._drafted(block, streams) or self._convert_block(block, streams)
             if joint:
-                self._write_draft(block, entries[-len(block) :])
+                self.files.write_draft(block, entries[-len(block) :])
             for layer in block if len(blocks) > 1 else []:
                 self._advance(layer, (streams.calib_converted,), converted=True)
         streams.calib_converted = entry
@@ -218,48 +176,22 @@ class LayerConverter:
             if layer.student is not None:
                 # Rounding may differ between cards, and all processes go on with what the first one writes.
                 self.processes.make_equal(layer.student.state_dict().values())
-            written = self._written_tensors(layer)
-            check_finite(written, self._overflow_hint(layer) or FAILED)
-            self.writer.write_shard(self.shard(layer.index + 1), self._named(written), layer_entry)
-            self._load_written(layer, written)
+            self.files.write(layer, layer_entry)
         # Not before every layer of the group is written: an interruption until here needs the drafts.
-        self.writer.drop_drafts()
-
-    def _write_draft(self, block: list[LayerPair], entries: list[dict[str, Any]]) -> None:
-        """Keep the students of a block whose last steps are to come, which may be an hour later."""
-        if (file := self._draft(block)) not in self.writer.drafts:
-            tensors = {
-                f"{layer.index}.{name}": tensor.detach().cpu()
-                for layer in block
-                if layer.student is not None
-                for name, tensor in layer.student.state_dict().items()
-            }
-            if not tensors:
-                return
-            self.writer.write_draft(file, tensors, [self.shard(layer.index + 1) for layer in block], entries)
+        self.files.drop_drafts()
 
     def _drafted(self, block: list[LayerPair], streams: Streams) -> list[dict[str, Any]]:
         """The report entries of a block that an interrupted run has drafted, none else; its students are loaded.
 
         The source's states are carried past the block.
         """
-        if (file := self._draft(block)) not in self.writer.drafts:
-            return []
-        tensors = self.writer.load_shard(file)
-        for layer in block:
-            prefix = f"{layer.index}."
-            if layer.student is not None:
-                layer.student.load_state_dict(
-                    {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-                )
+        entries = self.files.load_draft(block)
+        for layer in block if entries else []:
             self._keep_source(layer)
             self._advance(layer, streams.original)
-        self.progress.skip(sum(layer.student is not None for layer in block) * self.refine.steps_per_layer)
-        return self.writer.drafts[file]["note"]
-
-    @staticmethod
-    def _draft(block: list[LayerPair]) -> str:
-        return f"draft-{block[0].index + 1:05d}.safetensors"
+        if entries:
+            self.progress.skip(sum(layer.student is not None for layer in block) * self.refine.steps_per_layer)
+        return entries
 
     def _convert_block(self, layers: list[LayerPair], streams: Streams) -> list[dict[str, Any]]:
         """Factorise and refine the layers of a block one by one, then together; returns their report entries.
@@ -435,47 +367,6 @@ class LayerConverter:
             self.layerwise.autocast,
             on_step,
         )
-
-    def _stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in the dtype that is written: the source's own unless another was asked for."""
-        if self.dtype is None:
-            return tensors
-        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-
-    def _attention_prefix(self, layer: LayerPair) -> str:
-        return f"{self.layerwise.layer_prefix(layer.index)}{layer.attention_name}."
-
-    def _written_tensors(self, layer: LayerPair) -> dict[str, Tensor]:
-        """Tensors of a layer in the output: the source's without its attention, and the student's, in the output dtype."""
-        source, prefix = self.layerwise.source, self._attention_prefix(layer)
-        if layer.student is None:
-            return self._stored(layer.tensors)
-        kept = {name: tensor for name, tensor in layer.tensors.items() if not source.is_replaced(name)}
-        dtype = self.dtype or source.dtype
-        student = {
-            prefix + name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in layer.student.state_dict().items()
-        }
-        return {**self._stored(kept), **student}
-
-    def _overflow_hint(self, layer: LayerPair) -> str | None:
-        """Advice where the student is finite in float32 and may not be in the output dtype, such as float16."""
-        dtype = self.dtype or self.layerwise.source.dtype
-        if layer.student is None:
-            return None
-        finite = all(tensor.isfinite().all() for tensor in layer.student.state_dict().values())
-        # bfloat16 has the range of float32: all that is finite in one is so in the other.
-        if not finite or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
-            return None
-        return f"{str(dtype).removeprefix('torch.')} has no room for it; give --dtype bfloat16 or float32"
-
-    def _load_written(self, layer: LayerPair, written: dict[str, Tensor]) -> None:
-        """Load the student as it was written, rounding included: later layers see the model that users will load."""
-        if layer.student is None:
-            return
-        prefix = self._attention_prefix(layer)
-        state = {name.removeprefix(prefix): t for name, t in written.items() if name.startswith(prefix)}
-        layer.student.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
 
     @torch.no_grad()
     def _advance(self, layer: LayerPair, streams: tuple[Activations, ...], converted: bool = False) -> None:
