@@ -46,9 +46,10 @@ def within_budget(
     before, after = source_parameters(source), converted_parameters(source, most.plan, most.dtype)
 
     def seconds(resolved: ResolvedConversion) -> float:
-        operations = layer_work(resolved, before, after).operations(layer_run(resolved), processes)
-        rate = timing.H100_RATE if resolved.on_gpu else timing.CPU_RATE * torch.get_num_threads()
-        return resolved.plan.shape.layers * operations / rate
+        work, run, layers = layer_work(resolved, before, after), layer_run(resolved), resolved.plan.shape.layers
+        if resolved.on_gpu:
+            return timing.h100_seconds(work, layers, run, processes)
+        return timing.cpu_seconds(work, layers, run, torch.get_num_threads(), processes)
 
     takes = math.inf
     # The fractions fall, so that the first choice that fits is the largest.
@@ -59,7 +60,7 @@ def within_budget(
         chosen = config.model_copy(update={name: min(sizes[name], _default(most, name)) for name in free})
         takes = seconds(resolve(chosen, source, device))
         if takes <= config.budget:
-            return chosen, _words(chosen, config.budget, takes)
+            return chosen, _words(chosen, config.budget, takes, most.on_gpu)
     raise UsageError(
         f"a conversion of {source.name} takes about {duration(takes)} at least, more than --budget {duration(config.budget)}: "
         f"give it more"
@@ -70,8 +71,9 @@ def _default(most: ResolvedConversion, name: str) -> int:
     return most.calibration[0] if name == "calib_samples" else most.refinement.steps
 
 
-def _words(chosen: ConvertConfig, budget: float, takes: float) -> str:
+def _words(chosen: ConvertConfig, budget: float, takes: float, on_gpu: bool) -> str:
+    spread = timing.H100_SPREAD if on_gpu else timing.CPU_SPREAD
     return (
         f"for a budget of {duration(budget)}: {chosen.calib_samples} calibration windows and {chosen.refine_steps} steps a "
-        f"layer, about {duration(takes)} by the plan's estimate, which holds within a factor of {timing.SPREAD:g}"
+        f"layer, about {duration(takes)} by the plan's estimate, which holds within a factor of {spread:g}"
     )

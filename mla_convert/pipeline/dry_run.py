@@ -244,7 +244,7 @@ def _several(
         [
             GpuCount(
                 count,
-                timing.on_gpus(work, layers, run, count),
+                timing.h100_range(timing.h100_seconds(work, layers, run, count)),
                 memory.device_bytes(count, limit),
                 memory.host_bytes(count, limit),
             )

@@ -8,7 +8,7 @@ import yaml
 
 from mla_convert.core.errors import UsageError
 from mla_convert.core.recipes import build_config
-from mla_convert.pipeline.budget import within_budget
+from mla_convert.pipeline.budget import STEPS, WINDOWS, within_budget
 from mla_convert.pipeline.dry_run import plan_conversion
 from mla_convert.pipeline.resolve import resolve
 from mla_convert.source.source import open_source
@@ -35,7 +35,8 @@ def seconds(config, place="cpu"):
     "place, device, fraction", [("cpu", CPU, 0.9), ("cpu", CPU, 0.7), ("h100", CUDA, 0.9), ("h100", CUDA, 0.3)]
 )
 def test_the_estimate_of_the_choice_is_within_the_budget(source, place, device, fraction):
-    budget = fraction * seconds(config_of(source), place)
+    least = seconds(config_of(source, calib_samples=WINDOWS, refine_steps=STEPS), place)
+    budget = least + fraction * (seconds(config_of(source), place) - least)
     chosen, words = within_budget(config_of(source, budget=budget), source, device)
     plain = resolve(config_of(source), source, device)
     taken = seconds(chosen.model_copy(update={"budget": None}), place)

@@ -226,35 +226,55 @@ def test_table(cli, published):
     assert "heads of 64 content dims" in narrow and "7.94 B" in narrow
 
 
-# Measured conversions: shape (hidden, MLP, heads, kv heads, head width), rank, rotary dims, layers; calibration and evaluation
-# windows; refinement steps and batch; cores (0: an H100); seconds. In order: SmolLM2-135M three times, the demo model, random
-# weights of Llama-3.2-1B's shapes, SmolLM2-135M's refinement alone, random weights of Llama-3-8B's shapes. Only that one
-# shared sizes out among its layers.
-MEASURED = [
-    ((576, 1536, 9, 3, 64), 144, 48, 30, (32, 512), (4, 2048), 30, 4, 1, 567),
-    ((576, 1536, 9, 3, 64), 144, 48, 30, (32, 512), (4, 2048), 30, 4, 2, 423),
-    ((576, 1536, 9, 3, 64), 144, 48, 30, (24, 1024), (4, 2048), 0, 1, 1, 465),
+SMOLLM2, QWEN, LLAMA_8B, LLAMA_70B = (
+    (576, 1536, 9, 3, 64), (1536, 8960, 12, 2, 128), (4096, 14336, 32, 8, 128), (8192, 28672, 64, 8, 128)
+)  # fmt: skip
+# Measured conversions on CPUs: shape (hidden, MLP, heads, kv heads, head width), rank, rotary dims, layers; calibration and
+# evaluation windows; refinement steps and batch; cores; seconds. In order: SmolLM2-135M three times, the demo model, random
+# weights of Llama-3.2-1B's shapes.
+ON_CPUS = [
+    (SMOLLM2, 144, 48, 30, (32, 512), (4, 2048), 30, 4, 1, 567),
+    (SMOLLM2, 144, 48, 30, (32, 512), (4, 2048), 30, 4, 2, 423),
+    (SMOLLM2, 144, 48, 30, (24, 1024), (4, 2048), 0, 1, 1, 465),
     ((256, 512, 4, 2, 64), 96, 32, 6, (48, 512), (16, 1024), 30, 4, 1, 40),
     ((2048, 8192, 32, 8, 64), 448, 64, 16, (8, 256), (2, 256), 0, 1, 2, 213),
-    ((576, 1536, 9, 3, 64), 144, 48, 30, (0, 1024), (0, 2048), 300, 8, 0, 28),
-    ((4096, 14336, 32, 8, 128), 512, 64, 32, (128, 1024), (40, 2048), 150, 8, 0, 247),
+]
+# The same on H100s and H200s: windows of 1024 tokens; steps of a layer, of its blocks and through the head; number of GPUs. In
+# order: SmolLM2-135M, Qwen2.5-Coder-1.5B with the defaults and with fewer windows and steps, random weights of Llama-3-8B's
+# and 70B's shapes (docs/results, docs/research/refinement.md).
+ON_GPUS = [
+    (SMOLLM2, 144, 48, 30, 768, (200, 1536, 0), 1, 166),
+    (QWEN, 211, 45, 28, 682, (200, 1256, 272), 1, 384),
+    (QWEN, 211, 45, 28, 384, (50, 370, 120), 1, 292),
+    (LLAMA_8B, 512, 64, 32, 128, (150, 0, 0), 1, 247),
+    (LLAMA_70B, 512, 64, 8, 256, (200, 0, 0), 1, 184),
+    (LLAMA_70B, 512, 64, 8, 256, (200, 0, 0), 2, 124),
 ]
 
 
-@pytest.mark.parametrize("shape, rank, rope, layers, calib, evaluation, steps, batch, cores, seconds", MEASURED)
-def test_time_estimates_hold_what_was_measured(
-    shape, rank, rope, layers, calib, evaluation, steps, batch, cores, seconds
-):
+def layer_sizes(shape, rank, rope, vocabulary=0):
     hidden, mlp, heads, groups, width = shape
     before = 2 * hidden * width * (heads + groups)
     after = hidden * (heads * (width + rope) + rank + rope + heads * width) + heads * 2 * width * rank
-    work = timing.LayerWork(hidden, before + 3 * hidden * mlp, after + 3 * hidden * mlp, before, after,
-                            heads * 2 * width, heads * (2 * width + rope), 0)  # fmt: skip
-    shared_out = TOKENS["cuda"] if hidden == 4096 else 0
-    run = timing.LayerRun(calib, evaluation, steps, batch, measured=shared_out)
-    low, high = timing.estimate(work, layers, {"cpu": run, "h100": run}, max(cores, 1))[
-        "cpu" if cores else "h100"
-    ].seconds
+    return timing.LayerWork(hidden, before + 3 * hidden * mlp, after + 3 * hidden * mlp, before, after,
+                            heads * 2 * width, heads * (2 * width + rope), hidden * vocabulary)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, rank, rope, layers, calib, evaluation, steps, batch, cores, seconds", ON_CPUS)
+def test_estimates_for_cpus_hold_what_was_measured(
+    shape, rank, rope, layers, calib, evaluation, steps, batch, cores, seconds
+):
+    run = timing.LayerRun(calib, evaluation, steps, batch)
+    low, high = timing.estimate(layer_sizes(shape, rank, rope), layers, {"cpu": run, "h100": run}, cores)["cpu"].seconds
+    assert low <= seconds <= high
+
+
+@pytest.mark.parametrize("shape, rank, rope, layers, windows, steps, gpus, seconds", ON_GPUS)
+def test_estimates_for_gpus_hold_what_was_measured(shape, rank, rope, layers, windows, steps, gpus, seconds):
+    alone, blocks, last = steps
+    run = timing.LayerRun((windows, 1024), (40, 2048), alone, 8, TOKENS["cuda"], blocks, last / layers)
+    work = layer_sizes(shape, rank, rope, 150_000)
+    low, high = timing.h100_range(timing.h100_seconds(work, layers, run, gpus))
     assert low <= seconds <= high
 
 

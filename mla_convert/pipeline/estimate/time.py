@@ -6,19 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 # Operations per second over whole layers of measured conversions (tests/pipeline/test_dry_run.py): SmolLM2-135M and the demo
-# model on one thread of an x86-64 core, a random model with the shapes of Llama-3.2-1B on two; on an H100, the refinement of
-# SmolLM2-135M, whose small layers leave much of the card idle, and a random model with the shapes of Llama-3-8B, disk included.
+# model on one thread of an x86-64 core, a random model with the shapes of Llama-3.2-1B on two.
 CPU_RATE = 70e9
-H100_RATE = 75e12
-# Measured runs are within this factor of the estimate; other processors, and cores shared with other work, may not be.
-SPREAD = 2.0
+# On an H100 or H200: operations per second where a layer's work is large, and seconds beside it, of a layer (its reading,
+# decompositions, checks and writing) and of the whole (libraries, texts, the final check). Between conversions of SmolLM2-135M,
+# Qwen2.5-Coder-1.5B and random models with the shapes of Llama-3-8B and 70B, disk included.
+H100_RATE, H100_LAYER, H100_WHOLE = 250e12, 3.5, 30.0
+# Measured runs are within these factors of the estimate; other processors, and machines shared with other work, may not be.
+CPU_SPREAD, H100_SPREAD = 2.0, 1.5
 CPU_BASIS = (
     "operations counted; 70 GFLOP/s a core, as measured on 1 and 2 x86-64 cores with SmolLM2-135M, the demo model and the "
     "shapes of Llama-3.2-1B, within a factor of 2; download not included"
 )
 H100_BASIS = (
-    "operations counted; 75 TFLOP/s, between what refining SmolLM2-135M and converting the shapes of Llama-3-8B did on one "
-    "H100, both within a factor of 2; download not included"
+    "operations counted at 250 TFLOP/s, and 30 s and 3.5 s a layer beside them: conversions of SmolLM2-135M, Qwen2.5-Coder-1.5B "
+    "and the shapes of Llama-3-8B and 70B on H100s and H200s were within a factor of 1.5; download not included"
 )
 
 
@@ -111,6 +113,21 @@ class LayerWork:
         return total + run.output_steps * 6.0 * self.head  # of both models, and once back
 
 
+def cpu_seconds(work: LayerWork, layers: int, run: LayerRun, cores: int, processes: int = 1) -> float:
+    """Seconds of a conversion on `cores` cores in each process."""
+    return layers * work.operations(run, processes) / (CPU_RATE * cores)
+
+
+def h100_seconds(work: LayerWork, layers: int, run: LayerRun, count: int = 1) -> float:
+    """Seconds of a conversion on `count` H100s of one host, one process each."""
+    return H100_WHOLE + layers * (H100_LAYER + work.operations(run, count) / H100_RATE)
+
+
+def h100_range(seconds: float) -> tuple[float, float]:
+    """Seconds between which a conversion on H100s is expected."""
+    return seconds / H100_SPREAD, seconds * H100_SPREAD
+
+
 def estimate(work: LayerWork, layers: int, runs: dict[str, LayerRun], cores: int) -> dict[str, TimeEstimate]:
     """Seconds of a conversion on this machine's cores ("cpu") and on an H100 ("h100").
 
@@ -120,15 +137,9 @@ def estimate(work: LayerWork, layers: int, runs: dict[str, LayerRun], cores: int
         runs: The conversion's settings on each of the two.
         cores: Number of cores.
     """
-    on_cpu = layers * work.operations(runs["cpu"]) / (CPU_RATE * cores)
-    on_h100 = layers * work.operations(runs["h100"]) / H100_RATE
+    on_cpu = cpu_seconds(work, layers, runs["cpu"], cores)
+    on_h100 = h100_seconds(work, layers, runs["h100"])
     return {
-        "cpu": TimeEstimate((on_cpu / SPREAD, on_cpu * SPREAD), CPU_BASIS, cores),
-        "h100": TimeEstimate((on_h100 / SPREAD, on_h100 * SPREAD), H100_BASIS),
+        "cpu": TimeEstimate((on_cpu / CPU_SPREAD, on_cpu * CPU_SPREAD), CPU_BASIS, cores),
+        "h100": TimeEstimate(h100_range(on_h100), H100_BASIS),
     }
-
-
-def on_gpus(work: LayerWork, layers: int, run: LayerRun, count: int) -> tuple[float, float]:
-    """A range of seconds of a conversion on `count` H100s of one host."""
-    seconds = layers * work.operations(run, count) / H100_RATE
-    return seconds / SPREAD, seconds * SPREAD
