@@ -163,3 +163,8 @@ def deterministic(seed: int) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
         memory.fill_uninitialized_memory = fill
+
+
+def in_background(device: torch.device) -> bool:
+    """Whether files are read and written while a layer is converted: a CPU's cores are busy with the layer."""
+    return device.type == "cuda"

@@ -1,17 +1,19 @@
-"""Files of a conversion's layers: what is written of a layer, of embeddings and head, and drafts of layers that are not done.
+"""Files of a conversion's layers: what is read and written of a layer, of embeddings and head, and drafts of unfinished layers.
 
 An interrupted run's files are read back instead of being made again.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mla_convert.core.runtime import return_freed_memory
+from mla_convert.core import runtime
 from mla_convert.method.calibrate.layerwise import LayerwiseModel
 from mla_convert.method.refine.block import LayerPair
 from mla_convert.source.checkpoint.reader import check_finite
@@ -19,6 +21,42 @@ from mla_convert.write.writer import Writer
 
 # Source tensors were already checked for NaN and infinity, so a result that is not finite comes from the conversion.
 FAILED = "it was finite before its conversion; try another --seed, --calib-samples or --dtype float32, and report it"
+
+
+class LayerReader:
+    """Reads the tensors of layers; beside a GPU the next layer's while one is converted. A context."""
+
+    def __init__(self, layerwise: LayerwiseModel):
+        """A reader of the source's layers."""
+        self.layerwise = layerwise
+        self._in_background = runtime.in_background(layerwise.device)
+        self._thread = ThreadPoolExecutor(1, "reader")
+        self._begun: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def __enter__(self) -> LayerReader:
+        """The reader."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drop what was begun."""
+        self._begun = None
+        self._thread.shutdown(cancel_futures=True)
+
+    def begin(self, index: int) -> None:
+        """Begin to read a layer, if that is done in the background."""
+        if self._in_background:
+            self._begun = index, self._thread.submit(self.layerwise.layer_tensors, index)
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """All tensors of a layer as stored, by their full names.
+
+        Raises:
+            InputError: one is not finite.
+        """
+        begun, self._begun = self._begun, None
+        return begun[1].result() if begun and begun[0] == index else self.layerwise.layer_tensors(index)
 
 
 @dataclass
@@ -50,18 +88,18 @@ class LayerFiles:
                 check_finite(tensors)
                 self.writer.write_shard(self._shard(index), self._named(self._stored(tensors)))
                 del tensors
-                return_freed_memory()
+                runtime.return_freed_memory()
         whole = self.layerwise.source.whole
         if whole and self._shard(self.layers + 2) not in self.writer.finished:
             self.writer.write_shard(self._shard(self.layers + 2), self._stored(whole.other_tensors()))
 
-    def is_written(self, layer: LayerPair) -> bool:
-        """Whether a layer is complete, by this run or by an earlier one."""
-        return self._file(layer) in self.writer.finished
+    def is_written(self, index: int) -> bool:
+        """Whether an earlier run or this one has written a layer."""
+        return self._shard(index + 1) in self.writer.finished
 
-    def entry(self, layer: LayerPair) -> dict[str, Any]:
-        """The report's entry of a complete layer."""
-        return self.writer.finished[self._file(layer)]["note"]
+    def entry(self, index: int) -> dict[str, Any]:
+        """The report's entry of a written layer."""
+        return self.writer.finished[self._shard(index + 1)]["note"]
 
     def write(self, layer: LayerPair, entry: dict[str, Any]) -> None:
         """Write a layer with its report entry; its student then has the weights as they were written.
@@ -70,7 +108,11 @@ class LayerFiles:
             InputError: a weight is not finite in the dtype that is written.
         """
         tensors = self._tensors(layer)
-        check_finite(tensors, self._overflow_hint(layer) or FAILED)
+        # What is written as it was read has been checked.
+        check_finite(
+            {name: tensor for name, tensor in tensors.items() if tensor is not layer.tensors.get(name)},
+            self._overflow_hint(layer) or FAILED,
+        )
         self.writer.write_shard(self._file(layer), self._named(tensors), entry)
         self._load(layer, tensors)
 
@@ -146,11 +188,10 @@ class LayerFiles:
     def _overflow_hint(self, layer: LayerPair) -> str | None:
         """Advice where the student is finite in float32 and may not be in the output dtype, such as float16."""
         dtype = self.dtype or self.layerwise.source.dtype
-        if layer.student is None:
-            return None
-        finite = all(tensor.isfinite().all() for tensor in layer.student.state_dict().values())
         # bfloat16 has the range of float32: all that is finite in one is so in the other.
-        if not finite or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
+        if layer.student is None or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
+            return None
+        if not all(tensor.isfinite().all() for tensor in layer.student.state_dict().values()):
             return None
         return f"{str(dtype).removeprefix('torch.')} has no room for it; give --dtype bfloat16 or float32"
 

@@ -36,7 +36,7 @@ from mla_convert.method.factorise.svd import MlaWeights
 from mla_convert.method.refine import optimise
 from mla_convert.method.refine.block import LayerPair, Stage, StageResult, refine_jointly
 from mla_convert.method.refine.schedule import OUTPUT_EVALUATIONS, groups, output_lr
-from mla_convert.pipeline.layer_files import LayerFiles
+from mla_convert.pipeline.layer_files import LayerFiles, LayerReader
 from mla_convert.pipeline.streams import Streams
 
 
@@ -85,44 +85,50 @@ class LayerConverter:
         kwargs = {length: self.layerwise.layer_kwargs(length) for length in lengths}
         eager = attention_kwargs(self.layerwise, streams.calib_original.length)
         entries = []
-        for group in groups(self.plan.shape.layers, self.refine):
-            with contextlib.ExitStack() as stack:
-                blocks = [
-                    [
-                        self._open_layer(
-                            stack, index, {length: kwargs[length][index] for length in lengths}, eager[index]
-                        )
-                        for index in block
-                    ]
-                    for block in group
-                ]
-                layers = list(itertools.chain(*blocks))
-                # A group is taken over only as a whole, because its last steps train all of its layers.
-                if all(self.files.is_written(layer) for layer in layers):
-                    students = sum(layer.student is not None for layer in layers)
-                    self.progress.skip(students * self.refine.steps_per_layer)
-                    for layer in layers:
-                        self.files.load(layer)
-                        self._advance(layer, streams.original)
-                else:
-                    self._convert_group(blocks, streams)
-                # The converted model's states pass the group only now, by the weights as they were written.
-                for layer in layers:
-                    self._advance(layer, streams.converted, converted=True)
-                    self._keep_source(layer)
-            return_freed_memory()
-            for layer in layers:
-                if layer.student is None:
-                    continue
-                entries.append({"layer": layer.index, **self.files.entry(layer)})
-                self.progress.layer_done(entries[-1])
+        order = groups(self.plan.shape.layers, self.refine)
+        with LayerReader(self.layerwise) as reader:
+            for group, following in itertools.zip_longest(order, order[1:]):
+                with contextlib.ExitStack() as stack:
+                    open_layer = partial(self._open_layer, stack, reader, kwargs, eager)
+                    blocks = [[open_layer(index) for index in block] for block in group]
+                    if following:
+                        reader.begin(following[0].start)
+                    self._pass(blocks, streams)
+                    converted = [layer.index for layer in itertools.chain(*blocks) if layer.student is not None]
+                    del blocks  # before the next layers are read
+                return_freed_memory()
+                for index in converted:
+                    entries.append({"layer": index, **self.files.entry(index)})
+                    self.progress.layer_done(entries[-1])
         return entries
 
+    def _pass(self, blocks: list[list[LayerPair]], streams: Streams) -> None:
+        """Convert the layers of a group, or take over those that an earlier run has written; carry all states past them."""
+        layers = list(itertools.chain(*blocks))
+        # A group is taken over only as a whole, because its last steps train all of its layers.
+        if all(self.files.is_written(layer.index) for layer in layers):
+            students = sum(layer.student is not None for layer in layers)
+            self.progress.skip(students * self.refine.steps_per_layer)
+            for layer in layers:
+                self.files.load(layer)
+                self._advance(layer, streams.original)
+        else:
+            self._convert_group(blocks, streams)
+        # The converted model's states pass the group only now, by the weights as they were written.
+        for layer in layers:
+            self._advance(layer, streams.converted, converted=True)
+            self._keep_source(layer)
+
     def _open_layer(
-        self, stack: contextlib.ExitStack, index: int, kwargs: dict[int, LayerKwargs], eager: LayerKwargs
+        self,
+        stack: contextlib.ExitStack,
+        reader: LayerReader,
+        kwargs: dict[int, list[LayerKwargs]],
+        eager: list[LayerKwargs],
+        index: int,
     ) -> LayerPair:
         """Load one layer until `stack` closes, and build the attention that replaces its own, if it has any."""
-        tensors = self.layerwise.layer_tensors(index)
+        tensors = reader.read(index)
         layer = stack.enter_context(self.layerwise.layer(index, tensors))
         family = self.layerwise.source.family
         name, student = family.attention, None
@@ -130,7 +136,8 @@ class LayerConverter:
             student = build_attention(self.mla_config, getattr(layer, name), self.layerwise.device)
         exchange = exchange_of(self.layerwise, index, self._latent_size)
         norm = () if student is None else (family.entry(layer),)
-        return LayerPair(index, tensors, layer, name, student, kwargs, eager, exchange, *norm)
+        own = {length: every[index] for length, every in kwargs.items()}
+        return LayerPair(index, tensors, layer, name, student, own, eager[index], exchange, *norm)
 
     def _look(self, layers: Sequence[LayerPair], *streams: Activations) -> None:
         """Let layers that are about to run together find what they read beside the hidden states of some streams."""

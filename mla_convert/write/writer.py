@@ -2,6 +2,8 @@
 
 The staging folder is beside the output and contains a journal: one line for each finished shard, with its checksum. After a
 kill, the next run continues from these shards. The output gets its name only when every file is in place.
+
+Beside a GPU a shard is written in the background, while the next layer is converted: at most one, which bounds memory.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mla_convert.core import runtime
 from mla_convert.core.errors import InputError, PeerLost, ResourceError
 from mla_convert.core.files import disk_error, on_disk, permissions, publish, recover, remove, write_file
 from mla_convert.core.processes import Processes, alone
@@ -106,6 +110,9 @@ class Writer:
         self._new_parents = [path for path in out.absolute().parents if not path.exists()]
         self.finished: dict[str, dict[str, Any]] = {}
         self.drafts: dict[str, dict[str, Any]] = {}
+        self._in_background = runtime.in_background(self.processes.device)
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._pending: tuple[str, Future[dict[str, Any]]] | None = None
 
     def __enter__(self) -> Writer:
         """Lock the output and open the staging folder."""
@@ -155,6 +162,9 @@ class Writer:
         """Remove the staging folder, unless an interrupted run can continue from it."""
         if not self.processes.first:
             return
+        with contextlib.suppress(Exception):  # after an error that counts more
+            self.settle()
+        self._thread.shutdown()
         # Only shards of layers have a note; what else is written takes little time to write again.
         shards = {file for file, entry in self.finished.items() if entry["note"]}
         layers = len(shards.union(*(entry["draft_of"] for entry in self.drafts.values())))
@@ -202,7 +212,7 @@ class Writer:
             os.fsync(journal.fileno())
 
     def write_shard(self, file: str, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
-        """Write one shard and its journal entry.
+        """Write one shard and its journal entry, or begin to; its tensors must not change from now on.
 
         Args:
             file: name of the shard.
@@ -210,11 +220,33 @@ class Writer:
             note: JSON that `finished` returns to a run that resumes.
 
         Raises:
+            ResourceError: the disk does not suffice, for this shard or for the one before.
+        """
+        note = note or {}
+        self.settle()
+        if self.processes.first and not self._in_background:
+            self.finished[file] = self._write(file, tensors, note)
+            return
+        self.finished[file] = {"note": note}
+        if self.processes.first:
+            self._pending = file, self._thread.submit(self._write, file, tensors, note)
+
+    def settle(self) -> None:
+        """Wait until the shard that is being written is complete.
+
+        Raises:
             ResourceError: the disk does not suffice.
         """
-        if not self.processes.first:
-            self.finished[file] = {"note": note or {}}
+        if self._pending is None:
             return
+        file, written = self._pending
+        wait([written])  # an interruption here leaves it pending, for `__exit__`
+        self._pending = None
+        del self.finished[file]
+        self.finished[file] = written.result()
+
+    def _write(self, file: str, tensors: dict[str, Tensor], note: dict[str, Any]) -> dict[str, Any]:
+        """Write one shard; its journal entry."""
         path = self.folder / file
         with self._disk(file):
             # safetensors refuses tensors that are not contiguous.
@@ -225,11 +257,11 @@ class Writer:
                 "sha256": sha256(path),
                 "bytes": path.stat().st_size,
                 "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
-                "note": note or {},
+                "note": note,
             }
             # Last: a line in the journal says that the shard is complete and on the disk.
             self._append(entry)
-        self.finished[file] = entry
+        return entry
 
     def write_draft(self, file: str, tensors: dict[str, Tensor], shards: list[str], note: Any) -> None:
         """Write a file that layers can be finished from if the run is interrupted.
@@ -245,6 +277,7 @@ class Writer:
         """
         if not self.processes.first:
             return
+        self.settle()  # one writes the journal at a time
         path = self.folder / file
         with self._disk(file):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -255,6 +288,8 @@ class Writer:
 
     def drop_drafts(self) -> None:
         """Delete all drafts: their layers are written."""
+        if self.drafts:
+            self.settle()
         if self.processes.first:
             for file in self.drafts:
                 (self.folder / file).unlink()
@@ -297,10 +332,12 @@ class Writer:
 
     def load_shard(self, file: str) -> dict[str, Tensor]:
         """Tensors of a finished shard."""
+        self.settle()
         return load_file(self.folder / file)
 
     def write_index(self) -> None:
         """Write the index of all finished shards."""
+        self.settle()
         shards = [self.finished[file] for file in sorted(self.finished)]
         weight_map = {name: shard["file"] for shard in shards for name in shard["tensors"]}
         total = sum(size for shard in shards for size in shard["tensors"].values())
@@ -309,6 +346,7 @@ class Writer:
 
     def checksums(self) -> dict[str, str]:
         """sha256 of every shard; none in other processes than the first."""
+        self.settle()
         return {file: self.finished[file]["sha256"] for file in sorted(self.finished) if self.processes.first}
 
     def publish(self) -> None:

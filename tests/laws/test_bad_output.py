@@ -10,9 +10,17 @@ import pytest
 from filelock import FileLock
 from refusals import INPUT, INTERRUPTED, RESOURCE, assert_one_line, change_weights, shards, truncate
 
+from mla_convert.core import runtime
 from mla_convert.core.progress import Progress
 from mla_convert.report.report import Report
 from mla_convert.write import writer
+
+
+@pytest.fixture(params=[False, True], ids=["", "background"])
+def background(request, monkeypatch):
+    """Without and with files that are read and written while a layer is converted, as beside a GPU."""
+    monkeypatch.setattr(runtime, "in_background", lambda device: request.param)
+
 
 # ---- where to write
 
@@ -101,7 +109,7 @@ def test_disk_full_for_real(refused, source):
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
-def test_disk_full_at_a_layer(refused, source, monkeypatch):
+def test_disk_full_at_a_layer(refused, source, monkeypatch, background):
     real = writer.save_file
 
     def save(tensors, path, *metadata):
@@ -151,7 +159,7 @@ def test_interrupt_before_the_first_layer_leaves_nothing(refused, source, monkey
 
 
 @pytest.mark.parametrize("finished", [1, 2])
-def test_interrupted_run_is_resumed(cli, source, small, tmp_path, monkeypatch, finished):
+def test_interrupted_run_is_resumed(cli, source, small, tmp_path, monkeypatch, finished, background):
     options = (*small, "--refine-steps", 3, "--kv-ratio", 0.4)
     assert cli(source, *options, "--out", tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
@@ -187,7 +195,7 @@ def test_what_no_longer_fits_is_not_resumed(cli, source, small, tmp_path, monkey
 
 
 @pytest.mark.parametrize("steps, layers", [(9, 2), (12, 3)])
-def test_interrupted_before_the_last_steps(cli, source, small, tmp_path, monkeypatch, steps, layers):
+def test_interrupted_before_the_last_steps(cli, source, small, tmp_path, monkeypatch, steps, layers, background):
     """Where all layers take the last steps together, blocks are kept before them: of 8 steps, of 3, then the last 3."""
     options = (*small, "--refine-steps", 3, "--refine-block", 2, "--block-steps", 2, "--output-steps", 3, "--output-layers", 3,
                "--kv-ratio", 0.4)  # fmt: skip

@@ -56,9 +56,10 @@ def test_divergence_is_that_of_next_tokens(sources, name, monkeypatch):
     value.backward()
     assert float(value.detach()) == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
     with torch.no_grad(), head.divergence() as distance:
-        step = 1e-3 * found.grad / found.grad.norm()
+        # so long that the difference is far above the rounding of Cohere's small logits
+        step = 5e-2 * found.grad / found.grad.norm()
         gained = float(distance(found + step, expected) - distance(found - step, expected))
-    assert gained == pytest.approx(2e-3 * float(found.grad.norm()), rel=0.05)
+    assert gained == pytest.approx(0.1 * float(found.grad.norm()), rel=0.05)
     assert all(parameter.is_meta for parameter in layerwise.model.parameters())
 
 

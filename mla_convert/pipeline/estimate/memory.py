@@ -194,7 +194,8 @@ class GpuRun:
         """Bytes of host memory in each of several processes."""
         states, evaluated = self._states(processes), 2 * 4 * self.hidden * self.evaluation_tokens // processes
         sets = 5 if self.block > 1 else 3
-        stored = max(self.block, self.output_layers, 1) * self.layer * self.itemsize
+        # one layer more is read, and one is written, while the others are converted
+        stored = (max(self.block, self.output_layers, 1) + 2) * self.layer * self.itemsize
         return stored + evaluated + (sets * states if states > limit else 0)
 
     def _states(self, processes: int) -> int:
