@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from mla_convert.source.windows import PIECE, evaluation_protocol, evaluation_wi
 
 WIKITEXT = "Salesforce/wikitext:"
 DEFAULT_DATASET = f"{WIKITEXT}wikitext-2-raw-v1"
+# Seconds in which the Hub has to answer.
+HUB_TIMEOUT = 10
 SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
 SPLITS = {"calibration": "train", "evaluation": "test"}
 # Windows and tokens per window, by whether there is a GPU.
@@ -295,7 +299,8 @@ def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
     name, _, config = name.partition(":")
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        with _without_waiting(name):
+            rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
         columns = rows.column_names or list(next(iter(rows)))  # a stream may have no column names before its first row
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
         raise ResourceError(
@@ -306,6 +311,30 @@ def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
     if "text" not in columns:
         raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(columns)}')
     return (_rows(rows, spec) if streaming else list(_rows(rows, spec))), spec
+
+
+@contextlib.contextmanager
+def _without_waiting(name: str) -> Iterator[None]:
+    """Read data sets from the cache alone, if the Hub is out of reach: `datasets` asks six times, which takes 24 s."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    reachable = True
+    if not Path(name).exists():
+        try:
+            HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+        except (HfHubHTTPError, ValueError):  # an answer, which `datasets` finds words for
+            pass
+        except Exception:  # the class depends on the HTTP library of the Hub's client
+            reachable = False
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if not reachable:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _rows(rows: Iterable[dict[str, Any]], spec: str) -> Iterator[str]:

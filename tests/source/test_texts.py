@@ -120,3 +120,27 @@ def test_noise_is_in_every_second_window_and_leaves_the_first_token():
         windows, torch.full((8, 400), 7)
     )
     assert torch.equal(windows, noised(windows, 0.0, tokenizer, seed=0))
+
+
+@pytest.mark.parametrize("answer, offline", [(OSError("unreachable"), True), (None, False)])
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, answer, offline):
+    """`datasets` would ask again for 24 seconds; its cache is read all the same."""
+    import datasets
+    import huggingface_hub
+
+    def info(self, name, timeout):
+        if answer:
+            raise answer
+
+    def load(*_, **__):
+        seen.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
+        return datasets.Dataset.from_dict({"text": ["one", "two"]})
+
+    seen = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_text("owner/name", "calibration") == ("one\n\ntwo", "owner/name")
+    assert seen == [(offline, offline)]
+    assert not datasets.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
