@@ -90,6 +90,11 @@ def convert(
         say(json.dumps({**report.as_dict(), "out": str(report.out)}, indent=2))
     else:
         print_summary(report, Terminal())
+        # Engines quantise the cache of an export themselves.
+        if report.cache.latent_cache is None and report.cache.share_saved > 0 and not (config.engine or export):
+            say(
+                "at equal bytes, more rank in fewer bits keeps more on the models that were measured: --cache-dtype auto"
+            )
     if export:
         _export(report.out, export, quiet or json_)
     if push_to_hub:

@@ -64,7 +64,8 @@ def test_from_plan_to_the_hub_and_back(mla, hub, tmp_path):
 
     code, out, err = mla("eval", "demo-mla", "--against", "demo", "--json")
     measured = json.loads(out)["evaluation"]
-    assert code == 0 and measured["ratio"] == pytest.approx(report["evaluation"]["ratio"], rel=1e-3), err
+    # The report's is in float32, layer by layer, this one in the model's bfloat16: processors round its products differently.
+    assert code == 0 and measured["ratio"] == pytest.approx(report["evaluation"]["ratio"], rel=3e-3), err
 
     limits = ("--min-kv-saving", "50%", "--junit", "gate.xml")
     code, out, err = mla("gate", "demo-mla", "--max-ppl-ratio", "1.5", *limits)
