@@ -26,7 +26,7 @@ class Reference:
             ValueError: RoPE that a table of frequencies does not describe.
         """
         kind = _rope_type(config, max_model_len)
-        # vLLM builds models with its device and dtype as defaults, in which the frequencies would be rounded.
+        # Engines build models with their device and dtype as defaults, in which the frequencies would be rounded.
         with torch.device("cpu"), init_empty_weights(include_buffers=False):
             before = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
@@ -54,7 +54,7 @@ def _rope_type(config: Any, max_model_len: int) -> str:
                 f"RoPE of type longrope changes its frequencies beyond {original} tokens: serve with --max-model-len {original}"
             )
     elif kind not in STATIC:
-        raise ValueError(f"RoPE of type {kind} has frequencies that depend on the length, which vLLM does not follow")
+        raise ValueError(f"RoPE of type {kind} has frequencies that depend on the length, which engines do not follow")
     return kind
 
 
