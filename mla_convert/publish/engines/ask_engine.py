@@ -137,7 +137,7 @@ def ask_sglang(model, asked):
 def sglang_options(model, asked, cuda):
     """Options of sglang.Engine: what a check needs, and its own defaults else."""
     with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
+        converted = json.load(file)["model_type"].startswith("mla_")
     prompts, prefixes = asked["prompts"], asked.get("prefix_caching", False)
     options = {"model_path": model, "dtype": asked["dtype"], "trust_remote_code": asked["trust_remote_code"],
                "skip_tokenizer_init": True, "log_level": "error", "random_seed": 0, "disable_radix_cache": not prefixes,
@@ -149,11 +149,14 @@ def sglang_options(model, asked, cuda):
     if asked.get("chunk"):
         # A chunk is whole pages of the cache. The plugin's have 64 tokens, and its kernels read those of 16, too.
         options["chunked_prefill_size"] = asked["chunk"]
-        if config["model_type"].startswith("mla_"):
+        if converted:
             options |= {"page_size": 16, "chunked_prefill_size": -(-asked["chunk"] // 16) * 16}
     if not cuda:
         # what a check of tiny models needs: SGLang takes most of the machine's memory
         options |= {"device": "cpu", "max_total_tokens": 65536}
+        if not converted:
+            # SGLang's other backends for CPUs have no MLA, or need AMX; its Triton kernels are interpreted
+            options["attention_backend"] = "triton"
     if asked.get("memory"):
         options["mem_fraction_static"] = asked["memory"]
     return options | asked.get("options", {})
