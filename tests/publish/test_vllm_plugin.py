@@ -200,10 +200,10 @@ def test_one_launch_absorbs_rotates_and_writes(tokens, heads, nope, rank, rope):
     torch.testing.assert_close(cache, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_only_vllm_serves_a_converted_folder(cli, convert_pico):
+def test_only_plugins_serve_a_converted_folder(cli, convert_pico):
     folder = convert_pico("llama", rank=10, rope_dim=8).out
-    code, _, err = cli("serve-check", folder, "--engine", "sglang")
-    assert code == 2 and "only vLLM has a plugin" in err and err.count("\n") == 1
+    code, _, err = cli("serve-check", folder, "--engine", "transformers")
+    assert code == 2 and "only vLLM and SGLang have a plugin" in err and err.count("\n") == 1
 
 
 def test_the_verdict_says_how_it_was_served(cli, convert_pico, monkeypatch):
