@@ -10,6 +10,7 @@ on random weights: each engine runs alone, with CUDA graphs for decodes, and pro
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -20,6 +21,14 @@ import correctness
 import speed
 
 from mla_convert.publish.engines.ask_engine import ask_sglang
+
+
+def backend() -> str | None:
+    """Triton's attention for originals and exports, where SGLang would choose FlashAttention 3 and prepare.sh left it out."""
+    found = importlib.util.find_spec("sgl_kernel")
+    places = found.submodule_search_locations if found else None
+    return None if any(list(Path(place).glob("flash_ops*")) for place in places or ()) else "triton"
+
 
 # A small cache: engines start at the same time, and SGLang takes most of the memory by itself.
 SMALL = {"max_total_tokens": 65536, "cuda_graph_max_bs_decode": 8}
@@ -32,7 +41,7 @@ ENGINE = correctness.Engine(
         "as SGLang starts": {"eager": False, "prefix_caching": True},
     },
     ask_sglang,
-    {"memory": 0.1, "options": SMALL},
+    {"memory": 0.1, "options": SMALL, "backend": backend()},
     {},
 )
 
@@ -44,7 +53,7 @@ def main() -> bool:
     correctness.add_arguments(ENGINE, tasks.add_parser("correctness", help="answers against the converted model's own"))
     timed = tasks.add_parser("speed", help="prompts and decodes, original against converted")
     speed.add_arguments(timed, ("auto",))
-    timed.add_argument("--backend", help="--attention-backend of original and export; SGLang's choice without it")
+    timed.add_argument("--backend", default=backend(), help="--attention-backend of original and export")
     timed.add_argument("--out", type=Path, default=Path("sglang-results"), help="folder for logs and JSON lines")
     arguments = parser.parse_args()
     if arguments.task == "correctness":

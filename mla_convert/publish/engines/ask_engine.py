@@ -157,6 +157,8 @@ def sglang_options(model, asked, cuda):
         if not converted:
             # SGLang's other backends for CPUs have no MLA, or need AMX; its Triton kernels are interpreted
             options["attention_backend"] = "triton"
+    if asked.get("backend") and not converted:
+        options["attention_backend"] = asked["backend"]
     if asked.get("memory"):
         options["mem_fraction_static"] = asked["memory"]
     return options | asked.get("options", {})
