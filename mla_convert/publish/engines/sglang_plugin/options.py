@@ -13,7 +13,7 @@ BACKEND, PAGE = "mla_convert", 64
 # Model types that tests/publish/test_sglang_plugin.py serves and compares with the converted model.
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "arcee", "cohere", "glm4", "granite", "phi3")
 # Settings at which the plugin was not run, with the values that leave them out, and the option.
-UNSERVED = (
+UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("speculative_algorithm", (None,), "--speculative-algorithm"),
     ("enable_lora", (None, False), "--enable-lora"),
     ("lora_paths", (None, [], {}), "--lora-paths"),
