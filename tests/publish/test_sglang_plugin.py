@@ -42,7 +42,7 @@ def hooks(monkeypatch):
 
 def settings(config, **changes):
     """Stands in for SGLang's ServerArgs, at their defaults."""
-    model = SimpleNamespace(hf_config=config, context_len=256)
+    model = SimpleNamespace(hf_config=config, context_len=256, dtype=torch.float32)
     fields = {"attention_backend": None, "prefill_attention_backend": None, "decode_attention_backend": None, "page_size": None,
               "kv_cache_dtype": "auto", "cuda_graph_backend_prefill": None, "tp_size": 1}  # fmt: skip
     return SimpleNamespace(get_model_config=lambda: model, **fields | changes)
@@ -105,6 +105,7 @@ def test_settings_of_a_converted_model_are_chosen(convert_pico):
         ({"attention_backend": "triton"}, "leave out --attention-backend triton"),
         ({"page_size": 1}, "leave out --page-size 1"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "leave out --kv-cache-dtype fp8_e4m3"),
+        ({"kv_cache_dtype": "bfloat16"}, "leave out --kv-cache-dtype bfloat16"),  # of a model in float32
         ({"cuda_graph_backend_prefill": "full"}, "leave out --cuda-graph-backend-prefill"),
         ({"speculative_algorithm": "EAGLE"}, "leave out --speculative-algorithm"),
         ({"pp_size": 2}, "leave out --pp-size"),

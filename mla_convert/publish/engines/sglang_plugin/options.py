@@ -55,7 +55,7 @@ def prepare(settings: Any, *_: Any, **__: Any) -> None:
     config = model.hf_config
     if not is_converted(config):
         return
-    refuse([*unserved(config, SERVED, settings.tp_size), *_reasons(settings, config)])
+    refuse([*unserved(config, SERVED, settings.tp_size), *_reasons(settings, config, str(model.dtype))])
     check_rope(config, model.context_len)
     settings.attention_backend = BACKEND
     settings.page_size = settings.page_size or PAGE
@@ -63,8 +63,8 @@ def prepare(settings: Any, *_: Any, **__: Any) -> None:
     settings.cuda_graph_backend_prefill = "disabled"
 
 
-def _reasons(settings: Any, config: Any) -> list[tuple[Any, str]]:
-    """Settings that the plugin does not serve."""
+def _reasons(settings: Any, config: Any, dtype: str) -> list[tuple[Any, str]]:
+    """Settings that the plugin does not serve, for a model in this dtype."""
     other = {settings.attention_backend, settings.prefill_attention_backend, settings.decode_attention_backend}
     other -= {None, BACKEND}
     page, cache = settings.page_size, settings.kv_cache_dtype
@@ -73,7 +73,7 @@ def _reasons(settings: Any, config: Any) -> list[tuple[Any, str]]:
         (other, f"its attention needs the plugin's backend: leave out --attention-backend {' '.join(sorted(other))}"),
         (page and page % 16, f"its kernels read pages of a multiple of 16 tokens: leave out --page-size {page}"),
         (
-            cache not in ("auto", "bfloat16", "bf16"),
+            cache != "auto" and (cache not in ("bfloat16", "bf16") or dtype != "torch.bfloat16"),
             f"the plugin caches latents in the model's dtype: leave out --kv-cache-dtype {cache}",
         ),
         (

@@ -49,7 +49,7 @@ class LatentModel(nn.Module):
                 *unserved(config, SERVED, settings.tp_size),
                 (
                     settings.attention_backend != BACKEND,
-                    "SGLang read its options before the plugin was loaded: start it by `sglang serve`",
+                    "SGLang chose its settings before it loaded the plugin: start it by `sglang serve`, or sglang.Engine",
                 ),
             ]
         )
