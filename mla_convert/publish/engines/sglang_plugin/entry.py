@@ -35,12 +35,12 @@ def register() -> None:
 
     from mla_convert.modeling.register import register as register_with_transformers
 
-    register_with_transformers()
     log = logging.getLogger("sglang.mla_convert")
     theirs = os.environ.setdefault(VARIABLE, MODELS)
     if theirs != MODELS:
         log.warning(f"mla_convert serves no converted folder where {VARIABLE} names another package ({theirs})")
-        return
+        return  # transformers, too, does not know the models: SGLang's fallback must not find them
+    register_with_transformers()
     if not serves(sglang.__version__):
         log.warning(refusal(sglang.__version__))
         return
