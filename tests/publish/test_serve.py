@@ -272,7 +272,7 @@ def test_sglang_is_asked_as_it_is_called(tmp_path, monkeypatch):
             return [self.answer(ids, sampling_params["max_new_tokens"], return_logprob) for ids in input_ids]
 
         def answer(self, ids, tokens, scored):
-            own = [(None, ids[0], None), *((-1.0, token, None) for token in ids[1:])]
+            own = [(None, ids[0], None), *((-1.0, token if token != 9 else 0, None) for token in ids[1:])]
             top = [None, *([(-0.5, 7, None)] for _ in ids[1:])]
             meta = {"input_token_logprobs": own, "input_top_logprobs": top} if scored else {"cached_tokens": 2}
             return {"meta_info": meta, "output_ids": [3] * tokens}

@@ -124,10 +124,12 @@ def ask_sglang(model, asked):
     finally:
         engine.shutdown()
     found = []
-    for answer, second in zip(answers, again, strict=True):
+    for ids, answer, second in zip(prompts, answers, again, strict=True):
         meta, lines = answer["meta_info"], []
-        for own, best in zip(meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:], strict=True):
-            lines.append({token: value for value, token, *_ in (*(best or ()), own)})
+        own, best = meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:]
+        for token, (value, *_), likeliest in zip(ids[1:], own, best, strict=True):
+            # The prompt's own token by its number: SGLang calls the last of a vocabulary 0.
+            lines.append({name: logprob for logprob, name, *_ in likeliest or ()} | {token: value})
         found.append({"logprobs": lines, "greedy": list(answer["output_ids"]),
                       "greedy_from_cache": list(second["output_ids"]),
                       "cached_tokens": second["meta_info"]["cached_tokens"] if prefixes else 0})  # fmt: skip
