@@ -8,21 +8,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT; cd "$work"
 
-platforms=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
-for glibc in 5 17 24 26 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
-fetch() {
-  python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
-    -d "$1" "${@:2}"
-}
+. "$here/../engines_gpu/pack.sh"
 fetch wheels vllm==0.26.0 annotated-types apache-tvm-ffi==0.1.10 astor blake3 cachetools cbor2 compressed-tensors==0.17.0 \
   depyf==0.20.0 diskcache distro fastapi==0.136.3 gguf ijson interegular jiter jsonschema==4.26.0 jsonschema-specifications \
   lark==1.2.2 loguru mistral-common==1.13.1 model-hosting-container-standards msgspec==0.23.0 nvtx==0.2.15 openai==2.54.0 \
   openai-harmony==0.0.8 partial-json-parser prometheus-fastapi-instrumentator pybase64 pycountry pydantic==2.14.4 \
   pydantic-core==2.50.5 pydantic-extra-types python-json-logger pyzmq referencing rpds-py semantic-version setproctitle \
   sniffio starlette==1.10.0 typing-inspection watchfiles
-fetch zstd zstandard==0.25.0
-mkdir site
-for wheel in wheels/*.whl; do python3 -m zipfile -e "$wheel" site; done
+unpack wheels site
 
 cd site
 rm -rf -- *.data pycountry/locales vllm/_moe_C_stable_libtorch.abi3.so vllm/_qutlass_C.abi3.so vllm/vllm-rs \
@@ -37,20 +30,4 @@ for module in lmformatenforcer llguidance outlines_core xgrammar; do
 done
 cd ..
 
-python3 -m pip install -q --target packer zstandard==0.25.0
-PYTHONPATH=packer python3 - <<'P'
-import tarfile
-
-import zstandard
-
-settings = zstandard.ZstdCompressionParameters.from_level(15, window_log=27, enable_ldm=True)
-packer = zstandard.ZstdCompressor(compression_params=settings)
-with open("site.tar.zst", "wb") as file, packer.stream_writer(file) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
-    tar.add("site", arcname=".")
-P
-rm -rf "$out/1" "$out/2"; mkdir "$out/1" "$out/2"
-split -b 49000000 -d -a 1 site.tar.zst site.tar.zst.
-mv site.tar.zst.0 "$out/1/"; mv site.tar.zst.? "$out/2/"
-sha256sum site.tar.zst | cut -d' ' -f1 > "$out/2/site.sha256"
-cp zstd/*.whl "$here/assemble.sh" "$out/2/"
-du -sm "$out"/?
+pack site "$out" 2

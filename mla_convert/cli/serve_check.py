@@ -21,7 +21,7 @@ def serve_check(
         Path,
         typer.Argument(
             metavar="DIR",
-            help="Folder that `export` wrote; for vLLM with the plugin, the converted folder itself.",
+            help="Folder that `export` wrote; for the plugins of vLLM and SGLang, the converted folder itself.",
             show_default=False,
         ),
     ],
@@ -43,18 +43,21 @@ def serve_check(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the engine run the Python file in DIR (profile hf-code).")
     ] = False,
-    eager: Annotated[bool, typer.Option("--eager", help="For vLLM: no CUDA graphs and no compilation.")] = False,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="For vLLM and SGLang: no CUDA graphs and no compilation.")
+    ] = False,
     prefix_caching: Annotated[
         bool,
         typer.Option(
             "--prefix-caching/--no-prefix-caching",
-            help="For vLLM: ask a second time, so that it starts from cached prefixes.",
+            help="For vLLM and SGLang: ask a second time, so that it starts from cached prefixes.",
         ),
     ] = True,
     chunk: Annotated[
         int,
         typer.Option(
-            min=0, help="For vLLM: most tokens of a step, so that prompts are read in chunks. 0: its default."
+            min=0,
+            help="For vLLM and SGLang: most tokens of a step, so that prompts are read in chunks. 0: its default.",
         ),
     ] = 48,
     gguf: Annotated[Path | None, typer.Option(help="For llama.cpp: the .gguf file made from DIR.")] = None,

@@ -16,7 +16,7 @@ from mla_attention import RowFormat, hopper, nvrtc
 from mla_attention import decode as launcher
 from mla_attention.tuning import DecodeConfig
 from mla_attention.write import write_triton
-from mla_convert.publish.engines.vllm_plugin.absorb_kernels import absorb_and_write
+from mla_convert.publish.engines.served.absorb_kernels import absorb_and_write
 
 launched = []
 

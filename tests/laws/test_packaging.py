@@ -59,7 +59,11 @@ def test_every_import_is_a_declared_dependency():
                         imported.add(named.value.partition(".")[0])
     imported -= {*sys.stdlib_module_names, *(name.partition(".")[0] for name in FOLDERS)}
     imported -= {"triton"}  # torch depends on it if there are GPUs; it is imported only to launch a kernel
-    imported -= {"vllm", "sglang"}  # imported by ask_engine.py, which runs in the engine's environment
+    imported -= {
+        "vllm",
+        "sglang",
+        "sgl_kernel",
+    }  # imported by ask_engine.py and the plugins, which run in the engine's environment
     distributions = metadata.packages_distributions()
     # an extra that is not installed has the name that it is imported by
     needed = {distributions.get(module, [module])[0].lower().replace("-", "_") for module in imported}

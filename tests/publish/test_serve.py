@@ -257,33 +257,49 @@ def test_serve_check_of_code(cli, exported, convert_pico):
     assert code == 0 and "MlaServedForCausalLM" in out, err
 
 
-def test_sglang_is_asked_as_it_is_called(tmp_path):
-    """Answers in the form of sglang.Engine (return_logprob), from a stub."""
+def test_sglang_is_asked_as_it_is_called(tmp_path, monkeypatch):
+    """Answers in the form of sglang.Engine (return_logprob), from a stub; the second ones from its radix cache."""
     from mla_convert.publish.engines import ask_engine
 
     class Engine:
         def __init__(self, **options):
-            assert options["model_path"] == "folder" and options["skip_tokenizer_init"]
+            assert options["model_path"] == str(tmp_path) and options["skip_tokenizer_init"]
 
-        def generate(self, input_ids, sampling_params, return_logprob, logprob_start_len, top_logprobs_num):
-            assert return_logprob and logprob_start_len == 0 and sampling_params["temperature"] == 0
-            own = [(None, input_ids[0], None), *((-1.0, token, None) for token in input_ids[1:])]
-            top = [None, *([(-0.5, 7, None)] for _ in input_ids[1:])]
-            meta = {"input_token_logprobs": own, "input_top_logprobs": top}
-            return {"meta_info": meta, "output_ids": [3] * sampling_params["max_new_tokens"]}
+        def generate(self, input_ids, sampling_params, return_logprob=False, logprob_start_len=-1, top_logprobs_num=0):
+            assert (
+                sampling_params["temperature"] == 0 and (logprob_start_len == 0 and top_logprobs_num) == return_logprob
+            )
+            return [self.answer(ids, sampling_params["max_new_tokens"], return_logprob) for ids in input_ids]
+
+        def answer(self, ids, tokens, scored):
+            own = [(None, ids[0], None), *((-1.0, token if token != 9 else 0, None) for token in ids[1:])]
+            top = [None, *([(-0.5, 7, None)] for _ in ids[1:])]
+            meta = {"input_token_logprobs": own, "input_top_logprobs": top} if scored else {"cached_tokens": 2}
+            return {"meta_info": meta, "output_ids": [3] * tokens}
+
+        def get_server_info(self):
+            return {"device": "cpu", "dtype": "float32", "kv_cache_dtype": "auto", "attention_backend": "triton",
+                    "prefill_attention_backend": None, "decode_attention_backend": None, "disable_radix_cache": False,
+                    "chunked_prefill_size": 48, "cuda_graph_config": {"decode": {"backend": "full"}}}  # fmt: skip
 
         def shutdown(self):
             pass
 
     module = type(sys)("sglang")
     module.Engine, module.__version__ = Engine, "0"
-    sys.modules["sglang"] = module
-    try:
-        asked = {"prompts": [[4, 5, 6]], "tokens": 2, "top": 1, "dtype": "float32", "trust_remote_code": False}
-        found = ask_engine.ask_sglang("folder", asked)
-    finally:
-        del sys.modules["sglang"]
-    assert found["prompts"] == [{"logprobs": [{7: -0.5, 5: -1.0}, {7: -0.5, 6: -1.0}], "greedy": [3, 3]}]
+    monkeypatch.setitem(sys.modules, "sglang", module)
+    for variable in ("SGLANG_USE_CPU_ENGINE", "TRITON_INTERPRET"):  # what ask_sglang sets is taken back
+        monkeypatch.setenv(variable, "1")
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    asked = {"prompts": [[4, 5, 6], [8, 9]], "tokens": 2, "top": 1, "dtype": "float32", "trust_remote_code": False,
+             "prefix_caching": True}  # fmt: skip
+    found = ask_engine.ask_sglang(str(tmp_path), asked)
+    assert [entry["logprobs"] for entry in found["prompts"]] == [
+        [{7: -0.5, 5: -1.0}, {7: -0.5, 6: -1.0}],
+        [{7: -0.5, 9: -1.0}],
+    ]
+    assert all(entry["greedy"] == entry["greedy_from_cache"] == [3, 3] for entry in found["prompts"])
+    assert all(entry["cached_tokens"] == 2 for entry in found["prompts"]) and found["setting"]["graphs"] == "none"
 
 
 # real engines: .ci/engines installs them and runs these

@@ -20,9 +20,10 @@ from mla_convert.modeling.quantised_latent_mla import (
     key_basis,
     quantise_rows,
 )
+from mla_convert.publish.engines.served.checks import foreign_fields
+from mla_convert.publish.engines.served.kernels import Shape, attend, decode, has_kernel, write
+from mla_convert.publish.engines.served.rotary import LatentRotary, Reference
 from mla_convert.publish.engines.vllm_plugin import entry
-from mla_convert.publish.engines.vllm_plugin.kernels import Shape, attend, decode, has_kernel, write
-from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary, Reference
 from mla_convert.source.families import FAMILIES, is_installed
 
 VLLM = os.environ.get("MLA_CONVERT_VLLM_PLUGIN_PYTHON")
@@ -65,9 +66,9 @@ def test_another_version_is_one_clear_line(registry, caplog):
 
 def test_fields_that_the_plugin_does_not_read_are_found(convert_pico):
     config = AutoConfig.from_pretrained(convert_pico("llama", rank=10, rope_dim=8).out)
-    assert entry.foreign_fields(config) == []
+    assert foreign_fields(config) == []
     config.mla_format, config.latent_more, config.mla_of_tomorrow = 2, {"kind": "int4"}, True
-    assert entry.foreign_fields(config) == ["latent_more", "mla_format", "mla_of_tomorrow"]
+    assert foreign_fields(config) == ["latent_more", "mla_format", "mla_of_tomorrow"]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3-rope", "llama-yarn", "cohere", "phi", "gpt-neox-sequential"])
@@ -180,7 +181,7 @@ def test_rows_with_the_key_in_the_latent_decode_as_they_prefill(rank, rope, wide
 )
 def test_one_launch_absorbs_rotates_and_writes(tokens, heads, nope, rank, rope):
     pytest.importorskip("triton")
-    from mla_convert.publish.engines.vllm_plugin.kernels import absorb_and_write
+    from mla_convert.publish.engines.served.kernels import absorb_and_write
 
     torch.manual_seed(0)
     fused = torch.randn(tokens, heads * (nope + rope) + rank + rope)  # as one product gives them
@@ -199,10 +200,10 @@ def test_one_launch_absorbs_rotates_and_writes(tokens, heads, nope, rank, rope):
     torch.testing.assert_close(cache, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_only_vllm_serves_a_converted_folder(cli, convert_pico):
+def test_only_plugins_serve_a_converted_folder(cli, convert_pico):
     folder = convert_pico("llama", rank=10, rope_dim=8).out
-    code, _, err = cli("serve-check", folder, "--engine", "sglang")
-    assert code == 2 and "only vLLM has a plugin" in err and err.count("\n") == 1
+    code, _, err = cli("serve-check", folder, "--engine", "transformers")
+    assert code == 2 and "only vLLM and SGLang have a plugin" in err and err.count("\n") == 1
 
 
 def test_the_verdict_says_how_it_was_served(cli, convert_pico, monkeypatch):

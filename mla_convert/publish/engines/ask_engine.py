@@ -103,25 +103,83 @@ def vllm_setting(engine, asked):
 
 
 def ask_sglang(model, asked):
-    """Ask sglang.Engine, one prompt at a time."""
+    """Ask sglang.Engine, all prompts in one batch; with a prefix cache a second time, so that the answers start from it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+        # SGLang hands out pages of its cache by a Triton kernel, on a CPU too
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     import sglang
 
-    engine = sglang.Engine(model_path=model, dtype=asked["dtype"], trust_remote_code=asked["trust_remote_code"],
-                           skip_tokenizer_init=True, disable_radix_cache=True, disable_cuda_graph=True)  # fmt: skip
-    found = []
+    engine = sglang.Engine(**sglang_options(model, asked, torch.cuda.is_available()))
+    prompts, prefixes = asked["prompts"], asked.get("prefix_caching", False)
+    sampling = {"temperature": 0.0, "max_new_tokens": asked["tokens"], "ignore_eos": True}
     try:
-        for ids in asked["prompts"]:
-            sampling = {"temperature": 0.0, "max_new_tokens": asked["tokens"], "ignore_eos": True}
-            answer = engine.generate(input_ids=ids, sampling_params=sampling, return_logprob=True, logprob_start_len=0,
-                                     top_logprobs_num=asked["top"])  # fmt: skip
-            meta = answer["meta_info"]
-            lines = []
-            for own, best in zip(meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:], strict=True):
-                lines.append({entry[1]: entry[0] for entry in (*(best or ()), own)})
-            found.append({"logprobs": lines, "greedy": list(answer["output_ids"])})
+        answers = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, logprob_start_len=0,
+                                  top_logprobs_num=asked["top"])  # fmt: skip
+        # Without log-probabilities of the prompt, for which SGLang computes every position and reads no cached prefix.
+        again = engine.generate(input_ids=prompts, sampling_params=sampling) if prefixes else answers
+        setting = sglang_setting(engine.get_server_info())
     finally:
         engine.shutdown()
-    return {"version": sglang.__version__, "path": "sglang.Engine", "prompts": found}
+    found = []
+    for ids, answer, second in zip(prompts, answers, again, strict=True):
+        meta, lines = answer["meta_info"], []
+        own, best = meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:]
+        for token, (value, *_), likeliest in zip(ids[1:], own, best, strict=True):
+            # The prompt's own token by its number: SGLang calls the last of a vocabulary 0.
+            lines.append({name: logprob for logprob, name, *_ in likeliest or ()} | {token: value})
+        found.append({"logprobs": lines, "greedy": list(answer["output_ids"]),
+                      "greedy_from_cache": list(second["output_ids"]),
+                      "cached_tokens": second["meta_info"]["cached_tokens"] if prefixes else 0})  # fmt: skip
+    return {"version": sglang.__version__, "path": "sglang.Engine", "prompts": found, "setting": setting}
+
+
+def sglang_options(model, asked, cuda):
+    """Options of sglang.Engine: what a check needs, and its own defaults else."""
+    with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+        converted = json.load(file)["model_type"].startswith("mla_")
+    prompts, prefixes = asked["prompts"], asked.get("prefix_caching", False)
+    options = {"model_path": model, "dtype": asked["dtype"], "trust_remote_code": asked["trust_remote_code"],
+               "skip_tokenizer_init": True, "log_level": "error", "random_seed": 0, "disable_radix_cache": not prefixes,
+               "max_running_requests": len(prompts),
+               # SGLang makes no token in the last places of a context.
+               "context_length": max(map(len, prompts)) + asked["tokens"] + 8}  # fmt: skip
+    if asked.get("eager", True) or not cuda:
+        options["disable_cuda_graph"] = True
+    if asked.get("chunk"):
+        # A chunk is whole pages of the cache. The plugin's have 64 tokens, and its kernels read those of 16, too.
+        options["chunked_prefill_size"] = asked["chunk"]
+        if converted:
+            options |= {"page_size": 16, "chunked_prefill_size": -(-asked["chunk"] // 16) * 16}
+    if not cuda:
+        # what a check of tiny models needs: SGLang takes most of the machine's memory
+        options |= {"device": "cpu", "max_total_tokens": 65536}
+        if not converted:
+            # SGLang's other backends for CPUs have no MLA, or need AMX; its Triton kernels are interpreted
+            options["attention_backend"] = "triton"
+    if asked.get("backend") and not converted:
+        options["attention_backend"] = asked["backend"]
+    if asked.get("memory"):
+        options["mem_fraction_static"] = asked["memory"]
+    return options | asked.get("options", {})
+
+
+def sglang_setting(info):
+    """The configuration that an engine answered with, from `get_server_info`: what it chose, not what was asked for."""
+    graphs = info["cuda_graph_config"]["decode"]["backend"] if info["device"] != "cpu" else "disabled"
+    dtype = info["dtype"] if info["kv_cache_dtype"] == "auto" else info["kv_cache_dtype"]
+    prefill, decode = (info[f"{phase}_attention_backend"] for phase in ("prefill", "decode"))
+    both = {prefill or info["attention_backend"], decode or info["attention_backend"]}
+    return {
+        "backend": ", ".join(sorted(both)),
+        "cache_dtype": dtype,
+        "cache_widths": [],
+        "prefix_caching": not info["disable_radix_cache"],
+        "chunk": info["chunked_prefill_size"],
+        "graphs": "none" if graphs == "disabled" else graphs,
+    }
 
 
 def ask_llama_cpp(model, asked):

@@ -1,6 +1,6 @@
 """Comparison of a serving engine's answers with the converted model's: log-probabilities and tokens.
 
-The engine serves an exported folder, or, with vLLM's plugin, the converted folder itself.
+The engine serves an exported folder, or, with a plugin (vLLM, SGLang), the converted folder itself.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mla_convert.source.texts import load_text
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
 PROMPTS, LENGTH, TOKENS, TOP = 4, 64, 16, 20
-# Tokens of a step of vLLM: fewer than a prompt has, so that prompts are read in chunks.
+# Tokens of a step: fewer than a prompt has, so that prompts are read in chunks.
 CHUNK = 48
-# Stands in for a profile where vLLM's plugin serves the converted folder.
+# Stands in for a profile where an engine's plugin serves the converted folder.
 PLUGIN = "plugin"
 # float32: largest difference of a log-probability from the converted model in float64 (a second float32 evaluation may round in
 # the opposite direction). bfloat16: the mean difference may be SLACK times that of the converted model in bfloat16, plus EXACT.
@@ -40,8 +40,9 @@ class Verdict:
     """The result of a comparison. Differences are of log-probabilities, from the converted model's in a higher precision.
 
     `own_rounding` is the converted model's own difference in `dtype`, of the kind that `limit` applies to: the largest one in
-    float32, else the mean. `setting` is the configuration that the engine answered with, where it says (`vllm_setting`);
-    `cached_same` counts prompts whose continuation was the same again from cached prefixes, of `cached_tokens` tokens.
+    float32, else the mean. `setting` is the configuration that the engine answered with, where it says (`vllm_setting`,
+    `sglang_setting`); `cached_same` counts prompts whose continuation was the same again from cached prefixes, of
+    `cached_tokens` tokens.
     """
 
     engine: str
@@ -97,10 +98,8 @@ class Verdict:
             )
         chunks = f"prompts in chunks of {s['chunk']}" if s["chunk"] else "whole prompts"
         widths = ", ".join(map(str, s["cache_widths"]))
-        return (
-            f"\nserved by: backend {s['backend']}, cache {s['cache_dtype']} of {widths} numbers, {prefixes}, {chunks}, CUDA "
-            f"graphs {s['graphs']}"
-        )
+        cache = s["cache_dtype"] + (f" of {widths} numbers" if widths else "")
+        return f"\nserved by: backend {s['backend']}, cache {cache}, {prefixes}, {chunks}, CUDA graphs {s['graphs']}"
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,8 @@ class EngineRequest:
     """The way in which the engine is run.
 
     `python`: interpreter of the environment that has the engine; `gguf` and `server`: llama.cpp's model file and program;
-    `limit`: largest difference, instead of the default; `eager`, `prefix_caching` and `chunk` are for vLLM: no CUDA graphs
-    and no compilation, the prompts a second time from cached prefixes, and most tokens of a step (0 for the default).
+    `limit`: largest difference, instead of the default; `eager`, `prefix_caching` and `chunk` are for vLLM and SGLang: no CUDA
+    graphs and no compilation, the prompts a second time from cached prefixes, and most tokens of a step (0 for the default).
     """
 
     engine: str
@@ -129,7 +128,7 @@ def serve_check(folder: Path, how: EngineRequest, against: Path | None = None) -
     """Compare an engine's answers with the converted model's.
 
     Args:
-        folder: an exported folder, or a converted one for vLLM's plugin.
+        folder: an exported folder, or a converted one for a plugin.
         how: the engine and its options.
         against: the converted folder that it was exported from; None: the folder beside it of the name in export.json.
 
@@ -183,8 +182,10 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _check_pair(profile: str, how: EngineRequest) -> None:
-    if profile == PLUGIN and how.engine != "vllm":
-        raise UsageError(f"only vLLM has a plugin for converted folders: `mla-convert export` one for {how.engine}")
+    if profile == PLUGIN and how.engine not in ("vllm", "sglang"):
+        raise UsageError(
+            f"only vLLM and SGLang have a plugin for converted folders: `mla-convert export` one for {how.engine}"
+        )
     stock = how.engine == "transformers" or how.model_impl == "transformers"
     if profile == "engine" and stock:
         raise UsageError(

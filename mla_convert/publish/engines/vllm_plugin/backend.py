@@ -17,13 +17,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
-from mla_convert.publish.engines.vllm_plugin import kernels
+from mla_convert.publish.engines.served import kernels
+from mla_convert.publish.engines.served.prefill import Prefill, make_prefill
 
 NAME = "MLA_CONVERT"
 # Tokens of a page, unless the user chooses: a tile of the CUDA kernel lies within a page.
 BLOCK = 64
-# Cached tokens whose keys and values are expanded together in a prefill; a longer sequence is expanded in groups of heads.
-PREFILL_TOKENS = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,42 +42,6 @@ class LatentSpec(MLAAttentionSpec):
         """
         assert len({spec.head_size for spec in specs}) == 1, "layers have latents of different widths"
         return super().merge(specs)
-
-
-@dataclass
-class Prefill:
-    """Requests of a step with more query tokens than a decode has.
-
-    Attributes:
-        first: index of their first query token in the step.
-        groups: requests that are attended together.
-    """
-
-    first: int
-    groups: list[PrefillGroup]
-
-
-@dataclass
-class PrefillGroup:
-    """Neighbouring requests of a prefill, whose cached rows are read together.
-
-    Attributes:
-        first: index of their first query token, counted from the prefill's first.
-        stop: one past their last.
-        rows: (S,) int64, where the S tokens that they attend to lie in the cache, request after request.
-        query_starts: (requests + 1,) int32, first query token of each request, and the number of all.
-        key_starts: (requests + 1,) int32, the same for cached tokens.
-        query_lens: query tokens of each request.
-        key_lens: cached tokens of each request, its query tokens included.
-    """
-
-    first: int
-    stop: int
-    rows: Tensor
-    query_starts: Tensor
-    key_starts: Tensor
-    query_lens: list[int]
-    key_lens: list[int]
 
 
 @dataclass
@@ -150,55 +113,19 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
         return found
 
     def _prefill(self, common: Any, decodes: int, decode_tokens: int) -> Prefill:
-        """The requests after the first `decodes`, in groups of at most PREFILL_TOKENS cached tokens."""
+        """The requests after the first `decodes`."""
         starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1]
-        query_lens = (starts[1:] - starts[:-1]).tolist()
         lens = common.seq_lens_cpu_upper_bound
         # With drafts, the host knows an upper bound only, and the causal mask needs the length.
         lens = common.seq_lens if lens is None or self.speculates else lens
-        key_lens = lens[decodes : common.num_reqs].tolist()
-        present = [index for index, length in enumerate(query_lens) if length]
-        groups: list[list[int]] = []
-        members: list[int] = []
-        tokens = 0
-        for index in present:
-            if members and tokens + key_lens[index] > PREFILL_TOKENS:
-                groups.append(members)
-                members, tokens = [], 0
-            members.append(index)
-            tokens += key_lens[index]
-        groups += [members] if members else []
-        first = [int(start) - decode_tokens for start in starts]
-        return Prefill(decode_tokens, [self._group(common, m, decodes, first, query_lens, key_lens) for m in groups])
+        table = common.block_table_tensor[decodes:]
 
-    def _group(
-        self,
-        common: Any,
-        members: list[int],
-        decodes: int,
-        first: list[int],
-        query_lens: list[int],
-        key_lens: list[int],
-    ) -> PrefillGroup:
-        """One group; `members` are indices into the prefill's requests, ascending and without gaps but empty ones."""
-        queries, keys = [query_lens[m] for m in members], [key_lens[m] for m in members]
+        def rows_of(request: Tensor, position: Tensor) -> Tensor:
+            page = table[request, position // self.block_size].long()
+            return page * self.block_size + position % self.block_size
 
-        def on_device(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
-
-        query_starts = on_device([0, *queries]).cumsum(0)
-        key_starts = on_device([0, *keys]).cumsum(0)
-        total = sum(keys)
-        # With `output_size` the host need not wait for the device to know it.
-        request = torch.repeat_interleave(
-            torch.arange(len(members), device=self.device), on_device(keys), output_size=total
-        )
-        position = torch.arange(total, device=self.device) - key_starts[request]
-        table = common.block_table_tensor[decodes:][on_device(members)].long()
-        rows = table[request, position // self.block_size] * self.block_size + position % self.block_size
-        return PrefillGroup(
-            first[members[0]], first[members[-1]] + queries[-1], rows, query_starts.int(), key_starts.int(), queries, keys
-        )  # fmt: skip
+        query_lens = (starts[1:] - starts[:-1]).tolist()
+        return make_prefill(decode_tokens, query_lens, lens[decodes : common.num_reqs].tolist(), rows_of, self.device)
 
 
 class LatentBackend(AttentionBackend):

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from packaging.version import Version
 
 # Releases whose internals this plugin was run with: attention layers, cache specs and model runners are no stable interface.
 SERIES = "0.26"
-# Fields that the plugin reads, and those that it may ignore.
-READ = {"mla_q_bias", "mla_kv_bias", "mla_o_bias", "mla_layers", "mla_attention", "mla_q_norm", "mla_k_norm", "mla_norm_over",
-        "latent_cache", "mla_softcap", "mla_sinks", "mla_kernel", "mla_transformers"}  # fmt: skip
 MODULE = "mla_convert.publish.engines.vllm_plugin.model"
 
 
 def serves(version: str) -> bool:
     """Whether a version of vLLM belongs to the series that the plugin was run with."""
     return Version(version).release[:2] == Version(SERIES).release
-
-
-def foreign_fields(config: Any) -> list[str]:
-    """Fields of a converted model's configuration that the plugin does not read, and that are not at their default."""
-    from mla_convert.modeling.configuration_mla import MlaFields
-
-    own = {name: value for name, value in config.to_dict().items() if name.startswith(("mla_", "latent_"))}
-    return sorted(name for name, value in own.items() if name not in READ and value != getattr(MlaFields, name, None))
 
 
 def register() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import vllm
@@ -11,11 +10,13 @@ from torch import Tensor, nn
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from mla_convert.modeling.configuration_mla import MODEL_TYPE, PREFIX
-from mla_convert.publish.engines.vllm_plugin.attention import FP8, LatentAttention, cached_sizes
-from mla_convert.publish.engines.vllm_plugin.entry import foreign_fields, refusal, serves
-from mla_convert.publish.engines.vllm_plugin.rotary import LatentRotary, Reference
-from mla_convert.publish.engines.vllm_plugin.weights import AttentionWeights
+from mla_convert.modeling.configuration_mla import PREFIX
+from mla_convert.publish.engines.served.checks import family, refuse, unserved, window_of
+from mla_convert.publish.engines.served.layer import FP8, cached_sizes
+from mla_convert.publish.engines.served.rotary import LatentRotary, Reference
+from mla_convert.publish.engines.served.weights import load_attentions
+from mla_convert.publish.engines.vllm_plugin.attention import LatentAttention
+from mla_convert.publish.engines.vllm_plugin.entry import refusal, serves
 
 # Model types that tests/publish/test_vllm_plugin.py serves and compares with the converted model.
 SERVED = (
@@ -47,7 +48,7 @@ class LatentModel(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         reference = Reference(config, vllm_config.model_config.max_model_len)
         planes = [cached_sizes(config, index)[1] // 2 for index in range(config.num_hidden_layers)]
-        self.latent_rotary = LatentRotary(reference, config.model_type.removeprefix(MODEL_TYPE), planes)
+        self.latent_rotary = LatentRotary(reference, family(config), planes)
         self.latent_layers: dict[int, str] = {}
         layers: Any = self.get_submodule(config.mla_layers)
         for index, layer in enumerate(layers):
@@ -82,30 +83,14 @@ class LatentModel(nn.Module):
         Raises:
             ValueError: a tensor of an attention is missing, unknown, or of another shape.
         """
-        config = self.config
-        pattern = re.compile(rf"{re.escape(config.mla_layers)}\.(\d+)\.{re.escape(config.mla_attention)}\.(.+)")
         attentions: dict[int, Any] = {index: self.get_submodule(path) for index, path in self.latent_layers.items()}
-        loading = {index: AttentionWeights(attention) for index, attention in attentions.items()}
-
-        def others() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                found = pattern.fullmatch(name)
-                if not found:
-                    yield name, tensor
-                elif int(found[1]) in loading:
-                    loading[int(found[1])].load(found[2], tensor)
-
         stock: Any = super()
-        loaded = set(stock.load_weights(others()))
-        columns: list[list[int]] = [[] for _ in range(config.num_hidden_layers)]
-        for index, layer in loading.items():
-            path = self.latent_layers[index]
-            if layer.missing:
-                raise ValueError(f"tensor {path}.{layer.missing[0]} is missing from the checkpoint")
-            columns[index] = layer.columns
-            loaded |= {f"{path}.{name}" for name, _ in layer.attention.named_parameters()}
+        columns, others = load_attentions(self.config, attentions, weights, stock.load_weights)
         self.latent_rotary.place(columns)
-        return loaded
+        own = {
+            f"{self.latent_layers[i]}.{name}" for i, layer in attentions.items() for name, _ in layer.named_parameters()
+        }
+        return own | set(others)
 
 
 def check_deployment(config: Any, vllm_config: Any) -> None:
@@ -116,50 +101,23 @@ def check_deployment(config: Any, vllm_config: Any) -> None:
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    kind = config.model_type.removeprefix(MODEL_TYPE)
-    foreign = foreign_fields(config)
-    reasons = [
-        (not serves(vllm.__version__), refusal(vllm.__version__)),
-        (
-            kind not in SERVED,
-            f"the plugin serves {', '.join(SERVED)}, not {kind}: use transformers, or `mla-convert export`",
-        ),
-        (foreign, f"its {', '.join(foreign)} in config.json is nothing that the plugin knows: use transformers"),
-        (config.mla_sinks, "the plugin has no attention sinks: use transformers"),
-        (
-            cache.cache_dtype not in ("auto", dtype, *FP8),
-            f"the plugin caches latents in {dtype} or fp8: leave out --kv-cache-dtype {cache.cache_dtype}",
-        ),
-        (
-            config.latent_cache and cache.cache_dtype != "auto",
-            f"its cache is quantised as {(config.latent_cache or {}).get('kind')}: leave out --kv-cache-dtype",
-        ),
-        (parallel.decode_context_parallel_size > 1, "the plugin has no decode context parallelism"),
-        (parallel.prefill_context_parallel_size > 1, "the plugin has no prefill context parallelism"),
-        (vllm_config.lora_config is not None, "the plugin serves no adapters: merge them before the conversion"),
-        (
-            config.num_attention_heads % parallel.tensor_parallel_size,
-            f"{config.num_attention_heads} heads cannot be split over {parallel.tensor_parallel_size} devices",
-        ),
-        (
-            config.mla_q_norm and config.mla_norm_over != "head",
-            "the plugin has no norm over all heads together: use transformers",
-        ),
-    ]
-    for applies, reason in reasons:
-        if applies:
-            raise ValueError(f"converted model: {reason}")
-
-
-def window_of(config: Any, index: int) -> int | None:
-    """Tokens that a query of a layer sees, as transformers masks them; None for all.
-
-    vLLM's own attention is no source: it falls back to the model's window in layers that have none.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    windowed = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
-    return window if window and windowed else None
+    refuse(
+        [
+            (not serves(vllm.__version__), refusal(vllm.__version__)),
+            *unserved(config, SERVED, parallel.tensor_parallel_size),
+            (
+                cache.cache_dtype not in ("auto", dtype, *FP8),
+                f"the plugin caches latents in {dtype} or fp8: leave out --kv-cache-dtype {cache.cache_dtype}",
+            ),
+            (
+                config.latent_cache and cache.cache_dtype != "auto",
+                f"its cache is quantised as {(config.latent_cache or {}).get('kind')}: leave out --kv-cache-dtype",
+            ),
+            (parallel.decode_context_parallel_size > 1, "the plugin has no decode context parallelism"),
+            (parallel.prefill_context_parallel_size > 1, "the plugin has no prefill context parallelism"),
+            (vllm_config.lora_config is not None, "the plugin serves no adapters: merge them before the conversion"),
+        ]
+    )
 
 
 def served_class(name: str) -> type:

@@ -1,8 +1,9 @@
-"""Attention on paged latents: the kernels of mla_attention for decodes, vLLM's FlashAttention or PyTorch for prefills."""
+"""Attention on paged latents: the kernels of mla_attention for decodes, an engine's FlashAttention or PyTorch for prefills."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from torch import Tensor
 import mla_attention
 from mla_attention.problem import MAX_HEADS, MAX_RANK, MAX_ROPE
 
+# (queries, keys, values, first queries, first keys, most queries, most keys, scale, softcap, window) -> outputs
+Flash = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, float, int | None], Tensor]
 # Widest heads of FlashAttention; sizes of queries and values for which Hopper's takes values narrower than keys.
 WIDEST_HEAD = 256
 # Most tokens of a decode, and widest content of a head, for which one launch absorbs, rotates and writes.
@@ -66,7 +69,7 @@ def absorbs(tokens: int, shape: Shape, device: torch.device) -> bool:
 
 def absorb_and_write(*arguments: Tensor) -> tuple[Tensor, Tensor]:
     """The kernel of that name, with its arguments."""
-    from mla_convert.publish.engines.vllm_plugin.absorb_kernels import absorb_and_write
+    from mla_convert.publish.engines.served.absorb_kernels import absorb_and_write
 
     return absorb_and_write(*arguments)
 
@@ -167,22 +170,9 @@ def compile_decodes(shapes: frozenset[Shape], block_size: int, dtype: torch.dtyp
                 )  # fmt: skip
 
 
-@functools.cache
-def flash_version(head_dim: int) -> int | None:
-    """Version of vLLM's FlashAttention for heads of this width on this device; None where it has none."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cuda() or head_dim > WIDEST_HEAD:
-        return None
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-
-    version = get_flash_attn_version(head_size=head_dim)
-    return version if version in (2, 3) else None
-
-
 def attend(
     query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, query_lens: list[int],
-    key_lens: list[int], scale: float, softcap: float, window: int | None,
+    key_lens: list[int], scale: float, softcap: float, window: int | None, flash: Flash | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of several requests; each one's queries are the last of its tokens.
 
@@ -197,33 +187,24 @@ def attend(
         scale: multiplies the scores.
         softcap: bound of the scores; 0 for none.
         window: tokens that a query sees, its own included; None for all.
+        flash: the engine's FlashAttention, which takes all of these but the lists of lengths, for which it has the
+            largest ones; None where it has none for these heads.
 
     Returns:
         (T, H, v).
     """
-    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    version = flash_version(max(query.shape[-1], value.shape[-1])) if flash else None
-    if version is None:
+    if flash is None:
         return _attend_plain(query, key, value, query_lens, key_lens, scale, softcap, window)
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-    v_dim = value.shape[-1]
-    query, key, value = _common_width(query, key, value, version)
-    out = flash_attn_varlen_func(
-        q=query, k=key, v=value, max_seqlen_q=max(query_lens), max_seqlen_k=max(key_lens), cu_seqlens_q=query_starts,
-        cu_seqlens_k=key_starts, softmax_scale=scale, causal=True, softcap=softcap,
-        # FlashAttention counts the tokens before a query, our window the query's own as well.
-        window_size=None if window is None else [window - 1, 0], fa_version=version,
-    )  # fmt: skip
-    return out[..., :v_dim]
+    lengths = max(query_lens), max(key_lens)
+    return flash(query, key, value, query_starts, key_starts, *lengths, scale, softcap, window)
 
 
-def _common_width(query: Tensor, key: Tensor, value: Tensor, version: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same attention in heads that FlashAttention takes: of one width, a multiple of 8, unless it takes two."""
-    from vllm.platforms import current_platform
+def common_width(query: Tensor, key: Tensor, value: Tensor, hopper: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same attention in heads that FlashAttention takes: of one width, a multiple of 8, unless it takes two.
 
+    `hopper`: it is FlashAttention 3 on a Hopper card, which takes some values narrower than keys.
+    """
     qk_dim, v_dim = query.shape[-1], value.shape[-1]
-    hopper = version == 3 and current_platform.is_device_capability_family(90)
     if qk_dim % 8 == v_dim % 8 == 0 and hopper:
         for above, most, v_above, v_most in NATIVE_VALUES:
             if above < qk_dim <= most and v_above < v_dim <= v_most:

@@ -1,4 +1,4 @@
-"""Answers of vLLM's plugin on this GPU against the converted model's own."""
+"""Answers of an engine on this GPU against the converted model's own."""
 
 from __future__ import annotations
 
@@ -8,24 +8,35 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# CUDA graphs for decodes without torch.compile, which takes most of the time of a start.
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-# Configurations of the engine: name, and what is asked of it.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "eager": {"eager": True},
-    "graphs": {"eager": False, "compilation": GRAPHS},
-    "graphs, chunks, prefixes": {"eager": False, "compilation": GRAPHS, "chunk": 48, "prefix_caching": True},
-    "as vLLM starts": {"eager": False, "prefix_caching": True},
-}
 TOKENS, TOP = 24, 8
-CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine that is asked.
+
+    Attributes:
+        program: folder that `python` runs.
+        settings: configurations: name, and what is asked of the engine.
+        ask: its function in ask_engine.py.
+        asked: asked in every setting.
+        environment: variables, unless they are set.
+    """
+
+    program: Path
+    settings: dict[str, dict[str, Any]]
+    ask: Callable[[str, dict], dict]
+    asked: dict[str, Any]
+    environment: dict[str, str]
 
 
 def own_answers(folder: Path, prompts: list[list[int]], dtype: torch.dtype, device: str) -> tuple[list, list]:
@@ -58,21 +69,10 @@ def differences(answers: list[list[dict]], exact: list[torch.Tensor]) -> tuple[f
     return sum(found) / len(found), max(found)
 
 
-def ask(folder: Path, prompts: list[list[int]], dtype: str, setting: dict[str, Any]) -> dict:
-    """The engine's answers."""
-    from mla_convert.publish.engines.ask_engine import ask_vllm
-
-    # vLLM's own measurement of free memory fails where engines start at the same time.
-    asked = {"model_impl": "", "trust_remote_code": False, "dtype": dtype, "prompts": prompts, "tokens": TOKENS, "top": TOP,
-             "memory": 0.1, "cache_bytes": CACHE_BYTES}  # fmt: skip
-    return ask_vllm(str(folder), asked | setting)
-
-
-def compare(folder: Path, dtype: str, name: str, device: str) -> bool:
+def compare(engine: Engine, folder: Path, dtype: str, name: str, device: str) -> bool:
     """Compare a folder in one setting, and print the result; returns whether an answer was wrong."""
-    for variable in ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_DEEP_GEMM", "VLLM_ENABLE_V1_MULTIPROCESSING"):
-        os.environ.setdefault(variable, "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    for variable, value in engine.environment.items():
+        os.environ.setdefault(variable, value)
     from transformers import AutoConfig
 
     begin, draw = time.perf_counter(), random.Random(1)
@@ -82,7 +82,15 @@ def compare(folder: Path, dtype: str, name: str, device: str) -> bool:
     exact, greedy = own_answers(folder, prompts, torch.float32, device)
     rounded, _ = own_answers(folder, prompts, getattr(torch, dtype), device)
     rounding = sum(float((a - b).abs().mean()) for a, b in zip(rounded, exact, strict=True)) / len(exact)
-    found = ask(folder, prompts, dtype, SETTINGS[name])
+    asked = {
+        "model_impl": "",
+        "trust_remote_code": False,
+        "dtype": dtype,
+        "prompts": prompts,
+        "tokens": TOKENS,
+        "top": TOP,
+    }
+    found = engine.ask(str(folder), asked | engine.asked | engine.settings[name])
     mean, largest = differences([entry["logprobs"] for entry in found["prompts"]], exact)
     same = sum(e["greedy"] == own for e, own in zip(found["prompts"], greedy, strict=True))
     again = sum(e["greedy"] == e["greedy_from_cache"] for e in found["prompts"])
@@ -96,14 +104,14 @@ def compare(folder: Path, dtype: str, name: str, device: str) -> bool:
     return not ok
 
 
-def correctness(arguments: argparse.Namespace) -> bool:
+def correctness(engine: Engine, arguments: argparse.Namespace) -> bool:
     """Compare every folder in every setting, each in a process of its own; returns whether an answer was wrong."""
     cases = list(product(arguments.folders, arguments.dtype, arguments.settings))
     if len(cases) == 1:
-        return compare(*cases[0], arguments.device)
+        return compare(engine, *cases[0], arguments.device)
 
     def run(case: tuple[Path, str, str]) -> bool:
-        command = [sys.executable, str(Path(__file__).with_name("__main__.py")), "correctness", str(case[0]), "--dtype", case[1],
+        command = [sys.executable, str(engine.program), "correctness", str(case[0]), "--dtype", case[1],
                    "--settings", case[2], "--device", arguments.device]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         lines = done.stdout.splitlines()
@@ -116,10 +124,10 @@ def correctness(arguments: argparse.Namespace) -> bool:
         return any(list(pool.map(run, cases)))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(engine: Engine, parser: argparse.ArgumentParser) -> None:
     """Options of the task."""
     parser.add_argument("folders", nargs="+", type=Path, help="converted folders")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--device", default="cuda", help="cpu: a dry run with a CPU build of vLLM")
+    parser.add_argument("--settings", nargs="+", choices=list(engine.settings), default=list(engine.settings))
+    parser.add_argument("--device", default="cuda", help="cpu: a dry run with a CPU build of the engine")
     parser.add_argument("--jobs", type=int, default=4, help="engines at a time; each takes a tenth of the memory")

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from folders import FORMS, ROWS, write
@@ -15,10 +16,9 @@ from folders import FORMS, ROWS, write
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(asked: dict, log: Path, timeout: float) -> dict:
+def run(program: Path, asked: dict, log: Path, timeout: float) -> dict:
     """Time one engine; the log keeps what it prints. Points that were timed before a failure count."""
-    program = str(Path(__file__).with_name("timing.py"))
-    command = [sys.executable, "-u", program, json.dumps(asked | {"root": str(ROOT)})]
+    command = [sys.executable, "-u", str(program), json.dumps(asked | {"root": str(ROOT)})]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -41,16 +41,17 @@ def run(asked: dict, log: Path, timeout: float) -> dict:
     return found
 
 
-def speed(arguments: argparse.Namespace) -> bool:
-    """Time every run, and print each row at once; returns whether one failed."""
+def speed(program: Path, arguments: argparse.Namespace) -> bool:
+    """Time every run by an engine's `program`, and print each row at once; returns whether one failed."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     first, failed = None, False
     for form, cache, nope_dim in arguments.runs:
         rows = cache if cache in ROWS else ""
         folder = write(arguments.out, arguments.shape, form, arguments.rank, arguments.rope_dim, nope_dim, rows)
         asked = {"folder": str(folder), "cache": "auto" if rows else cache, "points": arguments.at, "steps": arguments.steps,
-                 "compile": arguments.compile, "kernels": arguments.kernels}  # fmt: skip
-        row = run(asked, arguments.out / f"{folder.name}-{cache}.log", arguments.timeout)
+                 "compile": getattr(arguments, "compile", False), "kernels": getattr(arguments, "kernels", False),
+                 "backend": getattr(arguments, "backend", None)}  # fmt: skip
+        row = run(program, asked, arguments.out / f"{folder.name}-{cache}.log", arguments.timeout)
         failed |= bool(row["code"])
         first = first or row
         form += f", {nope_dim} content dims" if nope_dim else ""
@@ -70,7 +71,7 @@ def _facts(row: dict) -> str:
     if "backend" not in row:
         return "did not start"
     return (
-        f"{row['backend']}, {row['cache_dtype']} of {row['cache_widths']} numbers, graphs {row['graphs']}, "
+        f"{row['backend']}, {row['cache_dtype']} of {row['cache_widths'] or '?'} numbers, graphs {row['graphs']}, "
         f"{row['cache_tokens'] / 1e6:.2f} M tokens fit, started in {row['start_s']:.0f} s"
     )
 
@@ -85,8 +86,8 @@ def _rates(point: dict, original: dict | None) -> str:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the task."""
+def add_arguments(parser: argparse.ArgumentParser, caches: Sequence[str] = ("auto", "fp8")) -> None:
+    """Options of the task; every form is timed with each of the caches."""
     parser.add_argument("--shape", default="llama-8b", help="of mla_convert/evaluate/speed/shapes.py")
     parser.add_argument("--rank", type=int, default=512)
     parser.add_argument("--rope-dim", type=int, default=64)
@@ -94,14 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         nargs="+",
         type=_run,
-        default=[(form, cache, None) for cache in ("auto", "fp8") for form in FORMS],
-        help="FORM:CACHE or FORM:CACHE:NOPE_DIM, of original, portable and plugin, with vLLM's --kv-cache-dtype and content dims "
-        f"of a head; ratios are to the first. Of the plugin's packed rows: {', '.join(ROWS)}",
+        default=[(form, cache, None) for cache in caches for form in FORMS],
+        help="FORM:CACHE or FORM:CACHE:NOPE_DIM, of original, portable and plugin, with the engine's --kv-cache-dtype and "
+        f"content dims of a head; ratios are to the first. Of the plugin's packed rows: {', '.join(ROWS)}",
     )
     parser.add_argument("--at", nargs="+", type=_point, default=[(1, 16384), (32, 16384)], help="BATCHxCONTEXT")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, as vLLM does by default; starts slowly")
-    parser.add_argument("--kernels", action="store_true", help="also profile the kernels of a decode step")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one engine")
 
 

@@ -18,4 +18,4 @@ with open(sys.argv[1], "rb") as file, zstandard.ZstdDecompressor(max_window_size
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         tar.extractall(sys.argv[2], filter="fully_trusted")
 P
-python3 -m compileall -q -j 0 "$site/vllm" || true
+for engine in vllm sglang; do [ ! -d "$site/$engine" ] || python3 -m compileall -q -j 0 "$site/$engine" || true; done

@@ -25,8 +25,8 @@ class Reference:
         Raises:
             ValueError: RoPE that a table of frequencies does not describe.
         """
-        kind = _rope_type(config, max_model_len)
-        # vLLM builds models with its device and dtype as defaults, in which the frequencies would be rounded.
+        kind = check_rope(config, max_model_len)
+        # Engines build models with their device and dtype as defaults, in which the frequencies would be rounded.
         with torch.device("cpu"), init_empty_weights(include_buffers=False):
             before = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
@@ -44,17 +44,23 @@ class Reference:
         self.softmax_scales = [float(getattr(layer, config.mla_attention).scaling) for layer in layers]
 
 
-def _rope_type(config: Any, max_model_len: int) -> str:
+def check_rope(config: Any, max_model_len: int) -> str:
+    """The type of a model's RoPE.
+
+    Raises:
+        ValueError: its frequencies depend on the length.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
     kind = str(parameters.get("rope_type", "default"))
     if kind == "longrope":
         original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         if max_model_len > original:
             raise ValueError(
-                f"RoPE of type longrope changes its frequencies beyond {original} tokens: serve with --max-model-len {original}"
+                f"RoPE of type longrope changes its frequencies beyond {original} tokens: serve with --max-model-len {original} "
+                f"(SGLang: --context-length)"
             )
     elif kind not in STATIC:
-        raise ValueError(f"RoPE of type {kind} has frequencies that depend on the length, which vLLM does not follow")
+        raise ValueError(f"RoPE of type {kind} has frequencies that depend on the length, which engines do not follow")
     return kind
 
 

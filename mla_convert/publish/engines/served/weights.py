@@ -1,8 +1,9 @@
-"""Weights of a converted checkpoint in the form of `LatentAttention`: fused, padded, and of this device's heads."""
+"""Weights of a converted checkpoint in the form of `LatentLayer`: fused, padded, and of this device's heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class AttentionWeights:
     """Loads one layer's tensors, each once, and knows which are missing."""
 
     def __init__(self, attention: Any):
-        """Plan the places of the tensors of a `LatentAttention`."""
+        """Plan the places of the tensors of a `LatentLayer`."""
         self.attention = attention
         self.columns: list[int] = []
         self.places: dict[str, tuple[tuple[int, ...], Callable[[Tensor], None]]] = {}
@@ -138,3 +139,42 @@ class AttentionWeights:
         more = planes.new_zeros(shape)
         real, imaginary = planes.chunk(2, dim=dim)
         return torch.cat([real, more, imaginary, more], dim=dim)
+
+
+def load_attentions(
+    config: Any, attentions: Mapping[int, Any], weights: Iterable[tuple[str, Tensor]],
+    load_others: Callable[[Iterator[tuple[str, Tensor]]], Any],
+) -> tuple[list[list[int]], Any]:  # fmt: skip
+    """Load a converted checkpoint: attentions here, all else as the engine does.
+
+    Args:
+        config: the converted model's configuration.
+        attentions: the `LatentLayer` of each layer that this process has.
+        weights: of the checkpoint.
+        load_others: the stock model's `load_weights`.
+
+    Returns:
+        For each layer, columns of the original's RoPE table, and what `load_others` returned.
+
+    Raises:
+        ValueError: a tensor of an attention is missing, unknown, or of another shape.
+    """
+    pattern = re.compile(rf"{re.escape(config.mla_layers)}\.(\d+)\.{re.escape(config.mla_attention)}\.(.+)")
+    loading = {index: AttentionWeights(attention) for index, attention in attentions.items()}
+
+    def others() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            found = pattern.fullmatch(name)
+            if not found:
+                yield name, tensor
+            elif int(found[1]) in loading:
+                loading[int(found[1])].load(found[2], tensor)
+
+    loaded = load_others(others())
+    columns: list[list[int]] = [[] for _ in range(config.num_hidden_layers)]
+    for index, layer in loading.items():
+        if layer.missing:
+            path = f"{config.mla_layers}.{index}.{config.mla_attention}"
+            raise ValueError(f"tensor {path}.{layer.missing[0]} is missing from the checkpoint")
+        columns[index] = layer.columns
+    return columns, loaded

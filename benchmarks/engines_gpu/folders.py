@@ -1,4 +1,4 @@
-"""Folders with a config.json and no weights, which vLLM serves with random ones: an original and its conversions."""
+"""Folders with a config.json and no weights, which engines serve with random ones: an original and its conversions."""
 
 from __future__ import annotations
 
