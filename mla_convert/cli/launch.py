@@ -64,8 +64,11 @@ def check_count(gpus: int | None) -> bool:
     """Whether to start `gpus` processes: not if this is one of them.
 
     Raises:
-        UsageError: another number of processes was started.
+        UsageError: another number of processes was started, or more than this host can have any use for.
     """
+    most = max(os.cpu_count() or 1, 8)
+    if gpus is not None and gpus > most:
+        raise UsageError(f"--gpus {gpus} is more than this host has cores: give {most} at most")
     if gpus is None or not launched():
         return gpus is not None and gpus > 1
     if world_size() != gpus:

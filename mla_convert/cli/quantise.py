@@ -10,6 +10,7 @@ import typer
 
 from mla_convert.cli.options import Against, Device, Quiet, Verbose, from_settings
 from mla_convert.cli.terminal import is_verbose, run_guarded, silence_libraries
+from mla_convert.core.errors import UsageError
 from mla_convert.core.settings import RUN, Settings
 from mla_convert.core.words import say
 
@@ -40,6 +41,8 @@ def quantize(
     verbose: Verbose = False,
 ) -> None:
     """Give the converted model in DIR another format of its cache, fold the best basis for it into the weights, and measure it."""
+    if "cache_dtype" not in settings:
+        raise UsageError("no format is given: give --cache-dtype fp8, int8, int4 or bf16")
     silence_libraries(quiet)
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress

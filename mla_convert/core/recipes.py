@@ -184,6 +184,9 @@ def build_config(options: dict[str, Any]) -> ConvertConfig:
             base.pop("rope_dim", None)
         base.pop("rank", None)
         base.pop("kv_ratio", None)
+    if "budget" in given:  # it chooses what the recipe has chosen
+        base.pop("calib_samples", None)
+        base.pop("refine_steps", None)
     try:
         return ConvertConfig.model_validate({**base, **given})
     except ValidationError as error:

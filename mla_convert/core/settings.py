@@ -36,6 +36,10 @@ OLD_NAMES: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+# PyTorch's generators take no larger seeds.
+SEEDS = 1 << 63
+
+
 def option(
     help: str,
     default: Any = None,
@@ -129,8 +133,8 @@ class Settings(BaseModel):
         metavar="DTYPE",
     )
     uniform: bool = option(
-        "Use the same rank and rope-dim in every layer, as serving engines require. Otherwise they are means, and layers "
-        "that lose more get more.",
+        "Use the same rank and rope-dim in every layer, as serving engines require. Otherwise their bytes are a budget, of "
+        "which layers that lose more get more.",
         False,
         panel=SIZE,
     )
@@ -284,7 +288,7 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto (the source's), float32, bfloat16 or float16.", "auto", panel=RUN, metavar="DTYPE"
     )
-    seed: int = option("Seed for drawing calibration windows and batches.", 0, panel=RUN, ge=0)
+    seed: int = option("Seed for drawing calibration windows and batches.", 0, panel=RUN, ge=0, lt=SEEDS)
 
     # Before the fields are checked, because an unknown name is refused there.
     @model_validator(mode="before")

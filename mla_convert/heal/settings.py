@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from mla_convert.core.original_cache import format_names
-from mla_convert.core.settings import RUN, ConvertConfig, Trained, option
+from mla_convert.core.settings import RUN, SEEDS, ConvertConfig, Trained, option
 from mla_convert.core.units import Lengths, Tokens, parse_lengths
 
 LENGTH = 2048
+LORA_RANK = 64
 # Passes over the self-generated text, which takes as long to generate as to train on; and its most tokens.
 WRITTEN_PASSES, WRITTEN_MAX = 2, 1 << 23
 
@@ -66,7 +67,7 @@ class HealSettings(BaseModel):
         gt=0,
         le=1,
     )
-    lora_rank: int = option("Rank of the adapters.", 64, panel=TRAINING, ge=1)
+    lora_rank: int = option("Rank of the adapters.", LORA_RANK, panel=TRAINING, ge=1)
     step_tokens: int | None = option(
         "Tokens in an optimiser step, over all processes.",
         panel=TRAINING,
@@ -92,12 +93,14 @@ class HealSettings(BaseModel):
     checkpoint_minutes: float = option(
         "Minutes between checkpoints, from which the same command continues.", 10.0, panel=RUN, ge=0
     )
-    seed: int = option("Seed for drawing windows and adapters.", 0, panel=RUN, ge=0)
+    seed: int = option("Seed for drawing windows and adapters.", 0, panel=RUN, ge=0, lt=SEEDS)
 
     @model_validator(mode="after")
     def _check_loss(self) -> HealSettings:
         if not (self.kl_weight or self.ce_weight or self.hidden_weight):
             raise ValueError("every weight of the loss is 0: give --kl-weight, --ce-weight or --hidden-weight")
+        if self.train != "lora" and self.lora_rank != LORA_RANK:
+            raise ValueError(f"lora_rank means nothing with train {self.train}: leave it out, or give --train lora")
         return self
 
     def mix(self, longest: int | None) -> tuple[tuple[int, float], ...]:

@@ -33,6 +33,7 @@ from mla_convert.report.report import cache_section
 from mla_convert.source import mixture, texts
 from mla_convert.source.config_file import language_model
 from mla_convert.source.load_model import (
+    check_same_sizes,
     find_model,
     find_original,
     is_converted,
@@ -103,6 +104,7 @@ def quantise(
         )
     if is_converted(model_config(origin)):
         raise InputError(f"{origin.label} is a converted model: --against is for the original")
+    check_same_sizes(model_config(origin), model_config(place), origin.label)
     target = Path(os.path.realpath(out or folder))
     output.check_output(target, origin.folder, False)
     output.check_space(target, sum((folder / shard).stat().st_size for shard in report.checksums))

@@ -70,6 +70,25 @@ def find_original(report: Report | JsonObject) -> SourceLocation | None:
     return None
 
 
+def check_same_sizes(original: PreTrainedConfig, converted: PreTrainedConfig, label: str) -> None:
+    """Refuse a model that a converted one cannot come from.
+
+    Args:
+        original: of the model that is given as the original.
+        converted: of the converted model.
+        label: of the original, for messages.
+
+    Raises:
+        InputError: it has other layers, width or vocabulary.
+    """
+    theirs, ours = original.get_text_config(), converted.get_text_config()
+    words = {"num_hidden_layers": "layers", "hidden_size": "wide", "vocab_size": "tokens"}
+    for name, word in words.items():
+        found, wanted = getattr(theirs, name, None), getattr(ours, name, None)
+        if found != wanted:
+            raise InputError(f"{label} is not the original of this model: {found} {word}, not {wanted}")
+
+
 def model_config(place: SourceLocation) -> PreTrainedConfig:
     """The model's configuration; of a GGUF file, made from its metadata.
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from mla_convert.core.errors import InputError, MlaConvertError, one_line
+from mla_convert.core.errors import InputError, MlaConvertError, UsageError, one_line
 from mla_convert.source.carried import GENERATION, carried_files, check_inside, licence_files
 from mla_convert.source.checkpoint.dequantise import DequantisedReader, take_quantization
 from mla_convert.source.checkpoint.files import INDEX, SINGLE, refuse_adapter
@@ -168,7 +168,9 @@ class Source:
 
     def fingerprint(self) -> list[Any]:
         """Identity of weights and configuration: names, sizes and modification times of their files."""
-        files = gguf_parts(self.folder / self.gguf) if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        files = sorted(self.folder.glob("*.safetensors"))
+        if self.gguf:  # a file may have a part's name and be whole
+            files = [part for part in gguf_parts(self.folder / self.gguf) if part.is_file()]
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return [self.name, self.revision, stats, self.config.to_json_string()]
 
@@ -226,6 +228,8 @@ def open_source(name: str, revision: str | None = None, weights: bool = True) ->
         InputError: not found, not a checkpoint, architecture not supported, files missing or damaged.
         ResourceError: the Hub cannot be reached.
     """
+    if revision and Path(name).exists():
+        raise UsageError(f"--revision is for a model on the Hub, and {name} is on the disk: leave it out")
     place = locate(name, revision, HUB_FILES if weights else ["config.json"])
     if place.gguf:
         return _open_gguf(place.folder / place.gguf, weights)

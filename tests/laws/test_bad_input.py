@@ -219,6 +219,9 @@ def test_no_tokenizer(refused, source):
         (("--refine-steps", -1), USAGE, "refine_steps"),
         (("--refine-lr", 0), USAGE, "refine_lr"),
         (("--seed", -1), USAGE, "seed"),
+        (("--seed", 1 << 64), USAGE, "seed"),
+        (("--revision", "main"), USAGE, "--revision is for a model on the Hub"),
+        (("--gpus", 5000, "--device", "cpu"), USAGE, "--gpus 5000 is more than this host has cores"),
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, tuple) else "",
 )

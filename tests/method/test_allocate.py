@@ -130,3 +130,16 @@ def test_eight_bits_go_where_they_save_most():
     losses = [LayerLoss({64: 1.0, 192: 0.9}, {16: 1.0, 32: 0.99}, wide) for wide in (flat, steep, flat)]
     sizes = allocate(quantised("mixed", budget=112), losses, 16, 1.0)
     assert sizes[1].wide >= 32 and sizes[0].wide == sizes[2].wide == 0
+
+
+def test_a_budget_below_one_unit_of_each_kind_gives_equal_sizes():
+    plan = replace(PLAN, rank=20, rope_dim=8)
+    sizes = allocate(plan, losses(plan, 16, [(1, 1), (5, 2), (0.1, 9)]), 16, 1.0)
+    assert sizes == (LayerSize(20, 8),) * 3
+
+
+def test_no_rotary_dims_stay_none():
+    plan = replace(PLAN, rope_dim=0)
+    assert most_rope(plan, 2) == 0
+    sizes = allocate(plan, losses(plan, 2, [(1, 1), (5, 2), (0.1, 9)]), 2, 1.0)
+    assert all(size.rope_dim == 0 for size in sizes) and sum(size.rank for size in sizes) <= 3 * plan.rank

@@ -86,6 +86,10 @@ def test_refusals(folder, sources, convert_pico, cli):
     with pytest.raises(InputError, match="rank 9, and two channels of 4 bits"):
         run(odd, "int4", sources("llama"), out=folder.parent / "odd")
     assert cli("quantize", folder, "--cache-dtype", "int3")[0] == 2
+    code, _, err = cli("quantize", folder)
+    assert code == 2 and "give --cache-dtype" in err
+    with pytest.raises(InputError, match="is not the original of this model: 6 layers, not 3"):
+        run(folder, "int8", "demo")
 
 
 def test_a_failure_leaves_the_folder(folder, sources, monkeypatch):

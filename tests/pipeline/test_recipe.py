@@ -108,6 +108,8 @@ def test_options_out_of_range_are_refused():
 def test_a_folder_goes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
+    bounded = build_config({"source": "demo", "budget": "10min"})  # it chooses what the recipe has chosen
+    assert bounded.budget == 600 and bounded.calib_samples is bounded.refine_steps is None
     config = build_config({"source": "demo"})
     assert config.source == "demo" and config.kv_ratio is None
 

@@ -434,6 +434,13 @@ def test_all_parts_are_read(cli, parts):
         assert cli(command, first)[0] == 0
 
 
+def test_a_whole_file_may_have_the_name_of_a_part(tmp_path):
+    model = build(head_dim=8)
+    path = tmp_path / "tiny-00001-of-00002.gguf"
+    write(path, model)
+    assert [name for name, *_ in assert_same(model, path).fingerprint()[2]] == [path.name]
+
+
 def test_a_part_is_missing_or_named_alone(parts):
     _, (first, second, third) = parts
     refused(second, "part 2", "00001-of-00003")

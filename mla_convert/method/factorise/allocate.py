@@ -36,7 +36,9 @@ def most_rank(plan: Plan, loss: LayerLoss) -> int:
 
 
 def most_rope(plan: Plan, unit: int) -> int:
-    """Most rotary dims that a layer may get: never all, as a layer without content keys has another structure."""
+    """Most rotary dims that a layer may get: none if the plan has none, and never all, which is another structure."""
+    if not plan.rope_dim:
+        return 0
     return max(0, min(max(MAX_ROPE, plan.rope_dim), plan.shape.full_rope_dim - unit) // unit * unit)
 
 
@@ -102,6 +104,8 @@ def wide_probes(plan: Plan, unit: int) -> list[int]:
 def allocate(plan: Plan, losses: list[LayerLoss], unit: int, rope_weight: float) -> tuple[LayerSize, ...]:
     """Sizes of every layer that spend at most the plan's budget with the least total loss.
 
+    Where one unit of each kind in every layer takes more than the budget, every layer gets the plan's own size.
+
     A layer's losses by rank, by rotary dims and by bits are added. All curves are convex, so giving the budget unit by unit
     to the layer that gains most per byte is optimal where units cost the same (greedy marginal analysis, Fox 1966).
 
@@ -157,6 +161,8 @@ class _Budget:
 
     def spend(self) -> tuple[LayerSize, ...]:
         """The sizes once nothing more fits."""
+        if self.left < 0:
+            return tuple(self.plan.layer(layer) for layer in self.plan.shape.caching_layers)
         for layer in range(len(self.sizes)):
             for kind in range(3):
                 self._offer(layer, kind)

@@ -254,7 +254,9 @@ def size_unit(plan: Plan) -> int:
     if plan.shape.heads:
         return min(size_unit(plan.of(layer)) for layer in plan.shape.caching_layers)
     smallest = min(plan.rank, plan.shape.full_rope_dim - 1) if plan.shape.full_rope_dim else plan.rank
-    return UNIT if smallest >= UNIT else 2
+    # Each layer gets a unit of either kind at least, which must leave something to share out.
+    least = UNIT * (1 + (plan.rope_dim > 0))
+    return UNIT if smallest >= UNIT and plan.rank + plan.rope_dim > least else 2
 
 
 def make_plan(settings: Settings, shape: AttentionShape) -> Plan:

@@ -76,6 +76,10 @@ class LayerWork:
     mixing_after: float
     head: int  # elements of the output matrix
 
+    def readings(self, run: LayerRun) -> float:
+        """Floating-point operations of the head: both models' evaluation, and the measured loss forward and back."""
+        return 2.0 * self.head * (2 * run.evaluation[0] * run.evaluation[1] + 3 * run.measured)
+
     def operations(self, run: LayerRun, processes: int = 1) -> float:
         """Floating-point operations of one layer's conversion, in each of several processes."""
 
@@ -115,12 +119,12 @@ class LayerWork:
 
 def cpu_seconds(work: LayerWork, layers: int, run: LayerRun, cores: int, processes: int = 1) -> float:
     """Seconds of a conversion on `cores` cores in each process."""
-    return layers * work.operations(run, processes) / (CPU_RATE * cores)
+    return (layers * work.operations(run, processes) + work.readings(run)) / (CPU_RATE * cores)
 
 
 def h100_seconds(work: LayerWork, layers: int, run: LayerRun, count: int = 1) -> float:
     """Seconds of a conversion on `count` H100s of one host, one process each."""
-    return H100_WHOLE + layers * (H100_LAYER + work.operations(run, count) / H100_RATE)
+    return H100_WHOLE + work.readings(run) / H100_RATE + layers * (H100_LAYER + work.operations(run, count) / H100_RATE)
 
 
 def h100_range(seconds: float) -> tuple[float, float]:
