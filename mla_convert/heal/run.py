@@ -33,7 +33,7 @@ from mla_convert.heal.settings import HealConfig, HealSettings, conversion_heali
 from mla_convert.heal.state import StateFolder, state_folder
 from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.modeling.attention_backends import without_cudnn_attention
-from mla_convert.source.load_model import find_model, load_model, load_tokenizer, model_config
+from mla_convert.source.load_model import check_same_sizes, find_model, load_model, load_tokenizer, model_config
 from mla_convert.source.place import SourceLocation
 from mla_convert.source.tokens import ordinary_tokens
 from mla_convert.write import writer as output
@@ -183,6 +183,7 @@ def _open(config: HealConfig, accelerator: Accelerator, progress: Progress) -> _
     if accelerator.is_main_process and (note := check_input(folder)):
         progress.note(note)
     place, origin = find_model(str(folder)), find_teacher(config, report)
+    check_same_sizes(model_config(origin), model_config(place), origin.label)
     out = config.out or folder
     output.check_output(out, origin.folder, config.overwrite)
     settings = HealSettings.model_validate(config.model_dump(include=set(HealSettings.model_fields)))
