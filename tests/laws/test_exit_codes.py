@@ -211,6 +211,7 @@ CASES = {
     "a JSON text without the name of one": lambda w: w.unnamed_json(),
     "a home folder of an unknown user (~user)": lambda w: ("inspect", "~nosuchuser/model"),
     "a rank above full rank": lambda w: (w.source, *w.small("--rank", 4000)),
+    "a share of the cache that is not above 0": lambda w: (w.source, *w.small("--kv-ratio", 0)),
     "a text that is not found or too short": lambda w: (w.source, *w.small("--eval", "nowhere.txt")),
     "a recipe with a key that no recipe has": lambda w: w.recipe(),
     "an output folder that holds something else": lambda w: w.occupied(),
