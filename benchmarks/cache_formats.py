@@ -29,7 +29,7 @@ from mla_convert.method.calibrate.statistics import layer_statistics
 from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
 from mla_convert.method.factorise.sizes import GROUP, JOINT_GROUP, CacheFormat, LayerSize, Plan
-from mla_convert.modeling.quantised_latent_mla import KINDS
+from mla_convert.modeling.latent_format_mla import KINDS
 from mla_convert.pipeline import streamed
 from mla_convert.pipeline.streams import open_streams
 from mla_convert.source import texts

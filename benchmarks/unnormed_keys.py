@@ -39,7 +39,8 @@ from mla_convert.method.factorise.sizes import Plan, make_plan
 from mla_convert.method.refine import optimise
 from mla_convert.method.refine.optimise import RefineSettings
 from mla_convert.method.refine.schedule import refine_settings
-from mla_convert.modeling.modeling_mla import MlaAttention, apply_norm
+from mla_convert.modeling.attention_mla import MlaAttention
+from mla_convert.modeling.stock_mla import apply_norm
 from mla_convert.pipeline.streamed import scores
 from mla_convert.pipeline.streams import open_streams
 from mla_convert.source import texts

@@ -20,10 +20,10 @@ from mla_convert.core.errors import InputError, UsageError
 from mla_convert.heal.settings import HealSettings
 from mla_convert.method.refine.optimise import relative_error
 from mla_convert.modeling.attention_backends import CAUSAL, attention_backend
+from mla_convert.modeling.attention_mla import MlaAttention
 from mla_convert.modeling.distillation import distillation_loss, distillation_loss_fn, divergence
 from mla_convert.modeling.head import Head, decoder_name
 from mla_convert.modeling.loss_terms import LossWeights
-from mla_convert.modeling.modeling_mla import MlaAttention
 
 NOT_ADAPTED = ("q_b_proj",)  # the modeling code reads its weight and does not call it
 OWN, ORIGINAL = "own", "original"

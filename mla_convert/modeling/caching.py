@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import Cache
 
-from mla_convert.modeling.decode_mla import CACHE_NAMES
+from mla_convert.modeling.stock_mla import CACHE_NAMES
 
 
 def with_cache(model: nn.Module, cache: Cache) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from mla_convert.modeling.configuration_mla import MODEL_TYPE
-from mla_convert.modeling.decode_mla import cache_names
+from mla_convert.modeling.stock_mla import cache_names
 from mla_convert.source.families import DECODER, FAMILIES
 
 

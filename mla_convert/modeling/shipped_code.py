@@ -8,7 +8,10 @@ from pathlib import Path
 from mla_convert.core.files import write_file
 
 # Files of mla_convert/modeling. Conversion, `refresh` and `push` all use this list.
-CODE = ("configuration_mla.py", "decode_mla.py", "modeling_mla.py", "quantised_latent_mla.py")
+CODE = (
+    "attention_mla.py", "configuration_mla.py", "decode_mla.py", "latent_format_mla.py", "modeling_mla.py",
+    "quantised_latent_mla.py", "stock_mla.py",
+)  # fmt: skip
 # Files of mla_convert/publish/engines, for exports of profile hf-code.
 SERVED = ("modeling_mla_served.py",)
 

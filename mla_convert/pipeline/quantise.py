@@ -25,9 +25,9 @@ from mla_convert.heal.teacher_student import attentions
 from mla_convert.method.calibrate.latent_channels import channel_moments
 from mla_convert.method.factorise.basis import Latent, query_factors, rope_factors
 from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan, cache_format
+from mla_convert.modeling.attention_mla import MlaAttention
 from mla_convert.modeling.fixed_states import fixed_state_bytes
-from mla_convert.modeling.modeling_mla import MlaAttention
-from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat
+from mla_convert.modeling.latent_format_mla import VERSION, LatentFormat
 from mla_convert.report.frontier import state_of
 from mla_convert.report.report import cache_section
 from mla_convert.source import mixture, texts

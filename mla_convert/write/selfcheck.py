@@ -26,15 +26,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from mla_convert.core.errors import MlaConvertError, ResourceError, one_line
 from mla_convert.core.runtime import device_name, versions
-from mla_convert.modeling import modeling_mla
-from mla_convert.modeling.quantised_latent_mla import layer_format
+from mla_convert.modeling.attention_mla import MAX_ABSORBED_QUERIES
+from mla_convert.modeling.latent_format_mla import layer_format
 from mla_convert.modeling.shipped_code import code_files
 from mla_convert.source.load_model import is_converted, quietly
 from mla_convert.source.shape import converted_layers
 from mla_convert.source.source import load_config
 
 # Tokens of the prompt (more queries than absorbed attention takes) and tokens to generate (fewer).
-PROMPT, NEW = modeling_mla.MAX_ABSORBED_QUERIES + 4, 6
+PROMPT, NEW = MAX_ABSORBED_QUERIES + 4, 6
 # Largest difference of logits with and without a cache, relative to their range: that of rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 # A model can carry the rounding of half precision to any size at single tokens: of 60 prompts of random tokens, eight differed by

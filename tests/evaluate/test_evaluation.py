@@ -18,6 +18,7 @@ from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
 from mla_convert.evaluate.quality import evaluation as evaluate
 from mla_convert.evaluate.quality import perplexity as measures
+from mla_convert.modeling.shipped_code import CODE
 from mla_convert.source import load_model as loading
 from mla_convert.source import texts
 
@@ -248,7 +249,7 @@ def test_shapes_that_config_does_not_mean(folder, measure):
 
 
 def test_remote_code_is_never_run(folder, measure, tmp_path):
-    for name in ("configuration_mla.py", "decode_mla.py", "modeling_mla.py", "quantised_latent_mla.py"):
+    for name in CODE:
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert measure(folder).converted
     config = folder / "config.json"

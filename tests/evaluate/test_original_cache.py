@@ -24,7 +24,7 @@ from mla_convert.evaluate.quality.original_cache import (
     stock_attention,
 )
 from mla_convert.evaluate.quality.perplexity import cached_layers
-from mla_convert.modeling.quantised_latent_mla import spreading
+from mla_convert.modeling.latent_format_mla import spreading
 
 FORMATS = ["fp8", "int8", "int4", "int2-hadamard"]
 # Their attention calls torch's own function, and none of transformers' that could be replaced.

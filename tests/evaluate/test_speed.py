@@ -98,12 +98,12 @@ def test_figures_and_picture(configs):
 
 def test_heads_in_groups_are_the_same(models, monkeypatch):
     """Keys and values expanded for few heads at a time."""
-    from mla_convert.modeling import modeling_mla
+    from mla_convert.modeling import attention_mla
 
     ids = torch.randint(100, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want = models[1](ids).logits
-        monkeypatch.setattr(modeling_mla, "EXPANDED_BYTES", 3 * 2 * 20 * 48 * 4)  # three heads of four
+        monkeypatch.setattr(attention_mla, "EXPANDED_BYTES", 3 * 2 * 20 * 48 * 4)  # three heads of four
         torch.testing.assert_close(models[1](ids).logits, want)
 
 

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, StaticCache
 import mla_attention
 from mla_convert.modeling import configuration_mla, decode_mla, modeling_mla
 from mla_convert.modeling.decode_mla import rotate_planes
-from mla_convert.modeling.quantised_latent_mla import LatentFormat, dequantise_rows, write_packed
+from mla_convert.modeling.latent_format_mla import LatentFormat
+from mla_convert.modeling.quantised_latent_mla import dequantise_rows, write_packed
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from mla_attention.decode import launch_decode
 from mla_attention.naive import rotate
 from mla_attention.rows import naive_pack, naive_unpack
 from mla_attention.tuning import DecodeConfig
-from mla_convert.modeling.quantised_latent_mla import LatentFormat, dequantise_rows, quantise_rows, spreading
+from mla_convert.modeling.latent_format_mla import LatentFormat, spreading
+from mla_convert.modeling.quantised_latent_mla import dequantise_rows, quantise_rows
 
 CONFIG = DecodeConfig(16, 16)
 # Rank, rope dimension and format: all codes, one scale or several, groups that do not divide a chunk, both rotary keys.

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from uses import FEATURES, IDS, K, cached_error, load
 
 from mla_convert.modeling.caching import with_cache
-from mla_convert.modeling.quantised_latent_mla import layer_format
+from mla_convert.modeling.latent_format_mla import layer_format
 
 KINDS = ["fp8", "int8", "int4", "auto", "auto, rope in int4"]
 

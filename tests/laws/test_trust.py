@@ -88,7 +88,8 @@ def test_code_of_a_source_is_not_carried_over(source, convert_folder, tmp_path):
     for made in (out, tmp_path / "exported"):
         names = {path.name for path in made.iterdir()}
         assert not {name for name in names if name.endswith((".py", ".pkl", ".bin", ".pt", ".so"))} - {
-            "configuration_mla.py", "decode_mla.py", "modeling_mla.py", "quantised_latent_mla.py"}  # fmt: skip
+            "attention_mla.py", "configuration_mla.py", "decode_mla.py", "latent_format_mla.py", "modeling_mla.py",
+            "quantised_latent_mla.py", "stock_mla.py"}  # fmt: skip
         assert "LICENSE-2.0" in names
         for name in ("tokenizer_config.json", "generation_config.json"):
             assert not {"auto_map", "custom_generate"} & json.loads((made / name).read_text()).keys()

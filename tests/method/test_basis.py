@@ -7,7 +7,7 @@ import torch
 
 from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.svd import MlaWeights
-from mla_convert.modeling.quantised_latent_mla import LatentFormat, spreading
+from mla_convert.modeling.latent_format_mla import LatentFormat, spreading
 
 
 def weights(rank, rope_dim=4, hidden=96, bias=True):

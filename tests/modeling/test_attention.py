@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from mla_convert.modeling import modeling_mla
 from mla_convert.modeling.attention_backends import GROUPED, attention_backend, sdpa_grouped_query
-from mla_convert.modeling.decode_mla import CACHE_NAMES, refuse_unknown, take_cache
+from mla_convert.modeling.stock_mla import CACHE_NAMES, apply_norm, refuse_unknown, take_cache
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
@@ -45,7 +44,7 @@ def test_norm_gets_the_stock_shape(over, shape):
         shapes.append(tuple(x.shape))
         return 2 * x
 
-    assert torch.equal(modeling_mla.apply_norm(norm, rows, 4, over), 2 * rows)
+    assert torch.equal(apply_norm(norm, rows, 4, over), 2 * rows)
     assert shapes == [shape]
 
 

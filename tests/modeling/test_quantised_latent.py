@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mla_convert.modeling.quantised_latent_mla import LatentFormat, dequantise_rows, pass_through, quantise_rows
+from mla_convert.modeling.latent_format_mla import LatentFormat
+from mla_convert.modeling.quantised_latent_mla import dequantise_rows, pass_through, quantise_rows
 
 FORMATS = [
     LatentFormat(kind, rank, rope_dim, group, wide if kind == "mixed" else -1, rope)

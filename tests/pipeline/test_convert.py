@@ -185,7 +185,8 @@ def test_index_and_checksums_fit_the_files(folder):
 
 def test_files_are_those_of_a_checkpoint(folder):
     files = {path.name for path in folder.iterdir() if path.suffix != ".safetensors"}
-    assert files == {"config.json", "configuration_mla.py", "decode_mla.py", "modeling_mla.py", "quantised_latent_mla.py",
+    assert files == {"config.json", "attention_mla.py", "configuration_mla.py", "decode_mla.py", "latent_format_mla.py",
+                     "modeling_mla.py", "quantised_latent_mla.py", "stock_mla.py",
                      "generation_config.json", "tokenizer.json",
                      "tokenizer_config.json", "model.safetensors.index.json", "README.md", "report.json",
                      "report.html", "recipe.yaml", "SHA256SUMS"}  # fmt: skip

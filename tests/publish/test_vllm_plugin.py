@@ -13,13 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from mla_convert.modeling.decode_mla import rotate_planes
-from mla_convert.modeling.quantised_latent_mla import (
-    LatentFormat,
-    dequantise_rows,
-    kernel_format,
-    key_basis,
-    quantise_rows,
-)
+from mla_convert.modeling.latent_format_mla import LatentFormat, kernel_format, key_basis
+from mla_convert.modeling.quantised_latent_mla import dequantise_rows, quantise_rows
 from mla_convert.publish.engines.served.checks import foreign_fields
 from mla_convert.publish.engines.served.kernels import Shape, attend, decode, has_kernel, write
 from mla_convert.publish.engines.served.rotary import LatentRotary, Reference

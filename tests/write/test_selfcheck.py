@@ -8,7 +8,7 @@ import torch
 from transformers import Cache
 
 from mla_convert.core.errors import ResourceError
-from mla_convert.modeling import modeling_mla
+from mla_convert.modeling import attention_mla, modeling_mla
 from mla_convert.write import selfcheck
 from mla_convert.write.selfcheck import SelfCheckFailed, own_code, self_check
 
@@ -64,21 +64,21 @@ def lost(given, names):
 )  # fmt: skip
 def test_a_fault_in_cached_attention_is_found(request, tmp_path, monkeypatch, converted, name, broken):
     copy = with_package_code(request.getfixturevalue(converted), tmp_path / "copy")
-    original = getattr(modeling_mla, name)
+    original = getattr(attention_mla, name)
 
     def sometimes(*arguments):
         cached = any(isinstance(value, Cache) for value in (arguments[0].values() if name == "take_cache" else ()))
         wrong = (name == "take_cache" and cached) or (name == "rotate_planes" and arguments[0].shape[2] == 1)
         return (broken if wrong else original)(*arguments)
 
-    monkeypatch.setattr(modeling_mla, name, sometimes)
+    monkeypatch.setattr(attention_mla, name, sometimes)
     with pytest.raises(SelfCheckFailed, match=r"self-check: .*cache.*transformers \d.*torch \d"):
         self_check(copy)
 
 
 def test_codes_at_a_tie_may_fall_either_way(quantised, folder, tmp_path, monkeypatch):
     """Products of other shapes round otherwise, and so a code of the cache may be one step off."""
-    copy, plain = with_package_code(quantised, tmp_path / "copy"), modeling_mla.write_packed
+    copy, plain = with_package_code(quantised, tmp_path / "copy"), attention_mla.write_packed
     settled = self_check(copy)["largest_difference"]
 
     def one_step_off(fmt, cache, layer_idx, latent, *more):
@@ -89,7 +89,7 @@ def test_codes_at_a_tie_may_fall_either_way(quantised, folder, tmp_path, monkeyp
             rows[:, :, -1, fmt.codes4_at] += torch.where(code < 15, 1, -1).to(torch.uint8)
         return query, rows, keys
 
-    monkeypatch.setattr(modeling_mla, "write_packed", one_step_off)
+    monkeypatch.setattr(attention_mla, "write_packed", one_step_off)
     found = self_check(copy)["largest_difference"]
     assert settled < selfcheck.TOLERANCE[torch.float32] < found < selfcheck.MOST_ROUNDING
 
@@ -138,7 +138,7 @@ def test_a_failure_leaves_nothing_behind(sources, cli, tmp_path, monkeypatch):
 
 def test_logits_that_are_not_finite_are_a_failure(folder, monkeypatch):
     monkeypatch.setattr(
-        modeling_mla.MlaAttention, "_attend", lambda self, hidden, *_: (torch.full_like(hidden, torch.nan), None)
+        attention_mla.MlaAttention, "_attend", lambda self, hidden, *_: (torch.full_like(hidden, torch.nan), None)
     )
     monkeypatch.setattr(selfcheck, "own_code", lambda _: ())
     with pytest.raises(SelfCheckFailed, match="not finite"):

@@ -23,7 +23,7 @@ from mla_convert.core.report_schema import OriginalCacheEntry
 from mla_convert.evaluate.quality.perplexity import Readout, Scores, cached_layers, mean, perplexity, ratio, score
 from mla_convert.evaluate.quality.suite import Suite, suite_section
 from mla_convert.modeling.head import decoder_name
-from mla_convert.modeling.quantised_latent_mla import spreading
+from mla_convert.modeling.latent_format_mla import spreading
 
 # Of the attention function, as transformers looks it up.
 NAME = "mla_convert_original_cache"

@@ -26,10 +26,10 @@ from mla_convert.core.runtime import device_name, versions
 from mla_convert.evaluate.speed.models import empty_cache, full_cache, held_bytes, read_bytes, token_bytes
 from mla_convert.evaluate.speed.results import BenchRequest, BenchResult, DecodeTiming, ModelTiming, PrefillTiming
 from mla_convert.modeling.attention_backends import GROUPED
+from mla_convert.modeling.attention_mla import MlaAttention
 from mla_convert.modeling.caching import with_cache
 from mla_convert.modeling.decode_mla import kernel_refusal
 from mla_convert.modeling.fixed_states import fixed_state_bytes
-from mla_convert.modeling.modeling_mla import MlaAttention
 from mla_convert.source.load_model import is_converted
 from mla_convert.source.shape import converted_layers
 

@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from mla_convert.core.errors import InputError
 from mla_convert.modeling.configuration_mla import config_class
+from mla_convert.modeling.latent_format_mla import VERSION, LatentFormat, layer_format
 from mla_convert.modeling.modeling_mla import model_class
-from mla_convert.modeling.quantised_latent_mla import VERSION, LatentFormat, layer_format, quantise_rows
+from mla_convert.modeling.quantised_latent_mla import quantise_rows
 from mla_convert.source.families import FAMILIES
 from mla_convert.source.load_model import PREFIX, is_converted
 from mla_convert.source.shape import cache_heads, converted_layers

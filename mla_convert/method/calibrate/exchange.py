@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mla_convert.method.calibrate.beside import Key, Layout, Part
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel, first_output, fold, unfold
-from mla_convert.modeling.modeling_mla import shared_key
+from mla_convert.modeling.attention_mla import shared_key
 from mla_convert.source.shape import AttentionShape
 
 # Tensors (B, heads, T, width) beside hidden states.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.modeling.attention_mla import MlaAttention
 
 
 def channel_moments(

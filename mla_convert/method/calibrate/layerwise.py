@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mla_convert.core.errors import InputError, one_line
-from mla_convert.modeling.decode_mla import rope_tables
+from mla_convert.modeling.stock_mla import rope_tables
 from mla_convert.source.checkpoint.reader import check_finite
 from mla_convert.source.source import Source
 

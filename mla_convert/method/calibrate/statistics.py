@@ -13,7 +13,7 @@ from mla_convert.core.errors import InputError
 from mla_convert.method.calibrate.attention_forward import ATTENTION_LENGTH
 from mla_convert.method.calibrate.hidden_states import Activations
 from mla_convert.method.calibrate.layerwise import LayerKwargs, LayerwiseModel
-from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.modeling.attention_mla import MlaAttention
 from mla_convert.source.families import Family
 
 # Hidden states (B, T, hidden) -> rows (B, T, n).

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mla_convert.method.factorise.linalg import balance
 from mla_convert.method.factorise.svd import MlaWeights
-from mla_convert.modeling.quantised_latent_mla import LatentFormat, spreading
+from mla_convert.modeling.latent_format_mla import LatentFormat, spreading
 
 # Least variance and cost of a channel, as a fraction of the largest: a channel without them still has a scale.
 FLOOR = 1e-9

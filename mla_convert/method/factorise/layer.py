@@ -16,9 +16,9 @@ from mla_convert.method.calibrate.statistics import Statistics
 from mla_convert.method.factorise.readers import readers_of
 from mla_convert.method.factorise.sizes import Plan
 from mla_convert.method.factorise.svd import AttentionWeights, Geometry, MlaWeights, factorise
+from mla_convert.modeling.attention_mla import MlaAttention
 from mla_convert.modeling.configuration_mla import MODEL_TYPE, MlaFields, config_class
-from mla_convert.modeling.decode_mla import softmax_scale
-from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.modeling.stock_mla import softmax_scale
 from mla_convert.source.families import FAMILIES, READ_AS, Family
 from mla_convert.source.shape import AttentionShape, kv_heads
 from mla_convert.source.source import Source

@@ -32,7 +32,7 @@ from mla_convert.method.factorise.basis import in_basis
 from mla_convert.method.factorise.layer import build_attention, factorise_layer, fill_attention, mla_config
 from mla_convert.method.factorise.linalg import ridged
 from mla_convert.method.factorise.sizes import CacheFormat, LayerSize, Plan, shares_out, size_unit
-from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.modeling.attention_mla import MlaAttention
 from mla_convert.write.writer import Writer
 
 # Tokens at which gradients are computed, in windows of at most WINDOW tokens.

@@ -10,7 +10,7 @@ from mla_convert.core.settings import Settings
 from mla_convert.source.shape import AttentionShape
 
 if TYPE_CHECKING:
-    from mla_convert.modeling.quantised_latent_mla import LatentFormat
+    from mla_convert.modeling.latent_format_mla import LatentFormat
 
 # Kernels need multiples of 16; models too small for that get multiples of 2.
 UNIT = 16
@@ -85,7 +85,7 @@ class CacheFormat:
         """Layout of one layer's rows; None if they are numbers."""
         if not self.quantised:
             return None
-        from mla_convert.modeling.quantised_latent_mla import LatentFormat  # imports torch
+        from mla_convert.modeling.latent_format_mla import LatentFormat  # imports torch
 
         wide = size.wide if self.kind == "mixed" else -1
         return LatentFormat(self.kind, size.rank, size.rope_dim, self.group, wide, self.rope)
@@ -196,7 +196,7 @@ class Plan:
         """The field of this name in the converted model's configuration."""
         if not self.cache.quantised:
             return None
-        from mla_convert.modeling.quantised_latent_mla import VERSION  # imports torch
+        from mla_convert.modeling.latent_format_mla import VERSION  # imports torch
 
         fields = {"version": VERSION, "kind": self.cache.kind, "group": self.cache.group, "rope": self.cache.rope}
         if self.cache.kind != "mixed":

@@ -23,7 +23,7 @@ from mla_convert.method.refine.optimise import (
     residual_error,
     step_size,
 )
-from mla_convert.modeling.modeling_mla import MlaAttention
+from mla_convert.modeling.attention_mla import MlaAttention
 
 
 @dataclass

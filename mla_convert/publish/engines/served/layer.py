@@ -10,13 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mla_convert.modeling.quantised_latent_mla import (
-    LatentFormat,
-    dequantise_rows,
-    kernel_format,
-    key_basis,
-    layer_format,
-)
+from mla_convert.modeling.latent_format_mla import LatentFormat, kernel_format, key_basis, layer_format
+from mla_convert.modeling.quantised_latent_mla import dequantise_rows
 from mla_convert.publish.engines.served import kernels
 from mla_convert.publish.engines.served.prefill import PREFILL_TOKENS, Prefill
 from mla_convert.publish.engines.served.rotary import LatentRotary
@@ -114,7 +109,7 @@ def _parameter(*shape: int) -> nn.Parameter:
 
 
 class LatentLayer(nn.Module):
-    """Attention of a converted model (`MlaAttention` in modeling_mla.py) on an engine's paged cache.
+    """Attention of a converted model (`MlaAttention` in attention_mla.py) on an engine's paged cache.
 
     Query and compressed projections are one matrix, so that a decode has one product before the kernels. Under tensor
     parallelism heads are split, and each device holds the whole latent.
