@@ -32,12 +32,20 @@ def __dir__() -> list[str]:
     return [*globals(), *_PUBLIC]
 
 
-@when_imported("transformers.models.auto.modeling_auto")
-def _register(_module: Any) -> None:
-    """Make the converted counterparts of all supported families known to transformers' Auto classes."""
-    from mla_convert.modeling.register import register
+@when_imported("transformers.models.auto.configuration_auto")
+def _register_configs(_module: Any) -> None:
+    """Make the converted counterparts of all supported families known to transformers' AutoConfig."""
+    from mla_convert.modeling.register import register_configs
 
-    register()
+    register_configs()
+
+
+@when_imported("transformers.models.auto.modeling_auto")
+def _register_models(_module: Any) -> None:
+    """Make them known to the Auto classes of models."""
+    from mla_convert.modeling.register import register_models
+
+    register_models()
 
 
 __all__ = ["ConvertConfig", "MlaConvertError", "Report", "__version__", "convert"]
