@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,13 @@ SETTINGS = {
     "eval_windows": 5, "suite_windows": 1, "refine_steps": 6, "refine_batch": 4, "refine_block": 2, "block_steps": 4,
     "output_steps": 2, "output_layers": 3,
 }  # fmt: skip
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -131,10 +139,16 @@ def test_an_error_is_one_line(start, settings, code, words, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_processes(start, tmp_path):
-    """`accelerate launch` on GPUs is torchrun."""
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mla_convert")
-    process = start(launch, (), **SETTINGS)
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, err
-    assert out.count("written to") == 1 and read_content(tmp_path / "two")["device"].startswith("2 × ")
+def test_two_hosts_started_by_torchrun(start, tmp_path, free_port):
+    """Two hosts are two nodes of torchrun, which `accelerate launch` starts on GPUs; here both are on one machine."""
+    torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
+    nodes = [
+        start((*torchrun, "--master-port", str(free_port), "--node-rank", str(rank), "-m", "mla_convert"), (), **SETTINGS)
+        for rank in range(2)
+    ]
+    said = ""
+    for node in nodes:
+        out, err = node.communicate(timeout=TIMEOUT)
+        assert node.returncode == 0, err
+        said += out
+    assert said.count("written to") == 1 and read_content(tmp_path / "two")["device"].startswith("2 × ")
