@@ -67,9 +67,9 @@ def serve_check(
     limit: Annotated[
         float | None,
         typer.Option(
-            help="Largest allowed difference of log-probabilities: in float32 at any token (default 1e-4, from our own model in "
-            "float64), else in the mean (default: twice the rounding of our own model in bfloat16). Quantised "
-            "weights need their own."
+            help="Largest allowed difference of log-probabilities: in float32 at any token (from our own model in float64; "
+            "default: 1e-4, or twice the rounding of our own model in float32 if that is more), else in the mean (default: "
+            "twice the rounding of our own model in bfloat16). Quantised weights need their own."
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON on stdout.")] = False,

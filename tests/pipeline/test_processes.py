@@ -143,7 +143,9 @@ def test_two_hosts_started_by_torchrun(start, tmp_path, free_port):
     """Two hosts are two nodes of torchrun, which `accelerate launch` starts on GPUs; here both are on one machine."""
     torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
     nodes = [
-        start((*torchrun, "--master-port", str(free_port), "--node-rank", str(rank), "-m", "mla_convert"), (), **SETTINGS)
+        start(
+            (*torchrun, "--master-port", str(free_port), "--node-rank", str(rank), "-m", "mla_convert"), (), **SETTINGS
+        )
         for rank in range(2)
     ]
     said = ""
