@@ -210,7 +210,7 @@ def test_stand_ins_take_what_sglang_asks_of_them(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["llama", "llama-linear", "llama-yarn", "llama3-rope", "llama-mha-tied", "llama-bias-wide-heads", "mistral",
-     "mistral-window", "qwen2", "qwen3", "arcee", "cohere", "glm4", "granite", "phi3"],
+     "mistral-window", "qwen2", "qwen3", "arcee", "cohere", "glm4", "granite", "phi3", "stablelm"],
 )  # fmt: skip
 def test_sglang_serves_layers_of_different_sizes(cli, convert_pico, name):
     folder = convert_pico(name, kv_ratio=0.6, uniform=False).out

@@ -11,7 +11,7 @@ from mla_convert.publish.engines.served.rotary import check_rope
 # Name of the attention backend, and tokens of a page unless the user chooses: a tile of the CUDA kernel lies within a page.
 BACKEND, PAGE = "mla_convert", 64
 # Model types that tests/publish/test_sglang_plugin.py serves and compares with the converted model.
-SERVED = ("llama", "mistral", "qwen2", "qwen3", "arcee", "cohere", "glm4", "granite", "phi3")
+SERVED = ("llama", "mistral", "qwen2", "qwen3", "arcee", "cohere", "glm4", "granite", "phi3", "stablelm")
 # Settings at which the plugin was not run, with the values that leave them out, and the option.
 UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("speculative_algorithm", (None,), "--speculative-algorithm"),
