@@ -157,25 +157,28 @@ def is_whole(base: type) -> bool:
 def config_class(base: type) -> type:
     """The configuration class of a converted model whose original has configuration class `base`."""
     name = PREFIX + base.__name__
-    if name not in _classes and is_whole(base):
-        fields = {"model_type": MODEL_TYPE + base.model_type, "_auto_class": "AutoConfig", "__module__": __name__}
-        _classes[name] = type(name, (WholeConfig, base), fields)
     if name not in _classes:
-        fields = {key: value for key, value in vars(MlaFields).items() if not key.startswith("__")}
-        _classes[name] = type(
-            name,
-            (base, MlaFields),
-            {
-                **fields,
-                "__annotations__": dict(MlaFields.__annotations__),
-                "__module__": __name__,
-                "__doc__": f"{base.__name__} of a model converted to Multi-head Latent Attention.",
-                "model_type": MODEL_TYPE + base.model_type,
-                "_auto_class": "AutoConfig",
-                **{plan: None for plan in PARALLEL_PLANS if hasattr(base, plan)},
-            },
-        )
+        made = _whole_class(name, base) if is_whole(base) else _text_class(name, base)
+        return _classes.setdefault(name, made)  # another thread may have made it meanwhile
     return _classes[name]
+
+
+def _whole_class(name: str, base: type) -> type:
+    fields = {"model_type": MODEL_TYPE + base.model_type, "_auto_class": "AutoConfig", "__module__": __name__}
+    return type(name, (WholeConfig, base), fields)
+
+
+def _text_class(name: str, base: type) -> type:
+    fields = {key: value for key, value in vars(MlaFields).items() if not key.startswith("__")}
+    fields |= {
+        "__annotations__": dict(MlaFields.__annotations__),
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} of a model converted to Multi-head Latent Attention.",
+        "model_type": MODEL_TYPE + base.model_type,
+        "_auto_class": "AutoConfig",
+        **{plan: None for plan in PARALLEL_PLANS if hasattr(base, plan)},
+    }
+    return type(name, (base, MlaFields), fields)
 
 
 def kernel_choice(config: PreTrainedConfig) -> str:

@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention_mla import MlaAttention
-from .configuration_mla import PREFIX, MlaFields, config_class, is_whole, warn_if_untried
+from .configuration_mla import MODEL_TYPE, PREFIX, config_class, is_whole, warn_if_untried
 from .stock_mla import CACHE_NAMES, cache_names
 
 _classes: dict[str, type] = {}
@@ -71,7 +71,9 @@ def read_as_stock(config: PreTrainedConfig) -> Iterator[None]:
     text = config.get_text_config()
     converted = type(text)
     if text is not config:
-        text.__class__ = next(base for base in converted.__mro__ if not issubclass(base, MlaFields))
+        # By its model type, as transformers may have imported the files of a folder twice, and so has two `MlaFields`.
+        stock = (base for base in converted.__mro__ if hasattr(base, "model_type"))
+        text.__class__ = next(base for base in stock if not base.model_type.startswith(MODEL_TYPE))
     try:
         yield
     finally:
@@ -91,7 +93,7 @@ def model_class(base: type) -> type:
             install(self)
             self.post_init()
 
-        _classes[name] = type(
+        made = type(
             name,
             (base,),
             {
@@ -109,6 +111,7 @@ def model_class(base: type) -> type:
                 **dict.fromkeys(CONTINUOUS, no_continuous_batching),
             },
         )
+        return _classes.setdefault(name, made)  # another thread may have made it meanwhile
     return _classes[name]
 
 

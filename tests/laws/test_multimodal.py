@@ -1,7 +1,10 @@
 """Multimodal checkpoints are converted in place: image prompts through transformers give the original's logits and text."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pico
 import pytest
@@ -161,6 +164,51 @@ def test_image_prompts_give_the_originals_text(whole, exact):
     for cache in ({"use_cache": True}, {"use_cache": False}):
         text = [model.generate(**given, max_new_tokens=8, do_sample=False, **cache) for model in (original, converted)]
         assert torch.equal(*text)
+
+
+# In a process without mla_convert: the folder's own code, as both Auto classes load it, and after it is saved again.
+FOREIGN = """
+import json, sys
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "mla_convert":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+torch.set_grad_enabled(False)
+source, copy, given = sys.argv[1], sys.argv[2], torch.load(sys.argv[3])
+for auto, folder in ((AutoModelForImageTextToText, source), (AutoModelForCausalLM, source), (AutoModelForImageTextToText, copy)):
+    model, info = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), (folder, info)
+    print(json.dumps(model.eval()(**given).logits[0, -1].tolist()))
+    if folder != copy:
+        model.save_pretrained(copy)
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "whole",
+    [pytest.param(name, marks=() if name in ("gemma4", "llava") else pytest.mark.slow) for name in sorted(WHOLES)],
+    indirect=True,
+    scope="module",
+)
+def test_loads_without_this_package(whole, tmp_path):
+    name, _, source, tokens = whole
+    out = pico.convert(source, tmp_path / "out", kv_ratio=0.5, uniform=False).out
+    given = prompt(name, tokens)
+    torch.save(given, tmp_path / "given.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", FOREIGN, out, tmp_path / "copy", tmp_path / "given.pt"],
+        capture_output=True, text=True, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    expected = loaded(out)(**given).logits[0, -1]
+    answers = [torch.tensor(json.loads(line)) for line in run.stdout.splitlines()]
+    assert len(answers) == 3
+    for answer in answers:
+        torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_quantised_caches_of_the_original_are_measured(whole, tmp_path):
