@@ -3,7 +3,7 @@
 Each becomes known when it is first asked for: its class is made from the stock one, whose module is imported for that.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import transformers
@@ -12,25 +12,40 @@ from mla_convert.modeling.configuration_mla import MODEL_TYPE, config_class, is_
 from mla_convert.source.families import FAMILIES, WHOLES, is_installed
 
 
-class _OnDemand(dict[Any, Any]):
-    """What was registered with an Auto class, and what `make` gives for keys that are asked for (None: no entry)."""
+class _OnDemand(MutableMapping[Any, Any]):
+    """What was registered with an Auto class, and the converted models, each made when it is asked for."""
 
-    def __init__(self, registered: dict[Any, Any], make: Callable[[Any], Any]):
-        super().__init__(registered)
-        self._make = make
+    def __init__(
+        self, registered: dict[Any, Any], make: Callable[[Any], Any], keys: Callable[[], Iterable[Any]]
+    ) -> None:
+        """Take over what is registered.
 
-    def __contains__(self, key: Any) -> bool:
-        if not super().__contains__(key):
-            made = self._make(key)
-            if made is None:
-                return False
-            self[key] = made
-        return True
+        Args:
+            registered: entries of the Auto class so far.
+            make: gives the value of a key; None: there is no such entry.
+            keys: gives the keys of all converted models.
+        """
+        self._made, self._make, self._all = dict(registered), make, keys
 
     def __getitem__(self, key: Any) -> Any:
-        if key not in self:
-            raise KeyError(key)
-        return super().__getitem__(key)
+        if key not in self._made:
+            made = self._make(key)
+            if made is None:
+                raise KeyError(key)
+            self._made.setdefault(key, made)
+        return self._made[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._made[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._made[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(dict.fromkeys([*self._made, *self._all()]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def _config(model_type: Any) -> type | None:
@@ -69,7 +84,7 @@ def _add(auto: Any, mapping: Any, make: Callable[[Any], type | None], keys: Call
     """Add converted models to an Auto class: when they are asked for, or all at once if its mapping has no such place."""
     if hasattr(mapping, "_extra_content"):
         if not isinstance(mapping._extra_content, _OnDemand):
-            mapping._extra_content = _OnDemand(mapping._extra_content, make)
+            mapping._extra_content = _OnDemand(mapping._extra_content, make, keys)
         return
     for key in keys():
         made = make(key)
@@ -78,7 +93,7 @@ def _add(auto: Any, mapping: Any, make: Callable[[Any], type | None], keys: Call
 
 
 def _model_types() -> list[str]:
-    return [MODEL_TYPE + stock for stock in (*FAMILIES, *WHOLES)]
+    return [MODEL_TYPE + stock for stock in (*filter(is_installed, FAMILIES), *WHOLES)]
 
 
 def _configs() -> list[type]:

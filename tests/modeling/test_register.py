@@ -71,3 +71,38 @@ def test_a_mapping_of_another_kind_gets_all_at_once():
     llama = config_class(LlamaConfig)
     assert registered[llama] is model_class(LlamaForCausalLM)
     assert len(registered) == len(INSTALLED)
+
+
+def test_whoever_asks_for_all_gets_all():
+    """Iterating, counting and copying, in a process of its own: here the tests above have asked for them one by one."""
+    program = f"""
+import copy, pickle
+import mla_convert
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+names = {[f"mla_{family}" for family in INSTALLED]!r}
+assert CONFIG_MAPPING._extra_content.get("mla_unheard_of") is None
+assert not set(names) - set(CONFIG_MAPPING) and not set(names) - set(CONFIG_MAPPING.keys())
+for each in (copy.deepcopy(CONFIG_MAPPING), pickle.loads(pickle.dumps(CONFIG_MAPPING))):
+    assert each["mla_llama"] is CONFIG_MAPPING["mla_llama"]
+mapping = AutoModelForCausalLM._model_mapping
+assert {{CONFIG_MAPPING[name] for name in names}} == set(mapping._extra_content.keys())
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_threads_get_the_same_classes():
+    program = f"""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import mla_convert
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+sys.setswitchinterval(1e-6)
+for name in {[f"mla_{family}" for family in INSTALLED[:30]]!r}:
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: CONFIG_MAPPING[name], range(8)))
+    assert all(each is found[0] for each in found), name
+with ThreadPoolExecutor(8) as threads:
+    models = list(threads.map(lambda _: AutoModelForCausalLM._model_mapping[CONFIG_MAPPING["mla_llama"]], range(8)))
+assert all(each is models[0] for each in models)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)

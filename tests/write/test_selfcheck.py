@@ -8,7 +8,7 @@ import torch
 from transformers import Cache
 
 from mla_convert.core.errors import ResourceError
-from mla_convert.modeling import attention_mla, modeling_mla
+from mla_convert.modeling import attention_mla, configuration_mla
 from mla_convert.write import selfcheck
 from mla_convert.write.selfcheck import SelfCheckFailed, own_code, self_check
 
@@ -178,7 +178,7 @@ def test_code_on_a_newer_transformers_than_it_was_tried_with_warns(folder, tmp_p
 
     AutoModelForCausalLM.from_pretrained(folder)
     assert not [w for w in recwarn if "was tried with" in str(w.message)]
-    monkeypatch.setattr(modeling_mla.transformers, "__version__", "99.0.0")
+    monkeypatch.setattr(configuration_mla.transformers, "__version__", "99.0.0")
     with pytest.warns(UserWarning, match="tried with transformers up to .*99.0.0 is installed.*refresh"):
         AutoModelForCausalLM.from_pretrained(folder)
 
