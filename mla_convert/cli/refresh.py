@@ -24,7 +24,7 @@ def refresh(
         typer.Option(
             metavar="FILE",
             help="A file in DIR that was changed on purpose (README.md, a tokenizer or licence file): it is kept, and its "
-            "checksum is renewed. May be given more than once.",
+            "checksum is renewed. A Python file of the model: it is replaced by this version's. May be given more than once.",
             show_default=False,
         ),
     ] = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -92,12 +92,13 @@ def read(folder: Path) -> dict[str, str]:
     return sums
 
 
-def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
+def check(folder: Path, accept: Iterable[str] = (), missing: Collection[str] = ()) -> dict[str, str]:
     """Compare every byte of a folder with its SHA256SUMS. Returns the computed digests by file name.
 
     Args:
         folder: finished.
         accept: names of files that may differ.
+        missing: names of files that may be missing.
 
     Raises:
         CorruptCheckpoint: names the first file that is changed, missing or additional.
@@ -109,7 +110,7 @@ def check(folder: Path, accept: Iterable[str] = ()) -> dict[str, str]:
             shown = name if NAME.fullmatch(name) else ascii(name[:100])
             raise CorruptCheckpoint(f"{shown} is not listed in {SUMS}: it does not belong here", name)
     for name in stated:
-        if name not in present:
+        if name not in present and name not in missing:
             raise CorruptCheckpoint(f"{name} is missing: {SUMS} lists it", name)
     for name in present:
         digests[name] = _digest(folder, name)

@@ -13,6 +13,8 @@ from mla_convert.core.files import write_file
 from mla_convert.core.report_file import PAGE, REPORT
 from mla_convert.core.report_schema import JsonObject, parse_report, to_json
 from mla_convert.core.runtime import versions
+from mla_convert.core.sums import CorruptCheckpoint
+from mla_convert.modeling.shipped_code import CODE
 from mla_convert.report.html.page import write_page
 from mla_convert.report.model_card import CARD, write_card
 from mla_convert.source import carried
@@ -40,13 +42,13 @@ class Refreshed:
 def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
     """Write this version's Python files into a converted, healed or exported folder, and checksums of all its files.
 
-    Weights, tokenizer and configuration stay the same, except for keys that name foreign code and for the tested version of
-    transformers. Report, page and card are made again; unknown entries of the report are kept. The new folder is checked
-    (`self_check`) before it replaces the old one in one step.
+    Python files that are missing are written, too. Weights, tokenizer and configuration stay the same, except for keys that
+    name foreign code and for the tested version of transformers. Report, page and card are made again; unknown entries of the
+    report are kept. The new folder is checked (`self_check`) before it replaces the old one in one step.
 
     Args:
         folder: converted, healed or exported, by this or an earlier version.
-        accept: names of files that were changed on purpose; they are kept.
+        accept: names of files that were changed. They are kept; Python files are replaced by this version's.
 
     Raises:
         InputError: damaged, no finished conversion, or files in it that are no part of one.
@@ -60,7 +62,12 @@ def refresh(folder: Path, accept: Iterable[str] = ()) -> Refreshed:
         raise InputError(f"{folder} is not a folder: give the folder of a converted model")
     accept = check_accepted(folder, accept)
     # Checked first, because new checksums would make a damaged file valid.
-    intact = check_intact(folder, accept)
+    try:
+        intact = check_intact(folder, accept, missing=CODE)
+    except CorruptCheckpoint as error:
+        if error.file not in CODE:
+            raise
+        raise InputError(f"{error}; --accept {error.file} replaces it by this version's") from error
     check_unknown(folder, intact.checksums)
     weight_files(folder)  # refuses a missing or damaged index, which has no checksum in older folders
     if not intact.sealed and describing_file(folder) == REPORT:
@@ -95,9 +102,10 @@ def check_accepted(folder: Path, accept: Iterable[str]) -> tuple[str, ...]:
     """
     names = tuple(accept)
     for name in names:
-        if name != CARD and not carried.is_carried(name):
+        if name not in (CARD, *CODE) and not carried.is_carried(name):
             raise UsageError(
-                f"--accept {name}: only {CARD}, tokenizer, generation and licence files may be changed by hand"
+                f"--accept {name}: only {CARD}, tokenizer, generation and licence files may be changed by hand, and Python "
+                f"files be replaced"
             )
         if not (folder / name).is_file():
             raise UsageError(f"--accept {name}: there is no such file in {folder}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +41,13 @@ class Intact:
         )
 
 
-def check_intact(folder: Path, accept: Iterable[str] = ()) -> Intact:
+def check_intact(folder: Path, accept: Iterable[str] = (), missing: Collection[str] = ()) -> Intact:
     """Compare every file of a converted, healed or exported folder with its checksum (in a folder of 0.1: the shards).
 
     Args:
         folder: the folder.
         accept: names of files that may have changed.
+        missing: names of files that may be missing.
 
     Raises:
         CorruptCheckpoint: names the first file that is changed, missing or additional.
@@ -54,7 +55,7 @@ def check_intact(folder: Path, accept: Iterable[str] = ()) -> Intact:
     file = describing_file(folder)
     # lexists: a broken link counts as a damaged file
     # All bytes first: the report, on which the rest relies, is one of these files.
-    digests = sums.check(folder, accept) if os.path.lexists(folder / SUMS) else {}
+    digests = sums.check(folder, accept, missing) if os.path.lexists(folder / SUMS) else {}
     report = _report(folder, file)
     sealed = sums.is_sealed(folder, report, file)
     checksums = _checksums(report, file)

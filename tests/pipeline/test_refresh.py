@@ -115,9 +115,24 @@ def test_changed_on_purpose(folder, cli):
     code, _out, err = cli("refresh", folder, "--accept", "README.md")
     assert code == 0 and not err
     assert (folder / "README.md").read_text() == "# mine\n" and cli("verify", folder)[0] == 0
-    for name in ("modeling_mla.py", "report.json", "config.json", "nothing.md", "../x", "LICENSE"):
+    for name in ("report.json", "config.json", "nothing.md", "../x", "LICENSE"):
         with pytest.raises(UsageError, match="--accept"):
             refresh(folder, [name])
+
+
+def test_python_files_that_are_missing_or_changed(folder, cli):
+    before = contents(folder)
+    for name in ("stock_mla.py", "modeling_mla.py"):
+        (folder / name).unlink()
+    code, out, err = cli("refresh", folder)
+    assert code == 0 and not err and "stock_mla.py" in out
+    assert contents(folder).keys() == before.keys() and cli("verify", folder)[0] == 0
+    (folder / "stock_mla.py").write_text("# mine\n")
+    code, _, err = cli("refresh", folder)
+    assert code == INPUT and "--accept stock_mla.py replaces it" in err and err.count("\n") == 1
+    assert (folder / "stock_mla.py").read_text() == "# mine\n"
+    assert cli("refresh", folder, "--accept", "stock_mla.py")[0] == 0
+    assert (folder / "stock_mla.py").read_bytes() == before["stock_mla.py"] and cli("verify", folder)[0] == 0
 
 
 def test_the_refreshed_folder_is_tried_before_it_takes_the_place_of_the_old_one(old, monkeypatch):
