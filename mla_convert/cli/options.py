@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,7 +21,11 @@ Command = Callable[..., None]
 
 
 def from_settings(
-    model: type[BaseModel], *, skip: Collection[str] = (), only: Collection[str] | None = None
+    model: type[BaseModel],
+    *,
+    skip: Collection[str] = (),
+    only: Collection[str] | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> Callable[[Command], Command]:
     """Replace the parameter `settings` of a command by one option for each field of a settings model.
 
@@ -31,11 +35,17 @@ def from_settings(
         model: The settings, whose fields are made by `core.settings.option`; other fields make no option.
         skip: Fields that make no option.
         only: The fields that make options; None for all of them.
+        words: Help of fields that mean less in this command than in the settings, default included.
     """
     if unknown := {*skip, *(only or ())} - model.model_fields.keys():
         raise TypeError(f"{model.__name__} has no fields {', '.join(sorted(unknown))}")
     chosen = {name for name in model.model_fields if name not in skip and (only is None or name in only)}
-    options = [parameter for name in model.model_fields if name in chosen for parameter in _parameters(model, name)]
+    options = [
+        parameter
+        for name in model.model_fields
+        if name in chosen
+        for parameter in _parameters(model, name, (words or {}).get(name))
+    ]
 
     def decorate(command: Command) -> Command:
         declared = inspect.signature(command, eval_str=True).parameters
@@ -58,7 +68,7 @@ def from_settings(
     return decorate
 
 
-def _parameters(model: type[BaseModel], name: str) -> Iterator[inspect.Parameter]:
+def _parameters(model: type[BaseModel], name: str, words: str | None) -> Iterator[inspect.Parameter]:
     """The option of one field, and a hidden one for its name in version 0.1."""
     field = model.model_fields[name]
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -68,18 +78,20 @@ def _parameters(model: type[BaseModel], name: str) -> Iterator[inspect.Parameter
     # A flag without a fixed default has to be switched off as well as on.
     if bool in alternatives(field) and field.default is None:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    yield _option(name, field, flag, about, hidden=False)
+    yield _option(name, field, flag, about, words, hidden=False)
     for old, (new, _) in OLD_NAMES.items():
         if new == name:
-            yield _option(old, field, f"--{old.replace('_', '-')}", about, hidden=True)
+            yield _option(old, field, f"--{old.replace('_', '-')}", about, words, hidden=True)
 
 
-def _option(name: str, field: FieldInfo, flag: str, about: dict[str, Any], hidden: bool) -> inspect.Parameter:
+def _option(
+    name: str, field: FieldInfo, flag: str, about: dict[str, Any], words: str | None, hidden: bool
+) -> inspect.Parameter:
     value = _type(field)
     default = default_words(field)
     info = typer.Option(
         flag,
-        help=f"{field.description} Default: {default}." if default else field.description,
+        help=words or (f"{field.description} Default: {default}." if default else field.description),
         rich_help_panel=about["panel"],
         metavar=about["metavar"],
         parser=rank_or_full if Literal["full"] in alternatives(field) else None,

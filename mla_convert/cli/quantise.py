@@ -15,10 +15,16 @@ from mla_convert.core.settings import RUN, Settings
 from mla_convert.core.words import say
 
 EXAMPLE = "mla-convert quantize llama-8b-mla --cache-dtype int4 --out llama-8b-mla-int4"
+# Ranks are those of the conversion: there is nothing for `auto` to choose.
+WORDS = {
+    "cache_dtype": "Numbers of the cached latent: fp8 (e4m3), int8, int4, or bf16, the model's own dtype.",
+    "cache_rope": "Numbers of the rotary key: bf16, fp8 (e4m3), int8, which rounds less in as many bytes and decodes without "
+    "the kernels, or int4, for --cache-dtype int4. Default: fp8.",
+}
 OUT_OF_MEMORY = "out of memory: run it with --device cpu"
 
 
-@from_settings(Settings, only=("cache_dtype", "cache_group", "cache_rope"))
+@from_settings(Settings, only=("cache_dtype", "cache_group", "cache_rope"), words=WORDS)
 def quantize(
     *,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.", show_default=False)],

@@ -24,7 +24,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    description: str
+    description: str = ""
     source: str
     revision: str | None = None
     aliases: list[str] = []
