@@ -149,16 +149,19 @@ def _classes(folder: Path) -> tuple[PreTrainedConfig, Any]:
     code = own_code(folder)
     if not code:
         return load_config(folder, folder.name), AutoModelForCausalLM
-    modules = _import_package(folder, code)
     auto = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
     file, _, name = auto["AutoModelForCausalLM"].partition(".")
-    model = getattr(modules[file], name)
-    return model.config_class.from_pretrained(folder), model
+    model = getattr(_import_package("mla_checked", folder, code)[file], name)
+    if "AutoConfig" not in auto:
+        return model.config_class.from_pretrained(folder), model
+    # From a local folder transformers imports the file with the configuration a second time, as another module.
+    file, _, name = auto["AutoConfig"].partition(".")
+    config = getattr(_import_package("mla_checked_config", folder, code)[file], name)
+    return config.from_pretrained(folder), model
 
 
-def _import_package(folder: Path, code: list[str]) -> dict[str, Any]:
-    """Import the modules of a folder as a package, as transformers does; returns them by name."""
-    name = "mla_checked"
+def _import_package(name: str, folder: Path, code: list[str]) -> dict[str, Any]:
+    """Import the modules of a folder as a package of a name, as transformers does; returns them by their own names."""
     # Another folder may have been checked in this process, and a second import would give its code.
     for known in [key for key in sys.modules if key.partition(".")[0] == name]:
         del sys.modules[known]

@@ -51,6 +51,11 @@ def test_runs_the_files_of_the_folder_if_they_are_ours(folder, tmp_path):
     assert not list(copy.rglob("__pycache__"))
 
 
+def test_the_configuration_is_another_import_as_transformers_makes_it(folder):
+    config, model = selfcheck._classes(folder)
+    assert type(config).__name__ == model.config_class.__name__ and type(config) is not model.config_class
+
+
 def lost(given, names):
     """A cache that is ignored, as if the attention did not know its argument's name."""
     for name in names:
