@@ -35,6 +35,8 @@ KEYS = {
     "vocab_size": "vocabulary",
     **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window", "n_ctx", "attention_chunk_size"), "context"),
 }  # fmt: skip
+# Sizes of the language model that no model has below 1.
+POSITIVE = ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head", "vocab_size")
 MOST_TOKEN = 1 << 31
 # Largest length of a list with one entry per layer.
 PER_LAYER = 64 * SIZES["layers"]
@@ -60,6 +62,10 @@ def read_config(folder: Path, label: str) -> dict[str, Any]:
             f"config.json of {label} is not a JSON object (but a {type(content).__name__}): fetch it again"
         )
     check_sizes(content, label)
+    for key in POSITIVE:
+        value = language_model(content).get(key)
+        if isinstance(value, int | float) and value < 1:
+            raise InputError(f"config.json of {label} has {key} = {value}: it is damaged; fetch it again")
     return content
 
 

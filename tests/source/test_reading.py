@@ -309,6 +309,18 @@ def test_settings_that_make_no_sense_are_bad_input(cli, source, fields):
 
 @pytest.mark.parametrize(
     "fields, word",
+    [({"num_attention_heads": 0}, "num_attention_heads = 0"), ({"vocab_size": 0}, "vocab_size = 0"),
+     ({"hidden_size": -4}, "hidden_size = -4"), ({"model_type": "mla_x"}, "'mla_x' is not supported")],
+    ids=str,
+)  # fmt: skip
+def test_sizes_and_types_that_no_model_has_are_named(cli, source, fields, word):
+    change(source / CONFIG, **fields)
+    code, out, err = cli("plan", source)
+    assert code == 4 and word in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    "fields, word",
     [({"is_causal": False}, "is_causal"), ({"is_encoder_decoder": True}, "is_encoder_decoder"),
      ({"return_dict": False}, "return_dict"), ({"output_attentions": True}, "output_attentions"),
      ({"sliding_window": 9}, "sliding_window"), ({"layer_types": ["full_attention"] * 3}, "layer_types"),

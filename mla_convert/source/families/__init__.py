@@ -60,7 +60,7 @@ def find_family(model_type: str, keys: Collection[str] = (), part: str = "") -> 
     Raises:
         InputError: the architecture is not supported; the message gives the reason or the supported ones.
     """
-    if model_type.startswith("mla_"):
+    if model_type.startswith("mla_") and model_type.removeprefix("mla_") in {*FAMILIES, *WHOLES}:
         raise InputError("this model is converted already: nothing to do")
     if model_type in LATENT or "kv_lora_rank" in keys:
         raise InputError(f"{model_type} has multi-head latent attention already: nothing to do")
