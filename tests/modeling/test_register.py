@@ -97,7 +97,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mla_convert
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 sys.setswitchinterval(1e-6)
-for name in {[f"mla_{family}" for family in INSTALLED[:30]]!r}:
+for name in {[f"mla_{family}" for family in INSTALLED[:8]]!r}:
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda _: CONFIG_MAPPING[name], range(8)))
     assert all(each is found[0] for each in found), name
