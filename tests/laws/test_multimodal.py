@@ -190,7 +190,7 @@ for auto, folder in ((AutoModelForImageTextToText, source), (AutoModelForCausalL
 @torch.no_grad()
 @pytest.mark.parametrize(
     "whole",
-    [pytest.param(name, marks=() if name in ("gemma4", "llava") else pytest.mark.slow) for name in sorted(WHOLES)],
+    [pytest.param(name, marks=() if name == "llava" else pytest.mark.slow) for name in sorted(WHOLES)],
     indirect=True,
     scope="module",
 )

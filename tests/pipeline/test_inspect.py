@@ -123,7 +123,7 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
 FAULTS = {
     "architecture": (lambda folder: change_config(folder, model_type="bloom"), "'bloom' is not supported"),
     "nonsense": (lambda folder: change_config(folder, hidden_act="foo"), "configuration of source does not make a model"),
-    "no heads": (lambda folder: change_config(folder, num_attention_heads=0), "configuration of source"),
+    "no heads": (lambda folder: change_config(folder, num_attention_heads=0), "num_attention_heads = 0"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no model.safetensors"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "damaged": (lambda folder: (folder / WEIGHTS).write_bytes(b"abc"), "damaged"),
