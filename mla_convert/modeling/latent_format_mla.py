@@ -199,9 +199,8 @@ def _spreading_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor
 
 @torch.compiler.assume_constant_result
 def _constant_spreading(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return _spreading_on(
-        size, device, dtype
-    )  # a compiler would trace through the cache, and make the matrix at every step
+    # A compiler would trace through the cache, and make the matrix at every step.
+    return _spreading_on(size, device, dtype)
 
 
 def kernel_format(fmt: LatentFormat) -> tuple[int, ...] | None:

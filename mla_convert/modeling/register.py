@@ -83,8 +83,7 @@ def _whole_model(config: Any) -> type | None:
 def _add(auto: Any, mapping: Any, make: Callable[[Any], type | None], keys: Callable[[], Iterable[Any]]) -> None:
     """Add converted models to an Auto class: when they are asked for, or all at once if its mapping has no such place."""
     if hasattr(mapping, "_extra_content"):
-        if not isinstance(mapping._extra_content, _OnDemand):
-            mapping._extra_content = _OnDemand(mapping._extra_content, make, keys)
+        mapping._extra_content = _OnDemand(mapping._extra_content, make, keys)
         return
     for key in keys():
         made = make(key)
@@ -113,9 +112,3 @@ def register_models() -> None:
 
     for auto, make in ((AutoModelForCausalLM, _model), (AutoModelForImageTextToText, _whole_model)):
         _add(auto, auto._model_mapping, make, _configs)
-
-
-def register() -> None:
-    """Make configurations and models known. A second call changes nothing."""
-    register_configs()
-    register_models()

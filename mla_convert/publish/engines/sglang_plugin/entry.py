@@ -33,14 +33,11 @@ def register() -> None:
     """
     import sglang
 
-    from mla_convert.modeling.register import register as register_with_transformers
-
     log = logging.getLogger("sglang.mla_convert")
     theirs = os.environ.setdefault(VARIABLE, MODELS)
     if theirs != MODELS:
         log.warning(f"mla_convert serves no converted folder where {VARIABLE} names another package ({theirs})")
-        return  # transformers, too, does not know the models: SGLang's fallback must not find them
-    register_with_transformers()
+        return
     if not serves(sglang.__version__):
         log.warning(refusal(sglang.__version__))
         return

@@ -46,16 +46,10 @@ class LatentSpec(MLAAttentionSpec):
 
 @dataclass
 class LatentMetadata(AttentionMetadata):
-    """A step, as every layer reads it: no field depends on a layer's sizes.
+    """A `Step` (served/layer.py) in vLLM.
 
     Attributes:
         num_actual_tokens: query tokens, those that pad a CUDA graph included.
-        num_decode_tokens: query tokens of the requests that decode; they come first.
-        decode_query_len: query tokens of each of these requests.
-        slot_mapping: (tokens,) int64, row of the cache that each token is written to; negative for none.
-        block_table: (requests, pages) int32.
-        seq_lens: (requests,) int32, tokens in the cache, those of this step included.
-        prefill: the other requests.
     """
 
     num_actual_tokens: int

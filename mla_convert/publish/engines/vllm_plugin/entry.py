@@ -25,10 +25,8 @@ def register() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from mla_convert.modeling.configuration_mla import PREFIX
-    from mla_convert.modeling.register import register as register_with_transformers
     from mla_convert.source.families import FAMILIES, is_installed
 
-    register_with_transformers()
     for model_type in filter(is_installed, FAMILIES):
         name = PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
         vllm.ModelRegistry.register_model(name, f"{MODULE}:{name}")
