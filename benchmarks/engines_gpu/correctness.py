@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 TOKENS, TOP = 24, 8
+# Rounding of log-probabilities above which greedy tokens may differ. Rows of 4 bits reach it in float32 too: a code at a tie
+# falls the other way, and later layers amplify that.
+DECIDED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def compare(engine: Engine, folder: Path, dtype: str, name: str, device: str) ->
     vocabulary = AutoConfig.from_pretrained(folder).vocab_size
     prompts = [[draw.randrange(3, vocabulary) for _ in range(length)] for length in (70, 33, 5, 150)]
     prompts.append([*prompts[-1][:128], 9, 8, 7])  # shares a prefix of two pages
-    exact, greedy = own_answers(folder, prompts, torch.float32, device)
+    exact, greedy = own_answers(folder, prompts, torch.float64, device)
     rounded, _ = own_answers(folder, prompts, getattr(torch, dtype), device)
     rounding = sum(float((a - b).abs().mean()) for a, b in zip(rounded, exact, strict=True)) / len(exact)
     asked = {
@@ -95,7 +98,8 @@ def compare(engine: Engine, folder: Path, dtype: str, name: str, device: str) ->
     same = sum(e["greedy"] == own for e, own in zip(found["prompts"], greedy, strict=True))
     again = sum(e["greedy"] == e["greedy_from_cache"] for e in found["prompts"])
     cached = sum(e["cached_tokens"] for e in found["prompts"])
-    ok = mean <= 1e-4 + 2 * rounding and (dtype != "float32" or (same == again == len(prompts)))
+    alike = rounding > DECIDED or (same == again == len(prompts))
+    ok = mean <= 1e-4 + 2 * rounding and alike
     print(
         f"{'right' if ok else 'WRONG'}: {folder.name}, {dtype}, {name}: log-probabilities differ by {mean:.1e} in the mean, "
         f"{largest:.1e} at most (own rounding {rounding:.1e}); greedy tokens the same for {same} of {len(prompts)}, from "
