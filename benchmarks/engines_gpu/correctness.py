@@ -84,7 +84,6 @@ def compare(engine: Engine, folder: Path, dtype: str, name: str, device: str) ->
     prompts.append([*prompts[-1][:128], 9, 8, 7])  # shares a prefix of two pages
     exact, greedy = own_answers(folder, prompts, torch.float64, device)
     rounded, _ = own_answers(folder, prompts, getattr(torch, dtype), device)
-    rounding = sum(float((a - b).abs().mean()) for a, b in zip(rounded, exact, strict=True)) / len(exact)
     asked = {
         "model_impl": "",
         "trust_remote_code": False,
@@ -94,7 +93,14 @@ def compare(engine: Engine, folder: Path, dtype: str, name: str, device: str) ->
         "top": TOP,
     }
     found = engine.ask(str(folder), asked | engine.asked | engine.settings[name])
-    mean, largest = differences([entry["logprobs"] for entry in found["prompts"]], exact)
+    named = [entry["logprobs"] for entry in found["prompts"]]
+    mean, largest = differences(named, exact)
+    # The converted model's own answers for the same tokens.
+    own = [
+        [{token: float(table[at, token]) for token in line} for at, line in enumerate(lines)]
+        for lines, table in zip(named, rounded, strict=True)
+    ]
+    rounding, roundest = differences(own, exact)
     same = sum(e["greedy"] == own for e, own in zip(found["prompts"], greedy, strict=True))
     again = sum(e["greedy"] == e["greedy_from_cache"] for e in found["prompts"])
     cached = sum(e["cached_tokens"] for e in found["prompts"])
@@ -102,8 +108,9 @@ def compare(engine: Engine, folder: Path, dtype: str, name: str, device: str) ->
     ok = mean <= 1e-4 + 2 * rounding and alike
     print(
         f"{'right' if ok else 'WRONG'}: {folder.name}, {dtype}, {name}: log-probabilities differ by {mean:.1e} in the mean, "
-        f"{largest:.1e} at most (own rounding {rounding:.1e}); greedy tokens the same for {same} of {len(prompts)}, from "
-        f"cached prefixes ({cached} tokens) for {again}; {found['setting']}, {time.perf_counter() - begin:.0f} s", flush=True,
+        f"{largest:.1e} at most (own rounding {rounding:.1e} and {roundest:.1e}); greedy tokens the same for {same} of "
+        f"{len(prompts)}, from cached prefixes ({cached} tokens) for {again}; {found['setting']}, "
+        f"{time.perf_counter() - begin:.0f} s", flush=True,
     )  # fmt: skip
     return not ok
 

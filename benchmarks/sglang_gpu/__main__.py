@@ -50,7 +50,9 @@ def main() -> bool:
     """Run a task; returns whether something was wrong or failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
-    correctness.add_arguments(ENGINE, tasks.add_parser("correctness", help="answers against the converted model's own"))
+    asked = tasks.add_parser("correctness", help="answers against the converted model's own")
+    correctness.add_arguments(ENGINE, asked)
+    asked.set_defaults(dtype=["bfloat16", "float16"])  # SGLang's norms on a GPU take no float32
     timed = tasks.add_parser("speed", help="prompts and decodes, original against converted")
     speed.add_arguments(timed, ("auto",))
     timed.add_argument("--backend", default=backend(), help="--attention-backend of original and export")

@@ -21,6 +21,9 @@ rm -rf -- *.data sglang/multimodal_gen sglang/test sglang/srt/grpc/_core* sglang
 # Its import is not guarded everywhere, so that there is a stand-in, which must not be used.
 sed -i 's/"SGLANG_IS_FLASHINFER_AVAILABLE", default="true"/"SGLANG_IS_FLASHINFER_AVAILABLE", default="false"/' \
   sglang/srt/utils/common.py
+# Its norms would take the stand-in's.
+grep -q "^    import flashinfer.norm" sgl_kernel/elementwise.py
+sed -i 's/^    import flashinfer.norm as _flashinfer_norm/    raise ImportError/' sgl_kernel/elementwise.py
 cd ..
 python3 "$here/stand_ins.py" site IPython flashinfer interegular llguidance mistral_common openai_harmony outlines soundfile \
   torchao xgrammar

@@ -14,7 +14,7 @@ from mla_attention import decode as launcher
 from mla_attention.hopper import Arguments, source
 from mla_attention.nvrtc import KernelUnavailableError
 from mla_attention.problem import DecodeProblem
-from mla_attention.tuning import hopper_config, hopper_groups, hopper_parts, hopper_shared_memory
+from mla_attention.tuning import hopper_config, hopper_groups, hopper_parts, hopper_shared_memory, hopper_workers
 
 
 def small_problem(rank: int) -> DecodeProblem:
@@ -98,6 +98,12 @@ def test_without_a_compiler_the_triton_kernels_serve(monkeypatch, recwarn):
     assert [str(warning.message) for warning in recwarn] == [
         "mla_attention: the CUDA kernels for Hopper do not serve here: no NVRTC"
     ]
+
+
+def test_one_sequence_alone_gets_fewer_programs():
+    assert hopper_workers(132, 1, 1, 16384) == 66 and hopper_workers(132, 1, 1, 131072) == 88
+    assert hopper_workers(132, 1, 2, 16384) == 132 and hopper_workers(132, 2, 1, 16384) == 66
+    assert hopper_workers(1, 1, 1, 64) == 1 == hopper_workers(2, 4, 8, 64)
 
 
 def test_parts():

@@ -222,6 +222,16 @@ def test_serve_check_in_bfloat16_allows_rounding_only(cli, exported, tabled):
     assert cli("serve-check", folder, "--engine", "transformers", "--against", tabled, "--limit", "1e-9")[0] == 3
 
 
+def test_serve_check_judges_by_the_mean_where_float32_itself_decides_nothing(cli, exported, tabled, monkeypatch):
+    folder, _ = exported()
+    check = ("serve-check", folder, "--engine", "transformers", "--against", tabled)
+    found = json.loads(cli(*check, "--json")[1])
+    assert found["ok"] and not found["by_mean"] and found["limit"] == pytest.approx(1e-4)
+    monkeypatch.setattr("mla_convert.publish.engines.serve_check.DECIDED", 0)  # as quantised rows cost in a deep model
+    code, out, _ = cli(*check)
+    assert code == 0 and "mean difference at most" in out and "float32 costs our own model" in out
+
+
 @pytest.mark.parametrize(
     ("profile", "options", "code", "words"),
     [

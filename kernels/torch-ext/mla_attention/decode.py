@@ -17,6 +17,7 @@ from .tuning import (
     default_config,
     hopper_config,
     hopper_parts,
+    hopper_workers,
     power_of_two,
     rank_chunks,
 )
@@ -184,7 +185,7 @@ def launch_decode(problem: DecodeProblem, config: DecodeConfig | None = None) ->
         config = hopper_config(rank, rope_dim, shared_limit)
     num_splits = problem.num_splits
     if config and config.hopper:
-        workers = max(processors // -(-rows // config.block_m), 1)
+        workers = hopper_workers(processors, -(-rows // config.block_m), batch, problem.capacity)
         parts = num_splits
         if not (parts or problem.page_size or problem.mask is not None):
             # Pages and masks indicate sequences of different lengths, for which equal parts would be uneven work.

@@ -11,7 +11,7 @@ import torch
 from .hopper import LOG2E, Arguments
 from .nvrtc import Kernel, cached_cubin, load_kernels
 from .problem import DecodeProblem, SequenceMask
-from .tuning import DecodeConfig, hopper_parts
+from .tuning import DecodeConfig, hopper_parts, hopper_workers
 
 # Tokens of a tile, and threads of a program: two warpgroups that compute, one that loads.
 TILE, THREADS = 64, 384
@@ -166,7 +166,7 @@ def launch_packed_hopper(problem: DecodeProblem, seen: SequenceMask, processors:
     batch, tokens, heads, rank = q.shape
     count = tokens * heads
     row_blocks = -(-count // config.block_m)
-    workers, splits = max(processors // row_blocks, 1), problem.num_splits
+    workers, splits = hopper_workers(processors, row_blocks, batch, problem.capacity), problem.num_splits
     if not (splits or problem.page_size or problem.mask is not None):
         splits = hopper_parts(workers, batch, rows.shape[1])
     workers = batch * splits if splits else workers

@@ -106,6 +106,8 @@ def ask_sglang(model, asked):
     """Ask sglang.Engine, all prompts in one batch; with a prefix cache a second time, so that the answers start from it."""
     import torch
 
+    if torch.cuda.is_available() and asked["dtype"] == "float32":
+        raise SystemExit("SGLang's norms on a GPU take 16-bit numbers alone: give --dtype bfloat16")
     if not torch.cuda.is_available():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         # SGLang hands out pages of its cache by a Triton kernel, on a CPU too

@@ -20,8 +20,6 @@ Flash = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, float
 WIDEST_HEAD = 256
 # Most tokens of a decode, and widest content of a head, for which one launch absorbs, rotates and writes.
 MOST_ABSORBED, MOST_ABSORBED_NOPE = 16, 128
-# Query rows of a sequence that `splits_alone` is for, and the capacity up to which fewer parts are better.
-ALONE_ROWS, SHORT = 64, 32768
 NATIVE_VALUES = ((128, 192, 96, 128), (0, 64, 0, 512))
 
 
@@ -105,19 +103,6 @@ def write(
     )[0]
 
 
-@functools.cache
-def splits_alone(device: torch.device, capacity: int) -> int | None:
-    """Parts into which one sequence alone is cut, on Hopper; None lets mla_attention choose.
-
-    One part for every multiprocessor leaves more to combine than it saves: on an H200 with 512 + 64, 66 parts take 19 us for
-    16k tokens and 132 take 26; for 128k, 88 take 58, 66 take 70.
-    """
-    properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) != (9, 0):
-        return None
-    return properties.multi_processor_count // 2 if capacity <= SHORT else properties.multi_processor_count * 2 // 3
-
-
 def decode(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, seq_lens: Tensor, block_table: Tensor, scale: float,
     softcap: float, window: int | None, form: tuple[int, ...] | None = None,
@@ -130,10 +115,7 @@ def decode(
         return mla_attention.mla_decode(q_latent, q_rope, cache, None, seq_lens, row_format=form, **options)
     latents, keys = cache[..., :rank], cache[..., rank:]
     if has_kernel(rank, rope_dim, q_latent.shape[2]):
-        splits = None
-        if len(q_latent) == 1 and q_latent.is_cuda and q_latent[0, :, :, 0].numel() <= ALONE_ROWS:
-            splits = splits_alone(q_latent.device, cache.shape[1] * block_table.shape[1])
-        return mla_attention.mla_decode(q_latent, q_rope, latents, keys, seq_lens, num_splits=splits, **options)
+        return mla_attention.mla_decode(q_latent, q_rope, latents, keys, seq_lens, **options)
     attended, _ = mla_attention.naive_decode(
         q_latent, q_rope, latents, keys, seq_lens, compute_dtype=torch.float32, **options
     )
