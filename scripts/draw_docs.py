@@ -38,7 +38,7 @@ PALETTES = {
                  value="#565e65", latent="#56b4e9", rotary="#e69f00", healed="#2fc79a"),
 }  # fmt: skip
 TERMINAL_WIDTH = 100
-TRADE_SOURCES = ("quality-rank-and-bits.csv", "speed-vllm.csv", "quality-quantised-cache-smollm2.csv")
+TRADE_SOURCES = ("quality-bits-refined.csv", "speed-vllm-plugin.csv", "quality-quantised-cache-smollm2.csv")
 
 
 def digest(*names: str) -> str:
@@ -111,28 +111,40 @@ def plain(axes: Axes, palette: dict[str, str]) -> None:
 
 def draw_quality(axes: Axes, palette: dict[str, str]) -> None:
     """KL against bytes of the cache: less rank, fewer bits, and both."""
-    _, _, closed = read_results(RESULTS / TRADE_SOURCES[0])
+    _, _, refined = read_results(RESULTS / TRADE_SOURCES[0])
     _, _, trained = read_results(RESULTS / TRADE_SOURCES[2])
     series = {
-        "bits alone: the original, quantised cache": (closed, "bits alone", "rotary", "D", "none"),
-        "rank alone: bfloat16, closed form": (closed, "rank alone", "latent", "o", ":"),
+        "bits alone: the original, quantised cache": (refined, "original", "rotary", "D", "none"),
+        "rank alone: bfloat16, refined": (trained, "mla_convert", "latent", "o", ":"),
         "rank alone: bfloat16, refined and healed": (trained, "mla_convert, healed", "latent", "s", "-"),
-        "rank and bits, closed form": (closed, "both", "healed", "^", "-"),
+        "rank and bits, refined": (refined, "`--cache-dtype", "healed", "^", "-"),
     }
     for label, (rows, begin, colour, marker, line) in series.items():
-        points = [(float(row["bytes"].rstrip("%")), float(row["KL"])) for row in rows if row["cache"].startswith(begin)]
+        found = [row for row in rows if row["cache"].partition("`, ")[0].rstrip("`").startswith(begin)]
+        if begin == "mla_convert":
+            found = [row for row in found if row["cache"] == begin]
+        points: dict[float, float] = {}  # of two at equal bytes, the better
+        for row in found:
+            share, kl = float(row["bytes"].rstrip("%")), float(row["KL"].split()[0])
+            points[share] = min(kl, points.get(share, kl))
         axes.plot(
-            *zip(*sorted(points), strict=True), color=palette[colour], marker=marker, ls=line, lw=2, ms=6, label=label
-        )
-    for row in closed:
-        if row["cache"].startswith("bits alone"):
+            *zip(*sorted(points.items()), strict=True), color=palette[colour], marker=marker, ls=line, lw=2, ms=6,
+            label=label,
+        )  # fmt: skip
+    for row in refined:
+        if row["cache"].startswith("original"):
             name = row["cache"].partition(" in ")[2].partition(",")[0] + (
                 " +\nHadamard" if "Hadamard" in row["cache"] else ""
             )
-            place = (float(row["bytes"].rstrip("%")), float(row["KL"]))
-            shift = {"INT4": (-16, 7), "INT4 +\nHadamard": (-14, -24), "FP8": (-26, -4)}.get(name, (7, -4))
+            place = (float(row["bytes"].rstrip("%")), float(row["KL"].split()[0]))
+            shift = {
+                "INT4": (-30, -3),
+                "INT4 +\nHadamard": (-4, -34),
+                "INT3 +\nHadamard": (-22, 9),
+                "FP8": (-26, -4),
+            }.get(name, (7, -4))
             axes.annotate(name, place, shift, textcoords="offset points", color=palette["soft"], size=9)
-    axes.set(xlim=(60, 8), ylim=(1e-3, 60), yscale="log", xlabel="bytes of the KV cache, % of bfloat16 (smaller →)")
+    axes.set(xlim=(60, 8), ylim=(1e-4, 60), yscale="log", xlabel="bytes of the KV cache, % of bfloat16 (smaller →)")
     axes.set_title(
         "Quality: KL(original ‖ model), nats a token", loc="left", color=palette["ink"], size=12, weight="bold", pad=22
     )
@@ -144,28 +156,32 @@ def draw_quality(axes: Axes, palette: dict[str, str]) -> None:
 
 
 def draw_throughput(axes: Axes, palette: dict[str, str]) -> None:
-    """Decode speed in stock vLLM over that of the original with a bfloat16 cache."""
+    """Speed in vLLM's plugin over that of the original with a bfloat16 cache."""
     _, columns, rows = read_results(RESULTS / TRADE_SOURCES[1])
     work = {
-        "batch 32\nat 16k tokens": columns[5],
-        "batch 64\nat 2k tokens": columns[4],
-        "one user\nat 16k tokens": columns[3],
+        "decode, batch 32\nat 16k tokens": columns[6],
+        "decode, one user\nat 127k tokens": columns[5],
+        "decode, one user\nat 16k tokens": columns[4],
+        "prompt\nof 16k tokens": columns[2],
     }
-    bars = {"original, FP8": "rotary", "converted, bfloat16": "latent", "converted, FP8": "healed"}
+    bars = {
+        "original, FP8 cache": "rotary",
+        "converted with `--nope-dim 64`, plugin": "latent",
+        "converted, int4": "healed",
+    }
+    labels = ("original, FP8", "converted, bfloat16, 64 + 64 a head", "converted, int4")
     back = dict(boxstyle="square,pad=0.1", fc=palette["page"], ec="none")
     for group, column in enumerate(work.values()):
         base = float(rows[0][column])
-        for place, (cache, colour) in enumerate(bars.items()):
-            speed = float(next(row for row in rows if row["cache"] == cache)[column]) / base
+        for place, ((served, colour), label) in enumerate(zip(bars.items(), labels, strict=True)):
+            speed = float(next(row for row in rows if row["served"].startswith(served))[column].split()[0]) / base
             x = group + (place - 1) * 0.27
-            axes.bar(x, speed, 0.25, color=palette[colour], label=cache if group == 0 else None)
-            axes.text(x, speed + 0.04, f"{speed:.2f}", ha="center", color=palette["soft"], size=9.5, bbox=back)
+            axes.bar(x, speed, 0.25, color=palette[colour], label=label if group == 0 else None)
+            axes.text(x, speed + 0.04, f"{speed:.2f}", ha="center", color=palette["soft"], size=9, bbox=back)
     axes.axhline(1, color=palette["line"], lw=1.2, ls=(0, (4, 3)))
-    axes.set(xticks=range(len(work)), xticklabels=list(work), ylim=(0, 2.4))
-    axes.set_title(
-        "Speed: decode tokens/s ÷ the original's", loc="left", color=palette["ink"], size=12, weight="bold", pad=22
-    )
-    axes.text(0, 1.03, "vLLM 0.26, H200, Llama-3-8B shape, 512 + 64 (28%); higher is better", transform=axes.transAxes,
+    axes.set(xticks=range(len(work)), xticklabels=list(work), ylim=(0, 2.9))
+    axes.set_title("Speed: tokens/s ÷ the original's", loc="left", color=palette["ink"], size=12, weight="bold", pad=22)
+    axes.text(0, 1.03, "vLLM 0.26 with the plugin, H200, Llama-3-8B shape, 512 + 64; higher is better", transform=axes.transAxes,
               color=palette["soft"], size=9.5)  # fmt: skip
     axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=10, loc="upper right")
     plain(axes, palette)
