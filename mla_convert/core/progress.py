@@ -15,6 +15,9 @@ from mla_convert.core.report_schema import JsonObject
 COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
            TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
 
+# A log gets a line after so many seconds, and later after a part of the time that has passed.
+SECONDS, LINES = 10, 20
+
 
 class Progress:
     """Progress over layers, counted in refinement steps, plus one step for all other work on a layer."""
@@ -33,6 +36,8 @@ class Progress:
         self._bars: Bars | None = None
         self._task: Any = None
         self._layer, self._layers, self._steps, self._label = 0, 0, 0, ""
+        # Steps finished, by this run and before it, and all.
+        self._finished, self._before, self._total = 0, 0, 0
         self._start = self._shown = time.perf_counter()
 
     def note(self, text: str) -> None:
@@ -50,17 +55,12 @@ class Progress:
             label: Name of one iteration.
             extra_steps: Extra steps of the last layers, counted once for each layer that takes them.
         """
-        self._layer, self._layers, self._steps, self._label = 0, layers, steps, label
-        self._start = self._shown = time.perf_counter()
-        if self.console.is_terminal and not self.quiet:
-            self._bars = Bars(*COLUMNS, console=self.console, transient=True)
-            self._task = self._bars.add_task(f"{label} 1/{layers}", total=layers * (steps + 1) + extra_steps)
-            self._bars.start()
+        self._layer, self._layers, self._steps = 0, layers, steps
+        self._begin(label, f"{label} 1/{layers}", layers * (steps + 1) + extra_steps, 0)
 
     def step(self, layers: int = 1) -> None:
         """Count one refinement step of `layers` layers."""
-        if self._bars:
-            self._bars.advance(self._task, layers)
+        self._count(self._finished + layers)
 
     def begin(self, label: str, steps: int, done: int = 0) -> None:
         """Begin a loop over steps that is not a loop over layers; its messages are printed by `note`.
@@ -70,21 +70,32 @@ class Progress:
             steps: Number of steps.
             done: Steps that an earlier run finished.
         """
-        self._label = label
-        if self.console.is_terminal and not self.quiet:
-            self._bars = Bars(*COLUMNS, console=self.console, transient=True)
-            self._task = self._bars.add_task(label, total=steps, completed=done)
-            self._bars.start()
+        self._layers = 0
+        self._begin(label, label, steps, done)
 
     def advance(self, done: int) -> None:
         """Set the number of finished steps of a loop begun by `begin`."""
-        if self._bars:
-            self._bars.update(self._task, completed=done)
+        self._count(done)
 
     def skip(self, steps: int) -> None:
         """Count the steps of layers that an earlier run has finished."""
+        self._before += steps
+        self._count(self._finished + steps)
+
+    def _begin(self, label: str, text: str, total: int, done: int) -> None:
+        self._label, self._finished, self._before, self._total = label, done, done, total
+        self._start = self._shown = time.perf_counter()
+        if self.console.is_terminal and not self.quiet:
+            self._bars = Bars(*COLUMNS, console=self.console, transient=True)
+            self._task = self._bars.add_task(text, total=total, completed=done)
+            self._bars.start()
+
+    def _count(self, finished: int) -> None:
+        self._finished = finished
         if self._bars:
-            self._bars.advance(self._task, steps)
+            self._bars.update(self._task, completed=finished)
+        else:
+            self._log("", False)
 
     def layer_measured(self) -> None:
         """Count a pass over a layer that writes nothing."""
@@ -96,21 +107,29 @@ class Progress:
 
     def _done(self, words: str = "") -> None:
         self._layer += 1
+        last = self._layer == self._layers
+        # The steps of a layer may be fewer than were announced.
+        self._finished = self._total if last else max(self._finished, self._layer * (self._steps + 1))
         if self._bars:
-            ended = self._layer == self._layers
-            done = self._bars.tasks[0].total if ended else self._layer * (self._steps + 1)
             # A bar names the layer that is being worked on, not the one that has ended.
             text = f"{self._label} {min(self._layer + 1, self._layers)}/{self._layers}"
-            self._bars.update(self._task, completed=done, description=text)
-        # A log gets a line every ten seconds, and a last one where there is an error to show.
-        due = time.perf_counter() - self._shown > 10 or (words and self._layer == self._layers)
-        if self.verbose or (due and not self._bars):
-            self._shown = time.perf_counter()
-            elapsed = self._shown - self._start
-            left = elapsed / self._layer * (self._layers - self._layer)
-            self.note(
-                f"{self._label} {self._layer}/{self._layers}  {words}{elapsed:.0f} s elapsed, about {left:.0f} s left"
-            )
+            self._bars.update(self._task, completed=self._finished, description=text)
+        self._log(words, self.verbose or (bool(words) and last and not self._bars))
+
+    def _log(self, words: str, now: bool) -> None:
+        """Print a line `now`, or, where there is no bar, from time to time: every ten seconds at first, then less often."""
+        elapsed = time.perf_counter() - self._start
+        if not now and (self._bars or elapsed - (self._shown - self._start) <= max(SECONDS, elapsed / LINES)):
+            return
+        self._shown = self._start + elapsed
+        if self._layers:
+            text = f"{self._label} {self._layer}/{self._layers}"
+            text += "" if words else f", step {self._finished}/{self._total}"
+        else:
+            text = f"{self._label}, step {self._finished}/{self._total}"
+        made = self._finished - self._before
+        left = f", about {elapsed / made * (self._total - self._finished):.0f} s left" if made > 0 else ""
+        self.note(f"{text}  {words}{elapsed:.0f} s elapsed{left}")
 
     def stop(self) -> None:
         """End the live display, if there is one."""
