@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mla_convert.cli.options import (
+    MEASURE,
     PROBES,
     Against,
     Device,
@@ -81,6 +84,16 @@ TaskLimit = Annotated[
     int | None,
     typer.Option(help="Examples of a task at most. Default: all.", show_default=False, rich_help_panel=PROBES),
 ]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Measure a converted MODEL with another format of its cache, as `quantize` would write it: fp8, int8, int4 or "
+        "bf16. A copy lies beside MODEL until the end.",
+        show_default=False,
+        rich_help_panel=MEASURE,
+    ),
+]
 IntoReport = Annotated[
     bool,
     typer.Option(
@@ -100,6 +113,7 @@ def evaluate(
     eval_length: Length = None,
     suite_windows: SuiteWindows = None,
     original_cache: OriginalCache = None,
+    cache_dtype: CacheDtype = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     passkey: Passkey = False,
@@ -127,25 +141,33 @@ def evaluate(
         raise UsageError("--greedy-tokens means nothing without --greedy")
     if into_report and not (against or passkey or passkey_length or humaneval or names):
         raise UsageError("--into-report has nothing to write: give --against, --passkey, --humaneval or --tasks")
+    if into_report and cache_dtype:
+        raise UsageError("--into-report is for MODEL as it is: leave out --cache-dtype, or `quantize` it first")
     # Before hours of measuring.
     folder = check_target(model) if into_report else None
 
     from mla_convert.core.console import Terminal
     from mla_convert.core.progress import Progress
-    from mla_convert.evaluate.quality.evaluation import evaluate_model
+    from mla_convert.evaluate.quality.evaluation import Evaluation, evaluate_model
     from mla_convert.evaluate.quality.probes import GREEDY_TOKENS, ProbeSettings
+    from mla_convert.pipeline.quantise import in_format
     from mla_convert.report.tables import print_evaluation
 
     probes = ProbeSettings(passkey=passkey or passkey_length is not None, passkey_length=passkey_length, greedy=greedy,
                     greedy_tokens=GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
                     humaneval=humaneval, tasks=names, task_limit=task_limit)  # fmt: skip
     progress = Progress(quiet=quiet, verbose=is_verbose())
-    evaluation = run_guarded(
-        lambda: evaluate_model(model, against, text=text, windows=eval_windows, length=eval_length,
-                               suite_windows=suite_windows, dtype=dtype, device=device, probes=probes,
-                               original_cache=formats, progress=progress),
-        OUT_OF_MEMORY,
-    )  # fmt: skip
+
+    def measure() -> Evaluation:
+        named: AbstractContextManager[Path | str] = nullcontext(model)
+        if cache_dtype:
+            named = in_format(Path(model), cache_dtype, device, progress)
+        with named as place:
+            return evaluate_model(str(place), against, text=text, windows=eval_windows, length=eval_length,
+                                  suite_windows=suite_windows, dtype=dtype, device=device, probes=probes,
+                                  original_cache=formats, progress=progress)  # fmt: skip
+
+    evaluation = run_guarded(measure, OUT_OF_MEMORY)
     if folder:
         write_into_report(folder, evaluation.probes, evaluation.original_cache)
     if json_:

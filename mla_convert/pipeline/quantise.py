@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -85,6 +89,95 @@ def quantise(
         InputError: no converted model, damaged, or it has no such row.
     """
     progress = progress or Progress()
+    change, where = _change(folder, cache_dtype, cache_group, cache_rope, out, progress), pick_device(device)
+    folder, report, place = change.folder, change.report, change.place
+    origin = find_model(against) if against else find_original(report)
+    if origin is None:
+        raise UsageError(
+            "the original is not where the report says, and the result is measured against it: give --against"
+        )
+    if is_converted(model_config(origin)):
+        raise InputError(f"{origin.label} is a converted model: --against is for the original")
+    check_same_sizes(model_config(origin), model_config(place), origin.label)
+    target = Path(os.path.realpath(out or folder))
+    output.check_output(target, origin.folder, False)
+    with change.written(target, where, progress) as writer:
+        section = _cache_section(origin, change.sizes, change.cache, model_config(place))
+        result = report.model_copy(update={"cache": section})
+        result.write(writer.folder)  # names the evaluation's text and windows
+        found = evaluate_model(str(writer.folder), origin, device=str(where), progress=Progress(quiet=True))
+        result = _with_measurement(result, found).model_copy(update={"earlier_states": state_of(report)})
+        result.checksums = writer.checksums()
+        result.self_check = SelfCheckSection(**self_check(writer.folder, where))
+        result.out = target
+        write_report(result, writer.folder)
+        writer.publish()
+    return result
+
+
+@contextmanager
+def in_format(folder: Path, cache_dtype: str, device: str = "auto", progress: Progress | None = None) -> Iterator[Path]:
+    """A copy of a converted folder with another `--cache-dtype`, beside it, for as long as the context lasts.
+
+    Args:
+        folder: of a converted model.
+        cache_dtype: as for `quantise`.
+        device: where the latents are measured.
+        progress: takes notes.
+
+    Raises:
+        UsageError, InputError: as for `quantise`.
+    """
+    progress = progress or Progress()
+    change = _change(folder, cache_dtype, None, None, folder.parent, progress)
+    name = change.folder.name
+    with on_disk("the copy", change.folder.parent):
+        work = TemporaryDirectory(dir=change.folder.parent, prefix=f".{name}-")
+    with work as beside:
+        target = Path(beside) / f"{name} in {cache_dtype}"
+        with change.written(target, pick_device(device), progress) as writer:
+            change.report.write(writer.folder)  # names the evaluation's text and windows
+            writer.publish()
+        yield target
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Another format of a folder's cache: its report, its place, the format, the entry in config.json, and sizes of layers."""
+
+    folder: Path
+    report: Report
+    place: SourceLocation
+    cache: CacheFormat
+    latent_cache: dict[str, object] | None
+    sizes: list[LayerSize]
+
+    @contextmanager
+    def written(self, target: Path, device: torch.device, progress: Progress) -> Iterator[output.Writer]:
+        """A writer of the target that has written weights, code and config.json."""
+        output.check_space(target, sum((self.folder / shard).stat().st_size for shard in self.report.checksums))
+        # The error of FP8 is relative to each number, so that no basis is better than another (`in_basis`).
+        plain = self.cache.kind in ("bf16", "fp8")
+        changed = {} if plain else _changed(self.place, self.sizes, self.cache, device, progress)
+        with output.Writer(target, {"quantise": self.report.checksums, "cache": self.latent_cache}) as writer:
+            write_weights(writer, self.folder, sorted(self.report.checksums), changed)
+            with on_disk("the output", target.parent):
+                # As JSON, so that all other entries stay as they were written.
+                config = json.loads((writer.folder / "config.json").read_text(encoding="utf-8"))
+                language_model(config)["latent_cache"] = self.latent_cache
+                write_file(writer.folder / "config.json", json.dumps(config, indent=2) + "\n")
+            yield writer
+
+
+def _change(
+    folder: Path,
+    cache_dtype: str,
+    cache_group: int | None,
+    cache_rope: str | None,
+    out: Path | None,
+    progress: Progress,
+) -> _Change:
+    """Check a format and a folder; arguments are those of `quantise`."""
     try:
         settings = Settings.model_validate(
             {"cache_dtype": cache_dtype, "cache_group": cache_group, "cache_rope": cache_rope}
@@ -96,40 +189,9 @@ def quantise(
     folder, report = open_converted(folder, out)
     if note := check_input(folder):
         progress.note(note)
-    where, place = pick_device(device), find_model(str(folder))
-    origin = find_model(against) if against else find_original(report)
-    if origin is None:
-        raise UsageError(
-            "the original is not where the report says, and the result is measured against it: give --against"
-        )
-    if is_converted(model_config(origin)):
-        raise InputError(f"{origin.label} is a converted model: --against is for the original")
-    check_same_sizes(model_config(origin), model_config(place), origin.label)
-    target = Path(os.path.realpath(out or folder))
-    output.check_output(target, origin.folder, False)
-    output.check_space(target, sum((folder / shard).stat().st_size for shard in report.checksums))
-    cache = cache_format(settings)
+    place, cache = find_model(str(folder)), cache_format(settings)
     latent_cache, sizes = _rows(model_config(place), cache)
-    # The error of FP8 is relative to each number, so that no basis is better than another (`in_basis`).
-    changed = {} if cache.kind in ("bf16", "fp8") else _changed(place, sizes, cache, where, progress)
-    with output.Writer(target, {"quantise": report.checksums, "cache": latent_cache}) as writer:
-        write_weights(writer, folder, sorted(report.checksums), changed)
-        with on_disk("the output", target.parent):
-            # As JSON, so that all other entries stay as they were written.
-            config = json.loads((writer.folder / "config.json").read_text(encoding="utf-8"))
-            language_model(config)["latent_cache"] = latent_cache
-            write_file(writer.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        section = _cache_section(origin, sizes, cache, model_config(place))
-        result = report.model_copy(update={"cache": section})
-        result.write(writer.folder)  # names the evaluation's text and windows
-        found = evaluate_model(str(writer.folder), origin, device=str(where), progress=Progress(quiet=True))
-        result = _with_measurement(result, found).model_copy(update={"earlier_states": state_of(report)})
-        result.checksums = writer.checksums()
-        result.self_check = SelfCheckSection(**self_check(writer.folder, where))
-        result.out = target
-        write_report(result, writer.folder)
-        writer.publish()
-    return result
+    return _Change(folder, report, place, cache, latent_cache, sizes)
 
 
 def _rows(config: Any, cache: CacheFormat) -> tuple[dict[str, object] | None, list[LayerSize]]:

@@ -51,6 +51,38 @@ def test_weights_stay_the_same_function(folder, sources, tmp_path, request, rope
     verify(tmp_path / "new")
 
 
+def test_eval_in_another_format_measures_what_quantize_would_write(folder, sources, tmp_path, cli):
+    text = ("--eval", sources("llama").parent / "text.txt", "--eval-windows", 2, "--eval-length", 48, "--device", "cpu")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    code, out, err = cli("eval", folder, "--cache-dtype", "int4", "--against", sources("llama"), *text, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["model"] == "converted in int4", err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir() if file.name != "converted.lock"] == ["converted"]
+    run(folder, "int4", sources("llama"), out=tmp_path / "written")
+    code, out, _ = cli("eval", tmp_path / "written", "--against", sources("llama"), *text, "--json")
+    written = json.loads(out)
+    assert found["evaluation"] == written["evaluation"] and found["cache"] == written["cache"]
+    plain = json.loads(cli("eval", folder, *text, "--json")[1])
+    assert found["cache"]["bytes_per_token"]["after"] < plain["cache"]["bytes_per_token"]["after"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "code", "words"),
+    [
+        ("folder", ("--cache-dtype", "auto"), 2, "auto chooses ranks and bits"),
+        ("folder", ("--cache-dtype", "int3"), 2, "Input should be"),
+        ("folder", ("--cache-dtype", "int4", "--into-report", "--passkey"), 2, "leave out --cache-dtype"),
+        ("source", ("--cache-dtype", "int4"), 4, "give a converted folder"),
+    ],
+)
+def test_eval_refuses_a_format_in_one_line(folder, sources, tmp_path, cli, model, options, code, words):
+    place = folder if model == "folder" else sources("llama")
+    found, out, err = cli("eval", place, *options)
+    assert found == code and words in err and err.count("\n") == 1 and not out
+    assert [file.name for file in tmp_path.iterdir()] == ["converted"]
+
+
 def test_there_and_back_in_place(folder, sources, cli):
     before = json.loads((folder / "report.json").read_text())
     code, out, _ = cli(
