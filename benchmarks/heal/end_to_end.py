@@ -10,7 +10,7 @@ from harness import CUDA, DEVICE, autocast, corpus_folder, corpus_of, emit, judg
 
 from mla_convert.core.progress import Progress
 from mla_convert.evaluate.quality.evaluation import evaluate_model
-from mla_convert.heal import HealConfig, data, heal, loop, run
+from mla_convert.heal import HealConfig, heal, loop, run, windows
 from mla_convert.heal.prepare_text import LABELS
 from mla_convert.heal.schedule import Schedule
 from mla_convert.method.refine.relative_adam import cosine
@@ -104,9 +104,9 @@ def control(args):
     @torch.no_grad()
     def perplexities():
         found = {}
-        for name, (windows, _) in sets.items():
+        for name, (every, _) in sets.items():
             with autocast():
-                losses = [float(model(ids[None], labels=ids[None], use_cache=False).loss) for ids in windows]
+                losses = [float(model(ids[None], labels=ids[None], use_cache=False).loss) for ids in every]
             found[name] = round(math.exp(sum(losses) / len(losses)), 4)
         return found
 
@@ -114,7 +114,7 @@ def control(args):
     for number in range(args.steps):
         optimizer.param_groups[0]["lr"] = 3e-4 * loop.rate_factor(number, args.steps)
         begins = [window.begin for window in schedule.step(number)[1]]
-        ids = data.cut(corpus, begins, args.length).ids.to(DEVICE)
+        ids = windows.cut(corpus, begins, args.length).ids.to(DEVICE)
         with autocast():
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()

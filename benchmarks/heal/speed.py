@@ -20,7 +20,7 @@ from harness import (
     sync,
 )
 
-from mla_convert.heal import data, loop
+from mla_convert.heal import loop, windows
 from mla_convert.heal.cuda_graph import EAGER_PASSES, GraphedStep
 from mla_convert.source.load_model import find_model, load_model
 
@@ -96,8 +96,8 @@ def ours(args, batch, name, own, capture):
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
 
-    def forward_backward(ids, labels, positions, share):
-        loss = model(ids, labels, positions)[0] * share
+    def forward_backward(ids, labels, positions, counted, share):
+        loss = model(ids, labels, positions, counted)[0] * share
         engine.backward(loss)
         return loss.detach()
 
@@ -116,8 +116,8 @@ def ours(args, batch, name, own, capture):
 def main(args):
     corpus = corpus_of(args, 20 * args.step_tokens, False)
     begins = [index * args.length for index in range(args.step_tokens // args.length)]
-    batch = data.cut(corpus, begins, args.length).to(DEVICE)
-    batch = data.Batch(batch.ids, batch.labels, None)  # nobody sees another document's tokens: there is one
+    batch = windows.cut(corpus, begins, args.length).to(DEVICE)
+    batch = windows.Batch(batch.ids, batch.labels, None)  # nobody sees another document's tokens: there is one
     for name, *how in (("plain",), *(QUICK if args.quick else VARIANTS)):
         try:
             ours(args, batch, name, *how) if how else plain(args, batch)

@@ -38,6 +38,7 @@ class Progress:
         self._layer, self._layers, self._steps, self._label = 0, 0, 0, ""
         # Steps finished, by this run and before it, and all.
         self._finished, self._before, self._total = 0, 0, 0
+        self._noted = False
         self._start = self._shown = time.perf_counter()
 
     def note(self, text: str) -> None:
@@ -55,22 +56,23 @@ class Progress:
             label: Name of one iteration.
             extra_steps: Extra steps of the last layers, counted once for each layer that takes them.
         """
-        self._layer, self._layers, self._steps = 0, layers, steps
+        self._layer, self._layers, self._steps, self._noted = 0, layers, steps, False
         self._begin(label, f"{label} 1/{layers}", layers * (steps + 1) + extra_steps, 0)
 
     def step(self, layers: int = 1) -> None:
         """Count one refinement step of `layers` layers."""
         self._count(self._finished + layers)
 
-    def begin(self, label: str, steps: int, done: int = 0) -> None:
-        """Begin a loop over steps that is not a loop over layers; its messages are printed by `note`.
+    def begin(self, label: str, steps: int, done: int = 0, noted: bool = False) -> None:
+        """Begin a loop over steps that is not a loop over layers.
 
         Args:
             label: Name of the loop.
             steps: Number of steps.
             done: Steps that an earlier run finished.
+            noted: The caller prints lines of its own with `note`.
         """
-        self._layers = 0
+        self._layers, self._noted = 0, noted
         self._begin(label, label, steps, done)
 
     def advance(self, done: int) -> None:
@@ -119,7 +121,9 @@ class Progress:
     def _log(self, words: str, now: bool) -> None:
         """Print a line `now`, or, where there is no bar, from time to time: every ten seconds at first, then less often."""
         elapsed = time.perf_counter() - self._start
-        if not now and (self._bars or elapsed - (self._shown - self._start) <= max(SECONDS, elapsed / LINES)):
+        if not now and (
+            self._bars or self._noted or elapsed - (self._shown - self._start) <= max(SECONDS, elapsed / LINES)
+        ):
             return
         self._shown = self._start + elapsed
         if self._layers:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mla_convert.core.cuda_graph import CapturedCall
-from mla_convert.heal.data import Batch
+from mla_convert.heal.windows import Batch
 
 # Eager passes of a shape before it is captured: whatever is compiled has to be compiled by then.
 EAGER_PASSES = 4
 # A captured pass is kept if its loss and the norm of its gradients are those of an eager one, up to rounding.
 LOSS_TOLERANCE, NORM_TOLERANCE = 0.01, 0.03
 
-# ids (B, L), labels (B, L), positions (B, L) or None, scale of the loss -> scaled loss (); adds up gradients
-Run = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+# ids (B, L), labels (B, L), positions (B, L) or None, counted (B, L) or None, scale of the loss -> scaled loss (); adds up
+# gradients
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
 
 
 class GraphedStep:
@@ -53,13 +54,14 @@ class GraphedStep:
         # The scale is a number in the recorded kernels: a step's last, smaller pass has a scale, and so a graph, of its
         # own.
         key = (tuple(batch.ids.shape), grad_scale)
-        # transformers reads the positions of a packed window on the host, which no recording allows.
-        if not self.capture or batch.positions is not None:
-            return self._run(batch.ids, batch.labels, batch.positions, grad_scale)
+        # transformers reads the positions of a packed window on the host, which no recording allows, and the number of counted
+        # tokens is no constant.
+        if not self.capture or batch.positions is not None or batch.counted is not None:
+            return self._run(batch.ids, batch.labels, batch.positions, batch.counted, grad_scale)
         if key in self._captured:
             return self._captured[key](batch.ids, batch.labels)
         self._seen[key] += 1
-        loss = self._run(batch.ids, batch.labels, None, grad_scale)
+        loss = self._run(batch.ids, batch.labels, None, None, grad_scale)
         # Only the first pass of a step leaves gradients of its own alone, with which a replay can be compared.
         if first and self._seen[key] > EAGER_PASSES:
             return self._checked(key, batch, grad_scale, loss)
@@ -70,7 +72,7 @@ class GraphedStep:
         eager = torch.stack([loss, self._norm()])
 
         def run(ids: Tensor, labels: Tensor) -> Tensor:
-            return self._run(ids, labels, None, grad_scale)
+            return self._run(ids, labels, None, None, grad_scale)
 
         try:
             captured = CapturedCall(run, batch.ids, batch.labels)
@@ -90,7 +92,7 @@ class GraphedStep:
             f"training runs without CUDA graphs: a captured pass came to another result, {errors}", stacklevel=2
         )
         self._zero()
-        return self._run(batch.ids, batch.labels, None, grad_scale)
+        return self._run(batch.ids, batch.labels, None, None, grad_scale)
 
     def _norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])

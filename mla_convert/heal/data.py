@@ -1,4 +1,4 @@
-"""Text to heal on: tokenised once into a file that all processes map, and cut into windows."""
+"""Text to heal on: tokenised once into a file that all processes map."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.files import write_file
-from mla_convert.modeling.loss_terms import IGNORED
 from mla_convert.source import mixture, texts
+from mla_convert.source.conversations import answers, load_conversations
 from mla_convert.source.tokens import first_tokens
 
 IDS, STARTS, GENERATED, HELD = "tokens.npy", "documents.npy", "generated.npy", "held_out.json"
+COUNTED = "counted.npy"
 # Names of the kinds of held-out text: self-generated text, and the given one where it is one without a label.
 OWN_KIND, GIVEN_KIND = "self-generated text", "given text"
 # Fraction of the data, at its end, that is never trained on; most tokens of it in one evaluation.
 HELD_OUT_FRACTION, HELD_OUT_MAX = 1 / 20, 1 << 17
-# Tokens of all held-out evaluations, as a fraction of the training's; least tokens of one evaluation; least evaluations.
-EVALUATED_FRACTION, EVALUATION_MIN, EVALUATIONS_MIN = 0.2, 1 << 12, 4
 # Characters per token, assumed before any are tokenised, to tell whether a text is longer than needed.
 CHARACTERS = 4
+TASK_PASSES = 8
 TOKENISED = 64  # pieces of documents tokenised at once
 PIECE = 1 << 16  # characters of a piece: the time of some tokenizers grows faster than the text
 
@@ -42,12 +41,14 @@ class Corpus:
         generated: self-generated tokens.
         held: label of each given text and tokens of its held-out end; these ends are the last tokens, in this order. Empty:
             one given text, of which a fraction is held out.
+        counted: which tokens (N,) the loss counts, where that is not all.
     """
 
     ids: np.ndarray
     starts: np.ndarray
     generated: int = 0
     held: tuple[tuple[str, int], ...] = ()
+    counted: np.ndarray | None = None
 
     @property
     def train_end(self) -> int:
@@ -84,6 +85,7 @@ def make_corpus(
     joined: bool = False,
     model: texts.Reach = texts.Reach(),  # noqa: B008
     window: int = 0,
+    task: str | list[str] | None = None,
 ) -> list[str]:
     """Tokenise texts into `folder`, in proportion to their weights.
 
@@ -98,6 +100,8 @@ def make_corpus(
         joined: rows are parts of one document.
         model: limits of the token ids.
         window: tokens of the longest window: a held-out end has as many if its text is long enough.
+        task: names conversations, of which only the answers count; together they weigh as much as the texts, and are
+            repeated up to TASK_PASSES times for it.
 
     Returns:
         The texts' labels.
@@ -107,17 +111,33 @@ def make_corpus(
             embedding for.
     """
     parts = mixture.parts(given, "training")
+    weights, asked = [part.weight for part in parts], mixture.parts(task, "task") if task else []
+    weights += [part.weight * sum(weights) / sum(each.weight for each in asked) for part in asked]
     trained, ends, starts, held = [], [], [], []
+    counts: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     left = most
-    for index, part in enumerate(parts):
-        share = mixture.quotas([each.weight for each in parts[index:]], left)[0]
-        ids, own_starts, label = _tokens(part.spec, tokenizer, share, joined, model)
+    for index, part in enumerate([*parts, *asked]):
+        share = mixture.quotas(weights[index:], left)[0]
+        if index < len(parts):
+            ids, own_starts, label = _tokens(part.spec, tokenizer, share, joined, model)
+            counted = np.ones(len(ids), dtype=bool)
+        else:
+            ids, own_starts, label, counted = _answers(part.spec, tokenizer, share, model)
         left -= len(ids)
         cut = len(ids) - _held_out_tokens(len(ids), window)
-        starts += [sum(map(len, trained)) + own_starts[own_starts < cut]]
+        times = 1
+        if index >= len(parts):
+            # As many tokens as the texts have, in proportion to the weights.
+            wanted = sum(map(len, trained[: len(parts)])) * asked[index - len(parts)].weight
+            times = round(wanted / sum(each.weight for each in asked) / max(cut, 1))
+            times = min(max(times, 1), TASK_PASSES)
+        own = own_starts[own_starts < cut]
+        starts += [sum(map(len, trained)) + time * cut + own for time in range(times)]
         held.append((label, len(ids) - cut, own_starts[own_starts >= cut] - cut))
-        trained.append(ids[:cut])
+        trained.append(np.tile(ids[:cut], times))
         ends.append(ids[cut:])
+        counts[0].append(np.tile(counted[:cut], times))
+        counts[1].append(counted[cut:])
     # The held-out ends come last, so that one offset, `train_end`, keeps all of them out of training.
     offset = sum(map(len, trained))
     for _, tokens, own_starts in held:
@@ -128,7 +148,10 @@ def make_corpus(
     # files of one name in several folders
     names = [label if labels.count(label) == 1 else f"{label} ({n})" for n, label in enumerate(labels, start=1)]
     kinds = tuple((name, tokens) for name, (_, tokens, _) in zip(names, held, strict=True))
-    save_corpus(folder, np.concatenate(trained + ends), np.concatenate(starts).astype(np.int64), held=kinds)
+    every = np.concatenate(counts[0] + counts[1]) if asked else None
+    save_corpus(
+        folder, np.concatenate(trained + ends), np.concatenate(starts).astype(np.int64), held=kinds, counted=every
+    )
     return labels
 
 
@@ -155,6 +178,26 @@ def _tokens(
     return np.concatenate(parts)[:most], np.asarray(starts, dtype=np.int64), label
 
 
+def _answers(
+    spec: str, tokenizer: Any, most: int, model: texts.Reach
+) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
+    """As `_tokens`, of conversations, and which tokens belong to an answer."""
+    rows, label = load_conversations(spec)
+    parts, marks, starts, total = [], [], [], 0
+    for ids, marked in answers(rows, tokenizer):
+        starts.append(total)
+        parts.append(np.asarray(ids, dtype=np.int32))
+        marks.append(np.asarray(marked, dtype=bool))
+        total += len(ids)
+        if total >= most:
+            break
+    if not parts:
+        raise InputError(f"{label} has no conversation")
+    every = np.concatenate(parts)
+    model.check(torch.from_numpy(every), label)
+    return every[:most], np.asarray(starts, dtype=np.int64), label, np.concatenate(marks)[:most]
+
+
 def add_generated(folder: Path, ids: np.ndarray) -> None:
     """Put self-generated text before the texts that `make_corpus` wrote, as one document.
 
@@ -167,15 +210,26 @@ def add_generated(folder: Path, ids: np.ndarray) -> None:
     # windows of one document need no mask.
     starts = np.concatenate([[0], corpus.starts + len(ids)]).astype(np.int64)
     every = np.concatenate([ids.astype(np.int32), corpus.ids])
-    save_corpus(folder, every, starts, corpus.generated + len(ids), corpus.held)
+    counted = corpus.counted
+    if counted is not None:
+        counted = np.concatenate([np.ones(len(ids), dtype=bool), counted])
+    save_corpus(folder, every, starts, corpus.generated + len(ids), corpus.held, counted)
 
 
 def save_corpus(
-    folder: Path, ids: np.ndarray, starts: np.ndarray, generated: int = 0, held: tuple[tuple[str, int], ...] = ()
+    folder: Path,
+    ids: np.ndarray,
+    starts: np.ndarray,
+    generated: int = 0,
+    held: tuple[tuple[str, int], ...] = (),
+    counted: np.ndarray | None = None,
 ) -> None:
     """Write a corpus, file by file under a temporary name; for the arguments see `Corpus`."""
     write_file(folder / HELD, json.dumps(held))
-    for name, array in ((STARTS, starts), (IDS, ids), (GENERATED, np.asarray(generated))):
+    arrays = {STARTS: starts, IDS: ids, GENERATED: np.asarray(generated), COUNTED: counted}
+    for name, array in arrays.items():
+        if array is None:
+            continue
         temporary = folder / f".{os.getpid()}.{name}"
         np.save(temporary, array)
         os.replace(temporary, folder / name)
@@ -189,9 +243,9 @@ def needed_tokens(tokens: int) -> int:
 def open_corpus(folder: Path) -> Corpus:
     """Map the corpus that `make_corpus` wrote."""
     held = tuple((label, tokens) for label, tokens in json.loads((folder / HELD).read_text(encoding="utf-8")))
-    return Corpus(
-        np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS), int(np.load(folder / GENERATED)), held
-    )
+    counted = np.load(folder / COUNTED, mmap_mode="r") if (folder / COUNTED).exists() else None
+    ids, starts = np.load(folder / IDS, mmap_mode="r"), np.load(folder / STARTS)
+    return Corpus(ids, starts, int(np.load(folder / GENERATED)), held, counted)
 
 
 def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
@@ -257,143 +311,3 @@ def _thinned(documents: list[str], most: int) -> list[str]:
     # Twice what the guess asks for, which is enough for texts with up to twice as many characters in a token.
     count = max(1, -(-len(parts) * 2 * CHARACTERS * most // characters))
     return [parts[index * len(parts) // count] for index in range(min(count, len(parts)))]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows (B, L) of a training step."""
-
-    ids: Tensor
-    labels: Tensor  # the token that follows each, or IGNORED
-    positions: Tensor | None  # where a window holds more than one document
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        ids, labels = (each.to(device, non_blocking=True) for each in (self.ids, self.labels))
-        return Batch(ids, labels, None if self.positions is None else self.positions.to(device, non_blocking=True))
-
-
-def cut(corpus: Corpus, begins: list[int], length: int) -> Batch:
-    """Cut windows out of a corpus.
-
-    Where a document begins inside a window, positions restart at 0, from which transformers derives a mask that separates
-    the documents; the token before has no label.
-
-    Args:
-        corpus: tokens and documents.
-        begins: offsets of the windows.
-        length: tokens of a window.
-    """
-    ids = np.stack([corpus.ids[begin : begin + length] for begin in begins]).astype(np.int64)
-    labels = np.full_like(ids, IGNORED)
-    labels[:, :-1] = ids[:, 1:]
-    positions = np.broadcast_to(np.arange(length), ids.shape).copy()
-    packed = False
-    for row, begin in enumerate(begins):
-        # A document that begins with the window has nothing before it to be kept apart from.
-        first, last = np.searchsorted(corpus.starts, [begin + 1, begin + length])
-        for start in corpus.starts[first:last] - begin:
-            packed = True
-            labels[row, start - 1] = IGNORED
-            positions[row, start:] = np.arange(length - start)
-    # Windows of one document run without a mask and can be captured in a CUDA graph: their positions are left out.
-    return Batch(*map(torch.from_numpy, (ids, labels)), torch.from_numpy(positions) if packed else None)
-
-
-def noised(batch: Batch, fraction: float, vocabulary: Tensor, keys: list[tuple[int, ...] | None]) -> Batch:
-    """Replace tokens of some windows by random ones.
-
-    As in calibration (`tokens.noised`), contexts that no text contains keep the model from specialising in the text at
-    hand.
-
-    Args:
-        batch: windows of text.
-        fraction: of the tokens that are replaced.
-        vocabulary: token ids (V,) to draw from.
-        keys: for each window the seed of its noise, or None for none.
-    """
-    ids, labels = batch.ids.clone(), batch.labels.clone()
-    for row, key in enumerate(keys):
-        if key is not None:
-            draw = np.random.default_rng(key)
-            chosen = torch.from_numpy(draw.random(ids.shape[1]) < fraction)
-            # The first token stays: it is the attention sink of the whole window.
-            chosen[0] = False
-            ids[row, chosen] = vocabulary[torch.from_numpy(draw.integers(0, len(vocabulary), int(chosen.sum())))]
-            # A random token cannot be predicted.
-            labels[row, :-1][chosen[1:]] = IGNORED
-    return Batch(ids, labels, batch.positions)
-
-
-def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int = HELD_OUT_MAX) -> dict[str, list[int]]:
-    """Offsets of the windows that are never trained on, by the kind of text; a text that is too short for one has none.
-
-    Args:
-        corpus: whose given texts and self-generated text all have a held-out end.
-        length: tokens of a window.
-        self_fraction: of the windows that are self-generated, as in training.
-        most: tokens of all windows, about.
-
-    Raises:
-        InputError: the given text is too short for one window.
-    """
-    length = held_length(corpus, length)
-    if length < 2:
-        raise InputError(
-            f"the text has {len(corpus.ids) - corpus.generated} tokens, too few to heal on: give more text"
-        )
-    given = [part for part in corpus.held_out_ranges() if part[2] - part[1] >= length]
-    # An equal part for every given text, whatever its weight in training: the kept state is the best on the kind whose
-    # loss is largest.
-    parts = [(*part, (1 - self_fraction) / len(given)) for part in given]
-    if self_fraction:
-        parts.append((OWN_KIND, corpus.generated_end, corpus.generated, self_fraction))
-    offsets = {}
-    for label, begin, end, fraction in parts:
-        windows = range(begin, end - length + 1, length)
-        count = min(len(windows), max(1, round(most * fraction / length)))
-        if count:
-            offsets[label] = [windows[index * len(windows) // count] for index in range(count)]
-    return offsets
-
-
-def evaluations(tokens: int, most: int) -> tuple[int, int]:
-    """Number and size of the held-out evaluations of a run, which together take about a twelfth of its time.
-
-    Args:
-        tokens: that are trained on.
-        most: evaluations.
-
-    Returns:
-        The number of evaluations, and tokens in each.
-    """
-    budget = EVALUATED_FRACTION * tokens
-    # A short run has fewer evaluations, rather than ones on few tokens.
-    count = min(most, max(EVALUATIONS_MIN, int(budget // EVALUATION_MIN)))
-    return count, min(HELD_OUT_MAX, max(EVALUATION_MIN, round(budget / count)))
-
-
-def held_length(corpus: Corpus, length: int) -> int:
-    """Tokens of a held-out window: `length`, or all that are held out of the longest given text if they are fewer."""
-    return min(length, max(end - begin for _, begin, end in corpus.held_out_ranges()))
-
-
-def check_enough(corpus: Corpus, mix: tuple[tuple[int, float], ...]) -> None:
-    """Refuse a text that is too short to train and to evaluate on, before anything is measured.
-
-    Args:
-        corpus: the text.
-        mix: lengths of the windows with their fractions of the tokens.
-
-    Raises:
-        InputError: the text holds no window to train on, or none to evaluate on.
-    """
-    train = corpus.train_end - corpus.generated
-    for length, _ in mix:
-        if length > train:
-            raise InputError(
-                f"the text has {train} tokens to train on, fewer than one window of {length}: give more text, "
-                f"or lower --length"
-            )
-    # Called for its error, which is raised where no held-out window fits.
-    held_out(corpus, mix[0][0])

@@ -71,6 +71,7 @@ def run_identity(
     return {"settings": same, "converted": content_of(folder),
             "original": [origin.label, origin.revision, content_of(origin.folder, origin.gguf)],
             "text": [text_content(part.spec) for part in mixture.parts(settings.data)],
+            "task": [text_content(part.spec) for part in mixture.parts(settings.for_task)] if settings.for_task else [],
             "engine": [str(accelerator.distributed_type), accelerator.num_processes, accelerator.device.type],
             "versions": runtime.versions()}  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mla_convert.core.progress import Progress
 from mla_convert.core.units import human_tokens
-from mla_convert.heal import data
+from mla_convert.heal import windows
 from mla_convert.heal.cuda_graph import GraphedStep
 from mla_convert.heal.data import Corpus
 from mla_convert.heal.schedule import Schedule, Window
@@ -145,9 +145,9 @@ class Trainer:
             self.run = Run(**last)
         self._best = BestState(self.run.best, best)
         length = mix[0][0]
-        self._evaluations, held_out_tokens = data.evaluations(settings.tokens, settings.evaluations)
-        self._held_out = data.held_out(corpus, length, settings.self_share, held_out_tokens)
-        self._held_out_length = data.held_length(corpus, length)
+        self._evaluations, held_out_tokens = windows.evaluations(settings.tokens, settings.evaluations)
+        self._held_out = windows.held_out(corpus, length, settings.self_share, held_out_tokens)
+        self._held_out_length = windows.held_length(corpus, length)
         self._began = 0.0
         self._pending: Tensor | None = None  # loss and gradient norm of the last step
 
@@ -169,7 +169,7 @@ class Trainer:
         self._began = saved - run.seconds
         if not run.curve:
             self._evaluate()
-        self.progress.begin("heal", self.steps, run.step)
+        self.progress.begin("heal", self.steps, run.step, noted=True)
         loop_began, tokens_before = time.perf_counter(), run.tokens
         try:
             while run.step < self.steps and run.stopped is None:
@@ -239,8 +239,8 @@ class Trainer:
 
     def _step(self, step: int) -> Tensor:
         """One optimizer step over this process's part of the windows; (2,) loss over all processes and gradient norm."""
-        accelerator, (length, windows) = self.accelerator, self.schedule.step(step)
-        mine = [*enumerate(windows)][accelerator.process_index :: accelerator.num_processes]
+        accelerator, (length, chosen) = self.accelerator, self.schedule.step(step)
+        mine = [*enumerate(chosen)][accelerator.process_index :: accelerator.num_processes]
         size = max(1, self.micro_tokens // length)
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         set_rates(self.optimizer, rate_factor(step, self.steps))
@@ -256,23 +256,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not self._pass.capture)
         return torch.stack([accelerator.reduce(total, "mean"), norm.float()])
 
-    def _forward_backward(self, ids: Tensor, labels: Tensor, positions: Tensor | None, grad_scale: float) -> Tensor:
+    def _forward_backward(
+        self, ids: Tensor, labels: Tensor, positions: Tensor | None, counted: Tensor | None, grad_scale: float
+    ) -> Tensor:
         """Add the gradients of `grad_scale` times a batch's loss, and return that product."""
-        loss = self.model(ids, labels, positions)[0] * grad_scale
+        loss = self.model(ids, labels, positions, counted)[0] * grad_scale
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _batch(self, step: int, windows: list[tuple[int, Window]], length: int) -> data.Batch:
+    def _batch(self, step: int, chosen: list[tuple[int, Window]], length: int) -> windows.Batch:
         """The batch of some windows, each with its number in the step; noise, if any, is in the odd windows."""
-        batch = self._cut([window.begin for _, window in windows], length)
+        batch = self._cut([window.begin for _, window in chosen], length)
         if not self.settings.noise:
             return batch
-        keys = [(self.settings.seed, step, number) if window.odd else None for number, window in windows]
-        return data.noised(batch, self.settings.noise, self._vocabulary, keys)
+        keys = [(self.settings.seed, step, number) if window.odd else None for number, window in chosen]
+        return windows.noised(batch, self.settings.noise, self._vocabulary, keys)
 
-    def _cut(self, begins: list[int], length: int) -> data.Batch:
+    def _cut(self, begins: list[int], length: int) -> windows.Batch:
         """The batch of windows of the corpus, for training or held out."""
-        batch = data.cut(self.corpus, begins, length)
+        batch = windows.cut(self.corpus, begins, length)
         # The labels of self-generated text are samples of the original's prediction: their cross-entropy is a one-sample,
         # noisy estimate of what the KL computes over the whole vocabulary. Where both are minimised they have none.
         if self.settings.ce_weight and self.settings.kl_weight:
@@ -312,10 +314,12 @@ class Trainer:
         """
         sums = {kind: self._sums(begins) for kind, begins in self._held_out.items()}
         _, kl, ce, ce_original, labels, tokens = torch.stack([*sums.values()]).sum(0).tolist()
-        kinds = {kind: round(float(each[1] / each[5]), 6) for kind, each in sums.items()}
-        ce, ce_original = ce / labels, ce_original / labels
+        kinds = {kind: round(float(each[1] / each[5].clamp_min(1)), 6) for kind, each in sums.items()}
+        ce, ce_original = ce / max(labels, 1), ce_original / max(labels, 1)
         return {
-            "loss": float(torch.stack([each[0] / each[5] for each in sums.values()]).max()),  # NaN if one is
+            "loss": float(
+                torch.stack([each[0] / each[5].clamp_min(1) for each in sums.values()]).max()
+            ),  # NaN if one is
             "kl": round(kl / tokens, 6),
             "perplexity": round(math.exp(min(ce, 700.0)), 4),
             "ratio": round(math.exp(min(ce - ce_original, 700.0)), 5),
@@ -324,21 +328,22 @@ class Trainer:
 
     @torch.no_grad()
     def _sums(self, begins: list[int]) -> Tensor:
-        """Sums over windows and processes (6,): loss, KL, cross-entropy, the original's, labels and tokens; on the CPU."""
+        """Sums over windows and processes (6,): loss, KL, cross-entropy, the original's, labels, counted tokens; on the CPU."""
         accelerator, length = self.accelerator, self._held_out_length
         size = max(1, self.micro_tokens // length)
-        total = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+        total = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
         count, index = accelerator.num_processes, accelerator.process_index
         for number in range(-(-len(begins) // (size * count))):
             start = (number * count + index) * size
             mine = begins[start : start + size]
             # all ranks must run the same number of forward passes, as FSDP gathers weights in each; padding has no weight
             batch = self._cut(mine or begins[:1], length).to(accelerator.device)
-            _, sums = self.model(batch.ids, batch.labels, batch.positions)
+            _, sums = self.model(batch.ids, batch.labels, batch.positions, batch.counted)
             if mine:
                 total[:4] += sums.double() * batch.ids.numel()
                 total[4] += (batch.labels != IGNORED).sum()
-        return torch.cat([accelerator.reduce(total, "sum").cpu(), torch.tensor([float(len(begins) * length)])])
+                total[5] += batch.ids.numel() if batch.counted is None else batch.counted.sum()
+        return accelerator.reduce(total, "sum").cpu()
 
 
 def step_sizes(settings: HealSettings, mix: tuple[tuple[int, float], ...], cuda: bool) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from mla_convert.core.files import on_disk
 from mla_convert.core.progress import Progress
-from mla_convert.heal import data
+from mla_convert.heal import data, windows
 from mla_convert.heal.settings import HealSettings
 from mla_convert.heal.state import StateFolder
 from mla_convert.method.calibrate import self_generated
@@ -55,10 +55,10 @@ def prepare_corpus(
             window = max(length for length, _ in settings.mix(None))
             labels = data.make_corpus(
                 settings.data, tokenizer, data.needed_tokens(settings.tokens), state.folder, settings.joined,
-                texts.reach(model_config(place), learned=False), window,
+                texts.reach(model_config(place), learned=False), window, settings.for_task,
             )  # fmt: skip
             # Before the original generates text for minutes.
-            data.check_enough(data.open_corpus(state.folder), settings.mix(None))
+            windows.check_enough(data.open_corpus(state.folder), settings.mix(None))
             if settings.self_share:
                 data.add_generated(state.folder, generate_text(accelerator, settings, origin, tokenizer, progress))
             return {"labels": labels}

@@ -28,7 +28,11 @@ ADAPTED_NOTE = (
 
 def text_label(settings: HealSettings, labels: list[str]) -> str:
     """The texts that were trained on, in words."""
-    return mixture.label(labels, mixture.parts(settings.data)) if settings.data else mixture.PACKAGED_LABEL
+    count = len(mixture.parts(settings.data))
+    label = mixture.label(labels[:count], mixture.parts(settings.data)) if settings.data else mixture.PACKAGED_LABEL
+    if settings.for_task:
+        label += f"; answers of {mixture.label(labels[count:], mixture.parts(settings.for_task))}"
+    return label
 
 
 def run_record(
@@ -37,7 +41,7 @@ def run_record(
     """The run's part of the report's section `heal`. It names the text by its label: a report holds no paths."""
     step, micro = step_sizes(settings, settings.mix(None), accelerator.device.type == "cuda")
     # With the sizes that were used where none were set.
-    chosen = {**settings.model_dump(exclude={"data"}), "step_tokens": step, "micro_tokens": micro}
+    chosen = {**settings.model_dump(exclude={"data", "for_task"}), "step_tokens": step, "micro_tokens": micro}
     return HealSection(
         settings=HealingSettings(**chosen),
         text=label,

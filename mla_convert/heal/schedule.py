@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mla_convert.heal.data import Corpus, check_enough
+from mla_convert.heal.data import Corpus
+from mla_convert.heal.windows import check_enough
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,12 @@ class HealSettings(BaseModel):
         unset="packaged texts of several kinds",
         metavar="TEXT[=WEIGHT]",
     )
+    for_task: str | list[str] | None = option(
+        "Conversations of the task that the model is for: a .jsonl file, or a data set NAME:CONFIG@SPLIT, whose rows have "
+        "messages, or prompt and completion. They are half of the given text, and the loss counts their answers alone.",
+        panel=TEXT,
+        metavar="DATA[=WEIGHT]",
+    )
     joined: bool = option("Rows of the data are parts of one text, not documents.", False, panel=TEXT)
     length: Lengths | None = option(
         "Tokens in a window, or a mix of lengths with their fractions of the tokens: 1024:0.75,8192:0.25.",

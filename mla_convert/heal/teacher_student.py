@@ -238,13 +238,16 @@ class TeacherStudent(nn.Module):
         window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         return contextlib.nullcontext() if window and length > window else attention_backend(CAUSAL, *models)
 
-    def forward(self, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, counted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Loss of a batch.
 
         Args:
             ids: token ids (B, L).
             labels: the token that follows each (B, L), or IGNORED.
             positions: (B, L) where a window holds more than one document, else None.
+            counted: (B, L) boolean, positions that the loss counts; None: all. Means are over all positions.
 
         Returns:
             The loss, and the means over tokens of loss, KL, cross-entropy and the original's cross-entropy (4,), as from
@@ -260,9 +263,15 @@ class TeacherStudent(nn.Module):
             with torch.no_grad(), self._as_original():
                 target = getattr(self.original, decoder_name(self.original))(**inputs)
             output = getattr(self.student, decoder_name(self.student))(**inputs)
-        loss, sums = distillation_loss(
-            output.last_hidden_state, target.last_hidden_state, labels, *self._heads, self._mix, self._compare
-        )
+        hidden, original = output.last_hidden_state, target.last_hidden_state
+        if counted is not None:
+            # Where none counts, the first position without a weight: every parameter has a gradient in every process.
+            chosen = counted if counted.any() else torch.arange(ids.numel(), device=ids.device).view_as(ids) == 0
+            hidden, original, labels = (each[chosen][None] for each in (hidden, original, labels))
+        loss, sums = distillation_loss(hidden, original, labels, *self._heads, self._mix, self._compare)
+        if counted is not None:
+            share = counted.sum() / counted.numel()
+            loss, sums = loss * share, sums * share
         if self._settings.hidden_weight:
             loss = loss + self._settings.hidden_weight * hidden_distance(output.hidden_states, target.hidden_states)
         return loss, sums

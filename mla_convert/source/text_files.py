@@ -117,17 +117,41 @@ def _is_json(text: str) -> bool:
     return False
 
 
+def read_objects(path: Path) -> list[tuple[Any, str]]:
+    """The objects of a `.json` or `.jsonl` file, also gzipped, each with its place for messages.
+
+    Raises:
+        InputError: it is none.
+    """
+    name, suffix = plain(path.name), _suffix(path)
+    if suffix not in JSON:
+        raise InputError(f"{name} is no .jsonl or .json file: conversations are objects of one")
+    try:
+        objects = list(_json_objects(_decoded(_bytes(path, name), name), suffix, name))
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"text file {name} cannot be read ({one_line(error)})") from error
+    if not objects:
+        raise InputError(f"text file {name} is empty: there is no conversation in it")
+    return objects
+
+
 def _json_rows(text: str, suffix: str, name: str) -> Iterator[str]:
     """One document per line; of `.json`, also one per object of a list."""
+    for row, where in _json_objects(text, suffix, name):
+        yield _text_of(row, where)
+
+
+def _json_objects(text: str, suffix: str, name: str) -> Iterator[tuple[Any, str]]:
+    """One object per line; of `.json`, also those of a list."""
     if suffix == ".json" and text.lstrip().startswith("["):
         for number, row in enumerate(_parsed(text, f"text file {name}"), start=1):
-            yield _text_of(row, f"object {number} of {name}")
+            yield row, f"object {number} of {name}"
         return
     # Not `splitlines`: it also splits at U+2028, which a JSON string may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"line {number} of {name}"
-            yield _text_of(_parsed(line, where), where)
+            yield _parsed(line, where), where
 
 
 def _parsed(text: str, where: str) -> Any:

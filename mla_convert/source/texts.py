@@ -293,6 +293,19 @@ def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
 
 
 def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
+    rows, columns = open_dataset(spec, streaming)
+    if "text" not in columns:
+        raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(columns)}')
+    return (_rows(rows, spec) if streaming else list(_rows(rows, spec))), spec
+
+
+def open_dataset(spec: str, streaming: bool) -> tuple[Iterable[Any], list[str]]:
+    """Rows of a data set `NAME:CONFIG@SPLIT`, and the names of its columns.
+
+    Raises:
+        ResourceError: it cannot be fetched.
+        InputError: it cannot be read.
+    """
     import datasets  # the import takes a second, and local text does not need it
 
     name, _, split = spec.partition("@")
@@ -308,9 +321,7 @@ def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
         ) from error
     except Exception as error:  # foreign data sets can raise anything
         raise InputError(f"data set {spec!r} cannot be read: {one_line(error)}") from error
-    if "text" not in columns:
-        raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(columns)}')
-    return (_rows(rows, spec) if streaming else list(_rows(rows, spec))), spec
+    return rows, list(columns)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.progress import Progress
 from mla_convert.core.report_schema import parse_report
 from mla_convert.core.units import parse_lengths, parse_tokens
-from mla_convert.heal import HealConfig, HealSettings, data, heal, loop
+from mla_convert.heal import HealConfig, HealSettings, heal, loop, windows
 from mla_convert.heal.record import ADAPTED_NOTE, ERRORS_NOTE
 from mla_convert.report.html.page import page_text
 from mla_convert.write.verify import verify
@@ -173,7 +173,7 @@ def test_nothing_gained_nothing_written(small, convert_pico, tmp_path):
 
 
 def test_early_stop(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "EVALUATION_MIN", 256)
+    monkeypatch.setattr(windows, "EVALUATION_MIN", 256)
     monkeypatch.setattr(loop, "rate_factor", lambda step, steps: 1.0 if step < 6 else 0.0)
     settings = {**small, "tokens": 60 * 512, "evaluations": 10, "patience": 2}
     report = heal(HealConfig(**settings, out=tmp_path / "out"), QUIET)
@@ -186,7 +186,7 @@ def test_patience_counts_from_the_first_evaluation_behind_the_start(small, tmp_p
     """The loss may rise above the start before it falls: the run continues while it improves."""
     losses, held_out = iter([1.0, 3.0, 2.5, 2.0, 1.5, 0.5]), loop.Trainer.held_out
     monkeypatch.setattr(loop.Trainer, "held_out", lambda self: {**held_out(self), "loss": next(losses)})
-    monkeypatch.setattr(data, "EVALUATION_MIN", 256)
+    monkeypatch.setattr(windows, "EVALUATION_MIN", 256)
     settings = {**small, "tokens": 20 * 512, "evaluations": 5, "patience": 2}
     record = heal(HealConfig(**settings, out=tmp_path / "out"), QUIET)["heal"]
     assert record["stopped"] is None and record["best_tokens"] == record["tokens"] == 20 * 512
@@ -195,7 +195,7 @@ def test_patience_counts_from_the_first_evaluation_behind_the_start(small, tmp_p
 def test_evaluations_take_a_small_part_of_a_run():
     for tokens, most, found in ((2 * 10**7, 20, (20, 1 << 17)), (4 * 10**6, 20, (20, 40000)), (200_000, 20, (9, 4444)),
                                 (20_000, 20, (4, 4096)), (10**8, 3, (3, 1 << 17))):  # fmt: skip
-        assert data.evaluations(tokens, most) == found
+        assert windows.evaluations(tokens, most) == found
 
 
 def test_schedule_of_the_learning_rate():

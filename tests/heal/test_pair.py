@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mla_convert.core.cuda_graph import CaptureError
 from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
-from mla_convert.heal import HealSettings, cuda_graph, data
+from mla_convert.heal import HealSettings, cuda_graph, windows
 from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.modeling import distillation
 from mla_convert.modeling.distillation import distillation_loss
@@ -194,12 +194,12 @@ def test_captured_passes_are_checked(monkeypatch, replay):
     """A captured pass has to equal an eager one, else training continues without graphs. The graph is a fake."""
     weight = torch.nn.Parameter(torch.ones(3))
     batches = [
-        data.Batch(torch.full((1, 3), float(n)), torch.zeros(1, 3), torch.zeros(1, 3) if n == 3 else None)
+        windows.Batch(torch.full((1, 3), float(n)), torch.zeros(1, 3), torch.zeros(1, 3) if n == 3 else None)
         for n in range(1, 10)
     ]
     eager = []
 
-    def run(ids, labels, positions, grad_scale):
+    def run(ids, labels, positions, counted, grad_scale):
         eager.append(float(ids[0, 0]))
         loss = (weight * ids).sum() * grad_scale
         loss.backward()

@@ -11,10 +11,11 @@ import torch
 
 from mla_convert.core.errors import InputError
 from mla_convert.core.progress import Progress
-from mla_convert.heal import HealConfig, data, heal, loop, prepare_text
-from mla_convert.heal.data import Corpus, cut, make_corpus, open_corpus
+from mla_convert.heal import HealConfig, data, heal, loop, prepare_text, windows
+from mla_convert.heal.data import Corpus, make_corpus, open_corpus
 from mla_convert.heal.record import ADAPTED_NOTE
 from mla_convert.heal.schedule import Schedule
+from mla_convert.heal.windows import cut
 from mla_convert.modeling.loss_terms import IGNORED
 from mla_convert.source.load_model import find_model, load_model
 from mla_convert.write.verify import verify
@@ -74,13 +75,13 @@ def test_windows_of_a_schedule():
 def test_noise_is_in_some_windows_and_never_a_label():
     text = corpus(4000)
     clean = cut(text, [0, 500, 1000], 400)
-    batch = data.noised(clean, 0.3, torch.arange(5, 264), [None, (0, 1, 1), (0, 1, 2)])
+    batch = windows.noised(clean, 0.3, torch.arange(5, 264), [None, (0, 1, 1), (0, 1, 2)])
     changed = batch.ids != clean.ids
     assert not changed[0].any() and changed[1:].float().mean() == pytest.approx(0.3, abs=0.05)
     assert not torch.equal(changed[1], changed[2]) and not changed[:, 0].any() and batch.ids.min() >= 5
     kept = batch.labels != IGNORED
     assert not (kept[:, :-1] & changed[:, 1:]).any() and torch.equal(batch.labels[kept], clean.labels[kept])
-    again = data.noised(clean, 0.3, torch.arange(5, 264), [None, (0, 1, 1), (0, 1, 2)])
+    again = windows.noised(clean, 0.3, torch.arange(5, 264), [None, (0, 1, 1), (0, 1, 2)])
     assert torch.equal(again.ids, batch.ids)
 
 
@@ -163,13 +164,13 @@ def test_self_generated_text_has_its_fraction_of_the_windows(tmp_path):
     assert found.starts.tolist() == [0, 1000, 1060] and found.ids[[0, 999, 1000, 1001]].tolist() == [7, 7, 0, 1]
     assert found.generated_end == 950 and found.train_end == 4800  # a twentieth of each
     schedule = Schedule(found, ((16, 1.0),), 128, 100, seed=0, self_fraction=0.25)
-    windows = [window for step in range(100) for window in schedule.step(step)[1]]
-    written = [window for window in windows if window.begin < 1000]
-    assert len(written) == len(windows) / 4 and max(window.begin for window in written) + 16 <= 950
+    every = [window for step in range(100) for window in schedule.step(step)[1]]
+    written = [window for window in every if window.begin < 1000]
+    assert len(written) == len(every) / 4 and max(window.begin for window in written) + 16 <= 950
     assert sum(window.odd for window in written) == len(written) / 2  # so noise is in both kinds alike
     given, own = data.GIVEN_KIND, data.OWN_KIND
-    assert data.held_out(found, 32, 0.0, most=6 * 32) == {given: [4800, 4832, 4864, 4896, 4928, 4960]}
-    assert data.held_out(found, 32, 0.5, most=6 * 32) == {given: [4800, 4864, 4928], own: [950]}
+    assert windows.held_out(found, 32, 0.0, most=6 * 32) == {given: [4800, 4832, 4864, 4896, 4928, 4960]}
+    assert windows.held_out(found, 32, 0.5, most=6 * 32) == {given: [4800, 4864, 4928], own: [950]}
 
 
 def test_every_text_of_a_mixture_is_held_out(tmp_path):
@@ -186,7 +187,7 @@ def test_every_text_of_a_mixture_is_held_out(tmp_path):
     assert found.starts[a] == 0 and found.starts[b] == 568
     texts = {label: {*found.ids[begin:end].tolist()} for label, begin, end in found.held_out_ranges()}
     assert all(len(tokens) == 1 for tokens in texts.values()) and len(set.union(*texts.values())) == 3
-    assert data.held_out(found, 32) == {"a.txt": [found.train_end], "b.txt": [found.train_end + 32]}
+    assert windows.held_out(found, 32) == {"a.txt": [found.train_end], "b.txt": [found.train_end + 32]}
 
 
 def test_training_never_runs_attention_of_cudnn(small, tmp_path, monkeypatch):

@@ -131,7 +131,8 @@ def test_none_is_for_a_conversion_alone(tmp_path, monkeypatch):
 
 
 def test_documents_of_one_token_are_healed_on_together(tmp_path):
-    from mla_convert.heal.data import cut, make_corpus, open_corpus
+    from mla_convert.heal.data import make_corpus, open_corpus
+    from mla_convert.heal.windows import cut
 
     rows = "".join(json.dumps({"text": sign}) + "\n" for sign in pico.text(400) if sign.isascii())
     labels = make_corpus(str(write(tmp_path, "signs.jsonl", rows)), pico.tokenizer(), 300, tmp_path / "corpus")
