@@ -40,7 +40,7 @@ def test_every_option_of_version_0_1_is_there():
            "--original-cache"}  # fmt: skip
     assert names("sweep") - set(before["sweep"]) == new
     assert names("convert") - set(before["convert"]) == {*new, "--gpus", "--budget"}
-    assert names("heal") - set(before["heal"]) == {"--original-cache"}
+    assert names("heal") - set(before["heal"]) == {"--original-cache", "--for-task"}
 
 
 def test_old_names_are_hidden():
