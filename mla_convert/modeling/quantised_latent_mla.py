@@ -15,13 +15,44 @@ from .latent_format_mla import ALIGN, CODES, FP8, LatentFormat, kernel_format, k
 
 FP8_LARGEST = 448.0
 FP16_LARGEST = 65504.0
+# Scales of 4-bit codes that are tried, as factors of that at which the largest number is just representable. A smaller one
+# cuts that number and rounds all others less: a tenth of the mean squared error in groups of 128 Gaussian numbers, a
+# twelfth in groups of 48.
+FACTORS4 = (1.0, 0.95, 0.9)
+
+
+def _steps(grouped: Tensor, scale: Tensor) -> Tensor:
+    """Values (..., groups, group) over their groups' scales (..., groups); 0 where the scale is 0."""
+    return grouped / scale.masked_fill(scale == 0, torch.inf)[..., None]
+
+
+def _rounded_scale(scale: Tensor) -> Tensor:
+    """The scale as stored."""
+    return scale.clamp(-FP16_LARGEST, FP16_LARGEST).half().float()
+
+
+def _quantised4(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (..., groups, group) from -8 to 7 and scales (..., groups), each the one of FACTORS4 with the least squared error."""
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    # The number of largest magnitude has code -8, whatever its sign: all 16 codes are in use.
+    largest = torch.where(high >= -low, high, low)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for factor in FACTORS4:
+        scale = _rounded_scale(largest * (factor / -8))
+        codes = _steps(grouped, scale).round().clamp(-8, 7)
+        error = (codes * scale[..., None] - grouped).square().sum(-1)
+        if best is not None:
+            better = error < best[2]
+            codes = torch.where(better[..., None], codes, best[0])
+            scale, error = torch.where(better, scale, best[1]), torch.minimum(error, best[2])
+        best = codes, scale, error
+    return best[:2]
 
 
 def _quantised(values: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (..., n) of channels (..., n) and the scales (..., groups) of their groups, both float32.
 
-    With 4 bits, the number of largest magnitude has code -8, whatever its sign: all 16 codes are in use, and a fifth of the
-    mean squared error is saved against codes from -7 to 7. Scales may therefore be negative. A scale of zero gives zeros.
+    Scales with 4 bits may be negative. A scale of zero gives zeros.
 
     Args:
         values: float32.
@@ -30,15 +61,12 @@ def _quantised(values: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
     """
     channels = values.shape[-1]
     grouped = F.pad(values, (0, -channels % group)).unflatten(-1, (-1, group))
-    low, high = grouped.amin(-1), grouped.amax(-1)
-    largest = torch.where(high >= -low, high, low) if bits == 4 else torch.maximum(high, -low)
-    scale = largest / {4: -8.0, 8: 127.0, 0: FP8_LARGEST}[bits]
-    scale = scale.clamp(-FP16_LARGEST, FP16_LARGEST).half().float()
-    steps = grouped / scale.masked_fill(scale == 0, torch.inf)[..., None]
-    if bits:
-        codes = steps.round().clamp(-8 if bits == 4 else -127, 7 if bits == 4 else 127)
+    if bits == 4:
+        codes, scale = _quantised4(grouped)
     else:
-        codes = steps.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8).float()
+        scale = _rounded_scale(grouped.abs().amax(-1) / (127.0 if bits else FP8_LARGEST))
+        steps = _steps(grouped, scale)
+        codes = steps.round().clamp(-127, 127) if bits else steps.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8).float()
     return codes.flatten(-2)[..., :channels], scale
 
 

@@ -44,7 +44,7 @@ def test_bytes_of_a_row():
     """Every section, byte by byte; a group's number of largest magnitude has code -8."""
     form = RowFormat(wide=16, float8=0, group=32, rope_float8=1)
     latent, rope = torch.zeros(80), torch.zeros(16)
-    latent[3], latent[16], latent[17], latent[48], latent[79] = 127.0, -8.0, 3.0, 7.0, 16.0
+    latent[3], latent[16], latent[17], latent[48], latent[79] = 127.0, -8.0, 3.0, 6.0, 16.0
     rope[0], rope[1] = 448.0, -1.0
     row = naive_pack(latent, rope, form)
     assert form.layout(80, 16) == (16, 48, 64, 1, 3, 80) and row.shape == (80,)

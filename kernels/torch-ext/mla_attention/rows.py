@@ -23,6 +23,8 @@ from torch.nn.functional import pad
 ALIGN = 16
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST, FP16_LARGEST = 448.0, 65504.0
+# Scales of 4-bit codes that are tried, as factors of that at which the largest number is just representable.
+FACTORS4 = (1.0, 0.95, 0.9)
 
 
 def aligned(size: int) -> int:
@@ -93,19 +95,30 @@ def _group_slices(form: RowFormat, rank: int) -> list[tuple[int, int, int]]:
     return slices
 
 
-def _quantise(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scale of one group (..., n), float32; bits 0 is e4m3.
-
-    With 4 bits, the number of largest magnitude has code -8, whatever its sign, so that all 16 codes are used; scales may be
-    negative.
-    """
-    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    largest = torch.where(high >= -low, high, low) if bits == 4 else torch.maximum(high, -low)
-    scale = (largest / {0: FP8_LARGEST, 4: -8, 8: 127}[bits]).clamp(-FP16_LARGEST, FP16_LARGEST).half().float()
+def _scaled_codes(values: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of values (..., n) for a scale (..., 1) rounded to float16, and that scale; bits 0 is e4m3."""
+    scale = scale.clamp(-FP16_LARGEST, FP16_LARGEST).half().float()
     steps = torch.where(scale == 0, 0.0, values / scale)
     if not bits:
         return steps.clamp(-FP8_LARGEST, FP8_LARGEST), scale
     return steps.round().clamp(-8 if bits == 4 else -127, 7 if bits == 4 else 127), scale
+
+
+def _quantise(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scale of one group (..., n), float32; bits 0 is e4m3.
+
+    With 4 bits, the number of largest magnitude would have code -8, whatever its sign, so that all 16 codes are used; of that
+    scale and the fractions of it in FACTORS4, the one with the least squared error is taken. Scales may be negative.
+    """
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    if bits != 4:
+        return _scaled_codes(values, torch.maximum(high, -low) / (127 if bits else FP8_LARGEST), bits)
+    largest = torch.where(high >= -low, high, low)
+    tried = [_scaled_codes(values, largest * (factor / -8), bits) for factor in FACTORS4]
+    errors = torch.stack([(codes * scale - values).square().sum(-1) for codes, scale in tried])
+    best = errors.argmin(0)[None, ..., None]
+    codes, scales = (torch.stack(parts) for parts in zip(*tried, strict=True))
+    return torch.take_along_dim(codes, best, 0)[0], torch.take_along_dim(scales, best, 0)[0]
 
 
 def naive_pack(latent: Tensor, rope: Tensor, form: RowFormat) -> Tensor:

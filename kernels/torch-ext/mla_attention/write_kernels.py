@@ -73,15 +73,15 @@ def _round(x):
 
 
 @triton.jit
-def _scale(x, DIVISOR: tl.constexpr, axis: tl.constexpr):
-    """Scale of groups, rounded to float16; with 4 bits (DIVISOR -8) the number of largest magnitude has code -8."""
-    low = tl.min(x, axis)
-    high = tl.max(x, axis)
-    largest = tl.maximum(high, -low)
-    if DIVISOR < 0:
-        largest = tl.where(high >= -low, high, low)
-    scale = tl.div_rn(largest, largest * 0.0 + DIVISOR)
+def _as_stored(scale):
     return tl.minimum(tl.maximum(scale, -65504.0), 65504.0).to(tl.float16)
+
+
+@triton.jit
+def _scale(x, DIVISOR: tl.constexpr, axis: tl.constexpr):
+    """Scale of groups of 8-bit codes, rounded to float16."""
+    largest = tl.maximum(tl.max(x, axis), -tl.min(x, axis))
+    return _as_stored(tl.div_rn(largest, largest * 0.0 + DIVISOR))
 
 
 @triton.jit
@@ -89,6 +89,36 @@ def _steps(x, scale):
     """x / scale, and 0 for a scale of 0."""
     scale = scale.to(tl.float32)
     return tl.where(scale == 0.0, 0.0, tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)))
+
+
+@triton.jit
+def _code4(x, scale):
+    """Codes -8 .. 7 of numbers, as float32."""
+    return tl.minimum(tl.maximum(_round(_steps(x, scale)), -8.0), 7.0)
+
+
+@triton.jit
+def _error4(x, scale):
+    """Squared error of groups [G, J] in 4 bits, by their scales [G]."""
+    scale = scale[:, None]
+    error = _code4(x, scale) * scale.to(tl.float32) - x
+    return tl.sum(error * error, 1)
+
+
+@triton.jit
+def _scale4(x):
+    """Scales [G] of groups [G, J] of 4-bit codes, of least squared error among those of `FACTORS4` (`rows.py`)."""
+    low = tl.min(x, 1)
+    high = tl.max(x, 1)
+    largest = tl.where(high >= -low, high, low)
+    best = _as_stored(largest * -0.125)
+    error = _error4(x, best)
+    for factor in tl.static_range(2):
+        other = _as_stored(largest * (-0.11875 if factor == 0 else -0.1125))
+        smaller = _error4(x, other)
+        best = tl.where(smaller < error, other, best)
+        error = tl.minimum(smaller, error)
+    return best
 
 
 @triton.jit
@@ -174,16 +204,14 @@ def mla_write_packed_kernel(
                 channel4 = g4[:, None] * size4 + j4[None, :]
                 there4 = (j4 < size4)[None, :] & (channel4 < narrow)
                 value4 = tl.load(x + WIDE + channel4, mask=there4, other=0.0).to(tl.float32)
-                scale4 = _scale(value4, -8.0, 1)
+                scale4 = _scale4(value4)
                 tl.store(to_scales + GROUPS8 + g4, scale4, mask=g4 < GROUPS - GROUPS8)
                 i = tl.arange(0, BYTES)
                 inside = i < half
                 low = tl.load(x + WIDE + i, mask=inside, other=0.0).to(tl.float32)
                 high = tl.load(x + WIDE + half + i, mask=inside, other=0.0).to(tl.float32)
-                low = _steps(low, tl.gather(scale4, tl.minimum(i, half - 1) // size4, 0))
-                high = _steps(high, tl.gather(scale4, (tl.minimum(i, half - 1) + half) // size4, 0))
-                low = tl.minimum(tl.maximum(_round(low), -8.0), 7.0).to(tl.int32) + 8
-                high = tl.minimum(tl.maximum(_round(high), -8.0), 7.0).to(tl.int32) + 8
+                low = _code4(low, tl.gather(scale4, tl.minimum(i, half - 1) // size4, 0)).to(tl.int32) + 8
+                high = _code4(high, tl.gather(scale4, (tl.minimum(i, half - 1) + half) // size4, 0)).to(tl.int32) + 8
                 tl.store(rows + row + CODES4 + i, (low | (high << 4)).to(tl.uint8), mask=inside)
             k = k_rope + b * stride_kb + t * stride_kt + m
             k_real = tl.load(k, mask=in_planes, other=0.0).to(tl.float32)
@@ -267,9 +295,9 @@ def _store_narrow(
     place = tl.where(there & (channel >= OWN), channel - OWN, 0)
     of_key = tl.gather(key, place.reshape(GROUPS4_P * GROUP4_P), 0).reshape(GROUPS4_P, GROUP4_P)
     value = tl.where(there & (channel >= OWN), of_key, of_latent)
-    scale = _scale(value, -8.0, 1)
+    scale = _scale4(value)
     tl.store(scales + g, scale, mask=g < GROUPS4)
-    code = tl.minimum(tl.maximum(_round(_steps(value, scale[:, None])), -8.0), 7.0).to(tl.int32) + 8
+    code = _code4(value, scale[:, None]).to(tl.int32) + 8
     code = code.reshape(GROUPS4_P * GROUP4_P)
     i = tl.arange(0, BYTES)
     first = tl.minimum(i, half - 1)
