@@ -159,7 +159,7 @@ def _tokens(
     spec: str, tokenizer: Any, most: int, joined: bool, model: texts.Reach
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Token ids (N,) of a text, offsets of its documents, and its label; see `make_corpus`."""
-    documents, label = texts.load_documents(spec, joined)
+    documents, label = texts.load_documents(spec, joined, tokenizer)
     if isinstance(documents, list):
         documents = _thinned(documents, most)
     prefix = first_tokens(tokenizer)

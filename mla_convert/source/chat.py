@@ -1,4 +1,4 @@
-"""The turns of a tokenizer's chat template."""
+"""A tokenizer's chat template: its turns in tokens, and conversations in its words."""
 
 from __future__ import annotations
 
@@ -43,3 +43,26 @@ def turns(tokenizer: Any, first: int) -> Turns | None:
     if not (after_user and after_assistant):
         return None
     return Turns(head[1:] if head[:1] == [first] else head, after_user, after_assistant)
+
+
+def dialogues(conversations: list[list[dict[str, str]]], tokenizer: Any) -> tuple[str, bool]:
+    """Conversations in the model's chat template, or as plain text where it has none that accepts them; and whether it has."""
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            return "".join(tokenizer.apply_chat_template(each, tokenize=False) for each in conversations), True
+        except Exception:  # a template may raise anything; Gemma's refuses a system turn
+            merged = [_without_system(each) for each in conversations]
+        try:
+            return "".join(tokenizer.apply_chat_template(each, tokenize=False) for each in merged), True
+        except Exception:  # the protocol in the report then says plain text
+            pass
+    turns = ("\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in each) for each in conversations)
+    return "\n\n\n".join(turns), False
+
+
+def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation with its system turn joined to the first user turn."""
+    if messages[0]["role"] != "system":
+        return messages
+    first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]

@@ -7,8 +7,9 @@ from typing import Any
 
 from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.words import expanded, plain
+from mla_convert.source.data_sets import open_named
+from mla_convert.source.mixture import HUB
 from mla_convert.source.text_files import is_text_name, read_objects
-from mla_convert.source.texts import open_dataset
 from mla_convert.source.tokens import first_tokens
 
 Piece = tuple[str, bool]  # text, and whether it is an answer
@@ -25,12 +26,14 @@ def load_conversations(spec: str) -> tuple[Iterable[tuple[Any, str]], str]:
     Raises:
         InputError, ResourceError: it is not there, or cannot be read.
     """
+    if spec.startswith(HUB):
+        raise InputError(f"{spec} is a text: give a .jsonl file of conversations, or the name of a data set")
     path = expanded(spec)
     if path.is_file():
         return read_objects(path), plain(path.name)
     if is_text_name(path.name) or spec.startswith((".", "/", "~")):
         raise InputError(f"{spec} not found: give a .jsonl file of conversations, or a data set name")
-    rows, columns = open_dataset(spec, streaming=True)
+    rows, columns = open_named(spec, streaming=True)
     if not set(COLUMNS) & set(columns):
         raise InputError(f"data set {spec!r} has no conversations, only the columns {', '.join(columns)}: {WANTED}")
     return ((dict(row), f"row {number} of {spec}") for number, row in enumerate(rows, start=1)), spec

@@ -19,6 +19,9 @@ PACKAGED = (
     "package:mla_texts/calibration/languages.txt.gz",
 )
 PACKAGED_LABEL = "the texts packaged with mla_convert"
+# `hub:KIND` is a text of the Hub mixture (`hub_mixture.py`); the name alone is all of its kinds, which share its weight.
+HUB = "hub:"
+HUB_KINDS = ("web", "code", "mathematics", "dialogue", "languages")
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,20 @@ def parts(given: str | list[str] | None, purpose: str = "calibration") -> list[P
     """The texts of a calibration, or of a healing run.
 
     Args:
-        given: one text or several, each optionally with `=WEIGHT` at its end (default 1); None: the packaged texts.
+        given: one text or several, each optionally with `=WEIGHT` at its end (default 1); `hub` is the Hub mixture; None:
+            the packaged texts.
         purpose: of the texts, for messages.
 
     Raises:
         InputError: an invalid weight, or a text that is given twice.
     """
-    texts = [_part(spec, purpose) for spec in ([given] if isinstance(given, str) else given or PACKAGED)]
+    texts = []
+    for spec in [given] if isinstance(given, str) else given or PACKAGED:
+        part = _part(spec, purpose)
+        if part.spec == HUB[:-1] and not Path(part.spec).exists():
+            texts += [Part(HUB + kind, part.weight / len(HUB_KINDS)) for kind in HUB_KINDS]
+        else:
+            texts.append(part)
     names = [part.spec for part in texts]
     for name in names:
         if names.count(name) > 1:

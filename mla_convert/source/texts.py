@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mla_convert.core.errors import InputError, ResourceError, UsageError, one_line
+from mla_convert.core.errors import InputError, ResourceError, UsageError
 from mla_convert.core.settings import PACKAGE, ConvertConfig, packaged
 from mla_convert.core.words import expanded, plain
-from mla_convert.source import mixture
+from mla_convert.source import hub_mixture, mixture
+from mla_convert.source.data_sets import open_named, strings
 from mla_convert.source.text_files import is_text_name, read_documents
 from mla_convert.source.tokens import noised
 from mla_convert.source.windows import PIECE, evaluation_protocol, evaluation_windows, mixed_windows
 
 WIKITEXT = "Salesforce/wikitext:"
 DEFAULT_DATASET = f"{WIKITEXT}wikitext-2-raw-v1"
-# Seconds in which the Hub has to answer.
-HUB_TIMEOUT = 10
 SHIPPED = {"calibration": "package:mla_demo/calibration.txt.gz", "evaluation": "package:mla_demo/evaluation.txt.gz"}
 SPLITS = {"calibration": "train", "evaluation": "test"}
 # Windows and tokens per window, by whether there is a GPU.
@@ -160,11 +157,11 @@ def load_windows(
     fewest = samples if config.calib_samples and not filled else min(samples, FEWEST)
     eval_length = evaluation_length(config, model)
     given = mixture.parts(config.calib)
-    loaded = [load_text(part.spec, "calibration") for part in given]
+    loaded = [load_text(part.spec, "calibration", tokenizer) for part in given]
     calib_texts, labels = [text for text, _ in loaded], [label for _, label in loaded]
     calib_label = mixture.label(labels, given) if config.calib else mixture.PACKAGED_LABEL
     evaluated = config.eval != NONE
-    eval_text, eval_label = load_text(config.eval, "evaluation") if evaluated else ("", NONE)
+    eval_text, eval_label = load_text(config.eval, "evaluation", tokenizer) if evaluated else ("", NONE)
     held_out, held_out_label = None, None
     if config.held_out == FROM_CALIB:
         # The texts are cut before windows are drawn, so that no window spans both parts.
@@ -173,7 +170,7 @@ def load_windows(
         calib_texts = [text[:cut] for text, cut in zip(calib_texts, cuts, strict=True)]
         held_out_label = f"the end of {calib_label}"
     elif config.held_out:
-        rest, held_out_label = load_text(config.held_out, "held-out")
+        rest, held_out_label = load_text(config.held_out, "held-out", tokenizer)
     if held_out_label:
         held_out = evaluation_windows(rest, tokenizer, config.eval_windows, eval_length, held_out_label, "held-out")
         model.check(held_out, held_out_label)
@@ -199,34 +196,36 @@ def load_windows(
     )
 
 
-def load_text(spec: str | None, purpose: str) -> tuple[str, str]:
+def load_text(spec: str | None, purpose: str, tokenizer: Any = None) -> tuple[str, str]:
     """Read a text; returns it and its label for reports.
 
     Args:
-        spec: a file (text, or .jsonl, .csv, .tsv or .parquet with a "text": `text_files`), `package:NAME/FILE`, or a data set
-            as `NAME[:CONFIG][@SPLIT]`. None is WikiText-2 from the Hub, or the packaged text (CC BY) if the Hub cannot be
-            reached.
+        spec: a file (text, or .jsonl, .csv, .tsv or .parquet with a "text": `text_files`), `package:NAME/FILE`, a data set
+            as `NAME[:CONFIG][@SPLIT]`, or `hub:KIND`, of which the beginning is read. None is WikiText-2 from the Hub, or the
+            packaged text (CC BY) if the Hub cannot be reached.
         purpose: "calibration", "evaluation" or "held-out".
+        tokenizer: whose chat template conversations are written in.
 
     Raises:
         InputError: not found, not UTF-8, or without text.
         ResourceError: the data set cannot be downloaded.
     """
-    documents, label = _load(spec, purpose)
+    documents, label = _load(spec, purpose, tokenizer=tokenizer)
     return "\n\n".join(documents), label
 
 
-def load_documents(spec: str | None, joined: bool = False) -> tuple[Iterable[str], str]:
+def load_documents(spec: str | None, joined: bool = False, tokenizer: Any = None) -> tuple[Iterable[str], str]:
     """The documents of a training text, as a list or, of a data set, as a stream; and its label.
 
     Args:
         spec: as for `load_text`.
         joined: whether rows are parts of one text (WikiText's always are).
+        tokenizer: as for `load_text`.
 
     Raises:
         InputError, ResourceError: as `load_text`.
     """
-    documents, label = _load(spec, "calibration", streaming=True)
+    documents, label = _load(spec, "calibration", streaming=True, tokenizer=tokenizer)
     if joined or label.startswith(WIKITEXT):
         documents = _together(documents)
     return documents, label
@@ -245,7 +244,7 @@ def _together(rows: Iterable[str]) -> Iterator[str]:
         yield "\n\n".join(held)
 
 
-def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iterable[str], str]:
+def _load(spec: str | None, purpose: str, streaming: bool = False, tokenizer: Any = None) -> tuple[Iterable[str], str]:
     """Documents and label. Only a data set can be streamed."""
     if spec == NONE:
         raise UsageError(
@@ -253,7 +252,7 @@ def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iter
         )
     if spec is None:
         try:
-            return _load_dataset(f"{DEFAULT_DATASET}@{SPLITS[purpose]}", streaming)
+            return _load_data_set(f"{DEFAULT_DATASET}@{SPLITS[purpose]}", streaming)
         except ResourceError:
             # Only an unreachable Hub is replaced: a data set that is there and cannot be read stays an error.
             documents, label = _load(SHIPPED[purpose], purpose)
@@ -263,13 +262,16 @@ def _load(spec: str | None, purpose: str, streaming: bool = False) -> tuple[Iter
         if not file.is_file():
             raise InputError(f"{purpose} text {spec} not found: the package has no such file")
         return read_documents(file), spec.removeprefix(PACKAGE)
+    if spec.startswith(mixture.HUB):
+        documents, label = hub_mixture.open_kind(spec, tokenizer)
+        return documents if streaming else hub_mixture.beginning(documents), label
     path = expanded(spec)
     if path.is_file():
         return read_documents(path), plain(path.name)
     # Such a name means a file; as the name of a data set it would be asked for on the Hub.
     if is_text_name(path.name) or spec.startswith((".", "/", "~")):
         raise InputError(f"{purpose} text {spec} not found: give an existing file or a data set name")
-    return _load_dataset(spec, streaming)
+    return _load_data_set(spec, streaming)
 
 
 def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
@@ -292,64 +294,8 @@ def repeatable(spec: str | None, label: str, purpose: str) -> tuple[str, bool]:
     return spec, False
 
 
-def _load_dataset(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
-    rows, columns = open_dataset(spec, streaming)
+def _load_data_set(spec: str, streaming: bool) -> tuple[Iterable[str], str]:
+    rows, columns = open_named(spec, streaming)
     if "text" not in columns:
         raise InputError(f'data set {spec!r} has no "text" column, only {", ".join(columns)}')
-    return (_rows(rows, spec) if streaming else list(_rows(rows, spec))), spec
-
-
-def open_dataset(spec: str, streaming: bool) -> tuple[Iterable[Any], list[str]]:
-    """Rows of a data set `NAME:CONFIG@SPLIT`, and the names of its columns.
-
-    Raises:
-        ResourceError: it cannot be fetched.
-        InputError: it cannot be read.
-    """
-    import datasets  # the import takes a second, and local text does not need it
-
-    name, _, split = spec.partition("@")
-    name, _, config = name.partition(":")
-    datasets.disable_progress_bars()
-    try:
-        with _without_waiting(name):
-            rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
-        columns = rows.column_names or list(next(iter(rows)))  # a stream may have no column names before its first row
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
-        raise ResourceError(
-            f"data set {spec!r} cannot be fetched: give a text file, or a name that the Hub has"
-        ) from error
-    except Exception as error:  # foreign data sets can raise anything
-        raise InputError(f"data set {spec!r} cannot be read: {one_line(error)}") from error
-    return rows, list(columns)
-
-
-@contextlib.contextmanager
-def _without_waiting(name: str) -> Iterator[None]:
-    """Read data sets from the cache alone, if the Hub is out of reach: `datasets` asks six times, which takes 24 s."""
-    import datasets
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    reachable = True
-    if not Path(name).exists():
-        try:
-            HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
-        except (HfHubHTTPError, ValueError):  # an answer, which `datasets` finds words for
-            pass
-        except Exception:  # the class depends on the HTTP library of the Hub's client
-            reachable = False
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if not reachable:
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-def _rows(rows: Iterable[dict[str, Any]], spec: str) -> Iterator[str]:
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row["text"], str):
-            raise InputError(f'row {number} of data set {spec!r} has no string in its column "text"')
-        yield row["text"]
+    return (strings(rows, spec) if streaming else list(strings(rows, spec))), spec

@@ -23,6 +23,7 @@ from mla_convert.evaluate.quality.kinds import KINDS
 from mla_convert.evaluate.quality.perplexity import Scores
 from mla_convert.report.quality_rows import heal_table, kinds_table, suite_headline, suite_rows
 from mla_convert.report.tables import report_table
+from mla_convert.source.chat import dialogues
 
 CPU = torch.device("cpu")
 CALIBRATION = ("mla_demo/calibration.txt.gz", "mla_texts/calibration/python.txt.gz", "mla_texts/calibration/code.txt.gz",
@@ -93,12 +94,12 @@ def test_dialogue_is_written_by_the_chat_template():
     assert not templated and plain.startswith("User: ") and "\n\nAssistant: " in plain
     tokenizer.chat_template = TEMPLATE.replace("{{ raise_exception('no system turn') }}", "")
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert suite.dialogues([system], tokenizer) == ("<system>Be brief.</><user>Hi</>", True)
+    assert dialogues([system], tokenizer) == ("<system>Be brief.</><user>Hi</>", True)
     # one that refuses a system turn gets it as part of the user's
     tokenizer.chat_template = TEMPLATE
-    assert suite.dialogues([system], tokenizer) == ("<user>Be brief.\n\nHi</>", True)
+    assert dialogues([system], tokenizer) == ("<user>Be brief.\n\nHi</>", True)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert suite.dialogues([system], tokenizer) == ("System: Be brief.\n\nUser: Hi", False)
+    assert dialogues([system], tokenizer) == ("System: Be brief.\n\nUser: Hi", False)
 
 
 def test_a_conversion_measures_it_as_eval_does(report, sources):

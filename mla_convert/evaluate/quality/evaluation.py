@@ -150,7 +150,7 @@ def load_eval_windows(
     count = count or _setting(report, "eval_windows", 1) or Settings.model_fields["eval_windows"].default
     length = length or _setting(report, "eval_length", 2)
     chosen, why = (spec, "") if spec else _text_of(report)
-    text, label = texts.load_text(chosen, "evaluation")
+    text, label = texts.load_text(chosen, "evaluation", tokenizer)
     notes = [*([f"{why}: using {label}"] if why else []), *model.note(length, "--eval-length")]
     windows = texts.evaluation_windows(text, tokenizer, count, model.length(length, texts.EVAL_LENGTH), label)
     return model.check(windows, label), label, notes

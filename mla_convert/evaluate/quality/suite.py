@@ -21,6 +21,7 @@ from mla_convert.core.report_schema import Divergence, JsonObject, KindEntry, Me
 from mla_convert.core.settings import Settings
 from mla_convert.evaluate.quality.kinds import KINDS
 from mla_convert.evaluate.quality.perplexity import Scores, mean, perplexity, ratio
+from mla_convert.source.chat import dialogues
 from mla_convert.source.tokens import first_tokens, tokenise
 
 # Windows of a kind and tokens in one, by whether there is a GPU. On a CPU all kinds together are an eighth of 40 windows of 2048.
@@ -109,29 +110,6 @@ def load_kind(kind: str, tokenizer: Any) -> tuple[str, bool]:
         return gzip.decompress((folder / f"{kind}.txt.gz").read_bytes()).decode("utf-8"), False
     lines = gzip.decompress((folder / "dialogue.jsonl.gz").read_bytes()).decode("utf-8").splitlines()
     return dialogues([json.loads(line)["messages"] for line in lines if line.strip()], tokenizer)
-
-
-def dialogues(conversations: list[list[dict[str, str]]], tokenizer: Any) -> tuple[str, bool]:
-    """Conversations in the model's chat template, or as plain text where it has none that accepts them; and whether it has."""
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            return "".join(tokenizer.apply_chat_template(each, tokenize=False) for each in conversations), True
-        except Exception:  # a template may raise anything; Gemma's refuses a system turn
-            merged = [_without_system(each) for each in conversations]
-        try:
-            return "".join(tokenizer.apply_chat_template(each, tokenize=False) for each in merged), True
-        except Exception:  # the protocol in the report then says plain text
-            pass
-    turns = ("\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in each) for each in conversations)
-    return "\n\n\n".join(turns), False
-
-
-def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The conversation with its system turn joined to the first user turn."""
-    if messages[0]["role"] != "system":
-        return messages
-    first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return [first, *messages[2:]]
 
 
 def suite_section(suite: Suite, scores: Scores) -> SuiteSection:
