@@ -26,6 +26,7 @@ OWN_KIND, GIVEN_KIND = "self-generated text", "given text"
 HELD_OUT_FRACTION, HELD_OUT_MAX = 1 / 20, 1 << 17
 # Characters per token, assumed before any are tokenised, to tell whether a text is longer than needed.
 CHARACTERS = 4
+# Times that conversations of a task are repeated at most, to weigh as much as the texts: more would learn few of them by heart.
 TASK_PASSES = 8
 TOKENISED = 64  # pieces of documents tokenised at once
 PIECE = 1 << 16  # characters of a piece: the time of some tokenizers grows faster than the text

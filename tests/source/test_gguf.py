@@ -276,6 +276,12 @@ def test_soft_caps_and_scale_of_gemma_2(tmp_path):
     assert "attention.scale" in note
 
 
+def test_a_context_that_the_file_does_not_say_is_said(tmp_path):
+    source = open_source(str(write(tmp_path / "tiny.gguf", build("llama"), context_length=None)), weights=False)
+    (note,) = source.notes
+    assert "llama.context_length" in note and f"taken as {source.config.max_position_embeddings} tokens" in note
+
+
 @pytest.mark.parametrize("layers", [46, 2])
 def test_scale_of_gemma_2_27b_is_that_of_its_width(tmp_path, layers):
     model = build("gemma2", head_dim=8, sliding_window=12, num_hidden_layers=layers)

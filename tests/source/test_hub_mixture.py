@@ -55,7 +55,9 @@ def test_configurations_are_read_in_turns_at_one_revision(hub):
 def test_only_the_beginning_is_read(hub):
     hub[1]["count"] = 1000
     documents, _ = texts.load_documents("hub:mathematics")
-    assert hub_mixture.beginning(documents, most=100) == [f"default {number}" for number in range(11)]  # 11 of 9 or 10 characters
+    assert hub_mixture.beginning(documents, most=100) == [
+        f"default {number}" for number in range(11)
+    ]  # 11 of 9 or 10 characters
     assert next(documents) == "default 11"  # the stream goes on
 
 

@@ -74,7 +74,7 @@ def apply_metadata(config: PreTrainedConfig, file: GgufFile) -> list[str]:
     for key, name in TOKENS.items():
         setattr(config, name, file.metadata.get(f"tokenizer.ggml.{key}"))
     _set_heads(config, file, said)
-    notes = _set_window(config, file, said) + _set_scale(config, file, said)
+    notes = _set_window(config, file, said) + _set_scale(config, file, said) + _context_note(config, file, said)
     _set_biases(config, file)
     known = {*COUNTS, *NUMBERS, *HEAD, *WINDOW, SCALE, *HARMLESS, *set_rope(config, file, said)}
     for key, value in said.items():
@@ -136,6 +136,16 @@ def _set_heads(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -
         )
     if width != (getattr(config, "head_dim", None) or share):
         config.head_dim = width
+
+
+def _context_note(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -> list[str]:
+    """A note where the file does not say how long texts may be."""
+    if "context_length" in said or not getattr(config, "max_position_embeddings", None):
+        return []
+    return [
+        f"{file.name} does not say its context ({file.architecture}.context_length): taken as {config.max_position_embeddings} "
+        f"tokens, transformers' default for {config.model_type}"
+    ]
 
 
 def _set_window(config: PreTrainedConfig, file: GgufFile, said: dict[str, Any]) -> list[str]:
