@@ -87,7 +87,7 @@ def test_what_goes_wrong(hub, monkeypatch):
 
     stream = datasets.IterableDataset.from_generator(breaking)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
-    with pytest.raises(ResourceError, match="fineweb-edu at 87f09149ef47' could not be read on: .*gone"):
+    with pytest.raises(ResourceError, match=r"fineweb-edu at 87f09149ef47' could not be read on: .*gone"):
         texts.load_text("hub:web", "calibration")
 
     def unreachable(*_, **__):
