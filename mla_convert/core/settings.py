@@ -152,8 +152,8 @@ class Settings(BaseModel):
         metavar="ENGINE",
     )
     calib: str | list[str] | None = option(
-        "Calibration text: .txt, .jsonl, .csv, .parquet, a data set NAME:CONFIG@SPLIT, or hub, a mixture of five pinned data "
-        "sets. Give several, with weights, to cover everything that the model is for.",
+        "Calibration text: .txt, .jsonl, .csv, .parquet, a data set NAME:CONFIG@SPLIT, package (the packaged texts) or hub (five "
+        "pinned data sets). Give several, with weights, to cover everything that the model is for.",
         panel=TEXT,
         unset="packaged texts of several kinds",
         metavar="TEXT[=WEIGHT]",

@@ -34,9 +34,9 @@ class HealSettings(BaseModel):
         ge=1,
     )
     data: str | list[str] | None = option(
-        "Text to train on: .txt, .jsonl, .csv, .parquet, a data set NAME:CONFIG@SPLIT, which is streamed, or hub, a mixture of "
-        "five pinned data sets. Give several, with weights, to cover everything that the model is for. The end of each is "
-        "held out.",
+        "Text to train on: .txt, .jsonl, .csv, .parquet, a data set NAME:CONFIG@SPLIT, which is streamed, package (the "
+        "packaged texts) or hub (five pinned data sets). Give several, with weights, to cover everything that the model is for. "
+        "The end of each is held out.",
         panel=TEXT,
         unset="packaged texts of several kinds",
         metavar="TEXT[=WEIGHT]",

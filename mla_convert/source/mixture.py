@@ -19,9 +19,11 @@ PACKAGED = (
     "package:mla_texts/calibration/languages.txt.gz",
 )
 PACKAGED_LABEL = "the texts packaged with mla_convert"
-# `hub:KIND` is a text of the Hub mixture (`hub_mixture.py`); the name alone is all of its kinds, which share its weight.
+# `hub:KIND` is a text of the Hub mixture (`hub_mixture.py`).
 HUB = "hub:"
 HUB_KINDS = ("web", "code", "mathematics", "dialogue", "languages")
+# Names of several texts, which share the weight of the name.
+MIXTURES = {"package": PACKAGED, "hub": tuple(HUB + kind for kind in HUB_KINDS)}
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ def parts(given: str | list[str] | None, purpose: str = "calibration") -> list[P
     """The texts of a calibration, or of a healing run.
 
     Args:
-        given: one text or several, each optionally with `=WEIGHT` at its end (default 1); `hub` is the Hub mixture; None:
-            the packaged texts.
+        given: one text or several, each optionally with `=WEIGHT` at its end (default 1); `package` and `hub` are
+            all texts of MIXTURES; None: the packaged texts, each with weight 1.
         purpose: of the texts, for messages.
 
     Raises:
@@ -50,10 +52,8 @@ def parts(given: str | list[str] | None, purpose: str = "calibration") -> list[P
     texts = []
     for spec in [given] if isinstance(given, str) else given or PACKAGED:
         part = _part(spec, purpose)
-        if part.spec == HUB[:-1] and not Path(part.spec).exists():
-            texts += [Part(HUB + kind, part.weight / len(HUB_KINDS)) for kind in HUB_KINDS]
-        else:
-            texts.append(part)
+        several = MIXTURES.get(part.spec, ()) if not Path(part.spec).exists() else ()
+        texts += [Part(name, part.weight / len(several)) for name in several] or [part]
     names = [part.spec for part in texts]
     for name in names:
         if names.count(name) > 1:

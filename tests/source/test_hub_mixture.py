@@ -6,7 +6,7 @@ import pytest
 from mla_convert.core.errors import InputError, ResourceError, UsageError
 from mla_convert.source import hub_mixture, texts
 from mla_convert.source.conversations import load_conversations
-from mla_convert.source.mixture import HUB_KINDS, Part, parts
+from mla_convert.source.mixture import HUB_KINDS, PACKAGED, Part, parts
 
 
 @pytest.fixture
@@ -33,6 +33,10 @@ def test_all_kinds_share_the_weight_of_the_mixture():
     assert tuple(hub_mixture.TEXTS) == HUB_KINDS
     assert parts("hub") == [Part(f"hub:{kind}", 0.2) for kind in HUB_KINDS]
     assert sum(part.weight for part in parts(["hub=3", "mine.txt"])) == pytest.approx(4)
+    packaged = parts(["package=3", "mine.txt"])
+    assert [part.spec for part in packaged] == [*PACKAGED, "mine.txt"] and {part.weight for part in packaged[:-1]} == {
+        3 / len(PACKAGED)
+    }
     assert parts(["hub:code=2", "hub:web"]) == [Part("hub:code", 2), Part("hub:web")]
     with pytest.raises(InputError, match="hub:web is given twice"):
         parts(["hub", "hub:web"])
