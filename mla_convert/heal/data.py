@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ COUNTED = "counted.npy"
 OWN_KIND, GIVEN_KIND = "self-generated text", "given text"
 # Fraction of the data, at its end, that is never trained on; most tokens of it in one evaluation.
 HELD_OUT_FRACTION, HELD_OUT_MAX = 1 / 20, 1 << 17
-# Characters per token, assumed before any are tokenised, to tell whether a text is longer than needed.
-CHARACTERS = 4
+# Parts of a text that are tokenised first, to tell how much of it is needed.
+SAMPLED = 64
 # Times that conversations of a task are repeated at most, to weigh as much as the texts: more would learn few of them by heart.
 TASK_PASSES = 8
 TOKENISED = 64  # pieces of documents tokenised at once
@@ -162,7 +163,7 @@ def _tokens(
     """Token ids (N,) of a text, offsets of its documents, and its label; see `make_corpus`."""
     documents, label = texts.load_documents(spec, joined, tokenizer)
     if isinstance(documents, list):
-        documents = _thinned(documents, most)
+        documents = _thinned(documents, most, tokenizer)
     prefix = first_tokens(tokenizer)
     parts, starts, total = [], [], 0
     for ids in _predictable(_tokenised(documents, tokenizer), prefix):
@@ -184,6 +185,9 @@ def _answers(
 ) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
     """As `_tokens`, of conversations, and which tokens belong to an answer."""
     rows, label = load_conversations(spec)
+    if isinstance(rows, list):
+        sizes = [len(json.dumps(row, ensure_ascii=False)) for row, _ in rows]
+        rows = _spread(rows, sizes, most, lambda sample: sum(len(ids) for ids, _ in answers(sample, tokenizer)))
     parts, marks, starts, total = [], [], [], 0
     for ids, marked in answers(rows, tokenizer):
         starts.append(total)
@@ -303,12 +307,29 @@ def pieces(document: str) -> list[str]:
     return parts
 
 
-def _thinned(documents: list[str], most: int) -> list[str]:
-    """Everything, or pieces at even distances where that is much more than `most` tokens."""
-    characters = sum(map(len, documents))
-    if characters <= 2 * CHARACTERS * most:
-        return documents
+def _thinned(documents: list[str], most: int, tokenizer: Any) -> list[str]:
+    """Everything, or pieces at even distances with about `most` tokens."""
     parts = [piece for document in documents for piece in pieces(document)]
-    # Twice what the guess asks for, which is enough for texts with up to twice as many characters in a token.
-    count = max(1, -(-len(parts) * 2 * CHARACTERS * most // characters))
-    return [parts[index * len(parts) // count] for index in range(min(count, len(parts)))]
+
+    def tokens(sample: list[str]) -> int:
+        return sum(map(len, tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]))
+
+    found = _spread(parts, list(map(len, parts)), most, tokens)
+    return documents if found is parts else found
+
+
+def _spread(parts: list[Any], characters: list[int], most: int, tokens: Callable[[list[Any]], int]) -> list[Any]:
+    """All parts, or as many at even distances as have `most` tokens, and a tenth more: what is taken of it is its beginning.
+
+    Args:
+        parts: in the order of the file.
+        characters: of each.
+        most: tokens wanted.
+        tokens: tokens of a sample of the parts.
+    """
+    places = [index * len(parts) // SAMPLED for index in range(SAMPLED)] if len(parts) > SAMPLED else range(len(parts))
+    wanted = (
+        1.1 * most * sum(characters[place] for place in places) / max(tokens([parts[place] for place in places]), 1)
+    )
+    count = max(1, math.ceil(len(parts) * wanted / max(sum(characters), 1)))
+    return [parts[index * len(parts) // count] for index in range(count)] if count < len(parts) else parts

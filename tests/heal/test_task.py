@@ -164,6 +164,20 @@ def test_few_conversations_come_several_times(task, tmp_path, sources):
     assert (starts.reshape(8, -1) - begin - once * np.arange(8)[:, None] == starts[: len(starts) // 8] - begin).all()
 
 
+def test_many_conversations_are_taken_from_everywhere(tmp_path, sources):
+    """A file is often in the order of its subjects: the first of them would be all that is trained on."""
+    file = tmp_path / "task.jsonl"
+    rows = [
+        {"prompt": "What? ", "completion": f"{'later' if n >= 2000 else 'early'} answer {n}. "} for n in range(4000)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = pico.tokenizer()
+    make_corpus(str(sources("llama").parent / "text.txt"), tokenizer, 4000, tmp_path / "corpus", task=str(file))
+    words = tokenizer.decode(open_corpus(tmp_path / "corpus").ids)
+    early, later = words.count("early"), words.count("later")
+    assert min(early, later) > 10 and later / early > 0.7  # a tenth more than is needed, of which the first are taken
+
+
 def test_tokens_that_do_not_count_have_no_gradient(convert_pico, sources):
     converted, settings = convert_pico("llama", rank=16, rope_dim=6).out, HealSettings(ce_weight=0.5)
     models = [

@@ -102,10 +102,12 @@ def test_pieces_are_from_all_over_a_long_text(monkeypatch):
     text = "".join(f"line {number:04d} of the text\n" for number in range(1000))
     parts = data.pieces(text)
     assert "".join(parts) == text and all(part.endswith("\n") and len(part) <= 100 for part in parts)
-    taken = data._thinned([text], 500)
-    assert sum(map(len, taken)) < len(text) / 4 and taken[0] == parts[0]
+    tokenizer = pico.tokenizer()
+    taken = data._thinned([text], 2000, tokenizer)
+    tokens = len(tokenizer("".join(taken), add_special_tokens=False)["input_ids"])
+    assert 2000 <= tokens < 2400 and taken[0] == parts[0]
     assert parts.index(taken[-1]) > 0.8 * len(parts)
-    assert data._thinned([text], 10**6) == [text]
+    assert data._thinned([text], 10**6, tokenizer) == [text]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
