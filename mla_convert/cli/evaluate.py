@@ -141,7 +141,7 @@ def evaluate(
         raise UsageError("--greedy-tokens means nothing without --greedy")
     if into_report and not (against or passkey or passkey_length or humaneval or names):
         raise UsageError("--into-report has nothing to write: give --against, --passkey, --humaneval or --tasks")
-    if into_report and cache_dtype:
+    if into_report and cache_dtype is not None:
         raise UsageError("--into-report is for MODEL as it is: leave out --cache-dtype, or `quantize` it first")
     # Before hours of measuring.
     folder = check_target(model) if into_report else None
@@ -160,7 +160,7 @@ def evaluate(
 
     def measure() -> Evaluation:
         named: AbstractContextManager[Path | str] = nullcontext(model)
-        if cache_dtype:
+        if cache_dtype is not None:
             named = in_format(Path(model), cache_dtype, device, progress)
         with named as place:
             return evaluate_model(str(place), against, text=text, windows=eval_windows, length=eval_length,

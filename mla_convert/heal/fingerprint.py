@@ -70,8 +70,8 @@ def run_identity(
     same = settings.model_dump(exclude={"checkpoint_minutes", "micro_tokens", "patience"})
     return {"settings": same, "converted": content_of(folder),
             "original": [origin.label, origin.revision, content_of(origin.folder, origin.gguf)],
-            "text": [text_content(part.spec) for part in mixture.parts(settings.data)],
-            "task": [text_content(part.spec) for part in mixture.parts(settings.for_task)] if settings.for_task else [],
+            "text": [text_content(part.spec) for part in mixture.parts(settings.data, "training")],
+            "task": [text_content(part.spec) for part in mixture.parts(settings.for_task, "task")] if settings.for_task else [],
             "engine": [str(accelerator.distributed_type), accelerator.num_processes, accelerator.device.type],
             "versions": runtime.versions()}  # fmt: skip
 

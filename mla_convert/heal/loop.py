@@ -148,6 +148,10 @@ class Trainer:
         self._evaluations, held_out_tokens = windows.evaluations(settings.tokens, settings.evaluations)
         self._held_out = windows.held_out(corpus, length, settings.self_share, held_out_tokens)
         self._held_out_length = windows.held_length(corpus, length)
+        for label in dict.fromkeys(part[0] for part in corpus.held_out_ranges()):
+            if label not in self._held_out:
+                counted = " with an answer" if corpus.counted is not None else ""
+                progress.note(f"{label} is too short for a held-out window{counted}: its KL is not watched")
         self._began = 0.0
         self._pending: Tensor | None = None  # loss and gradient norm of the last step
 

@@ -28,10 +28,11 @@ ADAPTED_NOTE = (
 
 def text_label(settings: HealSettings, labels: list[str]) -> str:
     """The texts that were trained on, in words."""
-    count = len(mixture.parts(settings.data))
-    label = mixture.label(labels[:count], mixture.parts(settings.data)) if settings.data else mixture.PACKAGED_LABEL
+    parts = mixture.parts(settings.data, "training")
+    count = len(parts)
+    label = mixture.label(labels[:count], parts) if settings.data else mixture.PACKAGED_LABEL
     if settings.for_task:
-        label += f"; answers of {mixture.label(labels[count:], mixture.parts(settings.for_task))}"
+        label += f"; answers of {mixture.label(labels[count:], mixture.parts(settings.for_task, 'task'))}"
     return label
 
 

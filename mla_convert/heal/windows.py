@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,7 +119,10 @@ def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int 
         parts.append((OWN_KIND, corpus.generated_end, corpus.generated, self_fraction))
     offsets = {}
     for label, begin, end, fraction in parts:
-        windows = range(begin, end - length + 1, length)
+        windows: Sequence[int] = range(begin, end - length + 1, length)
+        if corpus.counted is not None and label != OWN_KIND:
+            # A window of a long prompt has nothing that counts, and a loss of 0 would say that nothing was lost.
+            windows = [window for window in windows if corpus.counted[window + 1 : window + length].any()]
         count = min(len(windows), max(1, round(most * fraction / length)))
         if count:
             offsets[label] = [windows[index * len(windows) // count] for index in range(count)]

@@ -173,14 +173,17 @@ def layer_format(config: Any, layer_idx: int) -> LatentFormat | None:
     given = getattr(config, "latent_cache", None)
     if given is None:
         return None
-    if not isinstance(given, dict) or given.get("version") != VERSION or given.keys() - {"wide"} != FIELDS:
+    known = isinstance(given, dict) and given.get("version") == VERSION and given.keys() - {"wide"} == FIELDS
+    if not known or [type(given[key]) for key in ("version", "kind", "group", "rope")] != [int, str, int, str]:
         raise ValueError(
-            f"config.json has latent_cache {given!r}, and this code knows version {VERSION}: `mla-convert refresh` renews it"
+            f"config.json has latent_cache {given!r}, which this code of version {VERSION} does not know: it is damaged, or a "
+            f"newer mla_convert wrote it, which has to be installed"
         )
     wide = given.get("wide")
-    if (given["kind"] == "mixed") != isinstance(wide, list) or (wide and len(wide) != config.num_hidden_layers):
+    several = isinstance(wide, list) and [type(each) for each in wide] == [int] * config.num_hidden_layers
+    if several != (given["kind"] == "mixed") or not (several or wide is None):
         raise ValueError(
-            f"config.json has latent_cache {given!r}: a mixed cache, and no other, states wide for every layer"
+            f"config.json has latent_cache {given!r}: a mixed cache, and no other, states a number wide for every layer"
         )
     return LatentFormat(
         kind=given["kind"],

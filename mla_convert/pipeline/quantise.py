@@ -52,6 +52,8 @@ from mla_convert.write import writer as output
 from mla_convert.write.intact import check_input
 from mla_convert.write.selfcheck import self_check
 
+# Formats of a cache, whatever its layers' sizes.
+FORMATS = ("fp8", "int8", "int4", "bf16")
 # Windows on which the loss's gradient in the latents is measured, and their tokens.
 WINDOWS, LENGTH = 16, 512
 NOTE = (
@@ -103,6 +105,8 @@ def quantise(
     output.check_output(target, origin.folder, False)
     with change.written(target, where, progress) as writer:
         section = _cache_section(origin, change.sizes, change.cache, model_config(place))
+        if section.numbers_per_token_per_layer.before != report.cache.numbers_per_token_per_layer.before:
+            raise InputError(f"{origin.label} is not the original of this model: its KV cache has another size")
         result = report.model_copy(update={"cache": section})
         result.write(writer.folder)  # names the evaluation's text and windows
         found = evaluate_model(str(writer.folder), origin, device=str(where), progress=Progress(quiet=True))
@@ -178,6 +182,8 @@ def _change(
     progress: Progress,
 ) -> _Change:
     """Check a format and a folder; arguments are those of `quantise`."""
+    if cache_dtype not in FORMATS and cache_dtype != "auto":
+        raise UsageError(f"{cache_dtype!r} is no cache format: give {', '.join(FORMATS)}")
     try:
         settings = Settings.model_validate(
             {"cache_dtype": cache_dtype, "cache_group": cache_group, "cache_rope": cache_rope}

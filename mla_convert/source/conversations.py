@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mla_convert.core.errors import InputError, one_line
+from mla_convert.core.settings import PACKAGE
 from mla_convert.core.words import expanded, plain
 from mla_convert.source.data_sets import open_named
-from mla_convert.source.mixture import HUB
+from mla_convert.source.mixture import HUB, MIXTURES
 from mla_convert.source.text_files import is_text_name, read_objects
 from mla_convert.source.tokens import first_tokens
 
@@ -26,8 +27,10 @@ def load_conversations(spec: str) -> tuple[Iterable[tuple[Any, str]], str]:
     Raises:
         InputError, ResourceError: it is not there, or cannot be read.
     """
-    if spec.startswith(HUB):
-        raise InputError(f"{spec} is a text: give a .jsonl file of conversations, or the name of a data set")
+    if (spec in MIXTURES and not expanded(spec).is_file()) or spec.startswith((HUB, PACKAGE)):
+        raise InputError(
+            f"{spec} is text, not conversations: give a .jsonl file of conversations, or the name of a data set"
+        )
     path = expanded(spec)
     if path.is_file():
         return read_objects(path), plain(path.name)
@@ -66,7 +69,7 @@ def _pieces(row: Any, where: str, tokenizer: Any) -> list[Piece]:
     prompt, completion = row.get("prompt"), row.get("completion")
     templated = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str) and isinstance(completion, str):
-        if not templated:
+        if not templated and completion:
             return [(prompt, False), (completion + (tokenizer.eos_token or ""), True)]
         messages: Any = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     elif isinstance(prompt, list) and isinstance(completion, list):

@@ -79,12 +79,16 @@ def check_same_sizes(original: PreTrainedConfig, converted: PreTrainedConfig, la
         label: of the original, for messages.
 
     Raises:
-        InputError: it has other layers, width or vocabulary.
+        InputError: it has other layers, heads, width or vocabulary.
     """
     theirs, ours = original.get_text_config(), converted.get_text_config()
     words = {"num_hidden_layers": "layers", "hidden_size": "wide", "vocab_size": "tokens"}
-    for name, word in words.items():
-        found, wanted = getattr(theirs, name, None), getattr(ours, name, None)
+    heads = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads", "head_dim": "dims in a head"}
+    pairs = {word: (getattr(theirs, name, None), getattr(ours, name, None)) for name, word in words.items()}
+    # As stored: transformers refuses to read what may be another number in each layer. Not every family states its heads.
+    stated = {word: (vars(theirs).get(name), vars(ours).get(name)) for name, word in heads.items()}
+    pairs |= {word: pair for word, pair in stated.items() if None not in pair}
+    for word, (found, wanted) in pairs.items():
         if found != wanted:
             raise InputError(f"{label} is not the original of this model: {found} {word}, not {wanted}")
 

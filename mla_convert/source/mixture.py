@@ -52,7 +52,7 @@ def parts(given: str | list[str] | None, purpose: str = "calibration") -> list[P
     texts = []
     for spec in [given] if isinstance(given, str) else given or PACKAGED:
         part = _part(spec, purpose)
-        several = MIXTURES.get(part.spec, ()) if not Path(part.spec).exists() else ()
+        several = MIXTURES.get(part.spec, ()) if purpose != "task" and not Path(part.spec).is_file() else ()
         texts += [Part(name, part.weight / len(several)) for name in several] or [part]
     names = [part.spec for part in texts]
     for name in names:

@@ -61,7 +61,9 @@ class Windows:
 
     def labels(self, config: ConvertConfig) -> dict[str, Any]:
         """The texts that were given, by their labels in reports, which contain no paths."""
-        healed = [replace(part, spec=repeatable(part.spec, "", "")[0]) for part in mixture.parts(config.heal_data)]
+        healed = [
+            replace(part, spec=repeatable(part.spec, "", "")[0]) for part in mixture.parts(config.heal_data, "training")
+        ]
         return {"calib": config.calib and self.calib_text, "eval": config.eval and self.eval_text,
                 "held_out": config.held_out and self.held_out_text,
                 "heal_data": config.heal_data and ", ".join(map(str, healed))}  # fmt: skip
@@ -257,6 +259,9 @@ def _load(spec: str | None, purpose: str, streaming: bool = False, tokenizer: An
             # Only an unreachable Hub is replaced: a data set that is there and cannot be read stays an error.
             documents, label = _load(SHIPPED[purpose], purpose)
             return documents, f"{label} (WikiText-2 could not be fetched from the Hub)"
+    if spec in mixture.MIXTURES and not expanded(spec).is_file():
+        one = mixture.MIXTURES[spec][0]
+        raise UsageError(f"{spec} is several texts, and the {purpose} text is one: give, for example, {one}")
     if spec.startswith(PACKAGE):
         file = packaged(spec, purpose)
         if not file.is_file():

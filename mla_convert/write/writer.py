@@ -56,7 +56,8 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
         overwrite: whether a folder that is no output of mla_convert may be replaced.
 
     Raises:
-        InputError: it is or contains the source, the working or the home folder, or it is no output of mla_convert.
+        InputError: it is or contains the source, the working or the home folder, it is in a converted model, or it is no output
+            of mla_convert.
         ResourceError: its parent is not writable.
     """
     resolved = out.resolve()
@@ -65,6 +66,8 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
         raise InputError(
             f"output folder {out} is or contains the source, the working or the home folder: choose another"
         )
+    if any(is_ours(parent) for parent in resolved.parents):
+        raise InputError(f"output folder {out} is inside a converted model, which lists its files: choose another")
     if out.exists() and not out.is_dir():
         raise InputError(f"output {out} is a file: choose another name with --out")
     if out.is_dir() and any(out.iterdir()) and not is_ours(out) and not overwrite:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pico
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from mla_convert.core.errors import InputError
+from mla_convert.core.progress import Progress
 from mla_convert.heal import HealConfig, HealSettings, heal
 from mla_convert.heal.data import add_generated, make_corpus, open_corpus
 from mla_convert.heal.teacher_student import TeacherStudent
@@ -88,11 +90,15 @@ def test_without_a_template_prompt_and_completion_follow_each_other():
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "here is no conversation"),
         ({"messages": TALK[:2]}, "here has no answer"),
         ({"prompt": "One?"}, "here is no conversation"),
+        ({"prompt": "One?", "completion": ""}, "here has no answer"),
     ],
 )
 def test_other_rows_are_refused(tokenizer, row, words):
     with pytest.raises(InputError, match=words):
         list(answers([(row, "here")], tokenizer))
+    if "completion" in row:
+        with pytest.raises(InputError, match=words):
+            list(answers([(row, "here")], pico.tokenizer()))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +218,19 @@ def test_heal_for_a_task(small, task, tmp_path):
     assert set(report.heal.curve[0]["kinds"]) == {"text.txt", "task.jsonl"}
     assert report.heal.curve[-1]["kinds"]["task.jsonl"] < report.heal.curve[0]["kinds"]["task.jsonl"]
     assert str(tmp_path) not in (tmp_path / "out" / "report.json").read_text()
+
+
+def test_windows_without_an_answer_measure_nothing(small, tmp_path, capsys):
+    """Long prompts with short answers: of the held-out windows, those with an answer are taken, and without one no KL is told."""
+    words = Path(small["data"]).read_text()
+    file = tmp_path / "long.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": words, "completion": "ok"}) for _ in range(3)))
+    notes = []
+    progress = Progress(quiet=True)
+    progress.note = notes.append
+    report = heal(HealConfig(**small | {"for_task": str(file), "out": tmp_path / "out"}), progress)
+    assert all("kinds" not in point for point in report.heal.curve)
+    assert "long.jsonl is too short for a held-out window with an answer: its KL is not watched" in notes
 
 
 def test_the_command_refuses_in_one_line(small, tmp_path, cli):

@@ -1,9 +1,11 @@
 """Rows of the quantised latent cache: their bytes, their error, and the straight-through form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from mla_convert.modeling.latent_format_mla import LatentFormat
+from mla_convert.modeling.latent_format_mla import LatentFormat, layer_format
 from mla_convert.modeling.quantised_latent_mla import dequantise_rows, pass_through, quantise_rows
 
 FORMATS = [
@@ -52,6 +54,23 @@ def test_bytes_of_a_mixed_row():
     scales = torch.tensor(row[64:72], dtype=torch.uint8).view(torch.float16)
     assert scales.tolist() == [1.0, 1.0, -2.0, 1.0]
     assert row[48:50] == torch.tensor([448.0, -1.0]).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("version", 2), ("version", True), ("kind", None), ("group", None), ("group", "48"), ("group", 48.0), ("rope", 4),
+     ("wide", None), ("wide", []), ("wide", [2.0, 2.0]), ("wide", ["2", "2"]), ("wide", 2), ("more", 1)],
+)  # fmt: skip
+def test_other_entries_in_the_configuration_are_refused(key, value):
+    """None is read as something else, and no type ends in another error."""
+    entry = {"version": 1, "kind": "mixed", "group": 48, "rope": "fp8", "wide": [2, 2]}
+    config = SimpleNamespace(
+        num_hidden_layers=2, layer_rank=lambda _: 16, layer_rope_dim=lambda _: 8, latent_cache=entry
+    )
+    assert layer_format(config, 1) == LatentFormat("mixed", 16, 8, 48, 2, "fp8")
+    config.latent_cache = entry | {key: value}
+    with pytest.raises(ValueError, match=r"config.json has latent_cache .*(does not know|states a number wide)"):
+        layer_format(config, 1)
 
 
 def test_scales_of_4_bits_have_the_least_error():

@@ -71,7 +71,8 @@ def test_eval_in_another_format_measures_what_quantize_would_write(folder, sourc
     ("model", "options", "code", "words"),
     [
         ("folder", ("--cache-dtype", "auto"), 2, "auto chooses ranks and bits"),
-        ("folder", ("--cache-dtype", "int3"), 2, "Input should be"),
+        ("folder", ("--cache-dtype", "int3"), 2, "'int3' is no cache format: give fp8, int8, int4, bf16"),
+        ("folder", ("--cache-dtype", ""), 2, "'' is no cache format"),
         ("folder", ("--cache-dtype", "int4", "--into-report", "--passkey"), 2, "leave out --cache-dtype"),
         ("source", ("--cache-dtype", "int4"), 4, "give a converted folder"),
     ],
@@ -122,6 +123,23 @@ def test_refusals(folder, sources, convert_pico, cli):
     assert code == 2 and "give --cache-dtype" in err
     with pytest.raises(InputError, match="is not the original of this model: 6 layers, not 3"):
         run(folder, "int8", "demo")
+    # as deep and as wide, with wider heads: the bytes before would be another model's
+    with pytest.raises(InputError, match="is not the original of this model: 16 dims in a head, not 8"):
+        run(folder, "int8", sources("qwen3"))
+    with pytest.raises(UsageError, match="cache_rope int4 needs codes of 4 bits"):
+        run(folder, "fp8", sources("llama"), cache_rope="int4")
+
+
+def test_no_output_inside_a_converted_model(folder, sources, cli):
+    """The folder lists its files, and a folder more would make it damaged."""
+    before = sorted(folder.rglob("*"))
+    for command in (
+        ("quantize", folder, "--cache-dtype", "int8", "--against", sources("llama")),
+        ("convert", sources("llama")),
+    ):
+        code, out, err = cli(*command, "--out", folder / "inside" / "it")
+        assert code == 4 and "is inside a converted model" in err and err.count("\n") == 1 and not out
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_failure_leaves_the_folder(folder, sources, monkeypatch):

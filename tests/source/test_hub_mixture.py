@@ -43,8 +43,10 @@ def test_all_kinds_share_the_weight_of_the_mixture():
 
 
 def test_a_file_of_that_name_goes_before(tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()  # a folder is no text
     (tmp_path / "hub").write_text("my text")
     monkeypatch.chdir(tmp_path)
+    assert len(parts("package")) == len(PACKAGED) and texts.load_text("hub", "evaluation")[0] == "my text"
     assert parts("hub") == [Part("hub")]
 
 
@@ -78,7 +80,12 @@ def test_what_goes_wrong(hub, monkeypatch):
 
     with pytest.raises(InputError, match="no text hub:poems: the Hub mixture has hub:web, hub:code"):
         texts.load_text("hub:poems", "calibration")
-    with pytest.raises(InputError, match="hub:dialogue is a text"):
+    for name in ("hub", "package"):
+        with pytest.raises(UsageError, match=f"{name} is several texts, and the evaluation text is one"):
+            texts.load_text(name, "evaluation")
+        with pytest.raises(InputError, match=f"{name} is text, not conversations"):
+            load_conversations(name)
+    with pytest.raises(InputError, match="hub:dialogue is text, not conversations"):
         load_conversations("hub:dialogue")
     other = datasets.Dataset.from_dict({"body": ["a"]}).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mla_convert.core.errors import InputError
+from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import Settings
 from mla_convert.source.shape import AttentionShape
 
@@ -118,7 +118,7 @@ def cache_format(settings: Settings) -> CacheFormat:
         return CacheFormat()
     rope = settings.cache_rope or ("int4" if small and kind in ("int4", "mixed") else "fp8")
     if rope == "int4" and kind not in ("int4", "mixed"):
-        raise InputError(
+        raise UsageError(
             f"cache_rope int4 needs codes of 4 bits: give --cache-dtype int4 or auto, not {settings.cache_dtype}"
         )
     group = settings.cache_group or (0 if kind == "fp8" else JOINT_GROUP if rope == "int4" else GROUP)
