@@ -17,6 +17,7 @@ PACKAGED = (
     "package:mla_texts/calibration/code.txt.gz",
     "package:mla_texts/calibration/mathematics.txt.gz",
     "package:mla_texts/calibration/languages.txt.gz",
+    "package:mla_texts/calibration/well_known.txt.gz",
 )
 PACKAGED_LABEL = "the texts packaged with mla_convert"
 # `hub:KIND` is a text of the Hub mixture (`hub_mixture.py`).

@@ -28,7 +28,7 @@ from mla_convert.source.chat import dialogues
 CPU = torch.device("cpu")
 CALIBRATION = ("mla_demo/calibration.txt.gz", "mla_texts/calibration/python.txt.gz", "mla_texts/calibration/code.txt.gz",
                "mla_texts/calibration/documentation.txt.gz", "mla_texts/calibration/mathematics.txt.gz",
-               "mla_texts/calibration/languages.txt.gz")  # fmt: skip
+               "mla_texts/calibration/languages.txt.gz", "mla_texts/calibration/well_known.txt.gz")  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}</>{% endfor %}"

@@ -92,7 +92,7 @@ def test_the_end_of_each_text_is_held_out(files):
 def test_packaged_texts_are_the_default(files):
     found = load(ConvertConfig(source="x", eval=str(files / "a.txt"), eval_windows=1))
     assert found.calib_text == mixture.PACKAGED_LABEL and len(found.calib) == 32
-    assert len(found.calib_counts) == len(mixture.PACKAGED) and min(found.calib_counts.values()) >= 5
+    assert len(found.calib_counts) == len(mixture.PACKAGED) and min(found.calib_counts.values()) >= 4
     assert found.notes == [f"no calibration text was given: using {mixture.PACKAGED_LABEL}"]
 
 
