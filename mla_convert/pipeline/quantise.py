@@ -102,7 +102,7 @@ def quantise(
         raise InputError(f"{origin.label} is a converted model: --against is for the original")
     check_same_sizes(model_config(origin), model_config(place), origin.label)
     target = Path(os.path.realpath(out or folder))
-    output.check_output(target, origin.folder, False)
+    output.check_output(target, origin.folder, None)
     with change.written(target, where, progress) as writer:
         section = _cache_section(origin, change.sizes, change.cache, model_config(place))
         if section.numbers_per_token_per_layer.before != report.cache.numbers_per_token_per_layer.before:

@@ -95,8 +95,9 @@ def points_of_evaluation(evaluation: Evaluation) -> list[Point]:
     if saved is None or evaluation.kl is None or ratio is None or evaluation.original_cache is None:
         return []
     suite, error = _suite_kl(evaluation.suite), ratio.value * ratio.error
-    name = "converted" if evaluation.converted else "model"
-    model = Point(name, "rank", 1 - saved, evaluation.kl, evaluation.agreement, ratio.value, error, suite, True)
+    cache = evaluation.latent_cache
+    name = _named("converted" if evaluation.converted else "model", cache)
+    model = Point(name, _series(cache), 1 - saved, evaluation.kl, evaluation.agreement, ratio.value, error, suite, True)
     return [model, *originals(evaluation.original_cache)]
 
 

@@ -62,7 +62,7 @@ def dialogues(conversations: list[list[dict[str, str]]], tokenizer: Any) -> tupl
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """The conversation with its system turn joined to the first user turn."""
-    if messages[0]["role"] != "system":
+    if len(messages) < 2 or messages[0]["role"] != "system":
         return messages
     first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
     return [first, *messages[2:]]

@@ -10,7 +10,7 @@ from mla_convert.core.settings import PACKAGE
 from mla_convert.core.words import expanded, plain
 from mla_convert.source.data_sets import open_named
 from mla_convert.source.mixture import HUB, MIXTURES
-from mla_convert.source.text_files import is_text_name, read_objects
+from mla_convert.source.text_files import is_text_name, read_objects, valid
 from mla_convert.source.tokens import first_tokens
 
 Piece = tuple[str, bool]  # text, and whether it is an answer
@@ -54,7 +54,7 @@ def answers(rows: Iterable[tuple[Any, str]], tokenizer: Any) -> Iterator[tuple[l
     """
     prefix = first_tokens(tokenizer)
     for row, where in rows:
-        pieces = _pieces(row, where, tokenizer)
+        pieces = [(valid(text, where), answer) for text, answer in _pieces(row, where, tokenizer)]
         encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
         ids = [token for part in encoded for token in part]
         marks = [answer for part, (_, answer) in zip(encoded, pieces, strict=True) for _ in part]
@@ -80,6 +80,8 @@ def _pieces(row: Any, where: str, tokenizer: Any) -> list[Piece]:
         raise InputError(f"{where} is no conversation: {WANTED}")
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise InputError(f"{where} has no answer: no message has the role assistant and a content")
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where} begins with an answer: a conversation begins with a question")
     if not templated:
         raise InputError(f'the model has no chat template for {where}: give rows with "prompt" and "completion"')
     try:

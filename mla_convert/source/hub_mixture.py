@@ -105,7 +105,9 @@ def _documents(text: HubText, streams: list[Iterator[Any]], tokenizer: Any) -> I
             row = next(stream, None)
             if row is None:
                 streams.remove(stream)
+            elif not row[text.column]:
+                continue
             elif text.column == "messages":
                 yield dialogues([row[text.column]], tokenizer)[0]
-            elif row[text.column]:
+            else:
                 yield row[text.column]

@@ -17,6 +17,7 @@ from mla_convert.core.errors import InputError, one_line
 from mla_convert.core.words import plain
 
 JSON, TABLES, PARQUET = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}, ".parquet"
+TEXT_OBJECT = 'a JSON object with a "text" field'
 SUFFIXES = (".txt", ".md", *JSON, *TABLES, PARQUET)
 KINDS = "text (UTF-8), .jsonl, .csv, .tsv and .parquet are read, all but the last also as .gz"
 # Encodings by byte order mark; the longer marks first, because UTF-32's begins with UTF-16's.
@@ -127,7 +128,7 @@ def read_objects(path: Path) -> list[tuple[Any, str]]:
     if suffix not in JSON:
         raise InputError(f"{name} is no .jsonl or .json file: conversations are objects of one")
     try:
-        objects = list(_json_objects(_decoded(_bytes(path, name), name), suffix, name))
+        objects = list(_json_objects(_decoded(_bytes(path, name), name), suffix, name, "a JSON object"))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"text file {name} cannot be read ({one_line(error)})") from error
     if not objects:
@@ -141,26 +142,26 @@ def _json_rows(text: str, suffix: str, name: str) -> Iterator[str]:
         yield _text_of(row, where)
 
 
-def _json_objects(text: str, suffix: str, name: str) -> Iterator[tuple[Any, str]]:
+def _json_objects(text: str, suffix: str, name: str, wanted: str = TEXT_OBJECT) -> Iterator[tuple[Any, str]]:
     """One object per line; of `.json`, also those of a list."""
     if suffix == ".json" and text.lstrip().startswith("["):
-        for number, row in enumerate(_parsed(text, f"text file {name}"), start=1):
+        for number, row in enumerate(_parsed(text, f"text file {name}", wanted), start=1):
             yield row, f"object {number} of {name}"
         return
     # Not `splitlines`: it also splits at U+2028, which a JSON string may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"line {number} of {name}"
-            yield _parsed(line, where), where
+            yield _parsed(line, where, wanted), where
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, where: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise InputError(f"{where} is JSON that is nested too deep: one object with a text is wanted") from None
+        raise InputError(f"{where} is JSON that is nested too deep: {wanted} is wanted") from None
     except ValueError as error:
-        raise InputError(f'{where} is not a JSON object with a "text" field ({one_line(error)})') from error
+        raise InputError(f"{where} is not {wanted} ({one_line(error)})") from error
 
 
 def _text_of(row: Any, where: str) -> str:
@@ -171,16 +172,21 @@ def _text_of(row: Any, where: str) -> str:
     """
     text = row.get("text") if isinstance(row, dict) else None
     if isinstance(text, str):
-        return _valid(text, where)
+        return valid(text, where)
     why = ""
     if isinstance(row, dict) and "text" in row:
         why = f': its "text" is {"null" if text is None else "no string"}'
     elif isinstance(row, dict) and "messages" in row:
         why = ': it has "messages", so write each conversation, in the model\'s chat template, into "text"'
-    raise InputError(f'{where} is not a JSON object with a "text" field{why}')
+    raise InputError(f"{where} is not {TEXT_OBJECT}{why}")
 
 
-def _valid(text: str, where: str) -> str:
+def valid(text: str, where: str) -> str:
+    """The text, if UTF-8 can hold it.
+
+    Raises:
+        InputError: it has half of a surrogate pair; names the place `where` it stands.
+    """
     try:
         # json.loads takes half of a surrogate pair, such as "\ud800", which UTF-8 cannot hold.
         text.encode("utf-8")

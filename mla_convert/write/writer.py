@@ -47,13 +47,13 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
+def check_output(out: Path, source: Path | None, overwrite: bool | None) -> None:
     """Refuse an output folder that must not be replaced, or that cannot be written.
 
     Args:
         out: the output folder.
         source: folder of the source, if it is local.
-        overwrite: whether a folder that is no output of mla_convert may be replaced.
+        overwrite: whether a folder that is no output of mla_convert may be replaced; None: never.
 
     Raises:
         InputError: it is or contains the source, the working or the home folder, it is in a converted model, or it is no output
@@ -71,9 +71,8 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"output {out} is a file: choose another name with --out")
     if out.is_dir() and any(out.iterdir()) and not is_ours(out) and not overwrite:
-        raise InputError(
-            f"output folder {out} exists and is not a converted model: choose another, or give --overwrite"
-        )
+        option = "" if overwrite is None else ", or give --overwrite"
+        raise InputError(f"output folder {out} exists and is not a converted model: choose another{option}")
     try:
         # without a name, if the system supports that: nothing remains, and several processes can test at once
         with tempfile.TemporaryFile(dir=existing_parent(out)):

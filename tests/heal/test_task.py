@@ -91,6 +91,8 @@ def test_without_a_template_prompt_and_completion_follow_each_other():
         ({"messages": TALK[:2]}, "here has no answer"),
         ({"prompt": "One?"}, "here is no conversation"),
         ({"prompt": "One?", "completion": ""}, "here has no answer"),
+        ({"prompt": "One\ud800?", "completion": "Two."}, r"here has half of a surrogate pair \(\\ud800\)"),
+        ({"messages": TALK[2:]}, "here begins with an answer"),
     ],
 )
 def test_other_rows_are_refused(tokenizer, row, words):

@@ -5,6 +5,7 @@ import pytest
 
 from mla_convert.core.errors import InputError, ResourceError, UsageError
 from mla_convert.source import hub_mixture, texts
+from mla_convert.source.chat import dialogues
 from mla_convert.source.conversations import load_conversations
 from mla_convert.source.mixture import HUB_KINDS, PACKAGED, Part, parts
 
@@ -70,6 +71,7 @@ def test_only_the_beginning_is_read(hub):
 def test_conversations_are_in_the_models_template(hub):
     text, label = texts.load_text("hub:dialogue", "calibration")
     assert text.startswith("User: Hi default\n\nAssistant: Hello") and "ultrachat_200k" in label
+    assert dialogues([[], [{"role": "system", "content": "Be brief."}]], None) == ("\n\n\nSystem: Be brief.", False)
     tokenizer = pico.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert texts.load_text("hub:dialogue", "calibration", tokenizer)[0].startswith("<user>Hi default<assistant>Hello")

@@ -49,6 +49,7 @@ class Evaluation:
     Attributes:
         model: name of the model.
         converted: whether it is a converted model.
+        latent_cache: format of its cache in config.json, if that is quantised.
         against: name of the original, if there was one.
         text: label of the evaluation text.
         protocol: the evaluation windows in words.
@@ -89,6 +90,7 @@ class Evaluation:
     seconds: float = 0.0
     probes: ProbesSection = field(default_factory=ProbesSection)
     notes: list[str] = field(default_factory=list)
+    latent_cache: JsonObject | None = None
 
     @property
     def share_saved(self) -> float | None:
@@ -283,6 +285,7 @@ def evaluate_model(
     return Evaluation(
         model=place.label,
         converted=converted,
+        latent_cache=getattr(config.get_text_config(), "latent_cache", None) if converted else None,
         against=origin.label if origin else None,
         **material.where,
         **ran_on,

@@ -104,7 +104,8 @@ def warnings(plan: Plan) -> list[str]:
         how = "larger than" if plan.cache_ratio > 1 else "as large as"
         lines.append(f"the cache is {how} the original's: a smaller rank saves memory")
     if plan.rank >= plan.full_rank:
-        lines.append(f"rank {plan.rank} is full rank: the latent loses nothing, and a higher one is not possible")
+        lost = "nothing but what rounding takes" if plan.cache.quantised else "nothing"
+        lines.append(f"rank {plan.rank} is full rank: the latent loses {lost}, and a higher one is not possible")
     layers = plan.shape.converted_layers
     still = sum(not plan.shape.has_rope(layer) for layer in layers)
     if plan.nope_dim and still:
