@@ -2,7 +2,7 @@
 
 import pytest
 
-from mla_convert.core.errors import InputError
+from mla_convert.core.errors import InputError, UsageError
 from mla_convert.core.settings import Settings
 from mla_convert.method.factorise.sizes import make_plan
 from mla_convert.source.shape import AttentionShape
@@ -96,7 +96,7 @@ def test_auto_mixes_where_the_rotary_key_has_8_bits():
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 def test_a_rotary_key_in_4_bits_needs_codes_of_4_bits(kind):
-    with pytest.raises(InputError, match=f"give --cache-dtype int4 or auto, not {kind}"):
+    with pytest.raises(UsageError, match=f"give --cache-dtype int4 or auto, not {kind}"):
         make_plan(Settings(kv_ratio=0.5, cache_dtype=kind, cache_rope="int4"), SMOLLM)
 
 
