@@ -120,7 +120,7 @@ def held_out(corpus: Corpus, length: int, self_fraction: float = 0.0, most: int 
     offsets = {}
     for label, begin, end, fraction in parts:
         windows: Sequence[int] = range(begin, end - length + 1, length)
-        if corpus.counted is not None and label != OWN_KIND:
+        if corpus.counted is not None:
             # A window of a long prompt has nothing that counts, and a loss of 0 would say that nothing was lost.
             windows = [window for window in windows if corpus.counted[window + 1 : window + length].any()]
         count = min(len(windows), max(1, round(most * fraction / length)))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ from mla_convert.core.progress import Progress
 from mla_convert.core.recipes import first_problem
 from mla_convert.core.report_schema import CacheSection, EvaluationSection, Measurement, Report, SelfCheckSection
 from mla_convert.core.runtime import pick_device
-from mla_convert.core.settings import Settings
+from mla_convert.core.settings import CacheDtype, Settings
 from mla_convert.evaluate.quality.evaluation import Evaluation, evaluate_model
 from mla_convert.heal.checks import open_converted
 from mla_convert.heal.output import write_report, write_weights
@@ -52,8 +52,8 @@ from mla_convert.write import writer as output
 from mla_convert.write.intact import check_input
 from mla_convert.write.selfcheck import self_check
 
-# Formats of a cache, whatever its layers' sizes.
-FORMATS = ("fp8", "int8", "int4", "bf16")
+# "auto" chooses sizes too, which a converted model has.
+FORMATS = [kind for kind in get_args(CacheDtype) if kind != "auto"]
 # Windows on which the loss's gradient in the latents is measured, and their tokens.
 WINDOWS, LENGTH = 16, 512
 NOTE = (
@@ -103,10 +103,10 @@ def quantise(
     check_same_sizes(model_config(origin), model_config(place), origin.label)
     target = Path(os.path.realpath(out or folder))
     output.check_output(target, origin.folder, None)
+    section = _cache_section(origin, change.sizes, change.cache, model_config(place))
+    if section.numbers_per_token_per_layer.before != report.cache.numbers_per_token_per_layer.before:
+        raise InputError(f"{origin.label} is not the original of this model: its KV cache has another size")
     with change.written(target, where, progress) as writer:
-        section = _cache_section(origin, change.sizes, change.cache, model_config(place))
-        if section.numbers_per_token_per_layer.before != report.cache.numbers_per_token_per_layer.before:
-            raise InputError(f"{origin.label} is not the original of this model: its KV cache has another size")
         result = report.model_copy(update={"cache": section})
         result.write(writer.folder)  # names the evaluation's text and windows
         found = evaluate_model(str(writer.folder), origin, device=str(where), progress=Progress(quiet=True))
@@ -191,7 +191,7 @@ def _change(
     except ValidationError as error:
         raise UsageError(first_problem(error)) from error
     if cache_dtype == "auto":
-        raise UsageError("auto chooses ranks and bits together, while it converts: give fp8, int8, int4 or bf16")
+        raise UsageError(f"auto chooses ranks and bits together, while it converts: give {', '.join(FORMATS)}")
     folder, report = open_converted(folder, out)
     if note := check_input(folder):
         progress.note(note)

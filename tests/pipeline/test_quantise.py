@@ -71,7 +71,7 @@ def test_eval_in_another_format_measures_what_quantize_would_write(folder, sourc
     ("model", "options", "code", "words"),
     [
         ("folder", ("--cache-dtype", "auto"), 2, "auto chooses ranks and bits"),
-        ("folder", ("--cache-dtype", "int3"), 2, "'int3' is no cache format: give fp8, int8, int4, bf16"),
+        ("folder", ("--cache-dtype", "int3"), 2, "'int3' is no cache format: give bf16, fp8, int8, int4"),
         ("folder", ("--cache-dtype", ""), 2, "'' is no cache format"),
         ("folder", ("--cache-dtype", "int4", "--into-report", "--passkey"), 2, "leave out --cache-dtype"),
         ("source", ("--cache-dtype", "int4"), 4, "give a converted folder"),

@@ -3,6 +3,13 @@
 import triton
 import triton.language as tl
 
+from .rows import FACTORS4
+
+# A group's number of largest magnitude times these are the scales that are tried for 4 bits.
+FIRST4: tl.constexpr = tl.constexpr(FACTORS4[0] / -8)
+SECOND4: tl.constexpr = tl.constexpr(FACTORS4[1] / -8)
+THIRD4: tl.constexpr = tl.constexpr(FACTORS4[2] / -8)
+
 
 @triton.jit
 def _rotate_queries(
@@ -107,18 +114,18 @@ def _error4(x, scale):
 
 @triton.jit
 def _scale4(x):
-    """Scales [G] of groups [G, J] of 4-bit codes, of least squared error among those of `FACTORS4` (`rows.py`)."""
+    """Scales [G] of groups [G, J] of 4-bit codes: of least squared error among the largest and two fractions of it."""
     low = tl.min(x, 1)
     high = tl.max(x, 1)
     largest = tl.where(high >= -low, high, low)
-    best = _as_stored(largest * -0.125)
+    best = _as_stored(largest * FIRST4)
     error = _error4(x, best)
-    for factor in tl.static_range(2):
-        other = _as_stored(largest * (-0.11875 if factor == 0 else -0.1125))
-        smaller = _error4(x, other)
-        best = tl.where(smaller < error, other, best)
-        error = tl.minimum(smaller, error)
-    return best
+    other = _as_stored(largest * SECOND4)
+    smaller = _error4(x, other)
+    best = tl.where(smaller < error, other, best)
+    error = tl.minimum(smaller, error)
+    other = _as_stored(largest * THIRD4)
+    return tl.where(_error4(x, other) < error, other, best)
 
 
 @triton.jit
