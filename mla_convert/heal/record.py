@@ -16,6 +16,7 @@ from mla_convert.core.report_schema import (
 from mla_convert.heal.loop import Run, step_sizes
 from mla_convert.heal.settings import HealSettings
 from mla_convert.report.frontier import state_of
+from mla_convert.report.quality_rows import healed_worse
 from mla_convert.source import mixture
 from mla_convert.source.place import SourceLocation
 
@@ -52,6 +53,7 @@ def run_record(
         seconds=run.seconds,
         tokens_per_second=round(run.tokens / run.seconds) if run.seconds else None,
         best_tokens=run.best_tokens,
+        share=run.share,
         stopped=run.stopped,
         device=runtime.device_name(accelerator.device),
         processes=accelerator.num_processes,
@@ -74,7 +76,7 @@ def healed_report(
     values = after.evaluation.entries()
     evaluation = EvaluationSection(**{key: value for key, value in values.items() if key not in ("kl", "agreement")})
     adapted = record.settings is not None and record.settings.ce_weight
-    notes = [ERRORS_NOTE, *([ADAPTED_NOTE] if adapted else [])]
+    notes = [ERRORS_NOTE, *([ADAPTED_NOTE] if adapted else []), *healed_worse(before, after)]
     record.before = before
     record.conversion = Measurement(evaluation=report.evaluation, probes=report.probes)
     return report.model_copy(

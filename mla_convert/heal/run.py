@@ -31,6 +31,7 @@ from mla_convert.heal.prepare_text import prepare_corpus
 from mla_convert.heal.record import healed_report, run_record, text_label
 from mla_convert.heal.settings import HealConfig, HealSettings, conversion_healing
 from mla_convert.heal.state import StateFolder, state_folder
+from mla_convert.heal.step_back import step_back
 from mla_convert.heal.teacher_student import TeacherStudent
 from mla_convert.modeling.attention_backends import without_cudnn_attention
 from mla_convert.source.load_model import check_same_sizes, find_model, load_model, load_tokenizer, model_config
@@ -245,6 +246,7 @@ def _train(job: _Job, state: StateFolder) -> tuple[Run, dict[str, Tensor] | None
     trainer = Trainer(accelerator, pair, data.open_corpus(state.folder), settings, state, job.progress, vocabulary)
     with without_cudnn_attention():
         run = trainer.train()
+        step_back(trainer, job.folder, job.shards)
     best = trainer.best
     accelerator.free_memory(trainer.model, trainer.optimizer)
     if best is not None:

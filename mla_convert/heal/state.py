@@ -30,6 +30,15 @@ def state_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.heal"
 
 
+def trained_parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of a model that is not sharded, by their names in the checkpoint."""
+    return {
+        checkpoint_name(name): parameter
+        for name, parameter in accelerator.unwrap_model(model).named_parameters()
+        if parameter.requires_grad
+    }
+
+
 def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors, float32 on the CPU, by their names in the checkpoint.
 

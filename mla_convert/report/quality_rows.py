@@ -224,3 +224,15 @@ def _mean(side: PasskeyMeans | None, name: str) -> Mean | None:
 
 def _single(side: PasskeyValues | None, name: str) -> float | None:
     return getattr(side, name) if side else None
+
+
+def healed_worse(before: Measurement, after: Measurement) -> list[str]:
+    """A sentence where the mean KL over the kinds of text rose by healing."""
+    suites = [_suite(before), _suite(after)]
+    if not all(compared(suite) for suite in suites):
+        return []
+    first, second = (suite.kl.value for suite in suites if suite and suite.kl)
+    if not second > first:
+        return []
+    nearer = "over the kinds of text, the model that was not healed is nearer to its original"
+    return [f"{nearer}: mean KL {first:.4f}, healed {second:.4f}"]

@@ -13,6 +13,7 @@ from mla_convert.report import format, frontier
 from mla_convert.report.quality_rows import (
     Row,
     heal_table,
+    healed_worse,
     kinds_table,
     probe_conditions,
     probe_rows,
@@ -147,11 +148,13 @@ def print_healing(report: Report, folder: Path, console: Console) -> None:
     console.print(heal_table(record.before, healed, f"{report.source.name} → MLA, healed").rich())
     print_caches(frontier.points(report), console)
     stopped = f"; stopped early: {record.stopped}" if record.stopped else ""
+    kept = f", kept at {record.share:.0%} of the way there" if (record.share or 1) < 1 else ""
     speed = f"({human_tokens(record.tokens_per_second)} tokens/s)" if record.tokens_per_second else ""
     lines = (
         f"on {evaluation.text}: {evaluation.protocol}; against {record.against}",
         f"{human_tokens(tokens)} tokens of {record.text}, windows of {record.settings.get('length')}, "
-        f"{record.settings.train} trained, best after {human_tokens(best)}{stopped}",
+        f"{record.settings.train} trained, best after {human_tokens(best)}{kept}{stopped}",
+        *healed_worse(record.before, healed),
         f"took {record.seconds:.0f} s on {record.device} {speed}; written to {folder}",
     )
     print_lines(lines, console)

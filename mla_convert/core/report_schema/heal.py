@@ -50,7 +50,8 @@ class HealSection(Section):
         steps: optimiser steps.
         seconds: time of training.
         tokens_per_second: speed of training.
-        best_tokens: tokens after which the state that was kept was reached.
+        best_tokens: tokens after which the best state was reached.
+        share: share of the way from the start to that state, at which the weights that were kept lie.
         stopped: why the run ended early; null if it did not.
         device: name of the device.
         processes: number of processes.
@@ -67,6 +68,7 @@ class HealSection(Section):
     seconds: Amount | None = None
     tokens_per_second: Amount | None = None
     best_tokens: Amount | None = None
+    share: Amount | None = None
     stopped: str | None = None
     device: str | None = None
     processes: Count | None = None

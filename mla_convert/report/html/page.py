@@ -266,6 +266,13 @@ def _heal(heal: HealSection | None) -> str:
     return _draw(lambda width: plots.curve(points, width, x_axis, "held-out KL divergence, nats"))
 
 
+def _step_back(heal: HealSection) -> str:
+    """Where the weights that were kept are not those of the best state."""
+    if heal.share is None or heal.share == 1:
+        return ""
+    return f" at {heal.share:.0%} of the way from the conversion to it, where the loss is as low and less is forgotten"
+
+
 def _heal_note(heal: HealSection) -> str:
     """The healing run in sentences; in short where only its curve is known."""
     if heal.before is None or heal.tokens is None or heal.seconds is None or heal.best_tokens is None:
@@ -285,7 +292,7 @@ def _heal_note(heal: HealSection) -> str:
         f"After the conversion, {TRAINED.get(trained or '', 'weights')} learned the next-token distribution of {heal.against} "
         f"on {text}: {heal.tokens / size:.3g} {unit} tokens in {format.elapsed(heal.seconds)} on "
         f"{heal.device}. The curve is measured on the end of that text, which was not trained on; the state with the "
-        f"least loss there, after {heal.best_tokens / size:.3g} {unit} tokens, was kept.{adapted}"
+        f"least loss there, after {heal.best_tokens / size:.3g} {unit} tokens, was kept{_step_back(heal)}.{adapted}"
         + (f" Stopped early: {heal.stopped}." if heal.stopped else "")
     )
 
