@@ -29,7 +29,7 @@ def advice(plan: Plan, healed: bool) -> list[str]:
         lines.append(
             "below half of the cache the loss becomes serious: perplexity ×1.18 at a third and ×1.32 at a quarter, healed ×1.10 "
             "and ×1.17 (SmolLM2-135M, 3 KV heads). Quantise the latent (--cache-dtype auto), which loses far less at equal bytes: "
-            "×1.03 at a quarter, not healed (Qwen2.5-Coder-1.5B, 2 KV heads); or heal (--heal-tokens)"
+            "×1.02 at a quarter, not healed (Qwen2.5-Coder-1.5B, 2 KV heads); or heal (--heal-tokens)"
         )
     if shape.num_kv_heads > FEW:
         lines.append(
