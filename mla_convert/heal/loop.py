@@ -50,9 +50,7 @@ class Run:
     seconds: float = 0.0
     best: float = math.inf  # held-out loss of the best state, on the kind of text where it is largest
     best_tokens: int = 0
-    share: float = (
-        1.0  # of the way from the start to the state after `best_tokens`, at which the state that is kept lies
-    )
+    share: float = 1.0  # of the way from the start to that state, at which the kept weights lie
     lowest: float = math.inf  # held-out loss, the start not counted
     patience_used: int = 0  # evaluations since `lowest`
     losses_evaluated: int = 0  # losses that the curve accounts for

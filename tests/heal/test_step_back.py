@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from mla_convert.core.progress import Progress
 from mla_convert.heal import HealConfig, heal, loop
+from mla_convert.report.html import page
 from mla_convert.report.quality_rows import healed_worse
 from mla_convert.write.verify import verify
 
@@ -57,3 +58,10 @@ def test_a_mean_divergence_that_rose_is_said(small, tmp_path):
     (said,) = healed_worse(before, after)
     assert f"healed {after.evaluation.suite.kl.value:.4f}" in said
     assert healed_worse(after, before) == []
+
+
+def test_the_page_says_which_weights_were_kept(small, tmp_path):
+    report = heal(HealConfig(**{**small, "tokens": 4 * 512}, out=tmp_path / "out"), Progress(quiet=True))
+    for share, words in ((1.0, "was kept"), (0.75, "75% of the way"), (None, "was kept")):
+        report.heal.share = share
+        assert words in page._heal_note(report.heal)

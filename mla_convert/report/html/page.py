@@ -266,11 +266,14 @@ def _heal(heal: HealSection | None) -> str:
     return _draw(lambda width: plots.curve(points, width, x_axis, "held-out KL divergence, nats"))
 
 
-def _step_back(heal: HealSection) -> str:
-    """Where the weights that were kept are not those of the best state."""
+def _kept(heal: HealSection, tokens: str) -> str:
+    """Which weights of the run were kept."""
     if heal.share is None or heal.share == 1:
-        return ""
-    return f" at {heal.share:.0%} of the way from the conversion to it, where the loss is as low and less is forgotten"
+        return f"the state with the least loss there, after {tokens}, was kept"
+    return (
+        f"the loss was least after {tokens}, and as low at {heal.share:.0%} of the way from the conversion to there: those "
+        f"weights were kept, as they forget less"
+    )
 
 
 def _heal_note(heal: HealSection) -> str:
@@ -291,8 +294,8 @@ def _heal_note(heal: HealSection) -> str:
     return (
         f"After the conversion, {TRAINED.get(trained or '', 'weights')} learned the next-token distribution of {heal.against} "
         f"on {text}: {heal.tokens / size:.3g} {unit} tokens in {format.elapsed(heal.seconds)} on "
-        f"{heal.device}. The curve is measured on the end of that text, which was not trained on; the state with the "
-        f"least loss there, after {heal.best_tokens / size:.3g} {unit} tokens, was kept{_step_back(heal)}.{adapted}"
+        f"{heal.device}. The curve is measured on the end of that text, which was not trained on; "
+        f"{_kept(heal, f'{heal.best_tokens / size:.3g} {unit} tokens')}.{adapted}"
         + (f" Stopped early: {heal.stopped}." if heal.stopped else "")
     )
 
